@@ -1,0 +1,72 @@
+"""Typed errors. The message is one line: what is wrong, the numbers, and the way out."""
+
+from __future__ import annotations
+
+
+class DsCpError(Exception):
+    """Base of every error that ds_cp raises on purpose.
+
+    ``exit_code`` is what the command line returns: 2 when the user's input is at fault, 1 when we are.
+    """
+
+    exit_code = 1
+
+
+class UserError(DsCpError):
+    """Something the user can correct: a config, a path, a launch command."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """The JSON config is not valid, or asks for what this machine or model cannot give."""
+
+
+class TopologyError(UserError):
+    """Ranks, hosts or groups do not fit together; the message says how to launch."""
+
+
+class ModelError(UserError):
+    """A model cannot be loaded: missing, truncated, unsafe format."""
+
+
+class UnsupportedModelError(ModelError):
+    """The architecture (named in the message) is outside what exact attention over ranks covers."""
+
+
+class LaunchError(UserError):
+    """The job cannot start here: a port in use, a missing file, a bad address."""
+
+
+class RequestError(UserError):
+    """One request is not acceptable; everybody else's goes on. ``param`` names the field, as OpenAI does."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class CapacityError(RequestError):
+    """A request that can never fit, with the numbers (all in tokens).
+
+    ``need``: what it would take, ``have``: the sum of all ranks' KV, ``largest``: the largest request
+    possible here.
+    """
+
+    def __init__(self, message: str, *, need: int, have: int, largest: int) -> None:
+        super().__init__(message, param="max_tokens")
+        self.need = need
+        self.have = have
+        self.largest = largest
+
+
+class QueueFullError(DsCpError):
+    """The waiting queue is at its bound; try again later (HTTP 429)."""
+
+
+class CommError(DsCpError):
+    """A peer did not answer in time, or is gone. The message names the group, the exchange and the limit."""
+
+
+class EngineDeadError(DsCpError):
+    """The engine has stopped; no request can be served any more."""
