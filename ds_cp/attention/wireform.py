@@ -1,0 +1,29 @@
+"""Partials as rows of bytes: ``H * (D * e + 4)`` per query, out in the model's dtype and lse in fp32."""
+
+from __future__ import annotations
+
+import torch
+
+from ds_cp.attention.spec import LayerSpec
+from ds_cp.attention.state import Partial
+
+
+def row_bytes(spec: LayerSpec, dtype: torch.dtype) -> int:
+    """Bytes of one query's partial on the wire."""
+    return spec.num_q_heads * (spec.head_dim * dtype.itemsize + 4)
+
+
+def pack_partial(part: Partial, dtype: torch.dtype) -> torch.Tensor:
+    """``[T, row_bytes]`` uint8. One rounding to the model's dtype, nothing in fp32."""
+    out = part.out.to(dtype).flatten(1).contiguous().view(torch.uint8)
+    lse = part.lse.to(torch.float32).contiguous().view(torch.uint8)
+    return torch.cat([out, lse], dim=1)
+
+
+def unpack_partial(rows: torch.Tensor, spec: LayerSpec, dtype: torch.dtype) -> Partial:
+    """The inverse of ``pack_partial``; out comes back as fp32."""
+    num_heads, head_dim = spec.num_q_heads, spec.head_dim
+    cut = num_heads * head_dim * dtype.itemsize
+    out = rows[:, :cut].contiguous().view(dtype).unflatten(1, (num_heads, head_dim))
+    lse = rows[:, cut:].contiguous().view(torch.float32)
+    return Partial(out.to(torch.float32), lse)

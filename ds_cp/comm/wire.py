@@ -1,0 +1,359 @@
+"""The one file that knows deepspeed.comm: joining a job, groups as checked objects, leaving.
+
+Two rules hold everywhere above this file. A group is always an object, never ``None``. And both sides
+of every message derive its size from what all ranks know, so an empty message is simply not sent.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+
+from ds_cp.comm.ledger import Ledger
+from ds_cp.errors import CommError, LaunchError
+from ds_cp.topology.hosts import Topology
+
+Message = tuple[int, torch.Tensor]  # (index of the peer within the group, contiguous tensor)
+
+
+@dataclass(frozen=True)
+class Rendezvous:
+    """Where the ranks of one job meet.
+
+    ``listen_fd`` is rank 0's listening socket (bound by the launch code, loopback for one-host jobs);
+    the other ranks, and rank 0 of a job whose store exists already (torchrun), are clients.
+    ``prefix`` keeps the keys of one generation of workers apart from the next.
+    """
+
+    host: str
+    port: int
+    listen_fd: int | None = None
+    prefix: str = "gen0"
+
+
+class Pending:
+    """An exchange on its way. Wait for it exactly once."""
+
+    def __init__(self, works: list[Any], what: str, timeout_s: float) -> None:
+        self._works: list[Any] | None = works
+        self._what = what
+        self._timeout_s = timeout_s
+
+    def wait(self) -> None:
+        """Block until every message has arrived; ``CommError`` after the job's time limit."""
+        if self._works is None:
+            raise RuntimeError(f"{self._what}: waited for twice")
+        works, self._works = self._works, None
+        try:
+            for work in works:
+                work.wait()
+        except RuntimeError as err:
+            raise CommError(
+                f"{self._what}: a peer is gone or silent for {self._timeout_s:g} s "
+                f"({str(err).splitlines()[0][:200]}); see the other ranks' logs, or raise comm.timeout_s"
+            ) from err
+
+
+class Group:
+    """Some ranks of the job that talk to each other.
+
+    ``ranks``: world ranks in group order; ``rank``: my index in it; ``hosts``: host index of every
+    member; ``ring``: the order (of group indices) in which a ring visits the members so that every
+    host border is crossed once. A group of one does no call and returns the same types.
+    """
+
+    def __init__(
+        self, name: str, ranks: Sequence[int], world: World, handle: object | None
+    ) -> None:
+        if world.rank not in ranks:
+            raise ValueError(f"group {name}: rank {world.rank} is not a member of {list(ranks)}")
+        self.name = name
+        self.ranks = tuple(ranks)
+        self.rank = self.ranks.index(world.rank)
+        self.size = len(self.ranks)
+        sub = world.topology.subset(self.ranks)
+        self.hosts = tuple(sub.host_index(r) for r in range(self.size))
+        self.ring = sub.ring_order()
+        self.device = world.device
+        self.ledger = world.ledger
+        self._timeout_s = world.timeout_s
+        self._handle = handle
+        self._batched = world.device.type == "cuda"  # NCCL wants messages that progress together
+
+    def __repr__(self) -> str:
+        return f"Group({self.name}, ranks={list(self.ranks)}, rank={self.rank})"
+
+    def exchange(self, sends: Sequence[Message], recvs: Sequence[Message], scheme: str) -> Pending:
+        """Start one round: send each tensor to its peer, receive into each buffer from its peer.
+
+        Tensors are contiguous, any dtype. Between two ranks messages keep their order. Empty tensors
+        are skipped on both sides. The ledger books the payload under ``scheme``.
+        """
+        import deepspeed.comm as ds_comm
+
+        nbytes = inter = 0
+        ops: list[tuple[Any, torch.Tensor, int]] = []
+        for peer, buffer in recvs:
+            if buffer.numel():
+                ops.append((ds_comm.irecv, self._checked(peer, buffer), peer))
+        for peer, tensor in sends:
+            if not tensor.numel():
+                continue
+            ops.append((ds_comm.isend, self._checked(peer, tensor), peer))
+            size = tensor.numel() * tensor.element_size()
+            nbytes += size
+            if self.hosts[peer] != self.hosts[self.rank]:
+                inter += size
+        what = f"{scheme} in group {self.name}"
+        if not ops:
+            return Pending([], what, self._timeout_s)
+        self.ledger.add(scheme, nbytes, inter)
+        try:
+            if self._batched:
+                batch = [
+                    ds_comm.P2POp(op, t, self.ranks[peer], group=self._handle) for op, t, peer in ops
+                ]
+                works = ds_comm.batch_isend_irecv(batch)
+            else:
+                works = [op(t, self.ranks[peer], group=self._handle) for op, t, peer in ops]
+        except RuntimeError as err:
+            raise CommError(f"{what}: {str(err).splitlines()[0][:200]}") from err
+        return Pending(works, what, self._timeout_s)
+
+    def _checked(self, peer: int, tensor: torch.Tensor) -> torch.Tensor:
+        if peer == self.rank or not 0 <= peer < self.size:
+            raise ValueError(f"group {self.name}: rank {self.rank} cannot message rank {peer}")
+        if not tensor.is_contiguous():
+            raise ValueError(f"group {self.name}: tensors on the wire must be contiguous")
+        return tensor
+
+    def all_reduce(self, tensor: torch.Tensor, scheme: str) -> None:
+        """Sum ``tensor`` over the group in place. It must be contiguous: a reduced temporary is lost."""
+        if self.size == 1:
+            return
+        import deepspeed.comm as ds_comm
+
+        if not tensor.is_contiguous():
+            raise ValueError(f"group {self.name}: all_reduce of a non-contiguous tensor")
+        nbytes = 2 * (self.size - 1) * tensor.numel() * tensor.element_size() // self.size
+        spans_hosts = len(set(self.hosts)) > 1
+        self.ledger.add(scheme, nbytes, nbytes if spans_hosts else 0)
+        try:
+            ds_comm.all_reduce(tensor, group=self._handle)
+        except RuntimeError as err:
+            raise CommError(
+                f"{scheme} in group {self.name}: {str(err).splitlines()[0][:200]}"
+            ) from err
+
+    def barrier(self) -> None:
+        """Wait until every member is here."""
+        token = torch.zeros(1, dtype=torch.int32, device=self.device)
+        self.all_reduce(token, "barrier")
+
+
+class World:
+    """This process's seat in the job: who am I, where are the others, and the groups we share."""
+
+    def __init__(
+        self, rank: int, topology: Topology, device: torch.device, timeout_s: float, joined: bool
+    ) -> None:
+        self.rank = rank
+        self.size = topology.size
+        self.topology = topology
+        self.device = device
+        self.timeout_s = timeout_s
+        self.ledger = Ledger()
+        self._joined = joined
+        self._control: Control | None = None
+
+    def group(self, name: str, members: Sequence[Sequence[int]]) -> Group:
+        """Make one group out of each list of world ranks and return mine.
+
+        Collective: every rank calls it, in the same order, with the same lists (a partition).
+        """
+        flat = sorted(r for ranks in members for r in ranks)
+        if flat != list(range(self.size)):
+            raise ValueError(f"group {name}: {members} is not a partition of {self.size} ranks")
+        mine: Group | None = None
+        for ranks in members:
+            handle = None
+            if len(ranks) > 1:
+                import deepspeed.comm as ds_comm
+
+                handle = ds_comm.new_group(list(ranks))
+            if self.rank in ranks:
+                mine = Group(name, ranks, self, handle)
+        assert mine is not None
+        return mine
+
+    @property
+    def control(self) -> Control:
+        """The plan channel over all ranks, always on CPU tensors."""
+        if self._control is None:
+            self._control = Control(self)
+        return self._control
+
+    def leave(self) -> None:
+        """Leave cleanly. Without it gloo may abort the process at exit."""
+        if self._joined and torch_dist.is_initialized():
+            torch_dist.destroy_process_group()
+        self._joined = False
+
+
+class Control:
+    """Small messages over all ranks of the job, on CPU whatever the device: plans out, results back.
+
+    A plan is raw bytes (the engine encodes it with msgspec), at most ``LIMIT`` long.
+    """
+
+    FRAME = 4096  # one broadcast carries this much, which nearly every plan fits
+    LIMIT = 64 * 2**20
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._frame = torch.zeros(self.FRAME, dtype=torch.uint8)
+        self._what = "plan broadcast in group world"
+
+    def broadcast(self, payload: bytes | None) -> bytes:
+        """Rank 0 gives ``payload`` to all ranks; everybody returns it."""
+        world = self._world
+        if world.rank == 0:
+            assert payload is not None
+            if len(payload) > self.LIMIT:
+                raise CommError(f"a plan of {len(payload)} bytes is above the limit {self.LIMIT}")
+            if world.size == 1:
+                return payload
+            size = len(payload)
+            head = size.to_bytes(8, "little") + payload[: self.FRAME - 8]
+            self._frame[: len(head)] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
+        self._send(self._frame)
+        if world.rank == 0:
+            assert payload is not None
+            if len(payload) > self.FRAME - 8:
+                rest = torch.frombuffer(bytearray(payload[self.FRAME - 8 :]), dtype=torch.uint8)
+                self._send(rest)
+            return payload
+        raw = self._frame.numpy().tobytes()
+        size = int.from_bytes(raw[:8], "little")
+        if size > self.LIMIT:
+            raise CommError(f"a plan of {size} bytes is above the limit {self.LIMIT}")
+        if size <= self.FRAME - 8:
+            return raw[8 : 8 + size]
+        rest = torch.empty(size - (self.FRAME - 8), dtype=torch.uint8)
+        self._send(rest)
+        return raw[8:] + rest.numpy().tobytes()
+
+    def _send(self, tensor: torch.Tensor) -> None:
+        import deepspeed.comm as ds_comm
+
+        if self._world.rank == 0:
+            self._world.ledger.add("plan", tensor.numel() * (self._world.size - 1), 0)
+        try:
+            ds_comm.broadcast(tensor, src=0)
+        except RuntimeError as err:
+            raise CommError(f"{self._what}: {str(err).splitlines()[0][:200]}") from err
+
+    def collect(self, mine: torch.Tensor, others: Sequence[Message]) -> None:
+        """Each rank but 0 sends ``mine`` (CPU, contiguous) to rank 0; rank 0 fills ``others``."""
+        import deepspeed.comm as ds_comm
+
+        world = self._world
+        try:
+            if world.rank == 0:
+                works = [ds_comm.irecv(t, src) for src, t in others if t.numel()]
+                for work in works:
+                    work.wait()
+            elif mine.numel():
+                nbytes = mine.numel() * mine.element_size()
+                world.ledger.add("result", nbytes, 0)
+                ds_comm.isend(mine, 0).wait()
+        except RuntimeError as err:
+            raise CommError(f"results to rank 0: {str(err).splitlines()[0][:200]}") from err
+
+
+def join(
+    rank: int,
+    world_size: int,
+    rendezvous: Rendezvous,
+    *,
+    host: str,
+    hosts: Sequence[str] | None,
+    device: torch.device,
+    timeout_s: float,
+) -> World:
+    """Join the job and learn its hosts.
+
+    ``host`` is this process's host name; ``hosts`` the host of every rank when the launch code knows
+    it (MPI), else ``None`` and the names are exchanged through the store. Raises ``CommError`` when
+    not all ranks arrive in time, ``LaunchError`` when the store cannot listen.
+    """
+    limit = timedelta(seconds=timeout_s)
+    try:
+        store = _open_store(rank, rendezvous, limit)
+        if hosts is None:
+            hosts = _exchange_hosts(rank, world_size, host, store)
+        _init_process_group(rank, world_size, store, device, limit)
+    except (RuntimeError, torch_dist.DistError) as err:
+        raise CommError(
+            f"rank {rank} of {world_size} could not join the others at "
+            f"{rendezvous.host}:{rendezvous.port} within {timeout_s:g} s: "
+            f"{str(err).splitlines()[0][:200]}"
+        ) from err
+    return World(rank, Topology.from_hosts(list(hosts)), device, timeout_s, joined=True)
+
+
+def _open_store(rank: int, at: Rendezvous, limit: timedelta) -> torch_dist.Store:
+    if rank == 0 and at.listen_fd is not None:
+        try:
+            bound = socket.socket(fileno=os.dup(at.listen_fd))
+        except OSError as err:
+            raise LaunchError(f"the store's socket is not usable: {err}") from err
+        port = bound.getsockname()[1]
+        # The store takes the socket as it is: bound to loopback, it is not reachable from outside,
+        # whereas a store that binds by itself listens on every interface.
+        store = torch_dist.TCPStore(
+            at.host, port, is_master=True, timeout=limit, wait_for_workers=False,
+            master_listen_fd=bound.detach(), use_libuv=True,
+        )  # fmt: skip
+    else:
+        store = torch_dist.TCPStore(
+            at.host, at.port, is_master=False, timeout=limit, wait_for_workers=False
+        )
+    return torch_dist.PrefixStore(f"ds_cp/{at.prefix}", store)
+
+
+def _exchange_hosts(rank: int, size: int, host: str, store: torch_dist.Store) -> list[str]:
+    store.set(f"host/{rank}", host)
+    return [store.get(f"host/{r}").decode() for r in range(size)]
+
+
+def _init_process_group(
+    rank: int, size: int, store: torch_dist.Store, device: torch.device, limit: timedelta
+) -> None:
+    """torch joins with our own store; DeepSpeed then adopts the group.
+
+    The shared-memory op is marked as not available first: its compilation takes 60 to 100 s, needs a
+    compiler, and once loaded it ignores the group argument of an all-reduce.
+    """
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed.comm as ds_comm
+    from deepspeed.ops import __compatible_ops__
+
+    __compatible_ops__["deepspeed_shm_comm"] = False
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    torch_dist.init_process_group(
+        backend, store=store, rank=rank, world_size=size, timeout=limit,
+        device_id=device if device.type == "cuda" else None,
+    )  # fmt: skip
+    ds_comm.init_distributed(
+        dist_backend="nccl" if device.type == "cuda" else "gloo",
+        auto_mpi_discovery=False, verbose=False, timeout=limit, rank=rank, world_size=size,
+    )  # fmt: skip

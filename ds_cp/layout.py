@@ -1,0 +1,194 @@
+"""Which positions of a sequence a rank holds: pure integer arithmetic over runs of positions.
+
+A *run* is ``(start, length)``: the positions ``start .. start + length - 1``. *Runs* are listed in
+storage order, the order in which a rank keeps those tokens. An *assignment* is one ``Runs`` per
+rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+Run = tuple[int, int]
+Runs = tuple[Run, ...]
+
+LAYOUTS = ("zigzag", "contiguous")
+
+
+def total(runs: Iterable[Run]) -> int:
+    """Number of tokens in ``runs``."""
+    return sum(length for _, length in runs)
+
+
+def positions(runs: Iterable[Run]) -> list[int]:
+    """Every position of ``runs``, in storage order."""
+    return [p for start, length in runs for p in range(start, start + length)]
+
+
+def join(runs: Iterable[Run]) -> Runs:
+    """The same positions in as few runs as possible: empty ones dropped, neighbours fused."""
+    joined: list[Run] = []
+    for start, length in runs:
+        if length == 0:
+            continue
+        if joined and sum(joined[-1]) == start:
+            joined[-1] = (joined[-1][0], joined[-1][1] + length)
+        else:
+            joined.append((start, length))
+    return tuple(joined)
+
+
+def head(runs: Runs, n: int) -> Runs:
+    """The first ``n`` tokens in storage order. Raises ValueError when there are not so many."""
+    _check_cut(runs, n)
+    kept: list[Run] = []
+    for start, length in runs:
+        kept.append((start, min(length, n)))
+        n -= kept[-1][1]
+    return join(kept)
+
+
+def tail(runs: Runs, n: int) -> Runs:
+    """The last ``n`` tokens in storage order. Raises ValueError when there are not so many."""
+    _check_cut(runs, n)
+    kept: list[Run] = []
+    for start, length in reversed(runs):
+        take = min(length, n)
+        kept.append((start + length - take, take))
+        n -= take
+    return join(reversed(kept))
+
+
+def _check_cut(runs: Runs, n: int) -> None:
+    if not 0 <= n <= total(runs):
+        raise ValueError(f"cannot cut {n} tokens from runs that hold {total(runs)}")
+
+
+def owner_of(assignment: Sequence[Runs], position: int) -> int:
+    """The rank whose runs hold ``position``. Raises ValueError when none does."""
+    for rank, runs in enumerate(assignment):
+        if any(start <= position < start + length for start, length in runs):
+            return rank
+    raise ValueError(f"position {position} is in none of the {len(assignment)} ranks' runs")
+
+
+def split_even(n: int, parts: int) -> list[int]:
+    """``n`` tokens in ``parts`` shares that differ by one at most, the larger ones first."""
+    if n < 0 or parts < 1:
+        raise ValueError(f"cannot split {n} tokens into {parts} parts")
+    small, larger = divmod(n, parts)
+    return [small + (i < larger) for i in range(parts)]
+
+
+def split_weighted(n: int, weights: Sequence[int]) -> list[int]:
+    """``n`` tokens in proportion to whole-number ``weights``: the shares sum to ``n`` exactly.
+
+    Largest-remainder rounding, equal remainders in index order; a weight of zero gets nothing.
+    Raises ValueError when a number is negative, or when all weights are zero and there is something
+    to split.
+    """
+    if n < 0 or any(w < 0 for w in weights):
+        raise ValueError(f"cannot split {n} tokens by weights {list(weights)}: negative number")
+    if n == 0:
+        return [0] * len(weights)
+    whole = sum(weights)
+    if whole == 0:
+        raise ValueError(f"cannot split {n} tokens by weights {list(weights)}: all are zero")
+    shares = [n * w // whole for w in weights]
+    by_remainder = sorted(range(len(weights)), key=lambda i: -(n * weights[i] % whole))
+    for i in by_remainder[: n - sum(shares)]:
+        shares[i] += 1
+    return shares
+
+
+def split_capped(n: int, weights: Sequence[int], caps: Sequence[int]) -> list[int]:
+    """Like :func:`split_weighted`, with share ``i`` at most ``caps[i]``.
+
+    What a cap cuts off goes to the others in proportion to their weights. Raises ValueError when
+    the caps of the parts with a weight above zero sum to less than ``n``.
+    """
+    if len(weights) != len(caps):
+        raise ValueError(f"{len(weights)} weights but {len(caps)} caps")
+    if n < 0 or any(w < 0 for w in weights) or any(c < 0 for c in caps):
+        raise ValueError(f"cannot split {n} by {list(weights)} under {list(caps)}: negative number")
+    have = sum(cap for cap, w in zip(caps, weights, strict=True) if w > 0)
+    if n > have:
+        raise ValueError(f"cannot split {n} tokens: the caps of the weighted parts sum to {have}")
+    shares = [0] * len(weights)
+    open_parts = [i for i, w in enumerate(weights) if w > 0]
+    while n > 0:
+        whole = sum(weights[i] for i in open_parts)
+        full = [i for i in open_parts if n * weights[i] >= caps[i] * whole]
+        if not full:
+            # every exact share is below its (whole) cap here, so rounding up cannot pass the cap
+            rest = split_weighted(n, [weights[i] for i in open_parts])
+            for i, share in zip(open_parts, rest, strict=True):
+                shares[i] = share
+            break
+        for i in full:
+            shares[i] = caps[i]
+            n -= caps[i]
+        open_parts = [i for i in open_parts if i not in full]
+    return shares
+
+
+def zigzag(start: int, counts: Sequence[int], unit: int = 1) -> tuple[Runs, ...]:
+    """Lay positions from ``start`` on so that causal work is equal; rank r gets ``counts[r]``.
+
+    Every rank holds a front chunk and a back chunk: the fronts lie in rank order 0 .. N-1, then the
+    backs in order N-1 .. 0, so a rank with early (cheap) queries also has late (dear) ones. With
+    equal counts these are the usual 2N chunks. The front is half the count rounded to a multiple of
+    ``unit`` (half up), so that the blocks of ``unit`` tokens in which a rank stores it hold
+    consecutive positions; a rank with less than ``unit`` tokens has a back chunk only.
+    """
+    if unit < 1 or any(c < 0 for c in counts):
+        raise ValueError(f"zigzag needs unit >= 1 and counts >= 0, got {unit} and {list(counts)}")
+    fronts = [(c + unit) // (2 * unit) * unit for c in counts]
+    front_runs = _lay(start, fronts)
+    backs = [c - f for c, f in zip(counts, fronts, strict=True)]
+    back_runs = _lay(start + sum(fronts), backs[::-1])[::-1]
+    return tuple(join(both) for both in zip(front_runs, back_runs, strict=True))
+
+
+def contiguous(start: int, counts: Sequence[int]) -> tuple[Runs, ...]:
+    """Lay positions from ``start`` on in rank order, ``counts[r]`` in one run on rank r."""
+    if any(c < 0 for c in counts):
+        raise ValueError(f"contiguous needs counts >= 0, got {list(counts)}")
+    return tuple(join([run]) for run in _lay(start, counts))
+
+
+def _lay(start: int, lengths: Sequence[int]) -> list[Run]:
+    runs: list[Run] = []
+    for length in lengths:
+        runs.append((start, length))
+        start += length
+    return runs
+
+
+def assign(layout: str, start: int, counts: Sequence[int], unit: int) -> tuple[Runs, ...]:
+    """The assignment of ``sum(counts)`` positions from ``start`` on under the named layout.
+
+    ``unit`` (tokens, usually the block size) matters to zigzag only: a contiguous share is one run
+    in any case. Raises ValueError for a name that is not in ``LAYOUTS``.
+    """
+    if layout == "zigzag":
+        return zigzag(start, counts, unit)
+    if layout == "contiguous":
+        return contiguous(start, counts)
+    raise ValueError(f"unknown layout {layout!r}; known: {', '.join(LAYOUTS)}")
+
+
+def causal_work(q_runs: Runs, k_runs: Runs) -> int:
+    """Number of (query, key) pairs in which the key's position is not after the query's."""
+
+    def ramp(x: int) -> int:
+        """Sum of max(0, i) over all i <= x."""
+        return x * (x + 1) // 2 if x > 0 else 0
+
+    pairs = 0
+    for q, t in q_runs:
+        for k, s in k_runs:
+            # query p sees clamp(p - k + 1, 0, s) of these keys: a ramp minus the same ramp s later
+            seen = ramp(q + t - k) - ramp(q - k)
+            pairs += seen - (ramp(q + t - k - s) - ramp(q - k - s))
+    return pairs

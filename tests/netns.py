@@ -1,0 +1,229 @@
+"""Two hosts on one machine, for tests: network namespaces joined by a veth pair.
+
+Each host has its own network, its own host name (UTS namespace) and its own ``/etc/hosts``, so MPI,
+gloo and people see two machines. Everything runs in one PID namespace whose first process ends with
+us: whatever happens, nothing started here stays behind.
+
+    with two_hosts() as hosts:
+        done = hosts.run_mpirun([sys.executable, "script.py"], slots=(2, 2), timeout_s=120)
+        assert done.returncode == 0, done.stdout
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+INTERFACE = "veth0"
+PREFIX = 24
+
+# First process of the PID namespace. It ends when our end of its stdin closes, also when we are
+# killed, and takes every process of the namespace with it. A shell, not cat alone, reaps orphans.
+_INIT = "echo ready; cat >/dev/null; exit 0"
+# First process of a host. $1 name, $2 hosts file. "$$" is its pid inside the PID namespace.
+_HOST = (
+    'echo "$1" >/proc/sys/kernel/hostname && mount --bind "$2" /etc/hosts '
+    "&& ip link set lo up && echo $$ && exec sleep 2147483647"
+)
+# mpirun calls it as: agent HOST COMMAND...; the command is one for a shell.
+_AGENT = """#!/bin/sh
+host=$1
+shift
+case "$host" in
+{cases}
+*) echo "no such host: $host" >&2; exit 1 ;;
+esac
+exec nsenter --target "$pid" --net --uts --mount -- sh -c "$*"
+"""
+
+
+class NamespacesUnavailable(Exception):
+    """Two hosts cannot be made here; the message says why, for ``pytest.skip``."""
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """Two running hosts; ``names[i]`` has the address ``addresses[i]`` on ``interface``."""
+
+    names: tuple[str, str]
+    addresses: tuple[str, str]
+    interface: str
+    init_pid: int  # of the PID namespace's first process, seen from outside
+    host_pids: tuple[int, int]  # of each host's first process, seen from inside
+    agent: Path
+
+    def command(self, host: str, argv: Sequence[str], cwd: str | Path | None = None) -> list[str]:
+        """The command line that runs ``argv`` on one host."""
+        pid = self.host_pids[self.names.index(host)]
+        enter = ["nsenter", "--target", str(self.init_pid), "--pid", "--mount", "--"]
+        enter += ["nsenter", "--target", str(pid), "--net", "--uts", "--mount", "--"]
+        return [*enter, "sh", "-c", 'cd "$0" && exec "$@"', str(cwd or os.getcwd()), *argv]
+
+    def popen(
+        self,
+        host: str,
+        argv: Sequence[str],
+        *,
+        env: Mapping[str, str] | None = None,
+        cwd: str | Path | None = None,
+    ) -> subprocess.Popen[str]:
+        """Start ``argv`` on one host; stdout and stderr come in one pipe.
+
+        Signals to the returned process do not reach ``argv`` (it is a grandchild): leaving
+        ``two_hosts`` ends it, as does ``run`` on the same host with ``kill``.
+        """
+        return subprocess.Popen(
+            self.command(host, argv, cwd),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=dict(os.environ if env is None else env),
+        )
+
+    def run(
+        self,
+        host: str,
+        argv: Sequence[str],
+        *,
+        timeout_s: float = 60.0,
+        env: Mapping[str, str] | None = None,
+        cwd: str | Path | None = None,
+    ) -> subprocess.CompletedProcess[str]:
+        """Run ``argv`` on one host; stdout holds both streams.
+
+        Past ``timeout_s`` both hosts are ended at once and ``subprocess.TimeoutExpired`` (its
+        ``output`` is what was printed so far) is raised.
+        """
+        with self.popen(host, argv, env=env, cwd=cwd) as process:
+            try:
+                output, _ = process.communicate(timeout=timeout_s)
+            except subprocess.TimeoutExpired as error:
+                os.kill(self.init_pid, signal.SIGKILL)
+                output, _ = process.communicate(timeout=10)
+                raise subprocess.TimeoutExpired(list(argv), timeout_s, output) from error
+        return subprocess.CompletedProcess(list(argv), process.returncode, output)
+
+    def mpirun_argv(self, argv: Sequence[str], slots: tuple[int, int] = (2, 2)) -> list[str]:
+        """The mpirun command that starts ``slots[i]`` ranks of ``argv`` on host ``i``, host by
+        host; to be run on the first host."""
+        mpirun = Path(sys.executable).with_name("mpirun")
+        where = ",".join(f"{name}:{n}" for name, n in zip(self.names, slots, strict=True) if n)
+        return [
+            str(mpirun if mpirun.exists() else "mpirun"),
+            *("--allow-run-as-root", "--oversubscribe", "--bind-to", "none"),
+            *("--host", where, "--map-by", "slot", "-np", str(sum(slots))),
+            *("--prtemca", "plm_ssh_agent", str(self.agent)),
+            *argv,
+        ]
+
+    def run_mpirun(
+        self,
+        argv: Sequence[str],
+        *,
+        slots: tuple[int, int] = (2, 2),
+        timeout_s: float = 120.0,
+        env: Mapping[str, str] | None = None,
+        cwd: str | Path | None = None,
+    ) -> subprocess.CompletedProcess[str]:
+        """Run ``argv`` as an MPI job over both hosts (see ``run`` and ``mpirun_argv``)."""
+        job = self.mpirun_argv(argv, slots)
+        return self.run(self.names[0], job, timeout_s=timeout_s, env=env, cwd=cwd)
+
+
+@contextmanager
+def two_hosts(names: tuple[str, str] = ("nodea", "nodeb")) -> Iterator[Hosts]:
+    """Make two hosts, and end every process on them afterwards.
+
+    ``NamespacesUnavailable`` where that is not permitted.
+    """
+    for tool in ("unshare", "nsenter", "ip", "mount", "sh"):
+        if shutil.which(tool) is None:
+            raise NamespacesUnavailable(f"{tool} is not installed (util-linux, iproute2)")
+    if os.geteuid() != 0:
+        raise NamespacesUnavailable("needs root to make network namespaces (or a container's)")
+    addresses = ("10.77.0.1", "10.77.0.2")
+    with tempfile.TemporaryDirectory(prefix="two-hosts-") as folder:
+        hosts_file = Path(folder, "hosts")
+        lines = ["127.0.0.1 localhost", *map(" ".join, zip(addresses, names, strict=True))]
+        hosts_file.write_text("\n".join(lines) + "\n")
+        unshare = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+        init = subprocess.Popen(
+            [*unshare, "sh", "-c", _INIT],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        holders: list[subprocess.Popen[str]] = []
+        try:
+            _expect(init, "ready")
+            init_pid = _only_child(init.pid)
+            enter = ["nsenter", "--target", str(init_pid), "--pid", "--mount", "--"]
+            host_pids = []
+            for name in names:
+                argv = ["unshare", "--net", "--uts", "--mount", "sh", "-c", _HOST]
+                holder = subprocess.Popen(
+                    [*enter, *argv, "host", name, str(hosts_file)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                )
+                holders.append(holder)
+                host_pids.append(int(_expect(holder)))
+            agent = Path(folder, "agent")
+            cases = "\n".join(
+                f"{name}|{address}) pid={pid} ;;"
+                for name, address, pid in zip(names, addresses, host_pids, strict=True)
+            )
+            agent.write_text(_AGENT.format(cases=cases))
+            agent.chmod(0o755)
+            hosts = Hosts(
+                names, addresses, INTERFACE, init_pid, (host_pids[0], host_pids[1]), agent
+            )
+            _join(hosts)
+            yield hosts
+        finally:
+            init.kill()  # --kill-child ends the first process of the namespace, and that all others
+            for process in (init, *holders):
+                process.communicate(timeout=10)
+
+
+def _join(hosts: Hosts) -> None:
+    a, b = (str(pid) for pid in hosts.host_pids)
+    enter = ["nsenter", "--target", str(hosts.init_pid), "--pid", "--mount", "--"]
+    link = ["ip", "link", "add", INTERFACE, "netns", a, "type", "veth"]
+    commands = [[*enter, *link, "peer", "name", INTERFACE, "netns", b]]
+    for name, address in zip(hosts.names, hosts.addresses, strict=True):
+        commands.append(
+            hosts.command(name, ["ip", "addr", "add", f"{address}/{PREFIX}", "dev", INTERFACE])
+        )
+        commands.append(hosts.command(name, ["ip", "link", "set", INTERFACE, "up"]))
+    for command in commands:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        if done.returncode:
+            raise NamespacesUnavailable(f"{command[-6:]}: {done.stderr.strip() or 'failed'}")
+
+
+def _expect(process: subprocess.Popen[str], text: str | None = None) -> str:
+    assert process.stdout is not None
+    line = process.stdout.readline().strip()
+    if (text is None and not line.isdecimal()) or (text is not None and line != text):
+        raise NamespacesUnavailable(f"namespaces are not permitted here: {line or 'no answer'}")
+    return line
+
+
+def _only_child(pid: int) -> int:
+    import psutil
+
+    (child,) = psutil.Process(pid).children()
+    return int(child.pid)
