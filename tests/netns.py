@@ -45,7 +45,7 @@ exec nsenter --target "$pid" --net --uts --mount -- sh -c "$*"
 """
 
 
-class NamespacesUnavailable(Exception):
+class NamespaceError(Exception):
     """Two hosts cannot be made here; the message says why, for ``pytest.skip``."""
 
 
@@ -77,8 +77,8 @@ class Hosts:
     ) -> subprocess.Popen[str]:
         """Start ``argv`` on one host; stdout and stderr come in one pipe.
 
-        Signals to the returned process do not reach ``argv`` (it is a grandchild): leaving
-        ``two_hosts`` ends it, as does ``run`` on the same host with ``kill``.
+        Signals to the returned process do not reach ``argv``, its grandchild in another PID
+        namespace: ``run`` a ``kill`` on the host for that. Leaving ``two_hosts`` ends it anyway.
         """
         return subprocess.Popen(
             self.command(host, argv, cwd),
@@ -112,15 +112,17 @@ class Hosts:
                 raise subprocess.TimeoutExpired(list(argv), timeout_s, output) from error
         return subprocess.CompletedProcess(list(argv), process.returncode, output)
 
-    def mpirun_argv(self, argv: Sequence[str], slots: tuple[int, int] = (2, 2)) -> list[str]:
-        """The mpirun command that starts ``slots[i]`` ranks of ``argv`` on host ``i``, host by
-        host; to be run on the first host."""
+    def mpirun_argv(
+        self, argv: Sequence[str], slots: tuple[int, int] = (2, 2), map_by: str = "slot"
+    ) -> list[str]:
+        """The mpirun command that starts ``slots[i]`` ranks of ``argv`` on host ``i``; to be run
+        on the first host. ``map_by``: ``slot`` numbers ranks host by host, ``node`` in turn."""
         mpirun = Path(sys.executable).with_name("mpirun")
         where = ",".join(f"{name}:{n}" for name, n in zip(self.names, slots, strict=True) if n)
         return [
             str(mpirun if mpirun.exists() else "mpirun"),
             *("--allow-run-as-root", "--oversubscribe", "--bind-to", "none"),
-            *("--host", where, "--map-by", "slot", "-np", str(sum(slots))),
+            *("--host", where, "--map-by", map_by, "-np", str(sum(slots))),
             *("--prtemca", "plm_ssh_agent", str(self.agent)),
             *argv,
         ]
@@ -130,12 +132,13 @@ class Hosts:
         argv: Sequence[str],
         *,
         slots: tuple[int, int] = (2, 2),
+        map_by: str = "slot",
         timeout_s: float = 120.0,
         env: Mapping[str, str] | None = None,
         cwd: str | Path | None = None,
     ) -> subprocess.CompletedProcess[str]:
         """Run ``argv`` as an MPI job over both hosts (see ``run`` and ``mpirun_argv``)."""
-        job = self.mpirun_argv(argv, slots)
+        job = self.mpirun_argv(argv, slots, map_by)
         return self.run(self.names[0], job, timeout_s=timeout_s, env=env, cwd=cwd)
 
 
@@ -143,17 +146,19 @@ class Hosts:
 def two_hosts(names: tuple[str, str] = ("nodea", "nodeb")) -> Iterator[Hosts]:
     """Make two hosts, and end every process on them afterwards.
 
-    ``NamespacesUnavailable`` where that is not permitted.
+    ``NamespaceError`` where that is not permitted.
     """
     for tool in ("unshare", "nsenter", "ip", "mount", "sh"):
         if shutil.which(tool) is None:
-            raise NamespacesUnavailable(f"{tool} is not installed (util-linux, iproute2)")
+            raise NamespaceError(f"{tool} is not installed (util-linux, iproute2)")
     if os.geteuid() != 0:
-        raise NamespacesUnavailable("needs root to make network namespaces (or a container's)")
+        raise NamespaceError("needs root to make network namespaces (or a container's)")
     addresses = ("10.77.0.1", "10.77.0.2")
     with tempfile.TemporaryDirectory(prefix="two-hosts-") as folder:
         hosts_file = Path(folder, "hosts")
         lines = ["127.0.0.1 localhost", *map(" ".join, zip(addresses, names, strict=True))]
+        # The store of torch looks up its clients by their IPv4 address mapped into IPv6.
+        lines += [f"::ffff:{ip} {name}-v4" for ip, name in zip(addresses, names, strict=True)]
         hosts_file.write_text("\n".join(lines) + "\n")
         unshare = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
         init = subprocess.Popen(
@@ -211,19 +216,19 @@ def _join(hosts: Hosts) -> None:
     for command in commands:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
         if done.returncode:
-            raise NamespacesUnavailable(f"{command[-6:]}: {done.stderr.strip() or 'failed'}")
+            raise NamespaceError(f"{command[-6:]}: {done.stderr.strip() or 'failed'}")
 
 
 def _expect(process: subprocess.Popen[str], text: str | None = None) -> str:
     assert process.stdout is not None
     line = process.stdout.readline().strip()
     if (text is None and not line.isdecimal()) or (text is not None and line != text):
-        raise NamespacesUnavailable(f"namespaces are not permitted here: {line or 'no answer'}")
+        raise NamespaceError(f"namespaces are not permitted here: {line or 'no answer'}")
     return line
 
 
 def _only_child(pid: int) -> int:
-    import psutil
+    import psutil  # type: ignore[import-untyped]
 
     (child,) = psutil.Process(pid).children()
     return int(child.pid)

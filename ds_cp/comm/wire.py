@@ -6,6 +6,7 @@ of every message derive its size from what all ranks know, so an empty message i
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import socket
@@ -18,7 +19,7 @@ import torch
 import torch.distributed as torch_dist
 
 from ds_cp.comm.ledger import Ledger
-from ds_cp.errors import CommError, LaunchError
+from ds_cp.errors import CommError, ConfigError, LaunchError
 from ds_cp.topology.hosts import Topology
 
 Message = tuple[int, torch.Tensor]  # (index of the peer within the group, contiguous tensor)
@@ -288,18 +289,19 @@ def join(
     hosts: Sequence[str] | None,
     device: torch.device,
     timeout_s: float,
+    digest: str = "",
 ) -> World:
     """Join the job and learn its hosts.
 
     ``host`` is this process's host name; ``hosts`` the host of every rank when the launch code knows
-    it (MPI), else ``None`` and the names are exchanged through the store. Raises ``CommError`` when
-    not all ranks arrive in time, ``LaunchError`` when the store cannot listen.
+    it (MPI), else ``None`` and the names are exchanged through the store. ``digest``: what all ranks
+    must have in common (their config). Raises ``CommError`` when not all ranks arrive in time,
+    ``LaunchError`` when the store cannot listen, ``ConfigError`` when ranks were started differently.
     """
     limit = timedelta(seconds=timeout_s)
     try:
         store = _open_store(rank, rendezvous, limit)
-        if hosts is None:
-            hosts = _exchange_hosts(rank, world_size, host, store)
+        names = _introduce(rank, world_size, host, digest, store)
         _init_process_group(rank, world_size, store, device, limit)
     except (RuntimeError, torch_dist.DistError) as err:
         raise CommError(
@@ -307,7 +309,7 @@ def join(
             f"{rendezvous.host}:{rendezvous.port} within {timeout_s:g} s: "
             f"{str(err).splitlines()[0][:200]}"
         ) from err
-    return World(rank, Topology.from_hosts(list(hosts)), device, timeout_s, joined=True)
+    return World(rank, Topology.from_hosts(list(hosts or names)), device, timeout_s, joined=True)
 
 
 def _open_store(rank: int, at: Rendezvous, limit: timedelta) -> torch_dist.Store:
@@ -330,9 +332,20 @@ def _open_store(rank: int, at: Rendezvous, limit: timedelta) -> torch_dist.Store
     return torch_dist.PrefixStore(f"ds_cp/{at.prefix}", store)
 
 
-def _exchange_hosts(rank: int, size: int, host: str, store: torch_dist.Store) -> list[str]:
-    store.set(f"host/{rank}", host)
-    return [store.get(f"host/{r}").decode() for r in range(size)]
+def _introduce(
+    rank: int, size: int, host: str, digest: str, store: torch_dist.Store
+) -> list[str]:
+    """Tell the others my host and what I was started with; every rank's host, rank 0 first."""
+    mark = hashlib.sha256(digest.encode()).hexdigest()
+    store.set(f"hello/{rank}", f"{mark} {host}")
+    hellos = [store.get(f"hello/{r}").decode().split(" ", 1) for r in range(size)]
+    odd = [r for r, hello in enumerate(hellos) if hello[0] != hellos[0][0]]
+    if odd:
+        raise ConfigError(
+            f"ranks {odd[:8]} were started with another config than rank 0: start every rank with the same "
+            "file and options"
+        )
+    return [hello[1] for hello in hellos]
 
 
 def _init_process_group(

@@ -127,16 +127,17 @@ class _RankBlocks:
         """
         lengths = self.length_at
         picked: list[int] = []
-        if n and max(lengths.values()) < n:
+        if n == 0:
+            return picked
+        if max(lengths.values()) < n:
             for start in sorted(self.starts, key=lengths.__getitem__, reverse=True):
                 if n <= lengths[start]:
                     break
                 picked.append(start)
                 n -= lengths[start]
-        if n:
-            left = set(self.starts).difference(picked)
-            enough = [start for start in left if lengths[start] >= n]
-            picked.append(min(enough, key=lambda start: (lengths[start], start)))
+        left = set(self.starts).difference(picked)
+        enough = [start for start in left if lengths[start] >= n]
+        picked.append(min(enough, key=lambda start: (lengths[start], start)))
         return picked
 
     def _take_from(self, start: int, n: int) -> range:

@@ -63,6 +63,8 @@ def place(
         )
     if tokens < 0 or block_size < 1 or not -1 <= last_rank < ranks:
         raise ValueError(f"bad numbers: {tokens=}, {block_size=}, {last_rank=} of {ranks} ranks")
+    if any(n < 0 for n in (*open_slots, *free_blocks)):
+        raise ValueError(f"negative open_slots {list(open_slots)} or blocks {list(free_blocks)}")
     room = [slots + n * block_size for slots, n in zip(open_slots, free_blocks, strict=True)]
     if tokens > sum(room):
         return None

@@ -1,0 +1,1 @@
+"""Loading a Hugging Face decoder, wiring it into the attention interface, sampling."""

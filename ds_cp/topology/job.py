@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from ds_cp.errors import LaunchError, TopologyError
-from ds_cp.topology import mpi, net, slurm
+from ds_cp.topology import environment, mpi, net
+from ds_cp.topology.environment import LOOPBACK, Place, peek_rank
 
-LOOPBACK = "127.0.0.1"
+__all__ = ["Job", "detect", "open_store_socket", "peek_rank"]
 
 _OTHER_PORT = {
     "deepspeed": "choose another port with deepspeed --master_port N",
@@ -52,7 +53,11 @@ class Job:
 
 
 def detect(
-    env: Mapping[str, str], *, hosts: str = "auto", interface: str = "auto", timeout_s: float = 60.0
+    env: Mapping[str, str],
+    *,
+    hosts: str = "auto",
+    interface: str = "auto",
+    timeout_s: float = 120.0,
 ) -> Job:
     """The job that this process is a rank of. Rank 0 comes back with its store's socket open.
 
@@ -60,6 +65,7 @@ def detect(
     ``mpi`` and ``env`` ask that one alone. Of the environment, ``RANK`` / ``WORLD_SIZE``
     (deepspeed, torchrun, ds-cp) come before Slurm's step and mpirun's own variables; with none of
     them it is a job of one rank. ``interface``: a network interface's name, or ``auto``.
+    ``timeout_s`` bounds the wait for the other ranks where MPI is asked (see ``mpi.session``).
 
     Raises ``TopologyError`` when the sources disagree or a value makes no sense, ``LaunchError``
     when the store cannot listen.
@@ -69,26 +75,18 @@ def detect(
     if hosts == "mpi":
         return _from_mpi(env, interface, timeout_s)
     if hosts == "auto" and env.get("DS_CP_LAUNCHER") != "ds-cp" and mpi.launched_by_mpirun(env):
-        _check_sizes(_mpirun_size(env), env)  # before MPI starts: it would wait for missing ranks
+        # Before MPI starts: it would wait for ranks that are not there.
+        _check_sizes(environment.mpirun_size(env), env)
         return _from_mpi(env, interface, timeout_s)
     if "RANK" in env or "WORLD_SIZE" in env:
-        return _from_rank_variables(env, interface)
-    if _in_slurm_step(env):
-        return _from_slurm(env, interface)
-    if hosts == "env" and mpi.launched_by_mpi(env):
-        return _from_mpirun_variables(env, interface)
-    return _complete(_Place(0, 1, 0, 1, "python"), interface, LOOPBACK, 0)
-
-
-def peek_rank(env: Mapping[str, str]) -> int:
-    """This process's rank for "print once"; 0 when nothing says otherwise. Never raises."""
-    names = ["RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK"]
-    if _in_slurm_step(env):
-        names.append("SLURM_PROCID")
-    for name in names:
-        if env.get(name, "").strip().isdecimal():
-            return int(env[name])
-    return 0
+        place = environment.from_rank_variables(env)
+    elif environment.in_slurm_step(env):
+        place = environment.from_slurm(env)
+    elif hosts == "env" and mpi.launched_by_mpi(env):
+        place = environment.from_mpirun_variables(env)
+    else:
+        place = Place(0, 1, 0, 1, "python")
+    return _complete(place, interface)
 
 
 def open_store_socket(job: Job, *, port: int | None = None) -> socket.socket:
@@ -102,130 +100,6 @@ def open_store_socket(job: Job, *, port: int | None = None) -> socket.socket:
     return net.listen(ip, job.store_port if port is None else port, way_out)
 
 
-# --- the launchers' environments
-
-
-@dataclass(frozen=True)
-class _Place:
-    rank: int
-    size: int
-    local_rank: int
-    local_size: int | None
-    launcher: str
-
-    def __post_init__(self) -> None:
-        local = self.size if self.local_size is None else self.local_size
-        if not 0 <= self.rank < self.size:
-            raise TopologyError(
-                f"{self.launcher} gave rank {self.rank} of {self.size}: ranks are 0 to size - 1, "
-                f"check RANK and WORLD_SIZE"
-            )
-        if not 0 <= self.local_rank < local <= self.size:
-            raise TopologyError(
-                f"{self.launcher} gave local rank {self.local_rank} of {local} in a job of "
-                f"{self.size}: check LOCAL_RANK and the ranks per host"
-            )
-
-
-def _from_rank_variables(env: Mapping[str, str], interface: str) -> Job:
-    size, rank = _int(env, "WORLD_SIZE"), _int(env, "RANK")
-    local_size = _int_or_none(env, "LOCAL_WORLD_SIZE")
-    if local_size is None:
-        local_size = _int_or_none(env, "LOCAL_SIZE")
-    local_rank = _int_or_none(env, "LOCAL_RANK")
-    if size == 1:
-        local_size, local_rank = 1, local_rank or 0
-    if local_rank is None:
-        raise TopologyError(
-            "RANK is set but LOCAL_RANK is not: set it to the rank's number on its host "
-            "(0 with one rank per host)"
-        )
-    if env.get("DS_CP_LAUNCHER") == "ds-cp":
-        launcher = "ds-cp"
-    elif any(name.startswith("TORCHELASTIC_") for name in env):
-        launcher = "torchrun"
-    else:
-        launcher = "deepspeed" if "LOCAL_SIZE" in env or "CROSS_SIZE" in env else "python"
-    place = _Place(rank, size, local_rank, local_size, launcher)
-    if size == 1 and "MASTER_ADDR" not in env:
-        return _complete(place, interface, LOOPBACK, 0)
-    shared = env.get("TORCHELASTIC_USE_AGENT_STORE", "").lower() in ("true", "1")
-    return _complete(place, interface, _master_addr(env), _port(env, "MASTER_PORT"), shared)
-
-
-def _in_slurm_step(env: Mapping[str, str]) -> bool:
-    if "SLURM_PROCID" not in env or not env.get("SLURM_STEP_ID", "").isdecimal():
-        return False
-    # salloc's shell and sbatch's script are steps too, numbered from the top; they are one process.
-    return int(env["SLURM_STEP_ID"]) < 0xFFFFFFF0
-
-
-def _slurm_size(env: Mapping[str, str]) -> int:
-    return _int(env, "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS")
-
-
-def _from_slurm(env: Mapping[str, str], interface: str) -> Job:
-    size = _slurm_size(env)
-    local_size: int | None = None
-    if size == 1:
-        local_size = 1
-    elif "SLURM_STEP_TASKS_PER_NODE" in env:
-        counts = slurm.expand_tasks_per_node(env["SLURM_STEP_TASKS_PER_NODE"])
-        node = _int(env, "SLURM_NODEID") if len(counts) > 1 else 0
-        if not 0 <= node < len(counts):
-            raise TopologyError(
-                f"SLURM_NODEID is {node} but SLURM_STEP_TASKS_PER_NODE lists {len(counts)} nodes"
-            )
-        local_size = counts[node]
-    elif "SLURM_NTASKS_PER_NODE" in env:
-        local_size = _int(env, "SLURM_NTASKS_PER_NODE")
-    place = _Place(_int(env, "SLURM_PROCID"), size, _int(env, "SLURM_LOCALID"), local_size, "slurm")
-    if size == 1:
-        return _complete(place, interface, LOOPBACK, 0)
-    if "MASTER_ADDR" in env:
-        address = _master_addr(env)
-    else:
-        # Task 0 is on the first node. SLURM_LAUNCH_NODE_IPADDR is where srun was typed, which
-        # may be a login node, so it comes last.
-        nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST")
-        address = slurm.expand_nodelist(nodes)[0] if nodes else ""
-        address = address or env.get("SLURM_LAUNCH_NODE_IPADDR", "")
-        if not address:
-            raise TopologyError(
-                "Slurm says neither SLURM_STEP_NODELIST nor SLURM_JOB_NODELIST: export MASTER_ADDR "
-                "(the host of rank 0) before srun"
-            )
-    if "MASTER_PORT" in env:
-        port = _port(env, "MASTER_PORT")
-    else:
-        port = slurm.step_port(_int(env, "SLURM_JOB_ID"), _int(env, "SLURM_STEP_ID"))
-    return _complete(place, interface, address, port)
-
-
-def _mpirun_size(env: Mapping[str, str]) -> int | None:
-    size = _int_or_none(env, "OMPI_COMM_WORLD_SIZE")
-    return _int_or_none(env, "PMI_SIZE") if size is None else size
-
-
-def _from_mpirun_variables(env: Mapping[str, str], interface: str) -> Job:
-    if "OMPI_COMM_WORLD_SIZE" in env:
-        prefix, local_rank, local_size = (
-            "OMPI_COMM_WORLD_",
-            "OMPI_COMM_WORLD_LOCAL_RANK",
-            "OMPI_COMM_WORLD_LOCAL_SIZE",
-        )
-    else:
-        prefix, local_rank, local_size = "PMI_", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"
-    place = _Place(
-        _int(env, prefix + "RANK"),
-        _int(env, prefix + "SIZE"),
-        _int(env, local_rank),
-        _int(env, local_size),
-        "mpi",
-    )
-    return _complete(place, interface, _master_addr(env), _port(env, "MASTER_PORT"))
-
-
 # --- MPI
 
 
@@ -235,6 +109,7 @@ def _from_mpi(env: Mapping[str, str], interface: str, timeout_s: float) -> Job:
     with mpi.session(timeout_s) as session:
         facts = session.facts
         host = facts.hosts[facts.rank]
+        mine: dict[str, object]
         try:
             addresses = net.local_addresses()
             port = _check_mpi_rank(facts, env, interface, addresses, host)
@@ -290,7 +165,7 @@ def _check_mpi_rank(
 ) -> int:
     """Compare MPI with the environment; the port asked for (0: any) when they agree."""
     _check_sizes(facts.size, env)
-    rank = _int_or_none(env, "RANK")
+    rank = environment.whole_number(env, "RANK")
     if rank is not None and rank != facts.rank:
         raise TopologyError(
             f"the environment says RANK={rank} but MPI says rank {facts.rank}: unset RANK and "
@@ -298,13 +173,13 @@ def _check_mpi_rank(
         )
     if interface != "auto":
         net.address_of(interface, addresses, host)
-    return _port(env, "MASTER_PORT") if "MASTER_PORT" in env else 0
+    return environment.port_number(env, "MASTER_PORT") if "MASTER_PORT" in env else 0
 
 
 def _check_sizes(mpi_size: int | None, env: Mapping[str, str]) -> None:
-    size = _int_or_none(env, "WORLD_SIZE")
-    if size is None and _in_slurm_step(env) and not mpi.launched_by_mpirun(env):
-        size = _slurm_size(env)
+    size = environment.whole_number(env, "WORLD_SIZE")
+    if size is None and environment.in_slurm_step(env) and not mpi.launched_by_mpirun(env):
+        size = environment.slurm_size(env)
     if mpi_size is None or size is None or size == mpi_size:
         return
     if mpi_size == 1:
@@ -341,15 +216,12 @@ def _mpi_store_ip(
 # --- shared by the launchers
 
 
-def _complete(
-    place: _Place, interface: str, store_host: str, store_port: int, shared: bool = False
-) -> Job:
+def _complete(place: Place, interface: str) -> Job:
     """Fill in what the numbers imply, and open rank 0's socket."""
     host = socket.gethostname()
     one_host = place.local_size == place.size
     addresses = net.local_addresses()
-    if one_host and not shared:
-        store_host = LOOPBACK
+    store_host = LOOPBACK if one_host and not place.store_shared else place.store_host
     job = Job(
         rank=place.rank,
         world_size=place.size,
@@ -359,11 +231,11 @@ def _complete(
         host=host,
         launcher=place.launcher,
         store_host=store_host,
-        store_port=store_port,
-        store_shared=shared,
+        store_port=place.store_port,
+        store_shared=place.store_shared,
         interface=_interface(interface, one_host, store_host, addresses, host),
     )
-    if job.rank != 0 or shared:
+    if job.rank != 0 or job.store_shared:
         return job
     sock = open_store_socket(job)
     return replace(job, store_port=sock.getsockname()[1], store_socket=sock)
@@ -395,37 +267,3 @@ def _own_ip(store_host: str, interface: str | None, host: str) -> str:
         f"rank 0 runs on host {host}, but the store's host {store_host} ({ip}) is not an address "
         f"that it shows to others (there: {there}): set MASTER_ADDR to one of those"
     )
-
-
-def _int_or_none(env: Mapping[str, str], name: str) -> int | None:
-    text = env.get(name)
-    if text is None:
-        return None
-    try:
-        return int(text)
-    except ValueError:
-        raise TopologyError(f"{name} must be a whole number (got {text[:80]!r})") from None
-
-
-def _int(env: Mapping[str, str], name: str) -> int:
-    value = _int_or_none(env, name)
-    if value is None:
-        raise TopologyError(
-            f"{name} is not set although this process looks like a rank of a job: launch with "
-            f"deepspeed, torchrun, mpirun or srun, or set it"
-        )
-    return value
-
-
-def _port(env: Mapping[str, str], name: str) -> int:
-    port = _int(env, name)
-    if not 1 <= port <= 65535:
-        raise TopologyError(f"{name} must be a port, 1 to 65535 (got {port})")
-    return port
-
-
-def _master_addr(env: Mapping[str, str]) -> str:
-    address = env.get("MASTER_ADDR", "").strip()
-    if not address:
-        raise TopologyError("MASTER_ADDR is not set: set it to the address of rank 0's host")
-    return address

@@ -7,7 +7,9 @@ script has started MPI itself, it stays as it is.
 
 from __future__ import annotations
 
+import faulthandler
 import socket
+import sys
 import time
 from array import array
 from collections.abc import Iterator, Mapping
@@ -116,30 +118,32 @@ def name_hosts(leaders: list[int], names: list[str]) -> tuple[str, ...]:
 
 
 @contextmanager
-def session(timeout_s: float = 60.0) -> Iterator[MpiSession]:
+def session(timeout_s: float = 120.0) -> Iterator[MpiSession]:
     """MPI for the length of a ``with`` block; every rank of the job has to come.
 
     Once only in a process, unless the script has started MPI itself (it cannot be started again).
     Raises ``TopologyError`` when mpi4py or an MPI library is missing, or MPI was ended before.
+    A rank that stays away past ``timeout_s`` ends the others: by ``CommError``, or in MPI's own
+    start and end by leaving the process with status 1.
     """
-    mpi, ours = _start()
+    mpi, ours = _start(timeout_s)
     try:
         yield MpiSession(mpi, mpi.COMM_WORLD, timeout_s)
     except CommError:
         raise  # a rank is missing: finalizing would wait for it without end
     except BaseException:
-        _end(mpi, ours)
+        _end(mpi, ours, timeout_s)
         raise
-    _end(mpi, ours)
+    _end(mpi, ours, timeout_s)
 
 
-def discover(timeout_s: float = 60.0) -> MpiFacts:
+def discover(timeout_s: float = 120.0) -> MpiFacts:
     """The facts alone (see ``session``)."""
     with session(timeout_s) as found:
         return found.facts
 
 
-def _start() -> tuple[Any, bool]:
+def _start(timeout_s: float) -> tuple[Any, bool]:
     try:
         import mpi4py
 
@@ -160,13 +164,41 @@ def _start() -> tuple[Any, bool]:
         )
     ours = not MPI.Is_initialized()
     if ours:
-        MPI.Init_thread(MPI.THREAD_FUNNELED)
+        with _exit_after(timeout_s):
+            _mpi_init_waits_for_every_rank(MPI)
     return MPI, ours
 
 
-def _end(mpi: Any, ours: bool) -> None:
+def _end(mpi: Any, ours: bool, timeout_s: float) -> None:
     if ours:
-        mpi.Finalize()
+        with _exit_after(timeout_s):
+            _mpi_finalize_waits_for_every_rank(mpi)
+
+
+# Their names are what is read when a rank never comes: see _exit_after.
+
+
+def _mpi_init_waits_for_every_rank(mpi: Any) -> None:
+    mpi.Init_thread(mpi.THREAD_FUNNELED)
+
+
+def _mpi_finalize_waits_for_every_rank(mpi: Any) -> None:
+    mpi.Finalize()
+
+
+@contextmanager
+def _exit_after(timeout_s: float) -> Iterator[None]:
+    """A deadline for MPI's own start and end, which hold the interpreter lock while they wait: no
+    Python thread or signal handler runs then. faulthandler's watchdog does; it writes the stack
+    and ends the process with status 1, and mpirun ends the other ranks."""
+    if sys.__stderr__ is None:
+        yield
+        return
+    faulthandler.dump_traceback_later(timeout_s, exit=True, file=sys.__stderr__)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def _one_line(error: BaseException) -> str:

@@ -29,7 +29,7 @@ class Address:
 
 def local_addresses() -> tuple[Address, ...]:
     """IPv4 addresses of this host's interfaces that are up, loopback included."""
-    import psutil  # here, so that pure users of the topology do not need it
+    import psutil  # type: ignore[import-untyped]  # only launching needs it
 
     stats = psutil.net_if_stats()
     found = []

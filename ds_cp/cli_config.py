@@ -1,0 +1,45 @@
+"""``ds-cp config`` and ``ds-cp version``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from collections.abc import Mapping
+from importlib import metadata
+
+from ds_cp.config import config_schema, explain, load_config
+from ds_cp.version import __version__
+
+PACKAGES = ("torch", "deepspeed", "transformers", "safetensors", "mpi4py", "flash-attn")
+
+
+def config(args: argparse.Namespace, env: Mapping[str, str]) -> int:
+    """Print the schema, check files, or explain one."""
+    if args.action == "schema":
+        print(json.dumps(config_schema(), indent=2))
+        return 0
+    for file in args.files:
+        loaded = load_config(file)
+        print("\n".join(explain(loaded)) if args.action == "explain" else f"{file}: OK")
+    return 0
+
+
+def installed_version(package: str) -> str | None:
+    """Version of an installed package, without importing it."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def version(args: argparse.Namespace, env: Mapping[str, str]) -> int:
+    """Print the versions that matter."""
+    found: dict[str, str | None] = {"ds_cp": __version__, "python": platform.python_version()}
+    found |= {package: installed_version(package) for package in PACKAGES}
+    if args.json:
+        print(json.dumps(found))
+    else:
+        for name, text in found.items():
+            print(f"{name} {text or 'not installed'}")
+    return 0

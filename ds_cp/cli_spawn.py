@@ -1,0 +1,177 @@
+"""Our own launcher: n ranks of one command on this machine, started, watched and ended together."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import FrameType
+
+from ds_cp.errors import LaunchError
+
+LAUNCHER = "ds-cp"
+POLL_S = 0.05
+FAILURE_GRACE_S = 10.0  # between SIGTERM and SIGKILL when a rank has failed
+_PR_SET_PDEATHSIG = 1
+_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def spawn(command: Sequence[str], ranks: int, env: Mapping[str, str], *, grace_s: float) -> int:
+    """Run ``command`` on ``ranks`` ranks and wait for all of them; the exit code of the job.
+
+    SIGINT, SIGTERM and SIGHUP go on to every rank, which then has ``grace_s`` seconds to end; a
+    second one ends them at once. When a rank fails the others are ended. A rank dies with this
+    process, and what a rank leaves behind in its own session dies with the rank.
+
+    ``LaunchError`` when a process cannot be started.
+    """
+    with _recorded_signals() as received:
+        watch = _Ranks(received, grace_s)
+        try:
+            watch.start(command, ranks, env)
+            while watch.alive:
+                watch.step()
+                time.sleep(POLL_S)
+        finally:
+            watch.kill()
+    return watch.exit_code()
+
+
+class _Ranks:
+    def __init__(self, received: list[int], grace_s: float) -> None:
+        self.alive: dict[int, subprocess.Popen[bytes]] = {}
+        self._received = received
+        self._handled = 0
+        self._grace_s = grace_s
+        self._kill_at: float | None = None
+        self._first_failure: tuple[int, int] | None = None  # rank, return code
+
+    def start(self, command: Sequence[str], ranks: int, env: Mapping[str, str]) -> None:
+        port = _free_port()
+        prepare = _die_with_parent()
+        for rank in range(ranks):
+            place = {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": ranks,
+                "LOCAL_WORLD_SIZE": ranks,
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+                "DS_CP_LAUNCHER": LAUNCHER,
+            }
+            try:
+                self.alive[rank] = subprocess.Popen(
+                    list(command),
+                    env={**env, **{name: str(value) for name, value in place.items()}},
+                    stdin=subprocess.DEVNULL,
+                    start_new_session=True,
+                    preexec_fn=prepare,
+                )
+            except OSError as error:
+                raise LaunchError(
+                    f"cannot start rank {rank} of {ranks}: {error.strerror or error}"
+                ) from None
+
+    def step(self) -> None:
+        """Look once: pass on signals, collect the dead, end the rest where that is due."""
+        for number in self._received[self._handled :]:
+            self._handled += 1
+            if self._handled > 1:
+                self.kill()
+            else:
+                self._end(signal.SIGTERM if number == signal.SIGHUP else number, self._grace_s)
+        for rank, process in list(self.alive.items()):
+            if _has_ended(process):
+                self._collect(rank)
+        if self._kill_at is not None and time.monotonic() >= self._kill_at:
+            self.kill()
+
+    def kill(self) -> None:
+        """End everything that is left, now."""
+        for rank in list(self.alive):
+            self._collect(rank)
+
+    def exit_code(self) -> int:
+        if signal.SIGINT in self._received:
+            return 128 + signal.SIGINT
+        if self._first_failure is None:
+            return 0
+        rank, code = self._first_failure
+        if not self._received and (code < 0 or (rank != 0 and code == 1)):
+            how = f"was ended by {_signal_name(-code)}" if code < 0 else "failed"
+            print(f"ds_cp: error: rank {rank} {how}; the job was ended", file=sys.stderr)
+        return 128 - code if code < 0 else code
+
+    def _end(self, number: int, grace_s: float) -> None:
+        self._kill_at = time.monotonic() + grace_s
+        for process in self.alive.values():
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(number)
+
+    def _collect(self, rank: int) -> None:
+        """Reap one rank, after killing what is left of its session.
+
+        The order matters: as long as the rank is not reaped, its process group cannot be another's.
+        """
+        process = self.alive.pop(rank)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        code = process.wait()
+        if code != 0 and self._first_failure is None:
+            self._first_failure = (rank, code)
+            if self._kill_at is None:
+                self._end(signal.SIGTERM, FAILURE_GRACE_S)
+
+
+@contextlib.contextmanager
+def _recorded_signals() -> Iterator[list[int]]:
+    """Signals that arrive meanwhile are noted in the list instead of ending this process."""
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+
+    before = {number: signal.signal(number, note) for number in _FORWARDED}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _has_ended(process: subprocess.Popen[bytes]) -> bool:
+    """Whether a child has ended, without reaping it."""
+    found = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    return found is not None
+
+
+def _die_with_parent() -> Callable[[], None] | None:
+    """What a child runs before the command: ask the kernel to kill it when this process dies."""
+    if not sys.platform.startswith("linux"):
+        return None
+    libc = ctypes.CDLL(None, use_errno=True)
+    parent = os.getpid()
+
+    def prepare() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died between the fork and the request
+            os._exit(1)
+
+    return prepare
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _signal_name(number: int) -> str:
+    name = signal.Signals(number).name
+    return f"{name} (out of memory?)" if number == signal.SIGKILL else name

@@ -1,0 +1,120 @@
+"""Text work of the config: strict JSON, sizes, and one-line sentences about what is wrong.
+
+Pure Python. Functions that reject a value raise ``ValueError`` with the sentence; the caller knows
+which file or key it is about and raises the typed error.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from fractions import Fraction
+from typing import Any
+
+SIZE_PATTERN = r"^\s*[0-9]{1,18}(\.[0-9]{1,9})?\s*(B|[kKMGT]B|[KMGT]iB)\s*$"
+_UNITS = {"B": 1} | {
+    f"{letter}{middle}B": base**power
+    for middle, base in (("", 1000), ("i", 1024))
+    for power, letter in enumerate("KMGT", start=1)
+}
+
+
+def parse_json(text: str) -> Any:
+    """Strict JSON: no NaN or Infinity, no key given twice. ``ValueError`` says where it breaks."""
+    try:
+        return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}"
+        ) from None
+    except RecursionError:
+        raise ValueError("not usable JSON: nested too deeply") from None
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"not usable JSON: key {shorten(json.dumps(key))} is given twice")
+        result[key] = value
+    return result
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"not valid JSON: {name} is not a JSON number")
+
+
+def parse_size(text: str) -> int:
+    """Bytes of ``"512MiB"``, ``"1.5GB"``, ``"64 KiB"``: powers of 1024 with the i, of 1000 without.
+
+    ``ValueError`` for anything else, and for a size that is not a whole number of bytes.
+    """
+    match = re.match(SIZE_PATTERN, text) if len(text) <= 64 else None
+    if match is None:
+        raise ValueError('not a size such as "512MiB" or "1.5GB"')
+    unit = match.group(2)
+    number = text.strip().removesuffix(unit).strip()
+    size = Fraction(number) * _UNITS[unit[0].upper() + unit[1:]]
+    if size.denominator != 1:
+        raise ValueError("not a whole number of bytes")
+    return int(size)
+
+
+def nearest(key: str, siblings: Iterable[str], paths: Iterable[str]) -> str:
+    """The valid key that an unknown one most likely means.
+
+    ``siblings``: full paths of the keys beside it; ``paths``: full paths of all keys.
+    """
+    siblings, paths = list(siblings), list(paths)
+    by_leaf = {path.rpartition(".")[2]: path for path in [*reversed(paths), *siblings]}
+    beside = {path.rpartition(".")[2]: path for path in siblings}
+    if key in by_leaf:
+        return by_leaf[key]
+    for names, cutoff in ((beside, 0.6), (by_leaf, 0.75), (beside, 0.0), (by_leaf, 0.0)):
+        found = difflib.get_close_matches(key.lower(), names, n=1, cutoff=cutoff)
+        if found:
+            return names[found[0]]
+    return paths[0]
+
+
+def shorten(text: str, limit: int = 80) -> str:
+    """One printable line of at most ``limit`` characters."""
+    line = "".join(c if c.isprintable() else " " for c in text)
+    return line if len(line) <= limit else line[: limit - 3] + "..."
+
+
+def show(value: Any) -> str:
+    """A value as JSON, short, for a message."""
+    try:
+        return shorten(json.dumps(value, ensure_ascii=False))
+    except (TypeError, ValueError):
+        return f"of type {type(value).__name__}"
+
+
+def allowed(schema: Mapping[str, Any]) -> str:
+    """What a JSON schema node admits, in words: ``"auto" or an integer from 1 to 64 (ranks)``."""
+    options: list[str] = []
+    for option in schema.get("anyOf", [schema]):
+        options += _words(option)
+    words = " or ".join(filter(None, [", ".join(options[:-1]), options[-1]]))
+    return f"{words} ({schema['unit']})" if "unit" in schema else words
+
+
+def _words(schema: Mapping[str, Any]) -> list[str]:
+    kind = schema.get("type")
+    if "const" in schema:
+        return [json.dumps(schema["const"])]
+    if "enum" in schema:
+        return [json.dumps(value) for value in schema["enum"]]
+    if kind in ("integer", "number"):
+        noun = "an integer" if kind == "integer" else "a number"
+        return [f"{noun} from {schema['minimum']} to {schema['maximum']}"]
+    if kind == "array":
+        return ["a list of such"]
+    if kind == "string" and "examples" in schema:
+        return [f"a size such as {json.dumps(schema['examples'][0])}"]
+    if kind == "string":
+        return [f"a string of {schema.get('minLength', 0)} to {schema['maxLength']} characters"]
+    return ["null" if kind == "null" else "an object"]

@@ -1,0 +1,321 @@
+"""From a seat in the job to a worker that can run plans, and the lines that say what was decided.
+
+Every phase that can fail on one rank alone ends with an agreement: all ranks report to rank 0, which
+speaks for them, and all leave together. So a missing file on one host is one line, not a hang.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import msgspec
+import psutil
+import torch
+from torch import nn
+
+from ds_cp.attention import LayerSpec, get_kernel
+from ds_cp.comm.links import LinkSpeed, measure_links
+from ds_cp.comm.wire import World
+from ds_cp.config import Config
+from ds_cp.engine.policy import ModePolicy
+from ds_cp.engine.scheduler import Limits, Scheduler
+from ds_cp.engine.worker import Worker
+from ds_cp.errors import ConfigError, DsCpError, UserError
+from ds_cp.kv.pool import KVPool, bytes_per_token
+from ds_cp.model.loading import choose_dtype, load_config, load_model
+from ds_cp.model.shard import shard_model
+from ds_cp.model.source import ModelSource
+from ds_cp.model.wiring import check_exact, check_positions, probe_layers
+from ds_cp.topology.hosts import Grid, resolve_grid
+
+T = TypeVar("T")
+REPORT = 1024  # bytes of a rank's report to rank 0
+AUTO_BATCHED_TOKENS = 8192
+AUTO_MEMORY_SHARE = 0.4  # of the host's free memory, divided by its ranks
+AUTO_GPU_SHARE = 0.85  # of the device's free memory
+
+
+class _Report(msgspec.Struct, array_like=True):
+    exit_code: int  # 0: all is well
+    message: str
+    kv_blocks: int = 0
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What was decided at start; the same on every rank."""
+
+    grid: Grid
+    dtype: str
+    kernel: str
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    num_q_heads: int  # of the whole model
+    num_kv_heads: int
+    block_size: int
+    blocks_per_rank: tuple[int, ...]  # one per cp rank
+    bytes_per_token: int  # on one rank
+    num_layers: int
+    threads: int
+    exactness: float
+    links: tuple[LinkSpeed, ...]
+
+
+def build_worker(
+    world: World, config: Config, model: nn.Module | ModelSource, threads: int
+) -> tuple[Worker, Facts]:
+    """Load, shard, check and wire the model, and allocate this rank's KV. Collective."""
+    grid = resolve_grid(world.topology, config.context_parallel.size, config.tensor_parallel.tp_size)
+    cp = world.group("cp", grid.cp_groups())
+    tp = world.group("tp", grid.tp_groups())
+
+    def load() -> tuple[nn.Module, list[LayerSpec], Any, str, int, float]:
+        decoder = _load(config, model, world.device)
+        text = decoder.config.get_text_config()
+        length = _max_model_len(config, text.max_position_embeddings)
+        check_positions(decoder, length)
+        kernel_name, kernel = get_kernel(config.attention.backend, world.device, decoder.dtype)
+        shard_model(decoder, tp)
+        layers = probe_layers(decoder)
+        _check_heads(text, layers, tp.size)
+        error = check_exact(decoder, layers, kernel)
+        return decoder, layers, kernel, kernel_name, length, error
+
+    decoder, layers, kernel, kernel_name, length, error = _agreed(world, load)
+    per_token = bytes_per_token(layers, decoder.dtype)
+
+    def allocate() -> KVPool:
+        tokens = _tokens_of_rank(config, world, grid, cp.rank, per_token, length)
+        return KVPool(layers, tokens, decoder.dtype, world.device)
+
+    size = config.kv_cache.block_size
+    pool = _agreed(world, allocate)
+    blocks = _gather_blocks(world, pool.num_slots // size)
+    text = decoder.config.get_text_config()
+    facts = Facts(
+        grid=grid,
+        dtype=str(decoder.dtype).removeprefix("torch."),
+        kernel=kernel_name,
+        max_model_len=length,
+        vocab_size=text.vocab_size,
+        eos_token_ids=_eos_ids(decoder),
+        num_q_heads=layers[0].num_q_heads * tp.size,
+        num_kv_heads=layers[0].num_kv_heads * tp.size,
+        block_size=size,
+        blocks_per_rank=tuple(blocks[c * tp.size] for c in range(cp.size)),
+        bytes_per_token=per_token,
+        num_layers=len(layers),
+        threads=threads,
+        exactness=error,
+        links=measure_links(world),
+    )
+    return Worker(world, cp, tp, decoder, layers, pool, kernel), facts
+
+
+def build_scheduler(config: Config, facts: Facts) -> Scheduler:
+    """Rank 0's scheduler over the budgets that all ranks reported."""
+    batched = config.scheduler.max_num_batched_tokens
+    threshold = config.context_parallel.local_threshold
+    topology = facts.grid.cp_topology()
+    return Scheduler(
+        Limits(
+            max_model_len=facts.max_model_len,
+            max_num_seqs=config.scheduler.max_num_seqs,
+            max_num_batched_tokens=AUTO_BATCHED_TOKENS if batched == "auto" else batched,
+            max_queue=config.scheduler.max_queue,
+            vocab_size=facts.vocab_size,
+            eos_token_ids=facts.eos_token_ids,
+        ),
+        facts.blocks_per_rank,
+        facts.block_size,
+        config.kv_cache.placement,
+        config.context_parallel.layout,
+        ModePolicy(
+            mode=config.context_parallel.mode,
+            ring_pass=config.context_parallel.ring_pass,
+            local_threshold=None if threshold == "auto" else threshold,
+            num_hosts=topology.num_hosts,
+            num_q_heads=facts.num_q_heads,
+            num_kv_heads=facts.num_kv_heads,
+        ),
+        topology.ring_order(),
+    )
+
+
+def summary(config: Config, facts: Facts) -> list[str]:
+    """What start-up decided and why, a line each."""
+    grid, cp = facts.grid, config.context_parallel
+    tokens = [n * facts.block_size for n in facts.blocks_per_rank]
+    even = len(set(tokens)) == 1
+    per_rank = f"{len(tokens)} x {tokens[0]}" if even else " + ".join(map(str, tokens))
+    mib = max(tokens) * facts.bytes_per_token / 2**20
+    rule = {
+        "auto": "local while a request fits on one rank; spanning prefill by ring, decode by tree",
+        "local": "every request on one rank",
+    }.get(cp.mode, f"{cp.mode} for every request")
+    return [
+        *grid.topology.describe(),
+        f"ranks: {grid.topology.size} = cp {grid.cp_size} x tp {grid.tp_size}, "
+        f"{facts.threads} CPU thread{'s' * (facts.threads != 1)} each",
+        *(f"link {link.name}: {link.latency_us:.0f} us, {link.gb_per_s:.2f} GB/s" for link in facts.links),
+        f"model: {facts.num_layers} layers, {facts.num_q_heads} query and {facts.num_kv_heads} KV heads, "
+        f"{facts.dtype}; logits agree with transformers to {facts.exactness:.0e}",
+        f"attention: {facts.kernel} kernel; mode {cp.mode}: {rule}",
+        f"KV: {sum(tokens)} tokens = {per_rank} per rank (up to {mib:.0f} MiB), blocks of "
+        f"{facts.block_size}, {config.kv_cache.placement}; one request: up to "
+        f"{min(sum(tokens) + 1, facts.max_model_len)} tokens (model length {facts.max_model_len})",
+    ]
+
+
+def choose_threads(config: Config, local_size: int) -> int:
+    """CPU threads of one rank: the config's, or the cores shared evenly among the host's ranks."""
+    if config.threads_per_rank != "auto":
+        return config.threads_per_rank
+    return max(1, len(os.sched_getaffinity(0)) // max(local_size, 1))
+
+
+def choose_device(config: Config, local_rank: int) -> torch.device:
+    """This rank's device. "auto" takes CUDA when there is a device for it; NCCL needs one per rank."""
+    backend = config.comm.backend
+    if backend == "gloo" or (backend == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"comm.backend {backend} needs one CUDA device per rank, but local rank {local_rank} has none "
+            f"of {torch.cuda.device_count()}: start fewer ranks, or set comm.backend to gloo"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def _agreed(world: World, work: Callable[[], T]) -> T:
+    """Do ``work`` here; raise on every rank if it failed on any, with the first one's reason."""
+    mine, result, failure = _Report(0, ""), None, None
+    try:
+        result = work()
+    except DsCpError as err:
+        failure, mine = err, _Report(err.exit_code, str(err))
+    except MemoryError:
+        failure, mine = None, _Report(2, "not enough memory; lower kv_cache or use fewer ranks a host")
+    reports = exchange_reports(world, mine)
+    for rank, report in enumerate(reports):
+        if report.exit_code:
+            if failure is not None and rank == world.rank:
+                raise failure
+            host = world.topology.hosts[rank]
+            kind = UserError if report.exit_code == 2 else DsCpError
+            where = f"rank {rank} on {host}: " if rank else ""
+            raise kind(f"{where}{report.message}")
+    assert result is not None
+    return result
+
+
+def exchange_reports(world: World, mine: _Report) -> list[_Report]:
+    """Every rank's report, on every rank."""
+    raw = msgspec.msgpack.encode(_Report(mine.exit_code, mine.message[:700], mine.kv_blocks))
+    frame = torch.zeros(REPORT, dtype=torch.uint8)
+    frame[: len(raw) + 2] = torch.frombuffer(
+        bytearray(len(raw).to_bytes(2, "little") + raw), dtype=torch.uint8
+    )
+    frames = [torch.empty_like(frame) for _ in range(world.size)]
+    frames[0] = frame
+    others = [(r, frames[r]) for r in range(1, world.size)]
+    world.control.collect(frame, others if world.rank == 0 else [])
+    everything = torch.cat(frames).numpy().tobytes() if world.rank == 0 else None
+    data = world.control.broadcast(everything)
+    reports = []
+    for at in range(0, world.size * REPORT, REPORT):
+        length = int.from_bytes(data[at : at + 2], "little")
+        reports.append(msgspec.msgpack.decode(data[at + 2 : at + 2 + length], type=_Report))
+    return reports
+
+
+def _gather_blocks(world: World, mine: int) -> list[int]:
+    return [report.kv_blocks for report in exchange_reports(world, _Report(0, "", mine))]
+
+
+def _load(config: Config, model: nn.Module | ModelSource, device: torch.device) -> nn.Module:
+    if isinstance(model, nn.Module):
+        return model.eval()
+    found = load_config(model)
+    dtype = choose_dtype(config.dtype, getattr(found, "dtype", None), device)
+    return load_model(model, dtype, device)
+
+
+def _max_model_len(config: Config, limit: int) -> int:
+    if config.max_model_len == "auto":
+        return limit
+    if config.max_model_len > limit:
+        raise ConfigError(
+            f"max_model_len is {config.max_model_len}, but the model was made for {limit} positions; "
+            f"set it to at most {limit} or to auto"
+        )
+    return config.max_model_len
+
+
+def _check_heads(text: Any, layers: list[LayerSpec], tp_size: int) -> None:
+    """Sharding that silently left a model whole would double every head: look at what came out."""
+    want = text.num_attention_heads
+    got = layers[0].num_q_heads * tp_size
+    if tp_size > 1 and got != want:
+        raise ConfigError(
+            f"tensor_parallel.tp_size {tp_size}: {layers[0].num_q_heads} local query heads do not make the "
+            f"model's {want}; set tp_size to 1"
+        )
+
+
+def _tokens_of_rank(
+    config: Config, world: World, grid: Grid, cp_rank: int, per_token: int, max_model_len: int
+) -> int:
+    """Token slots of this rank: whole blocks, within the budget."""
+    kv, size = config.kv_cache, config.kv_cache.block_size
+    local = world.topology.local_size(world.rank)
+    if kv.tokens_per_rank != "auto":
+        tokens = _one(kv.tokens_per_rank, "tokens_per_rank", cp_rank, grid.cp_size)
+    elif kv.memory_per_rank != "auto":
+        tokens = _one(kv.memory_per_rank, "memory_per_rank", cp_rank, grid.cp_size) // per_token
+    else:
+        wanted = -(-max_model_len // size) * size
+        tokens = min(wanted, _free_bytes(world.device, local) // per_token)
+    if tokens < size:
+        raise ConfigError(
+            f"kv_cache gives cp rank {cp_rank} room for {tokens} tokens ({per_token} bytes each), less than "
+            f"one block of {size}: raise the budget or lower kv_cache.block_size"
+        )
+    need, free = tokens // size * size * per_token, _free_bytes(world.device, local, share=1.0)
+    if need > free:
+        raise ConfigError(
+            f"kv_cache asks for {need} bytes on cp rank {cp_rank}, but {free} are free for each of the "
+            f"host's {local} ranks: lower kv_cache, or use fewer ranks a host"
+        )
+    return tokens // size * size
+
+
+def _one(budget: int | tuple[int, ...], name: str, cp_rank: int, cp_size: int) -> int:
+    if isinstance(budget, int):
+        return budget
+    if len(budget) != cp_size:
+        raise ConfigError(
+            f"kv_cache.{name} lists {len(budget)} budgets, but the job has {cp_size} context-parallel ranks: "
+            "give one per rank, or one number for all"
+        )
+    return budget[cp_rank]
+
+
+def _free_bytes(device: torch.device, local_ranks: int, share: float | None = None) -> int:
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free * (share or AUTO_GPU_SHARE))
+    return int(psutil.virtual_memory().available * (share or AUTO_MEMORY_SHARE) / local_ranks)
+
+
+def _eos_ids(model: nn.Module) -> tuple[int, ...]:
+    found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    if found is None:
+        found = model.config.get_text_config().eos_token_id
+    if found is None:
+        return ()
+    return (found,) if isinstance(found, int) else tuple(found)

@@ -1,0 +1,216 @@
+"""One step's attention on one rank: the plan turned into index vectors, then asked layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ds_cp.attention import Kernel, LayerSpec, Span, finish, make_mode
+from ds_cp.comm.wire import Group
+from ds_cp.engine.plan import Extents, Item, StepPlan
+from ds_cp.kv.pool import KVPool
+from ds_cp.layout import Runs, join, positions, total
+
+SCHEME_SHIP = "ship_kv"
+EMPTY: Runs = ()
+
+
+@dataclass(frozen=True)
+class _Part:
+    """My rows of one item in the step's flat batch, and the KV I attend with.
+
+    ``rows``: [begin, end) of my new tokens; ``resident``: extents to read from the pool; ``fresh``:
+    whether my own new K and V come from the layer rather than from the pool, because their home is
+    elsewhere.
+    """
+
+    rows: tuple[int, int]
+    resident: Extents
+    fresh: bool
+
+
+class StepContext:
+    """Implements ``Attend`` for one plan. Shapes and messages follow from the plan alone."""
+
+    def __init__(
+        self, plan: StepPlan, group: Group, layers: Sequence[LayerSpec], pool: KVPool, kernel: Kernel
+    ) -> None:
+        self._group = group
+        self._layers = layers
+        self._pool = pool
+        self._kernel = kernel
+        me, device = group.rank, group.device
+        self.token_ids: list[int] = []
+        self.positions: list[int] = []
+        self.logit_rows: list[int] = []  # rows whose logits are wanted, in item order
+        self.sampled: list[Item] = []  # the items they belong to
+        self._shipments: list[_Shipment] = []
+        write_rows: list[int] = []
+        write_extents: list[tuple[int, int]] = []
+        batches: dict[tuple[str, str], list[tuple[Span, _Part]]] = {}
+        for item in plan.items:
+            part = self._add(item, me)
+            span = self._span(item)
+            if item.ships:
+                self._shipments.append(_Shipment(item, part.rows[0], group))
+            elif (shard := item.shard(me)) is not None and shard.new:
+                write_rows += range(*part.rows)
+                write_extents += shard.new_extents
+            if item.mode != "local" or item.shard(me) is not None:
+                batches.setdefault((item.mode, item.ring_pass), []).append((span, part))
+        self._modes = [
+            (make_mode(mode, pass_, [span for span, _ in batch], group), [p for _, p in batch])
+            for (mode, pass_), batch in sorted(batches.items())
+        ]
+        self._write_extents = join(write_extents)
+        self._write_all = len(write_rows) == len(self.token_ids)
+        self._write_rows = torch.tensor(write_rows, dtype=torch.int64, device=device)
+        self._write_slots = torch.tensor(
+            positions(self._write_extents), dtype=torch.int64, device=device
+        )
+        self.num_rows = len(self.token_ids)
+        self.spans = any(mode != "local" for mode, _ in batches) or bool(self._shipments)
+
+    def _add(self, item: Item, me: int) -> _Part:
+        """Append my new tokens of ``item`` to the flat batch."""
+        shard = item.shard(me)
+        begin = len(self.token_ids)
+        if shard is None:
+            return _Part((begin, begin), (), False)
+        mine = positions(shard.q_runs)
+        self.token_ids += [item.tokens[p - item.start] for p in mine]
+        self.positions += mine
+        if item.sampling is not None and item.last_owner == me:
+            last = item.start + len(item.tokens) - 1
+            self.logit_rows.append(begin + mine.index(last))
+            self.sampled.append(item)
+        stored = total(shard.extents)
+        resident = shard.extents
+        if item.ships:
+            resident = _first(shard.extents, stored - shard.new)
+        return _Part((begin, len(self.token_ids)), resident, item.ships)
+
+    def _span(self, item: Item) -> Span:
+        """Who owns which queries and holds which keys. When KV ships, new keys are still with owners."""
+        q_runs: list[Runs] = [EMPTY] * self._group.size
+        k_runs: list[Runs] = [EMPTY] * self._group.size
+        for shard in item.shards:
+            q_runs[shard.rank] = shard.q_runs
+            k_runs[shard.rank] = shard.k_runs
+            if item.ships:
+                earlier = _first(shard.k_runs, total(shard.k_runs) - shard.new)
+                k_runs[shard.rank] = join((*earlier, *shard.q_runs))
+        return Span(tuple(q_runs), tuple(k_runs))
+
+    def attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor:
+        """``q [1, H, T, D]``, ``k, v [1, G, T, D]`` of my T new tokens -> ``[1, T, H, D]``.
+
+        Stores K and V at home first, then attends item by item in each mode.
+        """
+        spec = self._layers[layer]
+        self._store(layer, k[0], v[0])
+        q_THD, k_TGD, v_TGD = (x[0].transpose(0, 1) for x in (q, k, v))
+        out = torch.empty(q_THD.shape, dtype=q.dtype, device=q.device)
+        for mode, parts in self._modes:
+            queries, keys, values = [], [], []
+            for part in parts:
+                rows = slice(*part.rows)
+                k_SGD, v_SGD = self._pool.read(layer, part.resident)
+                if part.fresh:
+                    k_SGD, v_SGD = torch.cat([k_SGD, k_TGD[rows]]), torch.cat([v_SGD, v_TGD[rows]])
+                queries.append(q_THD[rows])
+                keys.append(k_SGD)
+                values.append(v_SGD)
+            found = mode(queries, keys, values, self._kernel, spec)
+            for part, partial in zip(parts, found, strict=True):
+                if part.rows[0] < part.rows[1]:
+                    out[slice(*part.rows)] = finish(partial, spec, q.dtype)
+        return out.unsqueeze(0)
+
+    def attend_without_tokens(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Take part in every layer's spanning attention although no token here is mine."""
+        for layer, spec in enumerate(self._layers):
+            q = torch.empty(1, spec.num_q_heads, 0, spec.head_dim, dtype=dtype, device=device)
+            kv = torch.empty(1, spec.num_kv_heads, 0, spec.head_dim, dtype=dtype, device=device)
+            self.attend(layer, q, kv, kv)
+
+    def _store(self, layer: int, k_GTD: torch.Tensor, v_GTD: torch.Tensor) -> None:
+        if self._write_slots.numel():
+            if self._write_all:
+                k_home, v_home = k_GTD, v_GTD
+            else:
+                k_home, v_home = k_GTD[:, self._write_rows], v_GTD[:, self._write_rows]
+            self._pool.write(layer, k_home, v_home, self._write_slots, self._write_extents)
+        for shipment in self._shipments:
+            shipment.run(layer, k_GTD, v_GTD, self._pool)
+
+
+class _Shipment:
+    """One item whose new tokens' homes are not their owners: K and V travel there once, one message
+    per pair of ranks. ``begin``: my first row of the item in the flat batch."""
+
+    def __init__(self, item: Item, begin: int, group: Group) -> None:
+        self._group = group
+        me, device = group.rank, group.device
+        mine = item.shard(me)
+        owned = mine.q_runs if mine else EMPTY
+        homes = mine.new_home_runs if mine else EMPTY
+        row_of = {p: begin + i for i, p in enumerate(positions(owned))}
+        slots = positions(mine.new_extents) if mine else []
+        slot_of = dict(zip(positions(homes), slots, strict=True))
+
+        def index(places: dict[int, int], runs: Runs) -> torch.Tensor:
+            return torch.tensor([places[p] for p in positions(runs)], device=device)
+
+        self._out: list[tuple[int, torch.Tensor]] = []  # peer, my rows
+        self._in: list[tuple[int, torch.Tensor]] = []  # peer, my slots
+        self._stay: list[tuple[torch.Tensor, torch.Tensor]] = []  # my rows, my slots
+        for shard in item.shards:
+            going = overlap(owned, shard.new_home_runs)
+            coming = overlap(shard.q_runs, homes)
+            if shard.rank == me:
+                if going:
+                    self._stay.append((index(row_of, going), index(slot_of, going)))
+                continue
+            if going:
+                self._out.append((shard.rank, index(row_of, going)))
+            if coming:
+                self._in.append((shard.rank, index(slot_of, coming)))
+
+    def run(self, layer: int, k_GTD: torch.Tensor, v_GTD: torch.Tensor, pool: KVPool) -> None:
+        """Send, store what stays, then store what arrives."""
+        heads, _, dim = k_GTD.shape
+        sends = [(peer, torch.stack([k_GTD[:, rows], v_GTD[:, rows]])) for peer, rows in self._out]
+        recvs = [(peer, k_GTD.new_empty(2, heads, len(at), dim)) for peer, at in self._in]
+        pending = self._group.exchange(sends, recvs, SCHEME_SHIP)
+        for rows, slots in self._stay:
+            pool.write(layer, k_GTD[:, rows], v_GTD[:, rows], slots)
+        pending.wait()
+        for (_, slots), (_, both) in zip(self._in, recvs, strict=True):
+            pool.write(layer, both[0], both[1], slots)
+
+
+def _first(runs: Runs, count: int) -> Runs:
+    """The first ``count`` tokens of ``runs``."""
+    out = []
+    for start, length in runs:
+        if count <= 0:
+            break
+        out.append((start, min(length, count)))
+        count -= length
+    return tuple(out)
+
+
+def overlap(a: Runs, b: Runs) -> Runs:
+    """Positions in both, ascending."""
+    pieces = [
+        (max(s, t), min(s + n, t + m) - max(s, t))
+        for s, n in a
+        for t, m in b
+        if max(s, t) < min(s + n, t + m)
+    ]
+    return join(sorted(pieces))

@@ -1,0 +1,71 @@
+"""This rank's keys and values: tensors that do as they are told. Which slot is whose is not its business."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ds_cp.attention.spec import LayerSpec
+
+Extents = Sequence[tuple[int, int]]
+
+
+def bytes_per_token(layers: Sequence[LayerSpec], dtype: torch.dtype) -> int:
+    """KV bytes of one token over all layers on one rank (its own KV heads only)."""
+    return sum(2 * s.num_kv_heads * s.head_dim for s in layers) * dtype.itemsize
+
+
+class KVPool:
+    """``num_slots`` token slots per layer, stored heads first ``[G, slots, D]`` so that an extent of one
+    head is one stretch of memory. Allocated and touched at once: the memory is there or the start fails.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[LayerSpec],
+        num_slots: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.num_slots = num_slots
+        self.nbytes = num_slots * bytes_per_token(layers, dtype)
+        self._kv = [
+            torch.empty(
+                2, spec.num_kv_heads, num_slots, spec.head_dim, dtype=dtype, device=device
+            ).zero_()
+            for spec in layers
+        ]
+
+    def write(
+        self,
+        layer: int,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        slots: torch.Tensor,
+        extents: Extents = (),
+    ) -> None:
+        """Store ``k`` and ``v`` ``[G, T, D]`` at the T ``slots`` (int64); ``extents`` are the same slots
+        as runs where the caller knows them: few long ones are copied as stretches."""
+        keys, values = self._kv[layer]
+        if not 0 < len(extents) <= 2:
+            keys.index_copy_(1, slots, k)
+            values.index_copy_(1, slots, v)
+            return
+        at = 0
+        for slot, length in extents:
+            keys[:, slot : slot + length] = k[:, at : at + length]
+            values[:, slot : slot + length] = v[:, at : at + length]
+            at += length
+
+    def read(self, layer: int, extents: Extents) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of the slots as ``[S, G, D]``: a view of one extent, a copy of several."""
+        both = self._kv[layer]
+        if len(extents) == 1:
+            slot, length = extents[0]
+            part = both[:, :, slot : slot + length]
+        elif extents:
+            part = torch.cat([both[:, :, slot : slot + n] for slot, n in extents], dim=2)
+        else:
+            part = both[:, :, :0]
+        return part[0].transpose(0, 1), part[1].transpose(0, 1)

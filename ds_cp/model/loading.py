@@ -1,0 +1,92 @@
+"""Load weights, config and tokenizer through transformers: safetensors or GGUF, never code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ds_cp.errors import ModelError, UnsupportedModelError
+from ds_cp.model.source import ModelSource
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_dtype(asked: str, stored: torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The dtype to serve in. "auto": the model's own, but fp32 for fp16 on CPU, where fp16 crawls."""
+    if asked != "auto":
+        return DTYPES[asked]
+    if stored is None or (device.type == "cpu" and stored == torch.float16):
+        return torch.float32
+    return stored
+
+
+def _where(source: ModelSource) -> tuple[str, dict[str, Any]]:
+    if source.kind == "gguf":
+        path = Path(source.where)
+        return str(path.parent), {"gguf_file": path.name}
+    return source.where, {}
+
+
+def load_config(source: ModelSource) -> Any:
+    """The model's transformers config. ``UnsupportedModelError`` names an unknown architecture."""
+    from transformers import AutoConfig
+
+    where, extra = _where(source)
+    try:
+        config = AutoConfig.from_pretrained(where, trust_remote_code=False, **extra)
+    except (ValueError, KeyError) as err:
+        first = " ".join(str(err).split())[:300]
+        raise UnsupportedModelError(f"model {source.where}: {first}") from err
+    except (OSError, ImportError) as err:
+        raise ModelError(f"model {source.where} cannot be read: {_first_line(err)}") from err
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"model {source.where}: {config.model_type} is an encoder-decoder; ds_cp serves decoders only"
+        )
+    return config
+
+
+def load_model(source: ModelSource, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """The decoder with its language-model head, in ``dtype`` on ``device``, ready for inference.
+
+    Safetensors of the same dtype are mapped, not copied, so ranks of one host share their pages.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as hf_logging
+
+    where, extra = _where(source)
+    hf_logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            where, dtype=dtype, trust_remote_code=False, use_safetensors=source.kind != "gguf" or None,
+            **extra,
+        )  # fmt: skip
+    except SafetensorError as err:
+        raise ModelError(f"model {source.where}: damaged weights: {_first_line(err)}") from err
+    except (OSError, ImportError) as err:
+        raise ModelError(f"model {source.where} cannot be loaded: {_first_line(err)}") from err
+    except (ValueError, KeyError, RuntimeError) as err:
+        raise UnsupportedModelError(
+            f"model {source.where} is not a causal decoder that transformers can build: {_first_line(err)}"
+        ) from err
+    return model.eval().to(device)
+
+
+def load_tokenizer(source: ModelSource) -> Any:
+    """The model's tokenizer, or ``ModelError``."""
+    from transformers import AutoTokenizer
+
+    where, extra = _where(source)
+    try:
+        return AutoTokenizer.from_pretrained(where, trust_remote_code=False, **extra)
+    except (OSError, ValueError, KeyError, ImportError) as err:
+        raise ModelError(f"model {source.where} has no usable tokenizer: {_first_line(err)}") from err
+
+
+def _first_line(err: BaseException) -> str:
+    lines = str(err).strip().splitlines()
+    return lines[0][:300] if lines else type(err).__name__

@@ -1,0 +1,92 @@
+"""Tensor parallel inside cp: split a loaded decoder's linear layers over the ranks of one tp group.
+
+Which layers split by output (column) and by input (row) is what the model class itself states in
+``base_model_tp_plan``; the split is done by hand because transformers 5.23 shards by the world's size
+inside a larger job and DeepSpeed's AutoTP leaves such a model whole without a word (DECISIONS.md).
+What the plan marks otherwise (norms, experts, gathered projections) stays whole on every rank, which is
+exact too.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import nn
+
+from ds_cp.comm.wire import Group
+from ds_cp.errors import ConfigError, UnsupportedModelError
+
+SCHEME = "tp_all_reduce"
+
+
+def shard_model(model: nn.Module, group: Group) -> int:
+    """Keep this rank's share of every column and row layer; returns how many layers were split.
+
+    Call it before the KV pool is sized. A group of one splits nothing. Raises ``ConfigError`` when the
+    head counts do not divide, ``UnsupportedModelError`` when the model states no plan.
+    """
+    if group.size == 1:
+        return 0
+    text = model.config.get_text_config()
+    name = type(model).__name__
+    plan = getattr(text, "base_model_tp_plan", None) or {}
+    for what in ("num_attention_heads", "num_key_value_heads"):
+        heads = getattr(text, what, None)
+        if heads is None or heads % group.size:
+            raise ConfigError(
+                f"tensor_parallel.tp_size is {group.size}, but {name} has {what} = {heads}, which it does "
+                "not divide; use context parallel ranks instead (any number of them works)"
+            )
+    layers = text.num_hidden_layers
+    found = [
+        (path, module, style)
+        for path, module in model.base_model.named_modules()
+        if isinstance(module, nn.Linear) and (style := _style(path, plan)) in ("colwise", "rowwise")
+    ]
+    attention = [path for path, _, style in found if style == "rowwise" and "attn" in path]
+    if len(attention) != layers:
+        raise UnsupportedModelError(
+            f"{name} states no column / row split for its attention ({len(attention)} of {layers} layers), "
+            f"so tensor_parallel.tp_size must be 1"
+        )
+    for path, module, style in found:
+        (_split_columns if style == "colwise" else _split_rows)(path, module, group)
+    return len(found)
+
+
+def _style(path: str, plan: dict[str, str]) -> str | None:
+    generic = re.sub(r"\.\d+(?=\.|$)", ".*", path)
+    return plan.get(generic)
+
+
+def _share(size: int, path: str, group: Group) -> slice:
+    if size % group.size:
+        raise ConfigError(
+            f"tensor_parallel.tp_size is {group.size}, which does not divide the {size} features of {path}"
+        )
+    part = size // group.size
+    return slice(group.rank * part, (group.rank + 1) * part)
+
+
+def _split_columns(path: str, layer: nn.Linear, group: Group) -> None:
+    rows = _share(layer.out_features, path, group)
+    layer.weight = nn.Parameter(layer.weight[rows].detach().clone(), requires_grad=False)
+    if layer.bias is not None:
+        layer.bias = nn.Parameter(layer.bias[rows].detach().clone(), requires_grad=False)
+    layer.out_features = layer.weight.shape[0]
+
+
+def _split_rows(path: str, layer: nn.Linear, group: Group) -> None:
+    columns = _share(layer.in_features, path, group)
+    layer.weight = nn.Parameter(layer.weight[:, columns].detach().clone(), requires_grad=False)
+    layer.in_features = layer.weight.shape[1]
+    bias, layer.bias = layer.bias, None  # it is added once, after the sum
+
+    def sum_up(_: nn.Module, __: Any, out: torch.Tensor) -> torch.Tensor:
+        out = out.contiguous()
+        group.all_reduce(out, SCHEME)
+        return out if bias is None else out + bias
+
+    layer.register_forward_hook(sum_up)

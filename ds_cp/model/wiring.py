@@ -1,0 +1,225 @@
+"""An unmodified transformers decoder whose attention goes through ``Attend``.
+
+Registered once with transformers' attention interface under the name ``ds_cp``; the step's context
+travels as a keyword of the forward call through every layer, so there is nothing global. What a layer
+says about its attention is read from the keywords it passes; an unknown one is refused, not ignored.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from ds_cp.attention.spec import LayerSpec
+from ds_cp.errors import UnsupportedModelError
+
+NAME = "ds_cp"
+CONTEXT = "ds_cp_context"
+# Keywords that layers pass along and that change nothing for causal inference over true positions.
+HARMLESS = frozenset(
+    {"dropout", "position_ids", "cache_position", "use_cache", "output_attentions", "return_dict",
+     "output_hidden_states", "output_router_logits", "logits_to_keep", "position_embeddings"}
+)  # fmt: skip
+KNOWN_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+
+
+class Attend(Protocol):
+    """One step's attention, asked layer by layer."""
+
+    def attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor:
+        """``q [1, H, T, D]``, ``k, v [1, G, T, D]``, rotated -> ``[1, T, H, D]``."""
+        ...
+
+
+def _attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **said: Any,
+) -> tuple[torch.Tensor, None]:
+    context = said.pop(CONTEXT, None)
+    if context is None:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} does not get the keywords of the forward call, which carry the step"
+        )
+    if isinstance(context, _Probe):
+        context.record(module, query, key, value, attention_mask, said)
+    return context.attend(module.layer_idx, query, key, value), None
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    """Causality follows from positions, so no mask is ever built."""
+
+
+def wire(model: nn.Module) -> None:
+    """Send the model's attention through ``Attend``."""
+    AttentionInterface.register(NAME, _attention)
+    AttentionMaskInterface.register(NAME, _no_mask)
+    model.set_attn_implementation(NAME)
+
+
+class _Probe:
+    """Runs one token through the model and writes down what each layer asks for."""
+
+    def __init__(self, architecture: str) -> None:
+        self._architecture = architecture
+        self.layers: dict[int, LayerSpec] = {}
+
+    def attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor:
+        return torch.zeros_like(q).transpose(1, 2)
+
+    def record(
+        self,
+        module: nn.Module,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+        said: dict[str, Any],
+    ) -> None:
+        said = dict(said)
+        scale = said.pop("scaling", None)
+        window = said.pop("sliding_window", None)
+        softcap = said.pop("softcap", None)
+        sinks = said.pop("s_aux", None)
+        causal = said.pop("is_causal", getattr(module, "is_causal", True))
+        unknown = sorted(k for k, v in said.items() if k not in HARMLESS and v is not None)
+        where = f"{self._architecture}, layer {module.layer_idx}"
+        if unknown:
+            raise UnsupportedModelError(
+                f"{where} passes {', '.join(unknown)} to its attention, which ds_cp does not know"
+            )
+        if causal is False:
+            raise UnsupportedModelError(f"{where} is not causal; ds_cp serves causal decoders")
+        if not q.shape[3] == k.shape[3] == v.shape[3]:
+            raise UnsupportedModelError(
+                f"{where} has head dims {q.shape[3]}, {k.shape[3]}, {v.shape[3]} for q, k, v; ds_cp needs "
+                "them equal (latent attention is not served)"
+            )
+        if mask is not None:
+            raise UnsupportedModelError(f"{where} builds its own attention mask")
+        if module.layer_idx in self.layers:
+            raise UnsupportedModelError(f"{where} runs attention twice; ds_cp stores one KV a layer")
+        self.layers[module.layer_idx] = LayerSpec(
+            num_q_heads=q.shape[1],
+            num_kv_heads=k.shape[1],
+            head_dim=q.shape[3],
+            scale=float(scale) if scale is not None else q.shape[3] ** -0.5,
+            window=int(window) if window else None,
+            softcap=float(softcap) if softcap else None,
+            sinks=sinks.detach() if sinks is not None else None,
+        )
+
+
+def probe_layers(model: nn.Module) -> list[LayerSpec]:
+    """What each layer's attention asks for, by layer index.
+
+    Raises ``UnsupportedModelError``, naming the architecture, when some layer is not plain softmax
+    attention through the interface (state-space and linear layers, chunked masks, several KV widths).
+    """
+    config = model.config
+    text = config.get_text_config()
+    name = type(model).__name__
+    kinds = set(getattr(text, "layer_types", None) or ()) - KNOWN_LAYER_TYPES
+    if kinds:
+        raise UnsupportedModelError(
+            f"{name} has layers of type {', '.join(sorted(kinds))}; ds_cp serves decoders whose layers "
+            "are all full or sliding-window softmax attention"
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{name} is an encoder-decoder; ds_cp serves decoders only")
+    probe = _Probe(name)
+    token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+    try:
+        wire(model)
+        with torch.inference_mode():
+            model(input_ids=token, position_ids=token, use_cache=False, **{CONTEXT: probe})
+    except (TypeError, ValueError, KeyError, AttributeError) as err:
+        raise UnsupportedModelError(
+            f"{name} does not run through transformers' attention interface: {str(err).splitlines()[0]}"
+        ) from err
+    want = list(range(text.num_hidden_layers))
+    if sorted(probe.layers) != want:
+        missing = sorted(set(want) - set(probe.layers))
+        raise UnsupportedModelError(
+            f"{name}: layers {missing[:8]} of {len(want)} do not use softmax attention through the "
+            "attention interface, so their state cannot be spread over ranks"
+        )
+    if sliding := [i for i, kind in enumerate(getattr(text, "layer_types", None) or ())
+                   if kind == "sliding_attention" and probe.layers[i].window is None]:  # fmt: skip
+        raise UnsupportedModelError(f"{name}: layers {sliding[:8]} slide but do not state a window")
+    return [probe.layers[i] for i in want]
+
+
+class WholeSequence:
+    """Attention of one sequence that is all here and new: the check that a model is served exactly."""
+
+    def __init__(self, layers: list[LayerSpec], kernel: Any) -> None:
+        self._layers = layers
+        self._kernel = kernel
+
+    def attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor:
+        from ds_cp.attention import finish
+
+        spec = self._layers[layer]
+        runs = ((0, q.shape[2]),)
+        q_THD, k_SGD, v_SGD = (x[0].transpose(0, 1) for x in (q, k, v))
+        part = self._kernel(q_THD, k_SGD, v_SGD, runs, runs, spec)
+        return finish(part, spec, q.dtype).unsqueeze(0)
+
+
+def check_exact(
+    model: nn.Module, layers: list[LayerSpec], kernel: Any, num_tokens: int = 24
+) -> float:
+    """Largest logit difference to transformers' own eager attention on a few tokens, relative.
+
+    Raises ``UnsupportedModelError`` when it is not rounding: the model does something that ds_cp does
+    not see. Leaves the model wired.
+    """
+    vocab = model.config.get_text_config().vocab_size
+    ids = torch.arange(1, num_tokens + 1, device=model.device).mul_(7919).remainder_(vocab)[None]
+    positions = torch.arange(num_tokens, device=model.device)[None]
+    with torch.inference_mode():
+        model.set_attn_implementation("eager")
+        want = model(input_ids=ids, position_ids=positions, use_cache=False).logits.float()
+        wire(model)
+        context = {CONTEXT: WholeSequence(layers, kernel)}
+        got = model(input_ids=ids, position_ids=positions, use_cache=False, **context).logits.float()
+    error = float((got - want).abs().max() / want.abs().max().clamp_min(1e-6))
+    limit = 1e-4 if model.dtype == torch.float32 else 5e-2
+    if not error <= limit:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: logits differ from transformers' own by {error:.1e} of their scale "
+            f"(limit {limit:g}); its attention does something that ds_cp does not see"
+        )
+    return error
+
+
+def check_positions(model: nn.Module, max_model_len: int) -> None:
+    """Refuse rotary embeddings that depend on how long the sequence has become.
+
+    Such a rank would have to know every other rank's positions, and earlier keys keep the angles of
+    their time, so only lengths at which the rule never switches are exact.
+    """
+    found = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    nested = [v for v in found.values() if isinstance(v, dict)] or [found]
+    for rope in nested:
+        kind = rope.get("rope_type", "default")
+        config = model.config.get_text_config()
+        limit = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+        if kind in ("dynamic", "longrope") and max_model_len > limit:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} uses {kind} rotary embeddings, which change beyond {limit} tokens: "
+                f"set max_model_len to at most {limit}"
+            )

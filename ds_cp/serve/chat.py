@@ -1,0 +1,152 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+from time import monotonic
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from ds_cp.engine.params import Delta, TokenLogprob
+from ds_cp.serve.completions import CLIENT_LEFT
+from ds_cp.serve.front import (
+    ADMISSION_S,
+    Front,
+    engine_failure,
+    new_id,
+    now,
+    request_id_of,
+    sampling_params,
+    usage,
+)
+from ds_cp.serve.generation import Generation, unless_disconnected
+from ds_cp.serve.logprobs import chat_entries
+from ds_cp.serve.protocol import ChatRequest
+from ds_cp.serve.sse import EventStream, stream_events
+
+
+async def chat_completions(front: Front, body: ChatRequest, request: Request) -> Response:
+    """Answer a chat request, whole or as a stream."""
+    arrival = monotonic()
+    front.check(body.model)
+    newer = body.max_completion_tokens is not None
+    max_param = "max_completion_tokens" if newer else "max_tokens"
+    params = sampling_params(
+        body,
+        max_tokens=body.max_completion_tokens if newer else body.max_tokens,
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        names={"max_tokens": max_param, "logprobs": "top_logprobs"},
+    )
+    ids = await front.codec.encode_chat([message.for_template() for message in body.messages])
+    answer = _Answer(front, body, len(ids))
+    generation = front.start(
+        answer.id, [ids], params, arrival, prompt_param="messages", max_param=max_param
+    )
+    if not body.stream:
+        whole = await unless_disconnected(request.receive, answer.collect(generation))
+        return Response(status_code=CLIENT_LEFT) if whole is None else JSONResponse(whole)
+    try:
+        await generation.admitted(ADMISSION_S)
+    except BaseException:
+        await generation.close()
+        raise
+    events = stream_events(
+        generation,
+        opening=[answer.chunk({"role": "assistant", "content": ""})],
+        chunks_of=answer.chunks_of,
+        closing=answer.closing,
+        keep_alive_s=front.settings.keep_alive_s,
+        request_id=request_id_of(request),
+    )
+    return EventStream(events, generation, write_timeout_s=front.settings.write_timeout_s)
+
+
+class _Answer:
+    """Builds the JSON of one chat request."""
+
+    def __init__(self, front: Front, body: ChatRequest, prompt_tokens: int) -> None:
+        self._front = front
+        self._body = body
+        self._prompt_tokens = prompt_tokens
+        self._tokens = 0
+        self.id = new_id("chatcmpl")
+        self._created = now()
+
+    async def collect(self, generation: Generation) -> dict[str, Any]:
+        """The whole answer. Closes the generation on every way out."""
+        text: list[str] = []
+        logprobs: list[TokenLogprob] = []
+        last = Delta("")
+        try:
+            async for _, delta in generation.deltas():
+                self._count(delta)
+                text.append(delta.text)
+                logprobs.extend(delta.logprobs or ())
+                last = delta
+        finally:
+            await generation.close()
+        choice = {
+            "index": 0,
+            "message": {"role": "assistant", "content": "".join(text)},
+            "logprobs": self._logprobs(logprobs),
+            "finish_reason": last.finish_reason,
+            "stop_reason": last.stop_reason,
+        }
+        return self._head("chat.completion") | {"choices": [choice], "usage": self._usage()}
+
+    def chunks_of(self, index: int, delta: Delta) -> list[dict[str, Any]]:
+        """The chunks of one delta: its text, then the finish; none while its text is held back."""
+        self._count(delta)
+        chunks = []
+        if delta.text or delta.logprobs:
+            chunks.append(self.chunk({"content": delta.text}, list(delta.logprobs or ())))
+        if delta.finish_reason is not None:
+            chunks.append(self.chunk({}, last=delta))
+        return chunks
+
+    def closing(self) -> list[dict[str, Any]]:
+        """The usage chunk, if asked for."""
+        if not self._body.include_usage:
+            return []
+        return [self._head("chat.completion.chunk") | {"choices": [], "usage": self._usage()}]
+
+    def chunk(
+        self,
+        delta: dict[str, str],
+        logprobs: list[TokenLogprob] | None = None,
+        last: Delta | None = None,
+    ) -> dict[str, Any]:
+        """One chunk of a stream."""
+        choice = {
+            "index": 0,
+            "delta": delta,
+            "logprobs": self._logprobs(logprobs) if logprobs else None,
+            "finish_reason": last.finish_reason if last else None,
+        }
+        if last is not None:
+            choice["stop_reason"] = last.stop_reason
+        chunk = self._head("chat.completion.chunk") | {"choices": [choice]}
+        return chunk | {"usage": None} if self._body.include_usage else chunk
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self._created,
+            "model": self._front.model_name(),
+        }
+
+    def _count(self, delta: Delta) -> None:
+        if delta.finish_reason == "error":
+            raise engine_failure()
+        self._tokens += len(delta.token_ids)
+
+    def _logprobs(self, logprobs: list[TokenLogprob]) -> dict[str, Any] | None:
+        if not self._body.logprobs:
+            return None
+        top = self._body.top_logprobs or 0
+        return {"content": chat_entries(logprobs, self._front.texts, top), "refusal": None}
+
+    def _usage(self) -> dict[str, int]:
+        return usage(self._prompt_tokens, self._tokens)

@@ -1,0 +1,203 @@
+"""What each launcher's environment variables say about a rank. Reads mappings, opens nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from ds_cp.errors import TopologyError
+from ds_cp.topology import slurm
+
+LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A rank as its launcher describes it, and the store's address; ``local_size`` is ``None``
+    where the launcher does not say how many ranks share the host."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int | None
+    launcher: str
+    store_host: str = LOOPBACK
+    store_port: int = 0  # any free one
+    store_shared: bool = False
+
+    def __post_init__(self) -> None:
+        local = self.size if self.local_size is None else self.local_size
+        if not 0 <= self.rank < self.size:
+            raise TopologyError(
+                f"{self.launcher} gave rank {self.rank} of {self.size}: ranks are 0 to size - 1, "
+                f"check RANK and WORLD_SIZE"
+            )
+        if not 0 <= self.local_rank < local <= self.size:
+            raise TopologyError(
+                f"{self.launcher} gave local rank {self.local_rank} of {local} in a job of "
+                f"{self.size}: check LOCAL_RANK and the ranks per host"
+            )
+
+
+def from_rank_variables(env: Mapping[str, str]) -> Place:
+    """``RANK`` and company: deepspeed, torchrun, ds-cp, or set by hand."""
+    size, rank = _int(env, "WORLD_SIZE"), whole_number(env, "RANK")
+    local_size = whole_number(env, "LOCAL_WORLD_SIZE")
+    if local_size is None:
+        local_size = whole_number(env, "LOCAL_SIZE")
+    local_rank = whole_number(env, "LOCAL_RANK")
+    if size == 1:
+        rank, local_rank, local_size = rank or 0, local_rank or 0, 1
+    if rank is None:
+        raise TopologyError(f"WORLD_SIZE is {size} but RANK is not set: set both or neither")
+    if local_rank is None:
+        raise TopologyError(
+            "RANK is set but LOCAL_RANK is not: set it to the rank's number on its host "
+            "(0 with one rank per host)"
+        )
+    if env.get("DS_CP_LAUNCHER") == "ds-cp":
+        launcher = "ds-cp"
+    elif any(name.startswith("TORCHELASTIC_") for name in env):
+        launcher = "torchrun"
+    else:
+        launcher = "deepspeed" if "LOCAL_SIZE" in env or "CROSS_SIZE" in env else "python"
+    place = Place(rank, size, local_rank, local_size, launcher)
+    if size == 1:  # nobody else has to find the store
+        return place
+    shared = env.get("TORCHELASTIC_USE_AGENT_STORE", "").lower() in ("true", "1")
+    return replace(
+        place,
+        store_host=_master_addr(env),
+        store_port=port_number(env, "MASTER_PORT"),
+        store_shared=shared,
+    )
+
+
+def in_slurm_step(env: Mapping[str, str]) -> bool:
+    """Whether srun started this process."""
+    if "SLURM_PROCID" not in env or not env.get("SLURM_STEP_ID", "").isdecimal():
+        return False
+    # salloc's shell and sbatch's script are steps too, numbered from the top; they are one process.
+    return int(env["SLURM_STEP_ID"]) < 0xFFFFFFF0
+
+
+def slurm_size(env: Mapping[str, str]) -> int:
+    """Number of tasks in the step."""
+    return _int(env, "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS")
+
+
+def from_slurm(env: Mapping[str, str]) -> Place:
+    """A task of a Slurm step; MASTER_ADDR and MASTER_PORT are obeyed where the user set them."""
+    size = slurm_size(env)
+    local_size: int | None = None
+    if size == 1:
+        local_size = 1
+    elif "SLURM_STEP_TASKS_PER_NODE" in env:
+        counts = slurm.expand_tasks_per_node(env["SLURM_STEP_TASKS_PER_NODE"])
+        node = _int(env, "SLURM_NODEID") if len(counts) > 1 else 0
+        if not 0 <= node < len(counts):
+            raise TopologyError(
+                f"SLURM_NODEID is {node} but SLURM_STEP_TASKS_PER_NODE lists {len(counts)} nodes"
+            )
+        local_size = counts[node]
+    else:
+        nodes = whole_number(env, "SLURM_STEP_NUM_NODES") or whole_number(env, "SLURM_NNODES")
+        wished = whole_number(env, "SLURM_NTASKS_PER_NODE")  # a limit: exact only if they are full
+        if nodes == 1:
+            local_size = size
+        elif nodes is not None and wished is not None and nodes * wished == size:
+            local_size = wished
+    place = Place(_int(env, "SLURM_PROCID"), size, _int(env, "SLURM_LOCALID"), local_size, "slurm")
+    if size == 1:
+        return place
+    if "MASTER_ADDR" in env:
+        address = _master_addr(env)
+    else:
+        # Task 0 is on the first node. SLURM_LAUNCH_NODE_IPADDR is where srun was typed, which
+        # may be a login node, so it comes last.
+        names = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST")
+        address = slurm.expand_nodelist(names)[0] if names else ""
+        address = address or env.get("SLURM_LAUNCH_NODE_IPADDR", "")
+        if not address:
+            raise TopologyError(
+                "Slurm says neither SLURM_STEP_NODELIST nor SLURM_JOB_NODELIST: export MASTER_ADDR "
+                "(the host of rank 0) before srun"
+            )
+    if "MASTER_PORT" in env:
+        port = port_number(env, "MASTER_PORT")
+    else:
+        port = slurm.step_port(_int(env, "SLURM_JOB_ID"), _int(env, "SLURM_STEP_ID"))
+    return replace(place, store_host=address, store_port=port)
+
+
+def mpirun_size(env: Mapping[str, str]) -> int | None:
+    """Number of ranks that mpirun said it started."""
+    size = whole_number(env, "OMPI_COMM_WORLD_SIZE")
+    return whole_number(env, "PMI_SIZE") if size is None else size
+
+
+def from_mpirun_variables(env: Mapping[str, str]) -> Place:
+    """A rank of mpirun without MPI itself; the user has to say where the store is."""
+    if "OMPI_COMM_WORLD_SIZE" in env:
+        prefix, local_rank, local_size = (
+            "OMPI_COMM_WORLD_",
+            "OMPI_COMM_WORLD_LOCAL_RANK",
+            "OMPI_COMM_WORLD_LOCAL_SIZE",
+        )
+    else:
+        prefix, local_rank, local_size = "PMI_", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"
+    place = Place(
+        _int(env, prefix + "RANK"),
+        _int(env, prefix + "SIZE"),
+        _int(env, local_rank),
+        _int(env, local_size),
+        "mpi",
+    )
+    return replace(place, store_host=_master_addr(env), store_port=port_number(env, "MASTER_PORT"))
+
+
+def peek_rank(env: Mapping[str, str]) -> int:
+    """This process's rank for "print once"; 0 when nothing says otherwise. Never raises."""
+    names = ["RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK"]
+    if in_slurm_step(env):
+        names.append("SLURM_PROCID")
+    for name in names:
+        if env.get(name, "").strip().isdecimal():
+            return int(env[name])
+    return 0
+
+
+def whole_number(env: Mapping[str, str], name: str) -> int | None:
+    """The value of a variable, ``None`` when it is not set."""
+    text = env.get(name)
+    if text is None:
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise TopologyError(f"{name} must be a whole number (got {text[:80]!r})") from None
+
+
+def _int(env: Mapping[str, str], name: str) -> int:
+    value = whole_number(env, name)
+    if value is None:
+        raise TopologyError(
+            f"{name} is not set although this process looks like a rank of a job: launch with "
+            f"deepspeed, torchrun, mpirun or srun, or set it"
+        )
+    return value
+
+
+def port_number(env: Mapping[str, str], name: str) -> int:
+    """The value of a variable that must be set to a port."""
+    port = _int(env, name)
+    if not 1 <= port <= 65535:
+        raise TopologyError(f"{name} must be a port, 1 to 65535 (got {port})")
+    return port
+
+
+def _master_addr(env: Mapping[str, str]) -> str:
+    address = env.get("MASTER_ADDR", "").strip()
+    if not address:
+        raise TopologyError("MASTER_ADDR is not set: set it to the address of rank 0's host")
+    return address

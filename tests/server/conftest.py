@@ -1,0 +1,111 @@
+"""A real uvicorn on a free loopback port, in a thread, in front of the fake engine."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from ds_cp.serve.app import create_app
+from ds_cp.serve.http import bind, serve_until
+from ds_cp.serve.protocol import ServerSettings
+from tests.server.fake_engine import FakeEngine, make_tokenizer
+
+
+@dataclass
+class Running:
+    """A server under test."""
+
+    engine: FakeEngine
+    port: int
+    stop: Callable[[], None]
+    thread: threading.Thread
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def client(self, api_key: str = "none") -> openai.OpenAI:
+        return openai.OpenAI(
+            base_url=self.url + "/v1", api_key=api_key, max_retries=0, timeout=20.0
+        )
+
+    def post(self, path: str, body: Any = None, **rest: Any) -> httpx.Response:
+        return httpx.post(self.url + path, json=body, timeout=20.0, **rest)
+
+    def get(self, path: str, **rest: Any) -> httpx.Response:
+        return httpx.get(self.url + path, timeout=20.0, **rest)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
+    """True as soon as the condition holds, False after ``seconds``."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.01)
+    return condition()
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    return make_tokenizer()
+
+
+@pytest.fixture
+def launch(tokenizer: Any) -> Iterator[Callable[..., Running]]:
+    """``launch(engine=None, **settings)`` starts a server; all of them are stopped at the end."""
+    servers: list[Running] = []
+
+    def start(engine: FakeEngine | None = None, **settings: Any) -> Running:
+        engine = engine or FakeEngine(tokenizer)
+        values = {"port": 0, "drain_timeout_s": 1.0} | settings
+        server = ServerSettings(**values)
+        listener = bind(server.host, server.port)
+        port = listener.getsockname()[1]
+        loops: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
+
+        async def main() -> None:
+            stop = asyncio.Event()
+            loops.append((asyncio.get_running_loop(), stop))
+            await serve_until(create_app(engine, server), listener, server, stop)
+
+        thread = threading.Thread(target=lambda: asyncio.run(main()), daemon=True)
+        thread.start()
+
+        def end() -> None:
+            if thread.is_alive():
+                loop, event = loops[0]
+                loop.call_soon_threadsafe(event.set)
+
+        running = Running(engine, port, end, thread)
+        assert wait_for(lambda: _answers(running)), "the server did not start"
+        servers.append(running)
+        return running
+
+    yield start
+    for running in servers:
+        running.stop()
+    for running in servers:
+        running.thread.join(10)
+        assert not running.thread.is_alive(), "the server did not stop"
+
+
+def _answers(running: Running) -> bool:
+    try:
+        return running.get("/health").status_code in (200, 503)
+    except httpx.HTTPError:
+        return False
+
+
+@pytest.fixture
+def served(launch: Callable[..., Running]) -> Running:
+    """A server with the default settings."""
+    return launch()

@@ -1,0 +1,171 @@
+"""Models, health, metrics, version, tokenize, and what the package imports."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from ds_cp.engine.handle import EngineStats
+from tests.server.conftest import Running
+from tests.server.fake_engine import FakeEngine
+
+
+def test_models(served: Running) -> None:
+    client = served.client()
+    models = client.models.list().data
+    assert [model.id for model in models] == ["fake-model"]
+    one = client.models.retrieve("fake-model").model_dump()
+    assert one["max_model_len"] == 128 and one["created"] == 1_700_000_000
+
+
+def test_served_name_with_slashes(launch: Any) -> None:
+    server = launch(served_model_name="org/small")
+    client = server.client()
+    assert client.models.list().data[0].id == "org/small"
+    assert server.get("/v1/models/org/small").json()["id"] == "org/small"
+    assert client.completions.create(model="org/small", prompt=[5]).model == "org/small"
+    assert server.post("/v1/completions", {"prompt": [5], "model": "fake-model"}).status_code == 404
+
+
+class Starting:
+    """An engine before its first answer: nothing but its state may be asked for."""
+
+    state = "starting"
+
+    def __getattr__(self, name: str) -> Any:
+        raise AssertionError(f"{name} of a starting engine was read")
+
+
+def test_starting_then_ready_then_dead(launch: Any, tokenizer: Any) -> None:
+    server = launch(Starting())
+    reply = server.get("/health")
+    assert reply.status_code == 503 and reply.json() == {"status": "starting"}
+    chat = {"messages": [{"role": "user", "content": "x"}]}
+    for path, body in (
+        ("/v1/completions", {"prompt": "x"}),
+        ("/v1/chat/completions", chat),
+        ("/tokenize", {"prompt": "x"}),
+        ("/detokenize", {"tokens": [1]}),
+    ):
+        reply = server.post(path, body)
+        assert reply.status_code == 503
+        assert reply.json()["error"]["code"] == "engine_starting"
+        assert reply.headers["retry-after"]
+    assert server.get("/v1/models").status_code == 503
+    assert server.get("/v1/models/x").status_code == 503
+    for path in ("/metrics", "/version", "/openapi.json"):
+        assert server.get(path).status_code == 200
+
+    server = launch(FakeEngine(tokenizer))
+    assert server.get("/health").json() == {"status": "ready"}
+    server.engine.state = "dead"
+    reply = server.get("/health")
+    assert reply.status_code == 503 and reply.json() == {"status": "dead"}
+    reply = server.post("/v1/completions", {"prompt": "x"})
+    assert reply.status_code == 503 and reply.json()["error"]["code"] == "engine_dead"
+    assert server.get("/metrics").status_code == 200
+
+
+def samples_of(server: Running) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    reply = server.get("/metrics")
+    assert reply.headers["content-type"].startswith("text/plain")
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(reply.text)
+        for sample in family.samples
+    }
+
+
+def test_metrics(served: Running) -> None:
+    served.engine.snapshot = EngineStats(
+        num_requests_running=3,
+        num_requests_waiting=2,
+        kv_blocks_used=(6, 2),
+        kv_blocks_total=(8, 24),
+        prompt_tokens=100,
+        generation_tokens=50,
+        num_preemptions=1,
+        steps=9,
+        step_seconds=1.5,
+        finished={"stop": 4, "length": 5},
+        mode_counts={"local": 7, "ring": 2},
+        comm_bytes={"ring_kv": 4096},
+        comm_exchanges={"ring_kv": 12},
+    )
+    served.engine.delay_s = 0.02
+    for stream in (False, True):
+        served.post("/v1/completions", {"prompt": [5], "max_tokens": 4, "stream": stream})
+    got = samples_of(served)
+
+    def value(name: str, **labels: str) -> float:
+        return got[f"ds_cp:{name}", tuple(sorted({"model_name": "fake-model", **labels}.items()))]
+
+    assert value("num_requests_running") == 3
+    assert value("num_requests_waiting") == 2
+    assert value("kv_cache_usage_perc") == 0.25
+    assert value("kv_blocks", rank="0", state="used") == 6
+    assert value("kv_blocks", rank="1", state="free") == 22
+    assert value("prompt_tokens_total") == 100
+    assert value("generation_tokens_total") == 50
+    assert value("num_preemptions_total") == 1
+    assert value("engine_steps_total") == 9
+    assert value("engine_step_seconds_total") == 1.5
+    assert value("request_success_total", finished_reason="length") == 5
+    assert value("mode_counts_total", mode="ring") == 2
+    assert value("comm_bytes_total", scheme="ring_kv") == 4096
+    assert value("comm_exchanges_total", scheme="ring_kv") == 12
+    assert value("time_to_first_token_seconds_count") == 2
+    assert value("inter_token_latency_seconds_count") == 6
+    assert value("e2e_request_latency_seconds_count") == 2
+    ttft = value("time_to_first_token_seconds_sum")
+    itl = value("inter_token_latency_seconds_sum")
+    e2e = value("e2e_request_latency_seconds_sum")
+    assert ttft >= 2 * 0.02 and itl >= 6 * 0.02
+    assert abs(ttft + itl - e2e) < 0.05
+    assert value("e2e_request_latency_seconds_bucket", le="+Inf") == 2
+
+
+def test_two_apps_do_not_share_metrics(launch: Any) -> None:
+    first, second = launch(), launch()
+    first.post("/v1/completions", {"prompt": [5]})
+    key = ("ds_cp:e2e_request_latency_seconds_count", (("model_name", "fake-model"),))
+    assert samples_of(first)[key] == 1
+    assert key not in samples_of(second)
+
+
+def test_tokenize_and_back(served: Running, tokenizer: Any) -> None:
+    text = "the quick \u20ac fox<|end|>"
+    reply = served.post("/tokenize", {"prompt": text}).json()
+    assert reply["tokens"] == tokenizer(text)["input_ids"]
+    assert reply["count"] == len(reply["tokens"]) and reply["max_model_len"] == 128
+    back = served.post("/detokenize", {"tokens": reply["tokens"]}).json()
+    assert back == {"prompt": text}
+    chat = {"messages": [{"role": "user", "content": "hi"}], "add_generation_prompt": False}
+    reply = served.post("/tokenize", chat).json()
+    assert tokenizer.decode(reply["tokens"]) == "<|user|>hi<|end|>"
+
+
+def test_version_and_openapi(served: Running) -> None:
+    assert served.get("/version").json()["version"]
+    schema = served.get("/openapi.json").json()
+    body = schema["components"]["schemas"]["CompletionRequest"]
+    assert "prompt" in body["required"] and body["additionalProperties"] is False
+    assert {"type": "string"} in body["properties"]["prompt"]["anyOf"]
+    paths = {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics"}
+    assert paths | {"/tokenize", "/detokenize", "/version"} <= set(schema["paths"])
+    responses = schema["paths"]["/v1/completions"]["post"]["responses"]
+    assert "422" not in responses and "4XX" in responses
+
+
+def test_serving_does_not_import_torch() -> None:
+    code = (
+        "import pkgutil, importlib, sys, ds_cp.serve\n"
+        "for m in ('app', 'http', 'protocol', 'metrics', 'chat', 'completions', 'sse', 'text'):\n"
+        "    importlib.import_module('ds_cp.serve.' + m)\n"
+        "print([m for m in ('torch', 'transformers', 'deepspeed', 'mpi4py') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
