@@ -34,10 +34,7 @@ def _bytes(value: Any) -> Any:
     return parse_size(value) if isinstance(value, str) and value != "auto" else value
 
 
-def _tokens(minimum: int = 1) -> Any:
-    return Annotated[int, Field(ge=minimum, le=MAX_TOKENS)]
-
-
+Tokens = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
 _SIZE_SCHEMA: dict[str, Any] = {
     "anyOf": [
         {"type": "string", "pattern": SIZE_PATTERN, "examples": ["512MiB"]},
@@ -60,7 +57,7 @@ MemoryBudget = Annotated[
     WithJsonSchema(_BUDGET_SCHEMA),
 ]
 TokenBudget = Annotated[
-    Auto | _tokens() | Annotated[tuple[_tokens(), ...], Field(min_length=1, max_length=MAX_RANKS)],
+    Auto | Tokens | Annotated[tuple[Tokens, ...], Field(min_length=1, max_length=MAX_RANKS)],
     BeforeValidator(_tuple),
 ]
 ApiKey = Annotated[str, Field(min_length=1, max_length=512)]
@@ -82,23 +79,23 @@ class ContextParallel(_Section):
     """How one sequence is split over ranks."""
 
     size: Auto | Annotated[int, Field(ge=1, le=MAX_RANKS)] = Field(
-        "auto",
+        default="auto",
         description="ranks that share a sequence; auto: all ranks of the job / tp_size",
         json_schema_extra=_unit("ranks"),
     )
     mode: Literal["auto", "local", "ring", "tree"] = Field(
-        "auto",
+        default="auto",
         description="attention across ranks; auto chooses per request and step",
     )
     ring_pass: Literal["auto", "kv", "q"] = Field(
-        "auto", description="what travels around the ring: keys and values, or queries"
+        default="auto", description="what travels around the ring: keys and values, or queries"
     )
     layout: Literal["zigzag", "contiguous"] = Field(
-        "zigzag",
+        default="zigzag",
         description="how a long prompt's new tokens are dealt to ranks; zigzag gives equal work",
     )
-    local_threshold: Auto | _tokens(0) = Field(
-        "auto",
+    local_threshold: Auto | Annotated[int, Field(ge=0, le=MAX_TOKENS)] = Field(
+        default="auto",
         description="prompts up to this length stay on one rank when mode is auto; "
         "auto: whatever fits on one rank",
         json_schema_extra=_unit("tokens"),
@@ -109,7 +106,7 @@ class TensorParallel(_Section):
     """How the heads of each layer are split over ranks."""
 
     tp_size: Annotated[int, Field(ge=1, le=64)] = Field(
-        1,
+        default=1,
         description="ranks that share a layer's heads; these are neighbouring ranks of one host",
         json_schema_extra=_unit("ranks"),
     )
@@ -119,22 +116,24 @@ class KvCache(_Section):
     """Room for keys and values. Give bytes or tokens, not both."""
 
     block_size: Annotated[int, Field(ge=1, le=4096)] = Field(
-        64, description="tokens of one request in one block", json_schema_extra=_unit("tokens")
+        default=64,
+        description="tokens of one request in one block",
+        json_schema_extra=_unit("tokens"),
     )
     memory_per_rank: MemoryBudget = Field(
-        "auto",
+        default="auto",
         description='KV memory of a rank: "512MiB", "1.5GB" or bytes, or a list with one for each '
         "context-parallel rank; auto: from tokens_per_rank, else from free memory",
         json_schema_extra=_unit("bytes"),
     )
     tokens_per_rank: TokenBudget = Field(
-        "auto",
+        default="auto",
         description="tokens whose KV a rank holds, or a list with one number for each "
         "context-parallel rank; auto: from memory_per_rank",
         json_schema_extra=_unit("tokens"),
     )
     placement: Literal["fill_then_spill", "round_robin", "balanced"] = Field(
-        "fill_then_spill", description="which rank a request's next block is placed on"
+        default="fill_then_spill", description="which rank a request's next block is placed on"
     )
 
     @model_validator(mode="after")
@@ -145,7 +144,7 @@ class KvCache(_Section):
                 "keep one and leave the other out"
             )
         budget = self.tokens_per_rank
-        least = min(budget) if isinstance(budget, tuple) else budget
+        least: Any = min(budget) if isinstance(budget, tuple) else budget
         if isinstance(least, int) and least < self.block_size:
             raise ValueError(
                 f"kv_cache.tokens_per_rank is {least}, less than one block of "
@@ -158,16 +157,16 @@ class Scheduler(_Section):
     """How many requests run and wait."""
 
     max_num_seqs: Annotated[int, Field(ge=1, le=4096)] = Field(
-        16, description="requests that run at once", json_schema_extra=_unit("requests")
+        default=16, description="requests that run at once", json_schema_extra=_unit("requests")
     )
-    max_num_batched_tokens: Auto | _tokens() = Field(
-        "auto",
+    max_num_batched_tokens: Auto | Tokens = Field(
+        default="auto",
         description="most tokens of one step over all ranks; a longer prompt is prefilled in "
         "chunks of this",
         json_schema_extra=_unit("tokens"),
     )
     max_queue: Annotated[int, Field(ge=1, le=1 << 20)] = Field(
-        256,
+        default=256,
         description="requests that may wait; more are refused with HTTP 429",
         json_schema_extra=_unit("requests"),
     )
@@ -177,7 +176,7 @@ class Attention(_Section):
     """The block kernel."""
 
     backend: Literal["auto", "reference", "sdpa", "flash_attn"] = Field(
-        "auto", description="kernel for attention over one rank's keys"
+        default="auto", description="kernel for attention over one rank's keys"
     )
 
 
@@ -185,20 +184,20 @@ class Comm(_Section):
     """How ranks find and talk to each other."""
 
     backend: Literal["auto", "gloo", "nccl"] = Field(
-        "auto", description="collective library; auto: nccl on CUDA devices, gloo otherwise"
+        default="auto", description="collective library; auto: nccl on CUDA devices, gloo otherwise"
     )
     timeout_s: Annotated[float, Field(ge=5, le=86400)] = Field(
-        300.0,
+        default=300.0,
         description="longest wait for another rank before the job ends with an error",
         json_schema_extra=_unit("seconds"),
     )
     interface: Annotated[str, Field(min_length=1, max_length=64)] = Field(
-        "auto",
+        default="auto",
         description="network interface for traffic between ranks, by name; auto: loopback on one "
         "host, else the one that reaches rank 0",
     )
     hosts: Literal["auto", "mpi", "env"] = Field(
-        "auto",
+        default="auto",
         description="where host names come from; auto: MPI under mpirun, else the launcher's "
         "environment",
     )
@@ -208,24 +207,24 @@ class Server(_Section):
     """The HTTP front on rank 0."""
 
     host: Annotated[str, Field(min_length=1, max_length=253)] = Field(
-        "127.0.0.1", description="address to listen on; beyond loopback api_key must be set"
+        default="127.0.0.1", description="address to listen on; beyond loopback api_key must be set"
     )
     port: Annotated[int, Field(ge=0, le=65535)] = Field(
-        8000, description="TCP port; 0 takes any free one"
+        default=8000, description="TCP port; 0 takes any free one"
     )
     api_key: ApiKeys = Field(
-        None,
+        default=None,
         description="key, or list of keys, that clients send as a bearer token; null: none asked",
         repr=False,
     )
     served_model_name: Annotated[str, Field(min_length=1, max_length=256)] | None = Field(
-        None, description="model name in the API; null: the last part of model"
+        default=None, description="model name in the API; null: the last part of model"
     )
     max_body_bytes: Annotated[int, Field(ge=1024, le=1 << 30)] = Field(
-        8 << 20, description="largest HTTP request body", json_schema_extra=_unit("bytes")
+        default=8 << 20, description="largest HTTP request body", json_schema_extra=_unit("bytes")
     )
     drain_timeout_s: Annotated[float, Field(ge=0, le=3600)] = Field(
-        30.0,
+        default=30.0,
         description="time that running requests get to finish after SIGTERM",
         json_schema_extra=_unit("seconds"),
     )
@@ -259,22 +258,22 @@ class Config(_Section):
     """Everything that one job needs to know. Frozen; see ``load_config``."""
 
     schema_: Annotated[str, Field(max_length=4096)] | None = Field(
-        None, alias="$schema", description="JSON schema of this file, for editors; not used"
+        default=None, alias="$schema", description="JSON schema of this file, for editors; not used"
     )
     model: Annotated[str, Field(min_length=1, max_length=4096)] = Field(
         description="hub name, directory with safetensors, or GGUF file; a relative path is looked "
         "up from the working directory, then from this file's folder"
     )
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="type of weights and KV; auto: the model's own"
+        default="auto", description="type of weights and KV; auto: the model's own"
     )
-    max_model_len: Auto | _tokens() = Field(
-        "auto",
+    max_model_len: Auto | Tokens = Field(
+        default="auto",
         description="longest prompt plus answer; auto: the model's own limit",
         json_schema_extra=_unit("tokens"),
     )
     threads_per_rank: Auto | Annotated[int, Field(ge=1, le=1024)] = Field(
-        "auto",
+        default="auto",
         description="CPU threads of one rank; auto: the host's cores / its ranks, at least 1",
         json_schema_extra=_unit("threads"),
     )

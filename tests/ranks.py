@@ -82,7 +82,9 @@ def _gather(pipes: list[Connection], timeout: float) -> list[Any]:
                 good, value = False, "died without a word"
             (results if good else failures)[rank] = value
     if failures:
-        raise RankFailed("\n".join(f"--- rank {r}:\n{text}" for r, text in sorted(failures.items())))
+        raise RankFailed(
+            "\n".join(f"--- rank {r}:\n{text}" for r, text in sorted(failures.items()))
+        )
     return [results[rank] for rank in sorted(results)]
 
 

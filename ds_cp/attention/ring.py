@@ -182,7 +182,9 @@ class RingPassQ:
                 recvs.append((peer, torch.empty(shape, dtype=torch.uint8, device=q[0].device)))
         self._group.exchange(sends, recvs, SCHEME_Q_BACK).wait()
         arrived = {
-            peer: iter(rows.split([n for i, n in enumerate(self._lengths[me]) if self._holds[peer][i]]))
+            peer: iter(
+                rows.split([n for i, n in enumerate(self._lengths[me]) if self._holds[peer][i]])
+            )
             for peer, rows in recvs
         }
         merged = []

@@ -59,9 +59,7 @@ def _stored(k_runs: Runs) -> list[tuple[int, int, int]]:
     return out
 
 
-def _causal_tiles(
-    row: int, start: int, rows: int, keys: list[tuple[int, int, int]]
-) -> list[Tile]:
+def _causal_tiles(row: int, start: int, rows: int, keys: list[tuple[int, int, int]]) -> list[Tile]:
     """Without a window: keys before the rows are full, overlapping ones split at their borders."""
     end = start + rows
     full: list[list[int]] = []  # [storage index, length], fused where adjacent in storage

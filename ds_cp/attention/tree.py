@@ -38,7 +38,9 @@ class TreeAttention:
             tuple(run for _, owner in keys for run in items[i].q_runs[owner])
             for i, keys in enumerate(self._blocks)
         ]
-        self._counts = [[rows[i][owner] for _, owner in keys] for i, keys in enumerate(self._blocks)]
+        self._counts = [
+            [rows[i][owner] for _, owner in keys] for i, keys in enumerate(self._blocks)
+        ]
 
     def __call__(
         self,

@@ -39,9 +39,7 @@ class RingExchange:
         """
         if self._pending is not None:
             raise RuntimeError("ring: post before the last hop was waited for")
-        self._pending = self._group.exchange(
-            [(self.next, send)], [(self.prev, recv)], self._scheme
-        )
+        self._pending = self._group.exchange([(self.next, send)], [(self.prev, recv)], self._scheme)
         self._arriving = recv
 
     def wait(self) -> torch.Tensor:

@@ -120,7 +120,8 @@ class Group:
         try:
             if self._batched:
                 batch = [
-                    ds_comm.P2POp(op, t, self.ranks[peer], group=self._handle) for op, t, peer in ops
+                    ds_comm.P2POp(op, t, self.ranks[peer], group=self._handle)
+                    for op, t, peer in ops
                 ]
                 works = ds_comm.batch_isend_irecv(batch)
             else:
@@ -332,9 +333,7 @@ def _open_store(rank: int, at: Rendezvous, limit: timedelta) -> torch_dist.Store
     return torch_dist.PrefixStore(f"ds_cp/{at.prefix}", store)
 
 
-def _introduce(
-    rank: int, size: int, host: str, digest: str, store: torch_dist.Store
-) -> list[str]:
+def _introduce(rank: int, size: int, host: str, digest: str, store: torch_dist.Store) -> list[str]:
     """Tell the others my host and what I was started with; every rank's host, rank 0 first."""
     mark = hashlib.sha256(digest.encode()).hexdigest()
     store.set(f"hello/{rank}", f"{mark} {host}")
@@ -348,6 +347,11 @@ def _introduce(
     return [hello[1] for hello in hellos]
 
 
+def _worth_showing(record: logging.LogRecord) -> bool:
+    """Every rank of a CPU job would warn that it runs on a CPU; the start-up summary says it once."""
+    return not record.getMessage().startswith("Setting accelerator to CPU")
+
+
 def _init_process_group(
     rank: int, size: int, store: torch_dist.Store, device: torch.device, limit: timedelta
 ) -> None:
@@ -356,7 +360,7 @@ def _init_process_group(
     The shared-memory op is marked as not available first: its compilation takes 60 to 100 s, needs a
     compiler, and once loaded it ignores the group argument of an all-reduce.
     """
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    logging.getLogger("DeepSpeed").addFilter(_worth_showing)
     import deepspeed.comm as ds_comm
     from deepspeed.ops import __compatible_ops__
 

@@ -1,9 +1,9 @@
-"""The engine of rank 0, without processes: requests in, steps through an executor, deltas out."""
+"""The engine of rank 0, without processes: requests in, steps out, tokens in, deltas out."""
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,6 @@ from ds_cp.engine.request import Request
 from ds_cp.engine.scheduler import Scheduler
 from ds_cp.errors import RequestError
 
-Executor = Callable[[StepPlan], list[Sampled]]
-
 
 @dataclass(eq=False)
 class _Live:
@@ -25,11 +23,11 @@ class _Live:
 
 
 class EngineCore:
-    """Owns the scheduler and every live request's text. One thread at a time may call it."""
+    """Owns the scheduler and every live request's text. One thread at a time may call it; between
+    ``plan`` and ``apply``, while the ranks work, requests may come and go."""
 
-    def __init__(self, scheduler: Scheduler, execute: Executor, tokenizer: Any | None) -> None:
+    def __init__(self, scheduler: Scheduler, tokenizer: Any | None) -> None:
         self.scheduler = scheduler
-        self._execute = execute
         self._tokenizer = tokenizer
         self._by_id: dict[str, _Live] = {}
         self._by_number: dict[int, _Live] = {}
@@ -68,16 +66,19 @@ class EngineCore:
     def has_work(self) -> bool:
         return self.scheduler.has_work
 
-    def step(self) -> list[Delta]:
-        """Run one step; one delta per request that got a token."""
+    def plan(self) -> StepPlan | None:
+        """The next step, or None when there is nothing to run."""
         plan = self.scheduler.schedule()
-        if plan is None:
-            return []
-        sampled = self._execute(plan)
-        self._steps += 1
-        for item in plan.items:
-            self._modes[item.mode] = self._modes.get(item.mode, 0) + 1
-        return [self._take(self._by_number[s.request], s) for s in sampled]
+        if plan is not None:
+            self._steps += 1
+            for item in plan.items:
+                self._modes[item.mode] = self._modes.get(item.mode, 0) + 1
+        return plan
+
+    def apply(self, sampled: Sequence[Sampled]) -> list[Delta]:
+        """What a step's tokens add: one delta per request that is still there."""
+        live = [(self._by_number.get(s.request), s) for s in sampled]
+        return [self._take(found, s) for found, s in live if found is not None]
 
     def _take(self, live: _Live, got: Sampled) -> Delta:
         request = live.request
@@ -105,9 +106,7 @@ class EngineCore:
             logprobs = (TokenLogprob(got.token, got.logprob, got.top),)
         if reason is not None:
             self._forget(live)
-        return Delta(
-            request.request_id, (got.token,), text, logprobs, reason, request.stop_reason
-        )
+        return Delta(request.request_id, (got.token,), text, logprobs, reason, request.stop_reason)
 
     def _forget(self, live: _Live) -> None:
         reason = live.request.finish_reason or "error"

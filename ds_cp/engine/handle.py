@@ -52,7 +52,7 @@ class EngineHandle(Protocol):
 
     @property
     def state(self) -> str:
-        """"starting", "ready" or "dead"."""
+        """ "starting", "ready" or "dead"."""
         ...
 
     def generate(

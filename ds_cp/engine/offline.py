@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
-from ds_cp.comm.wire import Rendezvous, World, join
+from ds_cp.comm.wire import World
 from ds_cp.config import Config, load_config
 from ds_cp.engine.core import EngineCore
+from ds_cp.engine.decisions import build_scheduler, summary
 from ds_cp.engine.params import (
     CompletionOutput,
     Delta,
@@ -23,14 +22,8 @@ from ds_cp.engine.params import (
 )
 from ds_cp.engine.plan import StepPlan, encode_plan
 from ds_cp.engine.request import Request
-from ds_cp.engine.startup import (
-    Facts,
-    build_scheduler,
-    build_worker,
-    choose_device,
-    choose_threads,
-    summary,
-)
+from ds_cp.engine.startup import build_worker, join_job
+from ds_cp.engine.startup_facts import Facts
 from ds_cp.engine.worker import Worker
 from ds_cp.errors import RequestError
 from ds_cp.model.loading import load_tokenizer
@@ -76,30 +69,6 @@ def init_inference(
     return LLMEngine(world, worker, facts, config, tokenizer)
 
 
-def join_job(job: Job, config: Config) -> tuple[World, int]:
-    """Take this process's seat: threads, device, network interface, rendezvous."""
-    threads = choose_threads(config, job.local_world_size or 1)
-    torch.set_num_threads(threads)
-    device = choose_device(config, job.local_rank)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if job.interface:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", job.interface)
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", job.interface)
-    bound: socket.socket | None = job.store_socket
-    world = join(
-        job.rank,
-        job.world_size,
-        Rendezvous(job.store_host, job.store_port, bound.fileno() if bound else None),
-        host=job.host,
-        hosts=job.hosts,
-        device=device,
-        timeout_s=config.comm.timeout_s,
-        digest=config.model_dump_json(exclude={"server"}),
-    )
-    return world, threads
-
-
 class LLMEngine:
     """Generates on rank 0 (the driver); the other ranks follow inside the same calls."""
 
@@ -114,7 +83,7 @@ class LLMEngine:
         self._numbers = 0
         self._core: EngineCore | None = None
         if self.is_driver:
-            self._core = EngineCore(build_scheduler(config, facts), worker.lead, tokenizer)
+            self._core = EngineCore(build_scheduler(config, facts), tokenizer)
 
     @property
     def is_driver(self) -> bool:
@@ -170,7 +139,8 @@ class LLMEngine:
                 name = str(self._numbers)
                 self._numbers += 1
                 results[name] = _Collector(core.add(name, tokens, how), text)
-            for delta in core.step():
+            plan = core.plan()
+            for delta in core.apply(self._worker.lead(plan)) if plan else []:
                 results[delta.request_id].take(delta)
             if show:
                 show(sum(1 for r in results.values() if r.request.finish_reason))
@@ -208,7 +178,9 @@ class LLMEngine:
         if isinstance(params, SamplingParams):
             return [params] * count
         if len(params) != count:
-            raise RequestError(f"{count} prompts but {len(params)} sampling params: give one or as many")
+            raise RequestError(
+                f"{count} prompts but {len(params)} sampling params: give one or as many"
+            )
         return list(params)
 
     def shutdown(self) -> None:
@@ -260,4 +232,3 @@ def _progress(total: int) -> Callable[[int], None]:
         print(f"\r{done}/{total} requests", end=end, file=sys.stderr, flush=True)
 
     return show
-

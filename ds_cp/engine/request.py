@@ -39,7 +39,10 @@ class Request:
         """``count`` tokens from position ``start``: of the prompt, then of the output, which a
         preempted request computes again."""
         end, length = start + count, len(self.prompt)
-        return (*self.prompt[start:end], *self.output[max(start - length, 0) : max(end - length, 0)])
+        return (
+            *self.prompt[start:end],
+            *self.output[max(start - length, 0) : max(end - length, 0)],
+        )
 
     @property
     def num_tokens(self) -> int:

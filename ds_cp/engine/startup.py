@@ -1,4 +1,4 @@
-"""From a seat in the job to a worker that can run plans, and the lines that say what was decided.
+"""From a place in the job to a worker that can run plans.
 
 Every phase that can fail on one rank alone ends with an agreement: all ranks report to rank 0, which
 speaks for them, and all leave together. So a missing file on one host is one line, not a hang.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import msgspec
@@ -17,11 +16,11 @@ import torch
 from torch import nn
 
 from ds_cp.attention import LayerSpec, get_kernel
-from ds_cp.comm.links import LinkSpeed, measure_links
-from ds_cp.comm.wire import World
+from ds_cp.comm.links import measure_links
+from ds_cp.comm.wire import Rendezvous, World, join
 from ds_cp.config import Config
-from ds_cp.engine.policy import ModePolicy
-from ds_cp.engine.scheduler import Limits, Scheduler
+from ds_cp.engine.startup_facts import Facts, LinkFacts
+from ds_cp.engine.startup_threads import choose_threads
 from ds_cp.engine.worker import Worker
 from ds_cp.errors import ConfigError, DsCpError, UserError
 from ds_cp.kv.pool import KVPool, bytes_per_token
@@ -30,10 +29,10 @@ from ds_cp.model.shard import shard_model
 from ds_cp.model.source import ModelSource
 from ds_cp.model.wiring import check_exact, check_positions, probe_layers
 from ds_cp.topology.hosts import Grid, resolve_grid
+from ds_cp.topology.job import Job
 
 T = TypeVar("T")
 REPORT = 1024  # bytes of a rank's report to rank 0
-AUTO_BATCHED_TOKENS = 8192
 AUTO_MEMORY_SHARE = 0.4  # of the host's free memory, divided by its ranks
 AUTO_GPU_SHARE = 0.85  # of the device's free memory
 
@@ -44,32 +43,38 @@ class _Report(msgspec.Struct, array_like=True):
     kv_blocks: int = 0
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What was decided at start; the same on every rank."""
-
-    grid: Grid
-    dtype: str
-    kernel: str
-    max_model_len: int
-    vocab_size: int
-    eos_token_ids: tuple[int, ...]
-    num_q_heads: int  # of the whole model
-    num_kv_heads: int
-    block_size: int
-    blocks_per_rank: tuple[int, ...]  # one per cp rank
-    bytes_per_token: int  # on one rank
-    num_layers: int
-    threads: int
-    exactness: float
-    links: tuple[LinkSpeed, ...]
+def join_job(job: Job, config: Config) -> tuple[World, int]:
+    """Take this process's seat: threads, device, network interface, rendezvous. Returns the seat and
+    the CPU threads of this rank."""
+    listen_fd = job.store_socket.fileno() if job.store_socket else None
+    threads = choose_threads(config, job.local_world_size or 1)
+    torch.set_num_threads(threads)
+    device = choose_device(config, job.local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if job.interface:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", job.interface)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", job.interface)
+    world = join(
+        job.rank,
+        job.world_size,
+        Rendezvous(job.store_host, job.store_port, listen_fd),
+        host=job.host,
+        hosts=job.hosts,
+        device=device,
+        timeout_s=config.comm.timeout_s,
+        digest=config.model_dump_json(exclude={"server"}),
+    )
+    return world, threads
 
 
 def build_worker(
     world: World, config: Config, model: nn.Module | ModelSource, threads: int
 ) -> tuple[Worker, Facts]:
     """Load, shard, check and wire the model, and allocate this rank's KV. Collective."""
-    grid = resolve_grid(world.topology, config.context_parallel.size, config.tensor_parallel.tp_size)
+    grid = resolve_grid(
+        world.topology, config.context_parallel.size, config.tensor_parallel.tp_size
+    )
     cp = world.group("cp", grid.cp_groups())
     tp = world.group("tp", grid.tp_groups())
 
@@ -97,7 +102,10 @@ def build_worker(
     blocks = _gather_blocks(world, pool.num_slots // size)
     text = decoder.config.get_text_config()
     facts = Facts(
-        grid=grid,
+        hosts=world.topology.hosts,
+        cp_size=cp.size,
+        tp_size=tp.size,
+        device=str(world.device.type),
         dtype=str(decoder.dtype).removeprefix("torch."),
         kernel=kernel_name,
         max_model_len=length,
@@ -111,71 +119,9 @@ def build_worker(
         num_layers=len(layers),
         threads=threads,
         exactness=error,
-        links=measure_links(world),
+        links=tuple(LinkFacts(x.name, x.latency_us, x.gb_per_s) for x in measure_links(world)),
     )
     return Worker(world, cp, tp, decoder, layers, pool, kernel), facts
-
-
-def build_scheduler(config: Config, facts: Facts) -> Scheduler:
-    """Rank 0's scheduler over the budgets that all ranks reported."""
-    batched = config.scheduler.max_num_batched_tokens
-    threshold = config.context_parallel.local_threshold
-    topology = facts.grid.cp_topology()
-    return Scheduler(
-        Limits(
-            max_model_len=facts.max_model_len,
-            max_num_seqs=config.scheduler.max_num_seqs,
-            max_num_batched_tokens=AUTO_BATCHED_TOKENS if batched == "auto" else batched,
-            max_queue=config.scheduler.max_queue,
-            vocab_size=facts.vocab_size,
-            eos_token_ids=facts.eos_token_ids,
-        ),
-        facts.blocks_per_rank,
-        facts.block_size,
-        config.kv_cache.placement,
-        config.context_parallel.layout,
-        ModePolicy(
-            mode=config.context_parallel.mode,
-            ring_pass=config.context_parallel.ring_pass,
-            local_threshold=None if threshold == "auto" else threshold,
-            num_hosts=topology.num_hosts,
-            num_q_heads=facts.num_q_heads,
-            num_kv_heads=facts.num_kv_heads,
-        ),
-        topology.ring_order(),
-    )
-
-
-def summary(config: Config, facts: Facts) -> list[str]:
-    """What start-up decided and why, a line each."""
-    grid, cp = facts.grid, config.context_parallel
-    tokens = [n * facts.block_size for n in facts.blocks_per_rank]
-    even = len(set(tokens)) == 1
-    per_rank = f"{len(tokens)} x {tokens[0]}" if even else " + ".join(map(str, tokens))
-    mib = max(tokens) * facts.bytes_per_token / 2**20
-    rule = {
-        "auto": "local while a request fits on one rank; spanning prefill by ring, decode by tree",
-        "local": "every request on one rank",
-    }.get(cp.mode, f"{cp.mode} for every request")
-    return [
-        *grid.topology.describe(),
-        f"ranks: {grid.topology.size} = cp {grid.cp_size} x tp {grid.tp_size}, "
-        f"{facts.threads} CPU thread{'s' * (facts.threads != 1)} each",
-        *(f"link {link.name}: {link.latency_us:.0f} us, {link.gb_per_s:.2f} GB/s" for link in facts.links),
-        f"model: {facts.num_layers} layers, {facts.num_q_heads} query and {facts.num_kv_heads} KV heads, "
-        f"{facts.dtype}; logits agree with transformers to {facts.exactness:.0e}",
-        f"attention: {facts.kernel} kernel; mode {cp.mode}: {rule}",
-        f"KV: {sum(tokens)} tokens = {per_rank} per rank (up to {mib:.0f} MiB), blocks of "
-        f"{facts.block_size}, {config.kv_cache.placement}; one request: up to "
-        f"{min(sum(tokens) + 1, facts.max_model_len)} tokens (model length {facts.max_model_len})",
-    ]
-
-
-def choose_threads(config: Config, local_size: int) -> int:
-    """CPU threads of one rank: the config's, or the cores shared evenly among the host's ranks."""
-    if config.threads_per_rank != "auto":
-        return config.threads_per_rank
-    return max(1, len(os.sched_getaffinity(0)) // max(local_size, 1))
 
 
 def choose_device(config: Config, local_rank: int) -> torch.device:
@@ -199,7 +145,10 @@ def _agreed(world: World, work: Callable[[], T]) -> T:
     except DsCpError as err:
         failure, mine = err, _Report(err.exit_code, str(err))
     except MemoryError:
-        failure, mine = None, _Report(2, "not enough memory; lower kv_cache or use fewer ranks a host")
+        failure, mine = (
+            None,
+            _Report(2, "not enough memory; lower kv_cache or use fewer ranks a host"),
+        )
     reports = exchange_reports(world, mine)
     for rank, report in enumerate(reports):
         if report.exit_code:

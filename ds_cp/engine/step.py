@@ -35,7 +35,12 @@ class StepContext:
     """Implements ``Attend`` for one plan. Shapes and messages follow from the plan alone."""
 
     def __init__(
-        self, plan: StepPlan, group: Group, layers: Sequence[LayerSpec], pool: KVPool, kernel: Kernel
+        self,
+        plan: StepPlan,
+        group: Group,
+        layers: Sequence[LayerSpec],
+        pool: KVPool,
+        kernel: Kernel,
     ) -> None:
         self._group = group
         self._layers = layers
@@ -104,9 +109,7 @@ class StepContext:
                 k_runs[shard.rank] = join((*earlier, *shard.q_runs))
         return Span(tuple(q_runs), tuple(k_runs))
 
-    def attend(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-    ) -> torch.Tensor:
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """``q [1, H, T, D]``, ``k, v [1, G, T, D]`` of my T new tokens -> ``[1, T, H, D]``.
 
         Stores K and V at home first, then attends item by item in each mode.

@@ -25,14 +25,13 @@ class BlockAllocator:
     """Free and used blocks of every rank.
 
     ``blocks_per_rank``: capacity of each rank in blocks (0 allowed, they may differ).
-    ``block_size``: tokens in a block. No operation is linear in the number of blocks of a rank,
-    except ``check_integrity``.
+    ``block_size``: tokens in a block. No operation is linear in the number of blocks of a rank.
     """
 
     def __init__(self, blocks_per_rank: Sequence[int], block_size: int) -> None:
         if block_size < 1 or any(n < 0 for n in blocks_per_rank):
             raise ValueError(
-                f"need block_size >= 1 and blocks_per_rank >= 0, "
+                "need block_size >= 1 and blocks_per_rank >= 0, "
                 f"got {block_size} and {list(blocks_per_rank)}"
             )
         self.block_size = block_size
@@ -64,8 +63,8 @@ class BlockAllocator:
         blocks = self._of(rank)
         if n < 0:
             raise ValueError(f"cannot allocate {n} blocks on rank {rank}")
-        if extend_from is not None and not 0 <= extend_from < blocks.capacity:
-            raise ValueError(f"rank {rank} has no block {extend_from} (it has {blocks.capacity})")
+        if extend_from is not None and extend_from not in blocks.used:
+            raise ValueError(f"cannot extend block {extend_from} of rank {rank}: not allocated")
         if n > blocks.num_free:
             raise OutOfBlocksError(rank, n, blocks.num_free)
         return blocks.take(n, extend_from)
@@ -199,6 +198,7 @@ class _RankBlocks:
         assert self.starts == sorted(self.length_at), f"{where}: sorted starts and runs differ"
         ends = {start + length: start for start, length in self.length_at.items()}
         assert self.start_before == ends, f"{where}: run ends and runs differ"
+        used = sorted(self.used)
         last_end = -1
         for start in self.starts:
             length = self.length_at[start]
@@ -206,12 +206,9 @@ class _RankBlocks:
             assert start > last_end, f"{where}: free runs overlap or touch at {start}"
             last_end = start + length
             assert last_end <= self.capacity, f"{where}: free run past the end, {last_end}"
-            assert self.used.isdisjoint(range(start, last_end)), (
-                f"{where}: used block in a free run"
-            )
-        assert all(0 <= block < self.capacity for block in self.used), (
-            f"{where}: unknown used block"
-        )
+            inside = used[bisect_left(used, start) : bisect_left(used, last_end)]
+            assert not inside, f"{where}: used blocks {inside} in a free run"
+        assert all(0 <= block < self.capacity for block in used), f"{where}: unknown used block"
         assert self.num_free == sum(self.length_at.values()), f"{where}: free count is wrong"
         assert self.num_free + len(self.used) == self.capacity, (
             f"{where}: {self.num_free} free + {len(self.used)} used != {self.capacity}"

@@ -84,7 +84,9 @@ def load_tokenizer(source: ModelSource) -> Any:
     try:
         return AutoTokenizer.from_pretrained(where, trust_remote_code=False, **extra)
     except (OSError, ValueError, KeyError, ImportError) as err:
-        raise ModelError(f"model {source.where} has no usable tokenizer: {_first_line(err)}") from err
+        raise ModelError(
+            f"model {source.where} has no usable tokenizer: {_first_line(err)}"
+        ) from err
 
 
 def _first_line(err: BaseException) -> str:

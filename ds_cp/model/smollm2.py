@@ -64,7 +64,9 @@ def main(argv: list[str]) -> int:
     target = Path(argv[0])
     try:
         if not (target / "config.json").is_file():
-            print(f"converting SmolLM2-135M-Instruct to safetensors in {target} ...", file=sys.stderr)
+            print(
+                f"converting SmolLM2-135M-Instruct to safetensors in {target} ...", file=sys.stderr
+            )
             convert(wheel_file(), target)
     except DsCpError as err:
         print(f"ds_cp: error: {err}", file=sys.stderr)

@@ -57,7 +57,9 @@ def find_model(model: str) -> ModelSource:
 def _check_directory(path: Path) -> None:
     config = path / "config.json"
     if not config.is_file():
-        raise ModelError(f"model {path} has no config.json: it is not a Hugging Face model directory")
+        raise ModelError(
+            f"model {path} has no config.json: it is not a Hugging Face model directory"
+        )
     try:
         found = json.loads(config.read_text(encoding="utf-8"))
         if not isinstance(found, dict):
@@ -67,7 +69,9 @@ def _check_directory(path: Path) -> None:
     index = path / "model.safetensors.index.json"
     if index.is_file():
         try:
-            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            files = sorted(
+                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            )
         except (ValueError, KeyError, AttributeError, OSError) as err:
             raise ModelError(f"model {path}: {index.name} cannot be read: {err!r}") from err
     else:
@@ -93,7 +97,9 @@ def _check_safetensors(path: Path) -> None:
         head = file.read(8)
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
         if not 2 <= length <= min(MAX_HEADER, size - 8):
-            raise ModelError(f"model file {path} is not safetensors, or is truncated ({size} bytes)")
+            raise ModelError(
+                f"model file {path} is not safetensors, or is truncated ({size} bytes)"
+            )
         try:
             header = json.loads(file.read(length))
             ends = [v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"]

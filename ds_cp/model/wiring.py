@@ -29,9 +29,7 @@ KNOWN_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 class Attend(Protocol):
     """One step's attention, asked layer by layer."""
 
-    def attend(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-    ) -> torch.Tensor:
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """``q [1, H, T, D]``, ``k, v [1, G, T, D]``, rotated -> ``[1, T, H, D]``."""
         ...
 
@@ -72,9 +70,7 @@ class _Probe:
         self._architecture = architecture
         self.layers: dict[int, LayerSpec] = {}
 
-    def attend(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-    ) -> torch.Tensor:
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(q).transpose(1, 2)
 
     def record(
@@ -108,7 +104,9 @@ class _Probe:
         if mask is not None:
             raise UnsupportedModelError(f"{where} builds its own attention mask")
         if module.layer_idx in self.layers:
-            raise UnsupportedModelError(f"{where} runs attention twice; ds_cp stores one KV a layer")
+            raise UnsupportedModelError(
+                f"{where} runs attention twice; ds_cp stores one KV a layer"
+            )
         self.layers[module.layer_idx] = LayerSpec(
             num_q_heads=q.shape[1],
             num_kv_heads=k.shape[1],
@@ -167,9 +165,7 @@ class WholeSequence:
         self._layers = layers
         self._kernel = kernel
 
-    def attend(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-    ) -> torch.Tensor:
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         from ds_cp.attention import finish
 
         spec = self._layers[layer]
@@ -195,7 +191,9 @@ def check_exact(
         want = model(input_ids=ids, position_ids=positions, use_cache=False).logits.float()
         wire(model)
         context = {CONTEXT: WholeSequence(layers, kernel)}
-        got = model(input_ids=ids, position_ids=positions, use_cache=False, **context).logits.float()
+        got = model(
+            input_ids=ids, position_ids=positions, use_cache=False, **context
+        ).logits.float()
     error = float((got - want).abs().max() / want.abs().max().clamp_min(1e-6))
     limit = 1e-4 if model.dtype == torch.float32 else 5e-2
     if not error <= limit:

@@ -43,10 +43,10 @@ async def chat_completions(front: Front, body: ChatRequest, request: Request) ->
     generation = front.start(
         answer.id, [ids], params, arrival, prompt_param="messages", max_param=max_param
     )
-    if not body.stream:
-        whole = await unless_disconnected(request.receive, answer.collect(generation))
-        return Response(status_code=CLIENT_LEFT) if whole is None else JSONResponse(whole)
     try:
+        if not body.stream:
+            whole = await unless_disconnected(request.receive, answer.collect(generation))
+            return Response(status_code=CLIENT_LEFT) if whole is None else JSONResponse(whole)
         await generation.admitted(ADMISSION_S)
     except BaseException:
         await generation.close()

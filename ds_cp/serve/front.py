@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from time import time
 from typing import Any
@@ -59,16 +59,16 @@ class Front:
                 code="model_not_found",
             )
 
-    def check_ids(self, ids: Iterable[int], param: str) -> None:
+    def check_ids(self, ids: Collection[int], param: str) -> None:
         """Raises ``RequestError`` for token ids outside the vocabulary."""
         size = self.engine.info.vocab_size
-        for token_id in ids:
-            if not 0 <= token_id < size:
-                raise RequestError(
-                    f"{param}: token id {str(token_id)[:24]} is outside the vocabulary "
-                    f"(0 to {size - 1})",
-                    param,
-                )
+        if not ids or (min(ids) >= 0 and max(ids) < size):
+            return
+        wrong = next(token_id for token_id in ids if not 0 <= token_id < size)
+        raise RequestError(
+            f"{param}: token id {str(wrong)[:24]} is outside the vocabulary (0 to {size - 1})",
+            param,
+        )
 
     def start(
         self,
@@ -104,12 +104,13 @@ class Front:
     ) -> SamplingParams:
         length = self.engine.info.max_model_len
         room = length - prompt
-        asked, name = max(params.min_tokens, 1), "min_tokens" if params.min_tokens else max_param
-        if params.max_tokens is not None:
-            if clamp and asked <= room:
-                params = replace(params, max_tokens=min(params.max_tokens, room))
-            elif not clamp:
-                asked, name = params.max_tokens, max_param
+        least = max(params.min_tokens, 1)
+        if params.max_tokens is not None and clamp and least <= room:
+            return replace(params, max_tokens=min(params.max_tokens, room))
+        if params.max_tokens is None or clamp:
+            asked, name = least, "min_tokens" if params.min_tokens else max_param
+        else:
+            asked, name = params.max_tokens, max_param
         if asked > room:
             raise ApiError(
                 400,

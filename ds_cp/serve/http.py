@@ -9,6 +9,7 @@ import json
 import logging
 import socket
 from collections.abc import Iterator
+from http import HTTPStatus
 
 import h11
 import uvicorn
@@ -133,7 +134,7 @@ class Connection(H11Protocol):
             ("connection", "close"),
         ]
         for part in (
-            h11.Response(status_code=status, headers=headers),
+            h11.Response(status_code=status, headers=headers, reason=HTTPStatus(status).phrase),
             h11.Data(data=body),
             h11.EndOfMessage(),
         ):
@@ -189,7 +190,7 @@ def _config(app: FastAPI, settings: ServerSettings, access_log: bool) -> uvicorn
         ws="none",
         lifespan="on",
         log_config=None,
-        log_level="warning",
+        log_level="error",  # its warnings are what any client can cause
         access_log=access_log,
         proxy_headers=False,
         server_header=False,

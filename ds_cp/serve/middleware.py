@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ds_cp.serve.deadline import within
 from ds_cp.serve.errors import ApiError, internal_error, shutting_down
 
 logger = logging.getLogger("ds_cp.serve")
@@ -163,7 +164,7 @@ class _Body:
         left = self._begun + self._timeout_s + self._size / BODY_BYTES_PER_S
         left -= asyncio.get_running_loop().time()
         try:
-            message = await asyncio.wait_for(self._receive(), max(left, 0.0))
+            message = await within(left, self._receive())
         except asyncio.TimeoutError:
             raise ApiError(
                 408,
@@ -190,7 +191,7 @@ class _Body:
         while not self._whole and self._size < most:
             left = end - asyncio.get_running_loop().time()
             try:
-                self._note(await asyncio.wait_for(self._receive(), max(left, 0.0)))
+                self._note(await within(left, self._receive()))
             except asyncio.TimeoutError:
                 return
 

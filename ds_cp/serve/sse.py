@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from ds_cp.engine.params import Delta
 from ds_cp.errors import DsCpError
+from ds_cp.serve.deadline import within
 from ds_cp.serve.errors import ApiError, from_engine, internal_error, shutting_down
 from ds_cp.serve.generation import Generation, until_disconnect
 
@@ -108,14 +109,14 @@ class EventStream(Response):
         async with aclosing(self._events) as events:  # type: ignore[type-var]
             async for data in events:
                 body = {"type": "http.response.body", "body": data, "more_body": True}
-                await asyncio.wait_for(send(body), self._write_timeout_s)
+                await within(self._write_timeout_s, send(body))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _last_words(self, send: Send) -> None:
         data = event(shutting_down().body()) + DONE
         body = {"type": "http.response.body", "body": data, "more_body": False}
         try:
-            await asyncio.wait_for(send(body), _LAST_WORDS_S)
+            await within(_LAST_WORDS_S, send(body))
         except (asyncio.TimeoutError, RuntimeError, OSError):
             logger.info("a stream ended before the client could be told of the shutdown")
 

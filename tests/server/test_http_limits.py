@@ -241,7 +241,7 @@ def test_what_is_no_http(served: Running) -> None:
         sock = connect(served)
         sock.sendall(junk)
         raw = read_all(sock)
-        assert raw.startswith(b"HTTP/1.1 400 ")
+        assert raw.startswith(b"HTTP/1.1 400 Bad Request\r\n")
         assert body_of(raw)["error"]["type"] == "invalid_request_error"
     both = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     both += b"Content-Length: 4\r\nContent-Length: 5\r\n\r\n{}"

@@ -36,8 +36,8 @@ def naive_zigzag(start: int, counts: list[int], unit: int) -> list[list[int]]:
     fronts = []
     for count in counts:
         multiples = range(0, count + unit, unit)
-        nearest = min(multiples, key=lambda m, c=count: (abs(m - Fraction(c, 2)), -m))
-        fronts.append(nearest)
+        distances = [(abs(m - Fraction(count, 2)), -m) for m in multiples]
+        fronts.append(-min(distances)[1])
     held: list[list[int]] = [[] for _ in counts]
     position = start
     for rank in range(len(counts)):

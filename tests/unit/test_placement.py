@@ -1,4 +1,4 @@
-"""Placement policies against token-by-token simulations, and whole requests against the capacity."""
+"""Placement policies against token-by-token simulations; whole requests against capacity."""
 
 from __future__ import annotations
 

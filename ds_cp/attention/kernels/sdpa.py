@@ -90,7 +90,8 @@ def _tile(
         return part
     blind = torch.isneginf(mask).all(dim=-1)
     return Partial(
-        part.out.masked_fill(blind[:, None, None], 0.0), part.lse.masked_fill(blind[:, None], NEG_INF)
+        part.out.masked_fill(blind[:, None, None], 0.0),
+        part.lse.masked_fill(blind[:, None], NEG_INF),
     )
 
 

@@ -1,0 +1,74 @@
+"""What follows from the facts of a start: rank 0's scheduler, and the lines that say what was decided.
+No torch here."""
+
+from __future__ import annotations
+
+from ds_cp.config import Config
+from ds_cp.engine.policy import ModePolicy
+from ds_cp.engine.scheduler import Limits, Scheduler
+from ds_cp.engine.startup_facts import Facts
+from ds_cp.topology.hosts import Grid, Topology
+
+AUTO_BATCHED_TOKENS = 8192
+
+
+def _grid(facts: Facts) -> Grid:
+    return Grid(Topology(facts.hosts), facts.cp_size, facts.tp_size)
+
+
+def build_scheduler(config: Config, facts: Facts) -> Scheduler:
+    """Rank 0's scheduler over the budgets that all ranks reported."""
+    batched = config.scheduler.max_num_batched_tokens
+    threshold = config.context_parallel.local_threshold
+    topology = _grid(facts).cp_topology()
+    return Scheduler(
+        Limits(
+            max_model_len=facts.max_model_len,
+            max_num_seqs=config.scheduler.max_num_seqs,
+            max_num_batched_tokens=AUTO_BATCHED_TOKENS if batched == "auto" else batched,
+            max_queue=config.scheduler.max_queue,
+            vocab_size=facts.vocab_size,
+            eos_token_ids=facts.eos_token_ids,
+        ),
+        facts.blocks_per_rank,
+        facts.block_size,
+        config.kv_cache.placement,
+        config.context_parallel.layout,
+        ModePolicy(
+            mode=config.context_parallel.mode,
+            ring_pass=config.context_parallel.ring_pass,
+            local_threshold=None if threshold == "auto" else threshold,
+            num_hosts=topology.num_hosts,
+            num_q_heads=facts.num_q_heads,
+            num_kv_heads=facts.num_kv_heads,
+        ),
+        topology.ring_order(),
+    )
+
+
+def summary(config: Config, facts: Facts) -> list[str]:
+    """What start-up decided and why, a line each."""
+    grid, cp = _grid(facts), config.context_parallel
+    tokens = [n * facts.block_size for n in facts.blocks_per_rank]
+    even = len(set(tokens)) == 1
+    per_rank = f"{len(tokens)} x {tokens[0]}" if even else " + ".join(map(str, tokens))
+    mib = max(tokens) * facts.bytes_per_token / 2**20
+    rule = {
+        "auto": "local while a request fits on one rank; spanning prefill by ring, decode by tree",
+        "local": "every request on one rank",
+    }.get(cp.mode, f"{cp.mode} for every request")
+    return [
+        *grid.topology.describe(),
+        f"ranks: {grid.topology.size} = cp {grid.cp_size} x tp {grid.tp_size}, "
+        f"{facts.threads} CPU thread{'s' * (facts.threads != 1)} each",
+        *(
+            f"link {link.name}: {link.latency_us:.0f} us, {link.gb_per_s:.2f} GB/s"
+            for link in facts.links
+        ),
+        f"model: {facts.num_layers} layers, {facts.num_q_heads} query and {facts.num_kv_heads} KV heads, "
+        f"{facts.dtype}; logits agree with transformers to {facts.exactness:.0e}",
+        f"attention: {facts.kernel} kernel; mode {cp.mode}: {rule}",
+        f"KV: {sum(tokens)} tokens = {per_rank} per rank (up to {mib:.0f} MiB), blocks of "
+        f"{facts.block_size}, {config.kv_cache.placement}; one request: up to "
+        f"{min(sum(tokens) + 1, facts.max_model_len)} tokens (model length {facts.max_model_len})",
+    ]

@@ -1,0 +1,221 @@
+"""The process that a launcher starts on every rank: thin, owns the worker, ends with its launcher.
+
+Rank 0's agent also runs the HTTP front and the engine. Ctrl-C and SIGTERM reach every agent; rank 0
+drains and tells all workers to leave, the other agents wait for that and end their worker themselves
+only if it does not come.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import psutil
+
+from ds_cp.config import Config
+from ds_cp.engine.startup_threads import choose_threads
+from ds_cp.errors import DsCpError, EngineDeadError
+from ds_cp.model.source import ModelSource, find_model
+from ds_cp.serve.border import Border, Failed, FromWorker, Ready, WorkerSpec
+from ds_cp.topology.job import Job
+
+LEAVE_S = 5.0  # for workers to leave after the stop plan
+POLL_S = 0.25
+LAUNCHERS = ("deepspeed", "torchrun", "torch.distributed", "mpirun", "prterun", "prted", "ds-cp")
+
+
+def serve(config: Config, job: Job) -> int:
+    """Serve until told to stop, or until something ends the job. Returns the exit code.
+
+    Raises ``LaunchError`` or ``ModelError`` before anything is started.
+    """
+    source = find_model(config.model)
+    return asyncio.run(_Agent(config, job, source).run())
+
+
+class _Agent:
+    def __init__(self, config: Config, job: Job, source: ModelSource) -> None:
+        self._config = config
+        self._job = job
+        self._source = source
+        self._stop = asyncio.Event()
+        self._quick = False  # a signal that asks to end now rather than to drain
+        self._exit_code = 0
+        self._ancestors = _launcher_processes()
+
+    async def run(self) -> int:
+        loop = asyncio.get_running_loop()
+        listener = self._bind() if self._job.rank == 0 else None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._on_signal, number)
+        with _worker(self._config, self._job) as (process, border):
+            watch = asyncio.create_task(self._watch(process))
+            try:
+                if listener is not None:
+                    await self._front(border, listener)
+                else:
+                    await self._follow(border)
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(asyncio.to_thread(process.wait, LEAVE_S), LEAVE_S + 1)
+            except subprocess.TimeoutExpired:
+                pass  # the context manager ends it
+            finally:
+                watch.cancel()
+        return self._exit_code
+
+    def _bind(self) -> socket.socket:
+        from ds_cp.serve.http import bind
+
+        return bind(self._config.server.host, self._config.server.port)
+
+    # --- rank 0: the front
+
+    async def _front(self, border: Border, listener: socket.socket) -> None:
+        from ds_cp.serve.app import create_app
+        from ds_cp.serve.async_engine import AsyncEngine
+        from ds_cp.serve.http import serve_until
+        from ds_cp.serve.protocol import ServerSettings
+
+        server = self._config.server
+        settings = ServerSettings(
+            host=server.host,
+            port=server.port,
+            api_keys=server.api_keys,
+            served_model_name=server.served_model_name,
+            max_body_bytes=server.max_body_bytes,
+            drain_timeout_s=server.drain_timeout_s,
+        )
+        loop = asyncio.get_running_loop()
+        address, port = listener.getsockname()[:2]
+        shown = f"[{address}]" if ":" in address else address
+
+        def on_ready(ready: Ready) -> None:
+            for line in ready.summary:
+                print(line)
+            print(f"ds_cp ready: http://{shown}:{port}", flush=True)
+
+        def on_death(err: DsCpError, exit_code: int) -> None:
+            loop.call_soon_threadsafe(self._fail, str(err), exit_code)
+
+        engine = AsyncEngine(
+            self._config, self._source.name, border, loop, self._tokenizer, on_ready, on_death
+        )
+        engine.start()
+        app = create_app(engine, settings)
+        await serve_until(app, listener, settings, self._stop)
+        await engine.stop(1.0 if self._quick else LEAVE_S)
+
+    def _tokenizer(self) -> Any:
+        from ds_cp.model.loading import load_tokenizer
+
+        return load_tokenizer(self._source)
+
+    # --- other ranks
+
+    async def _follow(self, border: Border) -> None:
+        """Wait until the worker ends: by rank 0's word, or by a failure, which rank 0 reports."""
+        try:
+            message = await asyncio.to_thread(border.receive, FromWorker)
+            if isinstance(message, Ready):
+                message = await asyncio.to_thread(border.receive, FromWorker)
+            if isinstance(message, Failed):
+                self._exit_code = message.exit_code
+        except EngineDeadError:
+            pass  # the worker has ended; its exit code is looked at next
+
+    # --- signals and deaths
+
+    def _on_signal(self, number: int) -> None:
+        self._quick = self._quick or number == signal.SIGINT or self._stop.is_set()
+        self._stop.set()
+
+    def _fail(self, message: str, exit_code: int) -> None:
+        if not self._stop.is_set():
+            print(f"ds_cp: error: {message}", file=sys.stderr, flush=True)
+            self._exit_code = exit_code
+            self._stop.set()
+
+    async def _watch(self, process: subprocess.Popen[bytes]) -> None:
+        """Notice a launcher that is gone, and end a worker that outlives its time."""
+        asked: float | None = None
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(POLL_S)
+            if not all(ancestor.is_running() for ancestor in self._ancestors):
+                self._quick = True
+                self._stop.set()
+            if self._stop.is_set():
+                asked = asked or loop.time()
+                limit = LEAVE_S if self._quick else self._config.server.drain_timeout_s + LEAVE_S
+                if self._job.rank != 0 and loop.time() - asked > limit:
+                    process.kill()
+            code = process.poll()
+            if code is not None and code != 0 and not self._stop.is_set():
+                self._exit_code = self._exit_code or (code if code > 0 else 1)
+                if code < 0:
+                    name = signal.Signals(-code).name
+                    print(
+                        f"ds_cp: error: the worker of rank {self._job.rank} was ended by {name}",
+                        file=sys.stderr, flush=True,
+                    )  # fmt: skip
+                    self._stop.set()
+                return
+
+
+def _launcher_processes() -> list[psutil.Process]:
+    """The launcher above this process, with its helpers: when one goes, the job has lost its owner.
+
+    SIGTERM to ``deepspeed`` ends its first process only and would orphan every rank.
+    """
+    found = []
+    with contextlib.suppress(psutil.Error):
+        for process in psutil.Process().parents():
+            words = process.cmdline()[:4]
+            if not any(name in os.path.basename(word) or name in word.split(".")
+                       for word in words for name in LAUNCHERS):  # fmt: skip
+                break
+            found.append(process)
+    return found
+
+
+@contextlib.contextmanager
+def _worker(config: Config, job: Job) -> Iterator[tuple[subprocess.Popen[bytes], Border]]:
+    """Start this rank's worker and end it in any case."""
+    ours, theirs = socket.socketpair()
+    listen_fd = job.store_socket.fileno() if job.store_socket is not None else -1
+    threads = choose_threads(config, job.local_world_size or 1)
+    with theirs:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "ds_cp.serve.worker_main", str(theirs.fileno())],
+            pass_fds=[theirs.fileno(), *([listen_fd] if listen_fd >= 0 else [])],
+            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+            stdin=subprocess.DEVNULL,
+        )
+    if job.store_socket is not None:
+        job.store_socket.close()  # the worker has it now
+    border = Border(ours)
+    fields = {
+        name: getattr(job, name)
+        for name in ("rank", "world_size", "local_rank", "local_world_size", "hosts", "host",
+                     "launcher", "store_host", "store_port", "store_shared", "interface")
+    }  # fmt: skip
+    try:
+        border.send(
+            WorkerSpec(
+                config.model_dump(mode="json", by_alias=True), fields, listen_fd, os.getpid()
+            )
+        )
+        yield process, border
+    finally:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.5)
+        process.kill()
+        process.wait()
+        ours.close()

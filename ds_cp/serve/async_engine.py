@@ -1,0 +1,215 @@
+"""Rank 0's engine for the HTTP front: a thread that steps, and asyncio streams that listen.
+
+The scheduler lives here, in the front's process; plans go to the worker over the border. A long step
+blocks only that thread: requests are admitted, refused and aborted meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from typing import Any
+
+from ds_cp.config import Config
+from ds_cp.engine.core import EngineCore
+from ds_cp.engine.decisions import build_scheduler
+from ds_cp.engine.handle import EngineInfo, EngineStats
+from ds_cp.engine.params import Delta, SamplingParams
+from ds_cp.engine.plan import StepPlan
+from ds_cp.errors import DsCpError, EngineDeadError
+from ds_cp.serve.border import Border, Failed, FromWorker, Ready, Result
+
+LOAD_DEADLINE_S = 3600.0  # weights of any size; the ranks' own waits are shorter
+
+
+class AsyncEngine:
+    """Implements ``EngineHandle``. ``load_tokenizer`` runs in the engine's thread while ranks load.
+
+    ``on_ready`` gets the start-up lines, ``on_death`` the error that ended the engine (not called after
+    ``stop``); both run in the engine's thread.
+    """
+
+    info: EngineInfo
+    tokenizer: Any
+
+    def __init__(
+        self,
+        config: Config,
+        model_name: str,
+        border: Border,
+        loop: asyncio.AbstractEventLoop,
+        load_tokenizer: Callable[[], Any],
+        on_ready: Callable[[Ready], None],
+        on_death: Callable[[DsCpError, int], None],
+    ) -> None:
+        self._config = config
+        self._model_name = model_name
+        self._border = border
+        self._loop = loop
+        self._load_tokenizer = load_tokenizer
+        self._on_ready = on_ready
+        self._on_death = on_death
+        self._state = "starting"
+        self._core: EngineCore | None = None
+        self._lock = threading.Lock()  # guards the core, never held while the ranks work
+        self._wake = threading.Condition(self._lock)
+        self._stopping = False
+        self._streams: dict[str, asyncio.Queue[Delta | DsCpError]] = {}
+        self._step_seconds = 0.0
+        self._sent: dict[str, tuple[int, int]] = {}
+        self._thread = threading.Thread(target=self._run, name="ds_cp engine", daemon=True)
+
+    def start(self) -> None:
+        """Begin to wait for the worker and then to step."""
+        self._thread.start()
+
+    @property
+    def state(self) -> str:
+        """ "starting", "ready" or "dead"."""
+        return self._state
+
+    async def generate(
+        self, request_id: str, prompt_token_ids: list[int], params: SamplingParams
+    ) -> AsyncIterator[Delta]:
+        """Deltas until the last one; closing the iterator aborts. Refusals are raised at once."""
+        queue: asyncio.Queue[Delta | DsCpError] = asyncio.Queue()
+        with self._wake:
+            if self._core is None or self._state != "ready":
+                raise EngineDeadError(f"the engine is {self._state}")
+            self._core.add(request_id, prompt_token_ids, params)
+            self._streams[request_id] = queue
+            self._wake.notify()
+        try:
+            while True:
+                delta = await queue.get()
+                if isinstance(delta, DsCpError):
+                    raise delta
+                yield delta
+                if delta.finish_reason is not None:
+                    return
+        finally:
+            self.abort(request_id)
+
+    def abort(self, request_id: str) -> None:
+        """End a request, if it is still there; its blocks are free before the next step."""
+        with self._lock:
+            self._streams.pop(request_id, None)
+            if self._core is not None:
+                self._core.abort(request_id)
+
+    def stats(self) -> EngineStats:
+        """A snapshot of counters and gauges."""
+        with self._lock:
+            if self._core is None:
+                return EngineStats()
+            return replace(
+                self._core.stats(),
+                step_seconds=self._step_seconds,
+                comm_bytes={scheme: sent[0] for scheme, sent in self._sent.items()},
+                comm_exchanges={scheme: sent[1] for scheme, sent in self._sent.items()},
+            )
+
+    async def stop(self, deadline_s: float) -> None:
+        """Tell all ranks to leave after the step in hand."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        limit = time.monotonic() + deadline_s
+        while self._thread.is_alive() and time.monotonic() < limit:
+            await asyncio.sleep(0.02)
+
+    # --- the engine's thread
+
+    def _run(self) -> None:
+        try:
+            self._become_ready()
+            self._loop_steps()
+        except DsCpError as err:
+            self._die(err, err.exit_code)
+        except Exception as err:  # our own fault: say so rather than hang
+            self._die(EngineDeadError(f"{type(err).__name__}: {err}"), 1)
+
+    def _become_ready(self) -> None:
+        tokenizer = self._load_tokenizer()
+        ready = self._expect(Ready)
+        scheduler = build_scheduler(self._config, ready.facts)
+        with self._lock:
+            self._core = EngineCore(scheduler, tokenizer)
+            self.tokenizer = tokenizer
+            self.info = EngineInfo(
+                model=self._model_name,
+                max_model_len=ready.facts.max_model_len,
+                vocab_size=ready.facts.vocab_size,
+                kv_capacity_tokens=scheduler.allocator.capacity_tokens,
+                largest_request_tokens=scheduler.largest_tokens,
+                ranks=len(ready.facts.hosts),
+                hosts=len(set(ready.facts.hosts)),
+                dtype=ready.facts.dtype,
+                created=int(time.time()),
+            )
+            self._state = "ready"
+        self._on_ready(ready)
+
+    def _loop_steps(self) -> None:
+        idle_s = min(self._config.comm.timeout_s / 3, 20.0)
+        core = self._core
+        assert core is not None
+        while True:
+            with self._wake:
+                if not core.has_work and not self._stopping:
+                    self._wake.wait(timeout=idle_s)
+                if self._stopping:
+                    break
+                plan = core.plan() or StepPlan(0, "idle")
+            result = self._execute(plan)
+            with self._lock:
+                self._step_seconds += result.seconds if plan.kind == "run" else 0.0
+                self._sent = result.sent
+                deltas = core.apply(result.sampled)
+                pairs = [(self._streams.get(delta.request_id), delta) for delta in deltas]
+            self._deliver([(queue, delta) for queue, delta in pairs if queue is not None])
+        self._state = "dead"
+        with contextlib.suppress(EngineDeadError):
+            self._border.send(StepPlan(0, "stop"))
+
+    def _execute(self, plan: StepPlan) -> Result:
+        self._border.send(plan)
+        result: Result = self._expect(Result)
+        return result
+
+    def _expect(self, kind: type) -> Any:
+        message = self._border.receive(FromWorker)
+        if isinstance(message, Failed):
+            raise _Death(message.message, message.exit_code)
+        assert isinstance(message, kind)
+        return message
+
+    def _deliver(self, items: list[tuple[asyncio.Queue[Delta | DsCpError], Any]]) -> None:
+        def put() -> None:
+            for queue, item in items:
+                queue.put_nowait(item)
+
+        if items:
+            with contextlib.suppress(RuntimeError):  # the loop has closed: nobody listens any more
+                self._loop.call_soon_threadsafe(put)
+
+    def _die(self, err: DsCpError, exit_code: int) -> None:
+        with self._lock:
+            self._state = "dead"
+            queues = list(self._streams.values())
+            stopping = self._stopping
+        self._deliver([(queue, EngineDeadError(str(err))) for queue in queues])
+        if not stopping:
+            self._on_death(err, exit_code)
+
+
+class _Death(EngineDeadError):
+    """The worker's last words, with its exit code."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

@@ -1,0 +1,99 @@
+"""The compute worker of one rank, child of that rank's agent: ``python -m ds_cp.serve.worker_main FD``.
+
+It is told everything over the inherited socket and reads no configuration of its own. Signals are the
+agent's business; the worker ends when told to, when its peers are gone, or with its agent.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from typing import Any
+
+from ds_cp.engine.plan import StepPlan
+from ds_cp.errors import DsCpError
+from ds_cp.serve.border import Border, Failed, Ready, Result, WorkerSpec
+
+PR_SET_PDEATHSIG = 1
+
+
+def main(argv: list[str]) -> int:
+    """Run until told to stop. Returns the exit code."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    border = Border(socket.socket(fileno=int(argv[0])))
+    spec: WorkerSpec = border.receive(WorkerSpec)
+    _die_with(spec.agent_pid)
+    try:
+        _work(border, spec)
+    except DsCpError as err:
+        return _give_up(border, err.exit_code, str(err))
+    except BaseException as err:
+        traceback.print_exc()
+        return _give_up(border, 1, f"{type(err).__name__}: {err} (this is a fault of ds_cp)")
+    return 0
+
+
+def _work(border: Border, spec: WorkerSpec) -> None:
+    from ds_cp.config import Config
+    from ds_cp.engine.decisions import summary
+    from ds_cp.engine.startup import build_worker, join_job
+    from ds_cp.model.source import find_model
+    from ds_cp.topology.job import Job
+
+    config = Config.model_validate_json(_json(spec.config))
+    fields: dict[str, Any] = dict(spec.job)
+    if fields["hosts"] is not None:
+        fields["hosts"] = tuple(fields["hosts"])
+    listener = socket.socket(fileno=spec.listen_fd) if spec.listen_fd >= 0 else None
+    job = Job(**fields, store_socket=listener)
+    world, threads = join_job(job, config)
+    try:
+        worker, facts = build_worker(world, config, find_model(config.model), threads)
+        border.send(Ready(facts, tuple(summary(config, facts))))
+        if world.rank != 0:
+            worker.follow()
+            return
+        while True:
+            plan: StepPlan = border.receive(StepPlan)
+            began = time.perf_counter()
+            sampled = worker.lead(plan)
+            if plan.kind == "stop":
+                return
+            sent = {k: (e.bytes, e.exchanges) for k, e in world.ledger.schemes().items()}
+            border.send(Result(tuple(sampled), time.perf_counter() - began, sent))
+    finally:
+        world.leave()
+
+
+def _json(config: dict[str, Any]) -> str:
+    import json
+
+    return json.dumps(config)
+
+
+def _give_up(border: Border, exit_code: int, message: str) -> int:
+    """Say why and leave at once: after a failed collective an orderly exit may abort the process."""
+    try:
+        border.send(Failed(exit_code, message))
+    except DsCpError:
+        pass  # the agent is gone too; there is nobody left to tell
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
+
+
+def _die_with(agent_pid: int) -> None:
+    """Ask the kernel to end this process with its agent."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != agent_pid:
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
