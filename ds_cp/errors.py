@@ -6,7 +6,8 @@ from __future__ import annotations
 class DsCpError(Exception):
     """Base of every error that ds_cp raises on purpose.
 
-    ``exit_code`` is what the command line returns: 2 when the user's input is at fault, 1 when we are.
+    ``exit_code`` is what the command line returns: 2 when the user's input is at fault, 1 when we
+    are.
     """
 
     exit_code = 1
@@ -39,7 +40,8 @@ class LaunchError(UserError):
 
 
 class RequestError(UserError):
-    """One request is not acceptable; everybody else's goes on. ``param`` names the field, as OpenAI does."""
+    """One request is not acceptable; everybody else's goes on. ``param`` names the field, as OpenAI
+    does."""
 
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
@@ -49,8 +51,8 @@ class RequestError(UserError):
 class CapacityError(RequestError):
     """A request that can never fit, with the numbers (all in tokens).
 
-    ``need``: what it would take, ``have``: the sum of all ranks' KV, ``largest``: the largest request
-    possible here.
+    ``need``: what it would take, ``have``: the sum of all ranks' KV, ``largest``: the largest
+    request possible here.
     """
 
     def __init__(self, message: str, *, need: int, have: int, largest: int) -> None:
@@ -65,7 +67,8 @@ class QueueFullError(DsCpError):
 
 
 class CommError(DsCpError):
-    """A peer did not answer in time, or is gone. The message names the group, the exchange and the limit."""
+    """A peer did not answer in time, or is gone. The message names the group, the exchange and the
+    limit."""
 
 
 class EngineDeadError(DsCpError):

@@ -1,4 +1,5 @@
-"""fp64 attention over the whole sequence, written from the definition: the independent reference."""
+"""fp64 attention over the whole sequence, written from the definition: the independent
+reference."""
 
 from __future__ import annotations
 

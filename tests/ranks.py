@@ -15,7 +15,7 @@ from typing import Any
 from ds_cp.comm.wire import Rendezvous, World, join
 
 
-class RankFailed(AssertionError):
+class RankError(AssertionError):
     """A rank raised, died or did not end in time; the message holds its traceback."""
 
 
@@ -29,8 +29,8 @@ def run_ranks(
 ) -> list[Any]:
     """Call ``fn(world, *args)`` on ``size`` ranks and return their results, rank 0 first.
 
-    ``fn`` and ``args`` must be importable and picklable (the children come from a fork server that has
-    torch loaded already). ``hosts`` fakes a host name per rank.
+    ``fn`` and ``args`` must be importable and picklable (the children come from a fork server that
+    has torch loaded already). ``hosts`` fakes a host name per rank.
     """
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["torch", "deepspeed", "transformers", "tests.ranks"])
@@ -72,7 +72,7 @@ def _gather(pipes: list[Connection], timeout: float) -> list[Any]:
         if not ready:
             if not failures:
                 silent = sorted(rank for rank, _ in open_pipes.values())
-                raise RankFailed(f"ranks {silent} did not end within {timeout:g} s")
+                raise RankError(f"ranks {silent} did not end within {timeout:g} s")
             break
         for pipe in ready:
             rank, _ = open_pipes.pop(id(pipe))
@@ -82,9 +82,7 @@ def _gather(pipes: list[Connection], timeout: float) -> list[Any]:
                 good, value = False, "died without a word"
             (results if good else failures)[rank] = value
     if failures:
-        raise RankFailed(
-            "\n".join(f"--- rank {r}:\n{text}" for r, text in sorted(failures.items()))
-        )
+        raise RankError("\n".join(f"--- rank {r}:\n{text}" for r, text in sorted(failures.items())))
     return [results[rank] for rank in sorted(results)]
 
 

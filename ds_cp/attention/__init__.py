@@ -54,7 +54,8 @@ class Mode(Protocol):
 
 
 def make_mode(mode: str, ring_pass: str, items: Sequence[Span], group: Group) -> Mode:
-    """The mode called ``mode`` over these items. ``ring_pass`` ("kv" or "q") matters to ring only."""
+    """The mode called ``mode`` over these items. ``ring_pass`` ("kv" or "q") matters to ring
+    only."""
     if mode == "local":
         return LocalAttention(items, group.rank)
     if mode == "ring" and ring_pass == "kv":
@@ -87,10 +88,10 @@ def attention(
 ) -> torch.Tensor:
     """Exact causal attention of one sequence spread over ``group``; every member calls it.
 
-    ``q_THD``: this rank's queries at ``span.q_runs[group.rank]``; ``k_SGD`` and ``v_SGD``: this rank's
-    keys and values at ``span.k_runs[group.rank]``, rotary embedding applied. Returns ``[T, H, D]`` in
-    q's dtype. Raises ``ValueError`` when tensors and positions disagree, ``CommError`` when a peer
-    does not answer.
+    ``q_THD``: this rank's queries at ``span.q_runs[group.rank]``; ``k_SGD`` and ``v_SGD``: this
+    rank's keys and values at ``span.k_runs[group.rank]``, rotary embedding applied. Returns ``[T,
+    H, D]`` in q's dtype. Raises ``ValueError`` when tensors and positions disagree, ``CommError``
+    when a peer does not answer.
     """
     me = group.rank
     check_runs(span.q_runs[me], span.k_runs[me], q_THD.shape[0], k_SGD.shape[0])

@@ -3,8 +3,8 @@
 pass-KV (Ring Attention, arXiv 2310.01889): keys and values travel, every rank folds each shard into
 its own queries; a hop hides under the attention of the shard in hand. pass-Q (arXiv 2411.01783,
 algorithms 2 to 4): queries travel, every rank attends them over its own keys, and one all-to-all
-brings the partials back to the owners. Shards differ in length and may be empty: all sizes come from
-the spans, which every rank knows.
+brings the partials back to the owners. Shards differ in length and may be empty: all sizes come
+from the spans, which every rank knows.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class RingPassKV:
         kernel: Kernel,
         spec: LayerSpec,
     ) -> list[Partial]:
-        """Per item ``q_THD``, ``k_SGD``, ``v_SGD`` of this rank -> its queries' partial over all keys."""
+        """Per item ``q_THD``, ``k_SGD``, ``v_SGD`` of this rank -> its queries' partial over all
+        keys."""
         me = self._group.rank
         if me not in self._members:
             return [kernel(q[i], k[i], v[i], (), (), spec) for i in range(len(self._items))]
@@ -131,7 +132,8 @@ class RingPassQ:
         kernel: Kernel,
         spec: LayerSpec,
     ) -> list[Partial]:
-        """Per item ``q_THD``, ``k_SGD``, ``v_SGD`` of this rank -> its queries' partial over all keys."""
+        """Per item ``q_THD``, ``k_SGD``, ``v_SGD`` of this rank -> its queries' partial over all
+        keys."""
         me = self._group.rank
         if me not in self._members:
             return [kernel(q[i], k[i], v[i], (), (), spec) for i in range(len(self._items))]

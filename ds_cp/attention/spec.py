@@ -37,9 +37,9 @@ class LayerSpec:
 class Span:
     """Where one request's tokens are in this step, known to all ranks of the group.
 
-    ``q_runs[r]``: positions of the queries that rank r owns; ``k_runs[r]``: positions of the keys that
-    rank r holds, new ones included. Both in storage order. Causality and windows follow from these
-    positions alone, so any layout, length and number of ranks is the same case.
+    ``q_runs[r]``: positions of the queries that rank r owns; ``k_runs[r]``: positions of the keys
+    that rank r holds, new ones included. Both in storage order. Causality and windows follow from
+    these positions alone, so any layout, length and number of ranks is the same case.
     """
 
     q_runs: tuple[Runs, ...]

@@ -5,8 +5,8 @@ D head dim, V vocabulary, L layers, N ranks. ``q_THD`` is ``[T, H, D]``; query h
 ``h // (H // G)``.
 
 A *partial* is attention of T queries over some subset of the keys: the normalised output and the
-log-sum-exp (natural log) of the scaled scores. Partials of disjoint subsets merge into the partial of
-their union; the empty subset is ``(0, -inf)``. See "Ring Attention" (arXiv 2310.01889), "Tree
+log-sum-exp (natural log) of the scaled scores. Partials of disjoint subsets merge into the partial
+of their union; the empty subset is ``(0, -inf)``. See "Ring Attention" (arXiv 2310.01889), "Tree
 Attention" (arXiv 2408.04093, section 4) and FlashAttention's online softmax.
 """
 
@@ -22,8 +22,9 @@ NEG_INF = float("-inf")
 
 @dataclass(frozen=True)
 class Partial:
-    """``out``: ``[T, H, D]``, normalised over the keys seen; fp32 once merged, else the kernel's own
-    dtype. ``lse``: ``[T, H]`` fp32, natural log; ``-inf`` where no key was seen, and out is 0 there."""
+    """``out``: ``[T, H, D]``, normalised over the keys seen; fp32 once merged, else the kernel's
+    own dtype. ``lse``: ``[T, H]`` fp32, natural log; ``-inf`` where no key was seen, and out is 0
+    there."""
 
     out: torch.Tensor
     lse: torch.Tensor
@@ -70,8 +71,8 @@ def merge_all(parts: Iterable[Partial]) -> Partial:
 def _fold(a: Partial, b: Partial) -> Partial:
     """Merge ``b`` into ``a`` (fp32, overwritten).
 
-    out = (1 - w) a + w b with w = sigmoid(b.lse - a.lse), which is exact when one side is empty; the
-    bare sigmoid form gives NaN for empty + empty and 0 * NaN for an empty side that holds NaN.
+    out = (1 - w) a + w b with w = sigmoid(b.lse - a.lse), which is exact when one side is empty;
+    the bare sigmoid form gives NaN for empty + empty and 0 * NaN for an empty side that holds NaN.
     """
     a_empty, b_empty = torch.isneginf(a.lse), torch.isneginf(b.lse)
     lse = torch.logaddexp(a.lse, b.lse)

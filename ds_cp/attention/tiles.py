@@ -1,9 +1,9 @@
 """Which keys each query may see, cut into rectangles that dense kernels can read.
 
 Pure integers. Positions decide: a query at p sees a key at k iff ``k <= p`` and, with a window W,
-``k > p - W``. A kernel's own causal flag is trusted for squares only, because flash kernels align the
-mask to the end of the key list and torch's CPU kernel to its start: over a partial list both are
-silently wrong.
+``k > p - W``. A kernel's own causal flag is trusted for squares only, because flash kernels align
+the mask to the end of the key list and torch's CPU kernel to its start: over a partial list both
+are silently wrong.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Mode ``tree``: queries are shared, keys stay where they live, partials fold up to the owners.
 
-After "Tree Attention" (arXiv 2408.04093): the merge of partials is associative, so it may follow the
-machine. Here it goes straight to the owner of each query, inside each host first and once between
-hosts: one exchange to share the queries and one to bring partials back on one host, two each over
-several. Nothing is reduced to ranks that do not need it.
+After "Tree Attention" (arXiv 2408.04093): the merge of partials is associative, so it may follow
+the machine. Here it goes straight to the owner of each query, inside each host first and once
+between hosts: one exchange to share the queries and one to bring partials back on one host, two
+each over several. Nothing is reduced to ranks that do not need it.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ class TreeAttention:
         kernel: Kernel,
         spec: LayerSpec,
     ) -> list[Partial]:
-        """Per item ``q_THD``, ``k_SGD``, ``v_SGD`` of this rank -> its queries' partial over all keys."""
+        """Per item ``q_THD``, ``k_SGD``, ``v_SGD`` of this rank -> its queries' partial over all
+        keys."""
         me, dtype = self._group.rank, q[0].dtype
         mine = {(i, me): x.flatten(1) for i, x in enumerate(q) if x.shape[0]}
         no_row = q[0].new_empty(0, spec.num_q_heads * spec.head_dim)

@@ -1,4 +1,5 @@
-"""Partials as rows of bytes: ``H * (D * e + 4)`` per query, out in the model's dtype and lse in fp32."""
+"""Partials as rows of bytes: ``H * (D * e + 4)`` per query, out in the model's dtype and lse in
+fp32."""
 
 from __future__ import annotations
 

@@ -15,8 +15,8 @@ SCHEME = "link_probe"
 
 @dataclass(frozen=True)
 class LinkSpeed:
-    """One-way ``latency_us`` (microseconds) of 1 KiB and ``gb_per_s`` (1e9 bytes/s) of 2 MiB, best of
-    a few. ``name``: "within a host" or "between hosts"."""
+    """One-way ``latency_us`` (microseconds) of 1 KiB and ``gb_per_s`` (1e9 bytes/s) of 2 MiB, best
+    of a few. ``name``: "within a host" or "between hosts"."""
 
     name: str
     latency_us: float
@@ -26,8 +26,8 @@ class LinkSpeed:
 def measure_links(world: World) -> tuple[LinkSpeed, ...]:
     """Ping-pong from rank 0 to a rank of its host and to one of the next host, where they exist.
 
-    Collective; takes milliseconds. Rank 0's figures, which is where they are printed; the other ranks
-    return what they saw themselves, or zeros when they took no part.
+    Collective; takes milliseconds. Rank 0's figures, which is where they are printed; the other
+    ranks return what they saw themselves, or zeros when they took no part.
     """
     if world.size == 1:
         return ()

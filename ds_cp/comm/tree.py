@@ -107,10 +107,11 @@ class TreeExchange:
     def answer(
         self, level: int, answers: Mapping[Key, torch.Tensor], like: torch.Tensor, scheme: str
     ) -> dict[Key, list[tuple[int, torch.Tensor]]]:
-        """Send answers ``[T, W]`` back where their rows came from, round ``level`` of ``levels_up``.
+        """Send answers ``[T, W]`` back where their rows came from, round ``level`` of
+        ``levels_up``.
 
-        ``like``: an empty tensor with the width and dtype of an answer. Returns, for every block that
-        I gave out in that round, the peers' answers with the peer's index, in rank order.
+        ``like``: an empty tensor with the width and dtype of an answer. Returns, for every block
+        that I gave out in that round, the peers' answers with the peer's index, in rank order.
         """
         gave, got = self._levels[len(self._levels) - 1 - level]
         sends = {peer: [answers[key] for key in keys] for peer, keys in got.items()}

@@ -1,7 +1,8 @@
 """The one file that knows deepspeed.comm: joining a job, groups as checked objects, leaving.
 
-Two rules hold everywhere above this file. A group is always an object, never ``None``. And both sides
-of every message derive its size from what all ranks know, so an empty message is simply not sent.
+Two rules hold everywhere above this file. A group is always an object, never ``None``. And both
+sides of every message derive its size from what all ranks know, so an empty message is simply not
+sent.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ Message = tuple[int, torch.Tensor]  # (index of the peer within the group, conti
 class Rendezvous:
     """Where the ranks of one job meet.
 
-    ``listen_fd`` is rank 0's listening socket (bound by the launch code, loopback for one-host jobs);
-    the other ranks, and rank 0 of a job whose store exists already (torchrun), are clients.
+    ``listen_fd`` is rank 0's listening socket (bound by the launch code, loopback for one-host
+    jobs); the other ranks, and rank 0 of a job whose store exists already (torchrun), are clients.
     ``prefix`` keeps the keys of one generation of workers apart from the next.
     """
 
@@ -59,7 +60,8 @@ class Pending:
         except RuntimeError as err:
             raise CommError(
                 f"{self._what}: a peer is gone or silent for {self._timeout_s:g} s "
-                f"({str(err).splitlines()[0][:200]}); see the other ranks' logs, or raise comm.timeout_s"
+                f"({str(err).splitlines()[0][:200]}); see the other ranks' logs, or raise "
+                "comm.timeout_s"
             ) from err
 
 
@@ -95,8 +97,8 @@ class Group:
     def exchange(self, sends: Sequence[Message], recvs: Sequence[Message], scheme: str) -> Pending:
         """Start one round: send each tensor to its peer, receive into each buffer from its peer.
 
-        Tensors are contiguous, any dtype. Between two ranks messages keep their order. Empty tensors
-        are skipped on both sides. The ledger books the payload under ``scheme``.
+        Tensors are contiguous, any dtype. Between two ranks messages keep their order. Empty
+        tensors are skipped on both sides. The ledger books the payload under ``scheme``.
         """
         import deepspeed.comm as ds_comm
 
@@ -138,7 +140,8 @@ class Group:
         return tensor
 
     def all_reduce(self, tensor: torch.Tensor, scheme: str) -> None:
-        """Sum ``tensor`` over the group in place. It must be contiguous: a reduced temporary is lost."""
+        """Sum ``tensor`` over the group in place. It must be contiguous: a reduced temporary is
+        lost."""
         if self.size == 1:
             return
         import deepspeed.comm as ds_comm
@@ -211,7 +214,8 @@ class World:
 
 
 class Control:
-    """Small messages over all ranks of the job, on CPU whatever the device: plans out, results back.
+    """Small messages over all ranks of the job, on CPU whatever the device: plans out, results
+    back.
 
     A plan is raw bytes (the engine encodes it with msgspec), at most ``LIMIT`` long.
     """
@@ -294,10 +298,11 @@ def join(
 ) -> World:
     """Join the job and learn its hosts.
 
-    ``host`` is this process's host name; ``hosts`` the host of every rank when the launch code knows
-    it (MPI), else ``None`` and the names are exchanged through the store. ``digest``: what all ranks
-    must have in common (their config). Raises ``CommError`` when not all ranks arrive in time,
-    ``LaunchError`` when the store cannot listen, ``ConfigError`` when ranks were started differently.
+    ``host`` is this process's host name; ``hosts`` the host of every rank when the launch code
+    knows it (MPI), else ``None`` and the names are exchanged through the store. ``digest``: what
+    all ranks must have in common (their config). Raises ``CommError`` when not all ranks arrive in
+    time, ``LaunchError`` when the store cannot listen, ``ConfigError`` when ranks were started
+    differently.
     """
     limit = timedelta(seconds=timeout_s)
     try:
@@ -341,14 +346,16 @@ def _introduce(rank: int, size: int, host: str, digest: str, store: torch_dist.S
     odd = [r for r, hello in enumerate(hellos) if hello[0] != hellos[0][0]]
     if odd:
         raise ConfigError(
-            f"ranks {odd[:8]} were started with another config than rank 0: start every rank with the same "
+            f"ranks {odd[:8]} were started with another config than rank 0: start every rank "
+            "with the same "
             "file and options"
         )
     return [hello[1] for hello in hellos]
 
 
 def _worth_showing(record: logging.LogRecord) -> bool:
-    """Every rank of a CPU job would warn that it runs on a CPU; the start-up summary says it once."""
+    """Every rank of a CPU job would warn that it runs on a CPU; the start-up summary says it
+    once."""
     return not record.getMessage().startswith("Setting accelerator to CPU")
 
 
@@ -357,8 +364,8 @@ def _init_process_group(
 ) -> None:
     """torch joins with our own store; DeepSpeed then adopts the group.
 
-    The shared-memory op is marked as not available first: its compilation takes 60 to 100 s, needs a
-    compiler, and once loaded it ignores the group argument of an all-reduce.
+    The shared-memory op is marked as not available first: its compilation takes 60 to 100 s, needs
+    a compiler, and once loaded it ignores the group argument of an all-reduce.
     """
     logging.getLogger("DeepSpeed").addFilter(_worth_showing)
     import deepspeed.comm as ds_comm

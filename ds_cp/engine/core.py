@@ -38,7 +38,8 @@ class EngineCore:
         self._modes: dict[str, int] = {}
 
     def add(self, request_id: str, prompt: Sequence[int], params: SamplingParams) -> Request:
-        """Queue a request; refusals as in ``Scheduler.admit``. A seed is drawn when none is given."""
+        """Queue a request; refusals as in ``Scheduler.admit``. A seed is drawn when none is
+        given."""
         if request_id in self._by_id:
             raise RequestError(f"a request with id {request_id!r} is already running")
         if params.stop and self._tokenizer is None:
@@ -114,7 +115,8 @@ class EngineCore:
         del self._by_id[live.request.request_id], self._by_number[live.request.number]
 
     def stats(self) -> EngineStats:
-        """A snapshot. What the worker counts (seconds, bytes) is filled in by whoever talks to it."""
+        """A snapshot. What the worker counts (seconds, bytes) is filled in by whoever talks to
+        it."""
         allocator = self.scheduler.allocator
         ranks = range(len(allocator.blocks_per_rank))
         return EngineStats(

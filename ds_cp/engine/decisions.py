@@ -1,5 +1,5 @@
-"""What follows from the facts of a start: rank 0's scheduler, and the lines that say what was decided.
-No torch here."""
+"""What follows from the facts of a start: rank 0's scheduler, and the lines that say what was
+decided. No torch here."""
 
 from __future__ import annotations
 
@@ -65,7 +65,8 @@ def summary(config: Config, facts: Facts) -> list[str]:
             f"link {link.name}: {link.latency_us:.0f} us, {link.gb_per_s:.2f} GB/s"
             for link in facts.links
         ),
-        f"model: {facts.num_layers} layers, {facts.num_q_heads} query and {facts.num_kv_heads} KV heads, "
+        f"model: {facts.num_layers} layers, {facts.num_q_heads} query and {facts.num_kv_heads} "
+        "KV heads, "
         f"{facts.dtype}; logits agree with transformers to {facts.exactness:.0e}",
         f"attention: {facts.kernel} kernel; mode {cp.mode}: {rule}",
         f"KV: {sum(tokens)} tokens = {per_rank} per rank (up to {mib:.0f} MiB), blocks of "

@@ -26,7 +26,8 @@ class TextStream:
         self.stopped_by: str | None = None
 
     def push(self, token: int) -> str:
-        """Add a token; returns the text that is now certain. Sets ``stopped_by`` on a stop string."""
+        """Add a token; returns the text that is now certain. Sets ``stopped_by`` on a stop
+        string."""
         self._ids.append(token)
         before = self._decode(self._ids[self._context : self._decoded])
         now = self._decode(self._ids[self._context :])

@@ -45,7 +45,8 @@ class EngineStats:
 
 class EngineHandle(Protocol):
     """What the server needs. ``generate`` raises ``RequestError`` (``CapacityError``),
-    ``QueueFullError`` or ``EngineDeadError`` before its first delta; closing the iterator aborts."""
+    ``QueueFullError`` or ``EngineDeadError`` before its first delta; closing the iterator
+    aborts."""
 
     info: EngineInfo
     tokenizer: Any  # a transformers tokenizer

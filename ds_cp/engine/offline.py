@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
-
-from torch import nn
+from typing import Any, cast
 
 from ds_cp.comm.wire import World
 from ds_cp.config import Config, load_config
@@ -21,6 +19,7 @@ from ds_cp.engine.params import (
     TokenLogprob,
 )
 from ds_cp.engine.plan import StepPlan, encode_plan
+from ds_cp.engine.process import socket_environment
 from ds_cp.engine.request import Request
 from ds_cp.engine.startup import build_worker, join_job
 from ds_cp.engine.startup_facts import Facts
@@ -28,13 +27,14 @@ from ds_cp.engine.worker import Worker
 from ds_cp.errors import RequestError
 from ds_cp.model.loading import load_tokenizer
 from ds_cp.model.source import ModelSource, find_model
+from ds_cp.model.wiring import Decoder
 from ds_cp.topology.job import Job, detect
 
 Prompt = str | Sequence[int]
 
 
 def init_inference(
-    model: nn.Module | str | os.PathLike[str],
+    model: Decoder | str | os.PathLike[str],
     config: Config | Mapping[str, Any] | str | os.PathLike[str] | None = None,
     *,
     tokenizer: Any | None = None,
@@ -44,22 +44,25 @@ def init_inference(
     """An engine over all ranks of the job; every rank calls this with the same arguments.
 
     ``model``: a loaded transformers decoder (used as it is, weights and dtype), a directory of
-    safetensors, a GGUF file or a hub id. ``config``: the JSON config as a path, mapping or ``Config``;
-    its ``model`` gives way to the argument. ``tokenizer``: for a loaded model, when prompts are text.
-    ``job``: this process's place, found from the launcher's environment when not given.
+    safetensors, a GGUF file or a hub id. ``config``: the JSON config as a path, mapping or
+    ``Config``; its ``model`` gives way to the argument. ``tokenizer``: for a loaded model, when
+    prompts are text. ``job``: this process's place, found from the launcher's environment when not
+    given.
 
     Raises the typed errors of ``ds_cp.errors``, on every rank, when the job cannot start.
     """
-    name = model.config.name_or_path if isinstance(model, nn.Module) else os.fspath(model)
+    name = model.config.name_or_path if isinstance(model, Decoder) else os.fspath(model)
     if not isinstance(config, Config):
         raw: Any = {} if config is None else config
         config = load_config(raw, {"model": name or "a loaded model"})
-    source = model if isinstance(model, nn.Module) else find_model(os.fspath(model))
+    source = model if isinstance(model, Decoder) else find_model(os.fspath(model))
     if job is None:
         job = detect(os.environ if env is None else env, hosts=config.comm.hosts,
                      interface=config.comm.interface, timeout_s=config.comm.timeout_s)  # fmt: skip
     if tokenizer is None and isinstance(source, ModelSource) and job.rank == 0:
         tokenizer = load_tokenizer(source)
+    for name, value in socket_environment(job).items():
+        os.environ.setdefault(name, value)
     world, threads = join_job(job, config)
     try:
         worker, facts = build_worker(world, config, source, threads)
@@ -102,8 +105,8 @@ class LLMEngine:
     ) -> list[RequestOutput]:
         """Complete prompts (text, token ids, or a list of either), batched; outputs in their order.
 
-        Every rank calls it; ranks other than 0 take part and return an empty list. ``params``: one for
-        all or one per prompt. Raises ``RequestError`` before anything runs when a prompt or a
+        Every rank calls it; ranks other than 0 take part and return an empty list. ``params``: one
+        for all or one per prompt. Raises ``RequestError`` before anything runs when a prompt or a
         parameter is not acceptable. ``progress`` shows a line on stderr when that is a terminal.
         """
         if self._world is None:
@@ -150,14 +153,15 @@ class LLMEngine:
         self, prompts: Prompt | Sequence[Prompt]
     ) -> tuple[list[str | None], list[list[int]]]:
         if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
-            prompts = [prompts]  # type: ignore[list-item]
+            prompts = [cast(Prompt, prompts)]
         texts: list[str | None] = []
         ids: list[list[int]] = []
-        for prompt in prompts:
+        for prompt in cast(Sequence[Prompt], prompts):
             if isinstance(prompt, str):
                 if self.tokenizer is None:
                     raise RequestError(
-                        "a text prompt needs a tokenizer: pass tokenizer= to init_inference, or token ids",
+                        "a text prompt needs a tokenizer: pass tokenizer= to init_inference, or "
+                        "token ids",
                         "prompt",
                     )
                 texts.append(prompt)

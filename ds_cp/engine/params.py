@@ -17,9 +17,10 @@ MAX_LOGIT_BIAS = 300
 class SamplingParams:
     """How to choose tokens for one request.
 
-    ``temperature`` 0 is greedy. ``seed`` makes a sampled request reproducible whatever the batch, the
-    ranks and the mode. ``max_tokens`` None means as many as the model length and the KV capacity allow.
-    ``logprobs`` k returns the chosen token's log-probability and the k most likely ones (natural log).
+    ``temperature`` 0 is greedy. ``seed`` makes a sampled request reproducible whatever the batch,
+    the ranks and the mode. ``max_tokens`` None means as many as the model length and the KV
+    capacity allow. ``logprobs`` k returns the chosen token's log-probability and the k most likely
+    ones (natural log).
 
     Raises ``RequestError`` naming the field when a value is out of range.
     """
@@ -100,7 +101,8 @@ def _integer(name: str, value: int, low: int, high: int) -> None:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """Log-probability (natural log) of one emitted token and of the most likely ones, best first."""
+    """Log-probability (natural log) of one emitted token and of the most likely ones, best
+    first."""
 
     token_id: int
     logprob: float

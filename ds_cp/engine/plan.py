@@ -1,4 +1,5 @@
-"""One step, as plain integers: what rank 0 decides and every rank derives its shapes and messages from.
+"""One step, as plain integers: what rank 0 decides and every rank derives its shapes and messages
+from.
 
 Typed and bounded on the wire (msgspec), never pickled. No torch here.
 """
@@ -39,7 +40,8 @@ class Shard(msgspec.Struct, frozen=True, array_like=True):
 
 class Sampling(msgspec.Struct, frozen=True, array_like=True):
     """How to choose the next token. ``seed`` and ``index`` name the random number to use, so that a
-    request's stream depends on nothing else. ``banned``: ids that may not be chosen in this step."""
+    request's stream depends on nothing else. ``banned``: ids that may not be chosen in this
+    step."""
 
     temperature: float
     top_p: float
@@ -120,7 +122,8 @@ def decode_plan(payload: bytes) -> StepPlan:
 
 
 def check_item(item: Item) -> None:
-    """Assert what every plan must satisfy: each new token one owner and one home, slots as tokens."""
+    """Assert what every plan must satisfy: each new token one owner and one home, slots as
+    tokens."""
     new = len(item.tokens)
     want = list(range(item.start, item.start + new))
     owned = sorted(p for s in item.shards for a, n in s.q_runs for p in range(a, a + n))

@@ -28,10 +28,11 @@ class ModePolicy:
         return self.local_threshold is None or prompt_tokens <= self.local_threshold
 
     def choose(self, ranks: int, new: int, past: int) -> tuple[str, str]:
-        """(mode, ring_pass) of an item with ``new`` tokens over ``past`` stored ones on ``ranks`` ranks.
+        """(mode, ring_pass) of an item with ``new`` tokens over ``past`` stored ones on ``ranks``
+        ranks.
 
-        auto: local on one rank; spanning decode by tree; spanning prefill by ring, or by tree when more
-        than two ranks on several hosts take part.
+        auto: local on one rank; spanning decode by tree; spanning prefill by ring, or by tree when
+        more than two ranks on several hosts take part.
         """
         mode = self.mode
         if mode == "auto":

@@ -12,8 +12,8 @@ from ds_cp.kv.table import SequenceTable
 @dataclass(eq=False)
 class Request:
     """``number`` names it in plans; ``request_id`` to the caller. ``max_tokens`` is resolved (never
-    None). ``table``: where its KV is, while it runs. ``spare``: blocks held per rank for prompt tokens
-    that are not computed yet. ``homes``: tokens of the prompt still to be stored, per rank.
+    None). ``table``: where its KV is, while it runs. ``spare``: blocks held per rank for prompt
+    tokens that are not computed yet. ``homes``: tokens of the prompt still to be stored, per rank.
     """
 
     number: int

@@ -1,9 +1,9 @@
 """The one mind: which requests run in the next step, and where every token goes. No torch.
 
 First come first served. Each step carries one token of every running request and, within the token
-budget, the next chunk of prompts. A prompt's blocks are taken when it is admitted; an output token's
-when it is due. When no rank has one left, the youngest request gives its blocks back and is computed
-again later, with the same tokens.
+budget, the next chunk of prompts. A prompt's blocks are taken when it is admitted; an output
+token's when it is due. When no rank has one left, the youngest request gives its blocks back and is
+computed again later, with the same tokens.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ MIN_SHARE = 16  # new tokens per rank below which spreading the work is not wort
 
 @dataclass(frozen=True)
 class Limits:
-    """``max_model_len`` and ``max_num_batched_tokens`` in tokens (the latter per step, all ranks)."""
+    """``max_model_len`` and ``max_num_batched_tokens`` in tokens (the latter per step, all
+    ranks)."""
 
     max_model_len: int
     max_num_seqs: int
@@ -88,7 +89,8 @@ class Scheduler:
             raise RequestError("the prompt is empty; give at least one token", "prompt")
         if min(prompt) < 0 or max(prompt) >= self.limits.vocab_size:
             raise RequestError(
-                f"the prompt has a token id outside the vocabulary, 0 to {self.limits.vocab_size - 1}",
+                "the prompt has a token id outside the vocabulary, 0 to "
+                f"{self.limits.vocab_size - 1}",
                 "prompt",
             )
         want = params.max_tokens if params.max_tokens is not None else 1
@@ -96,7 +98,8 @@ class Scheduler:
         need = length + want - 1
         if need > largest:
             raise CapacityError(
-                f"the request needs KV for {need} tokens ({length} prompt + {want} new - 1), but all ranks "
+                f"the request needs KV for {need} tokens ({length} prompt + {want} new - 1), "
+                "but all ranks "
                 f"together hold {largest}: the largest possible request here has {largest} tokens; "
                 "shorten it, raise kv_cache, or add ranks",
                 need=need, have=self.allocator.capacity_tokens, largest=largest,
@@ -110,12 +113,14 @@ class Scheduler:
         for token in (*params.stop_token_ids, *params.logit_bias):
             if token >= self.limits.vocab_size:
                 raise RequestError(
-                    f"token id {token} is outside the vocabulary, 0 to {self.limits.vocab_size - 1}",
+                    f"token id {token} is outside the vocabulary, 0 to "
+                    f"{self.limits.vocab_size - 1}",
                     "logit_bias" if token in params.logit_bias else "stop_token_ids",
                 )
         if len(self.waiting) >= self.limits.max_queue:
             raise QueueFullError(
-                f"{len(self.waiting)} requests are waiting, the limit of scheduler.max_queue; try later"
+                f"{len(self.waiting)} requests are waiting, the limit of scheduler.max_queue; "
+                "try later"
             )
         if params.max_tokens is None:
             want = min(model_len - length, largest - length + 1)
@@ -171,7 +176,8 @@ class Scheduler:
         return StepPlan(self._steps, "run", tuple(items))
 
     def took(self, request: Request, token: int) -> str | None:
-        """Note a sampled token; returns the reason when it ends the request (stop strings apart)."""
+        """Note a sampled token; returns the reason when it ends the request (stop strings
+        apart)."""
         now = time.time()
         request.first_token_time = request.first_token_time or now
         request.output.append(token)
@@ -232,8 +238,8 @@ class Scheduler:
         return self._item(request, start, q_runs, homes)
 
     def _owners(self, new: int, homes: list[int], spread: bool) -> list[int]:
-        """Tokens each rank computes. Nothing to spread: the homes; level homes: the same; else equal
-        shares, and KV travels to its home once."""
+        """Tokens each rank computes. Nothing to spread: the homes; level homes: the same; else
+        equal shares, and KV travels to its home once."""
         fair = new / self._ranks
         if not spread or max(homes) <= LEVEL * fair or fair < MIN_SHARE:
             return homes
@@ -267,8 +273,9 @@ class Scheduler:
         )
 
     def _next_home(self, table: SequenceTable) -> int | None:
-        """Where the next token's KV goes: on in the same block; a local request stays while its rank
-        has a free block; then placement decides, and the request spans from there on, in place."""
+        """Where the next token's KV goes: on in the same block; a local request stays while its
+        rank has a free block; then placement decides, and the request spans from there on, in
+        place."""
         last = table.last_rank
         if table.open_slots(last):
             return last

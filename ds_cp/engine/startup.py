@@ -1,33 +1,32 @@
 """From a place in the job to a worker that can run plans.
 
-Every phase that can fail on one rank alone ends with an agreement: all ranks report to rank 0, which
-speaks for them, and all leave together. So a missing file on one host is one line, not a hang.
+Every phase that can fail on one rank alone ends with an agreement: all ranks report to rank 0,
+which speaks for them, and all leave together. So a missing file on one host is one line, not a
+hang.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import msgspec
 import psutil
 import torch
-from torch import nn
 
 from ds_cp.attention import LayerSpec, get_kernel
 from ds_cp.comm.links import measure_links
 from ds_cp.comm.wire import Rendezvous, World, join
 from ds_cp.config import Config
 from ds_cp.engine.startup_facts import Facts, LinkFacts
-from ds_cp.engine.startup_threads import choose_threads
+from ds_cp.engine.process import choose_threads
 from ds_cp.engine.worker import Worker
 from ds_cp.errors import ConfigError, DsCpError, UserError
 from ds_cp.kv.pool import KVPool, bytes_per_token
 from ds_cp.model.loading import choose_dtype, load_config, load_model
 from ds_cp.model.shard import shard_model
 from ds_cp.model.source import ModelSource
-from ds_cp.model.wiring import check_exact, check_positions, probe_layers
+from ds_cp.model.wiring import Decoder, check_exact, check_positions, probe_layers
 from ds_cp.topology.hosts import Grid, resolve_grid
 from ds_cp.topology.job import Job
 
@@ -44,17 +43,14 @@ class _Report(msgspec.Struct, array_like=True):
 
 
 def join_job(job: Job, config: Config) -> tuple[World, int]:
-    """Take this process's seat: threads, device, network interface, rendezvous. Returns the seat and
-    the CPU threads of this rank."""
+    """Take this process's seat: threads, device, rendezvous. Returns the seat
+    and the CPU threads of this rank."""
     listen_fd = job.store_socket.fileno() if job.store_socket else None
     threads = choose_threads(config, job.local_world_size or 1)
     torch.set_num_threads(threads)
     device = choose_device(config, job.local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if job.interface:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", job.interface)
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", job.interface)
     world = join(
         job.rank,
         job.world_size,
@@ -69,7 +65,7 @@ def join_job(job: Job, config: Config) -> tuple[World, int]:
 
 
 def build_worker(
-    world: World, config: Config, model: nn.Module | ModelSource, threads: int
+    world: World, config: Config, model: Decoder | ModelSource, threads: int
 ) -> tuple[Worker, Facts]:
     """Load, shard, check and wire the model, and allocate this rank's KV. Collective."""
     grid = resolve_grid(
@@ -78,7 +74,7 @@ def build_worker(
     cp = world.group("cp", grid.cp_groups())
     tp = world.group("tp", grid.tp_groups())
 
-    def load() -> tuple[nn.Module, list[LayerSpec], Any, str, int, float]:
+    def load() -> tuple[Decoder, list[LayerSpec], Any, str, int, float]:
         decoder = _load(config, model, world.device)
         text = decoder.config.get_text_config()
         length = _max_model_len(config, text.max_position_embeddings)
@@ -125,13 +121,15 @@ def build_worker(
 
 
 def choose_device(config: Config, local_rank: int) -> torch.device:
-    """This rank's device. "auto" takes CUDA when there is a device for it; NCCL needs one per rank."""
+    """This rank's device. "auto" takes CUDA when there is a device for it; NCCL needs one per
+    rank."""
     backend = config.comm.backend
     if backend == "gloo" or (backend == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
         raise ConfigError(
-            f"comm.backend {backend} needs one CUDA device per rank, but local rank {local_rank} has none "
+            f"comm.backend {backend} needs one CUDA device per rank, but local rank "
+            f"{local_rank} has none "
             f"of {torch.cuda.device_count()}: start fewer ranks, or set comm.backend to gloo"
         )
     return torch.device("cuda", local_rank)
@@ -186,8 +184,8 @@ def _gather_blocks(world: World, mine: int) -> list[int]:
     return [report.kv_blocks for report in exchange_reports(world, _Report(0, "", mine))]
 
 
-def _load(config: Config, model: nn.Module | ModelSource, device: torch.device) -> nn.Module:
-    if isinstance(model, nn.Module):
+def _load(config: Config, model: Decoder | ModelSource, device: torch.device) -> Decoder:
+    if isinstance(model, Decoder):
         return model.eval()
     found = load_config(model)
     dtype = choose_dtype(config.dtype, getattr(found, "dtype", None), device)
@@ -199,7 +197,8 @@ def _max_model_len(config: Config, limit: int) -> int:
         return limit
     if config.max_model_len > limit:
         raise ConfigError(
-            f"max_model_len is {config.max_model_len}, but the model was made for {limit} positions; "
+            f"max_model_len is {config.max_model_len}, but the model was made for {limit} "
+            "positions; "
             f"set it to at most {limit} or to auto"
         )
     return config.max_model_len
@@ -211,7 +210,8 @@ def _check_heads(text: Any, layers: list[LayerSpec], tp_size: int) -> None:
     got = layers[0].num_q_heads * tp_size
     if tp_size > 1 and got != want:
         raise ConfigError(
-            f"tensor_parallel.tp_size {tp_size}: {layers[0].num_q_heads} local query heads do not make the "
+            f"tensor_parallel.tp_size {tp_size}: {layers[0].num_q_heads} local query heads do "
+            "not make the "
             f"model's {want}; set tp_size to 1"
         )
 
@@ -231,13 +231,15 @@ def _tokens_of_rank(
         tokens = min(wanted, _free_bytes(world.device, local) // per_token)
     if tokens < size:
         raise ConfigError(
-            f"kv_cache gives cp rank {cp_rank} room for {tokens} tokens ({per_token} bytes each), less than "
+            f"kv_cache gives cp rank {cp_rank} room for {tokens} tokens ({per_token} bytes "
+            "each), less than "
             f"one block of {size}: raise the budget or lower kv_cache.block_size"
         )
     need, free = tokens // size * size * per_token, _free_bytes(world.device, local, share=1.0)
     if need > free:
         raise ConfigError(
-            f"kv_cache asks for {need} bytes on cp rank {cp_rank}, but {free} are free for each of the "
+            f"kv_cache asks for {need} bytes on cp rank {cp_rank}, but {free} are free for each "
+            "of the "
             f"host's {local} ranks: lower kv_cache, or use fewer ranks a host"
         )
     return tokens // size * size
@@ -248,7 +250,8 @@ def _one(budget: int | tuple[int, ...], name: str, cp_rank: int, cp_size: int) -
         return budget
     if len(budget) != cp_size:
         raise ConfigError(
-            f"kv_cache.{name} lists {len(budget)} budgets, but the job has {cp_size} context-parallel ranks: "
+            f"kv_cache.{name} lists {len(budget)} budgets, but the job has {cp_size} "
+            "context-parallel ranks: "
             "give one per rank, or one number for all"
         )
     return budget[cp_rank]
@@ -261,7 +264,7 @@ def _free_bytes(device: torch.device, local_ranks: int, share: float | None = No
     return int(psutil.virtual_memory().available * (share or AUTO_MEMORY_SHARE) / local_ranks)
 
 
-def _eos_ids(model: nn.Module) -> tuple[int, ...]:
+def _eos_ids(model: Decoder) -> tuple[int, ...]:
     found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     if found is None:
         found = model.config.get_text_config().eos_token_id

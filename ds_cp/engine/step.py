@@ -1,4 +1,5 @@
-"""One step's attention on one rank: the plan turned into index vectors, then asked layer by layer."""
+"""One step's attention on one rank: the plan turned into index vectors, then asked layer by
+layer."""
 
 from __future__ import annotations
 
@@ -98,7 +99,8 @@ class StepContext:
         return _Part((begin, len(self.token_ids)), resident, item.ships)
 
     def _span(self, item: Item) -> Span:
-        """Who owns which queries and holds which keys. When KV ships, new keys are still with owners."""
+        """Who owns which queries and holds which keys. When KV ships, new keys are still with
+        owners."""
         q_runs: list[Runs] = [EMPTY] * self._group.size
         k_runs: list[Runs] = [EMPTY] * self._group.size
         for shard in item.shards:

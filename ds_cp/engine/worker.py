@@ -6,7 +6,6 @@ import time
 from collections.abc import Sequence
 
 import torch
-from torch import nn
 
 from ds_cp.attention import Kernel, LayerSpec
 from ds_cp.comm.wire import Group, World
@@ -14,7 +13,7 @@ from ds_cp.engine.plan import Item, Sampled, StepPlan, decode_plan, encode_plan
 from ds_cp.engine.sampling import sample
 from ds_cp.engine.step import StepContext
 from ds_cp.kv.pool import KVPool
-from ds_cp.model.wiring import CONTEXT
+from ds_cp.model.wiring import CONTEXT, Decoder
 
 
 class Worker:
@@ -28,7 +27,7 @@ class Worker:
         world: World,
         cp: Group,
         tp: Group,
-        model: nn.Module,
+        model: Decoder,
         layers: Sequence[LayerSpec],
         pool: KVPool,
         kernel: Kernel,
@@ -56,7 +55,8 @@ class Worker:
             self.run(plan)
 
     def run(self, plan: StepPlan) -> list[Sampled]:
-        """Run my part of a plan. Rank 0 gets all sampled tokens in the plan's order, others none."""
+        """Run my part of a plan. Rank 0 gets all sampled tokens in the plan's order, others
+        none."""
         if plan.kind != "run":
             return []
         with torch.inference_mode():
@@ -89,7 +89,8 @@ class Worker:
         return out.logits[0]
 
     def _collect(self, plan: StepPlan, mine: list[Sampled]) -> list[Sampled]:
-        """Bring the sampled tokens to rank 0, as fp64 rows: token, logprob, top ids, top logprobs."""
+        """Bring the sampled tokens to rank 0, as fp64 rows: token, logprob, top ids, top
+        logprobs."""
         wanted = [item for item in plan.items if item.sampling is not None]
         width = max((item.sampling.logprobs for item in wanted if item.sampling), default=0)
         width = max(width, 0)

@@ -1,4 +1,5 @@
-"""This rank's keys and values: tensors that do as they are told. Which slot is whose is not its business."""
+"""This rank's keys and values: tensors that do as they are told. Which slot is whose is not its
+business."""
 
 from __future__ import annotations
 
@@ -17,8 +18,9 @@ def bytes_per_token(layers: Sequence[LayerSpec], dtype: torch.dtype) -> int:
 
 
 class KVPool:
-    """``num_slots`` token slots per layer, stored heads first ``[G, slots, D]`` so that an extent of one
-    head is one stretch of memory. Allocated and touched at once: the memory is there or the start fails.
+    """``num_slots`` token slots per layer, stored heads first ``[G, slots, D]`` so that an extent
+    of one head is one stretch of memory. Allocated and touched at once: the memory is there or the
+    start fails.
     """
 
     def __init__(
@@ -45,8 +47,8 @@ class KVPool:
         slots: torch.Tensor,
         extents: Extents = (),
     ) -> None:
-        """Store ``k`` and ``v`` ``[G, T, D]`` at the T ``slots`` (int64); ``extents`` are the same slots
-        as runs where the caller knows them: few long ones are copied as stretches."""
+        """Store ``k`` and ``v`` ``[G, T, D]`` at the T ``slots`` (int64); ``extents`` are the same
+        slots as runs where the caller knows them: few long ones are copied as stretches."""
         keys, values = self._kv[layer]
         if not 0 < len(extents) <= 2:
             keys.index_copy_(1, slots, k)

@@ -6,16 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ds_cp.errors import ModelError, UnsupportedModelError
 from ds_cp.model.source import ModelSource
+from ds_cp.model.wiring import Decoder
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_dtype(asked: str, stored: torch.dtype | None, device: torch.device) -> torch.dtype:
-    """The dtype to serve in. "auto": the model's own, but fp32 for fp16 on CPU, where fp16 crawls."""
+    """The dtype to serve in. "auto": the model's own, but fp32 for fp16 on CPU, where fp16
+    crawls."""
     if asked != "auto":
         return DTYPES[asked]
     if stored is None or (device.type == "cpu" and stored == torch.float16):
@@ -44,12 +45,13 @@ def load_config(source: ModelSource) -> Any:
         raise ModelError(f"model {source.where} cannot be read: {_first_line(err)}") from err
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
-            f"model {source.where}: {config.model_type} is an encoder-decoder; ds_cp serves decoders only"
+            f"model {source.where}: {config.model_type} is an encoder-decoder; ds_cp serves "
+            "decoders only"
         )
     return config
 
 
-def load_model(source: ModelSource, dtype: torch.dtype, device: torch.device) -> nn.Module:
+def load_model(source: ModelSource, dtype: torch.dtype, device: torch.device) -> Decoder:
     """The decoder with its language-model head, in ``dtype`` on ``device``, ready for inference.
 
     Safetensors of the same dtype are mapped, not copied, so ranks of one host share their pages.
@@ -59,10 +61,11 @@ def load_model(source: ModelSource, dtype: torch.dtype, device: torch.device) ->
     from transformers.utils import logging as hf_logging
 
     where, extra = _where(source)
+    safe = source.kind != "gguf" or None
     hf_logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            where, dtype=dtype, trust_remote_code=False, use_safetensors=source.kind != "gguf" or None,
+            where, dtype=dtype, trust_remote_code=False, use_safetensors=safe,
             **extra,
         )  # fmt: skip
     except SafetensorError as err:
@@ -71,7 +74,8 @@ def load_model(source: ModelSource, dtype: torch.dtype, device: torch.device) ->
         raise ModelError(f"model {source.where} cannot be loaded: {_first_line(err)}") from err
     except (ValueError, KeyError, RuntimeError) as err:
         raise UnsupportedModelError(
-            f"model {source.where} is not a causal decoder that transformers can build: {_first_line(err)}"
+            f"model {source.where} is not a causal decoder that transformers can build: "
+            f"{_first_line(err)}"
         ) from err
     return model.eval().to(device)
 

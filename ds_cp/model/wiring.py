@@ -1,8 +1,9 @@
 """An unmodified transformers decoder whose attention goes through ``Attend``.
 
 Registered once with transformers' attention interface under the name ``ds_cp``; the step's context
-travels as a keyword of the forward call through every layer, so there is nothing global. What a layer
-says about its attention is read from the keywords it passes; an unknown one is refused, not ignored.
+travels as a keyword of the forward call through every layer, so there is nothing global. What a
+layer says about its attention is read from the keywords it passes; an unknown one is refused, not
+ignored.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import PreTrainedModel as Decoder
 
 from ds_cp.attention.spec import LayerSpec
 from ds_cp.errors import UnsupportedModelError
@@ -45,7 +47,8 @@ def _attention(
     context = said.pop(CONTEXT, None)
     if context is None:
         raise UnsupportedModelError(
-            f"{type(module).__name__} does not get the keywords of the forward call, which carry the step"
+            f"{type(module).__name__} does not get the keywords of the forward call, which "
+            "carry the step"
         )
     if isinstance(context, _Probe):
         context.record(module, query, key, value, attention_mask, said)
@@ -56,7 +59,7 @@ def _no_mask(*_: Any, **__: Any) -> None:
     """Causality follows from positions, so no mask is ever built."""
 
 
-def wire(model: nn.Module) -> None:
+def wire(model: Decoder) -> None:
     """Send the model's attention through ``Attend``."""
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, _no_mask)
@@ -75,7 +78,7 @@ class _Probe:
 
     def record(
         self,
-        module: nn.Module,
+        module: Any,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
@@ -98,7 +101,8 @@ class _Probe:
             raise UnsupportedModelError(f"{where} is not causal; ds_cp serves causal decoders")
         if not q.shape[3] == k.shape[3] == v.shape[3]:
             raise UnsupportedModelError(
-                f"{where} has head dims {q.shape[3]}, {k.shape[3]}, {v.shape[3]} for q, k, v; ds_cp needs "
+                f"{where} has head dims {q.shape[3]}, {k.shape[3]}, {v.shape[3]} for q, k, v; "
+                "ds_cp needs "
                 "them equal (latent attention is not served)"
             )
         if mask is not None:
@@ -118,11 +122,12 @@ class _Probe:
         )
 
 
-def probe_layers(model: nn.Module) -> list[LayerSpec]:
+def probe_layers(model: Decoder) -> list[LayerSpec]:
     """What each layer's attention asks for, by layer index.
 
     Raises ``UnsupportedModelError``, naming the architecture, when some layer is not plain softmax
-    attention through the interface (state-space and linear layers, chunked masks, several KV widths).
+    attention through the interface (state-space and linear layers, chunked masks, several KV
+    widths).
     """
     config = model.config
     text = config.get_text_config()
@@ -130,7 +135,8 @@ def probe_layers(model: nn.Module) -> list[LayerSpec]:
     kinds = set(getattr(text, "layer_types", None) or ()) - KNOWN_LAYER_TYPES
     if kinds:
         raise UnsupportedModelError(
-            f"{name} has layers of type {', '.join(sorted(kinds))}; ds_cp serves decoders whose layers "
+            f"{name} has layers of type {', '.join(sorted(kinds))}; ds_cp serves decoders whose "
+            "layers "
             "are all full or sliding-window softmax attention"
         )
     if getattr(config, "is_encoder_decoder", False):
@@ -143,7 +149,8 @@ def probe_layers(model: nn.Module) -> list[LayerSpec]:
             model(input_ids=token, position_ids=token, use_cache=False, **{CONTEXT: probe})
     except (TypeError, ValueError, KeyError, AttributeError) as err:
         raise UnsupportedModelError(
-            f"{name} does not run through transformers' attention interface: {str(err).splitlines()[0]}"
+            f"{name} does not run through transformers' attention interface: "
+            f"{str(err).splitlines()[0]}"
         ) from err
     want = list(range(text.num_hidden_layers))
     if sorted(probe.layers) != want:
@@ -159,7 +166,8 @@ def probe_layers(model: nn.Module) -> list[LayerSpec]:
 
 
 class WholeSequence:
-    """Attention of one sequence that is all here and new: the check that a model is served exactly."""
+    """Attention of one sequence that is all here and new: the check that a model is served
+    exactly."""
 
     def __init__(self, layers: list[LayerSpec], kernel: Any) -> None:
         self._layers = layers
@@ -176,12 +184,12 @@ class WholeSequence:
 
 
 def check_exact(
-    model: nn.Module, layers: list[LayerSpec], kernel: Any, num_tokens: int = 24
+    model: Decoder, layers: list[LayerSpec], kernel: Any, num_tokens: int = 24
 ) -> float:
     """Largest logit difference to transformers' own eager attention on a few tokens, relative.
 
-    Raises ``UnsupportedModelError`` when it is not rounding: the model does something that ds_cp does
-    not see. Leaves the model wired.
+    Raises ``UnsupportedModelError`` when it is not rounding: the model does something that ds_cp
+    does not see. Leaves the model wired.
     """
     vocab = model.config.get_text_config().vocab_size
     ids = torch.arange(1, num_tokens + 1, device=model.device).mul_(7919).remainder_(vocab)[None]
@@ -198,13 +206,14 @@ def check_exact(
     limit = 1e-4 if model.dtype == torch.float32 else 5e-2
     if not error <= limit:
         raise UnsupportedModelError(
-            f"{type(model).__name__}: logits differ from transformers' own by {error:.1e} of their scale "
+            f"{type(model).__name__}: logits differ from transformers' own by {error:.1e} of "
+            "their scale "
             f"(limit {limit:g}); its attention does something that ds_cp does not see"
         )
     return error
 
 
-def check_positions(model: nn.Module, max_model_len: int) -> None:
+def check_positions(model: Decoder, max_model_len: int) -> None:
     """Refuse rotary embeddings that depend on how long the sequence has become.
 
     Such a rank would have to know every other rank's positions, and earlier keys keep the angles of
@@ -218,6 +227,7 @@ def check_positions(model: nn.Module, max_model_len: int) -> None:
         limit = rope.get("original_max_position_embeddings") or config.max_position_embeddings
         if kind in ("dynamic", "longrope") and max_model_len > limit:
             raise UnsupportedModelError(
-                f"{type(model).__name__} uses {kind} rotary embeddings, which change beyond {limit} tokens: "
+                f"{type(model).__name__} uses {kind} rotary embeddings, which change beyond "
+                f"{limit} tokens: "
                 f"set max_model_len to at most {limit}"
             )

@@ -1,8 +1,8 @@
 """The process that a launcher starts on every rank: thin, owns the worker, ends with its launcher.
 
 Rank 0's agent also runs the HTTP front and the engine. Ctrl-C and SIGTERM reach every agent; rank 0
-drains and tells all workers to leave, the other agents wait for that and end their worker themselves
-only if it does not come.
+drains and tells all workers to leave, the other agents wait for that and end their worker
+themselves only if it does not come.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 
 from ds_cp.config import Config
-from ds_cp.engine.startup_threads import choose_threads
+from ds_cp.engine.process import choose_threads, socket_environment
 from ds_cp.errors import DsCpError, EngineDeadError
 from ds_cp.model.source import ModelSource, find_model
 from ds_cp.serve.border import Border, Failed, FromWorker, Ready, WorkerSpec
@@ -195,7 +195,7 @@ def _worker(config: Config, job: Job) -> Iterator[tuple[subprocess.Popen[bytes],
         process = subprocess.Popen(
             [sys.executable, "-m", "ds_cp.serve.worker_main", str(theirs.fileno())],
             pass_fds=[theirs.fileno(), *([listen_fd] if listen_fd >= 0 else [])],
-            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+            env={**socket_environment(job), **os.environ, "OMP_NUM_THREADS": str(threads)},
             stdin=subprocess.DEVNULL,
         )
     if job.store_socket is not None:

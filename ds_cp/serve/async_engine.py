@@ -1,7 +1,7 @@
 """Rank 0's engine for the HTTP front: a thread that steps, and asyncio streams that listen.
 
-The scheduler lives here, in the front's process; plans go to the worker over the border. A long step
-blocks only that thread: requests are admitted, refused and aborted meanwhile.
+The scheduler lives here, in the front's process; plans go to the worker over the border. A long
+step blocks only that thread: requests are admitted, refused and aborted meanwhile.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ LOAD_DEADLINE_S = 3600.0  # weights of any size; the ranks' own waits are shorte
 class AsyncEngine:
     """Implements ``EngineHandle``. ``load_tokenizer`` runs in the engine's thread while ranks load.
 
-    ``on_ready`` gets the start-up lines, ``on_death`` the error that ended the engine (not called after
-    ``stop``); both run in the engine's thread.
+    ``on_ready`` gets the start-up lines, ``on_death`` the error that ended the engine (not called
+    after ``stop``); both run in the engine's thread.
     """
 
     info: EngineInfo
@@ -184,7 +184,7 @@ class AsyncEngine:
     def _expect(self, kind: type) -> Any:
         message = self._border.receive(FromWorker)
         if isinstance(message, Failed):
-            raise _Death(message.message, message.exit_code)
+            raise _DeathError(message.message, message.exit_code)
         assert isinstance(message, kind)
         return message
 
@@ -207,7 +207,7 @@ class AsyncEngine:
             self._on_death(err, exit_code)
 
 
-class _Death(EngineDeadError):
+class _DeathError(EngineDeadError):
     """The worker's last words, with its exit code."""
 
     def __init__(self, message: str, exit_code: int) -> None:

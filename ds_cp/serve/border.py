@@ -17,8 +17,8 @@ T = TypeVar("T")
 
 
 class WorkerSpec(msgspec.Struct, frozen=True):
-    """What a worker is told at birth. ``job``: the fields of ``Job`` but its socket; ``listen_fd``: the
-    inherited descriptor of rank 0's store socket, or -1."""
+    """What a worker is told at birth. ``job``: the fields of ``Job`` but its socket; ``listen_fd``:
+    the inherited descriptor of rank 0's store socket, or -1."""
 
     config: dict[str, Any]
     job: dict[str, Any]
@@ -68,7 +68,8 @@ class Border:
             ) from err
 
     def receive(self, kind: Any) -> Any:
-        """The next message, decoded as ``kind``; ``EngineDeadError`` when the other side is gone."""
+        """The next message, decoded as ``kind``; ``EngineDeadError`` when the other side is
+        gone."""
         size = int.from_bytes(self._exactly(4), "little")
         if size > LIMIT:
             raise EngineDeadError(f"a frame of {size} bytes is above the limit {LIMIT}")

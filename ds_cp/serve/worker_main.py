@@ -1,7 +1,8 @@
-"""The compute worker of one rank, child of that rank's agent: ``python -m ds_cp.serve.worker_main FD``.
+"""The compute worker of one rank, child of that rank's agent: ``python -m ds_cp.serve.worker_main
+FD``.
 
-It is told everything over the inherited socket and reads no configuration of its own. Signals are the
-agent's business; the worker ends when told to, when its peers are gone, or with its agent.
+It is told everything over the inherited socket and reads no configuration of its own. Signals are
+the agent's business; the worker ends when told to, when its peers are gone, or with its agent.
 """
 
 from __future__ import annotations
@@ -78,7 +79,8 @@ def _json(config: dict[str, Any]) -> str:
 
 
 def _give_up(border: Border, exit_code: int, message: str) -> int:
-    """Say why and leave at once: after a failed collective an orderly exit may abort the process."""
+    """Say why and leave at once: after a failed collective an orderly exit may abort the
+    process."""
     try:
         border.send(Failed(exit_code, message))
     except DsCpError:

@@ -91,7 +91,10 @@ def cases(size: int) -> list[dict[str, Any]]:
     out += [{**base, "softcap": 3.0, "window": 9, "sinks": True}]
     out += [{**base, "kernel": "reference"}, {**base, "kernel": "reference", "window": 7}]
     out += [{**base, "home": 0}, {**base, "home": size - 1, "new": 1}]
-    out += [{**base, "counts": [45] + [0] * (size - 1)}, {**base, "counts": [0] * (size - 1) + [45]}]
+    out += [
+        {**base, "counts": [45] + [0] * (size - 1)},
+        {**base, "counts": [0] * (size - 1) + [45]},
+    ]
     out += [{**base, "unit": 8}, {**base, "counts": split_even(45, size)[::-1], "unit": 4}]
     return out
 

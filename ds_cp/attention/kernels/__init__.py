@@ -1,8 +1,9 @@
 """Block kernels behind one signature, chosen by name when an engine is built.
 
 ``kernel(q_THD, k_SGD, v_SGD, q_runs, k_runs, spec) -> Partial``: attention of T queries at the
-positions ``q_runs`` over S keys at ``k_runs``, causal and windowed by position, natural-log lse fp32,
-``(0, -inf)`` for a query that sees nothing. Sinks are not the kernel's: they enter once, at the end.
+positions ``q_runs`` over S keys at ``k_runs``, causal and windowed by position, natural-log lse
+fp32, ``(0, -inf)`` for a query that sees nothing. Sinks are not the kernel's: they enter once, at
+the end.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ def get_kernel(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str
             )
         if not half_on_gpu:
             raise ConfigError(
-                f"attention.backend flash_attn needs a CUDA device with fp16 or bf16, not {device.type} "
+                "attention.backend flash_attn needs a CUDA device with fp16 or bf16, not "
+                f"{device.type} "
                 f"with {dtype}: set dtype to bf16, or attention.backend to sdpa"
             )
         from ds_cp.attention.kernels.flash import flash_kernel

@@ -24,7 +24,8 @@ def flash_kernel(
     k_runs: Runs,
     spec: LayerSpec,
 ) -> Partial:
-    """Attention by flash-attn, tile by tile. Shapes and meaning as in ``ds_cp.attention.kernels``."""
+    """Attention by flash-attn, tile by tile. Shapes and meaning as in
+    ``ds_cp.attention.kernels``."""
     num_tokens, num_heads, head_dim = q_THD.shape
     tiles = cover(q_runs, k_runs, spec.window) if num_tokens and k_SGD.shape[0] else ()
     if len(tiles) == 1 and tiles[0].rows == num_tokens:

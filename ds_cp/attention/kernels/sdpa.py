@@ -1,8 +1,8 @@
 """torch's own fused attention, the ones that return the log-sum-exp, on CPU and on CUDA.
 
 What is known of these operators, and handled here and nowhere else (torch 2.13):
-- CPU flash: ``is_causal`` is top-left aligned, so it is used for squares only; a row that sees nothing
-  gets out 0 and lse **0**, which is set to -inf here; masks must be float.
+- CPU flash: ``is_causal`` is top-left aligned, so it is used for squares only; a row that sees
+  nothing gets out 0 and lse **0**, which is set to -inf here; masks must be float.
 - CPU flash reads grouped KV heads without expansion, but with few query rows it is several times
   faster when the query heads of one KV head are folded into rows; without a mask that is exact.
 - CUDA flash wants fp16 or bf16 and no mask; the memory-efficient one takes a mask and fp32 and pads
@@ -96,7 +96,8 @@ def _tile(
 
 
 def _folded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: LayerSpec) -> Partial:
-    """All keys visible: fold the H/G query heads of each KV head into rows, ``[1, G, H/G * T, D]``."""
+    """All keys visible: fold the H/G query heads of each KV head into rows, ``[1, G, H/G * T,
+    D]``."""
     num_tokens, num_heads, head_dim = q.shape
     fold = num_heads // spec.num_kv_heads
     rows = q.unflatten(1, (spec.num_kv_heads, fold)).permute(1, 2, 0, 3).flatten(1, 2)

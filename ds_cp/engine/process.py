@@ -1,0 +1,22 @@
+"""What a rank's process needs before torch starts in it: threads, network interface. No torch here."""
+
+from __future__ import annotations
+
+import os
+
+from ds_cp.config import Config
+from ds_cp.topology.job import Job
+
+
+def choose_threads(config: Config, local_size: int) -> int:
+    """The config's number, or the cores of this process shared evenly among the host's ranks."""
+    if config.threads_per_rank != "auto":
+        return config.threads_per_rank
+    return max(1, len(os.sched_getaffinity(0)) // max(local_size, 1))
+
+
+def socket_environment(job: Job) -> dict[str, str]:
+    """The variables by which gloo and NCCL learn which interface carries the job's traffic."""
+    if job.interface is None:
+        return {}
+    return {"GLOO_SOCKET_IFNAME": job.interface, "NCCL_SOCKET_IFNAME": job.interface}
