@@ -17,7 +17,7 @@ import torch
 from ds_cp.attention.kernels import Kernel, get_kernel
 from ds_cp.attention.local import LocalAttention
 from ds_cp.attention.ring import RingPassKV, RingPassQ
-from ds_cp.attention.spec import LayerSpec, Span
+from ds_cp.attention.spec import KeyValues, LayerSpec, Span
 from ds_cp.attention.state import Partial, add_sinks, empty_partial, merge, merge_all
 from ds_cp.attention.tiles import check_runs
 from ds_cp.attention.tree import TreeAttention
@@ -25,6 +25,7 @@ from ds_cp.comm.wire import Group
 
 __all__ = [
     "Kernel",
+    "KeyValues",
     "LayerSpec",
     "Mode",
     "Partial",
@@ -46,8 +47,7 @@ class Mode(Protocol):
     def __call__(
         self,
         q: Sequence[torch.Tensor],
-        k: Sequence[torch.Tensor],
-        v: Sequence[torch.Tensor],
+        kv: Sequence[KeyValues],
         kernel: Kernel,
         spec: LayerSpec,
     ) -> list[Partial]: ...
@@ -96,5 +96,6 @@ def attention(
     me = group.rank
     check_runs(span.q_runs[me], span.k_runs[me], q_THD.shape[0], k_SGD.shape[0])
     _, chosen = get_kernel(kernel, q_THD.device, q_THD.dtype)
-    [part] = make_mode(mode, ring_pass, [span], group)([q_THD], [k_SGD], [v_SGD], chosen, spec)
+    kv = KeyValues(((k_SGD, v_SGD),))
+    [part] = make_mode(mode, ring_pass, [span], group)([q_THD], [kv], chosen, spec)
     return finish(part, spec, q_THD.dtype)

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
+from ds_cp.attention.fold import attend
 from ds_cp.attention.kernels import Kernel
-from ds_cp.attention.spec import LayerSpec, Span
+from ds_cp.attention.spec import KeyValues, LayerSpec, Span
 from ds_cp.attention.state import Partial
 
 
@@ -20,13 +21,12 @@ class LocalAttention:
     def __call__(
         self,
         q: Sequence[torch.Tensor],
-        k: Sequence[torch.Tensor],
-        v: Sequence[torch.Tensor],
+        kv: Sequence[KeyValues],
         kernel: Kernel,
         spec: LayerSpec,
     ) -> list[Partial]:
-        """Per item ``q_THD``, ``k_SGD``, ``v_SGD`` of this rank -> its partial over all keys."""
+        """Per item this rank's ``q_THD`` and keys and values -> the partial over all keys."""
         return [
-            kernel(q[i], k[i], v[i], q_runs, k_runs, spec)
+            attend(kernel, q[i], kv[i], q_runs, k_runs, spec)
             for i, (q_runs, k_runs) in enumerate(self._runs)
         ]

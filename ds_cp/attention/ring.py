@@ -9,12 +9,14 @@ from the spans, which every rank knows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 
+from ds_cp.attention.fold import attend
 from ds_cp.attention.kernels import Kernel
-from ds_cp.attention.spec import LayerSpec, Span
+from ds_cp.attention.spec import KeyValues, LayerSpec, Span
 from ds_cp.attention.state import Partial, merge_all
 from ds_cp.attention.wireform import pack_partial, row_bytes, unpack_partial
 from ds_cp.comm.ring import RingExchange
@@ -47,34 +49,36 @@ class RingPassKV:
     def __call__(
         self,
         q: Sequence[torch.Tensor],
-        k: Sequence[torch.Tensor],
-        v: Sequence[torch.Tensor],
+        kv: Sequence[KeyValues],
         kernel: Kernel,
         spec: LayerSpec,
     ) -> list[Partial]:
-        """Per item ``q_THD``, ``k_SGD``, ``v_SGD`` of this rank -> its queries' partial over all
-        keys."""
+        """Per item this rank's ``q_THD`` and keys and values -> the partial over all keys."""
         me = self._group.rank
         if me not in self._members:
-            return [kernel(q[i], k[i], v[i], (), (), spec) for i in range(len(self._items))]
+            return [
+                attend(kernel, q[i], kv[i].none(), (), (), spec) for i in range(len(self._items))
+            ]
         ring = RingExchange(self._group, self._members, SCHEME_KV)
         parts: list[list[Partial]] = [[] for _ in self._items]
-        shard = self._pack(k, v, spec) if ring.size > 1 else None
-        pairs = list(zip(k, v, strict=True))
+        shard = self._pack(kv, spec) if ring.size > 1 else None
+        held = list(kv)
         for step in range(ring.size):
             origin = self._members[ring.origin(step)]
             if shard is not None and step + 1 < ring.size:
                 after = self._members[ring.origin(step + 1)]
                 ring.post(shard, shard.new_empty(self._elements(after, spec)))
             for i, span in enumerate(self._items):
-                if q[i].shape[0] and pairs[i][0].shape[0]:
+                if q[i].shape[0] and held[i].num_tokens:
                     runs = span.q_runs[me], span.k_runs[origin]
-                    parts[i].append(kernel(q[i], *pairs[i], *runs, spec))
+                    parts[i].append(attend(kernel, q[i], held[i], *runs, spec))
             if step + 1 < ring.size:
                 shard = ring.wait()
-                pairs = self._unpack(shard, self._members[ring.origin(step + 1)], spec)
+                held = self._unpack(shard, self._members[ring.origin(step + 1)], spec)
         return [
-            merge_all(found) if found else kernel(q[i], k[i][:0], v[i][:0], self._mine(i), (), spec)
+            merge_all(found)
+            if found
+            else attend(kernel, q[i], kv[i].none(), self._mine(i), (), spec)
             for i, found in enumerate(parts)
         ]
 
@@ -84,34 +88,31 @@ class RingPassKV:
     def _elements(self, rank: int, spec: LayerSpec) -> int:
         return 2 * sum(self._lengths[rank]) * spec.num_kv_heads * spec.head_dim
 
-    def _pack(
-        self, k: Sequence[torch.Tensor], v: Sequence[torch.Tensor], spec: LayerSpec
-    ) -> torch.Tensor:
-        """Items one after the other, each as K then V, heads first: ``[2, G, S, D]`` flattened."""
-        if not k:
-            raise ValueError("a ring of no items")
-        buffer = k[0].new_empty(self._elements(self._group.rank, spec))
+    def _pack(self, kv: Sequence[KeyValues], spec: LayerSpec) -> torch.Tensor:
+        """Items one after the other, each as ``[2, G, S, D]`` (K, then V) flattened."""
+        buffer = kv[0].pieces[0][0].new_empty(self._elements(self._group.rank, spec))
         at = 0
-        for pair in zip(k, v, strict=True):
-            for x_SGD in pair:
-                size = x_SGD.numel()
-                heads_first = x_SGD.transpose(0, 1)
-                buffer[at : at + size].view(heads_first.shape).copy_(heads_first)
-                at += size
+        for item in kv:
+            shape = (2, spec.num_kv_heads, item.num_tokens, spec.head_dim)
+            both = buffer[at : at + math.prod(shape)].view(shape)
+            begin = 0
+            for k_SGD, v_SGD in item.pieces:
+                end = begin + k_SGD.shape[0]
+                both[0, :, begin:end] = k_SGD.transpose(0, 1)
+                both[1, :, begin:end] = v_SGD.transpose(0, 1)
+                begin = end
+            at += math.prod(shape)
         return buffer
 
-    def _unpack(
-        self, shard: torch.Tensor, rank: int, spec: LayerSpec
-    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        pairs = []
+    def _unpack(self, shard: torch.Tensor, rank: int, spec: LayerSpec) -> list[KeyValues]:
+        items = []
         at = 0
         for length in self._lengths[rank]:
             shape = (2, spec.num_kv_heads, length, spec.head_dim)
-            size = 2 * spec.num_kv_heads * length * spec.head_dim
-            both = shard[at : at + size].view(shape).transpose(1, 2)
-            pairs.append((both[0], both[1]))
-            at += size
-        return pairs
+            both = shard[at : at + math.prod(shape)].view(shape).transpose(1, 2)
+            items.append(KeyValues(((both[0], both[1]),)))
+            at += math.prod(shape)
+        return items
 
 
 class RingPassQ:
@@ -127,16 +128,16 @@ class RingPassQ:
     def __call__(
         self,
         q: Sequence[torch.Tensor],
-        k: Sequence[torch.Tensor],
-        v: Sequence[torch.Tensor],
+        kv: Sequence[KeyValues],
         kernel: Kernel,
         spec: LayerSpec,
     ) -> list[Partial]:
-        """Per item ``q_THD``, ``k_SGD``, ``v_SGD`` of this rank -> its queries' partial over all
-        keys."""
+        """Per item this rank's ``q_THD`` and keys and values -> the partial over all keys."""
         me = self._group.rank
         if me not in self._members:
-            return [kernel(q[i], k[i], v[i], (), (), spec) for i in range(len(self._items))]
+            return [
+                attend(kernel, q[i], kv[i].none(), (), (), spec) for i in range(len(self._items))
+            ]
         ring = RingExchange(self._group, self._members, SCHEME_Q)
         shard = torch.cat([x.flatten(1).flatten() for x in q]) if ring.size > 1 else None
         queries = list(q)
@@ -147,7 +148,7 @@ class RingPassQ:
                 after = self._members[ring.origin(step + 1)]
                 ring.post(shard, shard.new_empty(self._elements(after, spec)))
             visits[origin] = [
-                kernel(queries[i], k[i], v[i], span.q_runs[origin], span.k_runs[me], spec)
+                attend(kernel, queries[i], kv[i], span.q_runs[origin], span.k_runs[me], spec)
                 for i, span in enumerate(self._items)
             ]
             if step + 1 < ring.size:

@@ -44,3 +44,23 @@ class Span:
 
     q_runs: tuple[Runs, ...]
     k_runs: tuple[Runs, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class KeyValues:
+    """One item's keys and values on this rank, in storage order, as they lie in memory.
+
+    ``pieces``: ``(k_SGD, v_SGD)`` pairs, at least one; several when they are not adjacent, so that
+    nothing has to be copied to be read.
+    """
+
+    pieces: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(k.shape[0] for k, _ in self.pieces)
+
+    def none(self) -> KeyValues:
+        """The same with no token."""
+        k, v = self.pieces[0]
+        return KeyValues(((k[:0], v[:0]),))

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 
 import torch
 
+from ds_cp.attention.fold import attend
 from ds_cp.attention.kernels import Kernel
-from ds_cp.attention.spec import LayerSpec, Span
+from ds_cp.attention.spec import KeyValues, LayerSpec, Span
 from ds_cp.attention.state import Partial, merge_all
 from ds_cp.attention.wireform import pack_partial, row_bytes, unpack_partial
 from ds_cp.comm.tree import Key, TreeExchange
@@ -45,13 +46,11 @@ class TreeAttention:
     def __call__(
         self,
         q: Sequence[torch.Tensor],
-        k: Sequence[torch.Tensor],
-        v: Sequence[torch.Tensor],
+        kv: Sequence[KeyValues],
         kernel: Kernel,
         spec: LayerSpec,
     ) -> list[Partial]:
-        """Per item ``q_THD``, ``k_SGD``, ``v_SGD`` of this rank -> its queries' partial over all
-        keys."""
+        """Per item this rank's ``q_THD`` and keys and values -> the partial over all keys."""
         me, dtype = self._group.rank, q[0].dtype
         mine = {(i, me): x.flatten(1) for i, x in enumerate(q) if x.shape[0]}
         no_row = q[0].new_empty(0, spec.num_q_heads * spec.head_dim)
@@ -59,17 +58,16 @@ class TreeAttention:
         found: dict[Key, list[tuple[int, Partial]]] = {}
         for i, keys in enumerate(self._blocks):
             if keys:
-                self._attend(i, [shared[key] for key in keys], k[i], v[i], kernel, spec, found)
+                self._attend(i, [shared[key] for key in keys], kv[i], kernel, spec, found)
         for level in range(self._tree.levels_up()):
             self._fold_up(level, found, dtype, spec)
         out = []
         for i, x in enumerate(q):
             parts = found.get((i, me))
-            nothing = k[i][:0], v[i][:0]
             out.append(
                 merge_all(part for _, part in parts)
                 if parts
-                else kernel(x, *nothing, self._items[i].q_runs[me], (), spec)
+                else attend(kernel, x, kv[i].none(), self._items[i].q_runs[me], (), spec)
             )
         return out
 
@@ -77,8 +75,7 @@ class TreeAttention:
         self,
         item: int,
         blocks: list[torch.Tensor],
-        k: torch.Tensor,
-        v: torch.Tensor,
+        kv: KeyValues,
         kernel: Kernel,
         spec: LayerSpec,
         found: dict[Key, list[tuple[int, Partial]]],
@@ -87,7 +84,8 @@ class TreeAttention:
         me = self._group.rank
         rows = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
         queries = rows.unflatten(1, (spec.num_q_heads, spec.head_dim))
-        part = kernel(queries, k, v, self._runs[item], self._items[item].k_runs[me], spec)
+        k_runs = self._items[item].k_runs[me]
+        part = attend(kernel, queries, kv, self._runs[item], k_runs, spec)
         counts = self._counts[item]
         outs, lses = part.out.split(counts), part.lse.split(counts)
         for key, out, lse in zip(self._blocks[item], outs, lses, strict=True):

@@ -41,6 +41,14 @@ class Rendezvous:
     prefix: str = "gen0"
 
 
+def _lost(what: str, timeout_s: float, err: RuntimeError) -> CommError:
+    cause = (str(err).splitlines() or [type(err).__name__])[0][:200]
+    return CommError(
+        f"{what}: a peer is gone or silent for {timeout_s:g} s ({cause}); see the other ranks' "
+        "logs, or raise comm.timeout_s"
+    )
+
+
 class Pending:
     """An exchange on its way. Wait for it exactly once."""
 
@@ -58,11 +66,7 @@ class Pending:
             for work in works:
                 work.wait()
         except RuntimeError as err:
-            raise CommError(
-                f"{self._what}: a peer is gone or silent for {self._timeout_s:g} s "
-                f"({str(err).splitlines()[0][:200]}); see the other ranks' logs, or raise "
-                "comm.timeout_s"
-            ) from err
+            raise _lost(self._what, self._timeout_s, err) from err
 
 
 class Group:
@@ -129,7 +133,7 @@ class Group:
             else:
                 works = [op(t, self.ranks[peer], group=self._handle) for op, t, peer in ops]
         except RuntimeError as err:
-            raise CommError(f"{what}: {str(err).splitlines()[0][:200]}") from err
+            raise _lost(what, self._timeout_s, err) from err
         return Pending(works, what, self._timeout_s)
 
     def _checked(self, peer: int, tensor: torch.Tensor) -> torch.Tensor:
@@ -154,9 +158,7 @@ class Group:
         try:
             ds_comm.all_reduce(tensor, group=self._handle)
         except RuntimeError as err:
-            raise CommError(
-                f"{scheme} in group {self.name}: {str(err).splitlines()[0][:200]}"
-            ) from err
+            raise _lost(f"{scheme} in group {self.name}", self._timeout_s, err) from err
 
     def barrier(self) -> None:
         """Wait until every member is here."""
@@ -191,9 +193,10 @@ class World:
         for ranks in members:
             handle = None
             if len(ranks) > 1:
-                import deepspeed.comm as ds_comm
-
-                handle = ds_comm.new_group(list(ranks))
+                # deepspeed.comm.new_group takes no timeout, and torch's default is 30 minutes
+                # whatever the world's own limit is.
+                limit = timedelta(seconds=self.timeout_s)
+                handle = torch_dist.new_group(list(ranks), timeout=limit)
             if self.rank in ranks:
                 mine = Group(name, ranks, self, handle)
         assert mine is not None
@@ -265,7 +268,7 @@ class Control:
         try:
             ds_comm.broadcast(tensor, src=0)
         except RuntimeError as err:
-            raise CommError(f"{self._what}: {str(err).splitlines()[0][:200]}") from err
+            raise _lost(self._what, self._world.timeout_s, err) from err
 
     def collect(self, mine: torch.Tensor, others: Sequence[Message]) -> None:
         """Each rank but 0 sends ``mine`` (CPU, contiguous) to rank 0; rank 0 fills ``others``."""
@@ -282,7 +285,8 @@ class Control:
                 world.ledger.add("result", nbytes, 0)
                 ds_comm.isend(mine, 0).wait()
         except RuntimeError as err:
-            raise CommError(f"results to rank 0: {str(err).splitlines()[0][:200]}") from err
+            what = "results to rank 0 in group world"
+            raise _lost(what, world.timeout_s, err) from err
 
 
 def join(

@@ -1,4 +1,4 @@
-"""What a rank's process needs before torch starts in it: threads, network interface. No torch here."""
+"""What a rank needs before torch starts in it: threads, network interface. No torch here."""
 
 from __future__ import annotations
 

@@ -55,8 +55,8 @@ class Request:
 
     @property
     def is_prefilling(self) -> bool:
-        """More than the newest token is still without KV."""
-        return self.num_computed + 1 < self.num_tokens or not self.output
+        """Some token that blocks were taken for at the start is still without KV."""
+        return any(self.homes)
 
     def metrics(self) -> RequestMetrics:
         """Times and modes so far."""

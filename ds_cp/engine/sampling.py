@@ -53,10 +53,17 @@ def _filtered(scores_V: torch.Tensor, how: Sampling) -> torch.Tensor:
 
 def _draw(probs_V: torch.Tensor, how: Sampling) -> int:
     """Inverse of the cumulative distribution at one uniform number named by (seed, index)."""
-    mixed = (how.seed * 0x9E3779B97F4A7C15 + how.index * 0xD1B54A32D192ED03 + 1) % 2**63
-    gen = torch.Generator().manual_seed(mixed)
-    uniform = float(torch.rand((), generator=gen, dtype=torch.float64))
+    uniform = (_mix(_mix(how.seed) + how.index) >> 11) / 2**53
     cumulative = probs_V.double().cumsum(0)
     index = int(torch.searchsorted(cumulative, uniform * float(cumulative[-1]), right=True))
     last = int(torch.nonzero(probs_V)[-1])
     return min(index, last)
+
+
+def _mix(x: int) -> int:
+    """splitmix64 (Steele, Lea, Flood 2014): 64 bits of which each depends on every bit of ``x``.
+    torch's CPU generator would look at the low 32 bits of a seed only."""
+    x = (x + 0x9E3779B97F4A7C15) % 2**64
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+    return x ^ x >> 31

@@ -97,12 +97,14 @@ class Scheduler:
         model_len = self.limits.max_model_len
         need = length + want - 1
         if need > largest:
+            local, have = self._policy.mode == "local", self.allocator.capacity_tokens
+            why = " (mode local: one rank's)" if local else ""
+            more = "use another mode" if local else "add ranks"
             raise CapacityError(
                 f"the request needs KV for {need} tokens ({length} prompt + {want} new - 1), "
-                "but all ranks "
-                f"together hold {largest}: the largest possible request here has {largest} tokens; "
-                "shorten it, raise kv_cache, or add ranks",
-                need=need, have=self.allocator.capacity_tokens, largest=largest,
+                f"but all ranks together hold {have}: the largest possible request here has "
+                f"{largest} tokens{why}; shorten it, raise kv_cache, or {more}",
+                need=need, have=have, largest=largest,
             )  # fmt: skip
         if length + want > model_len:
             raise RequestError(
@@ -257,7 +259,7 @@ class Scheduler:
         table = request.table
         assert table is not None
         while (rank := self._next_home(table)) is None:
-            victim = self.running[-1]
+            victim = self._victim(table)
             self._preempt(victim)
             if victim is request:
                 return None
@@ -325,6 +327,12 @@ class Scheduler:
         )  # fmt: skip
 
     # --- giving back
+
+    def _victim(self, table: SequenceTable) -> Request:
+        """The youngest whose blocks help: anybody's, or under mode local the same rank's."""
+        if self._policy.mode != "local":
+            return self.running[-1]
+        return next(r for r in self.running[::-1] if r.table and r.table.span == table.span)
 
     def _preempt(self, request: Request) -> None:
         self.running.remove(request)

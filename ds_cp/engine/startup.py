@@ -18,8 +18,8 @@ from ds_cp.attention import LayerSpec, get_kernel
 from ds_cp.comm.links import measure_links
 from ds_cp.comm.wire import Rendezvous, World, join
 from ds_cp.config import Config
-from ds_cp.engine.startup_facts import Facts, LinkFacts
 from ds_cp.engine.process import choose_threads
+from ds_cp.engine.startup_facts import Facts, LinkFacts
 from ds_cp.engine.worker import Worker
 from ds_cp.errors import ConfigError, DsCpError, UserError
 from ds_cp.kv.pool import KVPool, bytes_per_token

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ds_cp.attention import Kernel, LayerSpec, Span, finish, make_mode
+from ds_cp.attention import Kernel, KeyValues, LayerSpec, Span, finish, make_mode
 from ds_cp.comm.wire import Group
 from ds_cp.engine.plan import Extents, Item, StepPlan
 from ds_cp.kv.pool import KVPool
@@ -121,16 +121,15 @@ class StepContext:
         q_THD, k_TGD, v_TGD = (x[0].transpose(0, 1) for x in (q, k, v))
         out = torch.empty(q_THD.shape, dtype=q.dtype, device=q.device)
         for mode, parts in self._modes:
-            queries, keys, values = [], [], []
+            queries, kv = [], []
             for part in parts:
                 rows = slice(*part.rows)
-                k_SGD, v_SGD = self._pool.read(layer, part.resident)
+                held = self._pool.read(layer, part.resident)
                 if part.fresh:
-                    k_SGD, v_SGD = torch.cat([k_SGD, k_TGD[rows]]), torch.cat([v_SGD, v_TGD[rows]])
+                    held = KeyValues((*held.pieces, (k_TGD[rows], v_TGD[rows])))
                 queries.append(q_THD[rows])
-                keys.append(k_SGD)
-                values.append(v_SGD)
-            found = mode(queries, keys, values, self._kernel, spec)
+                kv.append(held)
+            found = mode(queries, kv, self._kernel, spec)
             for part, partial in zip(parts, found, strict=True):
                 if part.rows[0] < part.rows[1]:
                     out[slice(*part.rows)] = finish(partial, spec, q.dtype)

@@ -57,8 +57,8 @@ class BlockAllocator:
         """``n`` blocks of ``rank``, adjacent where possible, in the order in which to fill them.
 
         ``extend_from``: the caller's last block on this rank; the blocks right after it are taken
-        first. The rest comes from the smallest free run that holds it, or else from the largest
-        runs. Raises OutOfBlocksError, with nothing changed, when fewer than ``n`` are free.
+        first, or else blocks that leave room to grow on. The rest comes from the smallest free run
+        that holds it, or else from the largest runs. Raises OutOfBlocksError, with nothing changed, when fewer than ``n`` are free.
         """
         blocks = self._of(rank)
         if n < 0:
@@ -112,8 +112,11 @@ class _RankBlocks:
     def take(self, n: int, extend_from: int | None) -> tuple[int, ...]:
         """``n`` blocks; the caller has checked that so many are free."""
         taken: list[int] = []
-        if n and extend_from is not None and extend_from + 1 in self.length_at:
-            taken += self._take_from(extend_from + 1, n)
+        if n and extend_from is not None:
+            if extend_from + 1 in self.length_at:
+                taken += self._take_from(extend_from + 1, n)
+            else:
+                taken += self._take_with_room(n)
         for start in self._pick(n - len(taken)):
             taken += self._take_from(start, n - len(taken))
         self.used.update(taken)
@@ -138,6 +141,20 @@ class _RankBlocks:
         enough = [start for start in left if lengths[start] >= n]
         picked.append(min(enough, key=lambda start: (lengths[start], start)))
         return picked
+
+    def _take_with_room(self, n: int) -> range:
+        """Blocks for a request that grows but cannot grow on in place: from the middle of the
+        largest free run, so that it can from there on and neighbours do not interleave."""
+        start = max(self.starts, key=self.length_at.__getitem__)
+        skip = (self.length_at[start] - n) // 2
+        if skip <= 0:
+            return range(0)
+        length = self.length_at[start]
+        self._remove(start)
+        self._insert(start, skip)
+        if skip + n < length:
+            self._insert(start + skip + n, length - skip - n)
+        return range(start + skip, start + skip + n)
 
     def _take_from(self, start: int, n: int) -> range:
         """Up to ``n`` blocks from the front of the free run that begins at ``start``."""

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 import torch
 
-from ds_cp.attention.spec import LayerSpec
+from ds_cp.attention.spec import KeyValues, LayerSpec
 
 Extents = Sequence[tuple[int, int]]
+MAX_PIECES = 4  # beyond, one copy costs less than as many kernel calls and merges
 
 
 def bytes_per_token(layers: Sequence[LayerSpec], dtype: torch.dtype) -> int:
@@ -60,14 +61,12 @@ class KVPool:
             values[:, slot : slot + length] = v[:, at : at + length]
             at += length
 
-    def read(self, layer: int, extents: Extents) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of the slots as ``[S, G, D]``: a view of one extent, a copy of several."""
+    def read(self, layer: int, extents: Extents) -> KeyValues:
+        """K and V of the slots: views of the extents while they are few, else one copy."""
         both = self._kv[layer]
-        if len(extents) == 1:
-            slot, length = extents[0]
-            part = both[:, :, slot : slot + length]
-        elif extents:
-            part = torch.cat([both[:, :, slot : slot + n] for slot, n in extents], dim=2)
-        else:
-            part = both[:, :, :0]
-        return part[0].transpose(0, 1), part[1].transpose(0, 1)
+        parts = [both[:, :, slot : slot + length] for slot, length in extents]
+        if not parts:
+            parts = [both[:, :, :0]]
+        elif len(parts) > MAX_PIECES:
+            parts = [torch.cat(parts, dim=2)]
+        return KeyValues(tuple((p[0].transpose(0, 1), p[1].transpose(0, 1)) for p in parts))

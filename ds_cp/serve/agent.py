@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -27,7 +29,8 @@ from ds_cp.serve.border import Border, Failed, FromWorker, Ready, WorkerSpec
 from ds_cp.topology.job import Job
 
 LEAVE_S = 5.0  # for workers to leave after the stop plan
-POLL_S = 0.25
+POLL_S = 0.1
+HURRY_S = 1.0  # for the step in hand, when requests are not waited for
 LAUNCHERS = ("deepspeed", "torchrun", "torch.distributed", "mpirun", "prterun", "prted", "ds-cp")
 
 
@@ -46,7 +49,9 @@ class _Agent:
         self._job = job
         self._source = source
         self._stop = asyncio.Event()
-        self._quick = False  # a signal that asks to end now rather than to drain
+        self._hurry = asyncio.Event()  # end now rather than drain
+        self._loaded = False  # the worker can run plans
+        self._told = False  # the cause of a failure is known to the user, or to rank 0
         self._exit_code = 0
         self._ancestors = _launcher_processes()
 
@@ -62,10 +67,7 @@ class _Agent:
                     await self._front(border, listener)
                 else:
                     await self._follow(border)
-                with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(asyncio.to_thread(process.wait, LEAVE_S), LEAVE_S + 1)
-            except subprocess.TimeoutExpired:
-                pass  # the context manager ends it
+                await asyncio.wait({watch}, timeout=LEAVE_S)
             finally:
                 watch.cancel()
         return self._exit_code
@@ -79,7 +81,7 @@ class _Agent:
 
     async def _front(self, border: Border, listener: socket.socket) -> None:
         from ds_cp.serve.app import create_app
-        from ds_cp.serve.async_engine import AsyncEngine
+        from ds_cp.serve.async_engine import AsyncEngine, WorkerLostError
         from ds_cp.serve.http import serve_until
         from ds_cp.serve.protocol import ServerSettings
 
@@ -97,20 +99,28 @@ class _Agent:
         shown = f"[{address}]" if ":" in address else address
 
         def on_ready(ready: Ready) -> None:
+            self._loaded = True
             for line in ready.summary:
                 print(line)
             print(f"ds_cp ready: http://{shown}:{port}", flush=True)
 
         def on_death(err: DsCpError, exit_code: int) -> None:
-            loop.call_soon_threadsafe(self._fail, str(err), exit_code)
+            if not isinstance(err, WorkerLostError):  # how that one ended, the watch says
+                loop.call_soon_threadsafe(self._fail, str(err), exit_code)
 
         engine = AsyncEngine(
             self._config, self._source.name, border, loop, self._tokenizer, on_ready, on_death
         )
         engine.start()
         app = create_app(engine, settings)
-        await serve_until(app, listener, settings, self._stop)
-        await engine.stop(1.0 if self._quick else LEAVE_S)
+        serving = asyncio.create_task(serve_until(app, listener, settings, self._stop))
+        hurrying = asyncio.create_task(self._hurry.wait())
+        await asyncio.wait({serving, hurrying}, return_when=asyncio.FIRST_COMPLETED)
+        if hurrying.done():  # requests in flight are told so, and the server has not to wait
+            await engine.stop(HURRY_S)
+        hurrying.cancel()
+        await serving
+        await engine.stop(LEAVE_S)
 
     def _tokenizer(self) -> Any:
         from ds_cp.model.loading import load_tokenizer
@@ -124,49 +134,58 @@ class _Agent:
         try:
             message = await asyncio.to_thread(border.receive, FromWorker)
             if isinstance(message, Ready):
+                self._loaded = True
                 message = await asyncio.to_thread(border.receive, FromWorker)
             if isinstance(message, Failed):
-                self._exit_code = message.exit_code
+                self._told, self._exit_code = True, message.exit_code
         except EngineDeadError:
-            pass  # the worker has ended; its exit code is looked at next
+            pass  # the worker has ended; the watch says how
 
     # --- signals and deaths
 
     def _on_signal(self, number: int) -> None:
-        self._quick = self._quick or number == signal.SIGINT or self._stop.is_set()
+        if number == signal.SIGINT or self._stop.is_set():
+            self._hurry.set()
         self._stop.set()
 
     def _fail(self, message: str, exit_code: int) -> None:
         if not self._stop.is_set():
+            self._told, self._exit_code = True, exit_code
             print(f"ds_cp: error: {message}", file=sys.stderr, flush=True)
-            self._exit_code = exit_code
             self._stop.set()
 
     async def _watch(self, process: subprocess.Popen[bytes]) -> None:
         """Notice a launcher that is gone, and end a worker that outlives its time."""
         asked: float | None = None
         loop = asyncio.get_running_loop()
-        while True:
+        while process.poll() is None:
             await asyncio.sleep(POLL_S)
-            if not all(ancestor.is_running() for ancestor in self._ancestors):
-                self._quick = True
+            if not all(map(_is_alive, self._ancestors)):
+                self._hurry.set()
                 self._stop.set()
             if self._stop.is_set():
                 asked = asked or loop.time()
-                limit = LEAVE_S if self._quick else self._config.server.drain_timeout_s + LEAVE_S
-                if self._job.rank != 0 and loop.time() - asked > limit:
+                if loop.time() - asked >= self._patience_s():
                     process.kill()
-            code = process.poll()
-            if code is not None and code != 0 and not self._stop.is_set():
-                self._exit_code = self._exit_code or (code if code > 0 else 1)
-                if code < 0:
-                    name = signal.Signals(-code).name
-                    print(
-                        f"ds_cp: error: the worker of rank {self._job.rank} was ended by {name}",
-                        file=sys.stderr, flush=True,
-                    )  # fmt: skip
-                    self._stop.set()
-                return
+        self._look_at_end(process.returncode)
+
+    def _patience_s(self) -> float:
+        """How long after the stop the worker may go on: there is nothing to drain while it loads,
+        and rank 0's is told to leave by the front."""
+        if not self._loaded:
+            return 0.0
+        if self._job.rank == 0:
+            return math.inf
+        return LEAVE_S + (0.0 if self._hurry.is_set() else self._config.server.drain_timeout_s)
+
+    def _look_at_end(self, code: int) -> None:
+        """Tell of a worker that ended without a word of its own."""
+        if code == 0 or self._stop.is_set():
+            return
+        how = f"exit code {code}" if code > 0 else signal.Signals(-code).name
+        if not self._told:
+            self._fail(f"the worker of rank {self._job.rank} was ended by {how}", 1)
+        self._stop.set()
 
 
 def _launcher_processes() -> list[psutil.Process]:
@@ -185,6 +204,20 @@ def _launcher_processes() -> list[psutil.Process]:
     return found
 
 
+def _is_alive(process: psutil.Process) -> bool:
+    """Whether it runs; one that has ended but was not reaped does not."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _python_path(env: Mapping[str, str]) -> str:
+    """The worker finds the same ``ds_cp`` as this process, installed or not, from any folder."""
+    ours, others = str(Path(__file__).resolve().parents[2]), env.get("PYTHONPATH")
+    return os.pathsep.join([ours, others] if others else [ours])
+
+
 @contextlib.contextmanager
 def _worker(config: Config, job: Job) -> Iterator[tuple[subprocess.Popen[bytes], Border]]:
     """Start this rank's worker and end it in any case."""
@@ -195,7 +228,12 @@ def _worker(config: Config, job: Job) -> Iterator[tuple[subprocess.Popen[bytes],
         process = subprocess.Popen(
             [sys.executable, "-m", "ds_cp.serve.worker_main", str(theirs.fileno())],
             pass_fds=[theirs.fileno(), *([listen_fd] if listen_fd >= 0 else [])],
-            env={**socket_environment(job), **os.environ, "OMP_NUM_THREADS": str(threads)},
+            env={
+                **socket_environment(job),
+                **os.environ,
+                "OMP_NUM_THREADS": str(threads),
+                "PYTHONPATH": _python_path(os.environ),
+            },
             stdin=subprocess.DEVNULL,
         )
     if job.store_socket is not None:

@@ -114,10 +114,18 @@ class AsyncEngine:
             )
 
     async def stop(self, deadline_s: float) -> None:
-        """Tell all ranks to leave after the step in hand."""
+        """Tell all ranks to leave after the step in hand, and whoever still listens that it ends.
+
+        Called in the event loop. Returns when the ranks were told, or past the deadline.
+        """
         with self._wake:
             self._stopping = True
+            left = list(self._streams.values())
             self._wake.notify()
+        for queue in left:
+            queue.put_nowait(
+                EngineDeadError("the server is stopping; this request was not finished")
+            )
         limit = time.monotonic() + deadline_s
         while self._thread.is_alive() and time.monotonic() < limit:
             await asyncio.sleep(0.02)
@@ -177,12 +185,18 @@ class AsyncEngine:
             self._border.send(StepPlan(0, "stop"))
 
     def _execute(self, plan: StepPlan) -> Result:
-        self._border.send(plan)
+        try:
+            self._border.send(plan)
+        except EngineDeadError as err:
+            raise WorkerLostError(str(err)) from err
         result: Result = self._expect(Result)
         return result
 
     def _expect(self, kind: type) -> Any:
-        message = self._border.receive(FromWorker)
+        try:
+            message = self._border.receive(FromWorker)
+        except EngineDeadError as err:
+            raise WorkerLostError(str(err)) from err
         if isinstance(message, Failed):
             raise _DeathError(message.message, message.exit_code)
         assert isinstance(message, kind)
@@ -213,3 +227,7 @@ class _DeathError(EngineDeadError):
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+class WorkerLostError(EngineDeadError):
+    """The worker is gone without a word; its agent knows how it ended."""

@@ -14,17 +14,21 @@ import socket
 import sys
 import time
 import traceback
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ds_cp.engine.plan import StepPlan
 from ds_cp.errors import DsCpError
 from ds_cp.serve.border import Border, Failed, Ready, Result, WorkerSpec
 
+if TYPE_CHECKING:
+    from ds_cp.comm.wire import World
+    from ds_cp.engine.worker import Worker
+
 PR_SET_PDEATHSIG = 1
 
 
-def main(argv: list[str]) -> int:
-    """Run until told to stop. Returns the exit code."""
+def main(argv: list[str]) -> NoReturn:
+    """Run until told to stop, and exit."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     border = Border(socket.socket(fileno=int(argv[0])))
@@ -33,11 +37,11 @@ def main(argv: list[str]) -> int:
     try:
         _work(border, spec)
     except DsCpError as err:
-        return _give_up(border, err.exit_code, str(err))
+        _give_up(border, err.exit_code, str(err))
     except BaseException as err:
         traceback.print_exc()
-        return _give_up(border, 1, f"{type(err).__name__}: {err} (this is a fault of ds_cp)")
-    return 0
+        _give_up(border, 1, f"{type(err).__name__}: {err} (this is a fault of ds_cp)")
+    _exit(0)
 
 
 def _work(border: Border, spec: WorkerSpec) -> None:
@@ -54,22 +58,25 @@ def _work(border: Border, spec: WorkerSpec) -> None:
     listener = socket.socket(fileno=spec.listen_fd) if spec.listen_fd >= 0 else None
     job = Job(**fields, store_socket=listener)
     world, threads = join_job(job, config)
-    try:
-        worker, facts = build_worker(world, config, find_model(config.model), threads)
-        border.send(Ready(facts, tuple(summary(config, facts))))
-        if world.rank != 0:
-            worker.follow()
+    worker, facts = build_worker(world, config, find_model(config.model), threads)
+    border.send(Ready(facts, tuple(summary(config, facts))))
+    if world.rank == 0:
+        _lead(border, world, worker)
+    else:
+        worker.follow()
+    world.leave()  # not after a failure: it may wait for a peer that is gone
+
+
+def _lead(border: Border, world: World, worker: Worker) -> None:
+    """Rank 0: run the plans that the front sends, up to the one that says stop."""
+    while True:
+        plan: StepPlan = border.receive(StepPlan)
+        began = time.perf_counter()
+        sampled = worker.lead(plan)
+        if plan.kind == "stop":
             return
-        while True:
-            plan: StepPlan = border.receive(StepPlan)
-            began = time.perf_counter()
-            sampled = worker.lead(plan)
-            if plan.kind == "stop":
-                return
-            sent = {k: (e.bytes, e.exchanges) for k, e in world.ledger.schemes().items()}
-            border.send(Result(tuple(sampled), time.perf_counter() - began, sent))
-    finally:
-        world.leave()
+        sent = {k: (e.bytes, e.exchanges) for k, e in world.ledger.schemes().items()}
+        border.send(Result(tuple(sampled), time.perf_counter() - began, sent))
 
 
 def _json(config: dict[str, Any]) -> str:
@@ -78,16 +85,21 @@ def _json(config: dict[str, Any]) -> str:
     return json.dumps(config)
 
 
-def _give_up(border: Border, exit_code: int, message: str) -> int:
-    """Say why and leave at once: after a failed collective an orderly exit may abort the
-    process."""
+def _give_up(border: Border, exit_code: int, message: str) -> NoReturn:
+    """Say why and leave."""
     try:
         border.send(Failed(exit_code, message))
     except DsCpError:
         pass  # the agent is gone too; there is nobody left to tell
+    _exit(exit_code)
+
+
+def _exit(code: int) -> NoReturn:
+    """Leave at once: taking torch down in order needs seconds, and may abort the process after a
+    failed collective."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(exit_code)
+    os._exit(code)
 
 
 def _die_with(agent_pid: int) -> None:
@@ -98,4 +110,4 @@ def _die_with(agent_pid: int) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    main(sys.argv[1:])

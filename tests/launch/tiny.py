@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 POSITIONS = 512
 EOS = 257
-WORDS = ("the ", "of ", "and ", "context ", "ranks ")
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -40,16 +39,11 @@ def make_tiny_model(folder: Path) -> Path:
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, some words, and two special tokens; every text is spelled back exactly."""
-    pieces = sorted(pre_tokenizers.ByteLevel.alphabet())
-    pieces += ["<s>", "</s>"]
-    words = [pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(w) for w in WORDS]
-    del words
-    model = models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[])
-    core = Tokenizer(model)
+    """One token a byte and two special ones; every text is spelled back exactly."""
+    pieces = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<s>", "</s>"]
+    core = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", bos_token="<s>")
-    tokenizer.add_tokens([w.strip() + "_" for w in WORDS])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer

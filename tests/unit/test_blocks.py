@@ -28,6 +28,11 @@ def naive_allocate(free: set[int], n: int, extend_from: int | None) -> list[int]
     if extend_from is not None:
         while len(taken) < n and extend_from + 1 + len(taken) in free:
             taken.append(extend_from + 1 + len(taken))
+    if extend_from is not None and n and not taken:  # growth away from home leaves room both ways
+        largest = sorted(free_runs(free), key=lambda run: (-len(run), run[0]))[0]
+        skip = (len(largest) - n) // 2
+        if skip > 0:
+            taken = largest[skip : skip + n]
     free.difference_update(taken)
     while len(taken) < n:
         missing = n - len(taken)
@@ -225,3 +230,14 @@ def test_bad_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="block 0 of rank 0: not allocated"):
         allocator.allocate(0, 1, extend_from=0)
     assert issubclass(OutOfBlocksError, DsCpError)
+
+
+def test_neighbours_that_grow_side_by_side_keep_long_extents() -> None:
+    """Two requests that take single blocks in turn do not interleave block by block."""
+    allocator = BlockAllocator([256], block_size=16)
+    held = [list(allocator.allocate(0, 20)), list(allocator.allocate(0, 20))]
+    for _ in range(40):
+        for blocks in held:
+            blocks += allocator.allocate(0, 1, extend_from=blocks[-1])
+    for blocks in held:
+        assert len(free_runs(set(blocks))) <= 3

@@ -1,0 +1,175 @@
+"""Text of streamed tokens: the pieces joined are the decode of all, cut at a stop string."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from ds_cp.engine.detokenize import REPLACEMENT, TextStream
+
+TEXTS = [
+    "plain words, twice: plain words.",
+    "Grüße aus Köln — für 3 €",
+    "日本語のテキスト、そして漢字",
+    "emoji 🙂🙃👩‍👩‍👧‍👦 and flags 🇩🇪🇯🇵",
+    "  two spaces, a\ttab and\n\nlines  ",
+    "עברית و العربية ไทย",
+    "x" * 60,
+]
+
+
+@pytest.fixture(scope="module")
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, so that every character beyond ASCII lies over several tokens."""
+    pieces = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<end>"]
+    core = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>")
+
+
+@pytest.fixture(scope="module")
+def real_tokenizer(smollm2: Path) -> Any:
+    return AutoTokenizer.from_pretrained(smollm2)
+
+
+@pytest.fixture(params=["byte", "real"])
+def tokenizer(request: pytest.FixtureRequest) -> Any:
+    return request.getfixturevalue(f"{request.param}_tokenizer")
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def stream(
+    tokenizer: Any, ids: list[int], stop: tuple[str, ...] = (), skip: bool = True
+) -> tuple[list[str], str | None]:
+    """Pieces up to the end or to a stop string, the flush last; and what stopped it."""
+    text = TextStream(tokenizer, stop, skip)
+    pieces = []
+    for token in ids:
+        pieces.append(text.push(token))
+        if text.stopped_by is not None:
+            break
+    pieces.append(text.flush())
+    assert text.flush() == "", "a second flush has nothing"
+    return pieces, text.stopped_by
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_pieces_are_the_text(tokenizer: Any, text: str) -> None:
+    pieces, stopped = stream(tokenizer, encode(tokenizer, text))
+    assert "".join(pieces) == text and stopped is None
+    assert not any(REPLACEMENT in piece for piece in pieces)
+
+
+def test_a_piece_comes_with_its_last_byte(byte_tokenizer: Any) -> None:
+    pieces, _ = stream(byte_tokenizer, encode(byte_tokenizer, "a€b🙂"))
+    assert pieces == ["a", "", "", "€", "b", "", "", "", "🙂", ""]
+
+
+def test_flush_gives_the_unfinished_character(byte_tokenizer: Any) -> None:
+    ids = encode(byte_tokenizer, "a🙂")[:-1]
+    pieces, _ = stream(byte_tokenizer, ids)
+    assert "".join(pieces) == byte_tokenizer.decode(ids)
+    assert pieces[-1] and set(pieces[-1]) == {REPLACEMENT}
+
+
+@given(st.data())
+def test_any_tokens_join_to_their_decode(byte_tokenizer: Any, data: st.DataObject) -> None:
+    """Random text, then a cut anywhere."""
+    text = data.draw(st.text(max_size=12))
+    ids = encode(byte_tokenizer, text)
+    ids = ids[: data.draw(st.integers(0, len(ids)))]
+    pieces, _ = stream(byte_tokenizer, ids)
+    assert "".join(pieces) == byte_tokenizer.decode(ids)
+
+
+def test_random_tokens_of_the_real_tokenizer(real_tokenizer: Any) -> None:
+    """What a model at a high temperature says: broken bytes, words, special tokens."""
+    rng = random.Random(8)
+    for skip in (True, False):
+        for _ in range(60):
+            ids = [rng.randrange(len(real_tokenizer)) for _ in range(25)]
+            pieces, _ = stream(real_tokenizer, ids, skip=skip)
+            assert "".join(pieces) == real_tokenizer.decode(ids, skip_special_tokens=skip)
+
+
+def test_special_tokens(byte_tokenizer: Any) -> None:
+    end = byte_tokenizer.eos_token_id
+    ids = [*encode(byte_tokenizer, "ab"), end, *encode(byte_tokenizer, "c")]
+    assert "".join(stream(byte_tokenizer, ids)[0]) == "abc"
+    assert "".join(stream(byte_tokenizer, ids, skip=False)[0]) == "ab<end>c"
+
+
+# --- stop strings
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "want", "by"),
+    [
+        ("one STOP two", ("STOP",), "one ", "STOP"),
+        ("one STO two", ("STOP",), "one STO two", None),
+        ("aaab", ("aab",), "a", "aab"),  # the hold-back starts again inside itself
+        ("xyxyz", ("xyz",), "xy", "xyz"),
+        ("ab", ("b", "ab"), "", "ab"),  # the one that begins first, at equal end
+        ("abc", ("abc", "ab"), "", "ab"),  # the one that is complete first
+        ("abcd", ("bcd", "cd"), "a", "bcd"),
+        ("", ("x",), "", None),
+        ("x", ("x",), "", "x"),
+        ("price €5", ("€",), "price ", "€"),
+        ("say 🙂 now", ("🙂 n",), "say ", "🙂 n"),
+        ("line\n\nnext", ("\n\n",), "line", "\n\n"),
+        ("ends in ST", ("STOP",), "ends in ST", None),  # held back, then flushed
+    ],
+)
+def test_stop_strings(
+    byte_tokenizer: Any, text: str, stop: tuple[str, ...], want: str, by: str | None
+) -> None:
+    pieces, stopped = stream(byte_tokenizer, encode(byte_tokenizer, text), stop)
+    assert ("".join(pieces), stopped) == (want, by)
+
+
+def test_the_end_is_held_back_while_it_may_be_a_stop(byte_tokenizer: Any) -> None:
+    pieces, _ = stream(byte_tokenizer, encode(byte_tokenizer, "aSTab"), ("STOP",))
+    assert pieces == ["a", "", "", "STa", "b", ""]
+
+
+@pytest.mark.parametrize("stop", ["words, tw", "e: pl", "ds.", "plain", " words"])
+def test_stop_strings_across_real_tokens(real_tokenizer: Any, stop: str) -> None:
+    text = TEXTS[0]
+    pieces, stopped = stream(real_tokenizer, encode(real_tokenizer, text), (stop,))
+    assert ("".join(pieces), stopped) == (text[: text.index(stop)], stop)
+
+
+@given(
+    st.text("ab€", max_size=20),
+    st.lists(st.text("ab€", min_size=1, max_size=4), min_size=1, max_size=3),
+)
+def test_stop_strings_like_a_search_character_by_character(
+    byte_tokenizer: Any, text: str, stops: list[str]
+) -> None:
+    """Independent: after each character, does the text so far hold a stop string?"""
+    want, by = text, None
+    for end in range(1, len(text) + 1):
+        found = [(text[:end].index(s), s) for s in stops if s in text[:end]]
+        if found:
+            at, by = min(found)
+            want = text[:at]
+            break
+    pieces, stopped = stream(byte_tokenizer, encode(byte_tokenizer, text), tuple(stops))
+    assert ("".join(pieces), stopped) == (want, by)
+
+
+def test_nothing_comes_after_a_stop(byte_tokenizer: Any) -> None:
+    text = TextStream(byte_tokenizer, ("b",), True)
+    assert [text.push(t) for t in encode(byte_tokenizer, "abcd")] == ["a", "", "", ""]
+    assert text.stopped_by == "b" and text.flush() == ""
