@@ -141,10 +141,14 @@ def main() -> None:
     world.leave()
 
 
-def report(args: argparse.Namespace, rounds: list[dict[str, tuple[float, float]]], facts: dict) -> None:  # type: ignore[type-arg]
+def report(
+    args: argparse.Namespace, rounds: list[dict[str, tuple[float, float]]], facts: dict
+) -> None:  # type: ignore[type-arg]
     def ratio(a: str, b: str, which: int, how: Callable[[list[float]], float]) -> float:
         pick = {name[0]: name for name in rounds[0]}
-        return round(how([r[pick[a]][which] for r in rounds]) / how([r[pick[b]][which] for r in rounds]), 3)
+        return round(
+            how([r[pick[a]][which] for r in rounds]) / how([r[pick[b]][which] for r in rounds]), 3
+        )
 
     ratios = {}
     for title, a, b, which, limit in (

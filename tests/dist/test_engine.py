@@ -33,7 +33,7 @@ MODES = (("auto", "auto"), ("local", "auto"), ("ring", "kv"), ("ring", "q"), ("t
 LENGTHS = (1, 2, 3, 5, 9, 17, 30, 50, 80, 120, 160, 200)
 NEW = 8
 LONG = 30  # new tokens where requests must outgrow something
-CLEAR = 1e-3  # least gap of the two best logits, in the references
+CLEAR = 1e-4  # least gap of the two best logits, in the references
 NOT_ATTENTION = {"plan", "result"}
 
 

@@ -1,0 +1,193 @@
+"""Greedy tokens and logits against transformers for every mode, placement and number of ranks.
+
+    python benchmarks/exactness_grid.py reference            # once: transformers, fp32, one process
+    python benchmarks/exactness_grid.py run --ranks 1 2 3 4  # the grid; appends to the table
+    python benchmarks/exactness_grid.py table                # the table as Markdown
+
+20 prompts of 5 to 7,000 tokens, 64 new tokens each, SmolLM2-135M-Instruct, fp32. Per cell: prompts
+whose 64 tokens are equal, and the largest difference of any logit at any of the 20 x 64 steps (up to
+the first differing token of a prompt, after which the inputs differ). Budgets are set so that the long
+prompts span all ranks. A cell that is in the results already is skipped, so a run can be resumed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from datetime import date
+from pathlib import Path
+
+import torch
+
+MODEL = ".cache/smollm2-135m-instruct"
+WORK = Path(".cache/exactness")
+RESULTS = Path("benchmarks/results/exactness_grid.jsonl")
+LENGTHS = [
+    5,
+    7,
+    12,
+    17,
+    31,
+    48,
+    63,
+    64,
+    65,
+    90,
+    127,
+    128,
+    200,
+    255,
+    321,
+    400,
+    600,
+    1000,
+    1900,
+    7000,
+]
+NEW = 64
+MODES = {"local": ("local", "auto"), "ring": ("ring", "auto"), "tree": ("tree", "auto"),
+         "ring_q": ("ring", "q"), "auto": ("auto", "auto")}  # fmt: skip
+PLACEMENTS = ("fill_then_spill", "round_robin", "balanced")
+
+
+def prompts() -> list[list[int]]:
+    """Real text: the licence as tokens, from a different place for every prompt, round and round."""
+    from transformers import AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(MODEL)(Path("LICENSE").read_text())["input_ids"]
+    ids = ids * (2 + max(LENGTHS) // len(ids))
+    return [ids[37 * i : 37 * i + n] for i, n in enumerate(LENGTHS)]
+
+
+def reference() -> None:
+    """transformers' greedy tokens and the logits of each of the 64 steps."""
+    from transformers import AutoModelForCausalLM, DynamicCache
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    WORK.mkdir(parents=True, exist_ok=True)
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    tokens = []
+    for number, prompt in enumerate(prompts()):
+        began = time.time()
+        cache, ids, out, rows = DynamicCache(config=model.config), torch.tensor([prompt]), [], []
+        with torch.inference_mode():
+            for _ in range(NEW):
+                step = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                rows.append(step.logits[0, -1].clone())
+                out.append(int(rows[-1].argmax()))
+                ids = torch.tensor([[out[-1]]])
+        tokens.append(out)
+        torch.stack(rows).numpy().tofile(WORK / f"logits-{number}.bin")
+        print(f"prompt {number}: {len(prompt)} tokens, {time.time() - began:.1f} s", flush=True)
+    (WORK / "tokens.json").write_text(json.dumps(tokens))
+
+
+def cell_config(mode: str, placement: str, ranks: int) -> dict:  # type: ignore[type-arg]
+    """Budgets: local needs the longest prompt on one rank; else 1.15 x its share, so that it spans."""
+    name, ring_pass = MODES[mode]
+    longest = max(LENGTHS) + NEW
+    share = longest + 128 if mode == "local" or ranks == 1 else int(longest / ranks * 1.15) + 128
+    return {
+        "model": MODEL,
+        "dtype": "fp32",
+        "context_parallel": {"mode": name, "ring_pass": ring_pass},
+        "kv_cache": {"tokens_per_rank": share, "placement": placement, "block_size": 16},
+        "scheduler": {"max_num_seqs": 20},
+    }
+
+
+def one_cell(mode: str, placement: str) -> None:
+    """Run under torchrun: every rank measures the logits it samples from, rank 0 the tokens."""
+    import ds_cp
+    import ds_cp.engine.worker as worker_module
+
+    asked, want = prompts(), json.loads((WORK / "tokens.json").read_text())
+    worst = [0.0]
+    real_sample = worker_module.sample
+
+    def watched(request, logits, how):  # type: ignore[no-untyped-def]
+        """Requests are numbered from 1 in the order of the prompts."""
+        number = request - 1
+        reference = torch.from_file(
+            str(WORK / f"logits-{number}.bin"), shared=False, size=NEW * len(logits)
+        ).view(NEW, -1)[how.index]
+        if seen.setdefault(number, True):
+            worst[0] = max(worst[0], float((logits - reference).abs().max()))
+        found = real_sample(request, logits, how)
+        seen[number] = seen[number] and found.token == want[number][how.index]
+        return found
+
+    seen: dict[int, bool] = {}
+    worker_module.sample = watched
+    ranks = int(os.environ["WORLD_SIZE"])
+    engine = ds_cp.init_inference(MODEL, cell_config(mode, placement, ranks))
+    began = time.time()
+    params = ds_cp.SamplingParams(max_tokens=NEW, temperature=0.0, ignore_eos=True)
+    outputs = engine.generate(asked, params)
+    Path(f"{WORK}/worst-{engine._worker.world.rank}").write_text(repr(worst[0]))
+    engine._worker.cp.barrier()
+    if engine.is_driver:
+        equal = [list(o.outputs[0].token_ids) == w for o, w in zip(outputs, want, strict=True)]
+        row = {
+            "ranks": ranks, "mode": mode, "placement": placement, "prompts": len(equal),
+            "equal": sum(equal), "different": [LENGTHS[i] for i, same in enumerate(equal) if not same],
+            "logit_difference": max(
+                float(Path(f"{WORK}/worst-{r}").read_text()) for r in range(ranks)
+            ),
+            "modes_used": sorted({m for o in outputs for m in o.metrics.modes}),
+            "seconds": round(time.time() - began, 1), "date": date.today().isoformat(),
+            "commit": subprocess.run(
+                ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+            ).stdout.strip(),
+        }  # fmt: skip
+        with RESULTS.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(json.dumps(row), flush=True)
+    engine.shutdown()
+
+
+def run(ranks: list[int]) -> None:
+    done = set()
+    if RESULTS.exists():
+        rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+        done = {(r["ranks"], r["mode"], r["placement"]) for r in rows}
+    for mode, size, placement in itertools.product(MODES, ranks, PLACEMENTS):
+        if size == 1 and placement != PLACEMENTS[0]:
+            continue  # with one rank there is only one place
+        if (size, mode, placement) in done:
+            continue
+        command = [
+            sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size),
+            "--master-port", "0", "--standalone", __file__, "cell", mode, placement,
+        ]  # fmt: skip
+        subprocess.run(command, check=False, timeout=1800)
+
+
+def table() -> None:
+    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    print("| ranks | mode | placement | equal prompts | largest logit difference | date |")
+    print("|---|---|---|---|---|---|")
+    for r in sorted(rows, key=lambda r: (r["ranks"], r["mode"], r["placement"])):
+        print(
+            f"| {r['ranks']} | {r['mode']} | {r['placement']} | {r['equal']} of {r['prompts']} | "
+            f"{r['logit_difference']:.1e} | {r['date']} |"
+        )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["reference", "run", "table", "cell"])
+    parser.add_argument("rest", nargs="*")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3, 4])
+    args = parser.parse_args()
+    if args.what == "cell":
+        one_cell(*args.rest)
+    elif args.what == "run":
+        run(args.ranks)
+    else:
+        {"reference": reference, "table": table}[args.what]()
