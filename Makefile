@@ -59,8 +59,8 @@ format: install
 	$(BIN)/ruff format .
 
 bench: install model
-	@$(WITH_VENV) sh -c 'for script in benchmarks/*.py; do \
-		echo "== $$script"; $(BIN)/python "$$script" || exit $$?; done'
+	$(WITH_VENV) $(BIN)/torchrun --nproc-per-node 2 benchmarks/speed.py
+	$(WITH_VENV) $(BIN)/python -m benchmarks.attention_error
 
 clean:
 	rm -rf $(VENV) .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -5,9 +5,10 @@
     python benchmarks/exactness_grid.py table                # the table as Markdown
 
 20 prompts of 5 to 7,000 tokens, 64 new tokens each, SmolLM2-135M-Instruct, fp32. Per cell: prompts
-whose 64 tokens are equal, and the largest difference of any logit at any of the 20 x 64 steps (up to
-the first differing token of a prompt, after which the inputs differ). Budgets are set so that the long
-prompts span all ranks. A cell that is in the results already is skipped, so a run can be resumed.
+whose 64 tokens are equal, and the largest difference of any logit at any of the 20 x 64 steps (up
+to the first differing token of a prompt, after which the inputs differ). Budgets are set so that
+the long prompts span all ranks. A cell that is in the results already is skipped, so a run can be
+resumed.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ PLACEMENTS = ("fill_then_spill", "round_robin", "balanced")
 
 
 def prompts() -> list[list[int]]:
-    """Real text: the licence as tokens, from a different place for every prompt, round and round."""
+    """Real text: the licence as tokens, from a different place for every prompt, round and
+    round."""
     from transformers import AutoTokenizer
 
     ids = AutoTokenizer.from_pretrained(MODEL)(Path("LICENSE").read_text())["input_ids"]
@@ -68,7 +70,7 @@ def reference() -> None:
     """transformers' greedy tokens and the logits of each of the 64 steps."""
     from transformers import AutoModelForCausalLM, DynamicCache
 
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(1)
     WORK.mkdir(parents=True, exist_ok=True)
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
     tokens = []
@@ -88,7 +90,8 @@ def reference() -> None:
 
 
 def cell_config(mode: str, placement: str, ranks: int) -> dict:  # type: ignore[type-arg]
-    """Budgets: local needs the longest prompt on one rank; else 1.15 x its share, so that it spans."""
+    """Budgets: local needs the longest prompt on one rank; else 1.15 x its share, so that it
+    spans."""
     name, ring_pass = MODES[mode]
     longest = max(LENGTHS) + NEW
     share = longest + 128 if mode == "local" or ranks == 1 else int(longest / ranks * 1.15) + 128
@@ -135,7 +138,8 @@ def one_cell(mode: str, placement: str) -> None:
         equal = [list(o.outputs[0].token_ids) == w for o, w in zip(outputs, want, strict=True)]
         row = {
             "ranks": ranks, "mode": mode, "placement": placement, "prompts": len(equal),
-            "equal": sum(equal), "different": [LENGTHS[i] for i, same in enumerate(equal) if not same],
+            "equal": sum(equal),
+            "different": [LENGTHS[i] for i, same in enumerate(equal) if not same],
             "logit_difference": max(
                 float(Path(f"{WORK}/worst-{r}").read_text()) for r in range(ranks)
             ),

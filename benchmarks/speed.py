@@ -2,9 +2,9 @@
 
     torchrun --nproc-per-node 2 benchmarks/speed.py [--tokens 7000] [--rounds 3] [--out FILE]
 
-A: transformers, one process, 2 threads. B: one rank, 2 threads. C: two ranks, 1 thread each, spanning.
-D: one rank, 1 thread. E: transformers, 1 thread. Each round runs all in turn; times in seconds, min
-and median over rounds; what counts are the ratios. The last line is one JSON object.
+A: transformers, one process, 2 threads. B: one rank, 2 threads. C: two ranks, 1 thread each,
+spanning. D: one rank, 1 thread. E: transformers, 1 thread. Each round runs all in turn; times in
+seconds, min and median over rounds; what counts are the ratios. The last line is one JSON object.
 """
 
 from __future__ import annotations

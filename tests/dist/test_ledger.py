@@ -1,13 +1,14 @@
 """The books of the wire against the formulas of FORMULAS.md, byte by byte.
 
-Letters: N ranks, M hosts, S keys, T (or B) queries, H query heads, G KV heads, D head dim, e bytes per
-element. The formulas are written out here; none of the code's own size functions is called.
+Letters: N ranks, M hosts, S keys, T (or B) queries, H query heads, G KV heads, D head dim, e bytes
+per element. The formulas are written out here; none of the code's own size functions is called.
+All cases of a machine run in one start-up, over groups of its ranks.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +16,9 @@ import pytest
 import torch
 
 from ds_cp import SamplingParams
-from ds_cp.attention import LayerSpec, Span, get_kernel, make_mode
+from ds_cp.attention import KeyValues, LayerSpec, Span, get_kernel, make_mode
 from ds_cp.comm.ledger import Entry
-from ds_cp.comm.wire import World
+from ds_cp.comm.wire import Group, World
 from ds_cp.engine.plan import Item, Shard, StepPlan
 from ds_cp.engine.step import StepContext
 from ds_cp.kv.pool import KVPool
@@ -34,7 +35,7 @@ LSE = 4  # bytes of one head's lse, always fp32
 
 @dataclass(frozen=True)
 class Case:
-    """Items of one step in one mode. ``dim``: D."""
+    """Items of one step in one mode. ``heads``: (H, G); ``dim``: D."""
 
     mode: str
     ring_pass: str
@@ -44,55 +45,67 @@ class Case:
     dim: int = D
 
 
-def run_cases(world: World, cases: Sequence[Case]) -> list[Books]:
-    """What this rank's books say after each case."""
-    group, books = world_group(world), []
-    for case in cases:
-        (num_heads, num_kv), dim = case.heads, case.dim
-        spec = LayerSpec(num_heads, num_kv, dim, 0.25)
-        q, k, v = [], [], []
-        for span in case.items:
-            rows, keys = total(span.q_runs[group.rank]), total(span.k_runs[group.rank])
-            q.append(torch.randn(rows, num_heads, dim).to(case.dtype))
-            k.append(torch.randn(keys, num_kv, dim).to(case.dtype))
-            v.append(torch.randn(keys, num_kv, dim).to(case.dtype))
-        _, kernel = get_kernel("sdpa", group.device, case.dtype)
-        mode = make_mode(case.mode, case.ring_pass, case.items, group)
-        world.ledger.clear()
-        out = mode(q, k, v, kernel, spec)
-        assert [part.out.shape for part in out] == [x.shape for x in q]
-        books.append(world.ledger.schemes())
-    return books
+Batches = Mapping[str, tuple[Sequence[int], Sequence[Case]]]  # name -> members, their cases
 
 
-def books_of(size: int, cases: Sequence[Case], hosts: str | None = None) -> list[list[Books]]:
-    """Per case, the books of every rank."""
-    per_rank = run_ranks(run_cases, size, cases, hosts=list(hosts) if hosts else None)
-    return [list(rows) for rows in zip(*per_rank, strict=True)]
+def run_batches(world: World, batches: Batches) -> dict[str, list[Books]]:
+    """Per batch, what this rank's books say after each case; a rank outside runs nothing."""
+    found = {}
+    for name, (members, cases) in batches.items():
+        rest = [r for r in range(world.size) if r not in members]
+        group = world.group(name, [list(members), *([rest] if rest else [])])
+        found[name] = []
+        for case in cases if world.rank in members else []:
+            world.ledger.clear()
+            run_case(group, case)
+            found[name].append(world.ledger.schemes())
+    return found
 
 
-def sent(books: list[Books], scheme: str) -> list[int]:
+def run_case(group: Group, case: Case) -> None:
+    (num_heads, num_kv), dim = case.heads, case.dim
+    q, kv = [], []
+    for span in case.items:
+        rows, keys = total(span.q_runs[group.rank]), total(span.k_runs[group.rank])
+        q.append(torch.randn(rows, num_heads, dim).to(case.dtype))
+        pair = torch.randn(2, keys, num_kv, dim).to(case.dtype)
+        kv.append(KeyValues(((pair[0], pair[1]),)))
+    _, kernel = get_kernel("sdpa", group.device, case.dtype)
+    mode = make_mode(case.mode, case.ring_pass, case.items, group)
+    out = mode(q, kv, kernel, LayerSpec(num_heads, num_kv, dim, 0.25))
+    assert [part.out.shape for part in out] == [x.shape for x in q]
+
+
+def books_of(size: int, batches: Batches, hosts: str | None = None) -> dict[str, list[list[Books]]]:
+    """Per batch and case, the books of every member."""
+    ranks = run_ranks(run_batches, size, batches, hosts=list(hosts) if hosts else None)
+    return {
+        name: [list(rows) for rows in zip(*(ranks[r][name] for r in members), strict=True)]
+        for name, (members, _) in batches.items()
+    }
+
+
+def sent(books: Sequence[Books], scheme: str) -> list[int]:
     return [b[scheme].bytes if scheme in b else 0 for b in books]
 
 
-def rounds(books: list[Books], scheme: str) -> list[int]:
+def rounds(books: Sequence[Books], scheme: str) -> list[int]:
     return [b[scheme].exchanges if scheme in b else 0 for b in books]
 
 
-def crossed(books: list[Books], scheme: str) -> int:
+def crossed(books: Sequence[Books], scheme: str) -> int:
     """Bytes between hosts, over the job."""
     return sum(b[scheme].inter_host_bytes for b in books if scheme in b)
 
 
-def prefill(size: int, counts: Sequence[int], layout: str = "zigzag") -> Span:
+def prefill(counts: Sequence[int], layout: str = "zigzag") -> Span:
     """A new prompt, ``counts[r]`` tokens on rank r."""
     runs = assign(layout, 0, counts, 1)
-    assert len(runs) == size
     return Span(runs, runs)
 
 
 def decode(past: Sequence[int], owner: int) -> Span:
-    """One token on ``owner``, over ``past[r]`` earlier tokens on rank r (its own KV included)."""
+    """One new token on ``owner``, over ``past[r]`` earlier tokens on rank r."""
     at = sum(past)
     earlier = contiguous(0, past)
     q_runs: list[Runs] = [()] * len(past)
@@ -101,125 +114,125 @@ def decode(past: Sequence[int], owner: int) -> Span:
     return Span(tuple(q_runs), tuple(keys))
 
 
-def resident(past: Sequence[int], owners: Sequence[int]) -> Span:
-    """``owners[r]`` new tokens on rank r, whose own KV lies among the ``past[r]`` keys of rank r."""
-    start = sum(past) - sum(owners)
-    return Span(contiguous(start, owners), contiguous(0, past))
+def resident(keys: Sequence[int], owners: Sequence[int]) -> Span:
+    """``owners[r]`` new tokens on rank r; ``keys[r]`` keys there, the new tokens' among them."""
+    return Span(contiguous(sum(keys) - sum(owners), owners), contiguous(0, keys))
 
 
-# --- one host
+# --- one host: three ranks, or four of them
+
+LOCAL = [
+    Case("local", "kv", spans, heads, dtype)
+    for heads in HEADS
+    for dtype, _ in DTYPES
+    for spans in [
+        (Span((((0, 9),),) * 3, (((0, 9),),) * 3), Span((((4, 1),),) * 3, (((0, 5),),) * 3))
+    ]
+]
+KINDS = list(itertools.product(HEADS, DTYPES))
+EVEN = [prefill([14] * 3), prefill([14] * 3, "contiguous"), resident([14] * 3, [2] * 3)]  # S = 42
+UNEVEN = [prefill([9, 4, 1]), decode([7, 2, 4], 1), resident([2, 3, 9], [1, 1, 3])]  # S = 14
+SIX = tuple(decode([5 + i, 8, 2], owner=i % 3) for i in range(6))  # B = 6, two a rank
+MIXED = (prefill([9, 4, 1]), decode([7, 2, 4], owner=1), decode([1, 1, 1], owner=2))
+THREE_MODES = [("ring", "kv"), ("ring", "q"), ("tree", "kv")]
+HOLES = [prefill([8, 0, 8, 8]), decode([6, 0, 5, 4], owner=3), decode([6, 0, 5, 0], owner=2)]
+ONE_HOST: Batches = {
+    "local": ((0, 1, 2), LOCAL),
+    "kv": ((0, 1, 2), [Case("ring", "kv", (s,), h, t) for h, (t, _) in KINDS for s in EVEN + UNEVEN]),
+    "q": ((0, 1, 2), [Case("ring", "q", (s,), h, t) for h, (t, _) in KINDS for s in EVEN + UNEVEN]),
+    "tree": ((0, 1, 2), [Case("tree", "kv", x, h, t) for h, (t, _) in KINDS for x in [SIX, EVEN[:1]]]),
+    "mixed": ((0, 1, 2), [Case(*m, MIXED, (4, 2), torch.bfloat16) for m in THREE_MODES]),
+    "holes": ((0, 1, 2, 3), [Case(*m, (s,), (4, 2), torch.float32) for s in HOLES for m in THREE_MODES]),
+    "example": ((0, 1, 2, 3), [Case(*m, (resident([256] * 4, [1] * 4),), (32, 8), torch.bfloat16, 128)
+                               for m in THREE_MODES]),
+}  # fmt: skip
 
 
-def test_local_sends_nothing() -> None:
-    spans = (Span((((0, 9),),) * 3, (((0, 9),),) * 3), Span((((4, 1),),) * 3, (((0, 5),),) * 3))
-    cases = [Case("local", "kv", spans, heads, dtype) for heads in HEADS for dtype, _ in DTYPES]
-    for books in books_of(3, cases):
+@pytest.fixture(scope="module")
+def one_host() -> dict[str, list[list[Books]]]:
+    return books_of(4, ONE_HOST)
+
+
+def test_local_sends_nothing(one_host: dict[str, list[list[Books]]]) -> None:
+    assert len(one_host["local"]) == 6
+    for books in one_host["local"]:
         assert books == [{}, {}, {}]
 
 
-def test_ring_pass_kv() -> None:
+def test_ring_pass_kv(one_host: dict[str, list[list[Books]]]) -> None:
     """Even shards: (N-1)/N * 2*S*G*D*e a rank; uneven: (N-1) * 2*S*G*D*e over all of them."""
-    even, uneven, cases = [], [], []
-    for heads, (dtype, e) in itertools.product(HEADS, DTYPES):
-        for layout in ("zigzag", "contiguous"):
-            cases.append(Case("ring", "kv", (prefill(3, [14] * 3, layout),), heads, dtype))
-            even.append(2 * 2 * 42 * heads[1] * D * e // 3)
-            uneven.append(0)
-        for span, keys in (
-            (prefill(3, [9, 4, 1]), 14),
-            (decode([7, 2, 4], owner=1), 14),
-            (resident([20, 3, 11], owners=[1, 1, 3]), 34),
-        ):
-            cases.append(Case("ring", "kv", (span,), heads, dtype))
-            even.append(0)
-            uneven.append(2 * 2 * keys * heads[1] * D * e)
-    for books, per_rank, job in zip(books_of(3, cases), even, uneven, strict=True):
+    cases = iter(one_host["kv"])
+    for (_, num_kv), (_, e) in KINDS:
+        for _ in EVEN:
+            books = next(cases)
+            assert sent(books, "ring_pass_kv") == [2 * 2 * 42 * num_kv * D * e // 3] * 3
+        for _ in UNEVEN:
+            books = next(cases)
+            assert sum(sent(books, "ring_pass_kv")) == 2 * 2 * 14 * num_kv * D * e
+    for books in one_host["kv"]:
         assert all(set(b) == {"ring_pass_kv"} for b in books)
         assert rounds(books, "ring_pass_kv") == [2, 2, 2]
-        if per_rank:
-            assert sent(books, "ring_pass_kv") == [per_rank] * 3
-        else:
-            assert sum(sent(books, "ring_pass_kv")) == job
-    # one of them as a number: N = 3, S = 42, G = 2, D = 16, fp32
-    assert even[0] == 7168
+    # N = 3, S = 42, G = 2, D = 16, fp32
+    assert sent(one_host["kv"][0], "ring_pass_kv") == [7168] * 3
 
 
-def test_ring_pass_q() -> None:
+def test_ring_pass_q(one_host: dict[str, list[list[Books]]]) -> None:
     """(N-1)/N * T*H*D*e out in N-1 exchanges, (N-1)/N * T*H*(D*e+4) back in one."""
-    cases, want = [], []
-    for heads, (dtype, e) in itertools.product(HEADS, DTYPES):
-        num_heads = heads[0]
-        for span, tokens, even in (
-            (prefill(3, [14] * 3), 42, True),
-            (resident([30, 8, 9], owners=[2] * 3), 6, True),
-            (prefill(3, [9, 4, 1]), 14, False),
-            (decode([7, 2, 4], owner=1), 1, False),
-        ):
-            cases.append(Case("ring", "q", (span,), heads, dtype))
-            out = 2 * tokens * num_heads * D * e
-            back = 2 * tokens * num_heads * (D * e + LSE)
-            want.append((out, back, even))
-    for books, (out, back, even) in zip(books_of(3, cases), want, strict=True):
-        for scheme, job in (("ring_pass_q", out), ("ring_pass_q_partials", back)):
-            assert sum(sent(books, scheme)) == job
-            assert max(rounds(books, scheme)) == (2 if scheme == "ring_pass_q" else 1)
-            if even:
-                assert sent(books, scheme) == [job // 3] * 3
-        assert all(set(b) <= {"ring_pass_q", "ring_pass_q_partials"} for b in books)
-    assert want[0][:2] == (21504, 22848)  # T = 42, H = 4, D = 16, fp32
+    cases = iter(one_host["q"])
+    for (num_heads, _), (_, e) in KINDS:
+        for tokens in (42, 42, 6, 14, 1, 5):
+            books = next(cases)
+            out, back = sent(books, "ring_pass_q"), sent(books, "ring_pass_q_partials")
+            if tokens in (42, 6):
+                assert out == [2 * tokens * num_heads * D * e // 3] * 3
+                assert back == [2 * tokens * num_heads * (D * e + LSE) // 3] * 3
+            assert sum(out) == 2 * tokens * num_heads * D * e
+            assert sum(back) == 2 * tokens * num_heads * (D * e + LSE)
+            assert max(rounds(books, "ring_pass_q")) == 2
+            assert max(rounds(books, "ring_pass_q_partials")) == 1
+            assert all(set(b) <= {"ring_pass_q", "ring_pass_q_partials"} for b in books)
+    # N = 3, T = 42, H = 4, D = 16, fp32
+    assert sent(one_host["q"][0], "ring_pass_q") == [7168] * 3
+    assert sent(one_host["q"][0], "ring_pass_q_partials") == [7616] * 3
 
 
-def test_tree_on_one_host() -> None:
+def test_tree_on_one_host(one_host: dict[str, list[list[Books]]]) -> None:
     """(N-1)/N * B*H*(D*e+4) of partials and (N-1)/N * B*H*D*e of queries, one exchange each."""
-    cases, want = [], []
-    for heads, (dtype, e) in itertools.product(HEADS, DTYPES):
-        spans = tuple(decode([5 + i, 8, 2], owner=i % 3) for i in range(6))  # B = 6, two a rank
-        for items, tokens in ((spans, 6), ((prefill(3, [14] * 3),), 42)):
-            cases.append(Case("tree", "kv", items, heads, dtype))
-            q, partials = 2 * tokens * heads[0] * D * e, 2 * tokens * heads[0] * (D * e + LSE)
-            want.append((q // 3, partials // 3))
-    for books, (q, partials) in zip(books_of(3, cases), want, strict=True):
-        assert sent(books, "tree_q") == [q] * 3
-        assert sent(books, "tree_partials") == [partials] * 3
-        assert rounds(books, "tree_q") == rounds(books, "tree_partials") == [1, 1, 1]
-        assert all(set(b) == {"tree_q", "tree_partials"} for b in books)
+    cases = iter(one_host["tree"])
+    for (num_heads, _), (_, e) in KINDS:
+        for tokens in (6, 42):
+            books = next(cases)
+            assert sent(books, "tree_q") == [2 * tokens * num_heads * D * e // 3] * 3
+            assert sent(books, "tree_partials") == [2 * tokens * num_heads * (D * e + LSE) // 3] * 3
+            assert rounds(books, "tree_q") == rounds(books, "tree_partials") == [1, 1, 1]
+            assert all(set(b) == {"tree_q", "tree_partials"} for b in books)
+    # N = 3, B = 6, H = 4, D = 16, fp32
+    assert sent(one_host["tree"][0], "tree_q") == [1024] * 3
+    assert sent(one_host["tree"][0], "tree_partials") == [1088] * 3
 
 
-def test_several_items_add_up_in_the_same_exchanges() -> None:
-    """A step's items share every message: bytes add up, rounds do not."""
-    spans = (prefill(3, [9, 4, 1]), decode([7, 2, 4], owner=1), decode([1, 1, 1], owner=2))
-    keys, tokens, (num_heads, num_kv) = 14 + 14 + 4, 14 + 1 + 1, (4, 2)
-    cases = [
-        Case(mode, pass_, spans, (num_heads, num_kv), torch.bfloat16)
-        for mode, pass_ in (("ring", "kv"), ("ring", "q"), ("tree", "kv"))
-    ]
-    kv, q, tree = books_of(3, cases)
-    assert sum(sent(kv, "ring_pass_kv")) == 2 * 2 * keys * num_kv * D * 2
+def test_several_items_share_the_same_exchanges(one_host: dict[str, list[list[Books]]]) -> None:
+    """Bytes of a step's items add up, rounds do not."""
+    keys, tokens, num_heads, num_kv, e = 14 + 14 + 4, 14 + 1 + 1, 4, 2, 2
+    kv, q, tree = one_host["mixed"]
+    assert sum(sent(kv, "ring_pass_kv")) == 2 * 2 * keys * num_kv * D * e
     assert rounds(kv, "ring_pass_kv") == [2, 2, 2]
-    assert sum(sent(q, "ring_pass_q")) == 2 * tokens * num_heads * D * 2
-    assert sum(sent(q, "ring_pass_q_partials")) == 2 * tokens * num_heads * (D * 2 + LSE)
+    assert sum(sent(q, "ring_pass_q")) == 2 * tokens * num_heads * D * e
+    assert sum(sent(q, "ring_pass_q_partials")) == 2 * tokens * num_heads * (D * e + LSE)
     assert rounds(q, "ring_pass_q_partials") == [1, 1, 1]
-    assert sum(sent(tree, "tree_q")) == 2 * tokens * num_heads * D * 2
-    assert sum(sent(tree, "tree_partials")) == 2 * tokens * num_heads * (D * 2 + LSE)
+    assert sum(sent(tree, "tree_q")) == 2 * tokens * num_heads * D * e
+    assert sum(sent(tree, "tree_partials")) == 2 * tokens * num_heads * (D * e + LSE)
     assert rounds(tree, "tree_q") == rounds(tree, "tree_partials") == [1, 1, 1]
 
 
-def test_a_span_smaller_than_the_group_counts_its_own_ranks() -> None:
-    """Ranks 0, 2 and 3 of four: N is 3, and rank 1 sends nothing."""
-    even = prefill(4, [8, 0, 8, 8])
-    one = decode([6, 0, 5, 4], owner=3)
-    two_homes = decode([6, 0, 5, 0], owner=2)
+def test_a_span_smaller_than_the_group(one_host: dict[str, list[list[Books]]]) -> None:
+    """N is the size of the span: of four ranks, 1 has nothing (then 3 neither) and sends nothing."""
     num_heads, num_kv, e = 4, 2, 4
-    cases = [
-        Case(mode, pass_, (span,), (num_heads, num_kv), torch.float32)
-        for span in (even, one, two_homes)
-        for mode, pass_ in (("ring", "kv"), ("ring", "q"), ("tree", "kv"))
-    ]
-    found = books_of(4, cases)
-    assert all(books[1] == {} for books in found)
     sizes = [(3, 24, 24), (3, 16, 1), (2, 12, 1)]  # N, S, T
+    assert all(books[1] == {} for books in one_host["holes"])
+    assert all(books[3] == {} for books in one_host["holes"][6:])
     for i, (n, keys, tokens) in enumerate(sizes):
-        kv, q, tree = found[3 * i : 3 * i + 3]
+        kv, q, tree = one_host["holes"][3 * i : 3 * i + 3]
         queries, partials = tokens * num_heads * D * e, tokens * num_heads * (D * e + LSE)
         assert sum(sent(kv, "ring_pass_kv")) == (n - 1) * 2 * keys * num_kv * D * e
         assert max(rounds(kv, "ring_pass_kv")) == n - 1
@@ -227,86 +240,101 @@ def test_a_span_smaller_than_the_group_counts_its_own_ranks() -> None:
         assert sum(sent(q, "ring_pass_q_partials")) == (n - 1) * partials
         assert sum(sent(tree, "tree_q")) == (n - 1) * queries
         assert sum(sent(tree, "tree_partials")) == (n - 1) * partials
-    assert sent(found[0], "ring_pass_kv") == [2 * 2 * 24 * num_kv * D * e // 3, 0] + [4096] * 2
+    # N = 3, S = 24, G = 2, D = 16, fp32
+    assert sent(one_host["holes"][0], "ring_pass_kv") == [4096, 0, 4096, 4096]
 
 
-def test_the_example_of_the_formulas() -> None:
-    """H 32, G 8, D 128, bf16, N 4, B 1: 6.2 KB of partials a rank, whatever S; here S is 1024, an
-    128th of the example's, and so is the 402.7 MB of the ring."""
-    past = [256, 256, 256, 256]
-    span = resident(past, owners=[1, 1, 1, 1])
-    modes = (("ring", "kv"), ("ring", "q"), ("tree", "kv"))
-    cases = [Case(mode, p, (span,), (32, 8), torch.bfloat16, dim=128) for mode, p in modes]
-    kv, q, tree = books_of(4, cases)
+def test_the_example_of_the_formulas(one_host: dict[str, list[list[Books]]]) -> None:
+    """H 32, G 8, D 128, bf16, N 4. The example has S = 128K; here it is 1024, an 128th of that, and
+    four queries, one a rank, where it has one: so 6.2 KB of partials a rank come four times."""
+    kv, q, tree = one_host["example"]
     assert sent(kv, "ring_pass_kv") == [3_145_728] * 4  # 402,653,184 / 128
-    # four queries, one a rank: each rank sends what FORMULAS.md gives for B = 4
-    assert sent(tree, "tree_partials") == [24_960] * 4  # 4 x 6,240
-    both = [
-        a + b for a, b in zip(sent(q, "ring_pass_q"), sent(q, "ring_pass_q_partials"), strict=True)
-    ]
-    assert both == [49_536] * 4  # 24,576 of queries and 24,960 of partials: the 49.5 KB
+    assert sent(tree, "tree_partials") == [4 * 6_240] * 4
+    assert sent(q, "ring_pass_q") == [24_576] * 4
+    assert sent(q, "ring_pass_q_partials") == [24_960] * 4  # together 49,536: the 49.5 KB
 
 
 # --- several hosts
 
 
-def tree_cases() -> tuple[list[str], Any]:
-    """Requests whose keys are on every rank; ``make(size)`` gives the cases for that many ranks."""
-
-    def make(size: int) -> list[Case]:
-        some = tuple(decode([3 + (r + i) % 4 for r in range(size)], owner=i % size)
-                     for i in range(6))  # fmt: skip
-        long = prefill(size, [24 // size] * (size - 1) + [24 - 24 // size * (size - 1)])
-        mixed = (*some[:3], long)
-        return [
-            Case("tree", "kv", items, heads, dtype)
-            for items in (some, (long,), mixed)
-            for heads in HEADS[:2]
-            for dtype, _ in DTYPES
-        ]
-
-    return ["decode", "prefill", "both"], make
+def spread(size: int) -> list[Case]:
+    """Requests whose keys are on every one of ``size`` ranks: B = 6, then 24, then 3 + 24."""
+    some = tuple(decode([3 + (r + i) % 4 for r in range(size)], owner=i % size) for i in range(6))
+    long = prefill([24 // size] * (size - 1) + [24 - 24 // size * (size - 1)])
+    return [
+        Case("tree", "kv", items, heads, dtype)
+        for items in (some, (long,), (*some[:3], long))
+        for heads in HEADS[:2]
+        for dtype, _ in DTYPES
+    ]
 
 
-@pytest.mark.parametrize("hosts", ["ab", "aabb", "aaaabbbb", "abab", "abc", "aab"])
-def test_tree_bytes_between_hosts_do_not_grow_with_the_ranks(hosts: str) -> None:
+def even_ring(size: int) -> list[Case]:
+    return [Case("ring", "kv", (prefill([6] * size),), (4, 2), torch.float32)]
+
+
+PARTIAL_HOSTS = (decode([4, 3, 2, 5, 0, 0], owner=0), decode([1, 1, 0, 6, 0, 0], owner=3))
+TWO_HOSTS = {
+    "ab": (0, 4),
+    "aab": (0, 1, 4),
+    "abbb": (0, 4, 5, 6),
+    "aabb": (0, 1, 4, 5),
+    "abab": (0, 4, 1, 5),
+    "aaaabbbb": (0, 1, 2, 3, 4, 5, 6, 7),
+}  # members in a job of four ranks on host a and four on b
+THREE_HOSTS = {"abc": (0, 2, 4), "aabc": (0, 1, 2, 4), "aabbcc": (0, 1, 2, 3, 4, 5)}
+
+
+def host_batches(groups: Mapping[str, tuple[int, ...]]) -> Batches:
+    trees = {name: (ranks, spread(len(ranks))) for name, ranks in groups.items()}
+    rings = {f"ring {name}": (ranks, even_ring(len(ranks))) for name, ranks in groups.items()}
+    return {**trees, **rings}
+
+
+@pytest.fixture(scope="module")
+def hosts() -> dict[str, list[list[Books]]]:
+    two = books_of(8, host_batches(TWO_HOSTS), "aaaabbbb")
+    everybody = range(6)
+    partly = {"partly": (everybody, [Case("tree", "kv", PARTIAL_HOSTS, (4, 2), torch.float32)])}
+    three = books_of(6, {**host_batches(THREE_HOSTS), **partly}, "aabbcc")
+    return {**two, **three}
+
+
+@pytest.mark.parametrize("name", [*TWO_HOSTS, *THREE_HOSTS])
+def test_tree_bytes_between_hosts_do_not_grow_with_the_ranks(
+    hosts: dict[str, list[list[Books]]], name: str
+) -> None:
     """Over the job, whatever the ranks per host: (M-1)*B*H*(D*e+4) of partials and (M-1)*B*H*D*e
     of queries, each query once per other host, in at most two rounds."""
-    size, others = len(hosts), len(set(hosts)) - 1
-    _, make = tree_cases()
-    found = books_of(size, make(size), hosts)
-    tokens = [6] * 4 + [24] * 4 + [27] * 4
-    kinds = list(itertools.product(HEADS[:2], DTYPES)) * 3
-    for books, count, ((num_heads, _), (_, e)) in zip(found, tokens, kinds, strict=True):
-        assert crossed(books, "tree_partials") == others * count * num_heads * (D * e + LSE)
-        assert crossed(books, "tree_q") == others * count * num_heads * D * e
+    size, others = len(name), len(set(name)) - 1
+    cases = iter(hosts[name])
+    for tokens, (num_heads, _), (_, e) in itertools.product((6, 24, 27), HEADS[:2], DTYPES):
+        books = next(cases)
+        assert crossed(books, "tree_partials") == others * tokens * num_heads * (D * e + LSE)
+        assert crossed(books, "tree_q") == others * tokens * num_heads * D * e
         # Over all links every rank but the owner gets each query and answers it, once.
-        assert sum(sent(books, "tree_q")) == (size - 1) * count * num_heads * D * e
-        for scheme in ("tree_q", "tree_partials"):
-            assert max(rounds(books, scheme)) <= 2
-            assert all(b[scheme].inter_host_bytes <= b[scheme].bytes for b in books if scheme in b)
+        assert sum(sent(books, "tree_q")) == (size - 1) * tokens * num_heads * D * e
+        assert sum(sent(books, "tree_partials")) == (size - 1) * tokens * num_heads * (D * e + LSE)
+        assert max(rounds(books, "tree_q")) <= 2 and max(rounds(books, "tree_partials")) <= 2
 
 
-def test_tree_sends_nothing_to_hosts_without_keys() -> None:
+def test_tree_sends_nothing_to_hosts_without_keys(hosts: dict[str, list[list[Books]]]) -> None:
     """Keys on hosts a and b only: host c hears nothing and says nothing."""
-    spans = (decode([4, 3, 2, 5, 0, 0], owner=0), decode([1, 1, 0, 6, 0, 0], owner=3))
-    cases = [Case("tree", "kv", spans, (4, 2), torch.float32)]
-    [books] = books_of(6, cases, "aabbcc")
+    [books] = hosts["partly"]
     assert books[4] == books[5] == {}
     assert crossed(books, "tree_q") == 1 * 2 * 4 * D * 4
     assert crossed(books, "tree_partials") == 1 * 2 * 4 * (D * 4 + LSE)
 
 
-@pytest.mark.parametrize("hosts", ["aabb", "abab", "abc"])
-def test_ring_crosses_each_border_once_a_round(hosts: str) -> None:
-    """Of a ring's N links M cross a border, and each carries (N-1)/N of the keys."""
-    size, num_hosts = len(hosts), len(set(hosts))
-    span = prefill(size, [6] * size)
-    cases = [Case("ring", "kv", (span,), (4, 2), torch.float32)]
-    [books] = books_of(size, cases, hosts)
-    per_rank = (size - 1) * 2 * 6 * 2 * D * 4
-    assert sent(books, "ring_pass_kv") == [per_rank] * size
-    assert crossed(books, "ring_pass_kv") == num_hosts * per_rank
+@pytest.mark.parametrize("name", [*TWO_HOSTS, *THREE_HOSTS])
+def test_ring_crosses_each_border_once_a_round(
+    hosts: dict[str, list[list[Books]]], name: str
+) -> None:
+    """Of a ring's N links M cross a border, and each carries (N-1)/N * 2*S*G*D*e."""
+    [books] = hosts[f"ring {name}"]
+    per_rank = (len(name) - 1) * 2 * 6 * 2 * D * 4
+    assert sent(books, "ring_pass_kv") == [per_rank] * len(name)
+    assert crossed(books, "ring_pass_kv") == len(set(name)) * per_rank
 
 
 # --- the engine
