@@ -51,8 +51,13 @@ LENGTHS = [
     7000,
 ]
 NEW = 64
-MODES = {"local": ("local", "auto"), "ring": ("ring", "auto"), "tree": ("tree", "auto"),
-         "ring_q": ("ring", "q"), "auto": ("auto", "auto")}  # fmt: skip
+MODES = {
+    "ring": ("ring", "auto"),
+    "tree": ("tree", "auto"),
+    "local": ("local", "auto"),
+    "ring_q": ("ring", "q"),
+    "auto": ("auto", "auto"),
+}
 PLACEMENTS = ("fill_then_spill", "round_robin", "balanced")
 
 
@@ -98,6 +103,7 @@ def cell_config(mode: str, placement: str, ranks: int) -> dict:  # type: ignore[
     return {
         "model": MODEL,
         "dtype": "fp32",
+        "threads_per_rank": 1,
         "context_parallel": {"mode": name, "ring_pass": ring_pass},
         "kv_cache": {"tokens_per_rank": share, "placement": placement, "block_size": 16},
         "scheduler": {"max_num_seqs": 20},

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import ctypes
 import dataclasses
+import gc
 import json
 import math
 import os
+import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -29,7 +31,7 @@ def generate(args: argparse.Namespace, env: Mapping[str, str]) -> int:
     if starts_ranks(args, env):
         return start_ranks(args, config, env, STOP_S)
     job = find_job(config, env)
-    with _own_stdout() as out:
+    with _ended_by_ctrl_c(), _own_stdout() as out:
         from ds_cp.engine.offline import init_inference
 
         engine = init_inference(config.model, config, job=job, env=env)
@@ -44,7 +46,19 @@ def generate(args: argparse.Namespace, env: Mapping[str, str]) -> int:
                 write(outputs, out)
         finally:
             engine.shutdown()
+    gc.freeze()  # the interpreter's last collection would look at all of torch, for seconds
     return 0
+
+
+@contextmanager
+def _ended_by_ctrl_c() -> Iterator[None]:
+    """Ctrl-C ends this rank at once, also while it waits in a collective, where Python would not
+    look; a tidy way out would meet ranks that have left already. Nothing is lost by it."""
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager

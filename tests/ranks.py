@@ -33,7 +33,7 @@ def run_ranks(
     has torch loaded already). ``hosts`` fakes a host name per rank.
     """
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "deepspeed", "transformers", "tests.ranks"])
+    context.set_forkserver_preload(["deepspeed", "pytest", "tests.ranks", "tests.engines"])
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
     hosts = list(hosts) if hosts else ["localhost"] * size

@@ -39,6 +39,8 @@ def cover(q_runs: Runs, k_runs: Runs, window: int | None) -> tuple[Tile, ...]:
     tiles: list[Tile] = []
     row = 0
     for start, length in q_runs:
+        if not length:
+            continue
         if window is None or not keys or start + length - min(p for _, p, _ in keys) <= window:
             tiles += _causal_tiles(row, start, length, keys)
         else:

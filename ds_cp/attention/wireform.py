@@ -25,6 +25,9 @@ def unpack_partial(rows: torch.Tensor, spec: LayerSpec, dtype: torch.dtype) -> P
     """The inverse of ``pack_partial``; out comes back as fp32."""
     num_heads, head_dim = spec.num_q_heads, spec.head_dim
     cut = num_heads * head_dim * dtype.itemsize
-    out = rows[:, :cut].contiguous().view(dtype).unflatten(1, (num_heads, head_dim))
-    lse = rows[:, cut:].contiguous().view(torch.float32)
-    return Partial(out.to(torch.float32), lse)
+    # Cloned: a single row counts as contiguous where it is, and may not be aligned to its dtype.
+    out, lse = (
+        part.clone(memory_format=torch.contiguous_format) for part in (rows[:, :cut], rows[:, cut:])
+    )
+    out = out.view(dtype).unflatten(1, (num_heads, head_dim))
+    return Partial(out.to(torch.float32), lse.view(torch.float32))

@@ -93,7 +93,6 @@ class Group:
         self.ledger = world.ledger
         self._timeout_s = world.timeout_s
         self._handle = handle
-        self._batched = world.device.type == "cuda"  # NCCL wants messages that progress together
 
     def __repr__(self) -> str:
         return f"Group({self.name}, ranks={list(self.ranks)}, rank={self.rank})"
@@ -124,7 +123,7 @@ class Group:
             return Pending([], what, self._timeout_s)
         self.ledger.add(scheme, nbytes, inter)
         try:
-            if self._batched:
+            if ops[0][1].is_cuda:  # NCCL wants messages that progress together
                 batch = [
                     ds_comm.P2POp(op, t, self.ranks[peer], group=self._handle)
                     for op, t, peer in ops
@@ -160,6 +159,21 @@ class Group:
         except RuntimeError as err:
             raise _lost(f"{scheme} in group {self.name}", self._timeout_s, err) from err
 
+    def broadcast(self, tensor: torch.Tensor, scheme: str) -> None:
+        """Give member 0's ``tensor`` (contiguous, same shape everywhere) to all, in place."""
+        if self.size == 1:
+            return
+        import deepspeed.comm as ds_comm
+
+        if self.rank == 0:
+            nbytes = tensor.numel() * tensor.element_size()
+            away = sum(host != self.hosts[0] for host in self.hosts)
+            self.ledger.add(scheme, nbytes * (self.size - 1), nbytes * away)
+        try:
+            ds_comm.broadcast(tensor, src=self.ranks[0], group=self._handle)
+        except RuntimeError as err:
+            raise _lost(f"{scheme} broadcast in group {self.name}", self._timeout_s, err) from err
+
     def barrier(self) -> None:
         """Wait until every member is here."""
         token = torch.zeros(1, dtype=torch.int32, device=self.device)
@@ -179,7 +193,8 @@ class World:
         self.timeout_s = timeout_s
         self.ledger = Ledger()
         self._joined = joined
-        self._control: Control | None = None
+        handle = torch_dist.group.WORLD if self.size > 1 else None
+        self.everybody = Group("world", range(self.size), self, handle)
 
     def group(self, name: str, members: Sequence[Sequence[int]]) -> Group:
         """Make one group out of each list of world ranks and return mine.
@@ -202,91 +217,11 @@ class World:
         assert mine is not None
         return mine
 
-    @property
-    def control(self) -> Control:
-        """The plan channel over all ranks, always on CPU tensors."""
-        if self._control is None:
-            self._control = Control(self)
-        return self._control
-
     def leave(self) -> None:
         """Leave cleanly. Without it gloo may abort the process at exit."""
         if self._joined and torch_dist.is_initialized():
             torch_dist.destroy_process_group()
         self._joined = False
-
-
-class Control:
-    """Small messages over all ranks of the job, on CPU whatever the device: plans out, results
-    back.
-
-    A plan is raw bytes (the engine encodes it with msgspec), at most ``LIMIT`` long.
-    """
-
-    FRAME = 4096  # one broadcast carries this much, which nearly every plan fits
-    LIMIT = 64 * 2**20
-
-    def __init__(self, world: World) -> None:
-        self._world = world
-        self._frame = torch.zeros(self.FRAME, dtype=torch.uint8)
-        self._what = "plan broadcast in group world"
-
-    def broadcast(self, payload: bytes | None) -> bytes:
-        """Rank 0 gives ``payload`` to all ranks; everybody returns it."""
-        world = self._world
-        if world.rank == 0:
-            assert payload is not None
-            if len(payload) > self.LIMIT:
-                raise CommError(f"a plan of {len(payload)} bytes is above the limit {self.LIMIT}")
-            if world.size == 1:
-                return payload
-            size = len(payload)
-            head = size.to_bytes(8, "little") + payload[: self.FRAME - 8]
-            self._frame[: len(head)] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
-        self._send(self._frame)
-        if world.rank == 0:
-            assert payload is not None
-            if len(payload) > self.FRAME - 8:
-                rest = torch.frombuffer(bytearray(payload[self.FRAME - 8 :]), dtype=torch.uint8)
-                self._send(rest)
-            return payload
-        raw = self._frame.numpy().tobytes()
-        size = int.from_bytes(raw[:8], "little")
-        if size > self.LIMIT:
-            raise CommError(f"a plan of {size} bytes is above the limit {self.LIMIT}")
-        if size <= self.FRAME - 8:
-            return raw[8 : 8 + size]
-        rest = torch.empty(size - (self.FRAME - 8), dtype=torch.uint8)
-        self._send(rest)
-        return raw[8:] + rest.numpy().tobytes()
-
-    def _send(self, tensor: torch.Tensor) -> None:
-        import deepspeed.comm as ds_comm
-
-        if self._world.rank == 0:
-            self._world.ledger.add("plan", tensor.numel() * (self._world.size - 1), 0)
-        try:
-            ds_comm.broadcast(tensor, src=0)
-        except RuntimeError as err:
-            raise _lost(self._what, self._world.timeout_s, err) from err
-
-    def collect(self, mine: torch.Tensor, others: Sequence[Message]) -> None:
-        """Each rank but 0 sends ``mine`` (CPU, contiguous) to rank 0; rank 0 fills ``others``."""
-        import deepspeed.comm as ds_comm
-
-        world = self._world
-        try:
-            if world.rank == 0:
-                works = [ds_comm.irecv(t, src) for src, t in others if t.numel()]
-                for work in works:
-                    work.wait()
-            elif mine.numel():
-                nbytes = mine.numel() * mine.element_size()
-                world.ledger.add("result", nbytes, 0)
-                ds_comm.isend(mine, 0).wait()
-        except RuntimeError as err:
-            what = "results to rank 0 in group world"
-            raise _lost(what, world.timeout_s, err) from err
 
 
 def join(
@@ -349,6 +284,10 @@ def _introduce(rank: int, size: int, host: str, digest: str, store: torch_dist.S
     hellos = [store.get(f"hello/{r}").decode().split(" ", 1) for r in range(size)]
     odd = [r for r, hello in enumerate(hellos) if hello[0] != hellos[0][0]]
     if odd:
+        # Rank 0 is the store: it must not go before the others have read who is at odds.
+        store.set(f"read/{rank}", "")
+        if rank == 0:
+            store.wait([f"read/{r}" for r in range(size)])
         raise ConfigError(
             f"ranks {odd[:8]} were started with another config than rank 0: start every rank "
             "with the same "

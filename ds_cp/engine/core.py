@@ -42,8 +42,7 @@ class EngineCore:
         given."""
         if request_id in self._by_id:
             raise RequestError(f"a request with id {request_id!r} is already running")
-        if params.stop and self._tokenizer is None:
-            raise RequestError("stop strings need a tokenizer; this engine has none", "stop")
+        self.check(prompt, params)
         seed = params.seed if params.seed is not None else secrets.randbits(62)
         request = self.scheduler.admit(request_id, prompt, params, seed)
         text = None
@@ -53,6 +52,12 @@ class EngineCore:
         self._by_id[request_id] = self._by_number[request.number] = live
         self._prompt_tokens += len(prompt)
         return request
+
+    def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
+        """Raise what ``add`` would, were there room in the queue."""
+        if params.stop and self._tokenizer is None:
+            raise RequestError("stop strings need a tokenizer; this engine has none", "stop")
+        self.scheduler.check(prompt, params)
 
     def abort(self, request_id: str) -> bool:
         """End a request and free its blocks; False when there is no such request (any more)."""

@@ -121,7 +121,7 @@ class LLMEngine:
         finally:
             for request in [*core.scheduler.running, *core.scheduler.waiting]:
                 core.abort(request.request_id)
-            self._world.control.broadcast(encode_plan(StepPlan(0, "stop")))
+            self._worker.control.broadcast(encode_plan(StepPlan(0, "stop")))
 
     def _drive(
         self,
@@ -132,6 +132,8 @@ class LLMEngine:
     ) -> list[RequestOutput]:
         texts, ids = self._tokenize(prompts)
         each = self._params(params, len(ids))
+        for tokens, how in zip(ids, each, strict=True):
+            core.check(tokens, how)
         results: dict[str, _Collector] = {}
         waiting = list(zip(texts, ids, each, strict=True))[::-1]
         show = _progress(len(ids)) if progress and sys.stderr.isatty() else None

@@ -79,10 +79,23 @@ class Scheduler:
     def admit(
         self, request_id: str, prompt: Sequence[int], params: SamplingParams, seed: int
     ) -> Request:
-        """Queue a request, or refuse it at once with the numbers.
+        """Queue a request, or refuse it at once: as ``check`` does, or with ``QueueFullError``."""
+        max_tokens = self.check(prompt, params)
+        if len(self.waiting) >= self.limits.max_queue:
+            raise QueueFullError(
+                f"{len(self.waiting)} requests are waiting, the limit of scheduler.max_queue; "
+                "try later"
+            )
+        self._numbers += 1
+        request = Request(self._numbers, request_id, tuple(prompt), params, max_tokens, seed)
+        self.waiting.append(request)
+        return request
+
+    def check(self, prompt: Sequence[int], params: SamplingParams) -> int:
+        """The request's ``max_tokens``, resolved, if it can ever be served here.
 
         The last token drawn needs no KV, so ``prompt + max_tokens - 1`` is what must fit. Raises
-        ``RequestError``, ``CapacityError`` or ``QueueFullError``.
+        ``RequestError``, or ``CapacityError`` with the numbers.
         """
         length, largest = len(prompt), self.largest_tokens
         if not length:
@@ -119,17 +132,7 @@ class Scheduler:
                     f"{self.limits.vocab_size - 1}",
                     "logit_bias" if token in params.logit_bias else "stop_token_ids",
                 )
-        if len(self.waiting) >= self.limits.max_queue:
-            raise QueueFullError(
-                f"{len(self.waiting)} requests are waiting, the limit of scheduler.max_queue; "
-                "try later"
-            )
-        if params.max_tokens is None:
-            want = min(model_len - length, largest - length + 1)
-        self._numbers += 1
-        request = Request(self._numbers, request_id, tuple(prompt), params, want, seed)
-        self.waiting.append(request)
-        return request
+        return min(model_len - length, largest - length + 1) if params.max_tokens is None else want
 
     def finish(self, request: Request, reason: str, stop_reason: int | str | None = None) -> None:
         """End a request in whatever state and free its blocks."""

@@ -15,13 +15,22 @@ import psutil
 import torch
 
 from ds_cp.attention import LayerSpec, get_kernel
+from ds_cp.comm.control import Control
 from ds_cp.comm.links import measure_links
 from ds_cp.comm.wire import Rendezvous, World, join
 from ds_cp.config import Config
 from ds_cp.engine.process import choose_threads
 from ds_cp.engine.startup_facts import Facts, LinkFacts
 from ds_cp.engine.worker import Worker
-from ds_cp.errors import ConfigError, DsCpError, UserError
+from ds_cp.errors import (
+    CommError,
+    ConfigError,
+    DsCpError,
+    ModelError,
+    TopologyError,
+    UnsupportedModelError,
+    UserError,
+)
 from ds_cp.kv.pool import KVPool, bytes_per_token
 from ds_cp.model.loading import choose_dtype, load_config, load_model
 from ds_cp.model.shard import shard_model
@@ -32,6 +41,10 @@ from ds_cp.topology.job import Job
 
 T = TypeVar("T")
 REPORT = 1024  # bytes of a rank's report to rank 0
+MESSAGE = 800  # bytes of the message in it
+KINDS: tuple[type[DsCpError], ...] = (
+    CommError, ConfigError, ModelError, TopologyError, UnsupportedModelError,
+)  # fmt: skip
 AUTO_MEMORY_SHARE = 0.4  # of the host's free memory, divided by its ranks
 AUTO_GPU_SHARE = 0.85  # of the device's free memory
 
@@ -40,6 +53,7 @@ class _Report(msgspec.Struct, array_like=True):
     exit_code: int  # 0: all is well
     message: str
     kv_blocks: int = 0
+    kind: str = ""  # class of the error
 
 
 def join_job(job: Job, config: Config) -> tuple[World, int]:
@@ -141,7 +155,7 @@ def _agreed(world: World, work: Callable[[], T]) -> T:
     try:
         result = work()
     except DsCpError as err:
-        failure, mine = err, _Report(err.exit_code, str(err))
+        failure, mine = err, _Report(err.exit_code, str(err), kind=type(err).__name__)
     except MemoryError:
         failure, mine = (
             None,
@@ -153,7 +167,8 @@ def _agreed(world: World, work: Callable[[], T]) -> T:
             if failure is not None and rank == world.rank:
                 raise failure
             host = world.topology.hosts[rank]
-            kind = UserError if report.exit_code == 2 else DsCpError
+            other = UserError if report.exit_code == 2 else DsCpError
+            kind = next((k for k in KINDS if k.__name__ == report.kind), other)
             where = f"rank {rank} on {host}: " if rank else ""
             raise kind(f"{where}{report.message}")
     assert result is not None
@@ -162,7 +177,8 @@ def _agreed(world: World, work: Callable[[], T]) -> T:
 
 def exchange_reports(world: World, mine: _Report) -> list[_Report]:
     """Every rank's report, on every rank."""
-    raw = msgspec.msgpack.encode(_Report(mine.exit_code, mine.message[:700], mine.kv_blocks))
+    short = mine.message.encode()[:MESSAGE].decode(errors="ignore")
+    raw = msgspec.msgpack.encode(msgspec.structs.replace(mine, message=short))
     frame = torch.zeros(REPORT, dtype=torch.uint8)
     frame[: len(raw) + 2] = torch.frombuffer(
         bytearray(len(raw).to_bytes(2, "little") + raw), dtype=torch.uint8
@@ -170,9 +186,10 @@ def exchange_reports(world: World, mine: _Report) -> list[_Report]:
     frames = [torch.empty_like(frame) for _ in range(world.size)]
     frames[0] = frame
     others = [(r, frames[r]) for r in range(1, world.size)]
-    world.control.collect(frame, others if world.rank == 0 else [])
+    control = Control(world)
+    control.collect(frame, others if world.rank == 0 else [])
     everything = torch.cat(frames).numpy().tobytes() if world.rank == 0 else None
-    data = world.control.broadcast(everything)
+    data = control.broadcast(everything)
     reports = []
     for at in range(0, world.size * REPORT, REPORT):
         length = int.from_bytes(data[at : at + 2], "little")

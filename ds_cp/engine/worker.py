@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from ds_cp.attention import Kernel, LayerSpec
+from ds_cp.comm.control import Control
 from ds_cp.comm.wire import Group, World
 from ds_cp.engine.plan import Item, Sampled, StepPlan, decode_plan, encode_plan
 from ds_cp.engine.sampling import sample
@@ -33,6 +34,7 @@ class Worker:
         kernel: Kernel,
     ) -> None:
         self.world = world
+        self.control = Control(world)
         self.cp = cp
         self.tp = tp
         self.model = model
@@ -43,13 +45,13 @@ class Worker:
 
     def lead(self, plan: StepPlan) -> list[Sampled]:
         """Rank 0: give the plan to everybody, run my part, and return every request's token."""
-        self.world.control.broadcast(encode_plan(plan))
+        self.control.broadcast(encode_plan(plan))
         return self.run(plan)
 
     def follow(self) -> None:
         """Other ranks: run plans until the one that says stop."""
         while True:
-            plan = decode_plan(self.world.control.broadcast(None))
+            plan = decode_plan(self.control.broadcast(None))
             if plan.kind == "stop":
                 return
             self.run(plan)
@@ -101,14 +103,14 @@ class Worker:
         me = self.world.rank
         rows = torch.tensor([_row(s, width) for s in mine], dtype=torch.float64)
         if me != 0:
-            self.world.control.collect(rows, [])
+            self.control.collect(rows, [])
             return []
         buffers = {
             owner: torch.empty(len(items), 2 + 2 * width, dtype=torch.float64)
             for owner, items in sorted(by_owner.items())
             if owner != 0
         }
-        self.world.control.collect(rows, list(buffers.items()))
+        self.control.collect(rows, list(buffers.items()))
         found = {s.request: s for s in mine}
         for owner, buffer in buffers.items():
             for item, row in zip(by_owner[owner], buffer.tolist(), strict=True):

@@ -58,7 +58,8 @@ class BlockAllocator:
 
         ``extend_from``: the caller's last block on this rank; the blocks right after it are taken
         first, or else blocks that leave room to grow on. The rest comes from the smallest free run
-        that holds it, or else from the largest runs. Raises OutOfBlocksError, with nothing changed, when fewer than ``n`` are free.
+        that holds it, or else from the largest runs. Raises OutOfBlocksError, with nothing changed,
+        when fewer than ``n`` are free.
         """
         blocks = self._of(rank)
         if n < 0:

@@ -69,10 +69,11 @@ def _check_directory(path: Path) -> None:
     index = path / "model.safetensors.index.json"
     if index.is_file():
         try:
-            files = sorted(
-                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            )
-        except (ValueError, KeyError, AttributeError, OSError) as err:
+            listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            if odd := [n for n in listed if not isinstance(n, str) or Path(n).name != n]:
+                raise ValueError(f"it names {odd[0]!r}, which is no file of this directory")
+            files = sorted(set(listed))
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as err:
             raise ModelError(f"model {path}: {index.name} cannot be read: {err!r}") from err
     else:
         files = sorted(p.name for p in path.glob("*.safetensors"))
@@ -103,8 +104,8 @@ def _check_safetensors(path: Path) -> None:
             )
         try:
             header = json.loads(file.read(length))
-            ends = [v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"]
-        except (ValueError, KeyError, TypeError, AttributeError) as err:
+            ends = [int(v["data_offsets"][1]) for k, v in header.items() if k != "__metadata__"]
+        except (ValueError, LookupError, TypeError, AttributeError) as err:
             raise ModelError(f"model file {path} has a damaged header: fetch it again") from err
     want = 8 + length + max(ends, default=0)
     if size < want:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import math
 import os
 import signal
@@ -31,6 +32,7 @@ from ds_cp.topology.job import Job
 LEAVE_S = 5.0  # for workers to leave after the stop plan
 POLL_S = 0.1
 HURRY_S = 1.0  # for the step in hand, when requests are not waited for
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 LAUNCHERS = ("deepspeed", "torchrun", "torch.distributed", "mpirun", "prterun", "prted", "ds-cp")
 
 
@@ -40,7 +42,9 @@ def serve(config: Config, job: Job) -> int:
     Raises ``LaunchError`` or ``ModelError`` before anything is started.
     """
     source = find_model(config.model)
-    return asyncio.run(_Agent(config, job, source).run())
+    code = asyncio.run(_Agent(config, job, source).run())
+    gc.freeze()  # the interpreter's last collection would look at all of torch, for seconds
+    return code
 
 
 class _Agent:
@@ -58,7 +62,7 @@ class _Agent:
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
         listener = self._bind() if self._job.rank == 0 else None
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in SIGNALS:
             loop.add_signal_handler(number, self._on_signal, number)
         with _worker(self._config, self._job) as (process, border):
             watch = asyncio.create_task(self._watch(process))
@@ -116,11 +120,13 @@ class _Agent:
         serving = asyncio.create_task(serve_until(app, listener, settings, self._stop))
         hurrying = asyncio.create_task(self._hurry.wait())
         await asyncio.wait({serving, hurrying}, return_when=asyncio.FIRST_COMPLETED)
-        if hurrying.done():  # requests in flight are told so, and the server has not to wait
-            await engine.stop(HURRY_S)
+        hurried = hurrying.done()
         hurrying.cancel()
+        if hurried:  # requests in flight are told so, and the server has not to wait
+            await engine.stop(HURRY_S if self._loaded else 0.0)
         await serving
-        await engine.stop(LEAVE_S)
+        if not hurried:
+            await engine.stop(LEAVE_S if self._loaded else 0.0)
 
     def _tokenizer(self) -> Any:
         from ds_cp.model.loading import load_tokenizer
@@ -224,7 +230,9 @@ def _worker(config: Config, job: Job) -> Iterator[tuple[subprocess.Popen[bytes],
     ours, theirs = socket.socketpair()
     listen_fd = job.store_socket.fileno() if job.store_socket is not None else -1
     threads = choose_threads(config, job.local_world_size or 1)
-    with theirs:
+    # The worker is born deaf to these: a terminal's Ctrl-C reaches it too, which is not for it.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
         process = subprocess.Popen(
             [sys.executable, "-m", "ds_cp.serve.worker_main", str(theirs.fileno())],
             pass_fds=[theirs.fileno(), *([listen_fd] if listen_fd >= 0 else [])],
@@ -236,6 +244,9 @@ def _worker(config: Config, job: Job) -> Iterator[tuple[subprocess.Popen[bytes],
             },
             stdin=subprocess.DEVNULL,
         )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        theirs.close()
     if job.store_socket is not None:
         job.store_socket.close()  # the worker has it now
     border = Border(ours)

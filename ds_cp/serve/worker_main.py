@@ -32,9 +32,9 @@ def main(argv: list[str]) -> NoReturn:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     border = Border(socket.socket(fileno=int(argv[0])))
-    spec: WorkerSpec = border.receive(WorkerSpec)
-    _die_with(spec.agent_pid)
     try:
+        spec: WorkerSpec = border.receive(WorkerSpec)
+        _die_with(spec.agent_pid)
         _work(border, spec)
     except DsCpError as err:
         _give_up(border, err.exit_code, str(err))

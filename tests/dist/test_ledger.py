@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import deepspeed.comm as ds_comm
 import pytest
 import torch
 
@@ -49,16 +50,29 @@ Batches = Mapping[str, tuple[Sequence[int], Sequence[Case]]]  # name -> members,
 
 
 def run_batches(world: World, batches: Batches) -> dict[str, list[Books]]:
-    """Per batch, what this rank's books say after each case; a rank outside runs nothing."""
-    found = {}
+    """Per batch, what this rank's books say after each case; a rank outside runs nothing.
+
+    What goes through deepspeed's ``isend`` is weighed beside them and must be the same.
+    """
+    found: dict[str, list[Books]] = {}
+    weighed = [0]
+    send = ds_comm.isend
+
+    def weigh(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        weighed[0] += tensor.nbytes
+        return send(tensor, *args, **kwargs)
+
+    ds_comm.isend = weigh
     for name, (members, cases) in batches.items():
         rest = [r for r in range(world.size) if r not in members]
         group = world.group(name, [list(members), *([rest] if rest else [])])
         found[name] = []
         for case in cases if world.rank in members else []:
             world.ledger.clear()
+            weighed[0] = 0
             run_case(group, case)
             found[name].append(world.ledger.schemes())
+            assert sum(entry.bytes for entry in found[name][-1].values()) == weighed[0]
     return found
 
 
@@ -121,36 +135,41 @@ def resident(keys: Sequence[int], owners: Sequence[int]) -> Span:
 
 # --- one host: three ranks, or four of them
 
-LOCAL = [
-    Case("local", "kv", spans, heads, dtype)
-    for heads in HEADS
-    for dtype, _ in DTYPES
-    for spans in [
-        (Span((((0, 9),),) * 3, (((0, 9),),) * 3), Span((((4, 1),),) * 3, (((0, 5),),) * 3))
-    ]
-]
+LOCAL = (Span((((0, 9),),) * 3, (((0, 9),),) * 3), Span((((4, 1),),) * 3, (((0, 5),),) * 3))
 KINDS = list(itertools.product(HEADS, DTYPES))
 EVEN = [prefill([14] * 3), prefill([14] * 3, "contiguous"), resident([14] * 3, [2] * 3)]  # S = 42
 UNEVEN = [prefill([9, 4, 1]), decode([7, 2, 4], 1), resident([2, 3, 9], [1, 1, 3])]  # S = 14
 SIX = tuple(decode([5 + i, 8, 2], owner=i % 3) for i in range(6))  # B = 6, two a rank
 MIXED = (prefill([9, 4, 1]), decode([7, 2, 4], owner=1), decode([1, 1, 1], owner=2))
-THREE_MODES = [("ring", "kv"), ("ring", "q"), ("tree", "kv")]
 HOLES = [prefill([8, 0, 8, 8]), decode([6, 0, 5, 4], owner=3), decode([6, 0, 5, 0], owner=2)]
-ONE_HOST: Batches = {
-    "local": ((0, 1, 2), LOCAL),
-    "kv": ((0, 1, 2), [Case("ring", "kv", (s,), h, t) for h, (t, _) in KINDS for s in EVEN + UNEVEN]),
-    "q": ((0, 1, 2), [Case("ring", "q", (s,), h, t) for h, (t, _) in KINDS for s in EVEN + UNEVEN]),
-    "tree": ((0, 1, 2), [Case("tree", "kv", x, h, t) for h, (t, _) in KINDS for x in [SIX, EVEN[:1]]]),
-    "mixed": ((0, 1, 2), [Case(*m, MIXED, (4, 2), torch.bfloat16) for m in THREE_MODES]),
-    "holes": ((0, 1, 2, 3), [Case(*m, (s,), (4, 2), torch.float32) for s in HOLES for m in THREE_MODES]),
-    "example": ((0, 1, 2, 3), [Case(*m, (resident([256] * 4, [1] * 4),), (32, 8), torch.bfloat16, 128)
-                               for m in THREE_MODES]),
-}  # fmt: skip
+EXAMPLE = resident([256] * 4, [1] * 4)
+
+
+def one_host_batches() -> Batches:
+    three, four = (0, 1, 2), (0, 1, 2, 3)
+    fp32, bf16 = torch.float32, torch.bfloat16
+    single = [(span,) for span in EVEN + UNEVEN]
+    modes = [("ring", "kv"), ("ring", "q"), ("tree", "kv")]
+
+    def in_every_kind(mode: str, ring_pass: str, steps: Sequence[tuple[Span, ...]]) -> list[Case]:
+        return [
+            Case(mode, ring_pass, x, heads, dtype) for heads, (dtype, _) in KINDS for x in steps
+        ]
+
+    return {
+        "local": (three, in_every_kind("local", "kv", [LOCAL])),
+        "kv": (three, in_every_kind("ring", "kv", single)),
+        "q": (three, in_every_kind("ring", "q", single)),
+        "tree": (three, in_every_kind("tree", "kv", [SIX, (EVEN[0],)])),
+        "mixed": (three, [Case(*mode, MIXED, (4, 2), bf16) for mode in modes]),
+        "holes": (four, [Case(*mode, (x,), (4, 2), fp32) for x in HOLES for mode in modes]),
+        "example": (four, [Case(*mode, (EXAMPLE,), (32, 8), bf16, 128) for mode in modes]),
+    }
 
 
 @pytest.fixture(scope="module")
 def one_host() -> dict[str, list[list[Books]]]:
-    return books_of(4, ONE_HOST)
+    return books_of(4, one_host_batches())
 
 
 def test_local_sends_nothing(one_host: dict[str, list[list[Books]]]) -> None:
@@ -226,7 +245,7 @@ def test_several_items_share_the_same_exchanges(one_host: dict[str, list[list[Bo
 
 
 def test_a_span_smaller_than_the_group(one_host: dict[str, list[list[Books]]]) -> None:
-    """N is the size of the span: of four ranks, 1 has nothing (then 3 neither) and sends nothing."""
+    """N is the size of the span: of four ranks, 1 has nothing (nor has 3 later) and is silent."""
     num_heads, num_kv, e = 4, 2, 4
     sizes = [(3, 24, 24), (3, 16, 1), (2, 12, 1)]  # N, S, T
     assert all(books[1] == {} for books in one_host["holes"])
@@ -337,7 +356,7 @@ def test_ring_crosses_each_border_once_a_round(
     assert crossed(books, "ring_pass_kv") == len(set(name)) * per_rank
 
 
-# --- the engine
+# --- the engine: one step, then whole requests
 
 
 def ship(world: World) -> list[Books]:
@@ -387,81 +406,98 @@ def test_ship_kv_costs_one_kv_per_moved_token() -> None:
         assert max(rounds(books, "ship_kv")) <= 2 * layers  # one per request and layer
 
 
-PROMPTS = [[1, 2, 3, 4, 5], [7] * 20, list(range(100, 128)), [9]]
+SHORT = [[1, 2, 3, 4, 5], [7] * 20, list(range(100, 128)), [9]]
+LONG = [[(7 * i) % 128 for i in range(96)]]
 NEW = 6
+LAYERS = 2  # of the tiny model, whose H, G and D are 4, 2 and 16, in fp32
+ENGINES: dict[str, tuple[list[list[int]], dict[str, Any]]] = {
+    "auto": (SHORT, {"kv_cache": {"tokens_per_rank": 64, "block_size": 8}}),
+    "local": (
+        SHORT,
+        {
+            "kv_cache": {"tokens_per_rank": 64, "block_size": 8},
+            "context_parallel": {"mode": "local"},
+        },
+    ),
+    "spanning": (
+        LONG,
+        {
+            "kv_cache": {"tokens_per_rank": 64, "block_size": 8, "placement": "balanced"},
+            "context_parallel": {"local_threshold": 8, "ring_pass": "kv"},
+        },
+    ),
+    "unequal": (
+        LONG,
+        {
+            "kv_cache": {"tokens_per_rank": [128, 32, 32], "block_size": 8},
+            "context_parallel": {"local_threshold": 8, "layout": "contiguous"},
+        },
+    ),
+}
 
 
-def tokens_and_books(
-    world: World, configs: list[dict[str, Any]], prompts: list[list[int]]
-) -> list[tuple[list[Any], Books, dict[str, int]]]:
-    found = []
-    for config in configs:
+def generate(world: World) -> dict[str, tuple[list[list[int]], Books]]:
+    """Greedy tokens (rank 0) and this rank's books of each engine."""
+    found = {}
+    for name, (prompts, config) in ENGINES.items():
         engine = engine_on(world, tiny_llama(), config)
         world.ledger.clear()
         outputs = engine.generate(prompts, SamplingParams(temperature=0.0, max_tokens=NEW))
-        modes = engine._core.stats().mode_counts if engine._core else {}
-        tokens = [list(o.outputs[0].token_ids) for o in outputs]
-        found.append((tokens, world.ledger.schemes(), modes))
+        found[name] = ([list(o.outputs[0].token_ids) for o in outputs], world.ledger.schemes())
     return found
 
 
 def greedy(prompts: list[list[int]]) -> list[list[int]]:
-    """transformers' own tokens."""
+    """transformers' own tokens, every step from the whole sequence."""
     model = tiny_llama()
     out = []
     for prompt in prompts:
-        ids = torch.tensor([prompt])
-        full = model.generate(ids, max_new_tokens=NEW, do_sample=False, pad_token_id=0)
-        out.append(full[0, len(prompt) :].tolist())
+        ids = list(prompt)
+        with torch.inference_mode():
+            for _ in range(NEW):
+                ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        out.append(ids[len(prompt) :])
     return out
 
 
-def test_engine_books() -> None:
-    """Local requests put nothing on the wire in attention, whichever rank they live on; a spanning
-    prefill by ring and its decode by tree cost what the formulas say, layer by layer."""
-    kv = {"tokens_per_rank": 64, "block_size": 8}
-    configs = [
-        {"kv_cache": kv},
-        {"kv_cache": kv, "context_parallel": {"mode": "local"}},
-        {
-            "kv_cache": {**kv, "placement": "balanced"},
-            "context_parallel": {"local_threshold": 8, "ring_pass": "kv"},
-        },
-    ]
-    ranks = run_ranks(tokens_and_books, 3, configs[:2], PROMPTS)
-    for i in range(2):
-        tokens, _, modes = ranks[0][i]
-        assert tokens == greedy(PROMPTS)
-        assert set(modes) == {"local"} and sum(modes.values()) == len(PROMPTS) * NEW
-        for rank in range(3):
-            assert set(ranks[rank][i][1]) <= {"plan", "result"}
-        # not all on rank 0: others have sent their tokens
-        assert any("result" in ranks[rank][i][1] for rank in (1, 2))
+@pytest.fixture(scope="module")
+def engines() -> dict[str, list[Books]]:
+    """Every engine's books, by rank, once its tokens have been found right."""
+    ranks = run_ranks(generate, 3)
+    for name, (prompts, _) in ENGINES.items():
+        assert ranks[0][name][0] == greedy(prompts), name
+    return {name: [rank[name][1] for rank in ranks] for name in ENGINES}
 
 
-def test_engine_spanning_books() -> None:
-    """96 tokens in three even shares by ring, then decode by tree; and unequal budgets, where KV
-    travels to its home once."""
-    layers, num_heads, num_kv, e = 2, 4, 2, 4
-    prompt = [(7 * i) % 128 for i in range(96)]
-    even = {
-        "kv_cache": {"tokens_per_rank": 64, "block_size": 8, "placement": "balanced"},
-        "context_parallel": {"local_threshold": 8, "ring_pass": "kv"},
-    }
-    unequal = {
-        "kv_cache": {"tokens_per_rank": [128, 32, 32], "block_size": 8},
-        "context_parallel": {"local_threshold": 8, "layout": "contiguous"},
-    }
-    ranks = run_ranks(tokens_and_books, 3, [even, unequal], [prompt])
-    assert ranks[0][0][0] == ranks[0][1][0] == greedy([prompt])
-    assert ranks[0][0][2] == {"ring": 1, "tree": NEW - 1}
-    books = [found[0][1] for found in ranks]
-    assert sent(books, "ring_pass_kv") == [layers * 2 * 2 * 96 * num_kv * D * e // 3] * 3
-    assert rounds(books, "ring_pass_kv") == [layers * 2] * 3
+@pytest.mark.parametrize("name", ["auto", "local"])
+def test_local_requests_put_nothing_on_the_wire_in_attention(
+    engines: dict[str, list[Books]], name: str
+) -> None:
+    """Whichever rank they live on: plans go out, tokens come back, and that is all."""
+    books = engines[name]
+    assert set(books[0]) == {"plan"}
+    assert all(set(b) <= {"result"} for b in books[1:])
+    # Four requests of NEW tokens, token and log-probability in fp64 each; some live elsewhere.
+    back = sum(sent(books, "result"))
+    assert 0 < back <= 4 * NEW * 2 * 8 and back % (NEW * 2 * 8) == 0
+
+
+def test_spanning_requests_cost_the_formulas_in_every_layer(
+    engines: dict[str, list[Books]],
+) -> None:
+    """96 tokens in three even shares by ring; then NEW - 1 decode steps by tree."""
+    books, e = engines["spanning"], 4
+    assert sent(books, "ring_pass_kv") == [LAYERS * 2 * 2 * 96 * 2 * D * e // 3] * 3
+    assert rounds(books, "ring_pass_kv") == [LAYERS * 2] * 3
     steps = NEW - 1
-    assert sum(sent(books, "tree_q")) == steps * layers * 2 * num_heads * D * e
-    assert sum(sent(books, "tree_partials")) == steps * layers * 2 * num_heads * (D * e + LSE)
-    assert sum(sent(books, "ship_kv")) == 0
-    # All 96 live on rank 0 and are computed 32 / 32 / 32: 64 of them travel.
-    shipped = sent([found[1][1] for found in ranks], "ship_kv")
-    assert shipped == [0, layers * 32 * 2 * num_kv * D * e, layers * 32 * 2 * num_kv * D * e]
+    assert sum(sent(books, "tree_q")) == steps * LAYERS * 2 * 4 * D * e
+    assert sum(sent(books, "tree_partials")) == steps * LAYERS * 2 * 4 * (D * e + LSE)
+    assert max(rounds(books, "tree_q")) == max(rounds(books, "tree_partials")) == steps * LAYERS
+    attention = {"ring_pass_kv", "tree_q", "tree_partials"}
+    assert all(set(b) <= {"plan", "result"} | attention for b in books)
+
+
+def test_kv_travels_home_once(engines: dict[str, list[Books]]) -> None:
+    """All 96 live on rank 0 and are computed 32 / 32 / 32: 64 of them travel."""
+    one = 2 * 2 * D * 4
+    assert sent(engines["unequal"], "ship_kv") == [0, LAYERS * 32 * one, LAYERS * 32 * one]

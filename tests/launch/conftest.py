@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.launch.jobs import Job
-from tests.launch.tiny import make_tiny_model
+from tests.launch.tiny import greedy_tokens, make_tiny_model
 
 Start = Callable[..., Job]
 Write = Callable[..., str]
@@ -20,6 +20,12 @@ Write = Callable[..., str]
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directory of a tiny random Llama."""
     return make_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def expected(tiny: Path) -> list[list[int]]:
+    """Greedy tokens of transformers alone for ``PROMPTS``."""
+    return greedy_tokens(tiny)
 
 
 @pytest.fixture

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 POSITIONS = 512
 EOS = 257
+NEW = 12  # tokens to generate in the job that is the same everywhere
+LONG = (
+    "This prompt is longer than what one rank of the job can hold, so that it has to span several "
+    "of them, and the answer must be what a single process with room for all of it would say."
+)
+PROMPTS = ("Hello", LONG, [40, 41, 42])
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -47,3 +60,21 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
+
+
+def greedy_tokens(folder: Path) -> list[list[int]]:
+    """What transformers alone answers to ``PROMPTS``."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokens = []
+    for prompt in PROMPTS:
+        ids = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
+        whole = model.generate(torch.tensor([ids]), max_new_tokens=NEW, do_sample=False)
+        tokens.append(whole[0, len(ids) :].tolist())
+    return tokens
+
+
+def write_prompts(file: Path) -> str:
+    """``PROMPTS`` as JSON lines."""
+    file.write_text("".join(json.dumps(prompt) + "\n" for prompt in PROMPTS))
+    return str(file)

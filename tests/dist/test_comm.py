@@ -1,0 +1,514 @@
+"""Groups, exchanges and the plan channel: what they refuse, what arrives, that nothing hangs."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing as mp
+import os
+import socket
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import deepspeed.comm as ds_comm
+import psutil
+import pytest
+import torch
+
+from ds_cp.attention import LayerSpec, Span, attention
+from ds_cp.comm.control import Control
+from ds_cp.comm.ring import RingExchange
+from ds_cp.comm.tree import TreeExchange
+from ds_cp.comm.wire import Group, Pending, Rendezvous, World, join
+from ds_cp.errors import CommError, ConfigError, LaunchError
+from tests.oracle import full_attention
+from tests.ranks import RankError, run_ranks
+
+SIZES = [0, 1, Control.FRAME - 8, Control.FRAME - 7, 2**20, 3]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8]
+
+
+def refusal(kind: type[Exception], call: Callable[..., Any], *args: Any) -> str:
+    """The message of the error that ``call(*args)`` must raise."""
+    with pytest.raises(kind) as caught:
+        call(*args)
+    return str(caught.value)
+
+
+# --- four ranks, one start-up
+
+
+def four_ranks(world: World) -> dict[str, Any]:
+    whole = world.group("cp", [[0, 1, 2, 3]])
+    checks = [misuse_of_a_ring, refused_messages, refused_groups, messages_keep_their_order]
+    for check in checks:
+        check(world, whole)
+        whole.barrier()
+    return {
+        "sums": sums_over_sub_groups(world),
+        "plans": [plan(world, size) for size in SIZES],
+        "oversize": oversize(world),
+        "collected": collected(world),
+        "sub_world": sub_worlds(world),
+        "listening": listening(),
+        "alone": size_one_groups(world, whole),
+    }
+
+
+def misuse_of_a_ring(world: World, group: Group) -> None:
+    """A second post, a wait too many: refused before anything is sent, and the ring goes on."""
+    world.ledger.clear()
+    ring = RingExchange(group, [0, 1, 2, 3], "ring")
+    mine, there = torch.full((5,), float(world.rank)), torch.empty(5)
+    assert refusal(RuntimeError, ring.wait) == "ring: wait without a post"
+    for hop in range(1, 4):
+        ring.post(mine, there)
+        assert "post before" in refusal(RuntimeError, ring.post, mine, torch.empty(5))
+        assert ring.wait() is there
+        assert there.tolist() == [ring.origin(hop)] * 5 == [(world.rank - hop) % 4] * 5
+        assert refusal(RuntimeError, ring.wait) == "ring: wait without a post"
+        mine, there = there, torch.empty(5)
+    assert world.ledger["ring"].bytes == 3 * 5 * 4 and world.ledger["ring"].exchanges == 3
+    others = [r for r in range(4) if r != world.rank]
+    assert "not in the ring" in refusal(ValueError, RingExchange, group, others, "ring")
+
+    pending = group.exchange([(ring.next, mine)], [(ring.prev, there)], "once")
+    pending.wait()
+    assert "waited for twice" in refusal(RuntimeError, pending.wait)
+    nothing = group.exchange([], [], "once")
+    nothing.wait()
+    assert "waited for twice" in refusal(RuntimeError, nothing.wait)
+
+
+def refused_messages(world: World, group: Group) -> None:
+    """To oneself, outside the group, not contiguous: refused before anything is sent or booked."""
+    world.ledger.clear()
+    me, good, strided = world.rank, torch.ones(4), torch.ones(4, 4)[:, 1]
+    peer = (me + 1) % 4
+    for bad in (me, -1, 4):
+        for sends, recvs in (([(peer, good), (bad, good)], []), ([], [(peer, good), (bad, good)])):
+            text = refusal(ValueError, group.exchange, sends, recvs, "bad")
+            assert f"rank {me} cannot message rank {bad}" in text
+    for sends, recvs in (([(peer, good), (peer, strided)], []), ([], [(peer, strided)])):
+        text = refusal(ValueError, group.exchange, sends, recvs, "bad")
+        assert "must be contiguous" in text
+    assert "non-contiguous" in refusal(ValueError, group.all_reduce, strided, "bad")
+    assert strided.tolist() == [1.0] * 4
+    assert world.ledger.schemes() == {}
+
+
+def refused_groups(world: World, group: Group) -> None:
+    odd: list[list[list[int]]] = [
+        [[0, 1]], [[0, 1], [1, 2, 3]], [[0, 1, 2, 3, 4]], [[0, 0, 1, 2, 3]], [], [[]]
+    ]  # fmt: skip
+    for members in odd:
+        text = refusal(ValueError, world.group, "odd", members)
+        assert "is not a partition of 4 ranks" in text
+    others = [r for r in range(4) if r != world.rank]
+    assert "not a member" in refusal(ValueError, Group, "odd", others, world, None)
+
+
+def messages_keep_their_order(world: World, group: Group) -> None:
+    """Several messages of several dtypes and sizes to one peer, empty ones among them."""
+    world.ledger.clear()
+    me = group.rank
+    to, of = (me + 1) % 4, (me - 1) % 4
+
+    def message(rank: int, i: int) -> torch.Tensor:
+        length = (i * 7) % 5 * (rank + 1)  # the first is empty
+        return (torch.arange(length) + 10 * rank + i).to(DTYPES[i])
+
+    kinds = range(len(DTYPES))
+    sends = [(to, message(me, i)) for i in kinds]
+    recvs = [(of, torch.empty_like(message(of, i))) for i in kinds]
+    group.exchange(sends, recvs, "many").wait()
+    for i in kinds:
+        assert torch.equal(recvs[i][1], message(of, i)), (me, i)
+    payload = sum(message(me, i).numel() * message(me, i).element_size() for i in kinds)
+    assert world.ledger["many"].bytes == payload and world.ledger["many"].exchanges == 1
+
+
+def sums_over_sub_groups(world: World) -> list[Any]:
+    """deepspeed's ``inference_all_reduce`` ignores its group on CPU; ours must not."""
+    found: list[Any] = []
+    for dtype in (torch.float32, torch.bfloat16, torch.int32):
+        for members in ([[0, 2], [1, 3]], [[0], [1, 2, 3]], [[3, 2, 1, 0]], [[1], [0], [3], [2]]):
+            group = world.group("sum", members)
+            world.ledger.clear()
+            x = torch.full((3, 2), 10**world.rank, dtype=torch.int32).to(dtype)
+            group.all_reduce(x, "sum")
+            found.append((x.flatten().tolist(), world.ledger["sum"].bytes))
+    return found
+
+
+def plan(world: World, size: int) -> bool:
+    payload = bytes(i * 31 % 251 for i in range(size))
+    got = Control(world).broadcast(payload if world.rank == 0 else None)
+    return isinstance(got, bytes) and got == payload
+
+
+def oversize(world: World) -> list[str]:
+    """Rank 0 refuses to send it; a rank that is told of one refuses to make room for it."""
+    found = []
+    if world.rank == 0:
+        too_much = bytes(Control.LIMIT + 1)
+        found.append(refusal(CommError, Control(world).broadcast, too_much))
+        frame = torch.zeros(Control.FRAME, dtype=torch.uint8)
+        frame[:8] = torch.tensor(list((2**50).to_bytes(8, "little")), dtype=torch.uint8)
+        ds_comm.broadcast(frame, src=0)
+    else:
+        found.append(refusal(CommError, Control(world).broadcast, None))
+    assert plan(world, 100)  # the channel goes on
+    return found
+
+
+def collected(world: World) -> list[list[float]]:
+    """Rank r sends r rows, and rank 0's stay; then rank 2 sends alone and others nothing."""
+    mine = torch.full((world.rank, 2), world.rank + 0.5, dtype=torch.float64)
+    buffers = [torch.empty(r, 2, dtype=torch.float64) for r in range(4)]
+    world.ledger.clear()
+    others = list(enumerate(buffers))[1:] if world.rank == 0 else []
+    Control(world).collect(mine, others)
+    assert world.ledger["result"].bytes == 16 * world.rank
+    again = torch.zeros(1, 2, dtype=torch.float64)
+    if world.rank in (0, 2):
+        Control(world).collect(again + 7, [(2, again)] if world.rank == 0 else [])
+    else:
+        Control(world).collect(again[:0], [])
+    return [b.flatten().tolist() for b in [*buffers, again]] if world.rank == 0 else []
+
+
+def sub_worlds(world: World) -> list[float]:
+    """Errors of attention to fp64 in groups that do not start at rank 0, or run backwards."""
+    errors = []
+    for members in ([[0], [1, 2, 3]], [[2, 3], [0, 1]], [[3, 1], [2, 0]], [[1, 3, 0], [2]]):
+        group = world.group("part", members)
+        assert group.ranks == tuple(next(m for m in members if world.rank in m))
+        assert group.ranks[group.rank] == world.rank
+        assert sorted(group.ring) == list(range(group.size))
+        for mode, pass_ in (("ring", "kv"), ("ring", "q"), ("tree", "kv")):
+            errors.append(attention_error(group, mode, pass_))
+    return errors
+
+
+def attention_error(group: Group, mode: str, pass_: str) -> float:
+    """Each group on its own sequence of 5 tokens a rank."""
+    n = group.size
+    torch.manual_seed(sum(group.ranks))
+    q, k, v = (torch.randn(5 * n, heads, 8) for heads in (4, 2, 2))
+    runs = tuple(((5 * r, 5),) for r in range(n))
+    mine = slice(5 * group.rank, 5 * group.rank + 5)
+    out = attention(
+        q[mine], k[mine], v[mine], Span(runs, runs), group, LayerSpec(4, 2, 8, 0.5),
+        mode=mode, ring_pass=pass_,
+    )  # fmt: skip
+    at = torch.arange(5 * n)
+    ref, _ = full_attention(q, k, v, at, at, scale=0.5)
+    return float((out.double() - ref[mine]).abs().max() / ref.abs().max())
+
+
+def listening() -> list[str]:
+    """Addresses on which this process listens, with one open to all beside them."""
+    with socket.create_server(("0.0.0.0", 0)) as wide:
+        found = [
+            (c.laddr.ip, c.laddr.port)
+            for c in psutil.Process().net_connections(kind="tcp")
+            if c.status == psutil.CONN_LISTEN
+        ]
+        found.remove(("0.0.0.0", wide.getsockname()[1]))  # proof that the look-up sees such ones
+    return [ip for ip, _ in found]
+
+
+def size_one_groups(world: World, whole: Group) -> list[str]:
+    alone = world.group("alone", [[0], [1], [2], [3]])
+    found = without_calls(lambda: everything_alone(alone, world))
+    whole.barrier()
+    return found
+
+
+def without_calls(work: Callable[[], None]) -> list[str]:
+    """The names of ``deepspeed.comm``'s functions that ``work`` called."""
+    names = ["isend", "irecv", "all_reduce", "broadcast", "batch_isend_irecv", "new_group"]
+    kept, called = {name: getattr(ds_comm, name) for name in names}, []
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: called.append(name)
+
+    try:
+        for name in names:
+            setattr(ds_comm, name, note(name))
+        work()
+    finally:
+        for name, function in kept.items():
+            setattr(ds_comm, name, function)
+    return called
+
+
+def everything_alone(group: Group, world: World) -> None:
+    """Every entry of a group of one: no call, the same types, nothing booked."""
+    world.ledger.clear()
+    x = torch.arange(6.0).view(2, 3)
+    group.all_reduce(x, "sum")
+    assert x.flatten().tolist() == [0, 1, 2, 3, 4, 5]
+    group.barrier()
+    pending = group.exchange([], [], "none")
+    assert isinstance(pending, Pending)
+    pending.wait()
+    assert (group.size, group.rank, group.ring, group.hosts) == (1, 0, (0,), (0,))
+    assert RingExchange(group, [0], "ring").size == 1
+    tree = TreeExchange(group, [[2]], [[True]])
+    assert tree.levels_up() == 0
+    assert tree.share({(0, 0): x}, x[:0], "tree")[(0, 0)] is x
+    for mode, pass_ in (("local", "kv"), ("ring", "kv"), ("ring", "q"), ("tree", "kv")):
+        assert attention_error(group, mode, pass_) <= 2e-6
+    assert world.ledger.schemes() == {}
+
+
+@pytest.fixture(scope="module")
+def four() -> list[dict[str, Any]]:
+    """What four ranks found; misuse that was not refused has failed there, with its traceback."""
+    return run_ranks(four_ranks, 4)
+
+
+def test_all_reduce_sums_over_the_group_only(four: list[dict[str, Any]]) -> None:
+    """2(N-1)/N of the buffer per rank, too."""
+    tens = [1, 10, 100, 1000]
+    groups = [[{0, 2}, {1, 3}], [{0}, {1, 2, 3}], [{0, 1, 2, 3}], [{0}, {1}, {2}, {3}]]
+    for rank, found in enumerate(four):
+        cases = iter(found["sums"])
+        for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2), (torch.int32, 4)):
+            for partition in groups:
+                ranks = next(g for g in partition if rank in g)
+                want = float(torch.tensor(sum(tens[r] for r in ranks)).to(dtype))
+                n = len(ranks)
+                values, nbytes = next(cases)
+                assert values == pytest.approx([want] * 6, rel=2**-7)
+                assert nbytes == 2 * (n - 1) * 6 * size // n
+
+
+def test_plans_arrive_whole(four: list[dict[str, Any]]) -> None:
+    for found in four:
+        assert found["plans"] == [True] * len(SIZES)
+
+
+def test_a_plan_above_the_limit_is_refused(four: list[dict[str, Any]]) -> None:
+    assert four[0]["oversize"] == [f"a plan of {2**26 + 1} bytes is above the limit {2**26}"]
+    for found in four[1:]:
+        assert found["oversize"] == [f"a plan of {2**50} bytes is above the limit {2**26}"]
+
+
+def test_results_are_collected_by_sender(four: list[dict[str, Any]]) -> None:
+    assert four[0]["collected"] == [[], [1.5] * 2, [2.5] * 4, [3.5] * 6, [7.0] * 2]
+
+
+def test_groups_that_do_not_start_at_rank_0(four: list[dict[str, Any]]) -> None:
+    for found in four:
+        assert len(found["sub_world"]) == 12 and max(found["sub_world"]) <= 2e-6
+
+
+def test_a_one_host_job_listens_on_loopback_only(four: list[dict[str, Any]]) -> None:
+    assert four[0]["listening"]  # the store
+    for found in four:
+        assert set(found["listening"]) <= {"127.0.0.1", "::1"}
+
+
+def test_groups_of_one_make_no_call(four: list[dict[str, Any]]) -> None:
+    assert [found["alone"] for found in four] == [[]] * 4
+
+
+def alone_in_the_world(world: World) -> list[str]:
+    def work() -> None:
+        group = world.group("cp", [[0]])
+        everything_alone(group, world)
+        for size in SIZES:
+            assert plan(world, size)
+        Control(world).collect(torch.ones(2), [])
+        assert world.ledger.schemes() == {}
+
+    found = without_calls(work)
+    assert "above the limit" in refusal(
+        CommError, lambda: Control(world).broadcast(bytes(Control.LIMIT + 1))
+    )
+    return found
+
+
+def test_a_world_of_one_makes_no_call() -> None:
+    assert run_ranks(alone_in_the_world, 1) == [[]]
+
+
+# --- peers that are silent or gone
+
+
+def wait_for(path: Path, limit: float) -> None:
+    deadline = time.monotonic() + limit
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def timed(call: Callable[[], Any]) -> tuple[float, str]:
+    began = time.monotonic()
+    text = refusal(CommError, call)
+    return time.monotonic() - began, text
+
+
+def against_silence(world: World, done: Path) -> dict[str, tuple[float, str]]:
+    """Rank 0 says nothing until rank 1 has given up on every kind of call."""
+    pairs = {name: world.group(name, [[0, 1]]) for name in ("a", "b", "c")}
+    world.group("ready", [[0, 1]]).barrier()
+    if world.rank == 0:
+        wait_for(done, 60)
+        return {}
+    calls: dict[str, Callable[[], Any]] = {
+        "exchange": pairs["a"].exchange([], [(0, torch.empty(3))], "hello").wait,
+        "all_reduce": lambda: pairs["b"].all_reduce(torch.ones(3), "sum"),
+        "ring": lambda: one_hop(pairs["c"]),
+        "plan": lambda: Control(world).broadcast(None),
+    }
+    with ThreadPoolExecutor(len(calls)) as pool:  # each has its own group, so they wait at once
+        found = dict(zip(calls, pool.map(timed, calls.values()), strict=True))
+    done.touch()
+    return found
+
+
+def one_hop(group: Group) -> None:
+    ring = RingExchange(group, [0, 1], "ring")
+    ring.post(torch.ones(3), torch.empty(3))
+    ring.wait()
+
+
+def test_a_silent_peer_is_an_error_within_the_limit(tmp_path: Path) -> None:
+    """In groups too: torch gives a new group half an hour unless told otherwise."""
+    limit = 3.0
+    found = run_ranks(against_silence, 2, tmp_path / "done", comm_timeout=limit)[1]
+    names = {
+        "exchange": "hello in group a",
+        "all_reduce": "sum in group b",
+        "ring": "ring in group c",
+        "plan": "plan broadcast in group world",
+    }
+    for call, name in names.items():
+        seconds, text = found[call]
+        assert seconds < 10 * limit, (call, seconds)
+        assert text.startswith(f"{name}: a peer is gone or silent for 3 s"), text
+        assert "comm.timeout_s" in text and "\n" not in text
+    assert found["exchange"][0] >= 0.9 * limit  # a limit, not a refusal
+
+
+def against_death(world: World, notes: Path) -> None:
+    group = world.group("cp", [[0, 1, 2]])
+    group.barrier()
+    if world.rank == 1:
+        os._exit(7)
+    calls: list[Callable[[], Any]] = [
+        group.exchange([], [(1, torch.empty(3))], "hello").wait,
+        lambda: group.all_reduce(torch.ones(3), "sum"),
+    ]
+    found = [timed(call) for call in calls]
+    (notes / f"{world.rank}.json").write_text(json.dumps(found))
+
+
+def test_a_dead_peer_is_an_error_at_once(tmp_path: Path) -> None:
+    """Long before the limit of 60 s, on every rank that waits for it."""
+    with pytest.raises(RankError, match="rank 1"):
+        run_ranks(against_death, 3, tmp_path, comm_timeout=60)
+    for rank in (0, 2):
+        for seconds, text in json.loads((tmp_path / f"{rank}.json").read_text()):
+            assert seconds < 20
+            assert "in group cp: a peer is gone or silent" in text
+
+
+# --- joining
+
+
+def seat(rank: int, size: int, at: Rendezvous, timeout_s: float, digest: str = "") -> World:
+    return join(
+        rank, size, at, host="here", hosts=None, device=torch.device("cpu"), timeout_s=timeout_s,
+        digest=digest,
+    )  # fmt: skip
+
+
+def rejoin(world: World) -> list[str]:
+    """Join again, twice, with other digests; rank 0 names the ports while the ranks can talk."""
+    listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
+    ports = json.dumps([listener.getsockname()[1] for listener in listeners]).encode()
+    ports = Control(world).broadcast(ports if world.rank == 0 else None)
+    world.leave()
+    texts = []
+    for listener, port, digests in zip(listeners, json.loads(ports), ("aba", "abb"), strict=True):
+        at = Rendezvous("127.0.0.1", port, listener.fileno() if world.rank == 0 else None)
+        texts.append(refusal(ConfigError, seat, world.rank, 3, at, 30.0, digests[world.rank]))
+    return texts
+
+
+def test_ranks_started_differently_are_told_so() -> None:
+    """Every rank is, also those that agree with rank 0, and the last to read."""
+    for texts in run_ranks(rejoin, 3):
+        assert texts[0].startswith("ranks [1] were started with another config than rank 0")
+        assert texts[1].startswith("ranks [1, 2] were started with another config than rank 0")
+
+
+def join_in_vain(world: World) -> dict[str, tuple[float, str]]:
+    """Nobody else comes; nobody is there; the socket is not one."""
+
+    world.leave()
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        closed = other.getsockname()[1]
+    here, there = (
+        Rendezvous("127.0.0.1", port, listener.fileno()),
+        Rendezvous("127.0.0.1", closed),
+    )
+    with open(os.devnull) as file:
+        bad = Rendezvous("127.0.0.1", port, file.fileno())
+        refused = refusal(LaunchError, seat, 0, 2, bad, 2.0)
+    return {
+        "alone": timed(lambda: seat(0, 2, here, 2.0)),
+        "nobody": timed(lambda: seat(1, 2, there, 2.0)),
+        "not a socket": (0.0, refused),
+    }
+
+
+def test_joining_in_vain_ends_within_the_limit() -> None:
+    [found] = run_ranks(join_in_vain, 1)
+    for name in ("alone", "nobody"):
+        seconds, text = found[name]
+        assert seconds < 20
+        assert text.startswith(
+            f"rank {int(name == 'nobody')} of 2 could not join the others at 127.0"
+        )
+        assert "within 2 s" in text
+    assert "socket" in found["not a socket"][1]
+
+
+def join_with_an_empty_build_folder(folder: str, pipe: Any) -> None:
+    os.environ["TORCH_EXTENSIONS_DIR"] = folder
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    listener = socket.create_server(("127.0.0.1", 0))
+    at = Rendezvous("127.0.0.1", listener.getsockname()[1], listener.fileno())
+    world = seat(0, 1, at, 60.0)
+    from deepspeed.comm import comm
+    from deepspeed.ops import __compatible_ops__
+
+    pipe.send(
+        (__compatible_ops__["deepspeed_shm_comm"], comm.cdb is not None, comm.cdb.shm_comm_op)
+    )
+    world.leave()
+    os._exit(0)
+
+
+def test_deepspeed_compiles_nothing(tmp_path: Path) -> None:
+    """Its shared-memory op would take a compiler and a minute, and then ignore groups."""
+    context = mp.get_context("forkserver")
+    mine, theirs = context.Pipe(duplex=False)
+    folder = tmp_path / "extensions"
+    child = context.Process(target=join_with_an_empty_build_folder, args=(str(folder), theirs))
+    child.start()
+    assert mine.poll(60)
+    compatible, joined, op = mine.recv()
+    child.join(20)
+    assert (compatible, joined, op) == (False, True, None)
+    assert child.exitcode == 0
+    assert not folder.exists() or not any(folder.rglob("*"))

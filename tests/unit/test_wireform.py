@@ -1,0 +1,104 @@
+"""Partials on the wire, byte by byte: out in the model's dtype, then lse in fp32, per query."""
+
+from __future__ import annotations
+
+import struct
+
+import pytest
+import torch
+
+from ds_cp.attention.spec import LayerSpec
+from ds_cp.attention.state import NEG_INF, Partial
+from ds_cp.attention.wireform import pack_partial, row_bytes, unpack_partial
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def spec_of(num_heads: int, head_dim: int) -> LayerSpec:
+    return LayerSpec(num_heads, 1, head_dim, 1.0)
+
+
+def partial_of(num_tokens: int, num_heads: int, head_dim: int) -> Partial:
+    gen = torch.Generator().manual_seed(3)
+    out = torch.randn(num_tokens, num_heads, head_dim, generator=gen)
+    lse = torch.randn(num_tokens, num_heads, generator=gen) * 30
+    if num_tokens > 1:
+        out[1], lse[1] = 0.0, NEG_INF  # a query that saw nothing
+    return Partial(out, lse)
+
+
+@pytest.mark.parametrize(
+    ("num_heads", "head_dim", "dtype", "want"),
+    [
+        (32, 128, torch.bfloat16, 8_320),  # 32 * (128 * 2 + 4)
+        (32, 128, torch.float32, 16_512),  # 32 * (128 * 4 + 4)
+        (9, 64, torch.float32, 2_340),  # 9 * (64 * 4 + 4)
+        (1, 3, torch.float16, 10),  # 1 * (3 * 2 + 4)
+    ],
+)
+def test_row_bytes(num_heads: int, head_dim: int, dtype: torch.dtype, want: int) -> None:
+    spec = spec_of(num_heads, head_dim)
+    assert row_bytes(spec, dtype) == want
+    packed = pack_partial(partial_of(5, num_heads, head_dim), dtype)
+    assert packed.shape == (5, want) and packed.dtype == torch.uint8 and packed.is_contiguous()
+
+
+def test_a_row_read_by_hand() -> None:
+    """Two queries, H = 2, D = 3, fp32: six numbers of out, then two of lse, in each row."""
+    out = torch.tensor([[[1.5, -2.0, 0.25], [3.0, 4.0, -0.5]], [[0.0] * 3, [9.0, 8.0, 7.0]]])
+    lse = torch.tensor([[0.125, -7.5], [NEG_INF, 88.0]])
+    rows = pack_partial(Partial(out, lse), torch.float32)
+    first = struct.unpack("=8f", bytes(rows[0].tolist()))
+    second = struct.unpack("=8f", bytes(rows[1].tolist()))
+    assert first == (1.5, -2.0, 0.25, 3.0, 4.0, -0.5, 0.125, -7.5)
+    assert second == (0.0, 0.0, 0.0, 9.0, 8.0, 7.0, NEG_INF, 88.0)
+
+
+def test_a_bf16_row_read_by_hand() -> None:
+    """bf16 is the upper half of fp32, rounded to nearest even; lse keeps all of its bits."""
+    out = torch.tensor([[[1.0, 1.0 + 2**-8, 1.0 + 3 * 2**-8]]])
+    lse = torch.tensor([[1.0 + 2**-20]])
+    row = bytes(pack_partial(Partial(out, lse), torch.bfloat16)[0].tolist())
+    halves = struct.unpack("=3H", row[:6])
+    widened = [struct.unpack("=f", struct.pack("=I", half << 16))[0] for half in halves]
+    assert widened == [1.0, 1.0, 1.0 + 2 * 2**-7]
+    assert struct.unpack("=f", row[6:]) == (1.0 + 2**-20,)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_tokens", [0, 1, 7])
+def test_roundtrip_rounds_once(dtype: torch.dtype, num_tokens: int) -> None:
+    """fp32 comes back bit for bit, the others after one rounding; lse always bit for bit."""
+    part, spec = partial_of(num_tokens, 3, 5), spec_of(3, 5)
+    back = unpack_partial(pack_partial(part, dtype), spec, dtype)
+    assert back.out.dtype == back.lse.dtype == torch.float32
+    assert back.out.shape == (num_tokens, 3, 5) and back.lse.shape == (num_tokens, 3)
+    assert torch.equal(back.lse, part.lse)
+    assert torch.equal(back.out, part.out.to(dtype).to(torch.float32))
+    again = unpack_partial(pack_partial(back, dtype), spec, dtype)
+    assert torch.equal(again.out, back.out)  # a second trip changes nothing
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_strided_partials_and_slices_of_rows(dtype: torch.dtype) -> None:
+    """Kernels return transposed views; receivers cut one buffer into several blocks."""
+    part, spec = partial_of(6, 3, 5), spec_of(3, 5)
+    strided = Partial(
+        part.out.transpose(0, 1).contiguous().transpose(0, 1), part.lse.T.contiguous().T
+    )
+    assert not strided.out.is_contiguous() and not strided.lse.is_contiguous()
+    rows = pack_partial(part, dtype)
+    assert torch.equal(pack_partial(strided, dtype), rows)
+    low, high = (unpack_partial(block, spec, dtype) for block in rows.split([2, 4]))
+    whole = unpack_partial(rows, spec, dtype)
+    assert torch.equal(torch.cat([low.out, high.out]), whole.out)
+    assert torch.equal(torch.cat([low.lse, high.lse]), whole.lse)
+
+
+def test_unpacking_copies() -> None:
+    """A receive buffer that is used again must not change a partial that was read from it."""
+    part, spec = partial_of(4, 3, 5), spec_of(3, 5)
+    rows = pack_partial(part, torch.float32)
+    back = unpack_partial(rows, spec, torch.float32)
+    rows.zero_()
+    assert torch.equal(back.out, part.out) and torch.equal(back.lse, part.lse)
