@@ -25,7 +25,7 @@ STOP_S = 10.0
 
 def generate(args: argparse.Namespace, env: Mapping[str, str]) -> int:
     """Complete every prompt and print the results. Returns the exit code."""
-    config = job_config(args, {})
+    config = job_config(args, {}, env)
     # The other ranks follow rank 0, and need not have the file on their host.
     prompts = read_prompts(args) if peek_rank(env) == 0 else Prompts()
     if starts_ranks(args, env):

@@ -13,21 +13,27 @@ from ds_cp.cli_spawn import LAUNCHER, spawn
 from ds_cp.config import Config, load_config, looks_like_path
 from ds_cp.config_models import MAX_RANKS
 from ds_cp.errors import LaunchError, ModelError, TopologyError
-from ds_cp.topology import Job, Topology, detect, resolve_grid
+from ds_cp.model.source import find_model
+from ds_cp.topology import Job, Topology, detect, peek_rank, resolve_grid
 from ds_cp.topology.mpi import launched_by_mpi
 
 
-def job_config(args: argparse.Namespace, overrides: Mapping[str, Any]) -> Config:
-    """The config with what the command line replaces. The model is there, or is a hub name."""
+def job_config(
+    args: argparse.Namespace, overrides: Mapping[str, Any], env: Mapping[str, str]
+) -> Config:
+    """The config with what the command line replaces. On rank 0 the model is there and whole, or is
+    a hub name; the others' models are looked at where one rank can speak for all."""
     given = {key: value for key, value in overrides.items() if value is not None}
     if args.model is not None:
         given["model"] = args.model
     elif args.config is None:
         raise LaunchError("give --config FILE (for example configs/quickstart.json) or --model")
     config = load_config(args.config if args.config is not None else {}, given)
-    if not Path(config.model).exists() and looks_like_path(config.model):
-        hint = "; make model brings it" if "smollm2" in config.model else ""
-        raise ModelError(f"no model at {config.model} (from {Path.cwd()}){hint}")
+    if peek_rank(env) == 0:
+        if not Path(config.model).exists() and looks_like_path(config.model):
+            hint = "make model brings it" if "smollm2" in config.model else "set model to its path"
+            raise ModelError(f"no model at {config.model} (from {Path.cwd()}); {hint}")
+        find_model(config.model)
     return config
 
 

@@ -13,7 +13,7 @@ STOP_S = 10.0  # on top of the time that running requests get
 
 def serve(args: argparse.Namespace, env: Mapping[str, str]) -> int:
     """Serve until told to stop. Returns the exit code."""
-    config = job_config(args, {"server.host": args.host, "server.port": args.port})
+    config = job_config(args, {"server.host": args.host, "server.port": args.port}, env)
     if peek_rank(env) == 0:
         check_address(config)
     if starts_ranks(args, env):

@@ -161,8 +161,8 @@ class Scheduler(_Section):
     )
     max_num_batched_tokens: Auto | Tokens = Field(
         default="auto",
-        description="most tokens of one step over all ranks; a longer prompt is prefilled in "
-        "chunks of this",
+        description="most prompt tokens of one step over all ranks, less one per running request; "
+        "a longer prompt is prefilled in chunks of this",
         json_schema_extra=_unit("tokens"),
     )
     max_queue: Annotated[int, Field(ge=1, le=1 << 20)] = Field(

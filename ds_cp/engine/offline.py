@@ -63,26 +63,34 @@ def init_inference(
         tokenizer = load_tokenizer(source)
     for name, value in socket_environment(job).items():
         os.environ.setdefault(name, value)
+    before = model.config._attn_implementation if isinstance(model, Decoder) else None
     world, threads = join_job(job, config)
     try:
         worker, facts = build_worker(world, config, source, threads)
     except BaseException:
         world.leave()
         raise
-    return LLMEngine(world, worker, facts, config, tokenizer)
+    return LLMEngine(world, worker, facts, config, tokenizer, before)
 
 
 class LLMEngine:
     """Generates on rank 0 (the driver); the other ranks follow inside the same calls."""
 
     def __init__(
-        self, world: World, worker: Worker, facts: Facts, config: Config, tokenizer: Any | None
+        self,
+        world: World,
+        worker: Worker,
+        facts: Facts,
+        config: Config,
+        tokenizer: Any | None,
+        attention_before: str | None = None,
     ) -> None:
         self.facts = facts
         self.tokenizer = tokenizer
         self._world: World | None = world
         self._worker = worker
         self._config = config
+        self._attention_before = attention_before  # what a model of the caller's is given back
         self._numbers = 0
         self._core: EngineCore | None = None
         if self.is_driver:
@@ -190,8 +198,11 @@ class LLMEngine:
         return list(params)
 
     def shutdown(self) -> None:
-        """Leave the job. Every rank calls it; calling it again does nothing."""
+        """Leave the job. Every rank calls it; calling it again does nothing. A model object that the
+        caller brought works with transformers alone again."""
         if self._world is not None:
+            if self._attention_before is not None:
+                self._worker.model.set_attn_implementation(self._attention_before)
             self._world.leave()
             self._world = None
 

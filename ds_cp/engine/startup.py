@@ -34,7 +34,7 @@ from ds_cp.errors import (
 from ds_cp.kv.pool import KVPool, bytes_per_token
 from ds_cp.model.loading import choose_dtype, load_config, load_model
 from ds_cp.model.shard import shard_model
-from ds_cp.model.source import ModelSource
+from ds_cp.model.source import ModelSource, find_model
 from ds_cp.model.wiring import Decoder, check_exact, check_positions, probe_layers
 from ds_cp.topology.hosts import Grid, resolve_grid
 from ds_cp.topology.job import Job
@@ -79,9 +79,13 @@ def join_job(job: Job, config: Config) -> tuple[World, int]:
 
 
 def build_worker(
-    world: World, config: Config, model: Decoder | ModelSource, threads: int
+    world: World, config: Config, model: Decoder | ModelSource | None, threads: int
 ) -> tuple[Worker, Facts]:
-    """Load, shard, check and wire the model, and allocate this rank's KV. Collective."""
+    """Load, shard, check and wire the model, and allocate this rank's KV. Collective.
+
+    ``model``: ``None`` for the config's, looked up here, so that a rank that does not find it can
+    say so.
+    """
     grid = resolve_grid(
         world.topology, config.context_parallel.size, config.tensor_parallel.tp_size
     )
@@ -89,7 +93,8 @@ def build_worker(
     tp = world.group("tp", grid.tp_groups())
 
     def load() -> tuple[Decoder, list[LayerSpec], Any, str, int, float]:
-        decoder = _load(config, model, world.device)
+        source = find_model(config.model) if model is None else model
+        decoder = _load(config, source, world.device)
         text = decoder.config.get_text_config()
         length = _max_model_len(config, text.max_position_embeddings)
         check_positions(decoder, length)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +39,13 @@ def load_config(source: ModelSource) -> Any:
 
     where, extra = _where(source)
     try:
-        config = AutoConfig.from_pretrained(where, trust_remote_code=False, **extra)
+        with _quiet():
+            config = AutoConfig.from_pretrained(where, trust_remote_code=False, **extra)
     except (ValueError, KeyError) as err:
-        first = " ".join(str(err).split())[:300]
-        raise UnsupportedModelError(f"model {source.where}: {first}") from err
+        first = " ".join(str(err).split()).split(". ")[0][:300]
+        raise UnsupportedModelError(
+            f"model {source.where}: {first}; choose a decoder that this version of transformers knows"
+        ) from err
     except (OSError, ImportError) as err:
         raise ModelError(f"model {source.where} cannot be read: {_first_line(err)}") from err
     if getattr(config, "is_encoder_decoder", False):
@@ -58,16 +63,15 @@ def load_model(source: ModelSource, dtype: torch.dtype, device: torch.device) ->
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging as hf_logging
 
     where, extra = _where(source)
     safe = source.kind != "gguf" or None
-    hf_logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            where, dtype=dtype, trust_remote_code=False, use_safetensors=safe,
-            **extra,
-        )  # fmt: skip
+        with _quiet():
+            model, found = AutoModelForCausalLM.from_pretrained(
+                where, dtype=dtype, trust_remote_code=False, use_safetensors=safe,
+                output_loading_info=True, **extra,
+            )  # fmt: skip
     except SafetensorError as err:
         raise ModelError(f"model {source.where}: damaged weights: {_first_line(err)}") from err
     except (OSError, ImportError) as err:
@@ -77,7 +81,26 @@ def load_model(source: ModelSource, dtype: torch.dtype, device: torch.device) ->
             f"model {source.where} is not a causal decoder that transformers can build: "
             f"{_first_line(err)}"
         ) from err
+    if missing := sorted(found["missing_keys"]):  # transformers would make them up at random
+        raise ModelError(
+            f"model {source.where} lacks {len(missing)} of its weights, the first is {missing[0]}: "
+            "fetch the model again, or check that its config.json belongs to its weights"
+        )
     return model.eval().to(device)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What transformers would log or draw while loading is in our own errors, or does not matter."""
+    from transformers.utils import logging as hf_logging
+
+    before = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(before)
 
 
 def load_tokenizer(source: ModelSource) -> Any:

@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,17 +42,15 @@ def serve(config: Config, job: Job) -> int:
 
     Raises ``LaunchError`` or ``ModelError`` before anything is started.
     """
-    source = find_model(config.model)
-    code = asyncio.run(_Agent(config, job, source).run())
+    code = asyncio.run(_Agent(config, job).run())
     gc.freeze()  # the interpreter's last collection would look at all of torch, for seconds
     return code
 
 
 class _Agent:
-    def __init__(self, config: Config, job: Job, source: ModelSource) -> None:
+    def __init__(self, config: Config, job: Job) -> None:
         self._config = config
         self._job = job
-        self._source = source
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()  # end now rather than drain
         self._loaded = False  # the worker can run plans
@@ -61,14 +60,15 @@ class _Agent:
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
-        listener = self._bind() if self._job.rank == 0 else None
+        leads = self._job.rank == 0
+        found = (find_model(self._config.model), self._bind()) if leads else None
         for number in SIGNALS:
             loop.add_signal_handler(number, self._on_signal, number)
         with _worker(self._config, self._job) as (process, border):
             watch = asyncio.create_task(self._watch(process))
             try:
-                if listener is not None:
-                    await self._front(border, listener)
+                if found is not None:
+                    await self._front(border, *found)
                 else:
                     await self._follow(border)
                 await asyncio.wait({watch}, timeout=LEAVE_S)
@@ -83,7 +83,7 @@ class _Agent:
 
     # --- rank 0: the front
 
-    async def _front(self, border: Border, listener: socket.socket) -> None:
+    async def _front(self, border: Border, source: ModelSource, listener: socket.socket) -> None:
         from ds_cp.serve.app import create_app
         from ds_cp.serve.async_engine import AsyncEngine, WorkerLostError
         from ds_cp.serve.http import serve_until
@@ -113,7 +113,13 @@ class _Agent:
                 loop.call_soon_threadsafe(self._fail, str(err), exit_code)
 
         engine = AsyncEngine(
-            self._config, self._source.name, border, loop, self._tokenizer, on_ready, on_death
+            self._config,
+            source.name,
+            border,
+            loop,
+            partial(_load_tokenizer, source),
+            on_ready,
+            on_death,
         )
         engine.start()
         app = create_app(engine, settings)
@@ -127,11 +133,6 @@ class _Agent:
         await serving
         if not hurried:
             await engine.stop(LEAVE_S if self._loaded else 0.0)
-
-    def _tokenizer(self) -> Any:
-        from ds_cp.model.loading import load_tokenizer
-
-        return load_tokenizer(self._source)
 
     # --- other ranks
 
@@ -192,6 +193,12 @@ class _Agent:
         if not self._told:
             self._fail(f"the worker of rank {self._job.rank} was ended by {how}", 1)
         self._stop.set()
+
+
+def _load_tokenizer(source: ModelSource) -> Any:
+    from ds_cp.model.loading import load_tokenizer  # the agents of other ranks go without torch
+
+    return load_tokenizer(source)
 
 
 def _launcher_processes() -> list[psutil.Process]:

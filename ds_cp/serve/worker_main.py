@@ -21,7 +21,6 @@ from ds_cp.errors import DsCpError
 from ds_cp.serve.border import Border, Failed, Ready, Result, WorkerSpec
 
 if TYPE_CHECKING:
-    from ds_cp.comm.wire import World
     from ds_cp.engine.worker import Worker
 
 PR_SET_PDEATHSIG = 1
@@ -48,7 +47,6 @@ def _work(border: Border, spec: WorkerSpec) -> None:
     from ds_cp.config import Config
     from ds_cp.engine.decisions import summary
     from ds_cp.engine.startup import build_worker, join_job
-    from ds_cp.model.source import find_model
     from ds_cp.topology.job import Job
 
     config = Config.model_validate_json(_json(spec.config))
@@ -58,16 +56,16 @@ def _work(border: Border, spec: WorkerSpec) -> None:
     listener = socket.socket(fileno=spec.listen_fd) if spec.listen_fd >= 0 else None
     job = Job(**fields, store_socket=listener)
     world, threads = join_job(job, config)
-    worker, facts = build_worker(world, config, find_model(config.model), threads)
+    worker, facts = build_worker(world, config, None, threads)
     border.send(Ready(facts, tuple(summary(config, facts))))
     if world.rank == 0:
-        _lead(border, world, worker)
+        _lead(border, worker)
     else:
         worker.follow()
     world.leave()  # not after a failure: it may wait for a peer that is gone
 
 
-def _lead(border: Border, world: World, worker: Worker) -> None:
+def _lead(border: Border, worker: Worker) -> None:
     """Rank 0: run the plans that the front sends, up to the one that says stop."""
     while True:
         plan: StepPlan = border.receive(StepPlan)
@@ -75,7 +73,7 @@ def _lead(border: Border, world: World, worker: Worker) -> None:
         sampled = worker.lead(plan)
         if plan.kind == "stop":
             return
-        sent = {k: (e.bytes, e.exchanges) for k, e in world.ledger.schemes().items()}
+        sent = {k: (e.bytes, e.exchanges) for k, e in worker.world.ledger.schemes().items()}
         border.send(Result(tuple(sampled), time.perf_counter() - began, sent))
 
 

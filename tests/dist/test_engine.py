@@ -148,7 +148,7 @@ def same_tokens(world: World, want: dict[str, list[Ids]]) -> list[str]:
             world, model, 240 if mode[0] == "local" else 240 // size, mode,
             context_parallel={"layout": ("zigzag", "contiguous")[n % 2]},
             kv_cache={"placement": placement},
-            scheduler={"max_num_batched_tokens": ("auto", 16, 50)[n // 2 % 3]},
+            scheduler={"max_num_batched_tokens": ("auto", 64, 16, "auto", 64)[n % 5]},
         )  # fmt: skip
         outputs = engine.generate(prompts, params)
         case = f"{mode} {placement} case {n}"

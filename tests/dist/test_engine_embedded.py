@@ -86,22 +86,20 @@ def object_and_its_errors(world: World) -> None:
     with pytest.raises(RuntimeError, match="after shutdown"):
         engine.generate([1], greedy(1))
     # the model is the caller's: transformers runs it again as before
-    model.set_attn_implementation("sdpa")
     assert hf_greedy(model, prompts[0], 5) == want[0]
 
 
 def more_prompts_than_the_queue(world: World) -> None:
     """A bad prompt far behind is refused before the first one runs; good ones all come out."""
     model = tiny_llama(initializer_range=0.2)
+    prompts = [make_prompt(n) for n in (3, 9, 2, 5, 8, 1, 4)]
+    want = [hf_greedy(model, prompt, 2) for prompt in prompts]
     config = {**CONFIG, "scheduler": {"max_queue": 2, "max_num_seqs": 1}}
     engine = ds_cp.init_inference(model, config, env=NOBODY)
-    prompts = [make_prompt(n) for n in (3, 9, 2, 5, 8, 1, 4)]
     with pytest.raises(CapacityError):
         engine.generate([*prompts, [1] * 129], greedy(1))
     assert engine._core.stats().steps == 0  # type: ignore[union-attr]
-    want = [hf_greedy(model, prompt, 2) for prompt in prompts]
-    engine_tokens = tokens_of(engine.generate(prompts, greedy(2)))
-    assert engine_tokens == want
+    assert tokens_of(engine.generate(prompts, greedy(2))) == want
     engine.shutdown()
 
 
@@ -226,7 +224,6 @@ def real_model(world: World, folder: str, prompts: Sequence[Ids], want: Sequence
 def test_smollm2_on_two_ranks(smollm2: Path) -> None:
     prompts = real_prompts(smollm2)
     assert tuple(map(len, prompts)) == REAL_LENGTHS
-    torch.set_num_threads(2)
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
     want = [hf_greedy(model, prompt, REAL_NEW) for prompt in prompts]
     del model

@@ -475,8 +475,8 @@ def test_local_requests_put_nothing_on_the_wire_in_attention(
 ) -> None:
     """Whichever rank they live on: plans go out, tokens come back, and that is all."""
     books = engines[name]
-    assert set(books[0]) == {"plan"}
-    assert all(set(b) <= {"result"} for b in books[1:])
+    assert all(set(b) <= {"plan", "result"} for b in books)
+    assert sent(books, "plan")[1:] == [0, 0] and sent(books, "result")[0] == 0
     # Four requests of NEW tokens, token and log-probability in fp64 each; some live elsewhere.
     back = sum(sent(books, "result"))
     assert 0 < back <= 4 * NEW * 2 * 8 and back % (NEW * 2 * 8) == 0

@@ -31,8 +31,10 @@ def one_rank(monkeypatch) -> None:
 
 @pytest.fixture
 def config(tmp_path: Path) -> str:
-    """A config whose model folder exists."""
+    """A config whose model folder looks whole."""
     (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "model" / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     file = tmp_path / "config.json"
     file.write_text(json.dumps({"model": str(tmp_path / "model"), "server": {"port": 0}}))
     return str(file)
