@@ -34,7 +34,7 @@ class Tile(NamedTuple):
 
 @lru_cache(maxsize=4096)  # layers ask the same question in turn
 def cover(q_runs: Runs, k_runs: Runs, window: int | None) -> tuple[Tile, ...]:
-    """Tiles that together hold every visible (query, key) pair exactly once, rows ascending."""
+    """Tiles that together hold every visible (query, key) pair exactly once."""
     keys = _stored(k_runs)
     tiles: list[Tile] = []
     row = 0

@@ -198,8 +198,8 @@ class LLMEngine:
         return list(params)
 
     def shutdown(self) -> None:
-        """Leave the job. Every rank calls it; calling it again does nothing. A model object that the
-        caller brought works with transformers alone again."""
+        """Leave the job. Every rank calls it; calling it again does nothing. A model object that
+        the caller brought works with transformers alone again."""
         if self._world is not None:
             if self._attention_before is not None:
                 self._worker.model.set_attn_implementation(self._attention_before)

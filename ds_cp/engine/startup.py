@@ -96,12 +96,12 @@ def build_worker(
         source = find_model(config.model) if model is None else model
         decoder = _load(config, source, world.device)
         text = decoder.config.get_text_config()
-        length = _max_model_len(config, text.max_position_embeddings)
-        check_positions(decoder, length)
         kernel_name, kernel = get_kernel(config.attention.backend, world.device, decoder.dtype)
         shard_model(decoder, tp)
         layers = probe_layers(decoder)
         _check_heads(text, layers, tp.size)
+        length = _max_model_len(config, getattr(text, "max_position_embeddings", None))
+        check_positions(decoder, length)
         error = check_exact(decoder, layers, kernel)
         return decoder, layers, kernel, kernel_name, length, error
 
@@ -214,10 +214,15 @@ def _load(config: Config, model: Decoder | ModelSource, device: torch.device) ->
     return load_model(model, dtype, device)
 
 
-def _max_model_len(config: Config, limit: int) -> int:
+def _max_model_len(config: Config, limit: int | None) -> int:
     if config.max_model_len == "auto":
+        if limit is None:
+            raise ConfigError(
+                "the model's config.json has no max_position_embeddings, so max_model_len cannot "
+                "be auto: set it to the number of tokens that the model was made for"
+            )
         return limit
-    if config.max_model_len > limit:
+    if limit is not None and config.max_model_len > limit:
         raise ConfigError(
             f"max_model_len is {config.max_model_len}, but the model was made for {limit} "
             "positions; "

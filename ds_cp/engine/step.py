@@ -55,7 +55,7 @@ class StepContext:
         self._shipments: list[_Shipment] = []
         write_rows: list[int] = []
         write_extents: list[tuple[int, int]] = []
-        batches: dict[tuple[str, str], list[tuple[Span, _Part]]] = {}
+        batches: dict[tuple[str, str, tuple[int, ...]], list[tuple[Span, _Part]]] = {}
         for item in plan.items:
             part = self._add(item, me)
             span = self._span(item)
@@ -65,10 +65,12 @@ class StepContext:
                 write_rows += range(*part.rows)
                 write_extents += shard.new_extents
             if item.mode != "local" or item.shard(me) is not None:
-                batches.setdefault((item.mode, item.ring_pass), []).append((span, part))
+                # A ring visits the ranks of its items, so items of one span share a ring.
+                around = tuple(s.rank for s in item.shards) if item.mode == "ring" else ()
+                batches.setdefault((item.mode, item.ring_pass, around), []).append((span, part))
         self._modes = [
             (make_mode(mode, pass_, [span for span, _ in batch], group), [p for _, p in batch])
-            for (mode, pass_), batch in sorted(batches.items())
+            for (mode, pass_, _), batch in sorted(batches.items(), key=lambda pair: pair[0])
         ]
         self._write_extents = join(write_extents)
         self._write_all = len(write_rows) == len(self.token_ids)
@@ -77,7 +79,7 @@ class StepContext:
             positions(self._write_extents), dtype=torch.int64, device=device
         )
         self.num_rows = len(self.token_ids)
-        self.spans = any(mode != "local" for mode, _ in batches) or bool(self._shipments)
+        self.spans = any(mode != "local" for mode, _, _ in batches) or bool(self._shipments)
 
     def _add(self, item: Item, me: int) -> _Part:
         """Append my new tokens of ``item`` to the flat batch."""

@@ -44,7 +44,7 @@ def load_config(source: ModelSource) -> Any:
     except (ValueError, KeyError) as err:
         first = " ".join(str(err).split()).split(". ")[0][:300]
         raise UnsupportedModelError(
-            f"model {source.where}: {first}; choose a decoder that this version of transformers knows"
+            f"model {source.where}: {first}; choose a decoder that this transformers knows"
         ) from err
     except (OSError, ImportError) as err:
         raise ModelError(f"model {source.where} cannot be read: {_first_line(err)}") from err
@@ -68,7 +68,7 @@ def load_model(source: ModelSource, dtype: torch.dtype, device: torch.device) ->
     safe = source.kind != "gguf" or None
     try:
         with _quiet():
-            model, found = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 where, dtype=dtype, trust_remote_code=False, use_safetensors=safe,
                 output_loading_info=True, **extra,
             )  # fmt: skip
@@ -81,6 +81,7 @@ def load_model(source: ModelSource, dtype: torch.dtype, device: torch.device) ->
             f"model {source.where} is not a causal decoder that transformers can build: "
             f"{_first_line(err)}"
         ) from err
+    model, found = loaded
     if missing := sorted(found["missing_keys"]):  # transformers would make them up at random
         raise ModelError(
             f"model {source.where} lacks {len(missing)} of its weights, the first is {missing[0]}: "
@@ -91,7 +92,7 @@ def load_model(source: ModelSource, dtype: torch.dtype, device: torch.device) ->
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """What transformers would log or draw while loading is in our own errors, or does not matter."""
+    """What transformers would log while loading is in our own errors, or does not matter."""
     from transformers.utils import logging as hf_logging
 
     before = hf_logging.get_verbosity()
@@ -109,7 +110,8 @@ def load_tokenizer(source: ModelSource) -> Any:
 
     where, extra = _where(source)
     try:
-        return AutoTokenizer.from_pretrained(where, trust_remote_code=False, **extra)
+        with _quiet():
+            return AutoTokenizer.from_pretrained(where, trust_remote_code=False, **extra)
     except (OSError, ValueError, KeyError, ImportError) as err:
         raise ModelError(
             f"model {source.where} has no usable tokenizer: {_first_line(err)}"
