@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -45,15 +46,12 @@ STEPS = 6
 @pytest.fixture(scope="module")
 def hosts() -> Iterator[Hosts]:
     pytest.importorskip("mpi4py", reason="mpi4py is not installed: pip install ds_cp[mpi]")
-    bed = two_hosts()
-    try:
-        found = bed.__enter__()
-    except NamespaceError as error:
-        pytest.skip(str(error))
-    try:
+    with ExitStack() as stack:
+        try:
+            found = stack.enter_context(two_hosts())
+        except NamespaceError as error:
+            pytest.skip(str(error))
         yield found
-    finally:
-        bed.__exit__(None, None, None)
 
 
 def run(hosts: Hosts, argv: list[str], slots: tuple[int, int]) -> str:
