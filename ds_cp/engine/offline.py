@@ -52,17 +52,21 @@ def init_inference(
     Raises the typed errors of ``ds_cp.errors``, on every rank, when the job cannot start.
     """
     name = model.config.name_or_path if isinstance(model, Decoder) else os.fspath(model)
-    if not isinstance(config, Config):
-        raw: Any = {} if config is None else config
-        config = load_config(raw, {"model": name or "a loaded model"})
-    source = model if isinstance(model, Decoder) else find_model(os.fspath(model))
+    if isinstance(config, Config):
+        config = config.model_copy(update={"model": name}) if name else config
+    else:
+        config = load_config(config or {}, {"model": name or "a loaded model"})
     if job is None:
         job = detect(os.environ if env is None else env, hosts=config.comm.hosts,
                      interface=config.comm.interface, timeout_s=config.comm.timeout_s)  # fmt: skip
-    if tokenizer is None and isinstance(source, ModelSource) and job.rank == 0:
-        tokenizer = load_tokenizer(source)
-    for name, value in socket_environment(job).items():
-        os.environ.setdefault(name, value)
+    source: Decoder | ModelSource | None = None  # looked up where its absence can be reported
+    if isinstance(model, Decoder):
+        source = model
+    elif job.rank == 0:
+        source = find_model(config.model)
+        tokenizer = load_tokenizer(source) if tokenizer is None else tokenizer
+    for variable, value in socket_environment(job).items():
+        os.environ.setdefault(variable, value)
     before = model.config._attn_implementation if isinstance(model, Decoder) else None
     world, threads = join_job(job, config)
     try:

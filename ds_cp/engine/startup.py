@@ -7,6 +7,7 @@ hang.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -156,16 +157,19 @@ def choose_device(config: Config, local_rank: int) -> torch.device:
 
 def _agreed(world: World, work: Callable[[], T]) -> T:
     """Do ``work`` here; raise on every rank if it failed on any, with the first one's reason."""
-    mine, result, failure = _Report(0, ""), None, None
+    mine, result = _Report(0, ""), None
+    failure: DsCpError | None = None
     try:
         result = work()
     except DsCpError as err:
         failure, mine = err, _Report(err.exit_code, str(err), kind=type(err).__name__)
     except MemoryError:
-        failure, mine = (
-            None,
-            _Report(2, "not enough memory; lower kv_cache or use fewer ranks a host"),
-        )
+        failure = UserError("not enough memory; lower kv_cache or use fewer ranks a host")
+        mine = _Report(2, str(failure))
+    except Exception as err:  # our own fault: say it on every rank rather than hang the others
+        traceback.print_exc()
+        failure = DsCpError(f"{type(err).__name__}: {err} (this is a fault of ds_cp)")
+        mine = _Report(1, str(failure))
     reports = exchange_reports(world, mine)
     for rank, report in enumerate(reports):
         if report.exit_code:
