@@ -138,7 +138,8 @@ def one_cell(mode: str, placement: str) -> None:
     began = time.time()
     params = ds_cp.SamplingParams(max_tokens=NEW, temperature=0.0, ignore_eos=True)
     outputs = engine.generate(asked, params)
-    Path(f"{WORK}/worst-{engine._worker.world.rank}").write_text(repr(worst[0]))
+    mine = f"{mode}-{placement}-{ranks}"
+    (WORK / f"worst-{mine}-{engine._worker.world.rank}").write_text(repr(worst[0]))
     engine._worker.cp.barrier()
     if engine.is_driver:
         equal = [list(o.outputs[0].token_ids) == w for o, w in zip(outputs, want, strict=True)]
@@ -147,7 +148,7 @@ def one_cell(mode: str, placement: str) -> None:
             "equal": sum(equal),
             "different": [LENGTHS[i] for i, same in enumerate(equal) if not same],
             "logit_difference": max(
-                float(Path(f"{WORK}/worst-{r}").read_text()) for r in range(ranks)
+                float((WORK / f"worst-{mine}-{r}").read_text()) for r in range(ranks)
             ),
             "modes_used": sorted({m for o in outputs for m in o.metrics.modes}),
             "seconds": round(time.time() - began, 1), "date": date.today().isoformat(),
@@ -161,12 +162,12 @@ def one_cell(mode: str, placement: str) -> None:
     engine.shutdown()
 
 
-def run(ranks: list[int]) -> None:
+def run(ranks: list[int], modes: list[str]) -> None:
     done = set()
     if RESULTS.exists():
         rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
         done = {(r["ranks"], r["mode"], r["placement"]) for r in rows}
-    for mode, size, placement in itertools.product(MODES, ranks, PLACEMENTS):
+    for mode, size, placement in itertools.product(modes, ranks, PLACEMENTS):
         if size == 1 and placement != PLACEMENTS[0]:
             continue  # with one rank there is only one place
         if (size, mode, placement) in done:
@@ -194,10 +195,11 @@ if __name__ == "__main__":
     parser.add_argument("what", choices=["reference", "run", "table", "cell"])
     parser.add_argument("rest", nargs="*")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3, 4])
+    parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
     args = parser.parse_args()
     if args.what == "cell":
         one_cell(*args.rest)
     elif args.what == "run":
-        run(args.ranks)
+        run(args.ranks, args.modes)
     else:
         {"reference": reference, "table": table}[args.what]()
