@@ -46,7 +46,8 @@ def _tile(
     left, right = -1, -1
     if tile.kind == "band":
         # flash-attn counts from the end: row i is taken to sit at key i + keys - rows. Shift the
-        # window by the difference to the true positions; negative widths are legal there.
+        # window by the difference to the true positions. A negative width means "no limit" to it,
+        # so a band that would need one takes the plain kernel.
         assert spec.window is not None
         shift = (tile.row_pos - tile.key_pos) - (tile.keys - tile.rows)
         left, right = spec.window - 1 - shift, shift
