@@ -28,7 +28,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     if not torch.cuda.is_available():
         for item in marked:
-            item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
+            item.add_marker(
+                pytest.mark.skip(reason="no CUDA device here; on a machine with one: pytest -m gpu")
+            )
 
 
 @pytest.fixture(scope="session")

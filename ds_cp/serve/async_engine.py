@@ -23,8 +23,6 @@ from ds_cp.engine.plan import StepPlan
 from ds_cp.errors import DsCpError, EngineDeadError
 from ds_cp.serve.border import Border, Failed, FromWorker, Ready, Result
 
-LOAD_DEADLINE_S = 3600.0  # weights of any size; the ranks' own waits are shorter
-
 
 class AsyncEngine:
     """Implements ``EngineHandle``. ``load_tokenizer`` runs in the engine's thread while ranks load.
