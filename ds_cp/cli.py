@@ -68,6 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(required=True, metavar="verb", parser_class=_Parser)
     _add_serve(verbs)
     _add_generate(verbs)
+    _add_batch(verbs)
     _add_config(verbs)
     doctor = verbs.add_parser(
         "doctor", help="what was found on this machine, and how to fix what is missing"
@@ -125,6 +126,35 @@ def _add_generate(verbs: argparse._SubParsersAction) -> None:
     generate.set_defaults(verb=_generate)
 
 
+def _add_batch(verbs: argparse._SubParsersAction) -> None:
+    batch = verbs.add_parser(
+        "batch",
+        help="answer a file of requests",
+        description="Answer a file of requests in OpenAI's batch format, through the server's own "
+        "code but without a server. Each line of IN is an object with custom_id, method (POST), "
+        "url (/v1/chat/completions or /v1/completions) and body; answers are appended to OUT in "
+        "the order in which they are ready. The same command again does what is left; answers "
+        "with 5xx or 429 are asked for anew. Broken lines are told by number, and are in "
+        "OUT.errors.jsonl.",
+        epilog="Exit code: 0 every line was answered; 2 all was done, but some line was broken or "
+        "refused (now or in an earlier run); 1 something on our side failed; 130 Ctrl-C, 143 "
+        "SIGTERM.",
+        allow_abbrev=False,
+    )
+    batch.add_argument("input", metavar="IN", help="JSON lines, one request each")
+    batch.add_argument("output", metavar="OUT", help="JSON lines, one answer each; - for stdout")
+    _add_job_options(batch)
+    batch.add_argument(
+        "--concurrency",
+        default="auto",
+        metavar="N",
+        help="requests in hand at once, 1 to 4096; auto: twice scheduler.max_num_seqs, at most "
+        "scheduler.max_queue",
+    )
+    batch.add_argument("--json", action="store_true", help="the summary as one object on stdout")
+    batch.set_defaults(verb=_batch)
+
+
 def _add_config(verbs: argparse._SubParsersAction) -> None:
     config = verbs.add_parser("config", help="check or explain a config file")
     actions = config.add_subparsers(required=True, metavar="action", parser_class=_Parser)
@@ -148,6 +178,12 @@ def _generate(args: argparse.Namespace, env: Mapping[str, str]) -> int:
     from ds_cp.cli_generate import generate
 
     return generate(args, env)
+
+
+def _batch(args: argparse.Namespace, env: Mapping[str, str]) -> int:
+    from ds_cp.cli_batch import batch
+
+    return batch(args, env)
 
 
 def _config(args: argparse.Namespace, env: Mapping[str, str]) -> int:

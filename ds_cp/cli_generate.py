@@ -31,7 +31,7 @@ def generate(args: argparse.Namespace, env: Mapping[str, str]) -> int:
     if starts_ranks(args, env):
         return start_ranks(args, config, env, STOP_S)
     job = find_job(config, env)
-    with _ended_by_ctrl_c(), _own_stdout() as out:
+    with _ended_by_ctrl_c(), own_stdout() as out:
         from ds_cp.engine.offline import init_inference
 
         engine = init_inference(config.model, config, job=job, env=env)
@@ -62,7 +62,7 @@ def _ended_by_ctrl_c() -> Iterator[None]:
 
 
 @contextmanager
-def _own_stdout() -> Iterator[TextIO]:
+def own_stdout() -> Iterator[TextIO]:
     """Keep stdout for the results alone: what libraries print there goes to stderr meanwhile."""
     sys.stdout.flush()
     kept = os.dup(1)

@@ -135,6 +135,11 @@ class KvCache(_Section):
     placement: Literal["fill_then_spill", "round_robin", "balanced"] = Field(
         default="fill_then_spill", description="which rank a request's next block is placed on"
     )
+    prefix_caching: bool = Field(
+        default=True,
+        description="keep the KV of finished requests, while there is room, for prompts that begin "
+        "the same way",
+    )
 
     @model_validator(mode="after")
     def _one_budget(self) -> KvCache:
@@ -157,13 +162,19 @@ class Scheduler(_Section):
     """How many requests run and wait."""
 
     max_num_seqs: Annotated[int, Field(ge=1, le=4096)] = Field(
-        default=16, description="requests that run at once", json_schema_extra=_unit("requests")
+        default=64, description="requests that run at once", json_schema_extra=_unit("requests")
     )
-    max_num_batched_tokens: Auto | Tokens = Field(
+    max_num_batched_tokens: Auto | Annotated[int, Field(ge=2, le=MAX_TOKENS)] = Field(
         default="auto",
-        description="most prompt tokens of one step over all ranks, less one per running request; "
-        "a longer prompt is prefilled in chunks of this",
+        description="most tokens that one rank computes in one step; a longer prompt is prefilled "
+        "in chunks",
         json_schema_extra=_unit("tokens"),
+    )
+    decode_slowdown: Annotated[float, Field(gt=1.0, le=1000.0)] = Field(
+        default=2.0,
+        description="how much longer a step of running streams may take because of a prompt that "
+        "is prefilled beside them; its chunks are sized by measured step times",
+        json_schema_extra=_unit("times"),
     )
     max_queue: Annotated[int, Field(ge=1, le=1 << 20)] = Field(
         default=256,

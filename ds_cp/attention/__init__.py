@@ -27,6 +27,7 @@ __all__ = [
     "Kernel",
     "KeyValues",
     "LayerSpec",
+    "LocalAttention",
     "Mode",
     "Partial",
     "Span",
@@ -57,7 +58,8 @@ def make_mode(mode: str, ring_pass: str, items: Sequence[Span], group: Group) ->
     """The mode called ``mode`` over these items. ``ring_pass`` ("kv" or "q") matters to ring
     only."""
     if mode == "local":
-        return LocalAttention(items, group.rank)
+        me = group.rank
+        return LocalAttention([(span.q_runs[me], span.k_runs[me]) for span in items])
     if mode == "ring" and ring_pass == "kv":
         return RingPassKV(items, group)
     if mode == "ring" and ring_pass == "q":

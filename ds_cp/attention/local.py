@@ -8,15 +8,17 @@ import torch
 
 from ds_cp.attention.fold import attend
 from ds_cp.attention.kernels import Kernel
-from ds_cp.attention.spec import KeyValues, LayerSpec, Span
+from ds_cp.attention.spec import KeyValues, LayerSpec
 from ds_cp.attention.state import Partial
+from ds_cp.layout import Runs
 
 
 class LocalAttention:
-    """One step's local items; called once per layer."""
+    """One step's local items, as (positions of the queries, positions of the keys); called once per
+    layer."""
 
-    def __init__(self, items: Sequence[Span], rank: int = 0) -> None:
-        self._runs = [(span.q_runs[rank], span.k_runs[rank]) for span in items]
+    def __init__(self, items: Sequence[tuple[Runs, Runs]]) -> None:
+        self._runs = list(items)
 
     def __call__(
         self,

@@ -4,54 +4,74 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ds_cp.engine.detokenize import TextStream
 from ds_cp.engine.handle import EngineStats
-from ds_cp.engine.params import Delta, SamplingParams, TokenLogprob
-from ds_cp.engine.plan import Sampled, StepPlan
+from ds_cp.engine.params import Delta, RequestOptions, SamplingParams, TokenLogprob
+from ds_cp.engine.plan import Outcome, Sampled, Scored, StepPlan
 from ds_cp.engine.request import Request
 from ds_cp.engine.scheduler import Scheduler
 from ds_cp.errors import RequestError
 
 
 @dataclass(eq=False)
-class _Live:
+class _Call:
+    """One call for answers: ``params.n`` requests over one prompt."""
+
+    request_id: str
+    answers: list[_Answer] = field(default_factory=list)
+    cached_told: bool = False
+    scores: dict[int, TokenLogprob] = field(default_factory=dict)  # position -> of that token
+
+
+@dataclass(eq=False)
+class _Answer:
+    call: _Call
     request: Request
     text: TextStream | None
 
 
 class EngineCore:
     """Owns the scheduler and every live request's text. One thread at a time may call it; between
-    ``plan`` and ``apply``, while the ranks work, requests may come and go."""
+    ``plan`` and ``apply``, while the ranks work, requests may come and go, and the next step may be
+    planned."""
 
     def __init__(self, scheduler: Scheduler, tokenizer: Any | None) -> None:
         self.scheduler = scheduler
         self._tokenizer = tokenizer
-        self._by_id: dict[str, _Live] = {}
-        self._by_number: dict[int, _Live] = {}
+        self._calls: dict[str, _Call] = {}
+        self._answers: dict[int, _Answer] = {}
         self._prompt_tokens = 0
         self._generation_tokens = 0
         self._steps = 0
         self._finished: dict[str, int] = {}
         self._modes: dict[str, int] = {}
 
-    def add(self, request_id: str, prompt: Sequence[int], params: SamplingParams) -> Request:
+    def add(
+        self,
+        request_id: str,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        options: RequestOptions | None = None,
+    ) -> list[Request]:
         """Queue a request; refusals as in ``Scheduler.admit``. A seed is drawn when none is
-        given."""
-        if request_id in self._by_id:
+        given. Returns its ``params.n`` answers."""
+        if request_id in self._calls:
             raise RequestError(f"a request with id {request_id!r} is already running")
         self.check(prompt, params)
         seed = params.seed if params.seed is not None else secrets.randbits(62)
-        request = self.scheduler.admit(request_id, prompt, params, seed)
-        text = None
-        if self._tokenizer is not None:
-            text = TextStream(self._tokenizer, params.stop, params.skip_special_tokens)
-        live = _Live(request, text)
-        self._by_id[request_id] = self._by_number[request.number] = live
+        first = self.scheduler.admit(request_id, prompt, params, seed, options)
+        call = self._calls[request_id] = _Call(request_id)
+        for request in (first, *first.siblings):
+            text = None
+            if self._tokenizer is not None:
+                text = TextStream(self._tokenizer, params.stop, params.skip_special_tokens)
+            answer = self._answers[request.number] = _Answer(call, request, text)
+            call.answers.append(answer)
         self._prompt_tokens += len(prompt)
-        return request
+        return [answer.request for answer in call.answers]
 
     def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
         """Raise what ``add`` would, were there room in the queue."""
@@ -60,12 +80,14 @@ class EngineCore:
         self.scheduler.check(prompt, params)
 
     def abort(self, request_id: str) -> bool:
-        """End a request and free its blocks; False when there is no such request (any more)."""
-        live = self._by_id.get(request_id)
-        if live is None:
+        """End a request, all its answers, and free its blocks; False when there is no such request
+        (any more)."""
+        call = self._calls.get(request_id)
+        if call is None:
             return False
-        self.scheduler.finish(live.request, "abort")
-        self._forget(live)
+        for answer in reversed(list(call.answers)):
+            self.scheduler.finish(answer.request, "abort")
+            self._forget(answer)
         return True
 
     @property
@@ -73,65 +95,107 @@ class EngineCore:
         return self.scheduler.has_work
 
     def plan(self) -> StepPlan | None:
-        """The next step, or None when there is nothing to run."""
+        """The next step, or None when there is nothing to run before the steps in flight are
+        known."""
         plan = self.scheduler.schedule()
         if plan is not None:
             self._steps += 1
-            for item in plan.items:
-                self._modes[item.mode] = self._modes.get(item.mode, 0) + 1
+            for chunk in plan.chunks:
+                self._modes[chunk.mode] = self._modes.get(chunk.mode, 0) + 1
+            for decodes in plan.decodes:
+                count = self._modes.get(decodes.mode, 0) + len(decodes.requests)
+                self._modes[decodes.mode] = count
         return plan
 
-    def apply(self, sampled: Sequence[Sampled]) -> list[Delta]:
-        """What a step's tokens add: one delta per request that is still there."""
-        live = [(self._by_number.get(s.request), s) for s in sampled]
-        return [self._take(found, s) for found, s in live if found is not None]
+    def apply(self, outcome: Outcome) -> list[Delta]:
+        """What a step's tokens add: one delta per answer that is still there."""
+        self.scheduler.note_step(outcome.step, outcome.seconds)
+        for scored in outcome.scored:
+            self._note_scores(scored)
+        deltas = []
+        for sampled in outcome.sampled:
+            answer = self._answers.get(sampled.request)
+            if answer is not None:
+                deltas.append(self._take(answer, sampled))
+        return deltas
 
-    def _take(self, live: _Live, got: Sampled) -> Delta:
-        request = live.request
+    def _note_scores(self, scored: Scored) -> None:
+        answer = self._answers.get(scored.request)
+        if answer is not None:
+            prompt = answer.request.prompt
+            for position, (logprob, top) in enumerate(scored.rows, scored.start):
+                answer.call.scores[position] = TokenLogprob(prompt[position], logprob, top)
+
+    def _take(self, answer: _Answer, got: Sampled) -> Delta:
+        request, call = answer.request, answer.call
         if got.token < 0:  # logits were not finite: this request ends, the others go on
             self.scheduler.finish(request, "error")
-            self._forget(live)
-            return Delta(request.request_id, finish_reason="error")
+            self._forget(answer)
+            return Delta(request.request_id, finish_reason="error", index=request.index)
         self._generation_tokens += 1
         reason = self.scheduler.took(request, got.token)
-        text = ""
-        if live.text is not None:
+        text, stop_reason = "", request.stop_reason
+        if answer.text is not None:
+            may_stop = len(request.output) >= request.params.min_tokens
             # The token that ended the request is not part of the text.
             if reason != "stop":
-                text = live.text.push(got.token)
+                text = answer.text.push(got.token, may_stop)
             if reason is not None:
-                text += live.text.flush()
-            if live.text.stopped_by is not None and reason != "stop":
+                text += answer.text.flush(may_stop)
+            if answer.text.stopped_by is not None and reason != "stop":
+                stop_reason = answer.text.stopped_by
                 if reason is None:
-                    self.scheduler.finish(request, "stop", live.text.stopped_by)
+                    self.scheduler.finish(request, "stop", stop_reason)
                 else:
-                    request.finish_reason, request.stop_reason = "stop", live.text.stopped_by
+                    request.finish_reason, request.stop_reason = "stop", stop_reason
                 reason = "stop"
         logprobs = None
         if request.params.logprobs is not None:
             logprobs = (TokenLogprob(got.token, got.logprob, got.top),)
+        cached, scores = None, None
+        if not call.cached_told and request.index == 0:
+            call.cached_told = True
+            cached, scores = request.cached_tokens or 0, self._scores(request, call)
         if reason is not None:
-            self._forget(live)
-        return Delta(request.request_id, (got.token,), text, logprobs, reason, request.stop_reason)
+            self._forget(answer)
+        return Delta(
+            request.request_id, (got.token,), text, logprobs, reason, stop_reason,
+            request.index, cached, scores,
+        )  # fmt: skip
 
-    def _forget(self, live: _Live) -> None:
-        reason = live.request.finish_reason or "error"
+    @staticmethod
+    def _scores(request: Request, call: _Call) -> tuple[TokenLogprob | None, ...] | None:
+        if request.params.prompt_logprobs is None:
+            return None
+        return (None, *(call.scores[p] for p in range(1, len(request.prompt))))
+
+    def _forget(self, answer: _Answer) -> None:
+        reason = answer.request.finish_reason or "error"
         self._finished[reason] = self._finished.get(reason, 0) + 1
-        del self._by_id[live.request.request_id], self._by_number[live.request.number]
+        del self._answers[answer.request.number]
+        answer.call.answers.remove(answer)
+        if not answer.call.answers:
+            del self._calls[answer.call.request_id]
 
     def stats(self) -> EngineStats:
         """A snapshot. What the worker counts (seconds, bytes) is filled in by whoever talks to
         it."""
-        allocator = self.scheduler.allocator
+        scheduler = self.scheduler
+        allocator = scheduler.allocator
         ranks = range(len(allocator.blocks_per_rank))
         return EngineStats(
-            num_requests_running=len(self.scheduler.running),
-            num_requests_waiting=len(self.scheduler.waiting),
+            num_requests_running=len(scheduler.running),
+            num_requests_waiting=len(scheduler.waiting),
             kv_blocks_used=tuple(allocator.num_used(r) for r in ranks),
+            kv_blocks_cached=tuple(allocator.num_cached(r) for r in ranks),
             kv_blocks_total=allocator.blocks_per_rank,
+            ranks_drained=tuple(sorted(scheduler.homes.closed)),
+            prefix_cache_queries=scheduler.homes.queries,
+            prefix_cache_hits=scheduler.homes.hits,
+            blocks_moved=scheduler.mover.num_moved,
             prompt_tokens=self._prompt_tokens,
             generation_tokens=self._generation_tokens,
-            num_preemptions=self.scheduler.num_preemptions,
+            num_preemptions=scheduler.num_preemptions,
             steps=self._steps,
             finished=dict(self._finished),
             mode_counts=dict(self._modes),

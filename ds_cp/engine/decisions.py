@@ -4,6 +4,7 @@ decided. No torch here."""
 from __future__ import annotations
 
 from ds_cp.config import Config
+from ds_cp.engine.pacing import ChunkPacer
 from ds_cp.engine.policy import ModePolicy
 from ds_cp.engine.scheduler import Limits, Scheduler
 from ds_cp.engine.startup_facts import Facts
@@ -43,6 +44,8 @@ def build_scheduler(config: Config, facts: Facts) -> Scheduler:
             num_kv_heads=facts.num_kv_heads,
         ),
         topology.ring_order(),
+        prefix_caching=config.kv_cache.prefix_caching,
+        pacer=ChunkPacer(config.scheduler.decode_slowdown),
     )
 
 

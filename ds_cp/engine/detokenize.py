@@ -25,23 +25,23 @@ class TextStream:
         self._held = ""  # decoded, not given out
         self.stopped_by: str | None = None
 
-    def push(self, token: int) -> str:
-        """Add a token; returns the text that is now certain. Sets ``stopped_by`` on a stop
-        string."""
+    def push(self, token: int, may_stop: bool = True) -> str:
+        """Add a token; returns the text that is now certain. Sets ``stopped_by`` on a stop string,
+        unless it is too early to stop."""
         self._ids.append(token)
         before = self._decode(self._ids[self._context : self._decoded])
         now = self._decode(self._ids[self._context :])
         if len(now) > len(before) and not now.endswith(REPLACEMENT):
             self._context, self._decoded = self._decoded, len(self._ids)
-            return self._give(now[len(before) :])
+            return self._give(now[len(before) :], may_stop)
         return ""
 
-    def flush(self) -> str:
+    def flush(self, may_stop: bool = True) -> str:
         """What is left when no token follows."""
         before = self._decode(self._ids[self._context : self._decoded])
         now = self._decode(self._ids[self._context :])
         self._decoded = len(self._ids)
-        text = self._give(now[len(before) :])
+        text = self._give(now[len(before) :], may_stop)
         if self.stopped_by is None:
             text, self._held = text + self._held, ""
         return text
@@ -49,12 +49,12 @@ class TextStream:
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=self._skip) if ids else ""
 
-    def _give(self, text: str) -> str:
+    def _give(self, text: str, may_stop: bool) -> str:
         if self.stopped_by is not None:
             return ""
         self._held += text
         found = [(at, s) for s in self._stop if (at := self._held.find(s)) >= 0]
-        if found:
+        if found and may_stop:
             at, self.stopped_by = min(found)
             out, self._held = self._held[:at], ""
             return out

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from ds_cp.engine.params import Delta, SamplingParams
+from ds_cp.engine.params import Delta, RequestOptions, SamplingParams
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,12 @@ class EngineStats:
     num_requests_running: int = 0
     num_requests_waiting: int = 0
     kv_blocks_used: tuple[int, ...] = ()  # one per rank
+    kv_blocks_cached: tuple[int, ...] = ()  # unreferenced, kept for their prefix
     kv_blocks_total: tuple[int, ...] = ()
+    ranks_drained: tuple[int, ...] = ()  # ranks that take no new KV
+    prefix_cache_queries: int = 0  # prompt tokens looked up
+    prefix_cache_hits: int = 0  # prompt tokens found
+    blocks_moved: int = 0  # by drain and rebalance
     prompt_tokens: int = 0
     generation_tokens: int = 0
     num_preemptions: int = 0
@@ -46,7 +51,7 @@ class EngineStats:
 class EngineHandle(Protocol):
     """What the server needs. ``generate`` raises ``RequestError`` (``CapacityError``),
     ``QueueFullError`` or ``EngineDeadError`` before its first delta; closing the iterator
-    aborts."""
+    aborts all ``params.n`` answers. The iterator ends after the last delta of every index."""
 
     info: EngineInfo
     tokenizer: Any  # a transformers tokenizer
@@ -57,9 +62,26 @@ class EngineHandle(Protocol):
         ...
 
     def generate(
-        self, request_id: str, prompt_token_ids: list[int], params: SamplingParams
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        options: RequestOptions = ...,
     ) -> AsyncIterator[Delta]: ...
 
     def abort(self, request_id: str) -> None: ...
 
     def stats(self) -> EngineStats: ...
+
+    def drain(self, rank: int) -> None:
+        """Move everything off a rank, live, and place nothing there. ``RequestError`` when there is
+        no such rank; ``CapacityError`` when the other ranks cannot hold what runs."""
+        ...
+
+    def reopen(self, rank: int) -> None:
+        """Let a drained rank take KV again."""
+        ...
+
+    def rebalance(self) -> int:
+        """Move blocks from full ranks to empty ones; returns how many will move."""
+        ...

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, cast
+
+import torch
 
 from ds_cp.comm.wire import World
 from ds_cp.config import Config, load_config
 from ds_cp.engine.core import EngineCore
 from ds_cp.engine.decisions import build_scheduler, summary
+from ds_cp.engine.loop import StepLoop, ThreadRunner
 from ds_cp.engine.params import (
     CompletionOutput,
     Delta,
+    RequestOptions,
     RequestOutput,
     SamplingParams,
     TokenLogprob,
 )
-from ds_cp.engine.plan import StepPlan, encode_plan
+from ds_cp.engine.plan import Outcome, StepPlan
 from ds_cp.engine.process import socket_environment
 from ds_cp.engine.request import Request
 from ds_cp.engine.startup import build_worker, join_job
@@ -31,6 +36,7 @@ from ds_cp.model.wiring import Decoder
 from ds_cp.topology.job import Job, detect
 
 Prompt = str | Sequence[int]
+T = TypeVar("T")
 
 
 def init_inference(
@@ -95,7 +101,6 @@ class LLMEngine:
         self._worker = worker
         self._config = config
         self._attention_before = attention_before  # what a model of the caller's is given back
-        self._numbers = 0
         self._core: EngineCore | None = None
         if self.is_driver:
             self._core = EngineCore(build_scheduler(config, facts), tokenizer)
@@ -114,92 +119,155 @@ class LLMEngine:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         progress: bool = False,
+        options: RequestOptions | Sequence[RequestOptions] | None = None,
     ) -> list[RequestOutput]:
         """Complete prompts (text, token ids, or a list of either), batched; outputs in their order.
 
-        Every rank calls it; ranks other than 0 take part and return an empty list. ``params``: one
-        for all or one per prompt. Raises ``RequestError`` before anything runs when a prompt or a
-        parameter is not acceptable. ``progress`` shows a line on stderr when that is a terminal.
+        Every rank calls it; ranks other than 0 take part and return an empty list. ``params`` and
+        ``options``: one for all or one per prompt. Raises ``RequestError`` before anything runs
+        when a prompt or a parameter is not acceptable. ``progress`` shows a line on stderr when
+        that is a terminal.
         """
+
+        def requests() -> list[PromptRequest]:
+            texts = _as_list(prompts)
+            return [
+                PromptRequest(str(n), prompt, how, more)
+                for n, (prompt, how, more) in enumerate(zip(
+                    texts, _each(params, SamplingParams(), len(texts), "sampling params"),
+                    _each(options, RequestOptions(), len(texts), "options"), strict=True,
+                ))
+            ]  # fmt: skip
+
+        found: dict[str, RequestOutput] = {}
+        order: list[str] = []
+        show: Callable[[int], None] | None = None
+
+        def checked() -> Iterator[_Ready]:
+            ready = [self._prepare(request) for request in requests()]
+            for one in ready:
+                self._driver.check(one.tokens, one.params)
+            order.extend(one.request_id for one in ready)
+            nonlocal show
+            if progress and sys.stderr.isatty():
+                show = _progress(len(ready))
+            yield from ready
+
+        for output in self._run(checked()):
+            assert isinstance(output, RequestOutput)
+            found[output.request_id] = output
+            if show:
+                show(len(found))
+        return [found[name] for name in order]
+
+    def stream(self, requests: Iterable[PromptRequest]) -> Iterator[RequestOutput | RequestFailure]:
+        """Outputs as they finish, of requests that are taken from ``requests`` only as fast as
+        they can be queued: any number may follow. One that is not acceptable gives a
+        ``RequestFailure`` and the others go on.
+
+        Every rank iterates over it; on ranks other than 0 ``requests`` is not read and nothing is
+        yielded. Stopping early ends what still runs. Between two outputs ``drain``, ``reopen`` and
+        ``rebalance`` may be called on rank 0.
+        """
+
+        def prepared() -> Iterator[_Ready | RequestFailure]:
+            for request in requests:
+                try:
+                    yield self._prepare(request)
+                except RequestError as err:
+                    yield RequestFailure(request.request_id, err)
+
+        return self._run(prepared())
+
+    def drain(self, rank: int) -> None:
+        """Move everything off a context-parallel rank, live, and place nothing there."""
+        self._driver.scheduler.drain(rank)
+
+    def reopen(self, rank: int) -> None:
+        """Let a drained rank take KV again."""
+        self._driver.scheduler.reopen(rank)
+
+    def rebalance(self) -> int:
+        """Move blocks from full ranks to empty ones; returns how many will move."""
+        return self._driver.scheduler.rebalance()
+
+    @property
+    def _driver(self) -> EngineCore:
+        if self._core is None:
+            raise RuntimeError("only rank 0 decides; call this where is_driver is true")
+        return self._core
+
+    def _run(
+        self, requests: Iterable[_Ready | RequestFailure]
+    ) -> Iterator[RequestOutput | RequestFailure]:
         if self._world is None:
             raise RuntimeError("generate after shutdown")
         if not self.is_driver:
             self._worker.follow()
-            return []
-        core = self._core
-        assert core is not None
+            return
+        core = self._driver
+        runner = ThreadRunner(self._lead)
+        loop = StepLoop(core, runner)
+        live: dict[str, _Collector] = {}
         try:
-            return self._drive(core, prompts, params, progress)
+            yield from self._drive(iter(requests), loop, live)
         finally:
-            for request in [*core.scheduler.running, *core.scheduler.waiting]:
-                core.abort(request.request_id)
-            self._worker.control.broadcast(encode_plan(StepPlan(0, "stop")))
+            for name in live:
+                core.abort(name)
+            try:
+                loop.settle()
+            finally:
+                runner.close()
+                self._worker.lead(StepPlan(0, "stop"))
 
     def _drive(
         self,
-        core: EngineCore,
-        prompts: Prompt | Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None,
-        progress: bool,
-    ) -> list[RequestOutput]:
-        texts, ids = self._tokenize(prompts)
-        each = self._params(params, len(ids))
-        for tokens, how in zip(ids, each, strict=True):
-            core.check(tokens, how)
-        results: dict[str, _Collector] = {}
-        waiting = list(zip(texts, ids, each, strict=True))[::-1]
-        show = _progress(len(ids)) if progress and sys.stderr.isatty() else None
-        room = self._config.scheduler.max_queue
-        while waiting or core.has_work:
-            while waiting and len(core.scheduler.waiting) < room:
-                text, tokens, how = waiting.pop()
-                name = str(self._numbers)
-                self._numbers += 1
-                results[name] = _Collector(core.add(name, tokens, how), text)
-            plan = core.plan()
-            for delta in core.apply(self._worker.lead(plan)) if plan else []:
-                results[delta.request_id].take(delta)
-            if show:
-                show(sum(1 for r in results.values() if r.request.finish_reason))
-        return [result.output() for result in results.values()]
+        requests: Iterator[_Ready | RequestFailure],
+        loop: StepLoop,
+        live: dict[str, _Collector],
+    ) -> Iterator[RequestOutput | RequestFailure]:
+        core, room = self._driver, self._config.scheduler.max_queue
+        more = True
+        while more or core.has_work or loop.num_flying:
+            while more and len(core.scheduler.waiting) < room:
+                one = next(requests, None)
+                if one is None:
+                    more = False
+                elif isinstance(one, RequestFailure):
+                    yield one
+                else:
+                    try:
+                        answers = core.add(one.request_id, one.tokens, one.params, one.options)
+                        live[one.request_id] = _Collector(answers, one.text)
+                    except RequestError as err:
+                        yield RequestFailure(one.request_id, err)
+            for delta in loop.advance():
+                collector = live[delta.request_id]
+                collector.take(delta)
+                if collector.is_done:
+                    del live[delta.request_id]
+                    yield collector.output()
 
-    def _tokenize(
-        self, prompts: Prompt | Sequence[Prompt]
-    ) -> tuple[list[str | None], list[list[int]]]:
-        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
-            prompts = [cast(Prompt, prompts)]
-        texts: list[str | None] = []
-        ids: list[list[int]] = []
-        for prompt in cast(Sequence[Prompt], prompts):
-            if isinstance(prompt, str):
-                if self.tokenizer is None:
-                    raise RequestError(
-                        "a text prompt needs a tokenizer: pass tokenizer= to init_inference, or "
-                        "token ids",
-                        "prompt",
-                    )
-                texts.append(prompt)
-                ids.append(list(self.tokenizer(prompt)["input_ids"]))
-            else:
-                texts.append(None)
-                ids.append([_token(t) for t in prompt])
-            if not ids[-1]:
-                raise RequestError("the prompt is empty; give at least one token", "prompt")
-        return texts, ids
+    def _lead(self, plan: StepPlan) -> Outcome:
+        if self._worker.cp.device.type == "cuda":
+            torch.cuda.set_device(self._worker.cp.device)
+        return self._worker.lead(plan)
 
-    @staticmethod
-    def _params(
-        params: SamplingParams | Sequence[SamplingParams] | None, count: int
-    ) -> list[SamplingParams]:
-        if params is None:
-            return [SamplingParams()] * count
-        if isinstance(params, SamplingParams):
-            return [params] * count
-        if len(params) != count:
-            raise RequestError(
-                f"{count} prompts but {len(params)} sampling params: give one or as many"
-            )
-        return list(params)
+    def _prepare(self, request: PromptRequest) -> _Ready:
+        prompt, text = request.prompt, None
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise RequestError(
+                    "a text prompt needs a tokenizer: pass tokenizer= to init_inference, or "
+                    "token ids",
+                    "prompt",
+                )
+            text, tokens = prompt, list(self.tokenizer(prompt)["input_ids"])
+        else:
+            tokens = [_token(t) for t in prompt]
+        if not tokens:
+            raise RequestError("the prompt is empty; give at least one token", "prompt")
+        return _Ready(request.request_id, text, tokens, request.params, request.options)
 
     def shutdown(self) -> None:
         """Leave the job. Every rank calls it; calling it again does nothing. A model object that
@@ -211,34 +279,86 @@ class LLMEngine:
             self._world = None
 
 
+@dataclass(frozen=True)
+class PromptRequest:
+    """One prompt, text or token ids. ``request_id``: any name, unique among those that run."""
+
+    request_id: str
+    prompt: Prompt
+    params: SamplingParams = field(default_factory=SamplingParams)
+    options: RequestOptions = field(default_factory=RequestOptions)
+
+
+@dataclass(frozen=True)
+class RequestFailure:
+    """A request that was not acceptable, and why."""
+
+    request_id: str
+    error: RequestError
+
+
+@dataclass(frozen=True)
+class _Ready:
+    request_id: str
+    text: str | None
+    tokens: list[int]
+    params: SamplingParams
+    options: RequestOptions
+
+
 class _Collector:
     """Gathers one request's deltas into its output."""
 
-    def __init__(self, request: Request, prompt: str | None) -> None:
-        self.request = request
+    def __init__(self, answers: Sequence[Request], prompt: str | None) -> None:
+        self._answers = list(answers)
         self._prompt = prompt
-        self._tokens: list[int] = []
-        self._text: list[str] = []
-        self._logprobs: list[TokenLogprob] = []
+        self._deltas: list[list[Delta]] = [[] for _ in answers]
+        self._running = len(self._answers)
+
+    @property
+    def is_done(self) -> bool:
+        return self._running == 0
 
     def take(self, delta: Delta) -> None:
-        self._tokens += delta.token_ids
-        self._text.append(delta.text)
-        self._logprobs += delta.logprobs or ()
+        self._deltas[delta.index].append(delta)
+        self._running -= delta.finish_reason is not None
 
     def output(self) -> RequestOutput:
-        request = self.request
-        completion = CompletionOutput(
-            index=0,
-            text="".join(self._text),
-            token_ids=tuple(self._tokens),
+        first = self._answers[0]
+        return RequestOutput(
+            first.request_id, self._prompt, first.prompt,
+            tuple(self._completion(request) for request in self._answers),
+            True, first.metrics(),
+            next((d.prompt_logprobs for d in self._deltas[0] if d.prompt_logprobs), None),
+        )  # fmt: skip
+
+    def _completion(self, request: Request) -> CompletionOutput:
+        deltas = self._deltas[request.index]
+        logprobs: list[TokenLogprob] = [each for d in deltas for each in d.logprobs or ()]
+        return CompletionOutput(
+            index=request.index,
+            text="".join(d.text for d in deltas),
+            token_ids=tuple(token for d in deltas for token in d.token_ids),
             finish_reason=request.finish_reason,
             stop_reason=request.stop_reason,
-            logprobs=tuple(self._logprobs) if request.params.logprobs is not None else None,
+            logprobs=tuple(logprobs) if request.params.logprobs is not None else None,
         )
-        return RequestOutput(
-            request.request_id, self._prompt, request.prompt, (completion,), True, request.metrics()
-        )
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+        return [cast(Prompt, prompts)]
+    return list(cast(Sequence[Prompt], prompts))
+
+
+def _each(given: T | Sequence[T] | None, default: T, count: int, what: str) -> list[T]:
+    """One for each of ``count`` prompts."""
+    if given is None or isinstance(given, type(default)):
+        return [default if given is None else given] * count
+    listed = list(cast(Sequence[T], given))
+    if len(listed) != count:
+        raise RequestError(f"{count} prompts but {len(listed)} {what}: give one or as many")
+    return listed
 
 
 def _token(value: Any) -> int:

@@ -1,98 +1,122 @@
 """One step, as plain integers: what rank 0 decides and every rank derives its shapes and messages
 from.
 
-Typed and bounded on the wire (msgspec), never pickled. No torch here.
+A plan says what changes: requests that begin or end, blocks that are added or moved, and which
+requests run. Every rank keeps the same books of it (``mirror``), so that a step of hundreds of
+running requests is a few bytes each, and a token sampled in one step can enter the next one without
+rank 0 having seen it. Typed and bounded on the wire (msgspec), never pickled. No torch here.
 """
 
 from __future__ import annotations
 
 import msgspec
 
-from ds_cp.layout import Runs, tail, total
+from ds_cp.layout import Runs
 
-Extents = tuple[tuple[int, int], ...]
+Home = tuple[int, int]  # (rank, rank-local block)
 
 
-class Shard(msgspec.Struct, frozen=True, array_like=True):
-    """One rank's part in one request's step.
+class Sampling(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
+    """How to choose one request's tokens; sent once. ``seed`` and a token's index name the random
+    number to use, so that a request's stream depends on nothing else. ``early_banned``: ids that
+    may not be chosen while fewer than ``min_tokens`` tokens would come of it. ``logprobs`` and
+    ``prompt_logprobs``: how many alternatives, -1 for none at all."""
 
-    ``q_runs``: positions of the new tokens that this rank owns (it alone runs the layers on them);
-    ``k_runs``: positions of all tokens whose KV has its home here, the new ones last, in storage
-    order; ``extents``: their slots, as (first slot, length); ``new``: how many of them are new.
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int = 0
+    logprobs: int = -1
+    prompt_logprobs: int = -1
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
+    early_banned: tuple[int, ...] = ()
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether a token depends on which tokens came before it."""
+        return (
+            self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+            or self.repetition_penalty != 1.0
+        )
+
+
+class Begin(msgspec.Struct, frozen=True, array_like=True):
+    """A request starts, or starts again after it gave way. ``tokens``: all that are known, the
+    prompt and then ``len(tokens) - prompt_length`` of the output. ``homes``: the blocks that hold
+    its first ``computed`` tokens already (a prefix that was found)."""
+
+    request: int
+    tokens: tuple[int, ...]
+    prompt_length: int
+    homes: tuple[Home, ...]
+    computed: int
+    sampling: Sampling
+
+
+class Fork(msgspec.Struct, frozen=True, array_like=True):
+    """``request`` starts as another answer to the prompt of ``parent``, whose blocks it shares. It
+    computes the prompt's last token once more, for a draw of its own."""
+
+    parent: int
+    request: int
+    sampling: Sampling
+
+
+class Chunk(msgspec.Struct, frozen=True, array_like=True):
+    """The next tokens of a prompt. ``owners``: per rank with any, the positions it computes;
+    ``homes``: the blocks that are added for them, by position. ``samples``: it is the last chunk.
     """
-
-    rank: int
-    q_runs: Runs
-    k_runs: Runs
-    extents: Extents
-    new: int
-
-    @property
-    def new_home_runs(self) -> Runs:
-        """Positions of the new tokens whose home is this rank."""
-        return tail(self.k_runs, self.new)
-
-    @property
-    def new_extents(self) -> Extents:
-        """Their slots."""
-        return tail(self.extents, self.new)
-
-
-class Sampling(msgspec.Struct, frozen=True, array_like=True):
-    """How to choose the next token. ``seed`` and ``index`` name the random number to use, so that a
-    request's stream depends on nothing else. ``banned``: ids that may not be chosen in this
-    step."""
-
-    temperature: float
-    top_p: float
-    top_k: int
-    min_p: float
-    seed: int
-    index: int
-    logprobs: int  # -1: none wanted
-    logit_bias: tuple[tuple[int, float], ...]
-    banned: tuple[int, ...]
-
-
-class Item(msgspec.Struct, frozen=True, array_like=True):
-    """One request in one step: new tokens at positions ``start ..``, and where everything is."""
 
     request: int
     mode: str
     ring_pass: str
-    start: int
-    tokens: tuple[int, ...]
-    shards: tuple[Shard, ...]
-    sampling: Sampling | None  # None: a chunk that is not the prompt's last
+    owners: tuple[tuple[int, Runs], ...]
+    homes: tuple[Home, ...]
+    samples: bool
 
-    def shard(self, rank: int) -> Shard | None:
-        """Rank's part, or None when it has none."""
-        for shard in self.shards:
-            if shard.rank == rank:
-                return shard
-        return None
 
-    @property
-    def last_owner(self) -> int:
-        """The rank that owns the last new token, and so samples."""
-        last = self.start + len(self.tokens) - 1
-        for shard in self.shards:
-            if any(s <= last < s + n for s, n in shard.q_runs):
-                return shard.rank
-        raise ValueError(f"request {self.request}: nobody owns position {last}")
+class Decodes(msgspec.Struct, frozen=True, array_like=True):
+    """One more token for each of ``requests``, computed where its KV goes."""
 
-    @property
-    def ships(self) -> bool:
-        """Whether some new token's home is not its owner, so that its KV has to travel once."""
-        return any(s.q_runs != s.new_home_runs for s in self.shards)
+    mode: str
+    ring_pass: str
+    requests: tuple[int, ...]
+
+
+class Transfer(msgspec.Struct, frozen=True, array_like=True):
+    """The content of block ``source`` is copied to ``target``, before anything else is written, and
+    from then on ``target`` is block ``index`` of each of ``requests``."""
+
+    requests: tuple[int, ...]
+    index: int
+    source: Home
+    target: Home
 
 
 class StepPlan(msgspec.Struct, frozen=True, array_like=True):
-    """What all ranks do next. ``kind``: "run", "idle" (a sign of life) or "stop"."""
+    """What all ranks do next, in the order of the fields; the forks come into being at the end.
+
+    ``kind``: "run", "idle" (a sign of life) or "stop". ``ended``: requests to forget. ``seen``:
+    (request, index, token) of outputs, for requests whose sampling looks back. ``grown``: a block
+    for the next token of a request.
+    """
 
     step: int
     kind: str
-    items: tuple[Item, ...] = ()
+    ended: tuple[int, ...] = ()
+    seen: tuple[tuple[int, int, int], ...] = ()
+    transfers: tuple[Transfer, ...] = ()
+    begins: tuple[Begin, ...] = ()
+    grown: tuple[tuple[int, Home], ...] = ()
+    chunks: tuple[Chunk, ...] = ()
+    decodes: tuple[Decodes, ...] = ()
+    forks: tuple[Fork, ...] = ()
 
 
 class Sampled(msgspec.Struct, frozen=True, array_like=True):
@@ -107,6 +131,25 @@ class Sampled(msgspec.Struct, frozen=True, array_like=True):
     top: tuple[tuple[int, float], ...] = ()
 
 
+class Scored(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities of a stretch of a prompt: of the tokens at ``start``, ``start + 1`` ..."""
+
+    request: int
+    start: int
+    rows: tuple[tuple[float, tuple[tuple[int, float], ...]], ...]
+
+
+class Outcome(msgspec.Struct, frozen=True, array_like=True):
+    """What rank 0 learns from one step: the tokens drawn, prompts scored, and the seconds that the
+    step and, within it, the model's forward call took on rank 0."""
+
+    step: int
+    sampled: tuple[Sampled, ...] = ()
+    scored: tuple[Scored, ...] = ()
+    seconds: float = 0.0
+    model_seconds: float = 0.0
+
+
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(StepPlan)
 
@@ -119,18 +162,3 @@ def encode_plan(plan: StepPlan) -> bytes:
 def decode_plan(payload: bytes) -> StepPlan:
     """The plan from msgpack; ``msgspec.ValidationError`` when it is not one."""
     return _decoder.decode(payload)
-
-
-def check_item(item: Item) -> None:
-    """Assert what every plan must satisfy: each new token one owner and one home, slots as
-    tokens."""
-    new = len(item.tokens)
-    want = list(range(item.start, item.start + new))
-    owned = sorted(p for s in item.shards for a, n in s.q_runs for p in range(a, a + n))
-    homed = sorted(p for s in item.shards for a, n in s.new_home_runs for p in range(a, a + n))
-    assert owned == want, f"request {item.request}: owners cover {len(owned)} of {new} new tokens"
-    assert homed == want, f"request {item.request}: homes cover {len(homed)} of {new} new tokens"
-    stored = sum(total(s.k_runs) for s in item.shards)
-    assert stored == item.start + new, f"request {item.request}: {stored} tokens stored"
-    for shard in item.shards:
-        assert total(shard.k_runs) == total(shard.extents)

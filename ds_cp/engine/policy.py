@@ -1,17 +1,19 @@
-"""Which mode a request's step runs in. The plain rule this project began with; a calibrated
-prediction can take its place behind the same two questions."""
+"""Which mode a request's step runs in, and over how many ranks a prompt is spread."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ds_cp.attention.cost import CostModel
+
 
 @dataclass(frozen=True)
 class ModePolicy:
-    """``mode`` and ``ring_pass`` as in the config ("auto" leaves the choice to the rule).
+    """``mode`` and ``ring_pass`` as in the config ("auto" leaves the choice to the rules).
 
-    ``local_threshold``: prompts longer than this span although they would fit on one rank (None: no
-    such limit). ``num_hosts``, ``num_q_heads``, ``num_kv_heads``: what the rule looks at.
+    ``local_threshold``: prompts longer than this span although they would fit on one rank (None:
+    the cost model says). ``num_hosts``, ``num_q_heads``, ``num_kv_heads``: what the rules look at.
+    ``cost``: measured rates; without it a request spans only when it has to.
     """
 
     mode: str
@@ -20,15 +22,30 @@ class ModePolicy:
     num_hosts: int
     num_q_heads: int
     num_kv_heads: int
+    cost: CostModel | None = None
 
     def may_be_local(self, prompt_tokens: int) -> bool:
-        """Whether a request of this length should stay on one rank if one has room for it."""
+        """Whether a request of this length may stay on one rank if one has room for it."""
         if self.mode != "auto":
             return self.mode == "local"
         return self.local_threshold is None or prompt_tokens <= self.local_threshold
 
+    def ranks_that_pay(self, most: int, new: int, past: int, answer: int, busy: bool) -> int:
+        """Over how many of ``most`` ranks a prompt should be spread, if that many have room.
+
+        All when it may not be local. Otherwise one while others run or wait, who can use the other
+        ranks; alone, as many as the cost model says make it faster. ``answer``: its output tokens.
+        """
+        if self.mode == "local":
+            return 1
+        if not self.may_be_local(new + past):
+            return most
+        if busy or self.cost is None or self.local_threshold is not None:
+            return 1
+        return self.cost.best_ranks(most, new, past, answer)
+
     def choose(self, ranks: int, new: int, past: int) -> tuple[str, str]:
-        """(mode, ring_pass) of an item with ``new`` tokens over ``past`` stored ones on ``ranks``
+        """(mode, ring_pass) of a step with ``new`` tokens over ``past`` stored ones on ``ranks``
         ranks.
 
         auto: local on one rank; spanning decode by tree; spanning prefill by ring, or by tree when
@@ -42,13 +59,14 @@ class ModePolicy:
                 mode = "tree"
             else:
                 mode = "ring"
-        return mode, self._pass(new, past) if mode == "ring" else "kv"
+        return mode, self._pass(ranks, new, past) if mode == "ring" else "kv"
 
-    def _pass(self, new: int, past: int) -> str:
-        """auto: the smaller message (arXiv 2411.01783, equation 1); a first prefill moves KV, which
-        hides under the attention as the partials of queries do not."""
+    def _pass(self, ranks: int, new: int, past: int) -> str:
+        """auto: arXiv 2411.01783, algorithm 1: KV travels if that hides under the attention or is
+        the smaller message, else queries. A first chunk moves KV; without rates the message sizes
+        alone decide."""
         if self.ring_pass != "auto":
             return self.ring_pass
-        if past == 0:
+        if past == 0 or (self.cost is not None and self.cost.kv_hides(ranks, new)):
             return "kv"
         return "q" if new * self.num_q_heads <= 2 * self.num_kv_heads * (new + past) else "kv"

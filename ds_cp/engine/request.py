@@ -6,14 +6,19 @@ import time
 from dataclasses import dataclass, field
 
 from ds_cp.engine.params import RequestMetrics, SamplingParams
+from ds_cp.kv.prefix import PrefixKeys
 from ds_cp.kv.table import SequenceTable
 
 
 @dataclass(eq=False)
 class Request:
     """``number`` names it in plans; ``request_id`` to the caller. ``max_tokens`` is resolved (never
-    None). ``table``: where its KV is, while it runs. ``spare``: blocks held per rank for prompt
-    tokens that are not computed yet. ``homes``: tokens of the prompt still to be stored, per rank.
+    None). ``siblings``: other answers to the same prompt that start when it has been computed.
+
+    While it runs: ``table``, where its KV is; ``reserved``, blocks per rank for the rest of the
+    prompt; ``workers``, the ranks that compute it; ``in_flight``, tokens that are being drawn and
+    whose values rank 0 does not know yet; ``shares_tail``, whether its last block may be another
+    request's too, so that it must be copied before it is written.
     """
 
     number: int
@@ -22,10 +27,22 @@ class Request:
     params: SamplingParams
     max_tokens: int
     seed: int
+    priority: int = 0
+    salt: str = ""
+    index: int = 0  # which of the n answers
+    siblings: list[Request] = field(default_factory=list)
     output: list[int] = field(default_factory=list)
     table: SequenceTable | None = None
-    spare: dict[int, list[int]] = field(default_factory=dict)
-    homes: list[int] = field(default_factory=list)
+    reserved: dict[int, list[int]] = field(default_factory=dict)
+    workers: tuple[int, ...] = ()
+    prefilling: bool = True
+    in_flight: int = 0
+    shares_tail: bool = False
+    decode_key: tuple[str, str] | None = None  # mode and ring pass of its decode steps
+    keys: PrefixKeys | None = None
+    num_keyed: int = 0  # blocks whose content has been named in the prefix index
+    num_seen: int = 0  # outputs that the ranks have been told of
+    cached_tokens: int | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     arrival_time: float = field(default_factory=time.time)
@@ -35,28 +52,28 @@ class Request:
     modes: list[str] = field(default_factory=list)
     num_preemptions: int = 0
 
-    def slice(self, start: int, count: int) -> tuple[int, ...]:
-        """``count`` tokens from position ``start``: of the prompt, then of the output, which a
-        preempted request computes again."""
-        end, length = start + count, len(self.prompt)
-        return (
-            *self.prompt[start:end],
-            *self.output[max(start - length, 0) : max(end - length, 0)],
-        )
+    def __post_init__(self) -> None:
+        self.tokens: list[int] = [*self.prompt, *self.output]
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Who is served first: the lower priority number, then the older."""
+        return self.priority, self.number
 
     @property
     def num_tokens(self) -> int:
-        return len(self.prompt) + len(self.output)
+        """Known tokens, of prompt and output."""
+        return len(self.tokens)
 
     @property
     def num_computed(self) -> int:
-        """Tokens whose KV is stored."""
+        """Tokens whose KV is stored, or will be when the steps in flight are done."""
         return self.table.num_tokens if self.table else 0
 
-    @property
-    def is_prefilling(self) -> bool:
-        """Some token that blocks were taken for at the start is still without KV."""
-        return any(self.homes)
+    def took(self, token: int) -> None:
+        """A token of the output became known."""
+        self.output.append(token)
+        self.tokens.append(token)
 
     def metrics(self) -> RequestMetrics:
         """Times and modes so far."""
@@ -67,4 +84,5 @@ class Request:
             self.finished_time,
             tuple(self.modes),
             self.num_preemptions,
+            self.cached_tokens or 0,
         )

@@ -1,36 +1,40 @@
 """The one mind: which requests run in the next step, and where every token goes. No torch.
 
-First come first served. Each step carries one token of every running request and, within the token
-budget, the next chunk of prompts. A prompt's blocks are taken when it is admitted; an output
-token's when it is due. When no rank has one left, the youngest request gives its blocks back and is
-computed again later, with the same tokens.
+First come first served within a priority. Each step carries a token of every request that streams
+and, in what the budget of each rank leaves, the next chunks of prompts. It never waits for a
+token's value: a draw that is under way counts as a token, so the next step can be planned while one
+runs. When no rank has a block left, the youngest request of the lowest priority gives its blocks
+back and is computed again later, with the same tokens.
 """
 
 from __future__ import annotations
 
 import time
-from collections import deque
+from bisect import insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ds_cp.engine.params import SamplingParams
-from ds_cp.engine.plan import Item, Sampling, Shard, StepPlan
+from ds_cp.engine.chunks import cut_chunk
+from ds_cp.engine.homes import Homes
+from ds_cp.engine.moving import Mover
+from ds_cp.engine.pacing import ChunkPacer
+from ds_cp.engine.params import RequestOptions, SamplingParams
+from ds_cp.engine.plan import Begin, Chunk, Decodes, Fork, Sampling, StepPlan, Transfer
 from ds_cp.engine.policy import ModePolicy
 from ds_cp.engine.request import Request
+from ds_cp.engine.waiting import WaitingQueue
 from ds_cp.errors import CapacityError, QueueFullError, RequestError
-from ds_cp.kv.blocks import BlockAllocator
-from ds_cp.kv.placement import largest_request, place
-from ds_cp.kv.table import SequenceTable, new_blocks_needed
-from ds_cp.layout import Runs, assign, contiguous, join, split_capped, split_even, total
+from ds_cp.kv.table import Home, SequenceTable
 
-LEVEL = 1.1  # homes this close to equal shares also own their tokens, so that no KV has to travel
-MIN_SHARE = 16  # new tokens per rank below which spreading the work is not worth moving KV
+DECODE_LOAD = 64  # a stream weighs on its rank like so many prompt tokens
+PROMPT_SHARE = 0.25  # of the budget that streams leave to prompts that wait for it
+SCORED_TOKENS = 256  # prompt tokens of one step whose logits are all wanted
 
 
 @dataclass(frozen=True)
 class Limits:
-    """``max_model_len`` and ``max_num_batched_tokens`` in tokens (the latter per step, all
-    ranks)."""
+    """``max_model_len`` in tokens; ``max_num_batched_tokens``: tokens that one rank computes in one
+    step."""
 
     max_model_len: int
     max_num_seqs: int
@@ -38,6 +42,20 @@ class Limits:
     max_queue: int
     vocab_size: int
     eos_token_ids: tuple[int, ...]
+
+
+class _Draft:
+    """The plan in the making."""
+
+    def __init__(self, budget: Sequence[int]) -> None:
+        self.left = list(budget)  # tokens that each rank may still compute
+        self.transfers: list[Transfer] = []
+        self.begins: list[Begin] = []
+        self.grown: list[tuple[int, Home]] = []
+        self.chunks: list[Chunk] = []
+        self.decodes: dict[tuple[str, str], list[int]] = {}
+        self.forks: list[Fork] = []
+        self.prompt_share = 0  # largest number of prompt tokens on one rank
 
 
 class Scheduler:
@@ -52,44 +70,67 @@ class Scheduler:
         layout: str,
         policy: ModePolicy,
         ring_order: Sequence[int],
+        *,
+        prefix_caching: bool = True,
+        pacer: ChunkPacer | None = None,
     ) -> None:
         self.limits = limits
-        self.allocator = BlockAllocator(blocks_per_rank, block_size)
-        self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []
+        self.waiting = WaitingQueue()
+        self.running: list[Request] = []  # in the order of service
         self.num_preemptions = 0
-        self._placement = placement
+        self.homes = Homes(
+            blocks_per_rank, block_size, placement, ring_order, policy, prefix_caching
+        )
+        self.allocator = self.homes.allocator
+        self.mover = Mover(self.homes)
         self._layout = layout
         self._policy = policy
-        self._order = tuple(ring_order)
+        self._pacer = pacer
         self._ranks = len(blocks_per_rank)
         self._numbers = 0
         self._steps = 0
+        self._turn = 0  # where the round of streams stands when not all fit into a step
+        self._ended: list[int] = []  # requests that the ranks should forget
+        self._looking_back: dict[int, Request] = {}  # whose draws depend on earlier tokens
+        self._flying: dict[int, tuple[int, int]] = {}  # step -> streams, prompt tokens of one rank
 
     # --- requests come and go
 
     @property
     def largest_tokens(self) -> int:
         """The most KV one request can have here: all ranks, or the largest one if mode is local."""
-        blocks = self.allocator.blocks_per_rank
-        if self._policy.mode == "local":
-            blocks = (max(blocks),)
-        return largest_request(blocks, self.allocator.block_size)
+        return self.homes.largest_tokens
 
     def admit(
-        self, request_id: str, prompt: Sequence[int], params: SamplingParams, seed: int
+        self,
+        request_id: str,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        seed: int,
+        options: RequestOptions | None = None,
     ) -> Request:
-        """Queue a request, or refuse it at once: as ``check`` does, or with ``QueueFullError``."""
+        """Queue a request, or refuse it at once: as ``check`` does, or with ``QueueFullError``.
+
+        With ``params.n`` above 1 its ``siblings`` answer the same prompt with the seeds that
+        follow.
+        """
         max_tokens = self.check(prompt, params)
         if len(self.waiting) >= self.limits.max_queue:
             raise QueueFullError(
                 f"{len(self.waiting)} requests are waiting, the limit of scheduler.max_queue; "
                 "try later"
             )
-        self._numbers += 1
-        request = Request(self._numbers, request_id, tuple(prompt), params, max_tokens, seed)
-        self.waiting.append(request)
-        return request
+        options = options or RequestOptions()
+        answers = []
+        for index in range(params.n):
+            self._numbers += 1
+            answers.append(Request(
+                self._numbers, request_id, tuple(prompt), params, max_tokens,
+                (seed + index + 2**63) % 2**64 - 2**63, options.priority, options.cache_salt, index,
+            ))  # fmt: skip
+        first, first.siblings = answers[0], answers[1:]
+        self.waiting.push(first)
+        return first
 
     def check(self, prompt: Sequence[int], params: SamplingParams) -> int:
         """The request's ``max_tokens``, resolved, if it can ever be served here.
@@ -106,11 +147,17 @@ class Scheduler:
                 f"{self.limits.vocab_size - 1}",
                 "prompt",
             )
+        if params.n > self.limits.max_num_seqs:
+            raise RequestError(
+                f"n is {params.n}, but at most scheduler.max_num_seqs = "
+                f"{self.limits.max_num_seqs} requests run at once; lower n", "n",
+            )  # fmt: skip
         want = params.max_tokens if params.max_tokens is not None else 1
         model_len = self.limits.max_model_len
         need = length + want - 1
         if need > largest:
-            local, have = self._policy.mode == "local", self.allocator.capacity_tokens
+            have = sum(self.homes.open_blocks) * self.allocator.block_size
+            local = self._policy.mode == "local"
             why = " (mode local: one rank's)" if local else ""
             more = "use another mode" if local else "add ranks"
             raise CapacityError(
@@ -138,55 +185,87 @@ class Scheduler:
         """End a request in whatever state and free its blocks."""
         if request.finish_reason is not None:
             return
-        if request in self.running:
-            self.running.remove(request)
-            self._release(request)
-        else:
+        if request.table is not None:
+            self._stop(request, keep=reason != "error")
+            for sibling in request.siblings:  # they go on without it, as requests of their own
+                if sibling.finish_reason is None:
+                    self.waiting.push(sibling)
+        elif request in self.waiting:
             self.waiting.remove(request)
+            heirs = [r for r in request.siblings if r.finish_reason is None]
+            if heirs:
+                heirs[0].siblings = heirs[1:]
+                self.waiting.push(heirs[0])
+        request.siblings = []
+        self._looking_back.pop(request.number, None)
         request.finish_reason, request.stop_reason = reason, stop_reason
         request.finished_time = time.time()
 
     @property
     def has_work(self) -> bool:
-        return bool(self.running or self.waiting)
+        return bool(self.running or len(self.waiting))
+
+    def drain(self, rank: int) -> None:
+        """Empty ``rank`` while everything goes on, and place nothing there; see ``Mover.drain``."""
+        self.mover.drain(rank, [*self.running, *self.waiting])
+
+    def is_drained(self, rank: int) -> bool:
+        """Whether ``rank`` is closed and holds nothing any more."""
+        return rank in self.homes.closed and not self.allocator.num_used(rank)
+
+    def reopen(self, rank: int) -> None:
+        """Let a drained rank take KV again."""
+        self.mover.reopen(rank)
+
+    def rebalance(self) -> int:
+        """Move blocks from full ranks to empty ones in the next steps; returns how many."""
+        return self.mover.rebalance(self.running)
 
     # --- one step
 
     def schedule(self) -> StepPlan | None:
-        """The next step, or None when nothing can run."""
-        preempted_before = self.num_preemptions
-        items: list[Item] = []
-        for request in [r for r in self.running if not r.is_prefilling]:
-            item = self._decode(request) if request.table is not None else None
-            if item is not None:
-                items.append(item)
-        decoding = {item.request for item in items}
-        budget = self.limits.max_num_batched_tokens - len(items)
-        for request in self.running:
-            if budget > 0 and request.number not in decoding:
-                items.append(self._prefill(request, budget))
-                budget -= len(items[-1].tokens)
-        # Who just gave way must not take the freed blocks back in the same step.
-        may_start = self.num_preemptions == preempted_before
-        while may_start and budget > 0 and self.waiting:
-            if len(self.running) >= self.limits.max_num_seqs or not self._start(self.waiting[0]):
-                break
-            request = self.waiting.popleft()
-            self.running.append(request)
-            items.append(self._prefill(request, budget))
-            budget -= len(items[-1].tokens)
-        if not items:
+        """The next step, or None when nothing can run (before the steps in flight are known)."""
+        draft = _Draft([self.limits.max_num_batched_tokens] * self._ranks)
+        before = self.num_preemptions
+        if self.mover.is_moving:
+            self._move(draft)
+        self._decode(draft)
+        if draft.decodes and self._pacer is not None:
+            most = self._pacer.chunk()
+            draft.left = [min(left, most) for left in draft.left]
+        for request in [r for r in self.running if r.prefilling]:
+            self._prefill(request, draft)
+        if self.num_preemptions == before:  # who just gave way must not take the blocks back
+            self._admit_waiting(draft)
+        if not (draft.decodes or draft.chunks or draft.transfers):
             return None
         self._steps += 1
-        return StepPlan(self._steps, "run", tuple(items))
+        self._flying[self._steps] = sum(map(len, draft.decodes.values())), draft.prompt_share
+        plan = StepPlan(
+            self._steps, "run", tuple(self._ended), self._news(), tuple(draft.transfers),
+            tuple(draft.begins), tuple(draft.grown), tuple(draft.chunks),
+            tuple(Decodes(*key, tuple(numbers)) for key, numbers in draft.decodes.items()),
+            tuple(draft.forks),
+        )  # fmt: skip
+        self._ended = []
+        return plan
+
+    def note_step(self, step: int, seconds: float) -> None:
+        """How long a step took, from which the next chunks are sized."""
+        streams, prompt_share = self._flying.pop(step, (0, 0))
+        if self._pacer is not None:
+            self._pacer.note(seconds, streams, prompt_share)
 
     def took(self, request: Request, token: int) -> str | None:
-        """Note a sampled token; returns the reason when it ends the request (stop strings
-        apart)."""
-        now = time.time()
-        request.first_token_time = request.first_token_time or now
-        request.output.append(token)
+        """Note a drawn token; returns the reason when it ends the request (stop strings apart)."""
+        request.in_flight -= 1
+        if request.first_token_time is None:
+            request.first_token_time = time.time()
+        request.took(token)
         params, length = request.params, len(request.output)
+        table = request.table
+        if table is not None and length and len(request.tokens) % table.block_size == 0:
+            self.homes.name_blocks(request)
         if length >= params.min_tokens:
             if token in params.stop_token_ids:
                 self.finish(request, "stop", token)
@@ -196,170 +275,266 @@ class Scheduler:
             self.finish(request, "length")
         return request.finish_reason
 
-    # --- placing
+    # --- streams
 
-    def _start(self, request: Request) -> bool:
-        """Take blocks for every token the request has; False when there is no room now."""
-        tokens = request.num_tokens
-        free = [self.allocator.num_free(r) for r in range(self._ranks)]
-        size = self.allocator.block_size
-        counts: tuple[int, ...] | None = None
-        if self._policy.may_be_local(len(request.prompt)):
-            roomy = max(self._order, key=lambda r: free[r])
-            if free[roomy] * size >= tokens:
-                counts = tuple(tokens if r == roomy else 0 for r in range(self._ranks))
-        if counts is None and self._policy.mode != "local":
-            counts = place(
-                self._placement, tokens, open_slots=[0] * self._ranks, free_blocks=free,
-                block_size=size, last_rank=-1, order=self._order,
-            )  # fmt: skip
-        if counts is None:
-            return False
-        request.table = SequenceTable(size, self._ranks)
-        request.homes = list(counts)
-        request.spare = {
-            r: list(self.allocator.allocate(r, -(-n // size))) for r, n in enumerate(counts) if n
-        }
-        request.first_scheduled_time = request.first_scheduled_time or time.time()
+    def _decode(self, draft: _Draft) -> None:
+        """One token of every request that streams, where its KV goes."""
+        size, left, decodes = self.allocator.block_size, draft.left, draft.decodes
+        for request in self._streams():
+            table = request.table
+            if table is None:  # gave way a moment ago
+                continue
+            if table.num_tokens % size == 0 or request.shares_tail:
+                if not self._open_block(request, draft):
+                    continue
+            else:
+                table.append((), 1)
+            key = request.decode_key or self._decode_key(request)
+            if key in decodes:
+                decodes[key].append(request.number)
+            else:
+                decodes[key] = [request.number]
+            left[table.homes[-1][0]] -= 1
+            request.in_flight += 1
+
+    def _streams(self) -> list[Request]:
+        """Requests whose next token is due: all, or when a rank's budget is too small for them all
+        beside a prompt, as many as it allows, in turn."""
+        streams = [
+            r for r in self.running
+            if not r.prefilling and len(r.output) + r.in_flight < r.max_tokens
+        ]  # fmt: skip
+        budget = self.limits.max_num_batched_tokens
+        prompts = len(self.running) > len(streams) or len(self.waiting) > 0
+        spare = max(1, int(budget * PROMPT_SHARE)) if prompts else 0
+        if len(streams) + spare <= budget:
+            return streams
+        left = [max(budget - spare, 1)] * self._ranks
+        chosen = []
+        start = self._turn % len(streams)
+        for request in [*streams[start:], *streams[:start]]:
+            assert request.table is not None
+            rank = request.table.last_rank
+            if left[rank] > 0:
+                left[rank] -= 1
+                chosen.append(request)
+        self._turn = start + max(budget - spare, 1)
+        return sorted(chosen, key=lambda r: r.order)
+
+    def _open_block(self, request: Request, draft: _Draft) -> bool:
+        """A block to write the next token to: a new one, or a copy of one that others share. False
+        when the request had to give way."""
+        table = request.table
+        assert table is not None
+        if table.num_tokens % table.block_size:
+            if self.allocator.references(table.homes[-1]) > 1:
+                return self._copy_tail(request, draft)
+            request.shares_tail = False
+            table.append((), 1)
+            return True
+        request.shares_tail = False
+        while (home := self.homes.grow(request)) is None:
+            if self._give_way(request) is request:
+                return False
+        width = table.width
+        table.append((home,), 1)
+        if table.width != width:
+            request.decode_key = None
+        draft.grown.append((request.number, home))
         return True
 
-    def _prefill(self, request: Request, budget: int) -> Item:
-        """The next chunk: homes by placement, owners so that the work is level."""
+    def _copy_tail(self, request: Request, draft: _Draft) -> bool:
+        """Copy on write: the last block becomes the request's own."""
         table = request.table
         assert table is not None
-        start = table.num_tokens
-        new = min(budget, request.num_tokens - start)
-        homes = split_capped(new, request.homes, request.homes)
-        owners = self._owners(new, homes, self._spreads(request))
-        unit = self.allocator.block_size if new >= 2 * self._ranks * table.block_size else 1
-        q_runs = assign(self._layout, start, owners, unit)
-        home_runs = q_runs if owners == homes else contiguous(start, homes)
-        for rank, count in enumerate(homes):
-            if count:
-                request.homes[rank] -= count
-                take = new_blocks_needed(table, rank, count)
-                blocks, request.spare[rank] = request.spare[rank][:take], request.spare[rank][take:]
-                table.append(rank, home_runs[rank], blocks)
-        return self._item(request, start, q_runs, homes)
+        source = table.homes[-1]
+        while (home := self._copy_home(source)) is None:
+            if self._give_way(request) is request:
+                return False
+            if self.allocator.references(source) == 1:
+                break  # the others gave way: it is its own now
+        if home is not None:
+            index = len(table.homes) - 1
+            draft.transfers.append(Transfer((request.number,), index, source, home))
+            self.allocator.release([source])
+            table.replace(index, home)
+            request.decode_key = None
+        request.shares_tail = False
+        table.append((), 1)
+        return True
 
-    def _owners(self, new: int, homes: list[int], spread: bool) -> list[int]:
-        """Tokens each rank computes. Nothing to spread: the homes; level homes: the same; else
-        equal shares, and KV travels to its home once."""
-        fair = new / self._ranks
-        if not spread or max(homes) <= LEVEL * fair or fair < MIN_SHARE:
-            return homes
-        return split_even(new, self._ranks)
+    def _copy_home(self, source: Home) -> Home | None:
+        """A block for a copy: on the same rank, or unless all must be local on any other."""
+        near = [source[0]]
+        if not self.homes.only_local:
+            near += [rank for rank in range(self._ranks) if rank != source[0]]
+        return self.homes.block_on(near, source)
 
-    def _spreads(self, request: Request) -> bool:
-        """Whether a prompt's work is for all ranks: it has several homes, or must not be local."""
+    def _decode_key(self, request: Request) -> tuple[str, str]:
+        assert request.table is not None
+        key = self._policy.choose(request.table.width, 1, request.table.num_tokens - 1)
+        if key[0] not in request.modes:
+            request.modes.append(key[0])
+        request.decode_key = key
+        return key
+
+    # --- prompts
+
+    def _prefill(self, request: Request, draft: _Draft) -> None:
+        """The next chunk of a prompt, in what the budgets leave."""
+        most = SCORED_TOKENS if request.params.prompt_logprobs is not None else None
+        cut = cut_chunk(request, draft.left, self._layout, self._policy, most)
+        if cut is None:
+            return
         table = request.table
         assert table is not None
-        homes = {r for r, n in enumerate(request.homes) if n} | set(table.span)
-        return len(homes) > 1 or not self._policy.may_be_local(len(request.prompt))
+        draft.chunks.append(cut.chunk)
+        for rank, count in enumerate(cut.owned):
+            draft.left[rank] -= count
+        draft.prompt_share = max(draft.prompt_share, *cut.owned)
+        if cut.chunk.mode not in request.modes:
+            request.modes.append(cut.chunk.mode)
+        self.homes.name_blocks(request)
+        if cut.chunk.samples:
+            request.prefilling = False
+            request.decode_key = None
+            request.in_flight += 1
+            for sibling in request.siblings:
+                if sibling.finish_reason is None:
+                    self._fork(request, sibling, draft)
+            request.siblings = []
 
-    def _decode(self, request: Request) -> Item | None:
-        """One more token on the rank that placement says; None when the request had to give way."""
-        table = request.table
-        assert table is not None
-        while (rank := self._next_home(table)) is None:
-            victim = self._victim(table)
-            self._preempt(victim)
-            if victim is request:
-                return None
-        start = table.num_tokens
-        needs = new_blocks_needed(table, rank, 1)
-        held = table.blocks(rank)
-        blocks = self.allocator.allocate(rank, needs, held[-1] if held else None) if needs else ()
-        runs: Runs = ((start, 1),)
-        table.append(rank, runs, blocks)
-        counts = [int(r == rank) for r in range(self._ranks)]
-        return self._item(
-            request, start, tuple(runs if r == rank else () for r in range(self._ranks)), counts
-        )
+    def _fork(self, parent: Request, child: Request, draft: _Draft) -> None:
+        """Another answer to the same prompt: it shares the blocks of all but the last token."""
+        assert parent.table is not None
+        size, known = self.allocator.block_size, len(parent.prompt) - 1
+        shared = parent.table.homes[: -(-known // size)]
+        for home in shared:
+            self.allocator.share(home)
+        child.table = SequenceTable(size, shared, known)
+        child.prefilling = False
+        child.workers, child.keys, child.num_keyed = parent.workers, parent.keys, known // size
+        child.first_scheduled_time = time.time()
+        if known % size:
+            parent.shares_tail = child.shares_tail = True
+        insort(self.running, child, key=lambda r: r.order)
+        self._note_look_back(child)
+        draft.forks.append(Fork(parent.number, child.number, self._sampling(child)))
 
-    def _next_home(self, table: SequenceTable) -> int | None:
-        """Where the next token's KV goes: on in the same block; a local request stays while its
-        rank has a free block; then placement decides, and the request spans from there on, in
-        place."""
-        last = table.last_rank
-        if table.open_slots(last):
-            return last
-        local = table.span == (last,) and self._policy.mode in ("auto", "local")
-        if local and self.allocator.num_free(last):
-            return last
-        if self._policy.mode == "local":
-            return None
-        counts = place(
-            self._placement, 1,
-            open_slots=[table.open_slots(r) for r in range(self._ranks)],
-            free_blocks=[self.allocator.num_free(r) for r in range(self._ranks)],
-            block_size=table.block_size, last_rank=last, order=self._order,
-        )  # fmt: skip
-        return None if counts is None else counts.index(1)
+    def _admit_waiting(self, draft: _Draft) -> None:
+        """Start those who wait, in order, while there are seats, blocks and budget."""
+        seats = self.limits.max_num_seqs - len(self.running)
+        seats -= sum(len(r.siblings) for r in self.running)
+        load: list[int] | None = None
+        while max(draft.left) > 0 and (request := self.waiting.first()) is not None:
+            load = self._load() if load is None else load
+            busy = len(self.running) > 0 or len(self.waiting) > 1
+            if (
+                1 + len(request.siblings) > seats
+                or request.in_flight
+                or not self.homes.start(request, load, busy)
+            ):
+                return
+            assert request.table is not None
+            self.waiting.remove(request)
+            insort(self.running, request, key=lambda r: r.order)
+            seats -= 1 + len(request.siblings)
+            request.prefilling = True
+            request.first_scheduled_time = request.first_scheduled_time or time.time()
+            request.num_seen = len(request.output)
+            self._note_look_back(request)
+            draft.begins.append(Begin(
+                request.number, tuple(request.tokens), len(request.prompt),
+                tuple(request.table.homes), request.table.num_tokens, self._sampling(request),
+            ))  # fmt: skip
+            work = request.num_tokens - request.num_computed
+            for rank in request.workers:
+                load[rank] += DECODE_LOAD + work // len(request.workers)
+            self._prefill(request, draft)
 
-    def _item(
-        self, request: Request, start: int, q_runs: Sequence[Runs], homes: Sequence[int]
-    ) -> Item:
-        table = request.table
-        assert table is not None
-        new = sum(homes)
-        shards = tuple(
-            Shard(r, join(q_runs[r]), table.runs(r), table.extents(r), homes[r])
-            for r in range(self._ranks)
-            if total(q_runs[r]) or table.stored(r)
-        )
-        mode, ring_pass = self._policy.choose(len(shards), new, start)
-        if mode not in request.modes:
-            request.modes.append(mode)
-        done = table.num_tokens == request.num_tokens
-        return Item(
-            request.number, mode, ring_pass, start, request.slice(start, new), shards,
-            self._sampling(request) if done else None,
-        )  # fmt: skip
+    def _load(self) -> list[int]:
+        """Tokens of work that wait on each rank."""
+        load = [0] * self._ranks
+        for request in self.running:
+            assert request.table is not None
+            if request.prefilling:
+                work = request.num_tokens - request.num_computed
+                for rank in request.workers:
+                    load[rank] += DECODE_LOAD + work // len(request.workers)
+            else:
+                load[request.table.last_rank] += DECODE_LOAD
+        return load
 
     def _sampling(self, request: Request) -> Sampling:
-        params, index = request.params, len(request.output)
-        banned: tuple[int, ...] = ()
-        if index + 1 < params.min_tokens:
-            eos = () if params.ignore_eos else self.limits.eos_token_ids
-            banned = tuple(sorted({*eos, *params.stop_token_ids}))
+        params = request.params
+        eos = () if params.ignore_eos else self.limits.eos_token_ids
         return Sampling(
-            params.temperature, params.top_p, params.top_k, params.min_p, request.seed, index,
-            -1 if params.logprobs is None else params.logprobs,
-            tuple(sorted(params.logit_bias.items())), banned,
+            temperature=params.temperature, top_p=params.top_p, top_k=params.top_k,
+            min_p=params.min_p, seed=request.seed,
+            logprobs=-1 if params.logprobs is None else params.logprobs,
+            prompt_logprobs=-1 if params.prompt_logprobs is None else params.prompt_logprobs,
+            logit_bias=tuple(sorted(params.logit_bias.items())),
+            min_tokens=params.min_tokens,
+            early_banned=tuple(sorted({*eos, *params.stop_token_ids})) if params.min_tokens else (),
+            presence_penalty=params.presence_penalty, frequency_penalty=params.frequency_penalty,
+            repetition_penalty=params.repetition_penalty,
         )  # fmt: skip
 
-    # --- giving back
+    def _note_look_back(self, request: Request) -> None:
+        params = request.params
+        if (params.presence_penalty, params.frequency_penalty, params.repetition_penalty) != (
+            0,
+            0,
+            1,
+        ):
+            self._looking_back[request.number] = request
 
-    def _victim(self, table: SequenceTable) -> Request:
-        """The youngest whose blocks help: anybody's, or under mode local the same rank's."""
-        if self._policy.mode != "local":
-            return self.running[-1]
-        return next(r for r in self.running[::-1] if r.table and r.table.span == table.span)
+    def _news(self) -> tuple[tuple[int, int, int], ...]:
+        """Tokens that the ranks have to hear of."""
+        news = []
+        for request in self._looking_back.values():
+            if request.table is not None:
+                for index in range(request.num_seen, len(request.output)):
+                    news.append((request.number, index, request.output[index]))
+                request.num_seen = len(request.output)
+        return tuple(news)
+
+    # --- giving way, moving
+
+    def _give_way(self, request: Request) -> Request:
+        """Preempt the last in the order of service (under mode local, on the request's rank)."""
+        victim = self.running[-1]
+        if self.homes.only_local:
+            assert request.table is not None
+            rank = request.table.last_rank
+            here = [r for r in self.running if r.table and r.table.num_blocks(rank)]
+            victim = request if rank in self.homes.closed or not here else here[-1]
+        self._preempt(victim)
+        return victim
 
     def _preempt(self, request: Request) -> None:
-        self.running.remove(request)
-        self._release(request)
-        self.waiting.appendleft(request)
+        self._stop(request, keep=True)
+        self.waiting.push(request)
         request.num_preemptions += 1
         self.num_preemptions += 1
 
-    def _release(self, request: Request) -> None:
-        assert request.table is not None
-        held = {r: list(blocks) for r, blocks in request.table.all_blocks().items()}
-        for rank, blocks in request.spare.items():
-            held.setdefault(rank, []).extend(blocks)
-        self.allocator.free_all(held)
-        request.table, request.spare, request.homes = None, {}, []
+    def _stop(self, request: Request, keep: bool) -> None:
+        self.running.remove(request)
+        self.homes.release(request, keep)
+        self.mover.forget(request)
+        request.prefilling, request.decode_key = True, None
+        self._ended.append(request.number)
+
+    def _move(self, draft: _Draft) -> None:
+        """Do a few of the moves that drain or rebalance want; make room when one is stuck."""
+        moves, stuck = self.mover.transfers(self.running)
+        draft.transfers += moves
+        if stuck and len(self.running) > 0:
+            self._preempt(self.running[-1])
 
     def check_integrity(self) -> None:
-        """Balance the books: every used block is held by exactly one running request."""
-        self.allocator.check_integrity()
-        for rank in range(self._ranks):
-            held: list[int] = []
-            for request in self.running:
-                assert request.table is not None
-                held += [*request.table.blocks(rank), *request.spare.get(rank, [])]
-            assert len(held) == len(set(held)), f"rank {rank}: a block has two holders"
-            assert len(held) == self.allocator.num_used(rank), f"rank {rank}: blocks without holder"
+        """Balance the books: every reference has a holder, every block one state."""
+        self.homes.check_integrity(self.running)
         assert all(request.table is None for request in self.waiting)
+        assert self.running == sorted(self.running, key=lambda r: r.order)
+        assert len(set(map(id, self.running))) == len(self.running)

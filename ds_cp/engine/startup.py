@@ -137,7 +137,7 @@ def build_worker(
         exactness=error,
         links=tuple(LinkFacts(x.name, x.latency_us, x.gb_per_s) for x in measure_links(world)),
     )
-    return Worker(world, cp, tp, decoder, layers, pool, kernel), facts
+    return Worker(world, cp, tp, decoder, layers, pool, kernel, size), facts
 
 
 def choose_device(config: Config, local_rank: int) -> torch.device:

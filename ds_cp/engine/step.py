@@ -1,4 +1,4 @@
-"""One step's attention on one rank: the plan turned into index vectors, then asked layer by
+"""One step's attention on one rank: its work turned into index vectors, then asked layer by
 layer."""
 
 from __future__ import annotations
@@ -8,10 +8,20 @@ from dataclasses import dataclass
 
 import torch
 
-from ds_cp.attention import Kernel, KeyValues, LayerSpec, Span, finish, make_mode
+from ds_cp.attention import (
+    Kernel,
+    KeyValues,
+    LayerSpec,
+    LocalAttention,
+    Mode,
+    Span,
+    finish,
+    make_mode,
+)
 from ds_cp.comm.wire import Group
-from ds_cp.engine.plan import Extents, Item, StepPlan
+from ds_cp.engine.mirror import Item, RunningSequence, StepWork
 from ds_cp.kv.pool import KVPool
+from ds_cp.kv.table import Extents
 from ds_cp.layout import Runs, join, positions, total
 
 SCHEME_SHIP = "ship_kv"
@@ -33,11 +43,15 @@ class _Part:
 
 
 class StepContext:
-    """Implements ``Attend`` for one plan. Shapes and messages follow from the plan alone."""
+    """Implements ``Attend`` for one step. Shapes and messages follow from the plans alone.
+
+    ``logit_rows``: rows of the flat batch whose logits are wanted, those of ``draws`` (mine, in
+    order) before those of ``scored`` (mine, in order).
+    """
 
     def __init__(
         self,
-        plan: StepPlan,
+        work: StepWork,
         group: Group,
         layers: Sequence[LayerSpec],
         pool: KVPool,
@@ -50,13 +64,17 @@ class StepContext:
         me, device = group.rank, group.device
         self.token_ids: list[int] = []
         self.positions: list[int] = []
-        self.logit_rows: list[int] = []  # rows whose logits are wanted, in item order
-        self.sampled: list[Item] = []  # the items they belong to
+        self._last_row: dict[int, int] = {}  # request -> row of its last token, where I own it
+        self._first_row: dict[int, tuple[int, list[int]]] = {}  # request -> first row, positions
         self._shipments: list[_Shipment] = []
+        self._modes: list[tuple[Mode, list[_Part]]] = []
         write_rows: list[int] = []
         write_extents: list[tuple[int, int]] = []
+        if work.streams:
+            self._modes.append(self._add_streams(work.streams, write_extents))
+            write_rows += range(len(work.streams))
         batches: dict[tuple[str, str, tuple[int, ...]], list[tuple[Span, _Part]]] = {}
-        for item in plan.items:
+        for item in work.items:
             part = self._add(item, me)
             span = self._span(item)
             if item.ships:
@@ -68,7 +86,7 @@ class StepContext:
                 # A ring visits the ranks of its items, so items of one span share a ring.
                 around = tuple(s.rank for s in item.shards) if item.mode == "ring" else ()
                 batches.setdefault((item.mode, item.ring_pass, around), []).append((span, part))
-        self._modes = [
+        self._modes += [
             (make_mode(mode, pass_, [span for span, _ in batch], group), [p for _, p in batch])
             for (mode, pass_, _), batch in sorted(batches.items(), key=lambda pair: pair[0])
         ]
@@ -80,6 +98,31 @@ class StepContext:
         )
         self.num_rows = len(self.token_ids)
         self.spans = any(mode != "local" for mode, _, _ in batches) or bool(self._shipments)
+        self.draws = [draw for draw in work.draws if draw.rank == me]
+        self.scored = [stretch for stretch in work.scored if stretch[3] == me]
+        self.logit_rows = [self._last_row[draw.sequence.number] for draw in self.draws]
+        for sequence, first, count, _ in self.scored:
+            begin, mine = self._first_row[sequence.number]
+            at = begin + mine.index(first)
+            self.logit_rows += range(at, at + count)
+
+    def _add_streams(
+        self, streams: Sequence[RunningSequence], write_extents: list[tuple[int, int]]
+    ) -> tuple[Mode, list[_Part]]:
+        """One new token each of requests that are all here."""
+        me = self._group.rank
+        runs: list[tuple[Runs, Runs]] = []
+        parts: list[_Part] = []
+        for sequence in streams:
+            row, position = len(self.token_ids), sequence.table.num_tokens - 1
+            self.token_ids.append(_token_at(sequence, position))
+            self.positions.append(position)
+            self._last_row[sequence.number] = row
+            write_extents.append((sequence.table.slot(position)[1], 1))
+            k_runs, extents = sequence.table.part(me)
+            runs.append((((position, 1),), k_runs))
+            parts.append(_Part((row, row + 1), extents, False))
+        return LocalAttention(runs), parts
 
     def _add(self, item: Item, me: int) -> _Part:
         """Append my new tokens of ``item`` to the flat batch."""
@@ -88,12 +131,13 @@ class StepContext:
         if shard is None:
             return _Part((begin, begin), (), False)
         mine = positions(shard.q_runs)
-        self.token_ids += [item.tokens[p - item.start] for p in mine]
-        self.positions += mine
-        if item.sampling is not None and item.last_owner == me:
-            last = item.start + len(item.tokens) - 1
-            self.logit_rows.append(begin + mine.index(last))
-            self.sampled.append(item)
+        if mine:
+            self.token_ids += [_token_at(item.sequence, p) for p in mine]
+            self.positions += mine
+            self._first_row[item.sequence.number] = begin, mine
+            last = item.start + item.count - 1
+            if item.draws and last in mine:
+                self._last_row[item.sequence.number] = begin + mine.index(last)
         stored = total(shard.extents)
         resident = shard.extents
         if item.ships:
@@ -198,6 +242,13 @@ class _Shipment:
         pending.wait()
         for (_, slots), (_, both) in zip(self._in, recvs, strict=True):
             pool.write(layer, both[0], both[1], slots)
+
+
+def _token_at(sequence: RunningSequence, position: int) -> int:
+    """The token to compute: one that all ranks know, or the one drawn last."""
+    if position < len(sequence.tokens):
+        return sequence.tokens[position]
+    return max(sequence.last, 0)  # -1 after logits that were no numbers: the request is ending
 
 
 def _first(runs: Runs, count: int) -> Runs:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from ds_cp.kv.blocks import BlockAllocator, OutOfBlocksError
-from ds_cp.kv.placement import POLICIES, fits, largest_request, place
-from ds_cp.kv.table import SequenceTable, new_blocks_needed
+from ds_cp.kv.placement import POLICIES, place
+from ds_cp.kv.prefix import PrefixKeys
+from ds_cp.kv.table import Home, SequenceTable
 
 __all__ = [
     "POLICIES",
     "BlockAllocator",
+    "Home",
     "OutOfBlocksError",
+    "PrefixKeys",
     "SequenceTable",
-    "fits",
-    "largest_request",
-    "new_blocks_needed",
     "place",
 ]

@@ -1,15 +1,20 @@
-"""Hands out KV blocks, rank by rank. Integers only: a block is ``(rank, rank-local number)``."""
+"""Hands out KV blocks, rank by rank, and keeps what was computed for the next prompt that begins
+the same way. Integers only: a block is ``(rank, rank-local number)``, its home."""
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Mapping, Sequence
 
 from ds_cp.errors import DsCpError
+from ds_cp.kv.runs import FreeRuns
+
+Home = tuple[int, int]
 
 
 class OutOfBlocksError(DsCpError):
-    """``rank`` has only ``have`` free blocks, ``want`` were asked for; nothing was allocated."""
+    """``rank`` has only ``have`` blocks that are free or can be evicted, ``want`` were asked for;
+    nothing was allocated."""
 
     def __init__(self, rank: int, want: int, have: int) -> None:
         super().__init__(
@@ -22,10 +27,19 @@ class OutOfBlocksError(DsCpError):
 
 
 class BlockAllocator:
-    """Free and used blocks of every rank.
+    """Who may use which block of every rank, by reference count, and which blocks are cached.
 
     ``blocks_per_rank``: capacity of each rank in blocks (0 allowed, they may differ).
-    ``block_size``: tokens in a block. No operation is linear in the number of blocks of a rank.
+    ``block_size``: tokens in a block.
+
+    A block is *free*, *used* (one reference or more) or *cached* (no reference, but its content is
+    known by a key, so that it can be used again; evicted least recently used first when free
+    blocks run out). A key names one block. ``evictions`` counts cached blocks that ``allocate``
+    had to give away. No operation is linear in the blocks or free runs of a rank, only in the
+    blocks that it is about.
+
+    A rank that does not exist, or a block that is not in the state asked for, is a ValueError that
+    names it; nothing is changed then.
     """
 
     def __init__(self, blocks_per_rank: Sequence[int], block_size: int) -> None:
@@ -36,198 +50,214 @@ class BlockAllocator:
             )
         self.block_size = block_size
         self.blocks_per_rank = tuple(blocks_per_rank)
-        self._ranks = [_RankBlocks(rank, n) for rank, n in enumerate(self.blocks_per_rank)]
+        self.evictions = 0
+        self._ranks = [_RankBlocks(n) for n in self.blocks_per_rank]
+        self._home_of: dict[bytes, Home] = {}
+        self._key_of: dict[Home, bytes] = {}
 
     @property
     def capacity_tokens(self) -> int:
         """What all ranks together hold when everything is free, in tokens."""
         return sum(self.blocks_per_rank) * self.block_size
 
-    @property
-    def num_free_total(self) -> int:
-        return sum(blocks.num_free for blocks in self._ranks)
-
     def num_free(self, rank: int) -> int:
-        return self._of(rank).num_free
+        return self._of(rank).free.num_free
+
+    def num_cached(self, rank: int) -> int:
+        return len(self._of(rank).cached)
 
     def num_used(self, rank: int) -> int:
-        return len(self._of(rank).used)
+        return len(self._of(rank).references)
+
+    def num_available(self, rank: int) -> int:
+        """Blocks that ``allocate`` can give: free and cached ones."""
+        return self._of(rank).num_available
+
+    def available(self) -> list[int]:
+        """``num_available`` of every rank."""
+        return [blocks.num_available for blocks in self._ranks]
+
+    def references(self, home: Home) -> int:
+        """How many hold the block; 0 for a free or a cached one."""
+        return self._of(home[0]).references.get(home[1], 0)
 
     def allocate(self, rank: int, n: int, extend_from: int | None = None) -> tuple[int, ...]:
-        """``n`` blocks of ``rank``, adjacent where possible, in the order in which to fill them.
+        """``n`` blocks of ``rank`` with one reference each, in the order in which to fill them.
 
-        ``extend_from``: the caller's last block on this rank; the blocks right after it are taken
-        first, or else blocks that leave room to grow on. The rest comes from the smallest free run
-        that holds it, or else from the largest runs. Raises OutOfBlocksError, with nothing changed,
-        when fewer than ``n`` are free.
+        ``extend_from``: the caller's last block on this rank, used; the blocks right after it are
+        taken first, or else blocks that leave room to grow on (see FreeRuns.take). Cached blocks
+        are evicted only as far as free ones do not suffice. Raises OutOfBlocksError, with nothing
+        changed, when fewer than ``n`` are available.
         """
         blocks = self._of(rank)
         if n < 0:
             raise ValueError(f"cannot allocate {n} blocks on rank {rank}")
-        if extend_from is not None and extend_from not in blocks.used:
+        if extend_from is not None and extend_from not in blocks.references:
             raise ValueError(f"cannot extend block {extend_from} of rank {rank}: not allocated")
-        if n > blocks.num_free:
-            raise OutOfBlocksError(rank, n, blocks.num_free)
-        return blocks.take(n, extend_from)
+        if n > blocks.num_available:
+            raise OutOfBlocksError(rank, n, blocks.num_available)
+        missing = n - blocks.free.num_free
+        if missing > 0:
+            # Before anything is taken, so that what was evicted fuses with its free neighbours.
+            self._evict(rank, missing)
+            self.evictions += missing
+        taken = blocks.free.take(n, extend_from)
+        for block in taken:
+            blocks.references[block] = 1
+        return taken
 
-    def free(self, rank: int, blocks: Sequence[int]) -> None:
-        """Give ``blocks`` of ``rank`` back; checked as ``free_all`` does."""
-        self.free_all({rank: blocks})
+    def share(self, home: Home) -> None:
+        """One more reference to a used or cached block, which is then used."""
+        rank, block = home
+        blocks = self._of(rank)
+        if block in blocks.references:
+            blocks.references[block] += 1
+        elif block in blocks.cached:
+            del blocks.cached[block]
+            blocks.references[block] = 1
+        else:
+            raise ValueError(f"block {block} of rank {rank} is not allocated")
 
-    def free_all(self, blocks: Mapping[int, Sequence[int]]) -> None:
-        """Give back blocks of several ranks at once.
+    def release(self, homes: Sequence[Home]) -> None:
+        """One reference less for each of ``homes`` (named twice: two less).
 
-        The whole call is checked first: a block that does not exist, is not allocated, or is named
-        twice is a ValueError that names it, and nothing is changed.
+        At zero a block with a key becomes cached, as the most recently used so far: name the tail
+        of a sequence first, and it is evicted first. One without a key becomes free. The whole
+        call is checked before anything is changed.
         """
-        for rank, ids in blocks.items():
-            self._of(rank).check_free(ids)
-        for rank, ids in blocks.items():
-            self._of(rank).give_back(ids)
+        for home, times in Counter(homes).items():
+            have = self._used(home)
+            if times > have:
+                raise ValueError(
+                    f"block {home[1]} of rank {home[0]} is released {times} times in one call "
+                    f"but has {have} references"
+                )
+        freed: dict[int, list[int]] = {}
+        for home in homes:
+            rank, block = home
+            blocks = self._ranks[rank]
+            blocks.references[block] -= 1
+            if blocks.references[block]:
+                continue
+            del blocks.references[block]
+            if home in self._key_of:
+                blocks.cached[block] = None
+            else:
+                freed.setdefault(rank, []).append(block)
+        for rank, ids in freed.items():
+            self._ranks[rank].free.give(ids)
 
-    def check_integrity(self) -> None:
-        """Raise AssertionError when free runs and used blocks do not add up to the capacity."""
-        for blocks in self._ranks:
-            blocks.check_integrity()
+    def put(self, key: bytes, home: Home) -> bool:
+        """Name the content of a used block, for ``find``. False, with nothing changed, when the
+        key names a block already or the block has a key."""
+        self._used(home)
+        if key in self._home_of or home in self._key_of:
+            return False
+        self._home_of[key] = home
+        self._key_of[home] = key
+        return True
+
+    def find(self, key: bytes) -> Home | None:
+        """The block (used or cached) whose content ``key`` names; ``share`` it to keep it."""
+        return self._home_of.get(key)
+
+    def forget(self, home: Home) -> None:
+        """Drop the key of a block, if it has one; a cached block becomes free."""
+        blocks = self._of(home[0])
+        key = self._key_of.pop(home, None)
+        if key is None:
+            return
+        del self._home_of[key]
+        if home[1] in blocks.cached:
+            del blocks.cached[home[1]]
+            blocks.free.give((home[1],))
+
+    def drop_cached(self, rank: int) -> int:
+        """Forget all cached blocks of ``rank``; how many these were."""
+        count = self.num_cached(rank)
+        self._evict(rank, count)
+        return count
+
+    def move_key(self, source: Home, target: Home) -> None:
+        """The key of ``source``, if it has one, now names ``target``, a used block without a key
+        that holds the same content. A cached source becomes free."""
+        self._of(source[0])
+        self._used(target)
+        key = self._key_of.get(source)
+        if key is None:
+            return
+        if target in self._key_of:
+            raise ValueError(f"block {target[1]} of rank {target[0]} has a key already")
+        self.forget(source)
+        self.put(key, target)
+
+    def check_integrity(self, references: Mapping[Home, int] | None = None) -> None:
+        """Raise AssertionError unless every block is in exactly one state, keys and blocks name
+        each other, and (when given) ``references``, holders by block, are the counts. Linear."""
+        cached: set[Home] = set()
+        counts: dict[Home, int] = {}
+        for rank, blocks in enumerate(self._ranks):
+            blocks.check(rank, self.blocks_per_rank[rank])
+            cached |= {(rank, block) for block in blocks.cached}
+            counts |= {(rank, block): n for block, n in blocks.references.items()}
+        named = {home: key for key, home in self._home_of.items()}
+        assert len(named) == len(self._home_of), "two keys name one block"
+        assert named == self._key_of, "keys of blocks and blocks of keys differ"
+        assert cached <= named.keys(), f"cached without a key: {sorted(cached - named.keys())}"
+        stray = named.keys() - counts.keys() - cached
+        assert not stray, f"free blocks with a key: {sorted(stray)}"
+        if references is not None:
+            differ = {
+                home: (counts.get(home, 0), references.get(home, 0))
+                for home in counts.keys() | references.keys()
+                if counts.get(home, 0) != references.get(home, 0)
+            }
+            assert not differ, f"block: (references, holders) differ: {differ}"
 
     def _of(self, rank: int) -> _RankBlocks:
         if not 0 <= rank < len(self._ranks):
             raise ValueError(f"no rank {rank} among {len(self._ranks)}")
         return self._ranks[rank]
 
+    def _used(self, home: Home) -> int:
+        """The references of a used block; ValueError for any other."""
+        rank, block = home
+        have = self._of(rank).references.get(block, 0)
+        if not have:
+            capacity = self.blocks_per_rank[rank]
+            if not 0 <= block < capacity:
+                raise ValueError(f"rank {rank} has no block {block} (it has {capacity})")
+            raise ValueError(f"block {block} of rank {rank} is not allocated")
+        return have
+
+    def _evict(self, rank: int, n: int) -> None:
+        """Free the ``n`` least recently used cached blocks of ``rank``."""
+        blocks = self._ranks[rank]
+        evicted = [blocks.cached.popitem(last=False)[0] for _ in range(n)]
+        for block in evicted:
+            del self._home_of[self._key_of.pop((rank, block))]
+        blocks.free.give(evicted)
+
 
 class _RankBlocks:
-    """One rank's books: the used blocks; the free runs by start and by end, so that they fuse."""
+    """One rank's blocks by state."""
 
-    def __init__(self, rank: int, capacity: int) -> None:
-        self.rank = rank
-        self.capacity = capacity
-        self.num_free = 0
-        self.used: set[int] = set()
-        self.starts: list[int] = []  # sorted starts of the free runs
-        self.length_at: dict[int, int] = {}  # start -> length
-        self.start_before: dict[int, int] = {}  # end (exclusive) -> start
-        if capacity:
-            self._insert(0, capacity)
+    def __init__(self, capacity: int) -> None:
+        self.free = FreeRuns(capacity)
+        self.references: dict[int, int] = {}  # used block -> holders, at least 1
+        self.cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
 
-    def take(self, n: int, extend_from: int | None) -> tuple[int, ...]:
-        """``n`` blocks; the caller has checked that so many are free."""
-        taken: list[int] = []
-        if n and extend_from is not None:
-            if extend_from + 1 in self.length_at:
-                taken += self._take_from(extend_from + 1, n)
-            else:
-                taken += self._take_with_room(n)
-        for start in self._pick(n - len(taken)):
-            taken += self._take_from(start, n - len(taken))
-        self.used.update(taken)
-        return tuple(taken)
+    @property
+    def num_available(self) -> int:
+        return self.free.num_free + len(self.cached)
 
-    def _pick(self, n: int) -> list[int]:
-        """Starts of the free runs to take ``n`` blocks from.
-
-        The smallest run that is long enough, while none is the largest; of equals the first.
-        """
-        lengths = self.length_at
-        picked: list[int] = []
-        if n == 0:
-            return picked
-        if max(lengths.values()) < n:
-            for start in sorted(self.starts, key=lengths.__getitem__, reverse=True):
-                if n <= lengths[start]:
-                    break
-                picked.append(start)
-                n -= lengths[start]
-        left = set(self.starts).difference(picked)
-        enough = [start for start in left if lengths[start] >= n]
-        picked.append(min(enough, key=lambda start: (lengths[start], start)))
-        return picked
-
-    def _take_with_room(self, n: int) -> range:
-        """Blocks for a request that grows but cannot grow on in place: from the middle of the
-        largest free run, so that it can from there on and neighbours do not interleave."""
-        start = max(self.starts, key=self.length_at.__getitem__)
-        skip = (self.length_at[start] - n) // 2
-        if skip <= 0:
-            return range(0)
-        length = self.length_at[start]
-        self._remove(start)
-        self._insert(start, skip)
-        if skip + n < length:
-            self._insert(start + skip + n, length - skip - n)
-        return range(start + skip, start + skip + n)
-
-    def _take_from(self, start: int, n: int) -> range:
-        """Up to ``n`` blocks from the front of the free run that begins at ``start``."""
-        length = self.length_at[start]
-        n = min(n, length)
-        self._remove(start)
-        if n < length:
-            self._insert(start + n, length - n)
-        return range(start, start + n)
-
-    def check_free(self, ids: Iterable[int]) -> None:
-        seen: set[int] = set()
-        for block in ids:
-            if not 0 <= block < self.capacity:
-                raise ValueError(f"rank {self.rank} has no block {block} (it has {self.capacity})")
-            if block not in self.used:
-                raise ValueError(f"block {block} of rank {self.rank} is not allocated")
-            if block in seen:
-                raise ValueError(f"block {block} of rank {self.rank} is named twice in one free")
-            seen.add(block)
-
-    def give_back(self, ids: Iterable[int]) -> None:
-        """Free blocks that ``check_free`` has passed."""
-        pending = sorted(ids)
-        self.used.difference_update(pending)
-        first = 0
-        for i, block in enumerate(pending):
-            if i + 1 == len(pending) or pending[i + 1] != block + 1:
-                self._insert_fused(pending[first], i + 1 - first)
-                first = i + 1
-
-    def _insert_fused(self, start: int, length: int) -> None:
-        after = start + length
-        if after in self.length_at:
-            length += self.length_at[after]
-            self._remove(after)
-        if start in self.start_before:
-            before = self.start_before[start]
-            length += self.length_at[before]
-            self._remove(before)
-            start = before
-        self._insert(start, length)
-
-    def _insert(self, start: int, length: int) -> None:
-        insort(self.starts, start)
-        self.length_at[start] = length
-        self.start_before[start + length] = start
-        self.num_free += length
-
-    def _remove(self, start: int) -> None:
-        length = self.length_at.pop(start)
-        del self.start_before[start + length]
-        del self.starts[bisect_left(self.starts, start)]
-        self.num_free -= length
-
-    def check_integrity(self) -> None:
-        where = f"rank {self.rank}"
-        assert self.starts == sorted(self.length_at), f"{where}: sorted starts and runs differ"
-        ends = {start + length: start for start, length in self.length_at.items()}
-        assert self.start_before == ends, f"{where}: run ends and runs differ"
-        used = sorted(self.used)
-        last_end = -1
-        for start in self.starts:
-            length = self.length_at[start]
-            assert length > 0, f"{where}: empty free run at {start}"
-            assert start > last_end, f"{where}: free runs overlap or touch at {start}"
-            last_end = start + length
-            assert last_end <= self.capacity, f"{where}: free run past the end, {last_end}"
-            inside = used[bisect_left(used, start) : bisect_left(used, last_end)]
-            assert not inside, f"{where}: used blocks {inside} in a free run"
-        assert all(0 <= block < self.capacity for block in used), f"{where}: unknown used block"
-        assert self.num_free == sum(self.length_at.values()), f"{where}: free count is wrong"
-        assert self.num_free + len(self.used) == self.capacity, (
-            f"{where}: {self.num_free} free + {len(self.used)} used != {self.capacity}"
-        )
+    def check(self, rank: int, capacity: int) -> None:
+        self.free.check()
+        assert all(n >= 1 for n in self.references.values()), f"rank {rank}: used, no reference"
+        single = [(block, 1) for block in (*self.references, *self.cached)]
+        end = 0
+        for start, length in sorted([*self.free.runs(), *single]):
+            assert start >= end, f"block {start} of rank {rank} is in two states"
+            assert start == end, f"block {end} of rank {rank} is in no state"
+            end = start + length
+        assert end == capacity, f"rank {rank}: blocks up to {end} known, it has {capacity}"

@@ -32,6 +32,7 @@ class KVPool:
         device: torch.device,
     ) -> None:
         self.num_slots = num_slots
+        self.dtype = dtype
         self.nbytes = num_slots * bytes_per_token(layers, dtype)
         self._kv = [
             torch.empty(
@@ -70,3 +71,26 @@ class KVPool:
         elif len(parts) > MAX_PIECES:
             parts = [torch.cat(parts, dim=2)]
         return KeyValues(tuple((p[0].transpose(0, 1), p[1].transpose(0, 1)) for p in parts))
+
+    def get_blocks(self, blocks: Sequence[int], block_size: int) -> torch.Tensor:
+        """A copy of whole blocks in all layers, ``[blocks, elements of one block]``."""
+        rows = [
+            torch.cat(
+                [kv[:, :, b * block_size : (b + 1) * block_size].flatten() for kv in self._kv]
+            )
+            for b in blocks
+        ]
+        return torch.stack(rows)
+
+    def put_blocks(self, blocks: Sequence[int], block_size: int, content: torch.Tensor) -> None:
+        """Overwrite whole blocks with what ``get_blocks`` gave, here or on another rank."""
+        for block, row in zip(blocks, content, strict=True):
+            at = 0
+            for kv in self._kv:
+                view = kv[:, :, block * block_size : (block + 1) * block_size]
+                view.copy_(row[at : at + view.numel()].view(view.shape))
+                at += view.numel()
+
+    def block_elements(self, block_size: int) -> int:
+        """Elements of one block over all layers."""
+        return sum(2 * kv.shape[1] * block_size * kv.shape[3] for kv in self._kv)

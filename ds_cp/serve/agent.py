@@ -85,19 +85,12 @@ class _Agent:
 
     async def _front(self, border: Border, source: ModelSource, listener: socket.socket) -> None:
         from ds_cp.serve.app import create_app
-        from ds_cp.serve.async_engine import AsyncEngine, WorkerLostError
+        from ds_cp.serve.async_engine import AsyncEngine
         from ds_cp.serve.http import serve_until
-        from ds_cp.serve.protocol import ServerSettings
+        from ds_cp.serve.ports import BorderPort, WorkerLostError
+        from ds_cp.serve.settings import server_settings
 
-        server = self._config.server
-        settings = ServerSettings(
-            host=server.host,
-            port=server.port,
-            api_keys=server.api_keys,
-            served_model_name=server.served_model_name,
-            max_body_bytes=server.max_body_bytes,
-            drain_timeout_s=server.drain_timeout_s,
-        )
+        settings = server_settings(self._config)
         loop = asyncio.get_running_loop()
         address, port = listener.getsockname()[:2]
         shown = f"[{address}]" if ":" in address else address
@@ -115,7 +108,7 @@ class _Agent:
         engine = AsyncEngine(
             self._config,
             source.name,
-            border,
+            BorderPort(border),
             loop,
             partial(_load_tokenizer, source),
             on_ready,

@@ -29,6 +29,7 @@ from ds_cp.serve.protocol import (
     ServerSettings,
     TokenizeRequest,
 )
+from ds_cp.serve.ranks import rank_routes
 from ds_cp.serve.text import TextCodec
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
@@ -65,6 +66,7 @@ def create_app(engine: EngineHandle, server: ServerSettings) -> FastAPI:
     app.include_router(_completion_routes(front))
     app.include_router(_text_routes(front))
     app.include_router(_state_routes(front))
+    app.include_router(rank_routes(front))
     app.add_exception_handler(RequestValidationError, _on_validation)
     app.add_exception_handler(HTTPException, _on_http)
     app.add_exception_handler(DsCpError, _on_typed)

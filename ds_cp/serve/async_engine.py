@@ -1,7 +1,8 @@
 """Rank 0's engine for the HTTP front: a thread that steps, and asyncio streams that listen.
 
-The scheduler lives here, in the front's process; plans go to the worker over the border. A long
-step blocks only that thread: requests are admitted, refused and aborted meanwhile.
+The scheduler lives here, in the front's process; plans go to the worker through a port, the next
+one while a step runs. A long step blocks only that thread: requests are admitted, refused and
+aborted meanwhile.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from ds_cp.config import Config
 from ds_cp.engine.core import EngineCore
 from ds_cp.engine.decisions import build_scheduler
 from ds_cp.engine.handle import EngineInfo, EngineStats
-from ds_cp.engine.params import Delta, SamplingParams
-from ds_cp.engine.plan import StepPlan
+from ds_cp.engine.loop import StepLoop
+from ds_cp.engine.params import Delta, RequestOptions, SamplingParams
+from ds_cp.engine.plan import Outcome, StepPlan
 from ds_cp.errors import DsCpError, EngineDeadError
-from ds_cp.serve.border import Border, Failed, FromWorker, Ready, Result
+from ds_cp.serve.border import Ready
+from ds_cp.serve.ports import WorkerPort
 
 
 class AsyncEngine:
@@ -38,7 +41,7 @@ class AsyncEngine:
         self,
         config: Config,
         model_name: str,
-        border: Border,
+        port: WorkerPort,
         loop: asyncio.AbstractEventLoop,
         load_tokenizer: Callable[[], Any],
         on_ready: Callable[[Ready], None],
@@ -46,7 +49,7 @@ class AsyncEngine:
     ) -> None:
         self._config = config
         self._model_name = model_name
-        self._border = border
+        self._port = port
         self._loop = loop
         self._load_tokenizer = load_tokenizer
         self._on_ready = on_ready
@@ -58,7 +61,6 @@ class AsyncEngine:
         self._stopping = False
         self._streams: dict[str, asyncio.Queue[Delta | DsCpError]] = {}
         self._step_seconds = 0.0
-        self._sent: dict[str, tuple[int, int]] = {}
         self._thread = threading.Thread(target=self._run, name="ds_cp engine", daemon=True)
 
     def start(self) -> None:
@@ -71,24 +73,27 @@ class AsyncEngine:
         return self._state
 
     async def generate(
-        self, request_id: str, prompt_token_ids: list[int], params: SamplingParams
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        options: RequestOptions | None = None,
     ) -> AsyncIterator[Delta]:
-        """Deltas until the last one; closing the iterator aborts. Refusals are raised at once."""
+        """Deltas until the last one of every answer; closing the iterator aborts. Refusals are
+        raised at once."""
         queue: asyncio.Queue[Delta | DsCpError] = asyncio.Queue()
         with self._wake:
-            if self._core is None or self._state != "ready":
-                raise EngineDeadError(f"the engine is {self._state}")
-            self._core.add(request_id, prompt_token_ids, params)
+            self._ready_core().add(request_id, prompt_token_ids, params, options)
             self._streams[request_id] = queue
             self._wake.notify()
+        unfinished = params.n
         try:
-            while True:
+            while unfinished:
                 delta = await queue.get()
                 if isinstance(delta, DsCpError):
                     raise delta
+                unfinished -= delta.finish_reason is not None
                 yield delta
-                if delta.finish_reason is not None:
-                    return
         finally:
             self.abort(request_id)
 
@@ -99,6 +104,27 @@ class AsyncEngine:
             if self._core is not None:
                 self._core.abort(request_id)
 
+    def drain(self, rank: int) -> None:
+        """Move everything off a rank, live; see ``EngineHandle``."""
+        with self._wake:
+            self._ready_core().scheduler.drain(rank)
+            self._wake.notify()
+
+    def reopen(self, rank: int) -> None:
+        """Let a drained rank take KV again."""
+        with self._wake:
+            self._ready_core().scheduler.reopen(rank)
+
+    def rebalance(self) -> int:
+        """Move blocks from full ranks to empty ones; returns how many will move."""
+        with self._wake:
+            return self._ready_core().scheduler.rebalance()
+
+    def _ready_core(self) -> EngineCore:
+        if self._core is None or self._state != "ready":
+            raise EngineDeadError(f"the engine is {self._state}")
+        return self._core
+
     def stats(self) -> EngineStats:
         """A snapshot of counters and gauges."""
         with self._lock:
@@ -107,8 +133,8 @@ class AsyncEngine:
             return replace(
                 self._core.stats(),
                 step_seconds=self._step_seconds,
-                comm_bytes={scheme: sent[0] for scheme, sent in self._sent.items()},
-                comm_exchanges={scheme: sent[1] for scheme, sent in self._sent.items()},
+                comm_bytes={scheme: sent[0] for scheme, sent in self._port.sent.items()},
+                comm_exchanges={scheme: sent[1] for scheme, sent in self._port.sent.items()},
             )
 
     async def stop(self, deadline_s: float) -> None:
@@ -141,7 +167,7 @@ class AsyncEngine:
 
     def _become_ready(self) -> None:
         tokenizer = self._load_tokenizer()
-        ready = self._expect(Ready)
+        ready = self._port.ready()
         scheduler = build_scheduler(self._config, ready.facts)
         with self._lock:
             self._core = EngineCore(scheduler, tokenizer)
@@ -164,41 +190,29 @@ class AsyncEngine:
         idle_s = min(self._config.comm.timeout_s / 3, 20.0)
         core = self._core
         assert core is not None
+        loop = StepLoop(core, _Timed(self._port, self._note_seconds), self._lock)
         while True:
             with self._wake:
-                if not core.has_work and not self._stopping:
+                idle = not core.has_work and not loop.num_flying
+                if idle and not self._stopping:
                     self._wake.wait(timeout=idle_s)
+                    idle = not core.has_work
                 if self._stopping:
                     break
-                plan = core.plan() or StepPlan(0, "idle")
-            result = self._execute(plan)
+            if idle:  # a sign of life, so that no rank takes silence for death
+                self._port.submit(StepPlan(0, "idle"))
+                self._port.outcome()
+                continue
+            deltas = loop.advance()
             with self._lock:
-                self._step_seconds += result.seconds if plan.kind == "run" else 0.0
-                self._sent = result.sent
-                deltas = core.apply(result.sampled)
                 pairs = [(self._streams.get(delta.request_id), delta) for delta in deltas]
             self._deliver([(queue, delta) for queue, delta in pairs if queue is not None])
         self._state = "dead"
-        with contextlib.suppress(EngineDeadError):
-            self._border.send(StepPlan(0, "stop"))
+        loop.settle()
+        self._port.leave()
 
-    def _execute(self, plan: StepPlan) -> Result:
-        try:
-            self._border.send(plan)
-        except EngineDeadError as err:
-            raise WorkerLostError(str(err)) from err
-        result: Result = self._expect(Result)
-        return result
-
-    def _expect(self, kind: type) -> Any:
-        try:
-            message = self._border.receive(FromWorker)
-        except EngineDeadError as err:
-            raise WorkerLostError(str(err)) from err
-        if isinstance(message, Failed):
-            raise _DeathError(message.message, message.exit_code)
-        assert isinstance(message, kind)
-        return message
+    def _note_seconds(self, seconds: float) -> None:
+        self._step_seconds += seconds
 
     def _deliver(self, items: list[tuple[asyncio.Queue[Delta | DsCpError], Any]]) -> None:
         def put() -> None:
@@ -219,13 +233,16 @@ class AsyncEngine:
             self._on_death(err, exit_code)
 
 
-class _DeathError(EngineDeadError):
-    """The worker's last words, with its exit code."""
+class _Timed:
+    """A runner that tells how long its steps took."""
 
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
+    def __init__(self, port: WorkerPort, note: Callable[[float], None]) -> None:
+        self.submit = port.submit
+        self._outcome = port.outcome
+        self._note = note
 
-
-class WorkerLostError(EngineDeadError):
-    """The worker is gone without a word; its agent knows how it ended."""
+    def outcome(self) -> Outcome:
+        """The next outcome; its seconds are noted."""
+        outcome = self._outcome()
+        self._note(outcome.seconds)
+        return outcome

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from ds_cp.engine.plan import Sampled, StepPlan
+from ds_cp.engine.plan import Outcome, StepPlan
 from ds_cp.engine.startup_facts import Facts
 from ds_cp.errors import EngineDeadError
 
@@ -41,10 +41,9 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
 
 
 class Result(msgspec.Struct, frozen=True, tag="result"):
-    """One plan's tokens, and this rank's books so far: (bytes, exchanges) by scheme."""
+    """What came of one plan, and this rank's books so far: (bytes, exchanges) by scheme."""
 
-    sampled: tuple[Sampled, ...]
-    seconds: float
+    outcome: Outcome
     sent: dict[str, tuple[int, int]]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any
 
@@ -17,11 +18,12 @@ from ds_cp.serve.front import (
     new_id,
     now,
     request_id_of,
+    request_options,
     sampling_params,
     usage,
 )
 from ds_cp.serve.generation import Generation, unless_disconnected
-from ds_cp.serve.logprobs import chat_entries
+from ds_cp.serve.logprobs import chat_entries, prompt_entries
 from ds_cp.serve.protocol import ChatRequest
 from ds_cp.serve.sse import EventStream, stream_events
 
@@ -36,12 +38,19 @@ async def chat_completions(front: Front, body: ChatRequest, request: Request) ->
         body,
         max_tokens=body.max_completion_tokens if newer else body.max_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        prompt_logprobs=body.prompt_logprobs,
         names={"max_tokens": max_param, "logprobs": "top_logprobs"},
     )
     ids = await front.codec.encode_chat([message.for_template() for message in body.messages])
-    answer = _Answer(front, body, len(ids))
+    answer = _Answer(front, body, len(ids), params.n)
     generation = front.start(
-        answer.id, [ids], params, arrival, prompt_param="messages", max_param=max_param
+        answer.id,
+        [ids],
+        params,
+        request_options(body, request),
+        arrival,
+        prompt_param="messages",
+        max_param=max_param,
     )
     try:
         if not body.stream:
@@ -53,7 +62,7 @@ async def chat_completions(front: Front, body: ChatRequest, request: Request) ->
         raise
     events = stream_events(
         generation,
-        opening=[answer.chunk({"role": "assistant", "content": ""})],
+        opening=answer.opening(),
         chunks_of=answer.chunks_of,
         closing=answer.closing,
         keep_alive_s=front.settings.keep_alive_s,
@@ -62,47 +71,67 @@ async def chat_completions(front: Front, body: ChatRequest, request: Request) ->
     return EventStream(events, generation, write_timeout_s=front.settings.write_timeout_s)
 
 
+@dataclass
+class _Choice:
+    """One of the answers, so far."""
+
+    text: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    last: Delta = field(default_factory=lambda: Delta(""))
+
+
 class _Answer:
     """Builds the JSON of one chat request."""
 
-    def __init__(self, front: Front, body: ChatRequest, prompt_tokens: int) -> None:
+    def __init__(self, front: Front, body: ChatRequest, prompt_tokens: int, n: int) -> None:
         self._front = front
         self._body = body
         self._prompt_tokens = prompt_tokens
+        self._cached_tokens = 0
         self._tokens = 0
+        self._n = n
         self.id = new_id("chatcmpl")
         self._created = now()
 
     async def collect(self, generation: Generation) -> dict[str, Any]:
         """The whole answer. Closes the generation on every way out."""
-        text: list[str] = []
-        logprobs: list[TokenLogprob] = []
-        last = Delta("")
+        choices = [_Choice() for _ in range(self._n)]
+        scores: tuple[TokenLogprob | None, ...] = ()
         try:
             async for _, delta in generation.deltas():
                 self._count(delta)
-                text.append(delta.text)
-                logprobs.extend(delta.logprobs or ())
-                last = delta
+                choice = choices[delta.index]
+                choice.text.append(delta.text)
+                choice.logprobs.extend(delta.logprobs or ())
+                choice.last = delta
+                scores = delta.prompt_logprobs or scores
         finally:
             await generation.close()
-        choice = {
-            "index": 0,
-            "message": {"role": "assistant", "content": "".join(text)},
-            "logprobs": self._logprobs(logprobs),
-            "finish_reason": last.finish_reason,
-            "stop_reason": last.stop_reason,
+        whole = self._head("chat.completion") | {
+            "choices": [self._choice(index, choice) for index, choice in enumerate(choices)],
+            "usage": self._usage(),
         }
-        return self._head("chat.completion") | {"choices": [choice], "usage": self._usage()}
+        if self._body.prompt_logprobs is not None:
+            if len(scores) != self._prompt_tokens:
+                raise engine_failure()
+            whole["prompt_logprobs"] = await prompt_entries(
+                scores, self._front.texts, self._body.prompt_logprobs
+            )
+        return whole
 
-    def chunks_of(self, index: int, delta: Delta) -> list[dict[str, Any]]:
+    def opening(self) -> list[dict[str, Any]]:
+        """The role of every answer."""
+        return [self.chunk(index, {"role": "assistant", "content": ""}) for index in range(self._n)]
+
+    def chunks_of(self, _: int, delta: Delta) -> list[dict[str, Any]]:
         """The chunks of one delta: its text, then the finish; none while its text is held back."""
         self._count(delta)
         chunks = []
         if delta.text or delta.logprobs:
-            chunks.append(self.chunk({"content": delta.text}, list(delta.logprobs or ())))
+            text, logprobs = {"content": delta.text}, list(delta.logprobs or ())
+            chunks.append(self.chunk(delta.index, text, logprobs))
         if delta.finish_reason is not None:
-            chunks.append(self.chunk({}, last=delta))
+            chunks.append(self.chunk(delta.index, {}, last=delta))
         return chunks
 
     def closing(self) -> list[dict[str, Any]]:
@@ -113,13 +142,14 @@ class _Answer:
 
     def chunk(
         self,
+        index: int,
         delta: dict[str, str],
         logprobs: list[TokenLogprob] | None = None,
         last: Delta | None = None,
     ) -> dict[str, Any]:
         """One chunk of a stream."""
         choice = {
-            "index": 0,
+            "index": index,
             "delta": delta,
             "logprobs": self._logprobs(logprobs) if logprobs else None,
             "finish_reason": last.finish_reason if last else None,
@@ -128,6 +158,15 @@ class _Answer:
             choice["stop_reason"] = last.stop_reason
         chunk = self._head("chat.completion.chunk") | {"choices": [choice]}
         return chunk | {"usage": None} if self._body.include_usage else chunk
+
+    def _choice(self, index: int, choice: _Choice) -> dict[str, Any]:
+        return {
+            "index": index,
+            "message": {"role": "assistant", "content": "".join(choice.text)},
+            "logprobs": self._logprobs(choice.logprobs),
+            "finish_reason": choice.last.finish_reason,
+            "stop_reason": choice.last.stop_reason,
+        }
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {
@@ -141,6 +180,7 @@ class _Answer:
         if delta.finish_reason == "error":
             raise engine_failure()
         self._tokens += len(delta.token_ids)
+        self._cached_tokens += delta.cached_tokens or 0
 
     def _logprobs(self, logprobs: list[TokenLogprob]) -> dict[str, Any] | None:
         if not self._body.logprobs:
@@ -148,5 +188,5 @@ class _Answer:
         top = self._body.top_logprobs or 0
         return {"content": chat_entries(logprobs, self._front.texts, top), "refusal": None}
 
-    def _usage(self) -> dict[str, int]:
-        return usage(self._prompt_tokens, self._tokens)
+    def _usage(self) -> dict[str, Any]:
+        return usage(self._prompt_tokens, self._tokens, self._cached_tokens)

@@ -75,6 +75,7 @@ def error_type(status: int) -> str:
     """OpenAI's ``type`` for an HTTP status."""
     named = {
         401: "authentication_error",
+        403: "permission_error",
         404: "not_found_error",
         429: "rate_limit_error",
         503: "service_unavailable_error",
@@ -125,7 +126,7 @@ def from_engine(error: DsCpError) -> ApiError | None:
 def from_validation(errors: Sequence[Any]) -> ApiError:
     """One line for the first of pydantic's errors, naming the field."""
     first = errors[0]
-    loc = [part for part in first.get("loc", ()) if part != "body"]
+    loc = [part for part in first.get("loc", ()) if part not in ("body", "path")]
     kind = first.get("type")
     if kind == "json_invalid":
         reason = first.get("ctx", {}).get("error", "not valid JSON")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import uuid
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +13,7 @@ from typing import Any
 from starlette.requests import Request
 
 from ds_cp.engine.handle import EngineHandle
-from ds_cp.engine.params import SamplingParams
+from ds_cp.engine.params import RequestOptions, SamplingParams
 from ds_cp.errors import RequestError
 from ds_cp.serve.errors import ApiError, not_ready
 from ds_cp.serve.generation import Generation, Job
@@ -22,9 +24,12 @@ from ds_cp.serve.text import TextCodec
 
 # How long a stream waits for a refusal by the engine before it starts with status 200.
 ADMISSION_S = 1.0
+# Entries of one answer: one per prompt token, alternative and choice. To put a million into JSON
+# keeps the event loop from other streams for half a second.
+MAX_PROMPT_LOGPROBS = 1_000_000
 _COPIED = (
-    "temperature top_p top_k min_p seed stop stop_token_ids min_tokens ignore_eos logit_bias "
-    "skip_special_tokens"
+    "n temperature top_p top_k min_p seed stop stop_token_ids min_tokens ignore_eos logit_bias "
+    "skip_special_tokens presence_penalty frequency_penalty repetition_penalty"
 ).split()
 
 
@@ -75,6 +80,7 @@ class Front:
         answer_id: str,
         prompts: Sequence[list[int]],
         params: SamplingParams,
+        options: RequestOptions,
         arrival: float,
         *,
         prompt_param: str,
@@ -88,6 +94,7 @@ class Front:
         """
         self.check_ids(params.stop_token_ids, "stop_token_ids")
         self.check_ids(params.logit_bias, "logit_bias")
+        _check_prompt_logprobs(sum(map(len, prompts)), params, prompt_param)
         jobs = []
         for index, ids in enumerate(prompts):
             if not ids:
@@ -96,7 +103,7 @@ class Front:
                 )
             self.check_ids(ids, prompt_param)
             fitting = self._fit(len(ids), params, prompt_param, max_param, clamp)
-            jobs.append(Job(f"{answer_id}-{index}", ids, fitting))
+            jobs.append(Job(f"{answer_id}-{index}", ids, fitting, options))
         return Generation(self.engine, self.metrics, jobs, arrival)
 
     def _fit(
@@ -116,7 +123,7 @@ class Front:
                 400,
                 f"the model's context length is {length} tokens; the prompt has {prompt} and "
                 f"{name} asks for {asked} more: need {prompt + asked}, have {length}; shorten the "
-                f"prompt or lower {name}",
+                "prompt" + (f" or lower {name}" if room > 0 else ""),
                 param=prompt_param if room < 1 else name,
                 code="context_length_exceeded",
             )
@@ -128,6 +135,7 @@ def sampling_params(
     *,
     max_tokens: int | None,
     logprobs: int | None,
+    prompt_logprobs: int | None,
     names: Mapping[str, str] = {},
 ) -> SamplingParams:
     """The engine's parameters of a request; null fields take the engine's defaults.
@@ -137,12 +145,45 @@ def sampling_params(
     given: dict[str, Any] = {name: getattr(body, name) for name in _COPIED}
     given = {name: value for name, value in given.items() if value is not None}
     try:
-        return SamplingParams(max_tokens=max_tokens, logprobs=logprobs, **given)
+        return SamplingParams(
+            max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs, **given
+        )
     except RequestError as error:
         ours = error.param
         if ours is None or ours not in names:
             raise
         raise RequestError(str(error).replace(ours, names[ours]), names[ours]) from None
+
+
+def request_options(body: SamplingRequest, request: Request) -> RequestOptions:
+    """Priority and cache salt of a request. Raises ``RequestError``."""
+    key_digest = request.scope["state"].get("key_digest")
+    return RequestOptions(
+        priority=0 if body.priority is None else body.priority,
+        cache_salt=engine_salt(key_digest, body.cache_salt or ""),
+    )
+
+
+def engine_salt(key_digest: str | None, cache_salt: str) -> str:
+    """What keeps the prefixes of one API key and one ``cache_salt`` from all others: sha256 (hex)
+    of both, "" without either. Neither can be read from it."""
+    if key_digest is None and not cache_salt:
+        return ""
+    return hashlib.sha256(json.dumps([key_digest, cache_salt]).encode()).hexdigest()
+
+
+def _check_prompt_logprobs(tokens: int, params: SamplingParams, prompt_param: str) -> None:
+    if params.prompt_logprobs is None:
+        return
+    each = params.prompt_logprobs + 1
+    count = tokens * each * params.n
+    if count > MAX_PROMPT_LOGPROBS:
+        raise RequestError(
+            f"log-probabilities of {tokens} prompt tokens, {each} each, in {params.n} choices are "
+            f"{count} entries; at most {MAX_PROMPT_LOGPROBS} per request; shorten the prompt or "
+            "ask for fewer",
+            prompt_param,
+        )
 
 
 def new_id(prefix: str) -> str:
@@ -160,12 +201,13 @@ def request_id_of(request: Request) -> str:
     return request.scope["state"]["request_id"]
 
 
-def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-    """OpenAI's token counts."""
+def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
+    """OpenAI's token counts; ``cached_tokens`` of the prompt's were in the prefix cache."""
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
     }
 
 

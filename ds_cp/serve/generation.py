@@ -9,7 +9,7 @@ from time import monotonic
 from typing import Any, TypeVar
 
 from ds_cp.engine.handle import EngineHandle
-from ds_cp.engine.params import Delta, SamplingParams
+from ds_cp.engine.params import Delta, RequestOptions, SamplingParams
 from ds_cp.errors import EngineDeadError
 from ds_cp.serve.metrics import ServerMetrics
 
@@ -20,11 +20,12 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Job:
-    """One prompt of an HTTP request."""
+    """One prompt of an HTTP request: one request of the engine, with ``params.n`` answers."""
 
     request_id: str
     prompt_token_ids: list[int]
     params: SamplingParams
+    options: RequestOptions
 
 
 class Generation:
@@ -37,7 +38,7 @@ class Generation:
         self._metrics = metrics
         self._arrival = arrival  # time.monotonic() when the HTTP request came
         self._queue: asyncio.Queue[tuple[int, Delta | Exception]] = asyncio.Queue(_BUFFERED)
-        self._unfinished = len(jobs)
+        self._unfinished = sum(job.params.n for job in jobs)  # answers
         self._waiting: asyncio.Task[tuple[int, Delta | Exception]] | None = None
         loop = asyncio.get_running_loop()
         self._answered: list[asyncio.Future[None]] = [loop.create_future() for _ in jobs]
@@ -77,7 +78,7 @@ class Generation:
 
     @property
     def finished(self) -> bool:
-        """True once the last delta of every job was taken."""
+        """True once the last delta of every answer of every job was taken."""
         return self._unfinished == 0
 
     async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
@@ -100,13 +101,19 @@ class Generation:
                 future.exception()  # taken, so that asyncio does not report it as lost
 
     async def _pump(self, index: int, job: Job) -> None:
-        stream = self._engine.generate(job.request_id, job.prompt_token_ids, job.params)
+        stream = self._engine.generate(
+            job.request_id, job.prompt_token_ids, job.params, job.options
+        )
         ended = False
-        last = self._arrival
+        left = job.params.n  # answers without their last delta
+        times = _Times(self._metrics, self._arrival)
         try:
             async for delta in stream:
-                last = self._observe(index, delta, last)
-                ended = delta.finish_reason is not None
+                left -= delta.finish_reason is not None
+                ended = left == 0
+                times.note(delta, ended)
+                if not self._answered[index].done():
+                    self._answered[index].set_result(None)
                 await self._queue.put((index, delta))
                 if ended:
                     return
@@ -123,19 +130,30 @@ class Generation:
             if close is not None:
                 await close()
 
-    def _observe(self, index: int, delta: Delta, last: float) -> float:
+
+class _Times:
+    """The latencies of one engine request: to the first token of any answer, between the tokens of
+    each answer, and to the end of the last answer, unless one was aborted."""
+
+    def __init__(self, metrics: ServerMetrics, arrival: float) -> None:
+        self._metrics = metrics
+        self._arrival = arrival
+        self._last: dict[int, float] = {}  # by index, when its latest tokens came
+        self._whole = True
+
+    def note(self, delta: Delta, ended: bool) -> None:
+        """Take one delta; ``ended`` with the last one of the request."""
         now = monotonic()
         if delta.token_ids:
-            if last == self._arrival:
-                self._metrics.first_token(now - last)
-            else:
-                self._metrics.next_token(now - last)
-            last = now
-        if delta.finish_reason in ("stop", "length"):
+            if delta.index in self._last:
+                self._metrics.next_token(now - self._last[delta.index])
+            elif not self._last:
+                self._metrics.first_token(now - self._arrival)
+            self._last[delta.index] = now
+        if delta.finish_reason is not None:
+            self._whole = self._whole and delta.finish_reason in ("stop", "length")
+        if ended and self._whole:
             self._metrics.finished(now - self._arrival)
-        if not self._answered[index].done():
-            self._answered[index].set_result(None)
-        return last
 
 
 async def unless_disconnected(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -11,7 +12,9 @@ from ds_cp.engine.handle import EngineHandle
 from ds_cp.engine.params import TokenLogprob
 
 LOWEST = -9999.0  # JSON has no infinity
+PIECE = 1024  # prompt tokens that are worked on at a time: some milliseconds
 _CACHED_PIECES = 65536
+_NEAR = 16  # bytes that a tokenizer's normalization may have dropped before a token
 
 
 class TokenTexts:
@@ -67,21 +70,103 @@ def legacy_block(
 
     The chosen token is always among ``top_logprobs``, so there are up to ``top`` + 1 entries.
     """
-    offsets = []
-    for item in logprobs:
+    ids, offsets = [item.token_id for item in logprobs], []
+    for token_id in ids:
         offsets.append(offset)
-        offset += len(texts.piece(item.token_id)[0])
-    block = {
-        "tokens": [texts.label(item.token_id) for item in logprobs],
-        "token_logprobs": [_finite(item.logprob) for item in logprobs],
+        offset += len(texts.piece(token_id)[0])
+    return _legacy(ids, logprobs, offsets, texts, top), offset
+
+
+def echo_blocks(
+    ids: Sequence[int],
+    logprobs: Sequence[TokenLogprob | None],
+    text: str,
+    texts: TokenTexts,
+    top: int,
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A prompt's text and ``choices[].logprobs``, in pieces of ``PIECE`` tokens. ``ids`` and
+    ``logprobs`` are of the same length; the first token has none."""
+    walk = _Walk(text)
+    for start in range(0, len(ids), PIECE):
+        part, begun = ids[start : start + PIECE], walk.offset
+        offsets = [walk.step(texts.piece(token_id)[1]) for token_id in part]
+        end = walk.offset if start + PIECE < len(ids) else len(text)
+        block = _legacy(part, logprobs[start : start + PIECE], offsets, texts, top)
+        yield text[begun:end], block
+
+
+async def prompt_entries(
+    logprobs: Sequence[TokenLogprob | None], texts: TokenTexts, top: int
+) -> list[dict[str, dict[str, Any]] | None]:
+    """vLLM's ``prompt_logprobs``: per token, by token id, the token itself first. ``rank`` counts
+    from 1; it is null for a token that is not among the ``top`` ones."""
+    entries: list[dict[str, dict[str, Any]] | None] = []
+    for start in range(0, len(logprobs), PIECE):
+        part = logprobs[start : start + PIECE]
+        entries += [None if item is None else _prompt_entry(item, texts, top) for item in part]
+        await asyncio.sleep(0)  # let other requests go on
+    return entries
+
+
+def _prompt_entry(item: TokenLogprob, texts: TokenTexts, top: int) -> dict[str, dict[str, Any]]:
+    best = item.top[:top]
+    ranks = {token_id: rank for rank, (token_id, _) in enumerate(best, 1)}
+    return {
+        str(token_id): {
+            "logprob": _finite(logprob),
+            "rank": ranks.get(token_id),
+            "decoded_token": texts.piece(token_id)[0],
+        }
+        for token_id, logprob in ({item.token_id: item.logprob} | dict(best)).items()
+    }
+
+
+def _legacy(
+    ids: Sequence[int],
+    logprobs: Sequence[TokenLogprob | None],
+    offsets: list[int],
+    texts: TokenTexts,
+    top: int,
+) -> dict[str, Any]:
+    return {
+        "tokens": [texts.label(token_id) for token_id in ids],
+        "token_logprobs": [None if item is None else _finite(item.logprob) for item in logprobs],
         "top_logprobs": [
-            {texts.label(token_id): _finite(logprob) for token_id, logprob in item.top[:top]}
+            None
+            if item is None
+            else {texts.label(token_id): _finite(logprob) for token_id, logprob in item.top[:top]}
             | {texts.label(item.token_id): _finite(item.logprob)}
             for item in logprobs
         ],
         "text_offset": offsets,
     }
-    return block, offset
+
+
+class _Walk:
+    """Finds tokens, one after the other, in the text that they spell.
+
+    ``offset`` is how many characters are behind. A token that the text does not have, such as one
+    that begins every prompt of a model, has no width.
+    """
+
+    def __init__(self, text: str) -> None:
+        self._data = text.encode()
+        self._at = 0
+        self.offset = 0
+
+    def step(self, token: bytes) -> int:
+        """The offset where a token begins."""
+        begun, bare = self.offset, token.removeprefix(b" ")
+        if self._data.startswith(token, self._at):
+            end = self._at + len(token)
+        elif bare and self._data.startswith(bare, self._at):  # the blank of a first word is added
+            end = self._at + len(bare)
+        else:
+            found = self._data.find(token, self._at, self._at + len(token) + _NEAR)
+            end = self._at if found < 0 else found + len(token)
+        self.offset += sum(byte & 0xC0 != 0x80 for byte in self._data[self._at : end])
+        self._at = end
+        return begun
 
 
 def _chat_entry(token_id: int, logprob: float, texts: TokenTexts) -> dict[str, Any]:

@@ -38,7 +38,7 @@ class ServerMetrics:
         )
         self._itl = self._histogram(
             "inter_token_latency",
-            "Between two answers of the engine for one request.",
+            "Between the tokens of one answer.",
             _ITL_BUCKETS,
         )
         self._e2e = self._histogram(
@@ -105,11 +105,19 @@ def _gauges(stats: EngineStats, name: str) -> Iterable[Metric]:
     blocks = GaugeMetricFamily(
         "ds_cp:kv_blocks", "KV blocks by rank and state.", labels=("model_name", "rank", "state")
     )
-    pairs = zip(stats.kv_blocks_used, stats.kv_blocks_total, strict=True)
-    for rank, (busy, every) in enumerate(pairs):
+    kept = stats.kv_blocks_cached or (0,) * len(stats.kv_blocks_total)
+    counts = zip(stats.kv_blocks_used, kept, stats.kv_blocks_total, strict=True)
+    for rank, (busy, cached, every) in enumerate(counts):
         blocks.add_metric((name, str(rank), "used"), busy)
-        blocks.add_metric((name, str(rank), "free"), every - busy)
+        blocks.add_metric((name, str(rank), "cached"), cached)
+        blocks.add_metric((name, str(rank), "free"), every - busy - cached)
     yield blocks
+    drained = GaugeMetricFamily(
+        "ds_cp:rank_drained", "1 when a rank takes no new KV.", labels=("model_name", "rank")
+    )
+    for rank in range(len(stats.kv_blocks_total)):
+        drained.add_metric((name, str(rank)), rank in stats.ranks_drained)
+    yield drained
 
 
 def _counters(stats: EngineStats, name: str) -> Iterable[Metric]:
@@ -117,6 +125,9 @@ def _counters(stats: EngineStats, name: str) -> Iterable[Metric]:
         ("prompt_tokens", "Prompt tokens processed.", stats.prompt_tokens),
         ("generation_tokens", "Tokens generated.", stats.generation_tokens),
         ("num_preemptions", "Requests put back to be recomputed.", stats.num_preemptions),
+        ("prefix_cache_queries", "Prompt tokens looked up.", stats.prefix_cache_queries),
+        ("prefix_cache_hits", "Prompt tokens found in the cache.", stats.prefix_cache_hits),
+        ("blocks_moved", "KV blocks moved between ranks.", stats.blocks_moved),
         ("engine_steps", "Steps of the engine.", stats.steps),
         ("engine_step_seconds", "Seconds spent in steps.", stats.step_seconds),
     ):

@@ -72,6 +72,7 @@ class RequestIds:
 class ApiKeys:
     """Asks for ``Authorization: Bearer KEY`` on every path but /health.
 
+    The sha256 (hex) of the key that was used stands in ``scope["state"]["key_digest"]``.
     The sha256 of what was sent is compared with that of every key, without an early exit, so that
     the time taken tells nothing about a key.
     """
@@ -99,6 +100,7 @@ class ApiKeys:
         found = False
         for known in self._digests:
             found |= secrets.compare_digest(digest, known)
+        scope.setdefault("state", {})["key_digest"] = digest.hex()
         return found and scheme.lower() == "bearer"
 
 

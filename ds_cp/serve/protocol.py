@@ -3,8 +3,14 @@
 Accepted and ignored, because they change nothing about the answer: ``user``, ``store``,
 ``metadata``, ``service_tier``, ``safety_identifier``, ``prompt_cache_key``, ``verbosity``. Any
 other field that is not listed on the models below is a 400 that names it; a field of OpenAI's that
-is known but not supported is accepted with its neutral value (``n`` 1, ``presence_penalty`` 0, null
-...) and refused with any other.
+is known but not supported is accepted with its neutral value (``tools`` [], ``response_format``
+text, null ...) and refused with any other. ``best_of`` must equal ``n``.
+
+From vLLM: ``top_k``, ``min_p``, ``min_tokens``, ``stop_token_ids``, ``ignore_eos``,
+``repetition_penalty``, ``skip_special_tokens``, ``prompt_logprobs`` (answered where vLLM has it: on
+each choice of a completion, beside the choices of a chat; not in streams), ``priority`` (lower
+numbers first) and ``cache_salt`` (cached prefixes are shared only by requests with the same one and
+the same API key).
 """
 
 from __future__ import annotations
@@ -15,7 +21,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ds_cp.engine.params import MAX_LOGIT_BIAS
+from ds_cp.engine.params import MAX_LOGIT_BIAS, MAX_N, MAX_SALT_CHARS
 from ds_cp.serve.errors import FieldError, shorten
 from ds_cp.serve.strict import (
     BOTH,
@@ -28,6 +34,7 @@ from ds_cp.serve.strict import (
 )
 
 MAX_PROMPTS = 64
+MAX_CHOICES = 128  # prompts times n
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,12 +79,26 @@ class SamplingRequest(StrictModel):
     top_p: float | None = None
     top_k: int | None = Field(None, description="0 or -1 keeps every token")
     min_p: float | None = None
+    presence_penalty: float | None = Field(None, description="-2 to 2, default 0")
+    frequency_penalty: float | None = Field(None, description="-2 to 2, default 0")
+    repetition_penalty: float | None = Field(None, description="1 is none; above 0")
     seed: int | None = None
+    n: int | None = Field(None, description=f"answers per prompt, 1 to {MAX_N}")
     stop: list[str] | None = Field(None, description="a string or a list of strings")
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
     logit_bias: dict[int, float] | None = Field(None, description="token id (string) -> bias")
     skip_special_tokens: bool | None = None
+    prompt_logprobs: int | None = Field(None, description="of this many tokens per prompt token")
+    priority: int | None = Field(None, description="lower numbers are served first; default 0")
+    cache_salt: str | None = Field(None, description="keeps cached prefixes apart")
+
+    @field_validator("cache_salt")
+    @classmethod
+    def _cache_salt(cls, value: str | None) -> str | None:
+        if value is not None and len(value) > MAX_SALT_CHARS:
+            raise FieldError(f"cache_salt has {len(value)} characters; at most {MAX_SALT_CHARS}")
+        return value if value is None else plain_text(value, "cache_salt")
 
     @field_validator("stop", mode="plain", json_schema_input_type=str | list[str] | None)
     @classmethod
@@ -109,6 +130,8 @@ class SamplingRequest(StrictModel):
     def _options_of_streams(self) -> SamplingRequest:
         if self.stream_options is not None and not self.stream:
             raise FieldError("stream_options is only allowed with stream true", "stream_options")
+        if self.stream and self.prompt_logprobs is not None:
+            raise FieldError("prompt_logprobs is not given in streams", "prompt_logprobs")
         return self
 
     @property
@@ -118,14 +141,19 @@ class SamplingRequest(StrictModel):
 
 
 class CompletionRequest(SamplingRequest):
-    """POST /v1/completions. ``max_tokens`` is 16 unless given, as OpenAI has it."""
+    """POST /v1/completions. ``max_tokens`` is 16 unless given, as OpenAI has it; 0 is allowed with
+    ``echo``. The answers to prompt p are the choices p * ``n`` to p * ``n`` + ``n`` - 1.
+    """
 
     unsupported: ClassVar[dict[str, Unsupported]] = BOTH | COMPLETION_ONLY
 
     prompt: list[str | list[int]] = Field(
         description=f"text, token ids, or a list of at most {MAX_PROMPTS} of either"
     )
-    echo: bool | None = Field(None, description="start the answer with the prompt")
+    best_of: int | None = Field(None, description="the same as n")
+    echo: bool | None = Field(
+        None, description="start the answer with the prompt, with its logprobs if they are asked"
+    )
     logprobs: int | None = Field(None, description="log-probabilities of this many tokens")
 
     @field_validator(
@@ -136,12 +164,31 @@ class CompletionRequest(SamplingRequest):
         return prompts_of(value)
 
     @model_validator(mode="after")
-    def _echo_without_logprobs(self) -> CompletionRequest:
-        if self.echo and self.logprobs is not None:
+    def _number_of_choices(self) -> CompletionRequest:
+        n, prompts = 1 if self.n is None else self.n, len(self.prompt)
+        if n <= MAX_N and n * prompts > MAX_CHOICES:
             raise FieldError(
-                "echo together with logprobs is not supported yet; send one of them", "echo"
+                f"n is {n} for {prompts} prompts: {n * prompts} answers; at most {MAX_CHOICES} "
+                "per request",
+                "n",
+            )
+        if self.best_of is not None and self.best_of != n:
+            raise FieldError(
+                f"best_of is {self.best_of} and n is {n}: every answer is returned, so best_of "
+                "must equal n; leave it out",
+                "best_of",
             )
         return self
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether the answer has the log-probabilities of the echoed prompt."""
+        return bool(self.echo) and self.logprobs is not None
+
+    @property
+    def only_prompt(self) -> bool:
+        """Whether no new token is wanted: evaluation harnesses ask so for a prompt's scores."""
+        return bool(self.echo) and self.max_tokens == 0
 
 
 class ChatMessage(StrictModel):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import aclosing
 from typing import Any
 
@@ -34,7 +34,7 @@ async def stream_events(
     generation: Generation,
     *,
     opening: list[dict[str, Any]],
-    chunks_of: Callable[[int, Delta], list[dict[str, Any]]],
+    chunks_of: Callable[[int, Delta], Iterable[dict[str, Any]]],
     closing: Callable[[], list[dict[str, Any]]],
     keep_alive_s: float,
     request_id: str,

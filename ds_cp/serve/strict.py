@@ -30,19 +30,12 @@ class Unsupported:
         )
 
 
-_ONE = Unsupported((1,), "only 1 is supported; send the request several times instead")
-_NO_PENALTY = Unsupported((0,), "only 0 is supported; penalties are not supported yet")
 _NO_TOOLS = Unsupported(([],), "tool calls are not supported yet")
 _NO_MEDIA = Unsupported((), "this server reads and writes text only")
 _NO_TEMPLATE = Unsupported((), "templates come with the model; a request cannot bring or steer one")
 _NO_GRAMMAR = Unsupported((), "constrained output is not supported yet")
 BOTH: dict[str, Unsupported] = {
-    "n": _ONE,
-    "presence_penalty": _NO_PENALTY,
-    "frequency_penalty": _NO_PENALTY,
-    "repetition_penalty": Unsupported((1,), "only 1 is supported; penalties are not supported yet"),
     "response_format": Unsupported(({"type": "text"},), "only plain text is supported so far"),
-    "prompt_logprobs": Unsupported((), "log-probabilities of the prompt are not supported yet"),
     "use_beam_search": Unsupported((False,), "beam search is not supported"),
     "guided_json": _NO_GRAMMAR,
     "guided_regex": _NO_GRAMMAR,
@@ -50,7 +43,6 @@ BOTH: dict[str, Unsupported] = {
     "structured_outputs": _NO_GRAMMAR,
 }
 COMPLETION_ONLY: dict[str, Unsupported] = {
-    "best_of": _ONE,
     "suffix": Unsupported(("",), "inserting before a suffix is not supported"),
 }
 CHAT_ONLY: dict[str, Unsupported] = {

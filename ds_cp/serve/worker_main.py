@@ -12,7 +12,6 @@ import os
 import signal
 import socket
 import sys
-import time
 import traceback
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -69,12 +68,11 @@ def _lead(border: Border, worker: Worker) -> None:
     """Rank 0: run the plans that the front sends, up to the one that says stop."""
     while True:
         plan: StepPlan = border.receive(StepPlan)
-        began = time.perf_counter()
-        sampled = worker.lead(plan)
+        outcome = worker.lead(plan)
         if plan.kind == "stop":
             return
         sent = {k: (e.bytes, e.exchanges) for k, e in worker.world.ledger.schemes().items()}
-        border.send(Result(tuple(sampled), time.perf_counter() - began, sent))
+        border.send(Result(outcome, sent))
 
 
 def _json(config: dict[str, Any]) -> str:

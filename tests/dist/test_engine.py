@@ -22,7 +22,7 @@ from ds_cp.engine import startup
 from ds_cp.engine.offline import LLMEngine
 from ds_cp.engine.params import RequestOutput, SamplingParams
 from ds_cp.engine.plan import Sampling
-from ds_cp.engine.sampling import sample
+from ds_cp.engine.sampling import Row, sample_rows
 from ds_cp.engine.startup import _Report, exchange_reports
 from ds_cp.errors import CapacityError, ConfigError
 from tests.engines import engine_on, tiny_llama
@@ -84,11 +84,13 @@ def hf_greedy(model: PreTrainedModel, prompt: Sequence[int], count: int) -> Ids:
 def hf_sampled(model: PreTrainedModel, prompt: Sequence[int], params: SamplingParams) -> Ids:
     assert params.seed is not None and params.max_tokens is not None
     ids = list(prompt)
+    how = Sampling(
+        temperature=params.temperature, top_p=params.top_p, top_k=params.top_k, min_p=params.min_p,
+        seed=params.seed,
+    )  # fmt: skip
     for index in range(params.max_tokens):
-        logits = model(torch.tensor([ids])).logits[0, -1]
-        how = Sampling(params.temperature, params.top_p, params.top_k, params.min_p, params.seed,
-                       index, -1, (), ())  # fmt: skip
-        ids.append(sample(0, logits, how).token)
+        logits = model(torch.tensor([ids])).logits[0, -1:]
+        ids.append(sample_rows(logits, [Row(0, index, how)])[0].token)
     return tuple(ids[len(prompt) :])
 
 

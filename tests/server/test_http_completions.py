@@ -10,7 +10,7 @@ import httpx
 import openai
 import pytest
 
-from ds_cp.engine.params import SamplingParams
+from ds_cp.engine.params import RequestOptions, SamplingParams
 from tests.server.conftest import Running
 from tests.server.fake_engine import FakeEngine, expected_ids, make_tokenizer
 
@@ -34,6 +34,7 @@ def test_completion_of_text(served: Running, tokenizer: Any) -> None:
         "prompt_tokens": len(ids),
         "completion_tokens": 5,
         "total_tokens": len(ids) + 5,
+        "prompt_tokens_details": {"cached_tokens": 0},
     }
     assert served.engine.seen == [(ids, SamplingParams(max_tokens=5))]
 
@@ -213,6 +214,10 @@ def test_every_sampling_field_reaches_the_engine(served: Running) -> None:
         "top_p": 0.9,
         "top_k": 40,
         "min_p": 0.05,
+        "presence_penalty": 0.5,
+        "frequency_penalty": -1,
+        "repetition_penalty": 1.2,
+        "n": 2,
         "seed": 7,
         "stop": ["zzz", "yyy"],
         "stop_token_ids": [9],
@@ -220,6 +225,8 @@ def test_every_sampling_field_reaches_the_engine(served: Running) -> None:
         "logit_bias": {"17": -3, "18": 2.5},
         "skip_special_tokens": False,
         "logprobs": 1,
+        "prompt_logprobs": 3,
+        "priority": -4,
     }
     assert served.post("/v1/completions", body).status_code == 200
     assert served.engine.seen[0][1] == SamplingParams(
@@ -229,6 +236,10 @@ def test_every_sampling_field_reaches_the_engine(served: Running) -> None:
         top_p=0.9,
         top_k=40,
         min_p=0.05,
+        presence_penalty=0.5,
+        frequency_penalty=-1,
+        repetition_penalty=1.2,
+        n=2,
         seed=7,
         stop=("zzz", "yyy"),
         stop_token_ids=(9,),
@@ -236,17 +247,22 @@ def test_every_sampling_field_reaches_the_engine(served: Running) -> None:
         logit_bias={17: -3, 18: 2.5},
         skip_special_tokens=False,
         logprobs=1,
+        prompt_logprobs=3,
     )
+    assert served.engine.options[0] == RequestOptions(priority=-4)
 
 
 def test_null_means_the_default(served: Running) -> None:
     names = (
-        "max_tokens min_tokens temperature top_p top_k min_p seed stop stop_token_ids ignore_eos"
+        "max_tokens min_tokens temperature top_p top_k min_p seed stop stop_token_ids ignore_eos "
+        "presence_penalty frequency_penalty repetition_penalty n best_of prompt_logprobs priority "
+        "cache_salt"
     )
     nulls = dict.fromkeys(f"{names} logit_bias logprobs echo stream stream_options model".split())
     reply = served.post("/v1/completions", {"prompt": [5]} | nulls)
     assert reply.status_code == 200, reply.text
     assert served.engine.seen[0][1] == SamplingParams(max_tokens=16)
+    assert served.engine.options[0] == RequestOptions()
 
 
 def test_stop_string(served: Running, tokenizer: Any) -> None:

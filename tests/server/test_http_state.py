@@ -54,6 +54,8 @@ def test_starting_then_ready_then_dead(launch: Any, tokenizer: Any) -> None:
         assert reply.status_code == 503
         assert reply.json()["error"]["code"] == "engine_starting"
         assert reply.headers["retry-after"]
+    for path in ("/ranks/0/drain", "/ranks/0/reopen", "/rebalance"):
+        assert server.post(path).json()["error"]["code"] == "engine_starting"
     assert server.get("/v1/models").status_code == 503
     assert server.get("/v1/models/x").status_code == 503
     for path in ("/metrics", "/version", "/openapi.json"):
@@ -84,6 +86,11 @@ def test_metrics(served: Running) -> None:
         num_requests_running=3,
         num_requests_waiting=2,
         kv_blocks_used=(6, 2),
+        kv_blocks_cached=(1, 5),
+        ranks_drained=(1,),
+        prefix_cache_queries=70,
+        prefix_cache_hits=64,
+        blocks_moved=11,
         kv_blocks_total=(8, 24),
         prompt_tokens=100,
         generation_tokens=50,
@@ -107,7 +114,12 @@ def test_metrics(served: Running) -> None:
     assert value("num_requests_waiting") == 2
     assert value("kv_cache_usage_perc") == 0.25
     assert value("kv_blocks", rank="0", state="used") == 6
-    assert value("kv_blocks", rank="1", state="free") == 22
+    assert value("kv_blocks", rank="1", state="cached") == 5
+    assert value("kv_blocks", rank="1", state="free") == 17
+    assert value("rank_drained", rank="0") == 0 and value("rank_drained", rank="1") == 1
+    assert value("prefix_cache_queries_total") == 70
+    assert value("prefix_cache_hits_total") == 64
+    assert value("blocks_moved_total") == 11
     assert value("prompt_tokens_total") == 100
     assert value("generation_tokens_total") == 50
     assert value("num_preemptions_total") == 1
@@ -126,6 +138,29 @@ def test_metrics(served: Running) -> None:
     assert ttft >= 2 * 0.02 and itl >= 6 * 0.02
     assert abs(ttft + itl - e2e) < 0.05
     assert value("e2e_request_latency_seconds_bucket", le="+Inf") == 2
+
+
+def test_latencies_of_several_answers(served: Running) -> None:
+    """One first token and one end per engine request, gaps within each answer."""
+    served.engine.delay_s = 0.03
+    served.engine.short = {1: 2}
+    body = {"prompt": [[5], [6]], "n": 3, "max_tokens": 4}
+    assert served.post("/v1/completions", body).status_code == 200
+    got = samples_of(served)
+
+    def value(name: str) -> float:
+        return got[f"ds_cp:{name}", (("model_name", "fake-model"),)]
+
+    assert value("time_to_first_token_seconds_count") == 2
+    assert value("e2e_request_latency_seconds_count") == 2
+    assert value("inter_token_latency_seconds_count") == 2 * (3 + 1 + 3)
+    assert value("inter_token_latency_seconds_sum") >= 14 * 0.03
+    ends = value("e2e_request_latency_seconds_sum")
+    assert 2 * 4 * 0.03 <= ends < value("inter_token_latency_seconds_sum")
+    served.engine.end = "abort"
+    served.post("/v1/completions", body)
+    got = samples_of(served)
+    assert value("e2e_request_latency_seconds_count") == 2
 
 
 def test_two_apps_do_not_share_metrics(launch: Any) -> None:
@@ -155,7 +190,7 @@ def test_version_and_openapi(served: Running) -> None:
     assert "prompt" in body["required"] and body["additionalProperties"] is False
     assert {"type": "string"} in body["properties"]["prompt"]["anyOf"]
     paths = {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics"}
-    assert paths | {"/tokenize", "/detokenize", "/version"} <= set(schema["paths"])
+    assert paths | {"/tokenize", "/detokenize", "/version", "/rebalance"} <= set(schema["paths"])
     responses = schema["paths"]["/v1/completions"]["post"]["responses"]
     assert "422" not in responses and "4XX" in responses
 

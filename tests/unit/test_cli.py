@@ -74,6 +74,10 @@ def refused(capfd, *argv: str) -> str:
         ),
         (["generate", "--model", "gpt2", "--prompt", "a", "--temperature", "nan"], "temperature"),
         (["generate", "--model", "gpt2", "--prompt-file", "none.txt"], "No such file"),
+        (["batch", "in"], "OUT"),
+        (["batch", "in", "out"], "--config FILE"),
+        (["batch", "none.jsonl", "out", "--model", "gpt2"], "cannot read none.jsonl: No such file"),
+        (["batch", "in", "out", "--model", "gpt2", "--concurrency", "0"], "from 1 to 4096"),
         (["config", "check", "none.json"], "none.json"),
         (["config", "explain"], "FILE"),
     ],
@@ -144,6 +148,7 @@ def test_ranks_that_do_not_fit_the_config(capfd, config: str) -> None:
         ["generate", "--model", "gpt2", "--prompt", ""],
         ["serve", "--model", "./missing"],
         ["serve", "--model", "gpt2", "--port", "-1"],
+        ["batch", "none.jsonl", "out", "--model", "gpt2"],
         ["version"],
     ],
     ids=lambda argv: argv[0],
@@ -425,12 +430,12 @@ def test_broken_prompt_file(capfd, tmp_path, config, data: bytes, option: str, p
 # --- launch scripts
 
 
-@pytest.mark.parametrize("verb", ["serve", "generate"])
+@pytest.mark.parametrize("verb", ["serve", "generate", "batch"])
 def test_launch_script_from_anywhere(tmp_path: Path, verb: str) -> None:
     """From a folder where ds_cp is not found by itself, and with a launcher's flag."""
     script = ROOT / "launch" / f"{verb}.py"
     argv = ["--local_rank=0", "--config", "none.json"]
-    argv += ["--prompt", "x"] if verb == "generate" else []
+    argv += {"generate": ["--prompt", "x"], "batch": ["in", "out"]}.get(verb, [])
     done = subprocess.run(
         [sys.executable, str(script), *argv],
         cwd=tmp_path,

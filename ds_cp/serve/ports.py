@@ -1,0 +1,136 @@
+"""Where the front's engine sends its plans: to a worker process over the border, or to a worker in
+this process."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from ds_cp.engine.loop import ThreadRunner
+from ds_cp.engine.plan import Outcome, StepPlan
+from ds_cp.engine.startup_facts import Facts
+from ds_cp.errors import EngineDeadError
+from ds_cp.serve.border import Border, Failed, FromWorker, Ready, Result
+
+Sent = dict[str, tuple[int, int]]  # scheme -> (bytes, exchanges)
+
+
+class WorkerPort(Protocol):
+    """Rank 0's worker as the engine's thread sees it."""
+
+    @property
+    def sent(self) -> Sent:
+        """What rank 0 has sent so far."""
+        ...
+
+    def ready(self) -> Ready:
+        """Wait until the worker can run plans."""
+        ...
+
+    def submit(self, plan: StepPlan) -> None: ...
+
+    def outcome(self) -> Outcome: ...
+
+    def leave(self) -> None:
+        """Tell all ranks to stop, once nothing is under way."""
+        ...
+
+
+class WorkerFailedError(EngineDeadError):
+    """The worker's last words, with its exit code."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class WorkerLostError(EngineDeadError):
+    """The worker is gone without a word; its agent knows how it ended."""
+
+
+class BorderPort:
+    """A worker process on the other side of a socket."""
+
+    def __init__(self, border: Border) -> None:
+        self._sent: Sent = {}
+        self._border = border
+
+    @property
+    def sent(self) -> Sent:
+        """As of the newest outcome."""
+        return self._sent
+
+    def ready(self) -> Ready:
+        """The worker's first word."""
+        ready: Ready = self._expect(Ready)
+        return ready
+
+    def submit(self, plan: StepPlan) -> None:
+        """Send a plan; the worker takes it when it is done with the one before."""
+        try:
+            self._border.send(plan)
+        except EngineDeadError as err:
+            raise WorkerLostError(str(err)) from err
+
+    def outcome(self) -> Outcome:
+        """The oldest plan's outcome."""
+        result: Result = self._expect(Result)
+        self._sent = result.sent
+        return result.outcome
+
+    def leave(self) -> None:
+        """Send the last plan; nobody answers it."""
+        with contextlib.suppress(EngineDeadError):
+            self._border.send(StepPlan(0, "stop"))
+
+    def _expect(self, kind: type) -> Any:
+        try:
+            message = self._border.receive(FromWorker)
+        except EngineDeadError as err:
+            raise WorkerLostError(str(err)) from err
+        if isinstance(message, Failed):
+            raise WorkerFailedError(message.message, message.exit_code)
+        assert isinstance(message, kind)
+        return message
+
+
+class LocalPort:
+    """A worker in this process, which steps in a thread of its own.
+
+    ``lead`` runs a plan; ``books`` gives what rank 0 has sent.
+    """
+
+    def __init__(
+        self,
+        lead: Callable[[StepPlan], Outcome],
+        books: Callable[[], Sent],
+        facts: Facts,
+        summary: Sequence[str],
+    ) -> None:
+        self._runner = ThreadRunner(lead)
+        self._lead = lead
+        self._books = books
+        self._ready = Ready(facts, tuple(summary))
+
+    @property
+    def sent(self) -> Sent:
+        """As of now."""
+        return self._books()
+
+    def ready(self) -> Ready:
+        """It is: the worker was built before."""
+        return self._ready
+
+    def submit(self, plan: StepPlan) -> None:
+        """Queue a plan for the thread."""
+        self._runner.submit(plan)
+
+    def outcome(self) -> Outcome:
+        """The oldest plan's outcome."""
+        return self._runner.outcome()
+
+    def leave(self) -> None:
+        """Run the last plan and end the thread."""
+        self._runner.close()
+        self._lead(StepPlan(0, "stop"))

@@ -1,0 +1,15 @@
+"""``ds-cp batch`` for a launcher: deepspeed launch/batch.py IN OUT --config FILE ..."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+if importlib.util.find_spec("ds_cp") is None:  # a checkout that is not installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ds_cp.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["batch", *sys.argv[1:]]))

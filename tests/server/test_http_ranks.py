@@ -1,0 +1,98 @@
+"""The operator's routes: drain, reopen, rebalance."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+import pytest
+
+from ds_cp.errors import EngineDeadError
+from tests.server.conftest import Running
+
+ROUTES = ("/ranks/0/drain", "/ranks/0/reopen", "/rebalance")
+
+
+def error_of(reply: httpx.Response, status: int) -> dict[str, Any]:
+    assert reply.status_code == status, reply.text
+    error = reply.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"} and "\n" not in error["message"]
+    return error
+
+
+def test_drain_reopen_rebalance(served: Running) -> None:
+    reply = served.post("/ranks/1/drain")
+    assert reply.status_code == 200 and reply.json() == {"rank": 1, "drained": True}
+    assert served.engine.drained == {1}
+    reply = served.post("/ranks/1/reopen")
+    assert reply.status_code == 200 and reply.json() == {"rank": 1, "drained": False}
+    assert served.engine.drained == set()
+    served.engine.moving = 12
+    reply = served.post("/rebalance")
+    assert reply.status_code == 200 and reply.json() == {"moving": 12}
+
+
+def test_refusals(served: Running) -> None:
+    for action in ("drain", "reopen"):
+        error = error_of(served.post(f"/ranks/99/{action}"), 400)
+        assert error["param"] == "rank" and "no rank 99" in error["message"]
+        assert error["type"] == "invalid_request_error"
+        error_of(served.post(f"/ranks/-1/{action}"), 400)
+        for wrong in ("x", "1.5", "9" * 5000):
+            error = error_of(served.post(f"/ranks/{wrong}/{action}"), 400)
+            assert error["param"] == "rank" and len(error["message"]) < 300
+    served.post("/ranks/0/drain")
+    error = error_of(served.post("/ranks/1/drain"), 400)
+    assert error["code"] == "kv_capacity_exceeded" and error["param"] == "rank"
+    assert "need 300" in error["message"]
+    assert served.engine.drained == {0}
+
+
+@pytest.mark.parametrize("path", ROUTES)
+def test_only_a_post_without_a_body(served: Running, path: str) -> None:
+    for method in ("GET", "PUT", "DELETE"):
+        reply = httpx.request(method, served.url + path)
+        error_of(reply, 405)
+        assert reply.headers["allow"] == "POST"
+    assert "no body" in error_of(served.post(path, {"rank": 1}), 400)["message"]
+    error_of(served.post("/ranks//drain"), 404)
+    assert served.engine.drained == set()
+
+
+@pytest.mark.parametrize("path", ROUTES)
+def test_pages_of_other_sites_are_refused(served: Running, path: str) -> None:
+    for origin in ("http://evil.example", "null", "http://[", f"http://127.0.0.1:{served.port}1"):
+        error = error_of(served.post(path, headers={"Origin": origin}), 403)
+        assert error["type"] == "permission_error"
+    assert served.engine.drained == set()
+    assert served.post(path, headers={"Origin": served.url}).status_code == 200
+
+
+def test_the_key_is_asked_for(launch: Any) -> None:
+    server = launch(api_keys=("secret",))
+    for path in ROUTES:
+        error_of(server.post(path), 401)
+        reply = server.post(path, headers={"Authorization": "Bearer secret"})
+        assert reply.status_code == 200
+
+
+def test_engine_that_is_not_there(served: Running) -> None:
+    served.engine.state = "dead"
+    for path in ROUTES:
+        assert error_of(served.post(path), 503)["code"] == "engine_dead"
+    served.engine.state = "ready"
+
+    def die(*_: Any) -> int:
+        raise EngineDeadError("worker 2 at 10.0.0.7 was killed")
+
+    served.engine.drain = served.engine.reopen = served.engine.rebalance = die  # type: ignore
+    for path in ROUTES:
+        assert "10.0.0.7" not in error_of(served.post(path), 503)["message"]
+
+
+def test_openapi(served: Running) -> None:
+    paths = served.get("/openapi.json").json()["paths"]
+    for path in ("/ranks/{rank}/drain", "/ranks/{rank}/reopen", "/rebalance"):
+        assert set(paths[path]) == {"post"}
+        assert "requestBody" not in paths[path]["post"]
+        assert {"4XX", "5XX"} <= set(paths[path]["post"]["responses"])
