@@ -24,6 +24,7 @@ from ds_cp.cli_generate import own_stdout
 from ds_cp.cli_job import find_job, job_config, start_ranks, starts_ranks
 from ds_cp.config import Config
 from ds_cp.config_text import parse_json, shorten
+from ds_cp.engine.process import socket_environment
 from ds_cp.errors import DsCpError, EngineDeadError, LaunchError, RequestError
 from ds_cp.serve.batch import (
     INTERRUPTED,
@@ -54,6 +55,8 @@ def batch(args: argparse.Namespace, env: Mapping[str, str]) -> int:
     if starts_ranks(args, env):
         return start_ranks(args, config, env, STOP_S)
     job = find_job(config, env)
+    for variable, value in socket_environment(job).items():
+        os.environ.setdefault(variable, value)
     with own_stdout() as out:
         if job.rank == 0:
             code = _Lead(args, config, job, concurrency, out).run()

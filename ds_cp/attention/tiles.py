@@ -62,18 +62,22 @@ def _stored(k_runs: Runs) -> list[tuple[int, int, int]]:
 
 
 def _causal_tiles(row: int, start: int, rows: int, keys: list[tuple[int, int, int]]) -> list[Tile]:
-    """Without a window: keys before the rows are full, overlapping ones split at their borders."""
+    """Without a window: keys before the rows are full, overlapping ones split at their borders.
+
+    A single row sees its own key as it sees those before it, which makes one tile of a decode step.
+    """
     end = start + rows
+    seen = end if rows == 1 else start
     full: list[list[int]] = []  # [storage index, length], fused where adjacent in storage
     rest: list[Tile] = []
     for at, pos, length in keys:
-        before = min(max(start - pos, 0), length)
+        before = min(max(seen - pos, 0), length)
         if before:
             if full and full[-1][0] + full[-1][1] == at:
                 full[-1][1] += before
             else:
                 full.append([at, before])
-        low, high = max(pos, start), min(pos + length, end)
+        low, high = max(pos, seen), min(pos + length, end)
         if low < high:  # keys among the rows: a causal square, and all rows after it see them all
             n, key = high - low, at + low - pos
             rest.append(Tile(row + low - start, n, key, n, "causal", low, low))

@@ -4,6 +4,7 @@ decided. No torch here."""
 from __future__ import annotations
 
 from ds_cp.config import Config
+from ds_cp.cost import CostModel
 from ds_cp.engine.pacing import ChunkPacer
 from ds_cp.engine.policy import ModePolicy
 from ds_cp.engine.scheduler import Limits, Scheduler
@@ -42,10 +43,29 @@ def build_scheduler(config: Config, facts: Facts) -> Scheduler:
             num_hosts=topology.num_hosts,
             num_q_heads=facts.num_q_heads,
             num_kv_heads=facts.num_kv_heads,
+            cost=cost_model(facts),
         ),
         topology.ring_order(),
         prefix_caching=config.kv_cache.prefix_caching,
         pacer=ChunkPacer(config.scheduler.decode_slowdown),
+    )
+
+
+def cost_model(facts: Facts) -> CostModel | None:
+    """What was measured, as the model that chooses spans; None on one rank, where nothing is to be
+    chosen."""
+    if not facts.links:
+        return None
+    return CostModel(
+        flops_per_s=facts.flops_per_s,
+        bytes_per_s=min(link.gb_per_s for link in facts.links) * 1e9,
+        latency_s=max(link.latency_us for link in facts.links) * 1e-6,
+        num_layers=facts.num_layers,
+        num_q_heads=facts.num_q_heads // facts.tp_size,
+        num_kv_heads=facts.num_kv_heads // facts.tp_size,
+        head_dim=facts.head_dim,
+        weights=facts.weights,
+        element=4 if facts.dtype == "float32" else 2,
     )
 
 
@@ -57,7 +77,8 @@ def summary(config: Config, facts: Facts) -> list[str]:
     per_rank = f"{len(tokens)} x {tokens[0]}" if even else " + ".join(map(str, tokens))
     mib = max(tokens) * facts.bytes_per_token / 2**20
     rule = {
-        "auto": "local while a request fits on one rank; spanning prefill by ring, decode by tree",
+        "auto": "local while a request fits on one rank, unless it is alone and more ranks are "
+        "faster; spanning prefill by ring, decode by tree",
         "local": "every request on one rank",
     }.get(cp.mode, f"{cp.mode} for every request")
     return [
@@ -72,7 +93,20 @@ def summary(config: Config, facts: Facts) -> list[str]:
         "KV heads, "
         f"{facts.dtype}; logits agree with transformers to {facts.exactness:.0e}",
         f"attention: {facts.kernel} kernel; mode {cp.mode}: {rule}",
+        *_rates(facts),
         f"KV: {sum(tokens)} tokens = {per_rank} per rank (up to {mib:.0f} MiB), blocks of "
         f"{facts.block_size}, {config.kv_cache.placement}; one request: up to "
         f"{min(sum(tokens) + 1, facts.max_model_len)} tokens (model length {facts.max_model_len})",
+    ]
+
+
+def _rates(facts: Facts) -> list[str]:
+    """What the cost model goes by."""
+    cost = cost_model(facts)
+    if cost is None:
+        return []
+    hides = cost.tokens_that_hide_kv(facts.cp_size)
+    return [
+        f"one rank computes {facts.flops_per_s / 1e9:.0f} GFLOP/s; moving KV around "
+        f"{facts.cp_size} ranks hides under attention from chunks of {hides:.0f} tokens on"
     ]

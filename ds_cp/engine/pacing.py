@@ -1,21 +1,24 @@
-"""How long a prefill chunk may be while other requests stream.
+"""How long a prefill chunk may be: bounded in time, because whoever arrives or streams waits for it.
 
-A step takes about ``quiet`` seconds for its decode tokens and ``slope`` more for every prompt token
-beside them. Both are learnt from the steps that were run, so the rule is the same on a laptop and
-on a GPU. No torch here.
+Beside streams, a step takes about ``quiet`` seconds for their tokens and ``slope`` more for every
+prompt token; alone, ``pace`` seconds a token. All are learnt from the steps that were run, so the
+rule is the same on a laptop and on a GPU. No torch here.
 """
 
 from __future__ import annotations
 
-FIRST_CHUNK = 16  # tokens, before anything was measured
+FIRST_CHUNK = 16  # tokens beside streams, before anything was measured
 LEAST_CHUNK = 4  # tokens; a long prompt always gets on
+FIRST_ALONE = 512  # tokens without streams, before anything was measured, and at least
+STEP_S = 1.0  # what a step without streams should take at most: a new request waits so long
 WEIGHT = 0.2  # of the newest measurement
 GROWTH = 2.0  # a chunk is at most so many times the largest one measured so far
 MARGIN = 0.75  # of the allowed lengthening, because steps vary
 
 
 class ChunkPacer:
-    """Bounds the chunk so that a step with it takes at most ``slowdown`` times one without."""
+    """Bounds the chunk so that a step with it takes at most ``slowdown`` times one without, and at
+    most about a second when nobody streams."""
 
     def __init__(self, slowdown: float) -> None:
         if slowdown <= 1.0:
@@ -23,21 +26,24 @@ class ChunkPacer:
         self.slowdown = slowdown
         self.quiet: float | None = None  # seconds of a step of decode tokens alone
         self.slope: float | None = None  # seconds per prompt token beside them
+        self.pace: float | None = None  # seconds per prompt token without them
         self._largest = FIRST_CHUNK
 
     def note(self, seconds: float, decodes: int, prompt_tokens: int) -> None:
         """A step took ``seconds``; ``prompt_tokens`` is the largest share of one rank."""
-        if not decodes:
-            return
-        if not prompt_tokens:
+        if decodes and not prompt_tokens:
             self.quiet = _blend(self.quiet, seconds)
-        elif self.quiet is not None:
+        elif decodes and self.quiet is not None:
             each = max(seconds - self.quiet, 0.02 * self.quiet) / prompt_tokens
             self.slope = _blend(self.slope, each)
             self._largest = max(self._largest, prompt_tokens)
+        elif prompt_tokens >= FIRST_ALONE // 4:  # shorter steps say little about long ones
+            self.pace = _blend(self.pace, seconds / prompt_tokens)
 
-    def chunk(self) -> int:
-        """Prompt tokens that a rank may compute beside decode tokens in the next step."""
+    def chunk(self, streams: bool) -> int:
+        """Prompt tokens that a rank may compute in the next step."""
+        if not streams:
+            return FIRST_ALONE if self.pace is None else max(FIRST_ALONE, int(STEP_S / self.pace))
         if self.quiet is None or self.slope is None:
             return FIRST_CHUNK
         allowed = MARGIN * (self.slowdown - 1.0) * self.quiet / self.slope

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ds_cp.attention.cost import CostModel
+from ds_cp.cost import CostModel
 
 
 @dataclass(frozen=True)

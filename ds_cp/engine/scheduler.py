@@ -230,8 +230,8 @@ class Scheduler:
         if self.mover.is_moving:
             self._move(draft)
         self._decode(draft)
-        if draft.decodes and self._pacer is not None:
-            most = self._pacer.chunk()
+        if self._pacer is not None:
+            most = self._pacer.chunk(bool(draft.decodes))
             draft.left = [min(left, most) for left in draft.left]
         for request in [r for r in self.running if r.prefilling]:
             self._prefill(request, draft)

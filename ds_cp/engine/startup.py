@@ -21,6 +21,7 @@ from ds_cp.comm.links import measure_links
 from ds_cp.comm.wire import Rendezvous, World, join
 from ds_cp.config import Config
 from ds_cp.engine.process import choose_threads
+from ds_cp.engine.rates import achieved_flops
 from ds_cp.engine.startup_facts import Facts, LinkFacts
 from ds_cp.engine.worker import Worker
 from ds_cp.errors import (
@@ -117,6 +118,7 @@ def build_worker(
     pool = _agreed(world, allocate)
     blocks = _gather_blocks(world, pool.num_slots // size)
     text = decoder.config.get_text_config()
+    flops = achieved_flops(text.hidden_size, decoder.dtype, world.device)
     facts = Facts(
         hosts=world.topology.hosts,
         cp_size=cp.size,
@@ -136,6 +138,9 @@ def build_worker(
         threads=threads,
         exactness=error,
         links=tuple(LinkFacts(x.name, x.latency_us, x.gb_per_s) for x in measure_links(world)),
+        flops_per_s=flops,
+        weights=sum(p.numel() for p in decoder.parameters()),
+        head_dim=layers[0].head_dim,
     )
     return Worker(world, cp, tp, decoder, layers, pool, kernel, size), facts
 

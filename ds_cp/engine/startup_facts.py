@@ -36,3 +36,6 @@ class Facts:
     threads: int
     exactness: float  # largest relative logit difference to transformers in the check at start
     links: tuple[LinkFacts, ...]
+    flops_per_s: float  # of a linear layer on rank 0, while all ranks compute
+    weights: int  # parameters on one rank that every token passes
+    head_dim: int

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -11,7 +10,6 @@ from typing import Any
 
 from ds_cp.config import Config
 from ds_cp.engine.decisions import summary
-from ds_cp.engine.process import socket_environment
 from ds_cp.engine.startup import build_worker, join_job
 from ds_cp.errors import DsCpError
 from ds_cp.model.loading import load_tokenizer
@@ -32,7 +30,6 @@ async def open_app(config: Config, job: Job) -> AsyncIterator[Any]:
 
     The other ranks call ``follow`` meanwhile. Raises the typed errors of a start that fails.
     """
-    _set_interface(job)
     source = find_model(config.model)
     world, threads = join_job(job, config)
     worker, facts = build_worker(world, config, source, threads)
@@ -77,14 +74,8 @@ async def open_app(config: Config, job: Job) -> AsyncIterator[Any]:
 
 def follow(config: Config, job: Job) -> int:
     """Ranks other than 0: take part until rank 0 is done. Returns the exit code."""
-    _set_interface(job)
     world, threads = join_job(job, config)
     worker, _ = build_worker(world, config, None, threads)
     worker.follow()
     world.leave()
     return 0
-
-
-def _set_interface(job: Job) -> None:
-    for variable, value in socket_environment(job).items():
-        os.environ.setdefault(variable, value)

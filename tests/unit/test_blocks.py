@@ -519,8 +519,9 @@ def just_too_short(capacity: int) -> Callable[[], None]:
 
 
 def all_cached(capacity: int) -> Callable[[], None]:
-    """A request that hits one block and evicts another while everything is cached."""
+    """A request that hits one block and evicts another, after most cached ones were evicted."""
     allocator = with_cached(capacity, *range(0, capacity, 2), *range(1, capacity, 2))
+    allocator.allocate(0, capacity * 4 // 5)
     recent = [b"%d" % block for block in range(capacity)][-3:]
     made = 0
 

@@ -147,7 +147,8 @@ def kinds(tiles: Iterable[Tile]) -> list[str]:
 def test_decode_is_one_full_tile() -> None:
     """Over all earlier keys and its own, whatever pieces they were stored in: one dense call."""
     assert kinds(cover(((99, 1),), ((0, 40), (60, 39)), None)) == ["full 1x79"]
-    assert kinds(cover(((40, 1),), ((0, 41),), None)) == ["causal 1x1", "full 1x40"]
+    assert kinds(cover(((40, 1),), ((0, 41),), None)) == ["full 1x41"]
+    assert kinds(cover(((40, 1),), ((0, 8), (40, 1), (50, 5)), None)) == ["full 1x9"]
 
 
 def test_nothing_to_see() -> None:

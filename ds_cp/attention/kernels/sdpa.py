@@ -77,9 +77,12 @@ def _grow(part: Partial, offset: int, rows: int) -> Partial:
 def _tile(
     q_THD: torch.Tensor, k_SGD: torch.Tensor, v_SGD: torch.Tensor, tile: Tile, spec: LayerSpec
 ) -> Partial:
-    q = q_THD[tile.row : tile.row + tile.rows]
-    k = k_SGD[tile.key : tile.key + tile.keys]
-    v = v_SGD[tile.key : tile.key + tile.keys]
+    q, k, v = q_THD, k_SGD, v_SGD
+    if tile.rows != q.shape[0]:
+        q = q[tile.row : tile.row + tile.rows]
+    if tile.keys != k.shape[0]:
+        k = k[tile.key : tile.key + tile.keys]
+        v = v[tile.key : tile.key + tile.keys]
     if tile.kind == "full":
         return _folded(q, k, v, spec)
     mask = _band_mask(tile, spec, q) if tile.kind == "band" else None
@@ -100,8 +103,12 @@ def _folded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: LayerSpec) 
     D]``."""
     num_tokens, num_heads, head_dim = q.shape
     fold = num_heads // spec.num_kv_heads
-    rows = q.unflatten(1, (spec.num_kv_heads, fold)).permute(1, 2, 0, 3).flatten(1, 2)
     op = _cpu_op if q.device.type == "cpu" else _cuda_op
+    if num_tokens == 1:  # a decode step: the fold is a view
+        one = q.reshape(1, spec.num_kv_heads, fold, head_dim)
+        out, lse = op(one, _heads_first(k), _heads_first(v), spec.scale, None, False)
+        return Partial(out.reshape(1, num_heads, head_dim), lse.reshape(1, num_heads))
+    rows = q.unflatten(1, (spec.num_kv_heads, fold)).permute(1, 2, 0, 3).flatten(1, 2)
     out, lse = op(rows.unsqueeze(0), _heads_first(k), _heads_first(v), spec.scale, None, False)
     out = out[0].unflatten(1, (fold, num_tokens)).permute(2, 0, 1, 3).flatten(1, 2)
     lse = lse[0].unflatten(1, (fold, num_tokens)).permute(2, 0, 1).flatten(1, 2)

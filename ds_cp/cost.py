@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-WORTH = 0.9  # more ranks must bring the predicted time below this share of fewer ranks' time
+WORTH = 0.7  # more ranks must bring the predicted time below this share of fewer ranks' time
 
 
 @dataclass(frozen=True)
