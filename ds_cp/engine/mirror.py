@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from ds_cp.engine.plan import Begin, Chunk, Fork, Home, Sampling, StepPlan
 from ds_cp.kv.table import Extents, SequenceTable
@@ -17,7 +18,7 @@ from ds_cp.layout import Runs, join, total
 NO_TOKEN = -1
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class RunningSequence:
     """One running request. ``tokens``: known to all ranks, the prompt first. ``drawn``: outputs
     drawn so far, on all ranks the same number; ``sampler``: the rank that drew the last one, and
@@ -97,13 +98,12 @@ class Handoff:
     target: int
 
 
-@dataclass(frozen=True)
-class Draw:
+class Draw(NamedTuple):
     """A token that is drawn in this step, on ``rank``; ``index`` counts the request's outputs."""
 
     sequence: RunningSequence
     rank: int
-    index: int
+    index: int  # type: ignore[assignment]
 
 
 @dataclass
@@ -203,7 +203,10 @@ class Mirror:
         sequence = self.sequences[number]
         table = sequence.table
         start = table.num_tokens
-        table.append((home,) if home is not None else (), 1)
+        if home is None:
+            table.append_one()
+        else:
+            table.append((home,), 1)
         owner = table.homes[-1][0]
         # a token that all ranks know, of a prompt, needs no handing over
         if owner != sequence.sampler and start >= len(sequence.tokens):
@@ -219,7 +222,8 @@ class Mirror:
             work.items.append(Item(sequence, mode, ring_pass, start, 1, shards, True))
         self._draw(sequence, owner, work)
 
-    def _draw(self, sequence: RunningSequence, rank: int, work: StepWork) -> None:
+    @staticmethod
+    def _draw(sequence: RunningSequence, rank: int, work: StepWork) -> None:
         work.draws.append(Draw(sequence, rank, sequence.drawn))
         sequence.drawn += 1
         sequence.sampler = rank

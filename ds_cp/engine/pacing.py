@@ -1,4 +1,5 @@
-"""How long a prefill chunk may be: bounded in time, because whoever arrives or streams waits for it.
+"""How long a prefill chunk may be: bounded in time, because whoever arrives or streams waits for
+it.
 
 Beside streams, a step takes about ``quiet`` seconds for their tokens and ``slope`` more for every
 prompt token; alone, ``pace`` seconds a token. All are learnt from the steps that were run, so the

@@ -10,7 +10,7 @@ from ds_cp.kv.prefix import PrefixKeys
 from ds_cp.kv.table import SequenceTable
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Request:
     """``number`` names it in plans; ``request_id`` to the caller. ``max_tokens`` is resolved (never
     None). ``siblings``: other answers to the same prompt that start when it has been computed.
@@ -51,9 +51,10 @@ class Request:
     finished_time: float | None = None
     modes: list[str] = field(default_factory=list)
     num_preemptions: int = 0
+    tokens: list[int] = field(init=False)  # known ones, of prompt and output
 
     def __post_init__(self) -> None:
-        self.tokens: list[int] = [*self.prompt, *self.output]
+        self.tokens = [*self.prompt, *self.output]
 
     @property
     def order(self) -> tuple[int, int]:
@@ -69,11 +70,6 @@ class Request:
     def num_computed(self) -> int:
         """Tokens whose KV is stored, or will be when the steps in flight are done."""
         return self.table.num_tokens if self.table else 0
-
-    def took(self, token: int) -> None:
-        """A token of the output became known."""
-        self.output.append(token)
-        self.tokens.append(token)
 
     def metrics(self) -> RequestMetrics:
         """Times and modes so far."""

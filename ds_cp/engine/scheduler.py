@@ -24,6 +24,7 @@ from ds_cp.engine.policy import ModePolicy
 from ds_cp.engine.request import Request
 from ds_cp.engine.waiting import WaitingQueue
 from ds_cp.errors import CapacityError, QueueFullError, RequestError
+from ds_cp.kv.prefix import PrefixKeys
 from ds_cp.kv.table import Home, SequenceTable
 
 DECODE_LOAD = 64  # a stream weighs on its rank like so many prompt tokens
@@ -259,19 +260,19 @@ class Scheduler:
     def took(self, request: Request, token: int) -> str | None:
         """Note a drawn token; returns the reason when it ends the request (stop strings apart)."""
         request.in_flight -= 1
-        if request.first_token_time is None:
-            request.first_token_time = time.time()
-        request.took(token)
+        request.output.append(token)
+        request.tokens.append(token)
         params, length = request.params, len(request.output)
-        table = request.table
-        if table is not None and length and len(request.tokens) % table.block_size == 0:
+        if length == 1:
+            request.first_token_time = time.time()
+        if request.table is not None and len(request.tokens) % self.allocator.block_size == 0:
             self.homes.name_blocks(request)
         if length >= params.min_tokens:
-            if token in params.stop_token_ids:
+            if params.stop_token_ids and token in params.stop_token_ids:
                 self.finish(request, "stop", token)
             elif token in self.limits.eos_token_ids and not params.ignore_eos:
                 self.finish(request, "stop")
-        if request.finish_reason is None and length >= request.max_tokens:
+        if length >= request.max_tokens:
             self.finish(request, "length")
         return request.finish_reason
 
@@ -288,7 +289,7 @@ class Scheduler:
                 if not self._open_block(request, draft):
                     continue
             else:
-                table.append((), 1)
+                table.append_one()
             key = request.decode_key or self._decode_key(request)
             if key in decodes:
                 decodes[key].append(request.number)
@@ -413,7 +414,9 @@ class Scheduler:
             self.allocator.share(home)
         child.table = SequenceTable(size, shared, known)
         child.prefilling = False
-        child.workers, child.keys, child.num_keyed = parent.workers, parent.keys, known // size
+        child.workers, child.num_keyed = parent.workers, known // size
+        if parent.keys is not None:  # its own: the keys of their answers differ
+            child.keys = PrefixKeys(size, child.salt)
         child.first_scheduled_time = time.time()
         if known % size:
             parent.shares_tail = child.shares_tail = True

@@ -82,6 +82,13 @@ class SequenceTable:
         if self._parts is not None:
             self._note(begin, self.num_tokens, self._parts)
 
+    def append_one(self) -> None:
+        """Store one more token in an open slot, which the caller knows to be there: the step of a
+        stream, hundreds of times a step."""
+        self.num_tokens += 1
+        if self._parts is not None:
+            self._note(self.num_tokens - 1, self.num_tokens, self._parts)
+
     def blocks_for(self, tokens: int) -> int:
         """How many new blocks ``tokens`` more tokens need."""
         return max(0, -(-(tokens - self.open_slots) // self.block_size))

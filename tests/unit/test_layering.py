@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +19,7 @@ LAYERS = {
     "config": 0,
     "config_models": 0,
     "config_text": 0,
+    "cost": 0,
     "layout": 0,
     "topology": 1,
     "comm": 2,
@@ -46,16 +49,38 @@ WITHOUT_TORCH = [
     "errors.py",
     "version.py",
     "config",
+    "cost.py",
     "layout.py",
     "topology/",
+    "kv/__init__.py",
     "kv/blocks.py",
     "kv/placement.py",
+    "kv/prefix.py",
+    "kv/runs.py",
     "kv/table.py",
-    "engine/params.py",
+    "engine/__init__.py",
+    "engine/chunks.py",
+    "engine/core.py",
+    "engine/decisions.py",
+    "engine/detokenize.py",
     "engine/handle.py",
+    "engine/homes.py",
+    "engine/loop.py",
+    "engine/mirror.py",
+    "engine/moving.py",
+    "engine/pacing.py",
+    "engine/params.py",
     "engine/plan.py",
+    "engine/policy.py",
+    "engine/process.py",
     "engine/request.py",
     "engine/scheduler.py",
+    "engine/startup_facts.py",
+    "engine/waiting.py",
+    "serve/agent.py",
+    "serve/app.py",
+    "serve/async_engine.py",
+    "serve/border.py",
     "cli",
 ]
 READS_ENVIRONMENT = ["topology/job.py", "cli", "serve/agent.py", "engine/offline.py"]
@@ -177,6 +202,50 @@ def test_source_follows_the_architecture(check) -> None:
     assert not found, "\n" + "\n".join(found)
 
 
+def module_of(file: str) -> str:
+    return ".".join(["ds_cp", *file.removesuffix(".py").split("/")]).removesuffix(".__init__")
+
+
+# Imports module after module and prints the first after which torch is there, with who asked.
+LOADS_TORCH = """
+import importlib, sys, traceback
+
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            stack = [f.filename for f in traceback.extract_stack() if "ds_cp" in f.filename]
+            print(module, "loads torch by", " <- ".join(reversed(stack)))
+            sys.exit()
+
+sys.meta_path.insert(0, Watch())
+for module in sys.argv[1:]:
+    importlib.import_module(module)
+"""
+
+
+def torch_loaded_by(modules: list[str]) -> str:
+    """What a fresh interpreter that imports ``modules`` in order says of the first to load
+    torch."""
+    argv = [sys.executable, "-c", LOADS_TORCH, *modules]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_files_without_torch_do_not_load_it_through_others_either() -> None:
+    """So the process that schedules and speaks HTTP starts at once and stays small."""
+    files = [file for file, _ in sources() if file.startswith(tuple(WITHOUT_TORCH))]
+    assert {"engine/scheduler.py", "engine/core.py", "serve/agent.py"} <= set(files)
+    assert torch_loaded_by([module_of(file) for file in files]) == ""
+    said = torch_loaded_by(["ds_cp.kv", "ds_cp.attention.spec"])
+    assert said.startswith("ds_cp.attention.spec loads torch by ") and "__init__.py" in said
+
+
+@pytest.mark.parametrize("name", WITHOUT_TORCH)
+def test_every_name_of_the_list_is_of_a_file(name: str) -> None:
+    assert any(file.startswith(name) for file, _ in sources())
+
+
 @pytest.mark.parametrize(
     ("file", "code", "line"),
     [
@@ -217,6 +286,8 @@ def test_downward_import_is_fine(file: str, code: str) -> None:
         ("engine/worker.py", "from transformers import AutoModel"),
         ("cli.py", "from fastapi import FastAPI"),
         ("engine/plan.py", "def f():\n    import torch.nn"),
+        ("engine/mirror.py", "import torch"),
+        ("kv/runs.py", "from torch import Tensor"),
         ("config_text.py", "from torch import Tensor"),
     ],
 )

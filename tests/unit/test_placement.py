@@ -9,16 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_cp.kv import (
-    POLICIES,
-    BlockAllocator,
-    SequenceTable,
-    fits,
-    largest_request,
-    new_blocks_needed,
-    place,
-)
-from ds_cp.layout import LAYOUTS, assign
+from ds_cp.kv import POLICIES, BlockAllocator, SequenceTable, place
+from ds_cp.kv.placement import fits, largest_request
+from ds_cp.layout import LAYOUTS, assign, positions, total
 
 
 @dataclass
@@ -223,26 +216,32 @@ def test_fits_and_largest_request() -> None:
 def grow(
     allocator: BlockAllocator, table: SequenceTable, policy: str, layout: str, tokens: int
 ) -> bool:
-    """What a scheduler does for a request's next tokens; False when they do not fit."""
+    """What a scheduler does for a request's next tokens: whole blocks are placed and laid out.
+    False when they do not fit."""
     ranks = range(len(allocator.blocks_per_rank))
     counts = place(
         policy,
-        tokens,
-        open_slots=[table.open_slots(r) for r in ranks],
-        free_blocks=[allocator.num_free(r) for r in ranks],
-        block_size=allocator.block_size,
+        table.blocks_for(tokens),
+        open_slots=[0] * len(ranks),
+        free_blocks=allocator.available(),
+        block_size=1,
         last_rank=table.last_rank,
         order=list(ranks),
     )
     if counts is None:
         return False
-    shares = assign(layout, table.num_tokens, counts, allocator.block_size)
-    for rank in ranks:
-        held = table.blocks(rank)
-        needed = new_blocks_needed(table, rank, counts[rank])
-        blocks = allocator.allocate(rank, needed, extend_from=held[-1] if held else None)
-        table.append(rank, shares[rank], blocks)
+    homes: dict[int, tuple[int, int]] = {}
+    for rank, runs in enumerate(assign(layout, 0, counts, 1)):
+        held = [block for home, block in table.homes if home == rank]
+        blocks = allocator.allocate(rank, counts[rank], extend_from=held[-1] if held else None)
+        homes |= {i: (rank, b) for i, b in zip(positions(runs), blocks, strict=True)}
+    table.append([homes[i] for i in range(len(homes))], tokens)
     return True
+
+
+def stored(table: SequenceTable, ranks: int) -> list[int]:
+    """Tokens on each rank."""
+    return [total(table.part(rank)[0]) for rank in range(ranks)]
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -252,25 +251,25 @@ def test_a_prompt_of_exactly_the_whole_capacity_is_held(
     policy: str, layout: str, budgets: list[int]
 ) -> None:
     allocator = BlockAllocator(budgets, block_size=8)
-    table = SequenceTable(8, len(budgets))
+    table = SequenceTable(8)
     capacity = largest_request(budgets, 8)
     assert capacity == sum(budgets) * 8 == allocator.capacity_tokens
     assert grow(allocator, table, policy, layout, capacity)
-    assert allocator.num_free_total == 0
-    assert [table.stored(r) for r in range(len(budgets))] == [n * 8 for n in budgets]
+    assert allocator.available() == [0] * len(budgets)
+    assert stored(table, len(budgets)) == [n * 8 for n in budgets]
     assert not grow(allocator, table, policy, layout, 1)
-    allocator.free_all(table.all_blocks())
-    assert allocator.num_free_total == sum(budgets)
+    allocator.release(table.homes)
+    assert allocator.available() == budgets
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_budgets_of_one_and_three_serve_four(policy: str) -> None:
     one = 5
     allocator = BlockAllocator([one, 3 * one], block_size=16)
-    table = SequenceTable(16, 2)
+    table = SequenceTable(16)
     assert not grow(allocator, table, policy, "zigzag", 4 * one * 16 + 1)
     assert grow(allocator, table, policy, "zigzag", 4 * one * 16)
-    assert (table.stored(0), table.stored(1)) == (one * 16, 3 * one * 16)
+    assert stored(table, 2) == [one * 16, 3 * one * 16]
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -286,22 +285,20 @@ def test_a_request_alone_grows_to_the_sum_of_all_ranks(
 ) -> None:
     """In steps of any size, never refused before every slot of every rank is used."""
     allocator = BlockAllocator(budgets, block_size)
-    table = SequenceTable(block_size, len(budgets))
+    table = SequenceTable(block_size)
     capacity = allocator.capacity_tokens
     while table.num_tokens < capacity:
         step = data.draw(st.integers(1, capacity - table.num_tokens))
         assert grow(allocator, table, policy, layout, step)
         allocator.check_integrity()
     assert not grow(allocator, table, policy, layout, 1)
-    held = sorted(
-        p
-        for r in range(len(budgets))
-        for start, n in table.runs(r)
-        for p in range(start, start + n)
-    )
-    assert held == list(range(capacity))
-    allocator.free_all(table.all_blocks())
-    assert allocator.num_free_total == sum(budgets)
+    parts = [table.part(rank) for rank in range(len(budgets))]
+    assert sorted(p for runs, _ in parts for p in positions(runs)) == list(range(capacity))
+    for budget, (_, extents) in zip(budgets, parts, strict=True):
+        assert sorted(positions(extents)) == list(range(budget * block_size)), "each slot once"
+    allocator.release(table.homes)
+    allocator.check_integrity({})
+    assert allocator.available() == budgets
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,433 @@
+"""Where blocks go: fill_then_spill, round_robin and balanced on the same seeded traces.
+
+    python -m benchmarks.placement [--out DIR]
+
+The real scheduler and the books of every rank (``Mirror``) run, no model and no clock: an answer
+has a fixed length and its tokens follow from the request, so every policy gets the same prompts,
+and the same command gives the same files bit for bit.
+
+A trace is sessions that arrive at given steps: *chats* (one of three shared system prompts, a
+question, an answer), *conversations* (two to five turns, each with everything before it as its
+prompt, some steps after the answer before), *documents* (1.2 to 3 times what one rank holds, a
+question and a second one later) and two prompts that no cluster of this size can hold. Bytes on
+the wire are counted request by request from the spans that occur, with the shapes of SmolLM2-135M:
+L = 30 layers, H = 9 query and G = 3 KV heads, D = 64, e = 4 bytes (see ``Wire``).
+
+The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ds_cp.engine.mirror import Item, Mirror, check_item
+from ds_cp.engine.params import SamplingParams
+from ds_cp.engine.plan import StepPlan, decode_plan, encode_plan
+from ds_cp.engine.policy import ModePolicy
+from ds_cp.engine.request import Request
+from ds_cp.engine.scheduler import Limits, Scheduler
+from ds_cp.errors import CapacityError
+from ds_cp.layout import positions, total
+from ds_cp.topology.hosts import Topology
+
+RESULTS = Path("benchmarks/results")
+POLICIES = ("fill_then_spill", "round_robin", "balanced")
+VOCAB = 49_152
+LAYERS, Q_HEADS, KV_HEADS, HEAD_DIM, ELEMENT, LSE = 30, 9, 3, 64, 4, 4
+BLOCK = 16  # tokens
+BLOCKS = 256  # of one rank, on average
+COLOURS = ("#1b6ca8", "#c8553d", "#4a8f4a", "#8a6fb0", "#b08a2e", "#5b5b5b", "#d17aa5", "#3fa7a0")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cluster: the host of each rank, its blocks, and the prompt length above which a request
+    spans all ranks although fewer would hold it (None: never)."""
+
+    name: str
+    hosts: str
+    blocks: tuple[int, ...]
+    threshold: int | None = None
+
+
+def cells() -> tuple[Cell, ...]:
+    even4, even8 = (BLOCKS,) * 4, (BLOCKS,) * 8
+    odd4, odd8 = (512, 256, 128, 128), (512, 256, 128, 128, 512, 256, 128, 128)
+    spread = BLOCKS * BLOCK // 2
+    return (
+        Cell("4 ranks, 1 host", "aaaa", even4),
+        Cell("4 ranks, 2 hosts", "aabb", even4),
+        Cell("8 ranks, 1 host", "aaaaaaaa", even8),
+        Cell("8 ranks, 2 hosts", "aaaabbbb", even8),
+        Cell("4 unequal ranks, 1 host", "aaaa", odd4),
+        Cell("8 unequal ranks, 2 hosts", "aaaabbbb", odd8),
+        Cell("4 ranks, 1 host, long prompts spread", "aaaa", even4, spread),
+        Cell("8 ranks, 2 hosts, long prompts spread", "aaaabbbb", even8, spread),
+    )
+
+
+# --- traces
+
+
+@dataclass(frozen=True)
+class Session:
+    """``opening`` tokens, then ``turns`` of (question, tokens of the answer); each turn comes
+    ``pause`` steps after the answer before it."""
+
+    number: int
+    kind: str
+    arrival: int
+    opening: tuple[int, ...]
+    turns: tuple[tuple[tuple[int, ...], int], ...]
+    pause: int
+
+    def answer(self, turn: int) -> tuple[int, ...]:
+        """What the pretended model says: the same whatever the placement."""
+        first = self.number * 7919 + turn * 104_729
+        return tuple(1 + (first + 31 * i) % (VOCAB - 1) for i in range(self.turns[turn][1]))
+
+    def prompt(self, turn: int) -> tuple[int, ...]:
+        tokens = list(self.opening)
+        for i in range(turn):
+            tokens += self.turns[i][0] + self.answer(i)
+        return (*tokens, *self.turns[turn][0])
+
+
+def make_trace(ranks: int, steps: int = 480, blocks: int = BLOCKS, seed: int = 20) -> list[Session]:
+    """Sessions that arrive during ``steps`` steps, as many per rank on every number of ranks."""
+    rng, capacity = random.Random(seed), blocks * BLOCK
+
+    def text(low: int, high: int) -> tuple[int, ...]:
+        return tuple(rng.randrange(1, VOCAB) for _ in range(rng.randint(low, high)))
+
+    systems = [text(n, n) for n in (96, 240, 400)]
+    found: list[tuple[int, str, tuple[int, ...], list[tuple[tuple[int, ...], int]]]] = []
+    for _ in range(steps * ranks // 10):
+        turns = [(text(16, 160), rng.randint(16, 128))]
+        found.append((rng.randrange(steps), "chat", rng.choice(systems), turns))
+    for _ in range(steps * ranks // 60):
+        turns = [(text(16, 96), rng.randint(32, 128)) for _ in range(rng.randint(2, 5))]
+        found.append((rng.randrange(steps), "conversation", rng.choice(systems), turns))
+    for i in range(max(1, steps * ranks // 240)):
+        document = text(int(1.2 * capacity), 3 * capacity)
+        turns = [(text(16, 64), rng.randint(32, 128)) for _ in range(2)]
+        found.append((i * 240 // ranks + rng.randrange(40), "document", document, turns))
+    for i in range(2):
+        big = text(capacity * ranks + 1, capacity * ranks + 1)
+        found.append((steps // 3 * (i + 1), "too long", big, [((1,), 8)]))
+    found.sort(key=lambda f: f[0])
+    return [
+        Session(number, kind, arrival, opening, tuple(turns), rng.randint(4, 40))
+        for number, (arrival, kind, opening, turns) in enumerate(found)
+    ]
+
+
+# --- bytes
+
+
+class Wire:
+    """What attention sends, over all ranks and layers, for the items of one step.
+
+    Tree, of B = 1 query row with its owner and N - 1 other ranks that hold keys (FORMULAS.md,
+    "all-to-all of partials to their owners (plus sharing Q)", times N): (N-1) * H*D*e out and
+    (N-1) * H*(D*e+4) back, per layer. Over M hosts (the "host tree" row) each crosses a border
+    once per other host, to the rank there that stands for the owner; when that one holds no keys
+    it counts as one more receiver. Rounds: one out and one back, and the same again between hosts.
+    Ring pass-KV over n ranks: (n-1) * S * 2*G*D*e; pass-Q: (n-1) * T * H*D*e out, and
+    T * H*(D*e+4) back from every other holder. KV whose home is not its owner: 2*G*D*e a token.
+    """
+
+    ROW_OUT = LAYERS * Q_HEADS * HEAD_DIM * ELEMENT
+    ROW_BACK = LAYERS * Q_HEADS * (HEAD_DIM * ELEMENT + LSE)
+    KV = LAYERS * 2 * KV_HEADS * HEAD_DIM * ELEMENT
+
+    def __init__(self, hosts: str) -> None:
+        self.hosts = hosts
+
+    def tree_hops(self, owner: int, holders: Iterable[int]) -> tuple[int, int]:
+        """(messages each way, those of them between hosts) of one row block."""
+        hosts = self.hosts
+        place = [r for r, host in enumerate(hosts) if host == hosts[owner]].index(owner)
+        reached, crossing = set(holders) | {owner}, 0
+        for host in {hosts[r] for r in reached} - {hosts[owner]}:
+            there = [r for r, name in enumerate(hosts) if name == host]
+            reached.add(there[place % len(there)])
+            crossing += 1
+        return len(reached) - 1, crossing
+
+    def attention(self, items: Sequence[Item]) -> tuple[int, int]:
+        """(bytes, bytes between hosts of tree items) of some items of one step."""
+        sent = crossed = 0
+        for item in items:
+            owned = {s.rank: total(s.q_runs) for s in item.shards if total(s.q_runs)}
+            held = self.holders(item)
+            if item.mode == "tree":
+                for owner, rows in owned.items():
+                    hops, crossing = self.tree_hops(owner, held)
+                    sent += rows * hops * (self.ROW_OUT + self.ROW_BACK)
+                    crossed += rows * crossing * (self.ROW_OUT + self.ROW_BACK)
+            elif item.mode == "ring":
+                around = self._ring_size(item, items)
+                if item.ring_pass == "kv":
+                    sent += (around - 1) * (item.start + item.count) * self.KV
+                else:
+                    sent += (around - 1) * item.count * self.ROW_OUT
+                    for owner, rows in owned.items():
+                        sent += rows * len(held - {owner}) * self.ROW_BACK
+        return sent, crossed
+
+    def _ring_size(self, item: Item, items: Sequence[Item]) -> int:
+        """Items of one span share a ring, of all ranks that own or hold something of any."""
+        span = [s.rank for s in item.shards]
+        members: set[int] = set()
+        for other in items:
+            same = (other.mode, other.ring_pass) == (item.mode, item.ring_pass)
+            if same and [s.rank for s in other.shards] == span:
+                members |= self.holders(other) | {s.rank for s in other.shards if total(s.q_runs)}
+        return len(members)
+
+    @staticmethod
+    def holders(item: Item) -> set[int]:
+        """Ranks with keys of the item while attention runs: KV that ships is still with owners."""
+        if not item.ships:
+            return {s.rank for s in item.shards if total(s.k_runs)}
+        return {s.rank for s in item.shards if total(s.k_runs) > s.new or total(s.q_runs)}
+
+    def shipped(self, item: Item) -> int:
+        """Bytes of new KV that travels from its owner to its home."""
+        if not item.ships:
+            return 0
+        stay = sum(
+            len(set(positions(s.q_runs)) & set(positions(s.new_home_runs))) for s in item.shards
+        )
+        return (item.count - stay) * self.KV
+
+    def rounds(self, items: Sequence[Item]) -> int:
+        """Exchanges that the tree items of one step need one after the other, over all layers."""
+        between = inside = False
+        for item in items:
+            for shard in item.shards:
+                if item.mode == "tree" and total(shard.q_runs):
+                    hops, crossing = self.tree_hops(shard.rank, self.holders(item))
+                    between |= crossing > 0
+                    inside |= hops > crossing
+        return 2 * LAYERS * (between + inside)
+
+
+# --- one run
+
+
+@dataclass
+class Tally:
+    """Sums and extremes over the steps of one run."""
+
+    steps: int = 0
+    answered: int = 0  # tokens
+    decode_steps: int = 0
+    spanning_tokens: int = 0
+    decode_bytes: int = 0
+    decode_bytes_between_hosts: int = 0
+    exchanges: int = 0
+    handed_over: int = 0
+    prefill_bytes: int = 0
+    shipped_bytes: int = 0
+    longest: int = 0
+    busiest: int = 0
+    imbalance: float = 0.0
+    busy_steps: int = 0
+    refused: int = 0
+    waited: int = 0
+    at_queue: float | None = None
+    at_preemption: float | None = None
+    peak: float = 0.0
+    local: int = 0
+    finished: int = 0
+    used: list[list[float]] = field(default_factory=list)  # per step, share of each rank
+
+
+class Run:
+    """One policy on one cell and trace, step by step."""
+
+    def __init__(
+        self, cell: Cell, placement: str, trace: Sequence[Session], budget: int = 512
+    ) -> None:
+        self.cell, self.tally, self.wire = cell, Tally(), Wire(cell.hosts)
+        topology = Topology.from_hosts(cell.hosts)
+        policy = ModePolicy("auto", "auto", cell.threshold, topology.num_hosts, Q_HEADS, KV_HEADS)
+        limits = Limits(10**9, 4096, budget, 10**6, VOCAB, (0,))
+        self.scheduler = Scheduler(
+            limits, cell.blocks, BLOCK, placement, "zigzag", policy, topology.ring_order(),
+            pacer=None,
+        )  # fmt: skip
+        self.mirrors = [Mirror(rank, BLOCK) for rank in range(len(cell.blocks))]
+        self.coming: dict[int, list[tuple[Session, int]]] = {}  # step -> sessions, turn
+        for session in trace:
+            self.coming.setdefault(session.arrival, []).append((session, 0))
+        self.live: dict[int, tuple[Request, Session, int, int]] = {}  # ..., turn, step of arrival
+
+    def all_steps(self, limit: int = 100_000) -> Tally:
+        """Step until everybody has been served."""
+        while self.coming or self.live:
+            assert self.tally.steps < limit, "the trace does not end"
+            self.step()
+        self.scheduler.check_integrity()
+        return self.tally
+
+    def step(self) -> list[Item]:
+        """Arrivals, a plan, its tokens; returns the items that span."""
+        tally, scheduler = self.tally, self.scheduler
+        for session, turn in self.coming.pop(tally.steps, []):
+            self._arrive(session, turn)
+        before, resident = scheduler.num_preemptions, self._resident()
+        plan = scheduler.schedule()
+        if scheduler.num_preemptions > before and tally.at_preemption is None:
+            tally.at_preemption = resident
+        spanning: list[Item] = []
+        if plan is not None:
+            plan = decode_plan(encode_plan(plan))
+            works = [mirror.apply(plan) for mirror in self.mirrors]
+            spanning = [item for item in works[0].items if item.mode != "local"]
+            for item in spanning:
+                check_item(item)
+            self._count(plan, spanning)
+            tally.handed_over += len(works[0].handoffs)
+        self._look()
+        tally.steps += 1
+        if plan is not None:
+            for draw in works[0].draws:
+                self._took(draw.sequence.number)
+        return spanning
+
+    def _arrive(self, session: Session, turn: int) -> None:
+        params = SamplingParams(max_tokens=session.turns[turn][1], temperature=0, ignore_eos=True)
+        try:
+            request = self.scheduler.admit("", session.prompt(turn), params, seed=0)
+        except CapacityError:
+            self.tally.refused += 1
+            return
+        self.live[request.number] = request, session, turn, self.tally.steps
+
+    def _took(self, number: int) -> None:
+        request, session, turn, _ = self.live[number]
+        token = session.answer(turn)[len(request.output)]
+        self.tally.answered += 1
+        if self.scheduler.took(request, token) is None:
+            return
+        del self.live[number]
+        self.tally.finished += 1
+        self.tally.local += request.modes == ["local"]
+        if turn + 1 < len(session.turns):
+            at = self.tally.steps + session.pause
+            self.coming.setdefault(at, []).append((session, turn + 1))
+
+    def _resident(self) -> float:
+        """Tokens whose KV is stored for somebody who runs, as a share of what all ranks hold."""
+        allocator, running = self.scheduler.allocator, self.scheduler.running
+        blocks = sum(allocator.num_used(rank) for rank in range(len(self.cell.blocks)))
+        blocks -= sum(len(held) for r in running for held in r.reserved.values())
+        tokens = blocks * BLOCK - sum(r.table.open_slots for r in running if r.table)
+        return tokens / allocator.capacity_tokens
+
+    def _count(self, plan: StepPlan, spanning: Sequence[Item]) -> None:
+        tally, wire = self.tally, self.wire
+        streams = {n for d in plan.decodes if d.mode != "local" for n in d.requests}
+        decodes = [item for item in spanning if item.sequence.number in streams]
+        prompts = [item for item in spanning if item.sequence.number not in streams]
+        sent, crossed = wire.attention(decodes)
+        tally.decode_bytes += sent
+        tally.decode_bytes_between_hosts += crossed
+        tally.prefill_bytes += wire.attention(prompts)[0]
+        tally.shipped_bytes += sum(wire.shipped(item) for item in spanning)
+        tally.spanning_tokens += len(decodes)
+        if plan.decodes:
+            tally.decode_steps += 1
+            tally.exchanges += wire.rounds(decodes)
+            reads = [0] * len(self.cell.blocks)  # KV tokens that the decode of this step reads
+            for d in plan.decodes:
+                for number in d.requests:
+                    if d.mode == "local":
+                        table = self.live[number][0].table
+                        assert table is not None
+                        self._read(reads, table.last_rank, table.num_tokens)
+            for item in decodes:
+                for shard in item.shards:
+                    self._read(reads, shard.rank, total(shard.k_runs))
+            tally.busiest += max(reads)
+
+    def _read(self, reads: list[int], rank: int, tokens: int) -> None:
+        reads[rank] += tokens
+        self.tally.longest = max(self.tally.longest, tokens)
+
+    def _look(self) -> None:
+        """At the pool, after a step was planned."""
+        tally, scheduler = self.tally, self.scheduler
+        allocator, blocks = scheduler.allocator, self.cell.blocks
+        tally.used.append([allocator.num_used(r) / n for r, n in enumerate(blocks)])
+        used = sum(allocator.num_used(r) for r in range(len(blocks))) / sum(blocks)
+        resident = self._resident()
+        tally.peak = max(tally.peak, resident)
+        if used:
+            tally.busy_steps += 1
+            tally.imbalance += max(tally.used[-1]) / used
+        tally.waited += len(scheduler.waiting)
+        first = scheduler.waiting.first()
+        if first is not None and tally.at_queue is None:
+            if -(-first.num_tokens // BLOCK) > sum(allocator.available()):
+                tally.at_queue = resident
+
+    def figures(self) -> dict[str, Any]:
+        """The row of this run."""
+        tally, homes = self.tally, self.scheduler.homes
+        return {
+            "resident_at_first_queue": _rounded(tally.at_queue),
+            "resident_at_first_preemption": _rounded(tally.at_preemption),
+            "peak_resident": _rounded(tally.peak),
+            "refused": tally.refused,
+            "preemptions": self.scheduler.num_preemptions,
+            "decode_bytes_per_token": round(tally.decode_bytes / tally.answered),
+            "decode_bytes_between_hosts_per_token": round(
+                tally.decode_bytes_between_hosts / tally.answered
+            ),
+            "exchanges_per_decode_step": round(tally.exchanges / tally.decode_steps, 1),
+            "prefill_shipped_bytes": tally.shipped_bytes,
+            "prefill_attention_bytes": tally.prefill_bytes,
+            "longest_kv_on_one_rank": tally.longest,
+            "kv_read_by_busiest_rank": round(tally.busiest / tally.decode_steps),
+            "local_share": _rounded(tally.local / tally.finished),
+            "spanning_token_share": _rounded(tally.spanning_tokens / tally.answered),
+            "tokens_handed_over": tally.handed_over,
+            "prefix_hit_tokens": homes.hits,
+            "prefix_hit_share": _rounded(homes.hits / homes.queries),
+            "evictions": self.scheduler.allocator.evictions,
+            "imbalance": round(tally.imbalance / tally.busy_steps, 3),
+            "mean_waiting": round(tally.waited / tally.steps, 2),
+            "finished": tally.finished,
+            "answer_tokens": tally.answered,
+            "steps": tally.steps,
+        }
+
+
+def _rounded(share: float | None) -> float | None:
+    return None if share is None else round(share, 4)
+
+
+def compare(some: Sequence[Cell], traces: Mapping[int, Sequence[Session]]) -> dict[str, Any]:
+    """Every policy on every cell: figures, and used blocks over steps."""
+    rows: list[dict[str, Any]] = []
+    used: dict[tuple[str, str], list[list[float]]] = {}
+    for cell in some:
+        for policy in POLICIES:
+            run = Run(cell, policy, traces[len(cell.blocks)])
+            used[cell.name, policy] = run.all_steps().used
+            rows.append({
+                "cell": cell.name, "hosts": cell.hosts, "blocks": list(cell.blocks),
+                "local_threshold": cell.threshold, "policy": policy, **run.figures(),
+            })  # fmt: skip
+            print(f"{cell.name}, {policy}: {rows[-1]['steps']} steps", flush=True)
+    return {"rows": rows, "used": used}
