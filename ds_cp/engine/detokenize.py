@@ -23,6 +23,7 @@ class TextStream:
         self._context = 0  # decode from here: earlier tokens cannot change what follows
         self._decoded = 0  # tokens whose text is in _held or given out
         self._held = ""  # decoded, not given out
+        self._early = 0  # characters of _held that came too early to end a stop string
         self.stopped_by: str | None = None
 
     def push(self, token: int, may_stop: bool = True) -> str:
@@ -53,13 +54,20 @@ class TextStream:
         if self.stopped_by is not None:
             return ""
         self._held += text
-        found = [(at, s) for s in self._stop if (at := self._held.find(s)) >= 0]
+        found = [
+            (at, s)
+            for s in self._stop
+            if (at := self._held.find(s, max(0, self._early + 1 - len(s)))) >= 0
+        ]
         if found and may_stop:
             at, self.stopped_by = min(found)
             out, self._held = self._held[:at], ""
             return out
+        if not may_stop:
+            self._early = len(self._held)
         keep = max((self._overlap(s) for s in self._stop), default=0)
         out, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        self._early = max(0, self._early - len(out))
         return out
 
     def _overlap(self, stop: str) -> int:

@@ -140,7 +140,10 @@ class Homes:
             if not behind and rank not in self.closed and self._room_beside(found)[rank] >= need:
                 yield found, self._only(rank, need), (rank,)
         elif on and not self.only_local:
-            return  # the prefix spans, and so does who goes on from it
+            past = len(found) * self.allocator.block_size
+            answer = request.max_tokens - len(request.output)
+            if self._policy.prefix_is_worth_spanning(len(on), past, answer):
+                return  # the prefix spans, and so does who goes on from it
         by_load = sorted(open_ranks, key=lambda r: (load[r], -self.allocator.num_available(r)))
         for rank in by_load:
             here = self._find(request, rank)

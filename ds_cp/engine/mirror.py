@@ -142,7 +142,9 @@ class Mirror:
                 sequence.outputs.append(token)
         for transfer in plan.transfers:
             for number in transfer.requests:
-                self.sequences[number].table.replace(transfer.index, transfer.target)
+                sequence = self.sequences.get(number)
+                if sequence is not None:  # or it gave way after this was decided
+                    sequence.table.replace(transfer.index, transfer.target)
         for begin in plan.begins:
             self._begin(begin)
         work = StepWork()

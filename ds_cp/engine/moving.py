@@ -18,12 +18,14 @@ LOPSIDED = 0.1  # difference in the share of used blocks that is left alone
 
 @dataclass
 class _Wish:
-    """``blocks`` of a request that should leave ``source`` for ``target``."""
+    """``blocks`` of a request that should leave ``source`` for ``target``; ``whole``: all that it
+    has there by then, as it is local."""
 
     request: Request
     source: int
     target: int
     blocks: int
+    whole: bool
 
 
 class Mover:
@@ -99,10 +101,13 @@ class Mover:
         for request in requests:
             assert request.table is not None
             count = request.table.num_blocks(source)
-            if request.table.width > 1:
+            whole = request.table.width == 1
+            if whole and request.reserved:
+                continue  # the rest of its prompt goes where the blocks for it are
+            if not whole:
                 count = min(count, level)
             if 0 < count <= level and (best is None or count > best.blocks):
-                best = _Wish(request, source, target, count)
+                best = _Wish(request, source, target, count, whole)
         return best
 
     @property
@@ -129,6 +134,9 @@ class Mover:
         """Move what a request has on a closed rank, as far as this step may; False for no room."""
         table, homes = request.table, self._homes
         assert table is not None
+        here = table.num_blocks(rank) or rank in request.reserved or rank in request.workers
+        if here and not self._ranks(request):
+            return False
         if rank in request.reserved and not self._reserve_elsewhere(request, rank):
             return False
         if rank in request.workers:
@@ -167,13 +175,19 @@ class Mover:
         homes, table = self._homes, request.table
         assert table is not None
         room = homes.room()
-        wants = len(table.homes) + sum(map(len, request.reserved.values()))
-        target = self._targets.get(request.number)
-        if target is None or target in homes.closed:
-            roomy = max(range(homes.num_ranks), key=room.__getitem__)
-            target = roomy if room[roomy] >= wants else None
-            if target is not None:
-                self._targets[request.number] = target
+        all_blocks = len(table.homes) + sum(map(len, request.reserved.values()))
+
+        def holds(rank: int) -> bool:
+            there = table.num_blocks(rank) + len(request.reserved.get(rank, ()))
+            return rank not in homes.closed and room[rank] >= all_blocks - there
+
+        target = self._targets.pop(request.number, None)
+        if target is None or not holds(target):
+            target = max(range(homes.num_ranks), key=room.__getitem__)
+        if holds(target):
+            self._targets[request.number] = target
+        else:
+            target = None
         if homes.only_local:  # whole or not at all, and in one step
             return [] if target is None else [target]
         ranked = sorted(range(homes.num_ranks), key=lambda r: (not table.num_blocks(r), -room[r]))
@@ -181,16 +195,22 @@ class Mover:
 
     def _grant(self, wish: _Wish, running: Sequence[Request], moves: list[Transfer]) -> None:
         """Do a part of the first wish; drop it when it is done or has become impossible."""
-        request, table = wish.request, wish.request.table
-        gone = request not in running or table is None or wish.target in self._homes.closed
+        request, table, homes = wish.request, wish.request.table, self._homes
+        gone = request not in running or table is None or wish.target in homes.closed
         if not gone and table is not None:
-            while wish.blocks and len(moves) < MOVES_PER_STEP:
-                indexes = [i for i, home in enumerate(table.homes) if home[0] == wish.source]
-                target = self._homes.block_on([wish.target]) if indexes else None
+            here = [i for i, home in enumerate(table.homes) if home[0] == wish.source]
+            wish.blocks = len(here) if wish.whole else min(wish.blocks, len(here))
+            at_once = MOVES_PER_STEP - len(moves)
+            if homes.only_local:  # whole or not at all, and in one step
+                fits = not request.reserved and wish.blocks <= homes.room()[wish.target]
+                at_once = wish.blocks if fits else 0
+                gone = not fits
+            for index in here[: min(at_once, wish.blocks)]:
+                target = homes.block_on([wish.target])
                 if target is None:
                     gone = True
                     break
-                moves.append(self._move(request, indexes[0], target, running))
+                moves.append(self._move(request, index, target, running))
                 wish.blocks -= 1
         if gone or not wish.blocks:
             self._wishes.popleft()
@@ -198,12 +218,13 @@ class Mover:
     def _move(
         self, request: Request, index: int, target: Home, running: Sequence[Request]
     ) -> Transfer:
-        """Block ``index`` of a request, and of all who share it, is at ``target`` from now on."""
+        """Block ``index`` of a request, and of all who share it, is at ``target`` from now on. Where
+        all must be local those who share it keep theirs, because the rest of them is there too."""
         assert request.table is not None
         allocator = self._homes.allocator
         source = request.table.homes[index]
         holders = [request]
-        if allocator.references(source) > 1:
+        if allocator.references(source) > 1 and not self._homes.only_local:
             holders = [
                 r for r in running
                 if r.table and index < len(r.table.homes) and r.table.homes[index] == source

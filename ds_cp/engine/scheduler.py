@@ -24,7 +24,6 @@ from ds_cp.engine.policy import ModePolicy
 from ds_cp.engine.request import Request
 from ds_cp.engine.waiting import WaitingQueue
 from ds_cp.errors import CapacityError, QueueFullError, RequestError
-from ds_cp.kv.prefix import PrefixKeys
 from ds_cp.kv.table import Home, SequenceTable
 
 DECODE_LOAD = 64  # a stream weighs on its rank like so many prompt tokens
@@ -415,8 +414,8 @@ class Scheduler:
         child.table = SequenceTable(size, shared, known)
         child.prefilling = False
         child.workers, child.num_keyed = parent.workers, known // size
-        if parent.keys is not None:  # its own: the keys of their answers differ
-            child.keys = PrefixKeys(size, child.salt)
+        if parent.keys is not None:  # the same up to there, its own from there on
+            child.keys = parent.keys.fork(known // size)
         child.first_scheduled_time = time.time()
         if known % size:
             parent.shares_tail = child.shares_tail = True

@@ -156,11 +156,11 @@ class Worker:
 
     def _transfer(self, transfers: Sequence[Transfer]) -> None:
         """Copy blocks, here or between ranks. All sources of a batch are read before any target is
-        written; a block that was written is read in a later batch."""
+        written; a block that was written is read, or written again, in a later batch."""
         batch: list[Transfer] = []
         written: set[tuple[int, int]] = set()
         for transfer in transfers:
-            if transfer.source in written:
+            if transfer.source in written or transfer.target in written:
                 self._transfer_batch(batch)
                 batch, written = [], set()
             batch.append(transfer)

@@ -24,6 +24,13 @@ class PrefixKeys:
         self._root = sha256(b"ds_cp" + salt.encode()).digest()
         self._keys: list[bytes] = []
 
+    def fork(self, count_blocks: int) -> PrefixKeys:
+        """The keys of a sequence that has the first ``count_blocks`` blocks in common."""
+        other = object.__new__(PrefixKeys)
+        other.block_size, other._packed, other._root = self.block_size, self._packed, self._root
+        other._keys = self._keys[:count_blocks]
+        return other
+
     def upto(self, tokens: Sequence[int], count_blocks: int) -> list[bytes]:
         """The keys of the first ``count_blocks`` blocks of ``tokens``.
 

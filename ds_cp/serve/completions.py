@@ -135,8 +135,10 @@ class _Answer:
         if not self._body.echo:
             return
         for prompt, item in zip(self._prompts, self._body.prompt, strict=True):
-            is_text = isinstance(item, str)
-            prompt.text = item if is_text else await self._front.codec.decode(prompt.ids)
+            if isinstance(item, str):
+                prompt.text = item
+            else:
+                prompt.text = await self._front.codec.decode(prompt.ids)
         for choice in self._choices:
             choice.offset = len(choice.prompt.text)
 
@@ -176,8 +178,8 @@ class _Answer:
                 return
             ready, prompt.held = prompt.held, None
             for index in range(job * self._n, (job + 1) * self._n):
-                for text, block in self._echo_blocks(prompt):
-                    yield self._chunk([self._choice(index, text, block)])
+                for text, scores in self._echo_blocks(prompt):
+                    yield self._chunk([self._choice(index, text, scores)])
         for part in ready:
             if part.text or part.logprobs or part.finish_reason:
                 index = job * self._n + part.index

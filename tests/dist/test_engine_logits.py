@@ -3,6 +3,7 @@ transformers on one process: largest difference <= 1e-3 at fp32, in prefill and 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ from transformers import PreTrainedModel
 from ds_cp.comm.wire import World
 from ds_cp.engine import worker as worker_module
 from ds_cp.engine.params import SamplingParams
-from ds_cp.engine.plan import Sampled, Sampling
+from ds_cp.engine.plan import Sampled
+from ds_cp.engine.sampling import Row
 from tests.engines import engine_on
 from tests.ranks import run_ranks
 
@@ -93,15 +95,20 @@ def prompts() -> list[Ids]:
 
 
 class Recorder:
-    """Stands in for the worker's ``sample``: keeps the logits, and always says the next token of a
-    fixed walk, so that every mode and transformers see the same sequence."""
+    """Stands in for the worker's ``sample_rows``: keeps the logits, and always says the next token
+    of a fixed walk, so that every mode and transformers see the same sequence."""
 
     def __init__(self) -> None:
         self.seen: dict[tuple[int, int], torch.Tensor] = {}
 
-    def __call__(self, request: int, logits_V: torch.Tensor, how: Sampling) -> Sampled:
-        self.seen[request, how.index] = logits_V.clone()
-        return Sampled(request, walk(how.index), 0.0)
+    def __call__(self, logits_RV: torch.Tensor, rows: Sequence[Row]) -> list[Sampled]:
+        assert len(rows) == len(logits_RV)
+        drawn = []
+        for row, logits_V in zip(rows, logits_RV, strict=True):
+            assert (row.request, row.index) not in self.seen, "drawn twice"
+            self.seen[row.request, row.index] = logits_V.clone()
+            drawn.append(Sampled(row.request, walk(row.index), 0.0))
+        return drawn
 
 
 def walk(index: int) -> int:
@@ -116,7 +123,7 @@ def record(
     for family in families:
         model = make_model(family)
         for mode in MODES:
-            recorder = worker_module.sample = Recorder()  # type: ignore[assignment]
+            recorder = worker_module.sample_rows = Recorder()  # type: ignore[assignment]
             engine = engine_on(world, model, {
                 "context_parallel": {"mode": mode[0], "ring_pass": mode[1]},
                 "kv_cache": {

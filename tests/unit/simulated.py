@@ -213,8 +213,11 @@ class Cluster:
         self.core._forget(self.core._answers[request.number])
 
     def not_finite(self, request: Request, index: int) -> None:
-        """Let the logits of output ``index`` be no numbers."""
-        self.lives[request.number].not_finite_at = index
+        """Let the logits of output ``index``, not drawn yet, be no numbers."""
+        life = self.lives[request.number]
+        assert index >= len(life.tokens) - len(request.prompt)
+        if -1 not in life.tokens:
+            life.not_finite_at = index
 
     def used(self) -> list[int]:
         return [self.scheduler.allocator.num_used(rank) for rank in range(len(self.blocks))]
@@ -235,8 +238,11 @@ class Cluster:
             if not r.prefilling and len(r.output) + r.in_flight < r.max_tokens
         ]  # fmt: skip
         preempted = {r.number: r.num_preemptions for r in scheduler.running}
+        used = self.used()
         plan = self.core.plan()
         scheduler.check_integrity()
+        for rank in scheduler.homes.closed:
+            assert self.used()[rank] <= used[rank], "blocks were taken on a closed rank"
         gone = [
             life.request.order for number, n in preempted.items()
             if (life := self.lives[number]).request.num_preemptions > n

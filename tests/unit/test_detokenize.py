@@ -50,16 +50,23 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 
 
 def stream(
-    tokenizer: Any, ids: list[int], stop: tuple[str, ...] = (), skip: bool = True
+    tokenizer: Any,
+    ids: list[int],
+    stop: tuple[str, ...] = (),
+    skip: bool = True,
+    min_tokens: int = 0,
 ) -> tuple[list[str], str | None]:
-    """Pieces up to the end or to a stop string, the flush last; and what stopped it."""
+    """Pieces up to the end or to a stop string, the flush last; and what stopped it. No stop string
+    counts before the token number ``min_tokens``."""
     text = TextStream(tokenizer, stop, skip)
     pieces = []
-    for token in ids:
-        pieces.append(text.push(token))
+    may_stop = True
+    for count, token in enumerate(ids, 1):
+        may_stop = count >= min_tokens
+        pieces.append(text.push(token, may_stop))
         if text.stopped_by is not None:
             break
-    pieces.append(text.flush())
+    pieces.append(text.flush(may_stop))
     assert text.flush() == "", "a second flush has nothing"
     return pieces, text.stopped_by
 
@@ -173,3 +180,84 @@ def test_nothing_comes_after_a_stop(byte_tokenizer: Any) -> None:
     text = TextStream(byte_tokenizer, ("b",), True)
     assert [text.push(t) for t in encode(byte_tokenizer, "abcd")] == ["a", "", "", ""]
     assert text.stopped_by == "b" and text.flush() == ""
+
+
+# --- not before min_tokens
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "min_tokens", "want", "by"),
+    [
+        ("one STOP two", ("STOP",), 8, "one ", "STOP"),  # complete with the first that may stop
+        ("one STOP two", ("STOP",), 9, "one STOP two", None),  # complete one token too early
+        ("one STOP two STOP", ("STOP",), 9, "one STOP two ", "STOP"),  # the same one, later
+        ("one STOP two", ("STOP",), 7, "one ", "STOP"),  # begun before, complete after
+        ("aaaa", ("aa",), 3, "a", "aa"),  # overlaps one that came too early
+        ("aSTOPSTOP", ("STOP",), 6, "aSTOP", "STOP"),
+        ("abxcd", ("ab", "abcd"), 3, "abxcd", None),  # held for the longer one, but "ab" was early
+        ("abcd!", ("ab", "abcd"), 3, "", "abcd"),
+        ("abab", ("ab", "abcd"), 3, "ab", "ab"),
+        ("xab", ("ab",), 99, "xab", None),  # ends before it may stop
+        ("€5 €", ("€",), 3, "", "€"),  # whole with its third byte
+        ("€5 €", ("€",), 4, "€5 ", "€"),
+        ("STOP", ("STOP",), 0, "", "STOP"),
+    ],
+)
+def test_stop_strings_wait_for_min_tokens(
+    byte_tokenizer: Any,
+    text: str,
+    stop: tuple[str, ...],
+    min_tokens: int,
+    want: str,
+    by: str | None,
+) -> None:
+    """A token is a byte here."""
+    ids = encode(byte_tokenizer, text)
+    pieces, stopped = stream(byte_tokenizer, ids, stop, min_tokens=min_tokens)
+    assert ("".join(pieces), stopped) == (want, by)
+
+
+def test_what_came_too_early_is_given_out_at_once(byte_tokenizer: Any) -> None:
+    """Held back is only what may still become a stop string."""
+    ids = encode(byte_tokenizer, "aSTOPbST")
+    pieces, stopped = stream(byte_tokenizer, ids, ("STOP",), min_tokens=6)
+    assert pieces == ["a", "", "", "", "STOP", "b", "", "", "ST"] and stopped is None
+
+
+@pytest.mark.parametrize("stop", ["words, tw", "e: pl", "ds.", "plain", " words"])
+def test_min_tokens_with_real_tokens(real_tokenizer: Any, stop: str) -> None:
+    """The text twice: one place counts when the token that completes it may stop."""
+    text = TEXTS[0] * 2
+    ids = encode(real_tokenizer, text)
+    for min_tokens in range(len(ids) + 2):
+        want, by = text, None
+        for count in range(max(min_tokens, 1), len(ids) + 1):
+            before, now = (real_tokenizer.decode(ids[:n]) for n in (count - 1, count))
+            at = now.find(stop, max(0, len(before) - len(stop) + 1))
+            if at >= 0:
+                want, by = text[:at], stop
+                break
+        pieces, stopped = stream(real_tokenizer, ids, (stop,), min_tokens=min_tokens)
+        assert ("".join(pieces), stopped) == (want, by), min_tokens
+
+
+@given(
+    st.text("ab€", max_size=20),
+    st.lists(st.text("ab€", min_size=1, max_size=4), min_size=1, max_size=3),
+    st.integers(0, 30),
+)
+def test_min_tokens_like_a_search_character_by_character(
+    byte_tokenizer: Any, text: str, stops: list[str], min_tokens: int
+) -> None:
+    """Independent: after each character that is not too early, does the text so far end in a stop
+    string?"""
+    want, by = text, None
+    for end in range(1, len(text) + 1):
+        found = [(end - len(s), s) for s in stops if text[:end].endswith(s)]
+        if found and len(text[:end].encode()) >= min_tokens:
+            at, by = min(found)
+            want = text[:at]
+            break
+    ids = encode(byte_tokenizer, text)
+    pieces, stopped = stream(byte_tokenizer, ids, tuple(stops), min_tokens=min_tokens)
+    assert ("".join(pieces), stopped) == (want, by)
