@@ -18,14 +18,14 @@ The last line is one JSON object.
 
 from __future__ import annotations
 
-import argparse
-import json
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ds_cp.cost import CostModel
 from ds_cp.engine.mirror import Item, Mirror, check_item
 from ds_cp.engine.params import SamplingParams
 from ds_cp.engine.plan import StepPlan, decode_plan, encode_plan
@@ -72,6 +72,16 @@ def cells() -> tuple[Cell, ...]:
     )
 
 
+def rates(num_hosts: int) -> CostModel:
+    """Fixed, of the order that a 2-core CPU rank measures at start; slower links between hosts."""
+    bandwidth, latency = (2.5e9, 90e-6) if num_hosts == 1 else (1.25e9, 200e-6)
+    return CostModel(
+        flops_per_s=50e9, bytes_per_s=bandwidth, latency_s=latency, num_layers=LAYERS,
+        num_q_heads=Q_HEADS, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM, weights=134_515_008,
+        element=ELEMENT,
+    )  # fmt: skip
+
+
 # --- traces
 
 
@@ -87,19 +97,19 @@ class Session:
     turns: tuple[tuple[tuple[int, ...], int], ...]
     pause: int
 
-    def answer(self, turn: int) -> tuple[int, ...]:
+    def token(self, turn: int, index: int) -> int:
         """What the pretended model says: the same whatever the placement."""
-        first = self.number * 7919 + turn * 104_729
-        return tuple(1 + (first + 31 * i) % (VOCAB - 1) for i in range(self.turns[turn][1]))
+        return 1 + (self.number * 7919 + turn * 104_729 + 31 * index) % (VOCAB - 1)
 
     def prompt(self, turn: int) -> tuple[int, ...]:
         tokens = list(self.opening)
         for i in range(turn):
-            tokens += self.turns[i][0] + self.answer(i)
+            tokens += self.turns[i][0]
+            tokens += (self.token(i, index) for index in range(self.turns[i][1]))
         return (*tokens, *self.turns[turn][0])
 
 
-def make_trace(ranks: int, steps: int = 480, blocks: int = BLOCKS, seed: int = 20) -> list[Session]:
+def make_trace(ranks: int, steps: int = 960, blocks: int = BLOCKS, seed: int = 20) -> list[Session]:
     """Sessions that arrive during ``steps`` steps, as many per rank on every number of ranks."""
     rng, capacity = random.Random(seed), blocks * BLOCK
 
@@ -108,16 +118,16 @@ def make_trace(ranks: int, steps: int = 480, blocks: int = BLOCKS, seed: int = 2
 
     systems = [text(n, n) for n in (96, 240, 400)]
     found: list[tuple[int, str, tuple[int, ...], list[tuple[tuple[int, ...], int]]]] = []
-    for _ in range(steps * ranks // 10):
+    for _ in range(steps * ranks // 16):
         turns = [(text(16, 160), rng.randint(16, 128))]
         found.append((rng.randrange(steps), "chat", rng.choice(systems), turns))
-    for _ in range(steps * ranks // 60):
+    for _ in range(steps * ranks // 200):
         turns = [(text(16, 96), rng.randint(32, 128)) for _ in range(rng.randint(2, 5))]
         found.append((rng.randrange(steps), "conversation", rng.choice(systems), turns))
-    for i in range(max(1, steps * ranks // 240)):
+    for i in range(max(1, steps * ranks // 800)):
         document = text(int(1.2 * capacity), 3 * capacity)
         turns = [(text(16, 64), rng.randint(32, 128)) for _ in range(2)]
-        found.append((i * 240 // ranks + rng.randrange(40), "document", document, turns))
+        found.append((i * 800 // ranks + rng.randrange(80), "document", document, turns))
     for i in range(2):
         big = text(capacity * ranks + 1, capacity * ranks + 1)
         found.append((steps // 3 * (i + 1), "too long", big, [((1,), 8)]))
@@ -255,11 +265,20 @@ class Run:
     """One policy on one cell and trace, step by step."""
 
     def __init__(
-        self, cell: Cell, placement: str, trace: Sequence[Session], budget: int = 512
+        self,
+        cell: Cell,
+        placement: str,
+        trace: Sequence[Session],
+        mode: str = "auto",
+        budget: int = 512,
     ) -> None:
         self.cell, self.tally, self.wire = cell, Tally(), Wire(cell.hosts)
         topology = Topology.from_hosts(cell.hosts)
-        policy = ModePolicy("auto", "auto", cell.threshold, topology.num_hosts, Q_HEADS, KV_HEADS)
+        policy = ModePolicy(
+            mode=mode, ring_pass="auto", local_threshold=cell.threshold,
+            num_hosts=topology.num_hosts, num_q_heads=Q_HEADS, num_kv_heads=KV_HEADS,
+            cost=rates(topology.num_hosts),
+        )  # fmt: skip
         limits = Limits(10**9, 4096, budget, 10**6, VOCAB, (0,))
         self.scheduler = Scheduler(
             limits, cell.blocks, BLOCK, placement, "zigzag", policy, topology.ring_order(),
@@ -315,7 +334,7 @@ class Run:
 
     def _took(self, number: int) -> None:
         request, session, turn, _ = self.live[number]
-        token = session.answer(turn)[len(request.output)]
+        token = session.token(turn, len(request.output))
         self.tally.answered += 1
         if self.scheduler.took(request, token) is None:
             return
@@ -378,7 +397,9 @@ class Run:
         tally.waited += len(scheduler.waiting)
         first = scheduler.waiting.first()
         if first is not None and tally.at_queue is None:
-            if -(-first.num_tokens // BLOCK) > sum(allocator.available()):
+            available = allocator.available()
+            room = max(available) if scheduler.homes.only_local else sum(available)
+            if -(-first.num_tokens // BLOCK) > room:
                 tally.at_queue = resident
 
     def figures(self) -> dict[str, Any]:
@@ -417,17 +438,102 @@ def _rounded(share: float | None) -> float | None:
     return None if share is None else round(share, 4)
 
 
-def compare(some: Sequence[Cell], traces: Mapping[int, Sequence[Session]]) -> dict[str, Any]:
-    """Every policy on every cell: figures, and used blocks over steps."""
-    rows: list[dict[str, Any]] = []
-    used: dict[tuple[str, str], list[list[float]]] = {}
-    for cell in some:
-        for policy in POLICIES:
-            run = Run(cell, policy, traces[len(cell.blocks)])
-            used[cell.name, policy] = run.all_steps().used
-            rows.append({
-                "cell": cell.name, "hosts": cell.hosts, "blocks": list(cell.blocks),
-                "local_threshold": cell.threshold, "policy": policy, **run.figures(),
-            })  # fmt: skip
-            print(f"{cell.name}, {policy}: {rows[-1]['steps']} steps", flush=True)
-    return {"rows": rows, "used": used}
+def make_filling(cell: Cell, seed: int) -> list[Session]:
+    """A document of 1.5 ranks, then a request of 64 to 768 tokens every other step, twice as many
+    as fit; every answer goes on for as long as there is room."""
+    rng, capacity = random.Random(seed), sum(cell.blocks) * BLOCK
+    lengths = [3 * BLOCKS * BLOCK // 2]
+    while sum(lengths) < 2 * capacity:
+        lengths.append(rng.randint(64, 768))
+    limit = min(cell.blocks) * BLOCK  # so that mode local admits all but the document
+    found = []
+    for number, length in enumerate(lengths):
+        question = tuple(rng.randrange(1, VOCAB) for _ in range(length))
+        turns = ((question, max(limit - length, BLOCK)),)
+        found.append(Session(number, "filling", 2 * number, (), turns, 0))
+    return found
+
+
+def fill(cell: Cell, placement: str, mode: str, seed: int) -> dict[str, Any]:
+    """How full the ranks get before the first request has to wait and, when nobody new comes, until
+    the first one has to give way."""
+    run = Run(cell, placement, make_filling(cell, seed), mode, budget=10**6)
+    while run.tally.at_queue is None:
+        run.step()
+    run.coming.clear()
+    for request in list(run.scheduler.waiting):
+        run.scheduler.finish(request, "abort")
+        del run.live[request.number]
+    while run.tally.at_preemption is None:
+        run.step()
+    return {
+        "cell": cell.name, "policy": placement, "mode": mode, "seed": seed,
+        "at_first_wait": _rounded(run.tally.at_queue),
+        "at_first_preemption": _rounded(run.tally.at_preemption),
+        "refused": run.tally.refused,
+    }  # fmt: skip
+
+
+# --- all runs
+
+
+def run_trace(cell: Cell, policy: str, seed: int) -> tuple[dict[str, Any], list[list[float]]]:
+    """Figures, and the used share of each rank over the steps."""
+    run = Run(cell, policy, make_trace(len(cell.blocks), seed=seed))
+    used = run.all_steps().used
+    about = {
+        "cell": cell.name, "hosts": cell.hosts, "blocks": list(cell.blocks),
+        "local_threshold": cell.threshold, "policy": policy, "seed": seed,
+    }  # fmt: skip
+    return {**about, **run.figures()}, used
+
+
+def compare(some: Sequence[Cell], seeds: Sequence[int], processes: int) -> Result:
+    """Every policy on every cell and trace, in an order that does not depend on who is done
+    first."""
+    asks = [(cell, policy, seed) for cell in some for policy in POLICIES for seed in seeds]
+    fills = [
+        (cell, policy, mode, seed)
+        for cell in some if cell.threshold is None
+        for policy, mode in [*((p, "auto") for p in POLICIES), ("fill_then_spill", "local")]
+        for seed in seeds
+    ]  # fmt: skip
+    with ProcessPoolExecutor(processes) as pool:
+        traced = list(pool.map(run_trace, *zip(*asks, strict=True)))
+        filled = list(pool.map(fill, *zip(*fills, strict=True)))
+    used = {
+        (cell.name, policy): shares
+        for (cell, policy, seed), (_, shares) in zip(asks, traced, strict=True) if seed == seeds[0]
+    }  # fmt: skip
+    return Result([row for row, _ in traced], filled, used)
+
+
+@dataclass(frozen=True)
+class Result:
+    """``rows`` and ``fills``: one per cell, policy and seed; ``used``: of the first seed."""
+
+    rows: list[dict[str, Any]]
+    fills: list[dict[str, Any]]
+    used: dict[tuple[str, str], list[list[float]]]
+
+    def means(self) -> list[dict[str, Any]]:
+        """The rows of each cell and policy as one, means over the seeds; None where it is none in
+        any."""
+        found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        for row in self.rows:
+            found.setdefault((row["cell"], row["policy"]), []).append(row)
+        return [
+            {
+                name: value if isinstance(value, str | list) else _mean([r[name] for r in rows])
+                for name, value in rows[0].items() if name != "seed"
+            }
+            for rows in found.values()
+        ]  # fmt: skip
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+# --- what it looks like

@@ -53,8 +53,8 @@ def build_scheduler(config: Config, facts: Facts) -> Scheduler:
 
 def cost_model(facts: Facts) -> CostModel | None:
     """What was measured, as the model that chooses spans; None on one rank, where nothing is to be
-    chosen."""
-    if not facts.links:
+    chosen, and on ranks that measured no link, which choose nothing."""
+    if not facts.links or not all(link.gb_per_s for link in facts.links):
         return None
     return CostModel(
         flops_per_s=facts.flops_per_s,

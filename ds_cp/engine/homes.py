@@ -259,11 +259,11 @@ class Homes:
 
     def release(self, request: Request, keep: bool = True) -> None:
         """Let go of every block. What is named can still be found until it is evicted, the end of
-        the sequence first; ``keep=False`` forgets it at once."""
+        the sequence first; ``keep=False`` forgets it at once, and so does a closed rank."""
         table = request.table
         assert table is not None
-        if not keep:
-            for home in table.homes:
+        for home in table.homes:
+            if not keep or home[0] in self.closed:
                 self.allocator.forget(home)
         held = [(rank, block) for rank, blocks in request.reserved.items() for block in blocks]
         self.allocator.release([*held, *reversed(table.homes)])

@@ -102,8 +102,8 @@ class Mover:
             assert request.table is not None
             count = request.table.num_blocks(source)
             whole = request.table.width == 1
-            if whole and request.reserved:
-                continue  # the rest of its prompt goes where the blocks for it are
+            if whole and request.prefilling:
+                continue  # the rest of its prompt goes where the blocks and the work for it are
             if not whole:
                 count = min(count, level)
             if 0 < count <= level and (best is None or count > best.blocks):
@@ -183,11 +183,10 @@ class Mover:
 
         target = self._targets.pop(request.number, None)
         if target is None or not holds(target):
-            target = max(range(homes.num_ranks), key=room.__getitem__)
-        if holds(target):
+            fits = [rank for rank in range(homes.num_ranks) if holds(rank)]
+            target = max(fits, key=room.__getitem__, default=None)
+        if target is not None:
             self._targets[request.number] = target
-        else:
-            target = None
         if homes.only_local:  # whole or not at all, and in one step
             return [] if target is None else [target]
         ranked = sorted(range(homes.num_ranks), key=lambda r: (not table.num_blocks(r), -room[r]))
@@ -202,7 +201,7 @@ class Mover:
             wish.blocks = len(here) if wish.whole else min(wish.blocks, len(here))
             at_once = MOVES_PER_STEP - len(moves)
             if homes.only_local:  # whole or not at all, and in one step
-                fits = not request.reserved and wish.blocks <= homes.room()[wish.target]
+                fits = not request.prefilling and wish.blocks <= homes.room()[wish.target]
                 at_once = wish.blocks if fits else 0
                 gone = not fits
             for index in here[: min(at_once, wish.blocks)]:
@@ -218,8 +217,8 @@ class Mover:
     def _move(
         self, request: Request, index: int, target: Home, running: Sequence[Request]
     ) -> Transfer:
-        """Block ``index`` of a request, and of all who share it, is at ``target`` from now on. Where
-        all must be local those who share it keep theirs, because the rest of them is there too."""
+        """Block ``index`` of a request, and of all who share it, is at ``target`` from now on.
+        Where all must be local, those who share it keep theirs: the rest of them is there."""
         assert request.table is not None
         allocator = self._homes.allocator
         source = request.table.homes[index]

@@ -20,7 +20,8 @@ from ds_cp import SamplingParams
 from ds_cp.attention import KeyValues, LayerSpec, Span, get_kernel, make_mode
 from ds_cp.comm.ledger import Entry
 from ds_cp.comm.wire import Group, World
-from ds_cp.engine.plan import Item, Shard, StepPlan
+from ds_cp.engine.mirror import Mirror, check_item
+from ds_cp.engine.plan import Begin, Chunk, Sampling, StepPlan
 from ds_cp.engine.step import StepContext
 from ds_cp.kv.pool import KVPool
 from ds_cp.layout import Runs, assign, contiguous, total
@@ -363,15 +364,21 @@ def ship(world: World) -> list[Books]:
     """Two layers, two requests: 12 new tokens owned 4 / 4 / 4 with homes 12 / 0 / 0, and 9 new ones
     over 5 earlier, owned 3 / 3 / 3 with homes 0 / 5 / 4."""
     group, books = world_group(world), []
-    plans = [
-        _shipping_item(0, 0, [4, 4, 4], [12, 0, 0], [0, 0, 0]),
-        _shipping_item(1, 5, [3, 3, 3], [0, 5, 4], [2, 3, 0]),
+    requests = [
+        _shipped(0, [], [4, 4, 4], [12, 0, 0]),
+        _shipped(1, [2, 3, 0], [3, 3, 3], [0, 5, 4]),
     ]
+    begins, chunks = zip(*requests, strict=True)
+    plan = StepPlan(1, "run", begins=begins, chunks=chunks)
     for dtype, _ in DTYPES:
         layers = [LayerSpec(4, 2, D, 0.25)] * 2
         pool = KVPool(layers, 64, dtype, group.device)
         _, kernel = get_kernel("sdpa", group.device, dtype)
-        step = StepContext(StepPlan(1, "run", tuple(plans)), group, layers, pool, kernel)
+        work = Mirror(group.rank, block_size=1).apply(plan)
+        for item in work.items:
+            check_item(item)
+        step = StepContext(work, group, layers, pool, kernel)
+        assert step.num_rows == 4 + 3
         world.ledger.clear()
         for layer in range(2):
             q = torch.randn(1, 4, step.num_rows, D).to(dtype)
@@ -381,18 +388,22 @@ def ship(world: World) -> list[Books]:
     return books
 
 
-def _shipping_item(
-    request: int, start: int, owners: list[int], homes: list[int], past: list[int]
-) -> Item:
-    q_runs, home_runs = contiguous(start, owners), contiguous(start, homes)
-    earlier = contiguous(0, past)
-    shards = []
-    for rank in range(len(owners)):
-        keys = earlier[rank] + home_runs[rank]
-        extents = ((32 * request, total(keys)),) if keys else ()
-        shards.append(Shard(rank, q_runs[rank], keys, extents, homes[rank]))
-    tokens = tuple(range(1, sum(owners) + 1))
-    return Item(request, "ring", "kv", start, tokens, tuple(shards), None)
+def _shipped(
+    request: int, past: list[int], owners: list[int], homes: list[int]
+) -> tuple[Begin, Chunk]:
+    """A request with ``past[r]`` tokens stored on rank r, and a chunk of which rank r computes
+    ``owners[r]`` and stores ``homes[r]``, all in rank order. Blocks hold one token."""
+    at = itertools.count(32 * request)
+    earlier, new = (
+        tuple((rank, next(at)) for rank, count in enumerate(counts) for _ in range(count))
+        for counts in (past, homes)
+    )
+    tokens = tuple(range(1, len(earlier) + len(new) + 1))
+    q_runs = contiguous(len(earlier), owners)
+    return (
+        Begin(request, tokens, len(tokens), earlier, len(earlier), Sampling()),
+        Chunk(request, "ring", "kv", tuple(enumerate(q_runs)), new, False),
+    )
 
 
 def test_ship_kv_costs_one_kv_per_moved_token() -> None:
@@ -494,6 +505,7 @@ def test_spanning_requests_cost_the_formulas_in_every_layer(
     assert sum(sent(books, "tree_partials")) == steps * LAYERS * 2 * 4 * (D * e + LSE)
     assert max(rounds(books, "tree_q")) == max(rounds(books, "tree_partials")) == steps * LAYERS
     attention = {"ring_pass_kv", "tree_q", "tree_partials"}
+    # Every token is drawn where the next one is computed, so none of them travels either.
     assert all(set(b) <= {"plan", "result"} | attention for b in books)
 
 
@@ -501,3 +513,8 @@ def test_kv_travels_home_once(engines: dict[str, list[Books]]) -> None:
     """All 96 live on rank 0 and are computed 32 / 32 / 32: 64 of them travel."""
     one = 2 * 2 * D * 4
     assert sent(engines["unequal"], "ship_kv") == [0, LAYERS * 32 * one, LAYERS * 32 * one]
+
+
+def test_a_drawn_token_travels_to_who_computes_it(engines: dict[str, list[Books]]) -> None:
+    """The prompt's last token is computed on rank 2 and all streams on rank 0: one int64, once."""
+    assert sent(engines["unequal"], "next_token") == [0, 0, 8]
