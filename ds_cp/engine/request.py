@@ -41,6 +41,7 @@ class Request:
     decode_key: tuple[str, str] | None = None  # mode and ring pass of its decode steps
     keys: PrefixKeys | None = None
     num_keyed: int = 0  # blocks whose content has been named in the prefix index
+    served: int = 0  # the last step of it in which streams had to take turns
     num_seen: int = 0  # outputs that the ranks have been told of
     cached_tokens: int | None = None
     finish_reason: str | None = None

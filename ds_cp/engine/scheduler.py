@@ -89,7 +89,6 @@ class Scheduler:
         self._ranks = len(blocks_per_rank)
         self._numbers = 0
         self._steps = 0
-        self._turn = 0  # where the round of streams stands when not all fit into a step
         self._ended: list[int] = []  # requests that the ranks should forget
         self._looking_back: dict[int, Request] = {}  # whose draws depend on earlier tokens
         self._flying: dict[int, tuple[int, int]] = {}  # step -> streams, prompt tokens of one rank
@@ -299,7 +298,7 @@ class Scheduler:
 
     def _streams(self) -> list[Request]:
         """Requests whose next token is due: all, or when a rank's budget is too small for them all
-        beside a prompt, as many as it allows, in turn."""
+        beside a prompt, those who waited longest."""
         streams = [
             r for r in self.running
             if not r.prefilling and len(r.output) + r.in_flight < r.max_tokens
@@ -311,14 +310,16 @@ class Scheduler:
             return streams
         left = [max(budget - spare, 1)] * self._ranks
         chosen = []
-        start = self._turn % len(streams)
-        for request in [*streams[start:], *streams[:start]]:
-            assert request.table is not None
-            rank = request.table.last_rank
-            if left[rank] > 0:
-                left[rank] -= 1
+        for request in sorted(streams, key=lambda r: (r.served, r.order)):
+            table = request.table
+            assert table is not None
+            opens = table.num_tokens % table.block_size == 0 or request.shares_tail
+            ranks = range(self._ranks) if opens else (table.last_rank,)  # it may land on any
+            if all(left[rank] > 0 for rank in ranks):
+                for rank in ranks:
+                    left[rank] -= 1
+                request.served = self._steps + 1
                 chosen.append(request)
-        self._turn = start + max(budget - spare, 1)
         return sorted(chosen, key=lambda r: r.order)
 
     def _open_block(self, request: Request, draft: _Draft) -> bool:
