@@ -157,8 +157,9 @@ class Mover:
     def _reserve_elsewhere(self, request: Request, rank: int) -> bool:
         blocks = request.reserved[rank]
         wanted: list[Home] = []
+        ranks = self._ranks(request)  # once: what is taken below counts as room no more
         for _ in blocks:
-            home = self._homes.block_on(self._ranks(request))
+            home = self._homes.block_on(ranks)
             if home is None:
                 self._homes.allocator.release(wanted)
                 return False
