@@ -14,11 +14,14 @@ from ds_cp.version import __version__
 
 if TYPE_CHECKING:
     from ds_cp.config import load_config
-    from ds_cp.engine.offline import LLMEngine, init_inference
-    from ds_cp.engine.params import RequestOutput, SamplingParams
+    from ds_cp.engine.offline import LLMEngine, PromptRequest, RequestFailure, init_inference
+    from ds_cp.engine.params import RequestOptions, RequestOutput, SamplingParams
 
 __all__ = [
     "LLMEngine",
+    "PromptRequest",
+    "RequestFailure",
+    "RequestOptions",
     "RequestOutput",
     "SamplingParams",
     "__version__",
@@ -28,6 +31,9 @@ __all__ = [
 
 _HOMES = {
     "LLMEngine": "ds_cp.engine.offline",
+    "PromptRequest": "ds_cp.engine.offline",
+    "RequestFailure": "ds_cp.engine.offline",
+    "RequestOptions": "ds_cp.engine.params",
     "RequestOutput": "ds_cp.engine.params",
     "SamplingParams": "ds_cp.engine.params",
     "init_inference": "ds_cp.engine.offline",

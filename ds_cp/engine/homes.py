@@ -248,9 +248,9 @@ class Homes:
         found: list[Home] = []
         for name in request.keys.upto(request.tokens, most):
             home = self.allocator.find(name)
-            if rank is not None and home is not None and home[0] != rank:
+            if rank is not None and (home is None or home[0] != rank):
                 home = self.allocator.find(_on_rank(name, rank))
-            if home is None:
+            if home is None or rank not in (None, home[0]):  # a second copy may have moved
                 break
             found.append(home)
         return found

@@ -400,6 +400,7 @@ class Scheduler:
             request.prefilling = False
             request.decode_key = None
             request.in_flight += 1
+            request.served = self._steps + 1  # or newcomers would always go first
             for sibling in request.siblings:
                 if sibling.finish_reason is None:
                     self._fork(request, sibling, draft)
@@ -413,7 +414,7 @@ class Scheduler:
         for home in shared:
             self.allocator.share(home)
         child.table = SequenceTable(size, shared, known)
-        child.prefilling = False
+        child.prefilling, child.served = False, parent.served
         child.workers, child.num_keyed = parent.workers, known // size
         if parent.keys is not None:  # the same up to there, its own from there on
             child.keys = parent.keys.fork(known // size)
