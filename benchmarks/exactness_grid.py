@@ -105,7 +105,12 @@ def cell_config(mode: str, placement: str, ranks: int) -> dict:  # type: ignore[
         "dtype": "fp32",
         "threads_per_rank": 1,
         "context_parallel": {"mode": name, "ring_pass": ring_pass},
-        "kv_cache": {"tokens_per_rank": share, "placement": placement, "block_size": 16},
+        "kv_cache": {
+            "tokens_per_rank": share,
+            "placement": placement,
+            "block_size": 16,
+            "prefix_caching": False,  # every token of every prompt is computed
+        },
         "scheduler": {"max_num_seqs": 20},
     }
 
@@ -117,22 +122,23 @@ def one_cell(mode: str, placement: str) -> None:
 
     asked, want = prompts(), json.loads((WORK / "tokens.json").read_text())
     worst = [0.0]
-    real_sample = worker_module.sample
+    real_sample = worker_module.sample_rows
 
-    def watched(request, logits, how):  # type: ignore[no-untyped-def]
+    def watched(logits_RV, rows):  # type: ignore[no-untyped-def]
         """Requests are numbered from 1 in the order of the prompts."""
-        number = request - 1
-        reference = torch.from_file(
-            str(WORK / f"logits-{number}.bin"), shared=False, size=NEW * len(logits)
-        ).view(NEW, -1)[how.index]
-        if seen.setdefault(number, True):
-            worst[0] = max(worst[0], float((logits - reference).abs().max()))
-        found = real_sample(request, logits, how)
-        seen[number] = seen[number] and found.token == want[number][how.index]
-        return found
+        drawn = real_sample(logits_RV, rows)
+        for row, logits, found in zip(rows, logits_RV, drawn, strict=True):
+            number = row.request - 1
+            reference = torch.from_file(
+                str(WORK / f"logits-{number}.bin"), shared=False, size=NEW * len(logits)
+            ).view(NEW, -1)[row.index]
+            if seen.setdefault(number, True):
+                worst[0] = max(worst[0], float((logits - reference).abs().max()))
+            seen[number] = seen[number] and found.token == want[number][row.index]
+        return drawn
 
     seen: dict[int, bool] = {}
-    worker_module.sample = watched
+    worker_module.sample_rows = watched
     ranks = int(os.environ["WORLD_SIZE"])
     engine = ds_cp.init_inference(MODEL, cell_config(mode, placement, ranks))
     began = time.time()

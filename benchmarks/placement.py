@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_cp.cost import CostModel
-from ds_cp.engine.mirror import Item, Mirror, check_item
+from ds_cp.engine.mirror import Item, Mirror, StepWork, check_item
 from ds_cp.engine.params import SamplingParams
 from ds_cp.engine.plan import StepPlan, decode_plan, encode_plan
 from ds_cp.engine.policy import ModePolicy
@@ -296,7 +296,8 @@ class Run:
         self.coming: dict[int, list[tuple[Session, int]]] = {}  # step -> sessions, turn
         for session in trace:
             self.coming.setdefault(session.arrival, []).append((session, 0))
-        self.live: dict[int, tuple[Request, Session, int, int]] = {}  # ..., turn, step of arrival
+        self.live: dict[int, tuple[Request, Session, int]] = {}  # ..., turn
+        self.works: list[StepWork] = []  # what the last step means for the watched ranks
 
     def all_steps(self, limit: int = 100_000) -> Tally:
         """Step until everybody has been served."""
@@ -318,7 +319,7 @@ class Run:
         spanning: list[Item] = []
         if plan is not None:
             plan = decode_plan(encode_plan(plan))
-            works = [mirror.apply(plan) for mirror in self.mirrors]
+            works = self.works = [mirror.apply(plan) for mirror in self.mirrors]
             spanning = [item for item in works[0].items if item.mode != "local"]
             for item in spanning:
                 check_item(item)
@@ -338,10 +339,10 @@ class Run:
         except CapacityError:
             self.tally.refused += 1
             return
-        self.live[request.number] = request, session, turn, self.tally.steps
+        self.live[request.number] = request, session, turn
 
     def _took(self, number: int) -> None:
-        request, session, turn, _ = self.live[number]
+        request, session, turn = self.live[number]
         token = session.token(turn, len(request.output))
         self.tally.answered += 1
         if self.scheduler.took(request, token) is None:
@@ -541,7 +542,7 @@ class Result:
 
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
+    return round(sum(known) / len(known), 4) if known else None
 
 
 # --- what it looks like
@@ -691,9 +692,14 @@ def learned(result: Result) -> list[str]:
         means = [f"{(_mean([r[figure] for r in total_of[p]]) or 0) / unit:.0f}" for p in POLICIES]
         parts.append(f"{name} {' / '.join(means)}")
     count = len(result.rows) // len(POLICIES)
+    bests = []
+    for figure, name, sign in BEST[:1] + BEST[2:4]:
+        found = wins(result.rows, figure, sign)
+        policy = max(POLICIES, key=found.__getitem__)
+        bests.append(f"{policy} has the least {name} in {found[policy]}")
     over = (
-        f"Over all {count} traces, {' / '.join(POLICIES)}: {'; '.join(parts)}. Traces differ more "
-        "than policies do in most figures, so see the last table for how often which is best."
+        f"Means over all {count} traces, {' / '.join(POLICIES)}: {'; '.join(parts)}. "
+        f"Of these traces, {', '.join(bests)}; the last table has the rest."
     )
     return [fits, over]
 
@@ -703,7 +709,7 @@ def plot(result: Result, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "ds_cp"
+    matplotlib.rcParams.update({"svg.hashsalt": "ds_cp", "svg.fonttype": "none"})
     from matplotlib import pyplot
 
     names = list(dict.fromkeys(cell for cell, _ in result.used))
@@ -715,11 +721,13 @@ def plot(result: Result, path: Path) -> None:
     for line, cell in zip(axes, shown, strict=True):
         for axis, policy in zip(line, POLICIES, strict=True):
             used = result.used[cell, policy]
-            at = range(0, len(used), max(1, len(used) // 240))
+            wide = max(1, len(used) // 160)  # steps that one point is the mean of
+            parts = [used[at : at + wide] for at in range(0, len(used), wide)]
             for rank in range(len(used[0])):
                 axis.plot(
-                    at, [100 * used[i][rank] for i in at], color=COLOURS[rank % len(COLOURS)],
-                    linewidth=0.9, label=f"rank {rank}",
+                    [wide * i for i in range(len(parts))],
+                    [100 * sum(step[rank] for step in part) / len(part) for part in parts],
+                    color=COLOURS[rank % len(COLOURS)], linewidth=0.9, label=f"rank {rank}",
                 )  # fmt: skip
             axis.set_ylim(0, 103)
             axis.set_title(policy, fontsize=9)
@@ -745,7 +753,14 @@ def write(result: Result, out: Path, seeds: Sequence[int], args: Sequence[str]) 
                    "head_dim": HEAD_DIM, "element": ELEMENT, "block_size": BLOCK},
         "means": result.means(), "rows": result.rows, "filling": result.fills,
     }  # fmt: skip
-    (out / "placement.json").write_text(json.dumps(found, indent=1) + "\n")
+    lines = [
+        f" {json.dumps(name)}: " + (
+            "[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]"
+            if name in ("means", "rows", "filling") else json.dumps(value)
+        )
+        for name, value in found.items()
+    ]  # fmt: skip
+    (out / "placement.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
     (out / "placement.md").write_text(markdown(result, seeds, command))
     plot(result, out / "placement.svg")
 

@@ -264,7 +264,7 @@ def plot(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "ds_cp"
+    matplotlib.rcParams.update({"svg.hashsalt": "ds_cp", "svg.fonttype": "none"})
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(8.4, 3.6), sharey=True, layout="constrained")

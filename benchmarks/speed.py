@@ -24,8 +24,10 @@ import torch
 
 from ds_cp.comm.wire import World
 from ds_cp.config import Config, load_config
+from ds_cp.engine.core import EngineCore
 from ds_cp.engine.offline import LLMEngine
-from ds_cp.engine.params import SamplingParams
+from ds_cp.engine.params import Delta, SamplingParams
+from ds_cp.engine.plan import Outcome
 from ds_cp.engine.startup import build_worker, join_job
 from ds_cp.model.loading import load_model
 from ds_cp.model.source import find_model
@@ -42,28 +44,40 @@ def config_of(tokens: int, mode: str, placement: str, threshold: int | str = "au
             "model": MODEL,
             "dtype": "fp32",
             "context_parallel": {"mode": mode, "local_threshold": threshold},
-            "kv_cache": {"tokens_per_rank": budget, "placement": placement},
+            # The same prompt comes in every round, and its prefill is what is measured.
+            "kv_cache": {
+                "tokens_per_rank": budget,
+                "placement": placement,
+                "prefix_caching": False,
+            },
         }
     )
 
 
 def time_engine(engine: LLMEngine, prompt: list[int], new: int) -> tuple[float, float]:
-    """(seconds to the first token, seconds per further token, median) on the driver."""
-    stamps: list[float] = []
-    worker = engine._worker
-    lead = worker.lead
+    """(seconds to the first token, seconds per further token, median) on the driver.
 
-    def timed(plan):  # type: ignore[no-untyped-def]
-        out = lead(plan)
-        stamps.append(time.perf_counter())
-        return out
-
-    worker.lead = timed  # type: ignore[method-assign]
-    began = time.perf_counter()
-    engine.generate(prompt, SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True))
-    worker.lead = lead  # type: ignore[method-assign]
-    if not engine.is_driver:
+    A token's time is when its outcome has reached the scheduler, which has planned the next step
+    by then.
+    """
+    params = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True)
+    core = engine._core
+    if core is None:  # another rank, which follows
+        engine.generate(prompt, params)
         return 0.0, 0.0
+    stamps: list[float] = []
+
+    def stamped(outcome: Outcome) -> list[Delta]:
+        if outcome.sampled:  # a chunk of the prompt that is not the last draws nothing
+            stamps.append(time.perf_counter())
+        return EngineCore.apply(core, outcome)
+
+    core.apply = stamped  # type: ignore[method-assign]
+    began = time.perf_counter()
+    [output] = engine.generate(prompt, params)
+    del core.apply
+    assert len(stamps) == new, f"{len(stamps)} steps gave {new} tokens"
+    assert output.metrics.cached_tokens == 0, "this would not measure the prefill"
     gaps = [b - a for a, b in zip(stamps, stamps[1:], strict=False)]
     return stamps[0] - began, statistics.median(gaps)
 

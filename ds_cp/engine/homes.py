@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
+from ds_cp.engine.plan import Transfer
 from ds_cp.engine.policy import ModePolicy
 from ds_cp.engine.request import Request
 from ds_cp.kv.blocks import BlockAllocator
@@ -11,8 +13,17 @@ from ds_cp.kv.placement import place
 from ds_cp.kv.prefix import PrefixKeys
 from ds_cp.kv.table import Home, SequenceTable
 
-# found blocks, new blocks per rank, ranks that compute
-Offer = tuple[list[Home], Sequence[int], tuple[int, ...]]
+
+@dataclass(frozen=True)
+class Offer:
+    """A way in which a request could start now: cached blocks that hold its first tokens, new
+    blocks per rank, the ranks that compute, and where cached blocks of other ranks are copied to
+    (-1: they are shared where they are)."""
+
+    found: list[Home]
+    new: Sequence[int]
+    workers: tuple[int, ...]
+    copy_to: int = -1
 
 
 class Homes:
@@ -32,6 +43,7 @@ class Homes:
     ) -> None:
         self.allocator = BlockAllocator(blocks_per_rank, block_size)
         self.closed: set[int] = set()
+        self._fresh: set[Home] = set()  # blocks whose content is computed in the step in the making
         self.queries = 0  # prompt tokens looked up in the prefix index
         self.hits = 0
         self._placement = placement
@@ -66,42 +78,51 @@ class Homes:
             room[rank] = 0
         return room
 
+    def begin_step(self) -> None:
+        """A new plan is made: all that earlier ones compute can be copied by it."""
+        self._fresh.clear()
+
     # --- a request starts
 
-    def start(self, request: Request, load: Sequence[int], busy: bool) -> bool:
-        """Take blocks for every token that the request has; False when there is no room now.
+    def start(self, request: Request, load: Sequence[int], busy: bool) -> list[Transfer] | None:
+        """Take blocks for every token that the request has; None when there is no room now.
 
-        What the prefix cache holds is shared, the rest is reserved. ``load``: tokens of work
-        waiting on each rank; ``busy``: whether other requests want ranks too.
+        What the prefix cache holds is shared, or copied to where the request will be local (the
+        copies that this takes are returned); the rest is reserved. ``load``: tokens of work waiting
+        on each rank; ``busy``: whether other requests want ranks too.
         """
         size = self.allocator.block_size
         if request.keys is None and self._caching:
             request.keys = PrefixKeys(size, request.salt)
-        for found, counts, workers in self._offers(request, load, busy):
-            self._take(request, found, counts, workers)
-            return True
-        return False
+        offer = next(self._offers(request, load, busy), None)
+        return None if offer is None else self._take(request, offer)
 
-    def _take(
-        self, request: Request, found: list[Home], counts: Sequence[int], workers: tuple[int, ...]
-    ) -> None:
-        size = self.allocator.block_size
+    def _take(self, request: Request, offer: Offer) -> list[Transfer]:
+        size, found, target = self.allocator.block_size, offer.found, offer.copy_to
         for home in found:
-            self.allocator.share(home)
-        request.table = SequenceTable(size, found, len(found) * size)
+            if target < 0 or home[0] == target:
+                self.allocator.share(home)
+        far = [i for i, home in enumerate(found) if target >= 0 and home[0] != target]
         request.reserved = {
-            rank: list(self.allocator.allocate(rank, n)) for rank, n in enumerate(counts) if n
+            rank: list(self.allocator.allocate(rank, n + (len(far) if rank == target else 0)))
+            for rank, n in enumerate(offer.new)
+            if n
         }
-        request.workers = workers
-        request.num_keyed = len(found)
+        homes, copies = list(found), []
+        for index in far:  # the first blocks of the run, so that the request's are adjacent
+            homes[index] = (target, request.reserved[target].pop(0))
+            copies.append(Transfer((), index, found[index], homes[index]))
+        request.table = SequenceTable(size, homes, len(homes) * size)
+        request.workers = offer.workers
+        request.num_keyed = 0 if far else len(found)
         if request.cached_tokens is None and self._caching:
             request.cached_tokens = min(len(found) * size, len(request.prompt))
             self.queries += len(request.prompt)
             self.hits += request.cached_tokens
+        return copies
 
     def _offers(self, request: Request, load: Sequence[int], busy: bool) -> Iterator[Offer]:
-        """The ways in which the request could start, best first: ``(found blocks, new blocks per
-        rank, ranks that compute)``, each of which fits now."""
+        """The ways in which the request could start, best first, each of which fits now."""
         size, tokens = self.allocator.block_size, request.num_tokens
         blocks = -(-tokens // size)
         found = self._find(request)
@@ -123,13 +144,13 @@ class Homes:
                     block_size=1, last_rank=last, order=self._order,
                 )  # fmt: skip
                 if counts is not None:
-                    yield found, counts, tuple(sorted(ranks))
+                    yield Offer(found, counts, tuple(sorted(ranks)))
 
     def _local_offers(
         self, request: Request, found: list[Home], blocks: int, load: Sequence[int]
     ) -> Iterator[Offer]:
-        """On one rank: where the prefix is, unless that rank has so much more work waiting that
-        computing the prefix again elsewhere is sooner done."""
+        """On one rank: where the prefix is, unless that rank has more work waiting than the prefix
+        is long; else where least work waits, and what is cached on other ranks is copied there."""
         on = {rank for rank, _ in found}
         open_ranks = [rank for rank in self._order if rank not in self.closed]
         best = min(load[rank] for rank in open_ranks)
@@ -138,19 +159,13 @@ class Homes:
             need = blocks - len(found)
             behind = load[rank] - best > len(found) * self.allocator.block_size
             if not behind and rank not in self.closed and self._room_beside(found)[rank] >= need:
-                yield found, self._only(rank, need), (rank,)
-        elif on and not self.only_local:
-            past = len(found) * self.allocator.block_size
-            answer = request.max_tokens - len(request.output)
-            if self._policy.prefix_is_worth_spanning(len(on), past, answer):
-                return  # the prefix spans, and so does who goes on from it
+                yield Offer(found, self._only(rank, need), (rank,))
         by_load = sorted(open_ranks, key=lambda r: (load[r], -self.allocator.num_available(r)))
         for rank in by_load:
-            here = self._find(request, rank)
-            need = blocks - len(here)
-            if self._room_beside(here)[rank] >= need:
-                yield here, self._only(rank, need), (rank,)
-                return
+            chain = self._find(request, rank)
+            here = [home for home in chain if home[0] == rank]
+            if self._room_beside(here)[rank] >= blocks - len(here):
+                yield Offer(chain, self._only(rank, blocks - len(chain)), (rank,), rank)
 
     def _only(self, rank: int, blocks: int) -> list[int]:
         return [blocks if r == rank else 0 for r in range(self.num_ranks)]
@@ -233,24 +248,30 @@ class Homes:
         for index in range(request.num_keyed, whole):
             rank, block = home = table.homes[index]
             first = self.allocator.find(names[index])
+            self._fresh.add(home)
             if first is None:
                 self.allocator.put(names[index], home)
             elif first[0] != rank:  # a second copy, for requests that stay on this rank
                 self.allocator.put(_on_rank(names[index], rank), home)
         request.num_keyed = whole
 
-    def _find(self, request: Request, rank: int | None = None) -> list[Home]:
-        """The blocks that hold the request's first tokens, from the first on; all on ``rank`` if
-        given. The last token is left to compute, for its logits."""
+    def _find(self, request: Request, near: int | None = None) -> list[Home]:
+        """The blocks that hold the request's first tokens, from the first on; copies on ``near``
+        rather than others, and of others only what can be copied now. The last token is left to
+        compute, for its logits."""
         if request.keys is None or request.params.prompt_logprobs is not None:
             return []
         most = (request.num_tokens - 1) // self.allocator.block_size
         found: list[Home] = []
         for name in request.keys.upto(request.tokens, most):
             home = self.allocator.find(name)
-            if rank is not None and (home is None or home[0] != rank):
-                home = self.allocator.find(_on_rank(name, rank))
-            if home is None or rank not in (None, home[0]):  # a second copy may have moved
+            if near is not None and (home is None or home[0] != near):
+                second = self.allocator.find(_on_rank(name, near))
+                if second is not None and second[0] == near:  # it may have moved
+                    home = second
+                elif home in self._fresh:
+                    break
+            if home is None:
                 break
             found.append(home)
         return found

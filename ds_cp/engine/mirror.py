@@ -23,6 +23,7 @@ class RunningSequence:
     """One running request. ``tokens``: known to all ranks, the prompt first. ``drawn``: outputs
     drawn so far, on all ranks the same number; ``sampler``: the rank that drew the last one, and
     ``last``: its value, on that rank. ``outputs``: values of the output as far as known here.
+    ``resting``: the shards of ranks that add nothing in decode steps, until their part changes.
     """
 
     number: int
@@ -34,6 +35,7 @@ class RunningSequence:
     sampler: int = -1
     last: int = NO_TOKEN
     outputs: list[int] = field(default_factory=list)
+    resting: dict[int, Shard] = field(default_factory=dict)
 
     @property
     def prompt(self) -> list[int]:
@@ -145,6 +147,7 @@ class Mirror:
                 sequence = self.sequences.get(number)
                 if sequence is not None:  # or it gave way after this was decided
                     sequence.table.replace(transfer.index, transfer.target)
+                    sequence.resting.clear()
         for begin in plan.begins:
             self._begin(begin)
         work = StepWork()
@@ -218,10 +221,16 @@ class Mirror:
                 work.streams.append(sequence)
         else:
             q_runs: Runs = ((start, 1),)
-            shards = tuple(
-                self._shard(table, r, q_runs if r == owner else (), start) for r in table.span
-            )
-            work.items.append(Item(sequence, mode, ring_pass, start, 1, shards, True))
+            resting = sequence.resting
+            shards = []
+            for rank in table.span:
+                shard = None if rank == owner else resting.get(rank)
+                if shard is None:
+                    shard = self._shard(table, rank, q_runs if rank == owner else (), start)
+                    resting[rank] = shard
+                shards.append(shard)
+            resting.pop(owner, None)
+            work.items.append(Item(sequence, mode, ring_pass, start, 1, tuple(shards), True))
         self._draw(sequence, owner, work)
 
     @staticmethod

@@ -44,15 +44,6 @@ class ModePolicy:
             return 1
         return self.cost.best_ranks(most, new, past, answer)
 
-    def prefix_is_worth_spanning(self, ranks: int, found: int, answer: int) -> bool:
-        """Whether a request that could be local should span ``ranks`` ranks because ``found``
-        tokens of its prompt are cached there: what it saves to compute against what spanning adds
-        to each of ``answer`` decode steps. Without rates: the longer of the two wins."""
-        if self.cost is None:
-            return found > answer
-        added = self.cost.decode_s(ranks, found) - self.cost.decode_s(1, found)
-        return self.cost.prefill_s(1, found, 0) > answer * max(added, 0.0)
-
     def choose(self, ranks: int, new: int, past: int) -> tuple[str, str]:
         """(mode, ring_pass) of a step with ``new`` tokens over ``past`` stored ones on ``ranks``
         ranks.

@@ -226,6 +226,7 @@ class Scheduler:
         """The next step, or None when nothing can run (before the steps in flight are known)."""
         draft = _Draft([self.limits.max_num_batched_tokens] * self._ranks)
         before = self.num_preemptions
+        self.homes.begin_step()
         if self.mover.is_moving:
             self._move(draft)
         self._decode(draft)
@@ -433,12 +434,12 @@ class Scheduler:
         while max(draft.left) > 0 and (request := self.waiting.first()) is not None:
             load = self._load() if load is None else load
             busy = len(self.running) > 0 or len(self.waiting) > 1
-            if (
-                1 + len(request.siblings) > seats
-                or request.in_flight
-                or not self.homes.start(request, load, busy)
-            ):
+            if 1 + len(request.siblings) > seats or request.in_flight:
                 return
+            copies = self.homes.start(request, load, busy)
+            if copies is None:
+                return
+            draft.transfers += copies
             assert request.table is not None
             self.waiting.remove(request)
             insort(self.running, request, key=lambda r: r.order)

@@ -90,7 +90,7 @@ def draft(number: int, attempt: int, kinds: Sequence[Mapping[str, Any]]) -> Case
     return Case(
         tuple(prompt),
         SamplingParams(
-            max_tokens=rng.randrange(4, 9), seed=10**13 * (number - 20) + attempt,
+            max_tokens=rng.randrange(6, 20), seed=10**13 * (number - 20) + attempt,
             **kinds[number % len(kinds)],
         ),
     )  # fmt: skip
@@ -208,7 +208,7 @@ RUNS = (
     Run("alone"),
     Run("alone", mode=("tree", "auto"), placement="round_robin", caching=False),
     Run("together"),
-    Run("together", placement="round_robin", scheduler={"max_num_batched_tokens": 9}),
+    Run("together", placement="round_robin", scheduler={"max_num_batched_tokens": 2}),
     Run("together", placement="balanced", caching=False, scheduler={"decode_slowdown": 1.01}),
     Run("together", mode=("ring", "kv"), placement="round_robin", caching=False),
     Run("together", mode=("ring", "q"), placement="balanced"),
@@ -216,7 +216,7 @@ RUNS = (
     Run("shuffled", mode=("local", "auto")),
     Run("shuffled", placement="balanced", context_parallel={"local_threshold": 16}),
     Run("shuffled", mode=("tree", "auto"), placement="balanced",
-        scheduler={"max_num_batched_tokens": 2}),
+        scheduler={"max_num_batched_tokens": 4}),
     Run("trickle", placement="round_robin", context_parallel={"layout": "contiguous"}),
     Run("trickle", mode=("ring", "q"), caching=False, scheduler={"max_num_batched_tokens": 16}),
     Run("together", tiny=True),
