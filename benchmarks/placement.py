@@ -46,6 +46,7 @@ LAYERS, Q_HEADS, KV_HEADS, HEAD_DIM, ELEMENT, LSE = 30, 9, 3, 64, 4, 4
 BLOCK = 16  # tokens
 BUDGET = 512  # tokens that a rank computes in a step
 SEEDS = (1, 2, 3, 4, 5)
+STEPS = 960  # in which requests arrive
 BLOCKS = 256  # of one rank, on average
 COLOURS = ("#1b6ca8", "#c8553d", "#4a8f4a", "#8a6fb0", "#b08a2e", "#5b5b5b", "#d17aa5", "#3fa7a0")
 
@@ -114,12 +115,14 @@ class Session:
         return (*tokens, *self.turns[turn][0])
 
 
-def make_trace(ranks: int, steps: int = 960, blocks: int = BLOCKS, seed: int = 20) -> list[Session]:
-    """Sessions that arrive during ``steps`` steps, as many per rank on every number of ranks."""
+def make_trace(ranks: int, blocks: int, steps: int, seed: int) -> list[Session]:
+    """Sessions that arrive during ``steps`` steps, a third of the chats in a rush; as many per rank
+    on every number of ranks, and prompts in proportion to ``blocks``, of one rank."""
     rng, capacity = random.Random(seed), blocks * BLOCK
 
     def text(low: int, high: int) -> tuple[int, ...]:
-        return tuple(rng.randrange(1, VOCAB) for _ in range(rng.randint(low, high)))
+        length = max(1, rng.randint(low, high) * blocks // 256)
+        return tuple(rng.randrange(1, VOCAB) for _ in range(length))
 
     systems = [text(n, n) for n in (96, 240, 400)]
     found: list[tuple[int, str, tuple[int, ...], list[tuple[tuple[int, ...], int]]]] = []
@@ -132,12 +135,11 @@ def make_trace(ranks: int, steps: int = 960, blocks: int = BLOCKS, seed: int = 2
         turns = [(text(16, 96), rng.randint(32, 128)) for _ in range(rng.randint(2, 5))]
         found.append((rng.randrange(steps), "conversation", rng.choice(systems), turns))
     for i in range(max(1, steps * ranks // 800)):
-        document = text(int(1.2 * capacity), 3 * capacity)
+        document = text(int(1.2 * 4096), 3 * 4096)
         turns = [(text(16, 64), rng.randint(32, 128)) for _ in range(2)]
         found.append((i * 800 // ranks + rng.randrange(80), "document", document, turns))
     for i in range(2):
-        big = text(capacity * ranks + 1, capacity * ranks + 1)
-        found.append((steps // 3 * (i + 1), "too long", big, [((1,), 8)]))
+        found.append((steps // 3 * (i + 1), "too long", (1,) * capacity * ranks, [((1,), 8)]))
     found.sort(key=lambda f: f[0])
     return [
         Session(number, kind, arrival, opening, tuple(turns), rng.randint(4, 40))
@@ -254,6 +256,7 @@ class Tally:
     handed_over: int = 0
     prefill_bytes: int = 0
     shipped_bytes: int = 0
+    copied_bytes: int = 0
     longest: int = 0
     busiest: int = 0
     imbalance: float = 0.0
@@ -317,6 +320,7 @@ class Run:
         if scheduler.num_preemptions > before and tally.at_preemption is None:
             tally.at_preemption = resident
         spanning: list[Item] = []
+        self.works = []
         if plan is not None:
             plan = decode_plan(encode_plan(plan))
             works = self.works = [mirror.apply(plan) for mirror in self.mirrors]
@@ -372,6 +376,8 @@ class Run:
         tally.decode_bytes_between_hosts += crossed
         tally.prefill_bytes += wire.attention(prompts)[0]
         tally.shipped_bytes += sum(wire.shipped(item) for item in spanning)
+        away = sum(t.source[0] != t.target[0] for t in plan.transfers)
+        tally.copied_bytes += away * BLOCK * wire.KV
         tally.spanning_tokens += len(decodes)
         if plan.decodes:
             tally.decode_steps += 1
@@ -426,6 +432,7 @@ class Run:
             ),
             "exchanges_per_decode_step": round(tally.exchanges / tally.decode_steps, 1),
             "prefill_shipped_bytes": tally.shipped_bytes,
+            "prefix_copied_bytes": tally.copied_bytes,
             "prefill_attention_bytes": tally.prefill_bytes,
             "longest_kv_on_one_rank": tally.longest,
             "kv_read_by_busiest_rank": round(tally.busiest / tally.decode_steps),
@@ -448,12 +455,13 @@ def _rounded(share: float | None) -> float | None:
 
 
 def make_filling(cell: Cell, seed: int) -> list[Session]:
-    """A document of 1.5 ranks, then a request of 64 to 768 tokens every other step, twice as many
-    as fit; every answer goes on for as long as there is room."""
+    """A document of 1.5 ranks, then every other step a request of 1/64 to 3/16 of a rank, twice as
+    many as fit; every answer goes on for as long as there is room."""
     rng, capacity = random.Random(seed), sum(cell.blocks) * BLOCK
-    lengths = [3 * BLOCKS * BLOCK // 2]
+    one = capacity // len(cell.blocks)
+    lengths = [3 * one // 2]
     while sum(lengths) < 2 * capacity:
-        lengths.append(rng.randint(64, 768))
+        lengths.append(rng.randint(one // 64, 3 * one // 16))
     limit = min(cell.blocks) * BLOCK  # so that mode local admits all but the document
     found = []
     for number, length in enumerate(lengths):
@@ -486,9 +494,12 @@ def fill(cell: Cell, placement: str, mode: str, seed: int) -> dict[str, Any]:
 # --- all runs
 
 
-def run_trace(cell: Cell, policy: str, seed: int) -> tuple[dict[str, Any], list[list[float]]]:
+def run_trace(
+    cell: Cell, policy: str, seed: int, steps: int
+) -> tuple[dict[str, Any], list[list[float]]]:
     """Figures, and the used share of each rank over the steps."""
-    run = Run(cell, policy, make_trace(len(cell.blocks), seed=seed))
+    ranks = len(cell.blocks)
+    run = Run(cell, policy, make_trace(ranks, sum(cell.blocks) // ranks, steps, seed))
     used = run.all_steps().used
     about = {
         "cell": cell.name, "hosts": cell.hosts, "blocks": list(cell.blocks),
@@ -497,10 +508,12 @@ def run_trace(cell: Cell, policy: str, seed: int) -> tuple[dict[str, Any], list[
     return {**about, **run.figures()}, used
 
 
-def compare(some: Sequence[Cell], seeds: Sequence[int], processes: int) -> Result:
+def compare(
+    some: Sequence[Cell], seeds: Sequence[int], processes: int, steps: int = STEPS
+) -> Result:
     """Every policy on every cell and trace, in an order that does not depend on who is done
     first."""
-    asks = [(cell, policy, seed) for cell in some for policy in POLICIES for seed in seeds]
+    asks = [(cell, policy, seed, steps) for cell in some for policy in POLICIES for seed in seeds]
     fills = [
         (cell, policy, mode, seed)
         for cell in some if cell.threshold is None
@@ -510,10 +523,8 @@ def compare(some: Sequence[Cell], seeds: Sequence[int], processes: int) -> Resul
     with ProcessPoolExecutor(processes) as pool:
         traced = list(pool.map(run_trace, *zip(*asks, strict=True)))
         filled = list(pool.map(fill, *zip(*fills, strict=True)))
-    used = {
-        (cell.name, policy): shares
-        for (cell, policy, seed), (_, shares) in zip(asks, traced, strict=True) if seed == seeds[0]
-    }  # fmt: skip
+    pictured = zip(asks[:: len(seeds)], traced[:: len(seeds)], strict=True)  # the first seed
+    used = {(ask[0].name, ask[1]): shares for ask, (_, shares) in pictured}
     return Result([row for row, _ in traced], filled, used)
 
 
@@ -558,6 +569,7 @@ COLUMNS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
     ("of it between hosts", lambda r: _kilo(r["decode_bytes_between_hosts_per_token"])),
     ("exchanges a decode step", lambda r: f"{r['exchanges_per_decode_step']:.0f}"),
     ("prefill KV shipped, MB", lambda r: f"{r['prefill_shipped_bytes'] / 1e6:.0f}"),
+    ("prefix KV copied, MB", lambda r: f"{r['prefix_copied_bytes'] / 1e6:.0f}"),
     ("longest KV on a rank", lambda r: f"{r['longest_kv_on_one_rank']:.0f}"),
     ("stayed local", lambda r: _percent(r["local_share"])),
     ("prefix hits, tokens", lambda r: f"{r['prefix_hit_tokens']:.0f}"),
@@ -570,6 +582,7 @@ BEST: tuple[tuple[str, str, int], ...] = (  # figure, its name, 1 where less is 
     ("decode_bytes_per_token", "decode bytes a token", 1),
     ("exchanges_per_decode_step", "exchanges a decode step", 1),
     ("prefill_shipped_bytes", "prefill KV shipped", 1),
+    ("prefix_copied_bytes", "prefix KV copied", 1),
     ("longest_kv_on_one_rank", "longest KV on a rank", 1),
     ("kv_read_by_busiest_rank", "KV that the busiest rank reads in a decode step", 1),
     ("local_share", "stayed local", -1),
@@ -586,9 +599,9 @@ EXPLAINED = """\
 3. *Refused*: prompts longer than all ranks together hold. *Preempted*: requests that gave way and were computed again.
 4. *Decode KB a token*: what all ranks send for attention in decode steps, in 1,000 bytes by token of an answer, local ones included: (N-1) * L*H*D*e of queries and (N-1) * L*H*(D*e+4) of partials for a stream over N ranks (FORMULAS: all-to-all of partials to their owners, plus sharing Q; between hosts once per other host), SmolLM2-135M in fp32: L 30, H 9, G 3, D 64, e 4.
 5. *Exchanges a decode step*: rounds one after the other, over the 30 layers: 60 when some stream spans one host, 120 when some stream spans two, 0 when none spans; all streams of a step share them.
-6. *Prefill KV shipped*: new KV computed on another rank than it is stored on, 2*L*G*D*e a token. *Longest KV on a rank*: the most tokens of one stream that one rank reads in a decode step, which bounds how much spanning helps.
+6. *Prefill KV shipped*: new KV computed on another rank than it is stored on, 2*L*G*D*e a token; *prefix KV copied*: cached blocks copied to the rank of a request that stays local. *Longest KV on a rank*: the most tokens of one stream that one rank reads in a decode step, which bounds how much spanning helps.
 7. *Stayed local*: answers that were on one rank from first to last token. *Prefix hits*: prompt tokens that were found instead of computed; *evicted*: cached blocks given away for new ones.
-8. *Max / mean*: used share of the fullest rank by that of all ranks, a mean over steps; 1 is level. *Steps*: to serve the whole trace, arrivals end at step 960."""  # noqa: E501
+8. *Max / mean*: used share of the fullest rank by that of all ranks, a mean over steps; 1 is level. *Steps*: to serve the whole trace, new sessions arrive until step {steps}."""  # noqa: E501
 
 
 def _percent(share: float | None) -> str:
@@ -614,7 +627,7 @@ def wins(rows: Sequence[dict[str, Any]], figure: str, sign: int) -> dict[str, in
 
 def markdown(result: Result, seeds: Sequence[int], command: str) -> str:
     """The page: what is what, what one learns, and the tables."""
-    lines = [EXPLAINED.format(seeds=len(seeds), budget=BUDGET, command=command)]
+    lines = [EXPLAINED.format(seeds=len(seeds), budget=BUDGET, steps=STEPS, command=command)]
     lines += [f"{number}. {text}" for number, text in enumerate(learned(result), 9)]
     lines += ["", "![Used blocks of each rank](placement.svg)"]
     means = result.means()
@@ -638,7 +651,7 @@ def markdown(result: Result, seeds: Sequence[int], command: str) -> str:
 
 
 FILLING = """\
-One document of 1.5 average ranks, then a request of 64 to 768 tokens every other step, none ends: \
+One document of 1.5 average ranks, then every other step a request of 64 to 768 tokens, none ends: \
 stored share when the first has to wait, and after that (nobody new) when the first has to give \
 way; in brackets, over the seeds, how often the document was refused. The row *mode local* cannot \
 span."""
@@ -693,7 +706,7 @@ def learned(result: Result) -> list[str]:
         parts.append(f"{name} {' / '.join(means)}")
     count = len(result.rows) // len(POLICIES)
     bests = []
-    for figure, name, sign in BEST[:1] + BEST[2:4]:
+    for figure, name, sign in BEST[:1] + BEST[2:5:2]:
         found = wins(result.rows, figure, sign)
         policy = max(POLICIES, key=found.__getitem__)
         bests.append(f"{policy} has the least {name} in {found[policy]}")

@@ -233,9 +233,12 @@ class Scheduler:
         if self._pacer is not None:
             most = self._pacer.chunk(bool(draft.decodes))
             draft.left = [min(left, most) for left in draft.left]
+        may_start = self.num_preemptions == before  # who just gave way must not take blocks back
         for request in [r for r in self.running if r.prefilling]:
+            if may_start:
+                self._admit_waiting(draft, request.priority)
             self._prefill(request, draft)
-        if self.num_preemptions == before:  # who just gave way must not take the blocks back
+        if may_start:
             self._admit_waiting(draft)
         if not (draft.decodes or draft.chunks or draft.transfers):
             return None
@@ -426,12 +429,15 @@ class Scheduler:
         self._note_look_back(child)
         draft.forks.append(Fork(parent.number, child.number, self._sampling(child)))
 
-    def _admit_waiting(self, draft: _Draft) -> None:
-        """Start those who wait, in order, while there are seats, blocks and budget."""
+    def _admit_waiting(self, draft: _Draft, above: int | None = None) -> None:
+        """Start those who wait, in order, while there are seats, blocks and budget; with ``above``
+        only those whose priority comes before it."""
         seats = self.limits.max_num_seqs - len(self.running)
         seats -= sum(len(r.siblings) for r in self.running)
         load: list[int] | None = None
         while max(draft.left) > 0 and (request := self.waiting.first()) is not None:
+            if above is not None and request.priority >= above:
+                return
             load = self._load() if load is None else load
             busy = len(self.running) > 0 or len(self.waiting) > 1
             if 1 + len(request.siblings) > seats or request.in_flight:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,6 +100,17 @@ def draft(number: int, attempt: int, kinds: Sequence[Mapping[str, Any]]) -> Case
 # --- what transformers says
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """A model this small is slower on several, most of all when other processes compute too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 @torch.inference_mode()
 def alone(model: PreTrainedModel, case: Case, index: int) -> Answer | None:
     """Answer ``index`` of a request, or None where rounding could decide."""
@@ -162,10 +174,11 @@ def sampled_token(
 
 def settle(model: PreTrainedModel, drafts: Iterator[Case]) -> Case:
     """The first of ``drafts`` whose answers rounding cannot change, with the answers."""
-    for case in itertools.islice(drafts, 40):
-        answers = [alone(model, case, index) for index in range(case.params.n)]
-        if None not in answers:
-            return Case(case.prompt, case.params, tuple(a for a in answers if a is not None))
+    with one_thread():
+        for case in itertools.islice(drafts, 40):
+            answers = [alone(model, case, index) for index in range(case.params.n)]
+            if None not in answers:
+                return Case(case.prompt, case.params, tuple(a for a in answers if a is not None))
     raise AssertionError("no request with clear answers")
 
 
@@ -282,8 +295,8 @@ def in_company(world: World, cases: list[Case], runs: Sequence[Run]) -> list[str
                 bad.append(f"{world.size} ranks, {run}, request {n}: {got}, not {case.want}")
         metrics = [output.metrics for output in outputs.values()]
         assert (sum(m.cached_tokens for m in metrics) > 0) is run.caching, run
-        if run.tiny:
-            assert sum(m.num_preemptions for m in metrics) > 10, run
+        preemptions = sum(m.num_preemptions for m in metrics)
+        assert (preemptions > 0) is run.tiny, (run, preemptions)
         scheduler = engine._driver.scheduler
         scheduler.check_integrity()
         assert sum(map(scheduler.allocator.num_used, range(world.size))) == 0
@@ -379,5 +392,6 @@ def test_logprobs_equal_transformers(size: int) -> None:
     results = run_ranks(scored, size, prompts, timeout=200)
     model = the_model()
     for mode, outputs in zip(EVERYWHERE, results[0], strict=True):
-        rows = [check_scores(f"{size} ranks {mode}", model, output) for output in outputs]
+        with one_thread():
+            rows = [check_scores(f"{size} ranks {mode}", model, output) for output in outputs]
         assert len(rows) == len(prompts) and sum(rows) > 400

@@ -38,6 +38,8 @@ def object_and_its_errors(world: World) -> None:
     assert tokens_of(engine.generate(prompts[1], greedy(5))) == want[1:2]
     outputs = engine.generate([list(p) for p in prompts], greedy(5, logprobs=1))
     assert tokens_of(outputs) == want
+    found = [output.metrics.cached_tokens for output in outputs]
+    assert found == [0, 36, 0], "the whole blocks before the last token of a prompt seen before"
     for prompt, output in zip(prompts, outputs, strict=True):
         assert output.prompt_token_ids == prompt and output.prompt is None and output.finished
         [completion] = output.outputs

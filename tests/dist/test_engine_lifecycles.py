@@ -18,7 +18,7 @@ import pytest
 from ds_cp.comm.wire import World
 from ds_cp.engine.loop import StepLoop, ThreadRunner
 from ds_cp.engine.offline import LLMEngine
-from ds_cp.engine.params import Delta, RequestOptions, SamplingParams
+from ds_cp.engine.params import Delta, RequestOptions
 from ds_cp.engine.plan import Home, Outcome, StepPlan
 from ds_cp.engine.request import Request
 from ds_cp.errors import CapacityError
@@ -147,7 +147,7 @@ SETUPS: tuple[tuple[str, str, int, Mapping[str, Any]], ...] = (
     ("tree", "balanced", 70, {"max_num_batched_tokens": 12}),
     ("local", "balanced", 70, {}),
 )  # mode, placement, lifecycles, config.scheduler
-LONGEST = 60  # tokens of a prompt
+LONGEST = 72  # tokens of a prompt
 MORE_KINDS: tuple[Mapping[str, Any], ...] = (
     *KINDS,
     {"temperature": 0.7, "n": 3, "top_p": 0.95},

@@ -366,17 +366,19 @@ def test_prompts_file(capfd, tmp_path: Path, config: str, engine: FakeEngine) ->
         "[5, 6]",
         '{"prompt": "three", "max_tokens": 3, "stop": "x", "logit_bias": {"7": -1.5}}',
         '{"prompt": [8], "temperature": 1.0, "seed": null, "ignore_eos": true}',
+        '{"prompt": "five", "n": 2, "prompt_logprobs": 1, "presence_penalty": 0.5}',
     ]
     file = write(tmp_path, "\r\n".join(lines))
     argv = ["generate", "--config", config, "--prompts-file", file, "--json", "--max-tokens", "9"]
     assert cli.main(argv) == 0
     prompts, params = engine.calls[0]
-    assert prompts == ["one\u2028line", [5, 6], "three", [8]]
-    assert [p.max_tokens for p in params] == [9, 9, 3, 9]
-    assert [p.temperature for p in params] == [0.0, 0.0, 0.0, 1.0]
+    assert prompts == ["one\u2028line", [5, 6], "three", [8], "five"]
+    assert [p.max_tokens for p in params] == [9, 9, 3, 9, 9]
+    assert [p.temperature for p in params] == [0.0, 0.0, 0.0, 1.0, 0.0]
     assert params[2].stop == ("x",) and params[2].logit_bias == {7: -1.5}
     assert params[3].ignore_eos is True
-    assert len(capfd.readouterr().out.splitlines()) == 4
+    assert (params[4].n, params[4].prompt_logprobs, params[4].presence_penalty) == (2, 1, 0.5)
+    assert len(capfd.readouterr().out.splitlines()) == 5
 
 
 @pytest.mark.parametrize(
@@ -402,6 +404,8 @@ def test_prompts_file(capfd, tmp_path: Path, config: str, engine: FakeEngine) ->
         ('{"prompt": "a", "logit_bias": [1]}', "logit_bias must be an object"),
         ('{"prompt": "a", "logit_bias": {"x": 1}}', "logit_bias must be an object"),
         ('{"prompt": "a", "ignore_eos": 1}', "ignore_eos must be true or false"),
+        ('{"prompt": "a", "n": 0}', "n is 0; it must be from 1 to 64"),
+        ('{"prompt": "a", "repetition_penalty": 0}', "repetition_penalty is 0"),
         ('{"prompt": "a", "prompt": "b"}', "given twice"),
     ],
 )

@@ -1,0 +1,385 @@
+"""What one request waits: for its first token behind a shared prefix, for the next beside a prompt.
+
+    python benchmarks/latency.py [--out FILE]                          one rank, 2 threads
+    torchrun --nproc-per-node 2 benchmarks/latency.py [--out FILE]     two ranks, 1 thread each
+
+SmolLM2, fp32, greedy, random tokens. Times are taken on rank 0 where deltas come out of the engine.
+
+*Prefix*: 20 requests share 4,000 tokens and differ in 20 more. Seconds to the first token of the
+first, the miss, and of the other 19, the hits, each alone; then of 19 new ones all at once. Every
+round has another prefix; min and median over rounds.
+
+*Prompt beside streams*: 4 streams run, first quietly, then while a prompt of 7,000 tokens is
+computed beside them in chunks of the engine's own choice, then quietly again. Milliseconds from one
+token of a stream to its next: median, p90, p99, max, and their ratio to the quiet median. The same
+with other values of ``scheduler.decode_slowdown`` and a shorter prompt. Seconds to the first token
+of the prompt beside the streams, and alone. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from ds_cp.config import Config, load_config
+from ds_cp.engine.core import EngineCore
+from ds_cp.engine.decisions import build_scheduler
+from ds_cp.engine.loop import StepLoop, ThreadRunner
+from ds_cp.engine.params import Delta, SamplingParams
+from ds_cp.engine.plan import Outcome, StepPlan
+from ds_cp.engine.process import socket_environment
+from ds_cp.engine.startup import build_worker, join_job
+from ds_cp.engine.startup_facts import Facts
+from ds_cp.engine.worker import Worker
+from ds_cp.layout import total
+from ds_cp.topology.job import detect
+
+MODEL = ".cache/smollm2-135m-instruct"
+BLOCK = 64  # tokens
+STREAM_PROMPT = 200  # tokens
+SETTLE = 10  # steps of the streams that nobody times
+MISS_TARGET, STREAM_TARGET = 0.15, 2.0  # hit / miss; median beside a prompt / quiet
+
+
+class Driver:
+    """Rank 0's engine between two stops: requests come at any time, and every delta is stamped."""
+
+    def __init__(self, worker: Worker, facts: Facts, config: Config) -> None:
+        self.core = EngineCore(build_scheduler(config, facts), None)
+        self.stamps: dict[str, list[float]] = {}  # request -> when each of its tokens came
+        self.cached: dict[str, int] = {}
+        self.chunks: dict[int, list[tuple[float, int]]] = {}  # number -> (given at, tokens)
+        self._worker = worker
+        self._runner = ThreadRunner(self._lead)
+        self._loop = StepLoop(self.core, self._runner)
+        self._live: set[str] = set()
+
+    def add(self, name: str, prompt: Sequence[int], new: int) -> int:
+        """Queue a greedy request; returns its number in plans."""
+        params = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True)
+        self.stamps[name] = []
+        self._live.add(name)
+        return self.core.add(name, prompt, params)[0].number
+
+    def advance(self) -> list[Delta]:
+        deltas = self._loop.advance()
+        now = time.perf_counter()
+        for delta in deltas:
+            self.stamps[delta.request_id].append(now)
+            if delta.cached_tokens is not None:
+                self.cached[delta.request_id] = delta.cached_tokens
+            if delta.finish_reason is not None:
+                self._live.discard(delta.request_id)
+        return deltas
+
+    def until(self, done: Callable[[], bool]) -> None:
+        while not done():
+            self.advance()
+
+    def first_tokens(self, requests: dict[str, list[int]], new: int) -> list[float]:
+        """Seconds to the first token of each request when all come at once and nobody else runs."""
+        began = time.perf_counter()
+        for name, prompt in requests.items():
+            self.add(name, prompt, new)
+        self.until(lambda: not self._live)
+        return [self.stamps[name][0] - began for name in requests]
+
+    def _lead(self, plan: StepPlan) -> Outcome:
+        for chunk in plan.chunks:
+            tokens = sum(total(runs) for _, runs in chunk.owners)
+            self.chunks.setdefault(chunk.request, []).append((time.perf_counter(), tokens))
+        return self._worker.lead(plan)
+
+    def close(self) -> None:
+        for name in self._live:
+            self.core.abort(name)
+        self._loop.settle()
+        self._runner.close()
+        self._worker.lead(StepPlan(0, "stop"))
+
+
+class Sessions:
+    """Engines one after the other on the same ranks. Every rank opens each; only rank 0 gets a
+    driver, the others have followed it to its end when the block is left."""
+
+    def __init__(self, worker: Worker, facts: Facts, config: Callable[[float], Config]) -> None:
+        self._worker, self._facts, self._config = worker, facts, config
+        self.is_driver = worker.world.rank == 0
+
+    @contextmanager
+    def open(self, slowdown: float = 2.0) -> Iterator[Driver | None]:
+        if not self.is_driver:
+            yield None
+            self._worker.follow()
+            return
+        driver = Driver(self._worker, self._facts, self._config(slowdown))
+        try:
+            yield driver
+        finally:
+            driver.close()
+
+
+def text(rng: random.Random, count: int) -> list[int]:
+    return [rng.randrange(100, 40_000) for _ in range(count)]
+
+
+# --- a shared prefix
+
+
+def prefix(sessions: Sessions, args: argparse.Namespace) -> dict[str, Any]:
+    rounds: list[dict[str, Any]] = []
+    with sessions.open() as driver:
+        if driver is not None:
+            driver.first_tokens({"warm": text(random.Random(99), 600)}, args.new)
+            for number in range(args.rounds):
+                rounds.append(one_prefix(driver, number, args))
+    if not sessions.is_driver:
+        return {}
+    ratios = {
+        what: [r[what] / r["miss_s"] for r in rounds] for what in ("hit_s", "worst_hit_s", "burst_s")
+    }
+    found: dict[str, Any] = {
+        "tokens": args.prefix,
+        "requests": args.requests,
+        "rounds": rounds,
+        "hit_to_miss": {
+            what: {
+                "min": round(min(r[what] for r in rounds) / min(r["miss_s"] for r in rounds), 4),
+                "median": round(statistics.median(each), 4),
+            }
+            for what, each in ratios.items()
+        },
+        "target": MISS_TARGET,
+    }
+    shown = ", ".join(
+        f"{title} {found['hit_to_miss'][key]['min']:.3f} (min) "
+        f"{found['hit_to_miss'][key]['median']:.3f} (median)"
+        for title, key in (("hit", "hit_s"), ("worst hit", "worst_hit_s"),
+                           ("all at once", "burst_s"))
+    )  # fmt: skip
+    print(f"prefix, over the miss: {shown}; at most {MISS_TARGET}", flush=True)
+    return found
+
+
+def one_prefix(driver: Driver, number: int, args: argparse.Namespace) -> dict[str, Any]:
+    """A miss, then hits one by one, then hits at once."""
+    rng = random.Random(number)
+    shared = text(rng, args.prefix)
+
+    def request(name: str) -> dict[str, list[int]]:
+        return {f"{number} {name}": shared + text(rng, args.tail)}
+
+    (miss,) = driver.first_tokens(request("miss"), args.new)
+    hits = [
+        driver.first_tokens(request(f"hit {i}"), args.new)[0] for i in range(args.requests - 1)
+    ]
+    together: dict[str, list[int]] = {}
+    for i in range(args.requests - 1):
+        together |= request(f"burst {i}")
+    burst = driver.first_tokens(together, args.new)
+    cached = [driver.cached[f"{number} hit {i}"] for i in range(args.requests - 1)]
+    found = {
+        "miss_s": round(miss, 4),
+        "hit_s": round(statistics.median(hits), 4),
+        "worst_hit_s": round(max(hits), 4),
+        "burst_s": round(statistics.median(burst), 4),
+        "worst_burst_s": round(max(burst), 4),
+        "prompt_tokens": args.prefix + args.tail,
+        "cached_tokens_miss": driver.cached[f"{number} miss"],
+        "cached_tokens_hits": sorted(set(cached)),
+        "cached_tokens_burst": sorted({driver.cached[name] for name in together}),
+    }
+    print(
+        f"prefix round {number + 1}: miss {miss:.3f} s, hits {found['hit_s']:.3f} (median) "
+        f"{found['worst_hit_s']:.3f} (worst), {len(burst)} at once {found['burst_s']:.3f} (median) "
+        f"{found['worst_burst_s']:.3f} (worst); of {found['prompt_tokens']} prompt tokens cached: "
+        f"{found['cached_tokens_miss']}, {found['cached_tokens_hits']}, "
+        f"{found['cached_tokens_burst']}",
+        flush=True,
+    )
+    return found
+
+
+# --- a prompt beside streams
+
+
+def beside(
+    sessions: Sessions, slowdown: float, prompt: int, args: argparse.Namespace
+) -> dict[str, Any]:
+    """One prompt of ``prompt`` tokens beside the streams; alone first, in an engine of its own."""
+    rng = random.Random(prompt)  # the engines share no cache, so the prompts may be the same
+    long, alone = text(rng, prompt), 0.0
+    with sessions.open(slowdown) as driver:
+        if driver is not None:
+            (alone,) = driver.first_tokens({"long": long}, 1)
+    with sessions.open(slowdown) as driver:
+        if driver is not None:
+            streams = [f"stream {n}" for n in range(args.streams)]
+            for name in streams:
+                driver.add(name, text(rng, STREAM_PROMPT), args.stream_tokens)
+
+            def run(count: int) -> None:
+                """``count`` more tokens of every stream."""
+                want = {name: len(driver.stamps[name]) + count for name in streams}
+                driver.until(lambda: all(len(driver.stamps[n]) >= want[n] for n in streams))
+
+            run(SETTLE)
+            began_quiet = time.perf_counter()
+            run(args.quiet)
+            began = time.perf_counter()
+            number = driver.add("long", long, 1)
+            driver.until(lambda: bool(driver.stamps["long"]))
+            ended = driver.stamps["long"][0]
+            run(SETTLE)
+            began_after = time.perf_counter()
+            run(args.quiet)
+            quiet = gaps(driver, streams, began_quiet, began)
+            after = gaps(driver, streams, began_after, time.perf_counter())
+            busy = gaps(driver, streams, began, ended)
+            chunks = [(round(at - began, 2), n) for at, n in driver.chunks[number]]
+            return said(slowdown, prompt, quiet, busy, after, ended - began, alone, chunks)
+    return {}
+
+
+def gaps(driver: Driver, streams: Sequence[str], begin: float, end: float) -> list[float]:
+    """Milliseconds from one token to the next, of all streams, where both came in the interval;
+    the step under way when it began counts."""
+    found = []
+    for name in streams:
+        stamps = driver.stamps[name]
+        found += [
+            1e3 * (b - a) for a, b in zip(stamps, stamps[1:], strict=False) if begin < b <= end
+        ]
+    return found
+
+
+def spread(ms: list[float]) -> dict[str, float]:
+    ordered = sorted(ms)
+    last = len(ordered) - 1
+    return {
+        "median": round(statistics.median(ordered), 2),
+        "p90": round(ordered[round(0.90 * last)], 2),
+        "p99": round(ordered[round(0.99 * last)], 2),
+        "max": round(ordered[-1], 2),
+        "count": len(ordered),
+    }
+
+
+def said(
+    slowdown: float, prompt: int, quiet: list[float], busy: list[float], after: list[float],
+    first: float, alone: float, chunks: list[tuple[float, int]],
+) -> dict[str, Any]:  # fmt: skip
+    """The figures of one run, printed and returned."""
+    calm, loud = spread(quiet), spread(busy)
+    ratios = {
+        which: round(loud[which] / calm["median"], 3) for which in ("median", "p90", "p99", "max")
+    }
+    sizes = [n for _, n in chunks]
+    found = {
+        "decode_slowdown": slowdown,
+        "prompt_tokens": prompt,
+        "quiet_ms": calm,
+        "beside_ms": loud,
+        "quiet_after_ms": spread(after),
+        "ratio_to_quiet_median": ratios,
+        "p90_to_quiet_p90": round(loud["p90"] / calm["p90"], 3),
+        "first_token_s": round(first, 3),
+        "first_token_alone_s": round(alone, 3),
+        "first_token_ratio": round(first / alone, 3),
+        "chunks": chunks,
+    }
+    tenths = [sizes[len(sizes) * i // 10] for i in range(10)]
+    limit = f"; at most {STREAM_TARGET} for the median" if slowdown == STREAM_TARGET else ""
+    print(
+        f"{prompt} tokens beside streams, decode_slowdown {slowdown:g}: quiet "
+        f"{calm['median']:.1f} ms (p90 {calm['p90']:.1f}, p99 {calm['p99']:.1f}, after "
+        f"{found['quiet_after_ms']['median']:.1f}), beside {loud['median']:.1f} (p90 "
+        f"{loud['p90']:.1f}, p99 {loud['p99']:.1f}, max {loud['max']:.1f}); ratio "
+        + ", ".join(f"{which} {value:.2f}" for which, value in ratios.items())
+        + f"{limit}; first token {first:.2f} s, alone {alone:.2f} s; {len(sizes)} chunks, "
+        f"at each tenth: {tenths}",
+        flush=True,
+    )
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--prefix", type=int, default=4000, help="shared tokens; 0: not this part")
+    parser.add_argument("--tail", type=int, default=20, help="tokens of each request's own")
+    parser.add_argument("--requests", type=int, default=20)
+    parser.add_argument("--new", type=int, default=4, help="new tokens of each")
+    parser.add_argument("--rounds", type=int, default=2, help="of the shared prefix")
+    parser.add_argument("--prompt", type=int, default=7000, help="tokens; 0: not this part")
+    parser.add_argument("--streams", type=int, default=4)
+    parser.add_argument("--quiet", type=int, default=40, help="quiet tokens of each stream")
+    parser.add_argument("--slowdowns", default="1.5,4", help="decode_slowdown, besides 2")
+    parser.add_argument("--shorter", type=int, default=2500, help="tokens of the prompt there")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args(argv)
+    args.stream_tokens = 2000
+    runs = [(2.0, args.prompt)] if args.prompt else []
+    if args.prompt and args.slowdowns:
+        runs += [(float(s), args.shorter) for s in ("2", *args.slowdowns.split(","))]
+    burst = args.requests * 2 * (args.tail + args.new + BLOCK)
+    streams = args.streams * (STREAM_PROMPT + args.stream_tokens + BLOCK)
+    need = max(args.prefix + burst, max(args.prompt, args.shorter) + streams)
+    tokens = -(-need // BLOCK) * BLOCK
+    job = detect(os.environ)
+    threads = 2 if job.world_size == 1 else 1
+
+    def config(slowdown: float) -> Config:
+        return load_config(
+            {
+                "model": MODEL,
+                "dtype": "fp32",
+                "threads_per_rank": threads,
+                "kv_cache": {"block_size": BLOCK, "tokens_per_rank": tokens},
+                "scheduler": {"decode_slowdown": slowdown},
+            }
+        )
+
+    for variable, value in socket_environment(job).items():
+        os.environ.setdefault(variable, value)
+    world, _ = join_job(job, config(2.0))
+    worker, facts = build_worker(world, config(2.0), None, threads)
+    sessions = Sessions(worker, facts, config)
+    shared = prefix(sessions, args) if args.prefix else {}
+    prompts = [beside(sessions, slowdown, length, args) for slowdown, length in runs]
+    if sessions.is_driver:
+        launch = ["python"]
+        if world.size > 1:
+            launch = ["torchrun", "--nproc-per-node", str(world.size)]
+        result = {
+            "command": shlex.join(
+                [*launch, "benchmarks/latency.py", *(sys.argv[1:] if argv is None else argv)]
+            ),
+            "date": date.today().isoformat(),
+            "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+            "load": os.getloadavg()[0],
+            "ranks": world.size,
+            "threads_per_rank": threads,
+            "streams": args.streams,
+            "prefix": shared,
+            "prompt_beside_streams": prompts,
+        }
+        if args.out:
+            args.out.write_text(json.dumps(result, indent=1) + "\n")
+        print(json.dumps(result))
+    world.leave()
+
+
+if __name__ == "__main__":
+    main()
