@@ -259,8 +259,8 @@ class Tally:
     copied_bytes: int = 0
     longest: int = 0
     busiest: int = 0
-    imbalance: float = 0.0
-    busy_steps: int = 0
+    used_by_fullest: float = 0.0
+    used_by_all: float = 0.0
     refused: int = 0
     waited: int = 0
     at_queue: float | None = None
@@ -406,9 +406,8 @@ class Run:
         used = sum(allocator.num_used(r) for r in range(len(blocks))) / sum(blocks)
         resident = self._resident()
         tally.peak = max(tally.peak, resident)
-        if used:
-            tally.busy_steps += 1
-            tally.imbalance += max(tally.used[-1]) / used
+        tally.used_by_fullest += max(tally.used[-1])
+        tally.used_by_all += used
         tally.waited += len(scheduler.waiting)
         first = scheduler.waiting.first()
         if first is not None and tally.at_queue is None:
@@ -442,7 +441,7 @@ class Run:
             "prefix_hit_tokens": homes.hits,
             "prefix_hit_share": _rounded(homes.hits / homes.queries),
             "evictions": self.scheduler.allocator.evictions,
-            "imbalance": round(tally.imbalance / tally.busy_steps, 3),
+            "imbalance": round(tally.used_by_fullest / tally.used_by_all, 3),
             "mean_waiting": round(tally.waited / tally.steps, 2),
             "finished": tally.finished,
             "answer_tokens": tally.answered,
@@ -601,7 +600,7 @@ EXPLAINED = """\
 5. *Exchanges a decode step*: rounds one after the other, over the 30 layers: 60 when some stream spans one host, 120 when some stream spans two, 0 when none spans; all streams of a step share them.
 6. *Prefill KV shipped*: new KV computed on another rank than it is stored on, 2*L*G*D*e a token; *prefix KV copied*: cached blocks copied to the rank of a request that stays local. *Longest KV on a rank*: the most tokens of one stream that one rank reads in a decode step, which bounds how much spanning helps.
 7. *Stayed local*: answers that were on one rank from first to last token. *Prefix hits*: prompt tokens that were found instead of computed; *evicted*: cached blocks given away for new ones.
-8. *Max / mean*: used share of the fullest rank by that of all ranks, a mean over steps; 1 is level. *Steps*: to serve the whole trace, new sessions arrive until step {steps}."""  # noqa: E501
+8. *Max / mean*: used share of the fullest rank by that of all ranks, each summed over the steps; 1 is level. *Steps*: to serve the whole trace, new sessions arrive until step {steps}."""  # noqa: E501
 
 
 def _percent(share: float | None) -> str:
@@ -709,7 +708,7 @@ def learned(result: Result) -> list[str]:
     for figure, name, sign in BEST[:1] + BEST[2:5:2]:
         found = wins(result.rows, figure, sign)
         policy = max(POLICIES, key=found.__getitem__)
-        bests.append(f"{policy} has the least {name} in {found[policy]}")
+        bests.append(f"{name} is lowest with {policy} in {found[policy]}")
     over = (
         f"Means over all {count} traces, {' / '.join(POLICIES)}: {'; '.join(parts)}. "
         f"Of these traces, {', '.join(bests)}; the last table has the rest."

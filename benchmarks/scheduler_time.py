@@ -259,8 +259,8 @@ def show(row: dict[str, Any]) -> None:
     print(
         f"{row['requests']:5} requests {row['blocks']:8} blocks {row['ranks']} rank(s) "
         f"{row['pool']}{' spanning' * row['spanning']}: schedule+took {both['median']:.3f} ms, "
-        f"p99 {both['p99']:.3f}, min {both['min']:.3f} ({parts}; {per['plan_bytes']} B, {per['arrivals']} arrivals, "
-        f"{per['blocks_opened']} blocks a step)",
+        f"p99 {both['p99']:.3f}, min {both['min']:.3f} ({parts}; {per['plan_bytes']} B, "
+        f"{per['arrivals']} arrivals, {per['blocks_opened']} blocks a step)",
         flush=True,
     )
 

@@ -110,7 +110,12 @@ def _words(schema: Mapping[str, Any]) -> list[str]:
         return [json.dumps(value) for value in schema["enum"]]
     if kind in ("integer", "number"):
         noun = "an integer" if kind == "integer" else "a number"
+        if "exclusiveMinimum" in schema:
+            low, high = schema["exclusiveMinimum"], schema["maximum"]
+            return [f"{noun} above {low}, at most {high}"]
         return [f"{noun} from {schema['minimum']} to {schema['maximum']}"]
+    if kind == "boolean":
+        return ["true or false"]
     if kind == "array":
         return ["a list of such"]
     if kind == "string" and "examples" in schema:

@@ -246,7 +246,7 @@ ON_ONE_RANK = (0, 3, 8, 11, 13, 15)
 def engine_for(world: World, model: PreTrainedModel, cases: Sequence[Case], run: Run) -> LLMEngine:
     """Blocks of 4. A tiny pool holds the largest request and little more."""
     size = 1 if run.mode[0] == "local" else world.size
-    total = max(case.tokens for case in cases) + 8 if run.tiny else 3000
+    total = max(case.tokens for case in cases) + 8 if run.tiny else 4800
     trickle = {"max_num_seqs": 6, "max_queue": 2} if run.order == "trickle" else {}
     return engine_on(world, model, {
         "context_parallel": {

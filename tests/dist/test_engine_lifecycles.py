@@ -91,12 +91,10 @@ class Driver:
         assert self.core.abort(name)
         self.live.discard(name)
 
-    def step(self, count: int = 1) -> list[Delta]:
+    def step(self) -> list[Delta]:
         """Plan a step, and take in the oldest when two are under way."""
-        deltas: list[Delta] = []
-        for _ in range(count):
-            deltas += self._loop.advance()
-            self.scheduler.check_integrity()
+        deltas = self._loop.advance()
+        self.scheduler.check_integrity()
         for delta in deltas:
             said = self._said[delta.request_id][delta.index]
             said += delta.token_ids
@@ -104,6 +102,10 @@ class Driver:
             if all(request.finish_reason for request in self.answers[delta.request_id]):
                 self.live.discard(delta.request_id)
         return deltas
+
+    def steps(self, count: int) -> None:
+        for _ in range(count):
+            self.step()
 
     def finish(self, most: int = 2000) -> None:
         """Step until nobody is left."""

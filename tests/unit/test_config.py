@@ -36,8 +36,10 @@ DEFAULTS = {
     "kv_cache.memory_per_rank": "auto",
     "kv_cache.tokens_per_rank": "auto",
     "kv_cache.placement": "fill_then_spill",
-    "scheduler.max_num_seqs": 16,
+    "kv_cache.prefix_caching": True,
+    "scheduler.max_num_seqs": 64,
     "scheduler.max_num_batched_tokens": "auto",
+    "scheduler.decode_slowdown": 2.0,
     "scheduler.max_queue": 256,
     "attention.backend": "auto",
     "comm.backend": "auto",
@@ -212,7 +214,7 @@ def test_unknown_key_names_itself_and_the_nearest(raw: Any, path: str, near: str
 
 
 def test_keys_of_later_are_not_accepted_yet() -> None:
-    assert "unknown key kv_cache.prefix_caching" in refusal(nested("kv_cache.prefix_caching", True))
+    assert "unknown key kv_cache.dtype" in refusal(nested("kv_cache.dtype", "fp8"))
     assert '"triton"; it must be "auto", "reference"' in refusal(
         nested("attention.backend", "triton")
     )
@@ -226,7 +228,7 @@ INTEGER_BOUNDS = {
     "tensor_parallel.tp_size": (1, 64),
     "kv_cache.block_size": (1, 4096),
     "scheduler.max_num_seqs": (1, 4096),
-    "scheduler.max_num_batched_tokens": (1, None),
+    "scheduler.max_num_batched_tokens": (2, None),
     "scheduler.max_queue": (1, None),
     "server.port": (0, 65535),
     "comm.timeout_s": (5, 86400),
@@ -248,6 +250,24 @@ def test_bounds_of_numbers(path: str) -> None:
     for value in wrong:
         message = refusal(nested(path, value))
         assert re.search(rf"{re.escape(path)} is .*; it must be .* from {low} to \d+", message)
+
+
+def test_bounds_of_the_slowdown() -> None:
+    path = "scheduler.decode_slowdown"
+    for good in (1.001, 1.5, 3, 1000):
+        assert at(load_config(nested(path, good)), path) == good
+    for bad in (1, 1.0, 0.5, -2, 1000.1, True, "2", None, [], {}, float("nan"), float("inf")):
+        message = refusal(nested(path, bad))
+        assert f"{path} is " in message, message
+        assert message.endswith("; it must be a number above 1.0, at most 1000.0 (times)")
+
+
+@pytest.mark.parametrize("bad", ["true", "auto", 1, 0, None, [], {}])
+def test_prefix_caching_is_true_or_false(bad: Any) -> None:
+    path = "kv_cache.prefix_caching"
+    assert at(load_config(nested(path, False)), path) is False
+    said = refusal(nested(path, bad))
+    assert said == f"the config: {path} is {json.dumps(bad)}; it must be true or false"
 
 
 @pytest.mark.parametrize(
