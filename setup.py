@@ -53,7 +53,7 @@ setup(
         "gguf": GGUF,
         "serve": SERVE,
         "test": TEST,
-        "bench": ["psutil"],
+        "bench": ["psutil", "matplotlib>=3.8"],
     },
     entry_points={"console_scripts": ["ds-cp = ds_cp.cli:main"]},
     classifiers=[

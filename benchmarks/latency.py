@@ -86,7 +86,8 @@ class Driver:
 
     def until(self, done: Callable[[], bool]) -> None:
         while not done():
-            self.advance()
+            if not self.advance() and not self._live:
+                raise RuntimeError("all requests ended before what was waited for")
 
     def first_tokens(self, requests: dict[str, list[int]], new: int) -> list[float]:
         """Seconds to the first token of each request when all come at once and nobody else runs."""

@@ -286,7 +286,7 @@ def plot(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
                     at, ms, style, color=colour, marker="o", markersize=3.5 * (style == "-"),
                     linewidth=1.4, label=f"{name}, {figures}",
                 )  # fmt: skip
-        axis.axhline(TARGET_MS, color="#777777", linewidth=0.8, dashes=(6, 3))
+        axis.axhline(TARGET_MS, color="#777777", linewidth=0.8, dashes=(6, 3), label="target")
         axis.set(xscale="log", yscale="log", xlabel="running requests" if by == "requests"
                  else "blocks of all ranks")  # fmt: skip
         axis.set_title(
@@ -299,8 +299,6 @@ def plot(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
     axes[0].xaxis.set_major_formatter("{x:.0f}")
     axes[0].xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
     axes[0].set_ylabel("schedule + took, ms per step")
-    axes[0].text(axes[0].get_xlim()[0] * 1.1, TARGET_MS * 1.06, "target", fontsize=8,
-                 color="#777777")  # fmt: skip
     axes[1].legend(frameon=False, fontsize=8)
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)

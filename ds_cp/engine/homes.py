@@ -160,7 +160,9 @@ class Homes:
             behind = load[rank] - best > len(found) * self.allocator.block_size
             if not behind and rank not in self.closed and self._room_beside(found)[rank] >= need:
                 yield Offer(found, self._only(rank, need), (rank,))
-        by_load = sorted(open_ranks, key=lambda r: (load[r], -self.allocator.num_available(r)))
+        by_load = sorted(open_ranks, key=lambda r: (
+            load[r], -self.allocator.num_available(r), -self.allocator.num_free(r),
+        ))  # fmt: skip
         for rank in by_load:
             chain = self._find(request, rank)
             here = [home for home in chain if home[0] == rank]
@@ -204,7 +206,7 @@ class Homes:
         table = request.table
         assert table is not None
         last, mode = table.last_rank, self._policy.mode
-        if last >= 0 and last not in self.closed and self.allocator.num_available(last):
+        if last >= 0 and self._gives(last, last):
             local = table.width == 1 and mode in ("auto", "local")
             if local or self._placement == "fill_then_spill":
                 block = table.homes[-1][1]
@@ -226,12 +228,17 @@ class Homes:
 
     def block_on(self, ranks: Sequence[int], beside: Home | None = None) -> Home | None:
         """A block on the first of ``ranks`` that has one, adjacent to ``beside`` where possible."""
-        room = self.room()
         for rank in ranks:
-            if room[rank]:
+            if self._gives(rank, beside[0] if beside is not None else -1):
                 extend = beside[1] if beside is not None and beside[0] == rank else None
                 return rank, self.allocator.allocate(rank, 1, extend_from=extend)[0]
         return None
+
+    def _gives(self, rank: int, here: int) -> bool:
+        """Whether ``rank`` gives a block to a request that is on ``here``: a closed one only to who
+        is there, has to be local and so grows there until it moves whole."""
+        open_to = rank not in self.closed or (self.only_local and rank == here)
+        return open_to and self.allocator.num_available(rank) > 0
 
     # --- what was computed can be found
 

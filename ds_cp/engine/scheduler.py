@@ -267,7 +267,7 @@ class Scheduler:
         params, length = request.params, len(request.output)
         if length == 1:
             request.first_token_time = time.time()
-        if request.table is not None and len(request.tokens) % self.allocator.block_size == 0:
+        if request.table is not None and len(request.tokens) % self.allocator.block_size <= 1:
             self.homes.name_blocks(request)
         if length >= params.min_tokens:
             if params.stop_token_ids and token in params.stop_token_ids:

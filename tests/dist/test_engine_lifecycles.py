@@ -182,6 +182,7 @@ class Lives:
         self.bad: list[str] = []
         self.case_of: dict[str, Case] = {}
         self.aborted: set[str] = set()
+        self.drained: set[int] = set()
 
     def run(self) -> None:
         driver, started = self.driver, 0
@@ -228,9 +229,14 @@ class Lives:
             assert not driver.core.abort("nobody")
             self.counts["levelled"] += scheduler.rebalance() > 0
         for rank in list(closed):
-            if scheduler.is_drained(rank) and rng.random() < 0.3:
-                self.counts["drains"] += 1
-                scheduler.reopen(rank)
+            if scheduler.is_drained(rank):
+                self.drained.add(rank)
+            if rank in self.drained:
+                assert not driver.used[rank], f"rank {rank} was drained and is in use again"
+                if rng.random() < 0.3:
+                    self.counts["drains"] += 1
+                    self.drained.discard(rank)
+                    scheduler.reopen(rank)
         if not closed and rng.random() < 0.1:
             before = driver.used
             try:

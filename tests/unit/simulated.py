@@ -1,10 +1,10 @@
-"""A pretended cluster: the real engine core and scheduler, a real mirror per rank, and memories that
-remember what was stored in every slot.
+"""A pretended cluster: the real engine core and scheduler, a real mirror per rank, and memories
+that remember what was stored in every slot.
 
 What KV holds is modelled as the *content* of a position: a hash of all tokens up to and including
 it, for that is what KV depends on. It knows no request, so requests may share blocks, and a block
-that was shared wrongly, copied too late, overwritten, lost in a move or never computed is seen by the
-first request that reads it. The pretended model draws a token from the content of the last position
+that was shared wrongly, copied too late, overwritten, lost in a move or never computed is seen by
+the first request that reads it. The pretended model draws a token from the content of the last position
 and the request's own random stream, so what a request gets alone is known without any cluster.
 """
 
@@ -19,8 +19,7 @@ from ds_cp.engine.core import EngineCore
 from ds_cp.engine.mirror import Item, Mirror, RunningSequence, StepWork, check_item
 from ds_cp.engine.pacing import ChunkPacer
 from ds_cp.engine.params import Delta, RequestOptions, SamplingParams
-from ds_cp.engine.plan import Outcome, Sampled, Scored, StepPlan, Transfer
-from ds_cp.engine.plan import decode_plan, encode_plan
+from ds_cp.engine.plan import Outcome, Sampled, Scored, StepPlan, Transfer, decode_plan, encode_plan
 from ds_cp.engine.policy import ModePolicy
 from ds_cp.engine.request import Request
 from ds_cp.engine.scheduler import Limits, Scheduler
@@ -249,6 +248,9 @@ class Cluster:
         ]  # fmt: skip
         if self.mode[0] != "local":
             assert sorted(gone) == queue[len(queue) - len(gone) :], "not the last gave way"
+        for number in preempted:
+            if self.lives[number].request.table is None:
+                self.lives[number].gap = self.lives[number].most_streams = 0
         if plan is not None:
             if gone:
                 assert not plan.begins, "who gave way, or another, took the blocks at once"
@@ -303,7 +305,7 @@ class Cluster:
     # --- what came of it
 
     def check_output(self, request: Request) -> None:
-        """Every token, and the end, as the request alone gets them; the caller was told the same."""
+        """Every token, and the end, as the request alone gets them; the caller was told so."""
         life = self.lives[request.number]
         want, reason, stop = self.model.alone(
             request.prompt, request.params, request.seed, request.max_tokens
@@ -468,9 +470,7 @@ class Cluster:
             self._check_item(item, works)
             known = self.lives[item.sequence.number].contents
             for shard in item.shards:
-                new = zip(
-                    positions(shard.new_home_runs), positions(shard.new_extents), strict=True
-                )
+                new = zip(positions(shard.new_home_runs), positions(shard.new_extents), strict=True)
                 for position, slot in new:
                     self._write(written, shard.rank, slot, known[position])
         for rank, work in enumerate(works):
@@ -478,9 +478,7 @@ class Cluster:
                 position = sequence.table.num_tokens - 1
                 home, slot = sequence.table.slot(position)
                 assert home == rank and sequence.table.span == (rank,), "a stream is not local"
-                self._write(
-                    written, rank, slot, self.lives[sequence.number].contents[position]
-                )
+                self._write(written, rank, slot, self.lives[sequence.number].contents[position])
         for item in items.values():
             for shard in item.shards:
                 self._read(item.sequence.number, shard.rank, shard.k_runs, shard.extents)
