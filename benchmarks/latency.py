@@ -148,9 +148,8 @@ def prefix(sessions: Sessions, args: argparse.Namespace) -> dict[str, Any]:
                 rounds.append(one_prefix(driver, number, args))
     if not sessions.is_driver:
         return {}
-    ratios = {
-        what: [r[what] / r["miss_s"] for r in rounds] for what in ("hit_s", "worst_hit_s", "burst_s")
-    }
+    kinds = ("hit_s", "worst_hit_s", "burst_s")
+    ratios = {what: [r[what] / r["miss_s"] for r in rounds] for what in kinds}
     found: dict[str, Any] = {
         "tokens": args.prefix,
         "requests": args.requests,
@@ -183,9 +182,9 @@ def one_prefix(driver: Driver, number: int, args: argparse.Namespace) -> dict[st
         return {f"{number} {name}": shared + text(rng, args.tail)}
 
     (miss,) = driver.first_tokens(request("miss"), args.new)
-    hits = [
-        driver.first_tokens(request(f"hit {i}"), args.new)[0] for i in range(args.requests - 1)
-    ]
+    hits = []
+    for i in range(args.requests - 1):
+        hits += driver.first_tokens(request(f"hit {i}"), args.new)
     together: dict[str, list[int]] = {}
     for i in range(args.requests - 1):
         together |= request(f"burst {i}")
@@ -250,7 +249,8 @@ def beside(
             after = gaps(driver, streams, began_after, time.perf_counter())
             busy = gaps(driver, streams, began, ended)
             chunks = [(round(at - began, 2), n) for at, n in driver.chunks[number]]
-            return said(slowdown, prompt, quiet, busy, after, ended - began, alone, chunks)
+            found = said(slowdown, prompt, quiet, busy, after, ended - began, alone, chunks)
+            return {**found, "modes": driver.core.stats().mode_counts}
     return {}
 
 
@@ -288,12 +288,13 @@ def said(
         which: round(loud[which] / calm["median"], 3) for which in ("median", "p90", "p99", "max")
     }
     sizes = [n for _, n in chunks]
+    settled = spread(after)
     found = {
         "decode_slowdown": slowdown,
         "prompt_tokens": prompt,
         "quiet_ms": calm,
         "beside_ms": loud,
-        "quiet_after_ms": spread(after),
+        "quiet_after_ms": settled,
         "ratio_to_quiet_median": ratios,
         "p90_to_quiet_p90": round(loud["p90"] / calm["p90"], 3),
         "first_token_s": round(first, 3),
@@ -306,7 +307,7 @@ def said(
     print(
         f"{prompt} tokens beside streams, decode_slowdown {slowdown:g}: quiet "
         f"{calm['median']:.1f} ms (p90 {calm['p90']:.1f}, p99 {calm['p99']:.1f}, after "
-        f"{found['quiet_after_ms']['median']:.1f}), beside {loud['median']:.1f} (p90 "
+        f"{settled['median']:.1f}), beside {loud['median']:.1f} (p90 "
         f"{loud['p90']:.1f}, p99 {loud['p99']:.1f}, max {loud['max']:.1f}); ratio "
         + ", ".join(f"{which} {value:.2f}" for which, value in ratios.items())
         + f"{limit}; first token {first:.2f} s, alone {alone:.2f} s; {len(sizes)} chunks, "

@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import wait
 from contextlib import ExitStack, contextmanager
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -133,7 +134,7 @@ class Streams:
                 clock.clear()
                 plan = clock.time("schedule", self.core.plan)
                 assert plan is not None
-                outcome = self.runner.call(lambda p=plan: clock.time("lead", self.worker.lead, p))
+                outcome = self.runner.call(partial(clock.time, "lead", self.worker.lead, plan))
                 clock.time("apply", self.core.apply, outcome)
                 for part in PARTS:
                     found[part].append(clock.seconds.get(part.strip(), 0.0))
@@ -237,9 +238,9 @@ def measure(
         other = streams.runner.call(lambda: Transformers(model, prompts))
         rounds: dict[str, list[float]] = {n: [] for n in ("step", "forward", "lead", "other")}
         for _ in range(args.rounds):
-            timed = streams.steps(args.steps)
-            timed = (*timed, streams.runner.call(lambda: other.steps(args.steps + 2))[2:])
-            for name, seconds in zip(rounds, timed, strict=True):
+            step, forward, lead = streams.steps(args.steps)
+            beside = streams.runner.call(lambda: other.steps(args.steps + 2))[2:]
+            for name, seconds in zip(rounds, (step, forward, lead, beside), strict=True):
                 rounds[name].append(statistics.median(seconds))
         parts = streams.parts(args.steps)
     finally:

@@ -293,7 +293,7 @@ def summarise(rounds: list[dict[str, Pass]]) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--requests", type=int, default=64)
-    parser.add_argument("--few", type=int, default=8, help="requests of S, R and T; 0: without them")
+    parser.add_argument("--few", type=int, default=8, help="requests of S, R, T; 0: without")
     parser.add_argument("--tokens", type=int, default=32, help="new tokens of each request")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--placement", default="round_robin", help="under mode ring and tree")
@@ -326,11 +326,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 show(found)
         rounds.append(done)
     if world.rank == 0:
+        launch = ["torchrun", "--nproc-per-node", str(world.size), "benchmarks/throughput.py"]
         result = {
-            "command": shlex.join(
-                ["torchrun", "--nproc-per-node", str(world.size), "benchmarks/throughput.py",
-                 *(sys.argv[1:] if argv is None else argv)]
-            ),
+            "command": shlex.join([*launch, *(sys.argv[1:] if argv is None else argv)]),
             "date": date.today().isoformat(),
             "machine": f"{os.cpu_count()} cores, {platform.machine()}",
             "load": os.getloadavg()[0],

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-WORTH = 0.7  # more ranks must bring the predicted time below this share of fewer ranks' time
+WORTH = 0.7  # several ranks must bring the predicted time below this share of one rank's
+CLOSE = 1.05  # of the least time is as good: the fewest such ranks are taken
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,14 @@ class CostModel:
         """How many ranks pay for a request that is alone: ``new`` prompt tokens to compute after
         ``past`` found ones, then ``answer`` tokens one by one. Fewer win unless more are clearly
         faster."""
-        best, least = 1, float("inf")
-        for ranks in range(1, most + 1):
-            whole = self.prefill_s(ranks, new, past) + answer * self.decode_s(ranks, past + new)
-            if whole < WORTH * least:
-                best, least = ranks, whole
-        return best
+        times = [
+            self.prefill_s(ranks, new, past) + answer * self.decode_s(ranks, past + new)
+            for ranks in range(1, max(most, 1) + 1)
+        ]
+        least = min(times)
+        if least >= WORTH * times[0]:
+            return 1
+        return next(ranks for ranks, t in enumerate(times, 1) if t <= CLOSE * least)
 
     def kv_hides(self, ranks: int, new: int) -> bool:
         """Whether passing KV around hides under attention: T >= N C G e / (2 H BW)."""

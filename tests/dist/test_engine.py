@@ -35,7 +35,7 @@ LENGTHS = (1, 2, 3, 5, 9, 17, 30, 50, 80, 120, 160, 200)
 NEW = 6
 LONG = 20  # new tokens where requests must outgrow something
 CLEAR = 1e-4  # least gap of the two best logits, in the references
-NOT_ATTENTION = {"plan", "result"}
+NOT_ATTENTION = {"plan", "result", "move_kv"}  # the last: a prefix copied to where it is wanted
 
 
 def the_model() -> PreTrainedModel:

@@ -4,8 +4,9 @@ that remember what was stored in every slot.
 What KV holds is modelled as the *content* of a position: a hash of all tokens up to and including
 it, for that is what KV depends on. It knows no request, so requests may share blocks, and a block
 that was shared wrongly, copied too late, overwritten, lost in a move or never computed is seen by
-the first request that reads it. The pretended model draws a token from the content of the last position
-and the request's own random stream, so what a request gets alone is known without any cluster.
+the first request that reads it. The pretended model draws a token from the content of the last
+position and the request's own random stream, so what a request gets alone is known without any
+cluster.
 """
 
 from __future__ import annotations
@@ -168,6 +169,7 @@ class Cluster:
         self.owned: list[list[int]] = []  # of every step, tokens computed by each rank
         self.flying: deque[Outcome] = deque()
         self.seconds: Callable[[StepPlan], float] = lambda plan: 0.0
+        self._answers: dict[str, list[Life]] = {}
         self._asked = 0
         self._steps = 0
 
@@ -190,6 +192,7 @@ class Cluster:
         answers = self.core.add(f"r{self._asked}", prompt, params, options)
         for request in answers:
             self.lives[request.number] = Life(request, list(prompt), contents(prompt))
+        self._answers[answers[0].request_id] = [self.lives[r.number] for r in answers]
         return answers
 
     def add(
@@ -200,9 +203,8 @@ class Cluster:
 
     def abort(self, request: Request) -> bool:
         """As a caller who goes away: all answers end."""
-        for life in self.lives.values():
-            if life.request.request_id == request.request_id and life.reason is None:
-                life.aborted = True
+        for life in self._answers[request.request_id]:
+            life.aborted = life.aborted or life.reason is None
         return self.core.abort(request.request_id)
 
     def abort_answer(self, request: Request) -> None:
@@ -241,7 +243,12 @@ class Cluster:
         plan = self.core.plan()
         scheduler.check_integrity()
         for rank in scheduler.homes.closed:
-            assert self.used()[rank] <= used[rank], "blocks were taken on a closed rank"
+            # Who must be local grows where it is, until there is room to move it whole.
+            taken = 0
+            if self.mode[0] == "local" and plan is not None:
+                taken += sum(home[0] == rank for _, home in plan.grown)
+                taken += sum(t.source[0] == t.target[0] == rank for t in plan.transfers)
+            assert self.used()[rank] <= used[rank] + taken, "blocks were taken on a closed rank"
         gone = [
             life.request.order for number, n in preempted.items()
             if (life := self.lives[number]).request.num_preemptions > n
@@ -291,10 +298,7 @@ class Cluster:
             self._note(delta)
 
     def _note(self, delta: Delta) -> None:
-        (life,) = (
-            life for life in reversed(self.lives.values())
-            if life.request.request_id == delta.request_id and life.request.index == delta.index
-        )  # fmt: skip
+        life = self._answers[delta.request_id][delta.index]
         assert life.reason is None and not life.aborted, "a token after the end"
         life.received += delta.token_ids
         life.reason = delta.finish_reason

@@ -11,19 +11,30 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ds_cp.engine.plan import (
-    Item,
+    Begin,
+    Chunk,
+    Decodes,
+    Fork,
     Sampling,
-    Shard,
     StepPlan,
-    check_item,
+    Transfer,
     decode_plan,
     encode_plan,
 )
 
 numbers = st.integers(0, 2**31 - 1)
+tokens = st.lists(numbers, max_size=5).map(tuple)
+homes = st.tuples(st.integers(0, 1023), numbers)
 runs = st.lists(st.tuples(numbers, numbers), max_size=3).map(tuple)
-shards = st.builds(Shard, st.integers(0, 1023), runs, runs, runs, numbers)
 finite = st.floats(allow_nan=False, allow_infinity=False)
+modes = st.sampled_from(["local", "ring", "tree"])
+passes = st.sampled_from(["kv", "q"])
+
+
+def few(what: st.SearchStrategy) -> st.SearchStrategy:
+    return st.lists(what, max_size=3).map(tuple)
+
+
 samplings = st.builds(
     Sampling,
     temperature=finite,
@@ -31,26 +42,31 @@ samplings = st.builds(
     top_k=st.integers(-1, 2**31 - 1),
     min_p=finite,
     seed=st.integers(-(2**63), 2**63 - 1),
-    index=numbers,
     logprobs=st.integers(-1, 20),
-    logit_bias=st.lists(st.tuples(numbers, finite), max_size=3).map(tuple),
-    banned=st.lists(numbers, max_size=3).map(tuple),
-)
-items = st.builds(
-    Item,
-    request=numbers,
-    mode=st.sampled_from(["local", "ring", "tree"]),
-    ring_pass=st.sampled_from(["kv", "q"]),
-    start=numbers,
-    tokens=st.lists(numbers, max_size=5).map(tuple),
-    shards=st.lists(shards, max_size=3).map(tuple),
-    sampling=st.none() | samplings,
+    prompt_logprobs=st.integers(-1, 20),
+    logit_bias=few(st.tuples(numbers, finite)),
+    min_tokens=numbers,
+    early_banned=tokens,
+    presence_penalty=finite,
+    frequency_penalty=finite,
+    repetition_penalty=finite,
 )
 plans = st.builds(
     StepPlan,
     step=numbers,
     kind=st.sampled_from(["run", "idle", "stop"]),
-    items=st.lists(items, max_size=3).map(tuple),
+    ended=tokens,
+    seen=few(st.tuples(numbers, numbers, numbers)),
+    transfers=few(st.builds(Transfer, tokens, numbers, homes, homes)),
+    begins=few(st.builds(Begin, numbers, tokens, numbers, few(homes), numbers, samplings)),
+    grown=few(st.tuples(numbers, homes)),
+    chunks=few(
+        st.builds(
+            Chunk, numbers, modes, passes, few(st.tuples(numbers, runs)), few(homes), st.booleans()
+        )
+    ),
+    decodes=few(st.builds(Decodes, modes, passes, tokens)),
+    forks=few(st.builds(Fork, numbers, numbers, samplings)),
 )
 
 
@@ -81,20 +97,39 @@ def test_truncated_is_refused(plan: StepPlan, data: st.DataObject) -> None:
         decode_plan(payload + b"\x00")
 
 
+def test_what_is_left_out_is_empty() -> None:
+    """So that an idle plan, and a plan of an older sender, are short."""
+    assert decode_plan(msgspec.msgpack.encode([3, "idle"])) == StepPlan(3, "idle")
+    how = [0.5]
+    begin = [7, [1, 2], 2, [], 0, how]
+    plan = decode_plan(msgspec.msgpack.encode([1, "run", [], [], [], [begin]]))
+    assert plan.begins[0].sampling == Sampling(temperature=0.5)
+
+
+HOW: list[object] = []
+WRONG_PARTS = {
+    "ended": ["7"],
+    "seen": [[1, 2]],
+    "transfers": [[[1], 0, [0, 1], [0]]],
+    "begins": [[1, [2.5], 1, [], 0, HOW]],
+    "grown": [[1, 5]],
+    "chunks": [[1, "ring", "kv", [[0, [[0]]]], [], False]],
+    "decodes": [["tree", "kv", [None]]],
+    "forks": [[1, 2, ["hot"]]],
+}
+
+
+@pytest.mark.parametrize("part", list(WRONG_PARTS))
+def test_wrong_types_in_a_part_are_refused(part: str) -> None:
+    names = StepPlan.__struct_fields__[2:]
+    assert set(names) == set(WRONG_PARTS)
+    value = [1, "run", *(WRONG_PARTS[name] if name == part else [] for name in names)]
+    with pytest.raises(msgspec.ValidationError):
+        decode_plan(msgspec.msgpack.encode(value))
+
+
 @pytest.mark.parametrize(
-    "value",
-    [
-        None,
-        7,
-        [],
-        ["1", "run", []],
-        [1, 2, []],
-        [1, "run", [[1, "local", "kv", 0, ["5"], [], None]]],
-        [1, "run", [[1, "local", "kv", 0, [5.5], [], None]]],
-        [1, "run", [[1, "local", "kv", 0, [5], [[0, [[0]], [], [], 1]], None]]],
-        [1, "run", [[1, "local", "kv", 0, [5], [], ["hot"]]]],
-        {"step": 1, "kind": "run", "items": []},
-    ],
+    "value", [None, 7, [], ["1", "run"], [1, 2], [1], {"step": 1, "kind": "run"}, [1.5, "run"]]
 )
 def test_wrong_types_are_refused(value: object) -> None:
     with pytest.raises(msgspec.ValidationError):
@@ -107,63 +142,20 @@ def test_other_formats_are_refused() -> None:
             decode_plan(payload)
 
 
-# --- one item, worked out by hand: 5 tokens stored on two ranks, 3 new ones
-
-ITEM = Item(
-    request=1,
-    mode="ring",
-    ring_pass="kv",
-    start=5,
-    tokens=(11, 12, 13),
-    shards=(
-        Shard(0, ((5, 1),), ((0, 2), (5, 1)), ((8, 3),), 1),
-        Shard(2, ((6, 2),), ((2, 3), (6, 2)), ((0, 4), (12, 1)), 2),
-    ),
-    sampling=None,
-)
-
-
-def change(item: Item, which: int, **fields: object) -> Item:
-    shards = list(item.shards)
-    shards[which] = msgspec.structs.replace(shards[which], **fields)
-    return msgspec.structs.replace(item, shards=tuple(shards))
-
-
-def test_what_an_item_says() -> None:
-    check_item(ITEM)
-    assert ITEM.shard(0) is ITEM.shards[0] and ITEM.shard(2) is ITEM.shards[1]
-    assert ITEM.shard(1) is None
-    assert ITEM.last_owner == 2
-    assert not ITEM.ships
-    assert ITEM.shards[1].new_home_runs == ((6, 2),)
-    assert ITEM.shards[1].new_extents == ((3, 1), (12, 1))
-
-
-def test_an_item_that_ships() -> None:
-    """Rank 0 computes everything; its last two tokens' KV lives on rank 2."""
-    item = change(change(ITEM, 0, q_runs=((5, 3),)), 1, q_runs=())
-    check_item(item)
-    assert item.ships and item.last_owner == 0
+def test_a_step_of_many_streams_is_a_few_bytes_each() -> None:
+    plan = StepPlan(9, "run", decodes=(Decodes("local", "kv", tuple(range(1000, 1256))),))
+    assert len(encode_plan(plan)) < 256 * 3 + 64
 
 
 @pytest.mark.parametrize(
-    "broken",
+    ("how", "looks_back"),
     [
-        change(ITEM, 0, q_runs=()),  # nobody owns 5
-        change(ITEM, 0, q_runs=((5, 2),)),  # two own 6
-        change(ITEM, 1, new=1),  # 6 has no home
-        change(ITEM, 0, new=2),  # an old one is said to be new
-        change(ITEM, 0, extents=((8, 2),)),  # fewer slots than tokens
-        change(ITEM, 1, k_runs=((3, 2), (6, 2)), extents=((0, 4),)),  # 2 is stored nowhere
-        msgspec.structs.replace(ITEM, start=4),
-        msgspec.structs.replace(ITEM, tokens=(11, 12)),
+        ({}, False),
+        ({"presence_penalty": 0.1}, True),
+        ({"frequency_penalty": -0.1}, True),
+        ({"repetition_penalty": 1.1}, True),
+        ({"min_tokens": 3, "logit_bias": ((1, 2.0),)}, False),
     ],
 )
-def test_check_item_sees_it(broken: Item) -> None:
-    with pytest.raises(AssertionError):
-        check_item(broken)
-
-
-def test_nobody_owns_the_last_token() -> None:
-    with pytest.raises(ValueError, match="nobody owns position 7"):
-        _ = change(ITEM, 1, q_runs=((6, 1),)).last_owner
+def test_what_looks_back(how: dict, looks_back: bool) -> None:
+    assert Sampling(**how).looks_back == looks_back

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 
+from ds_cp.cost import CostModel
 from ds_cp.engine.policy import ModePolicy
 
 
@@ -15,8 +16,15 @@ def policy(
     local_threshold: int | None = None,
     num_hosts: int = 1,
     heads: tuple[int, int] = (8, 2),
+    cost: CostModel | None = None,
 ) -> ModePolicy:
-    return ModePolicy(mode, ring_pass, local_threshold, num_hosts, *heads)
+    return ModePolicy(mode, ring_pass, local_threshold, num_hosts, *heads, cost)
+
+
+def rates(
+    flops: float = 1e12, bandwidth: float = 1e10, heads: tuple[int, int] = (8, 2), element: int = 2
+) -> CostModel:
+    return CostModel(flops, bandwidth, 1e-6, 16, *heads, 64, 10**8, element)
 
 
 @pytest.mark.parametrize(
@@ -75,3 +83,47 @@ def test_may_be_local() -> None:
     assert policy("local", local_threshold=5).may_be_local(6), "a forced mode beats the threshold"
     assert not policy("ring").may_be_local(1)
     assert not policy("tree", local_threshold=100).may_be_local(1)
+
+
+def test_pass_is_kv_where_that_hides_under_attention() -> None:
+    """Algorithm 1 of arXiv 2411.01783 with its achieved rates for Llama 3 405B on 4 hosts of 8
+    GPUs (Table 5: 507 TFLOP/s, 26.1 GB/s): queries travel for a few new tokens only."""
+    heads = (128, 8)
+    cost = rates(507e12, 26.1e9, heads)
+    rule = policy("ring", heads=heads, cost=cost)
+    whole = 128_000
+    chosen = {new: rule.choose(4, new, whole - new)[1] for new in (1280, 3200, 4160, 6400, 25600)}
+    assert chosen == {1280: "q", 3200: "q", 4160: "q", 6400: "kv", 25600: "kv"}
+    # T >= N C G e / (2 H BW) = 4 * 507e12 * 8 * 2 / (2 * 128 * 26.1e9)
+    border = 4 * 507e12 * 8 * 2 / (2 * 128 * 26.1e9)
+    assert 4856 < border < 4857
+    assert [rule.choose(4, new, whole - new)[1] for new in (4856, 4857)] == ["q", "kv"]
+    # on a slow machine with a fast link nothing but the size of the messages is left to decide
+    slow = policy("ring", heads=heads, cost=rates(1e6, 26.1e9, heads))
+    assert slow.choose(4, 1, whole)[1] == "kv", "everything hides"
+
+
+def test_a_prompt_that_may_not_be_local_takes_all_ranks() -> None:
+    for mode in ("ring", "tree"):
+        assert policy(mode, cost=rates()).ranks_that_pay(4, 10, 0, 1, True) == 4
+    threshold = policy(local_threshold=100)
+    assert threshold.ranks_that_pay(4, 60, 40, 1, True) == 1
+    assert threshold.ranks_that_pay(4, 60, 41, 1, True) == 4
+    assert threshold.ranks_that_pay(4, 60, 40, 1, False) == 1
+
+
+def test_local_takes_one_rank_whatever_pays() -> None:
+    assert policy("local", cost=rates()).ranks_that_pay(4, 10**6, 0, 1, False) == 1
+
+
+def test_a_prompt_alone_takes_as_many_ranks_as_pay() -> None:
+    cost = rates()
+    rule = policy(cost=cost)
+    assert cost.best_ranks(8, 100_000, 0, 1) == 8
+    assert rule.ranks_that_pay(8, 100_000, 0, 1, False) == 8
+    assert rule.ranks_that_pay(8, 100_000, 0, 1, True) == 1, "others want the other ranks"
+    assert policy().ranks_that_pay(8, 100_000, 0, 1, False) == 1, "nothing was measured"
+    assert policy(cost=cost, local_threshold=200_000).ranks_that_pay(8, 10**5, 0, 1, False) == 1
+    for new, past, answer in itertools.product((10, 1000, 10**5), (0, 10**4), (1, 10**4)):
+        pay = rule.ranks_that_pay(4, new, past, answer, False)
+        assert pay == cost.best_ranks(4, new, past, answer)

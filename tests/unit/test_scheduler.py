@@ -902,18 +902,17 @@ def test_the_youngest_gives_way_and_comes_back_the_same(depth: int) -> None:
     cluster.check_outputs()
 
 
-def test_what_gave_way_is_found_in_the_cache() -> None:
-    cluster = Cluster([8], 4)
-    cluster.add(prompt(10), greedy(16))
-    young = cluster.add(prompt(9, 2), greedy(10))
-    while young.num_preemptions == 0:
+@pytest.mark.parametrize("depth", [1, 2])
+def test_what_gave_way_is_found_in_the_cache(depth: int) -> None:
+    cluster = Cluster([20], 4, depth=depth)
+    request = cluster.add(prompt(10), greedy(16))
+    while len(request.output) < 9:
         stepped(cluster)
-    assert young.table is None
-    cluster.settle()
-    # its first block or more had not been taken by the other yet
-    begins = [items[young.number].start for items in cluster.items if young.number in items]
-    assert begins[0] == 0
-    assert young.cached_tokens == 0, "of the prompt as it came"
+    cluster.scheduler._preempt(request)
+    plans = cluster.settle()
+    (again,) = (b for plan in plans for b in plan.begins)
+    assert len(again.tokens) == 18 + depth and again.computed == 16
+    assert request.cached_tokens == 0, "of the prompt as it came"
     cluster.check_outputs()
 
 

@@ -1,4 +1,4 @@
-"""A request's table against a model that keeps one list of (position, slot) per rank."""
+"""A request's table against a model that keeps one (rank, slot) per position."""
 
 from __future__ import annotations
 
@@ -6,18 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_cp.kv import SequenceTable, new_blocks_needed
+from ds_cp.kv import SequenceTable
 
 Pairs = tuple[tuple[int, int], ...]
-
-
-def expand(runs: Pairs) -> list[int]:
-    found = []
-    for start, length in runs:
-        assert length > 0
-        for i in range(length):
-            found.append(start + i)
-    return found
+Home = tuple[int, int]
 
 
 def maximal_runs(numbers: list[int]) -> Pairs:
@@ -31,113 +23,104 @@ def maximal_runs(numbers: list[int]) -> Pairs:
     return tuple(runs)
 
 
-class Model:
-    """Blocks and positions per rank as flat lists; everything else is worked out on demand."""
-
-    def __init__(self, block_size: int, ranks: int) -> None:
-        self.block_size = block_size
-        self.blocks: list[list[int]] = [[] for _ in range(ranks)]
-        self.positions: list[list[int]] = [[] for _ in range(ranks)]
-
-    def slots(self, rank: int) -> list[int]:
-        size = self.block_size
-        every = [b * size + i for b in self.blocks[rank] for i in range(size)]
-        return every[: len(self.positions[rank])]
-
-    def last_rank(self) -> int:
-        newest = max((p for held in self.positions for p in held), default=None)
-        return next((r for r, held in enumerate(self.positions) if newest in held), -1)
+def check(table: SequenceTable, homes: list[Home], tokens: int, ranks: int) -> None:
+    """Everything the table says, worked out from ``homes`` position by position."""
+    size = table.block_size
+    places = [(homes[p // size][0], homes[p // size][1] * size + p % size) for p in range(tokens)]
+    assert (table.homes, table.num_tokens) == (homes, tokens)
+    assert table.open_slots == len(homes) * size - tokens
+    assert table.span == tuple(sorted({rank for rank, _ in homes}))
+    assert table.width == len(table.span)
+    assert table.last_rank == (homes[-1][0] if homes else -1)
+    assert [table.slot(p) for p in range(tokens)] == places
+    for rank in range(ranks):
+        assert table.num_blocks(rank) == sum(r == rank for r, _ in homes)
+        mine = [p for p in range(tokens) if places[p][0] == rank]
+        runs, extents = table.part(rank)
+        assert runs == maximal_runs(mine)
+        assert extents == maximal_runs([places[p][1] for p in mine])
 
 
 @given(st.integers(1, 6), st.integers(1, 4), st.data())
-@settings(max_examples=200, deadline=None)
-def test_table_equals_the_model(block_size: int, ranks: int, data: st.DataObject) -> None:
-    table = SequenceTable(block_size, ranks)
-    model = Model(block_size, ranks)
-    next_position = 0
-    for _ in range(data.draw(st.integers(0, 10))):
-        rank = data.draw(st.integers(0, ranks - 1))
-        lengths = data.draw(st.lists(st.integers(0, 9), max_size=3))
-        runs = []
-        for length in lengths:
-            runs.append((next_position, length))
-            next_position += length + data.draw(st.integers(0, 2))
-        tokens = sum(lengths)
-        held, stored = len(model.blocks[rank]), len(model.positions[rank])
-        needed = 0
-        while (held + needed) * block_size < stored + tokens:
-            needed += 1
-        assert new_blocks_needed(table, rank, tokens) == needed
-        unheld = [b for b in range(400) if b not in model.blocks[rank]]
-        choice = data.draw(st.sampled_from([unheld, unheld[::-1], unheld[::2], unheld[::3]]))
-        start = data.draw(st.integers(0, 20))
-        fresh = choice[start : start + needed]
-        written = table.append(rank, tuple(runs), fresh)
-        model.blocks[rank] += fresh
-        model.positions[rank] += [p for s, n in runs for p in range(s, s + n)]
-        assert expand(written) == model.slots(rank)[stored:]
-
-        for r in range(ranks):
-            assert table.blocks(r) == tuple(model.blocks[r])
-            assert table.stored(r) == len(model.positions[r])
-            assert table.open_slots(r) == len(model.blocks[r]) * block_size - table.stored(r)
-            assert table.runs(r) == maximal_runs(model.positions[r])
-            assert table.extents(r) == maximal_runs(model.slots(r))
-        assert table.num_tokens == sum(map(len, model.positions))
-        assert table.span == tuple(r for r in range(ranks) if model.positions[r])
-        assert table.last_rank == model.last_rank()
-        assert table.all_blocks() == {r: tuple(b) for r, b in enumerate(model.blocks) if b}
+@settings(max_examples=200)
+def test_table_equals_the_model(size: int, ranks: int, data: st.DataObject) -> None:
+    """Appended, one by one or many at a time, and moved, with parts asked for now and then."""
+    home = st.tuples(st.integers(0, ranks - 1), st.integers(0, 5) | st.integers(0, 400))
+    homes = data.draw(st.lists(home, max_size=3))
+    tokens = len(homes) * size - data.draw(st.integers(0, size - 1)) if homes else 0
+    table = SequenceTable(size, tuple(homes), tokens)
+    for _ in range(data.draw(st.integers(0, 12))):
+        what = data.draw(st.sampled_from(["append", "one", "replace", "look"]))
+        if what == "append":
+            count = data.draw(st.integers(0, 9))
+            needed = 0
+            while (len(homes) + needed) * size < tokens + count:
+                needed += 1
+            assert table.blocks_for(count) == needed
+            fresh = data.draw(st.lists(home, min_size=needed, max_size=needed))
+            table.append(fresh, count)
+            homes += fresh
+            tokens += count
+        elif what == "one" and table.open_slots:
+            table.append_one()
+            tokens += 1
+        elif what == "replace" and homes:
+            index = data.draw(st.integers(0, len(homes) - 1))
+            homes[index] = data.draw(home)
+            table.replace(index, homes[index])
+        else:
+            check(table, homes, tokens, ranks)
+    check(table, homes, tokens, ranks)
 
 
 def test_by_hand() -> None:
-    table = SequenceTable(block_size=4, num_ranks=2)
-    assert (table.num_tokens, table.span, table.last_rank) == (0, (), -1)
-    assert table.append(1, ((0, 3), (9, 3)), [5, 6]) == ((20, 6),)
-    assert table.append(0, ((3, 6),), [9, 2]) == ((36, 4), (8, 2))
-    assert table.last_rank == 1
-    assert table.append(1, ((12, 3),), [0]) == ((26, 2), (0, 1))
-    assert table.runs(1) == ((0, 3), (9, 6))
-    assert table.extents(1) == ((20, 8), (0, 1))
-    assert table.extents(0) == ((36, 4), (8, 2))
-    assert table.open_slots(0) == 2
-    assert table.span == (0, 1)
+    table = SequenceTable(4)
+    assert (table.num_tokens, table.span, table.last_rank, table.open_slots) == (0, (), -1, 0)
+    table.append([(1, 5), (0, 9), (1, 6)], 10)
+    assert table.part(1) == (((0, 4), (8, 2)), ((20, 6),)), "adjacent slots are one extent"
+    assert table.part(0) == (((4, 4),), ((36, 4),))
+    assert table.part(2) == ((), ())
+    table.append_one()
+    table.append([(0, 2)], 2)
+    assert table.part(1)[0] == ((0, 4), (8, 4))
+    assert table.part(0) == (((4, 4), (12, 1)), ((36, 4), (8, 1)))
+    assert (table.slot(11), table.slot(12)) == ((1, 27), (0, 8))
+    table.replace(1, (2, 0))
+    assert (table.span, table.num_blocks(0), table.part(2)) == (
+        (0, 1, 2),
+        1,
+        (((4, 4),), ((0, 4),)),
+    )
 
 
-def test_zigzag_newest_token_is_on_the_rank_of_the_last_back_chunk() -> None:
-    table = SequenceTable(block_size=4, num_ranks=2)
-    table.append(0, ((0, 4), (12, 4)), [0, 1])
-    table.append(1, ((4, 8),), [0, 1])
-    assert table.last_rank == 0
+def test_a_part_is_a_snapshot() -> None:
+    """What a step was given does not change when the next one is planned."""
+    table = SequenceTable(4, [(0, 0)], 2)
+    part = table.part(0)
+    table.append_one()
+    table.append([(0, 1)], 2)
+    assert part == (((0, 2),), ((0, 2),)) and table.part(0) == (((0, 5),), ((0, 5),))
 
 
 @pytest.mark.parametrize(
-    ("runs", "blocks", "message"),
+    ("tokens", "homes", "message"),
     [
-        (((6, 3),), [], r"2 open slots need 1 new blocks of 4, got 0"),
-        (((6, 2),), [7], r"need 0 new blocks of 4, got 1"),
-        (((6, 7),), [7, 7], r"\[7, 7\] of rank 0 repeat"),
-        (((6, 7),), [7, 2], r"\[7, 2\] of rank 0 repeat or are held"),
-        (((6, -1),), [], r"negative"),
+        (3, [], r"3 tokens with 2 open slots need 1 new blocks of 4, got 0"),
+        (2, [(0, 7)], r"need 0 new blocks of 4, got 1"),
+        (7, [(0, 7)], r"need 2 new blocks of 4, got 1"),
+        (0, [(0, 7)], r"need 0 new blocks of 4, got 1"),
     ],
 )
 def test_a_wrong_append_is_refused_with_nothing_changed(
-    runs: Pairs, blocks: list[int], message: str
+    tokens: int, homes: list[Home], message: str
 ) -> None:
-    table = SequenceTable(block_size=4, num_ranks=2)
-    table.append(0, ((0, 6),), [1, 2])
+    table = SequenceTable(4, [(0, 1), (1, 2)], 6)
     with pytest.raises(ValueError, match=message):
-        table.append(0, runs, blocks)
-    assert table.runs(0) == ((0, 6),) and table.blocks(0) == (1, 2)
-    assert table.extents(0) == ((4, 6),) and table.num_tokens == 6
-    assert table.append(0, ((6, 2),), []) == ((10, 2),)
+        table.append(homes, tokens)
+    check(table, [(0, 1), (1, 2)], 6, 3)
 
 
-def test_unknown_rank_and_bad_sizes() -> None:
-    table = SequenceTable(block_size=4, num_ranks=2)
-    for rank in (-1, 2):
-        with pytest.raises(ValueError, match=f"no rank {rank} among 2"):
-            table.stored(rank)
-    with pytest.raises(ValueError, match="got 0 and 2"):
-        SequenceTable(0, 2)
-    with pytest.raises(ValueError, match="cannot store -1"):
-        new_blocks_needed(table, 0, -1)
+@pytest.mark.parametrize(("homes", "tokens"), [([], 1), ([(0, 0)], 5), ([(0, 0)], -1)])
+def test_tokens_without_blocks_are_refused(homes: list[Home], tokens: int) -> None:
+    with pytest.raises(ValueError, match=rf"{len(homes)} blocks of 4 do not hold {tokens} tokens"):
+        SequenceTable(4, homes, tokens)
