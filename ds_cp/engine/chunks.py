@@ -72,8 +72,11 @@ def _whole_blocks(table: SequenceTable, new: int, request: Request, workers: int
 
 def _take_homes(request: Request, count: int, layout: str) -> list[Home]:
     """The next ``count`` of the reserved blocks, from each rank in proportion, laid out so that
-    causal work is level."""
+    causal work is level. Any order of the ranks is as level; it turns with the request, because the
+    rank of the last block decodes, and that should not be the same for all."""
     ranks = sorted(request.reserved)
+    turn = request.number % len(ranks) if ranks else 0
+    ranks = [*ranks[turn:], *ranks[:turn]]
     have = [len(request.reserved[rank]) for rank in ranks]
     counts = split_capped(count, have, have)
     at: dict[int, Home] = {}

@@ -47,7 +47,7 @@ def test_a_drained_rank_ends_empty_and_no_stream_misses_a_token(
     mode: tuple[str, str], placement: str, depth: int
 ) -> None:
     cluster = Cluster([40, 40, 40], 4, mode=mode, placement=placement, depth=depth)
-    streams = busy(cluster, 5)
+    streams = busy(cluster, 5, answer=30)
     rank = max(range(3), key=lambda r: cluster.used()[r])
     had = cluster.used()[rank]
     assert had >= 5
@@ -90,8 +90,7 @@ def test_a_local_request_stays_local_if_one_rank_can_hold_it() -> None:
     assert len(ranks_of(request)) == 1 and ranks_of(request) != {source}
     table = request.table
     assert table is not None
-    blocks = [block for _, block in table.homes]
-    assert blocks == list(range(blocks[0], blocks[0] + len(blocks))), "one extent to read"
+    assert len(table.part(table.last_rank)[1]) <= 3, "few extents to read"
     assert request.modes == ["local", "tree"], "it spanned for the step between"
     cluster.settle()
     cluster.check_output(filler)
@@ -203,7 +202,7 @@ def test_a_drained_rank_can_be_reopened() -> None:
 
 def test_reopened_halfway() -> None:
     cluster = Cluster([40, 40], 4, mode=("tree", "auto"))
-    streams = busy(cluster, 3, length=50)
+    streams = busy(cluster, 3, length=50, answer=30)
     had = cluster.used()
     cluster.scheduler.drain(0)
     cluster.step()
@@ -362,26 +361,20 @@ def test_levelling_moves_local_requests_whole(mode: tuple[str, str], depth: int)
 
 def test_levelling_takes_a_part_of_what_spans() -> None:
     """A request over both ranks, most of it on one: blocks move until the shares are level."""
-    cluster = Cluster([40, 40], 4, mode=("tree", "auto"), prefix_caching=False)
-    request = cluster.add(prompt(140), greedy(30))  # fills the first rank it takes
+    cluster = Cluster([20, 40], 4, mode=("tree", "auto"))
+    request = cluster.add(prompt(170), greedy(30))
     cluster.step()
-    assert sorted(cluster.used()) == [0, 35]
-    grown = Cluster([20, 40], 4, mode=("tree", "auto"), prefix_caching=False)
-    other = grown.add(prompt(170), greedy(30))
-    grown.step()
-    assert grown.used() == [3, 40]
-    for each, asked in ((cluster, request), (grown, other)):
-        count = each.scheduler.rebalance()
-        assert count > 0
-        for _ in range(-(-count // MOVES_PER_STEP)):
-            plan = each.step()
-            assert plan is not None and 0 < len(plan.transfers) <= MOVES_PER_STEP
-            assert decoding(plan) == {asked.number}
-        each.settle()
-        each.check_outputs()
-    assert not any(grown.used())
-    a, b = Cluster([40, 40], 4, mode=("tree", "auto")), None
-    assert b is None and a.scheduler.rebalance() == 0, "nothing runs"
+    assert cluster.used() == [3, 40]
+    count = cluster.scheduler.rebalance()
+    assert count == 11, "14 / 20 and 29 / 40"
+    for moved in (MOVES_PER_STEP, count - MOVES_PER_STEP, 0):
+        plan = cluster.step()
+        assert plan is not None and len(plan.transfers) == moved
+        assert decoding(plan) == {request.number}
+    assert cluster.scheduler.rebalance() == 0
+    cluster.settle()
+    cluster.check_outputs()
+    assert cluster.scheduler.rebalance() == 0, "nothing runs"
 
 
 def test_levelling_goes_by_share_of_the_ranks_blocks() -> None:
@@ -434,7 +427,9 @@ def test_a_move_that_became_impossible_is_dropped(mode: tuple[str, str], what: s
     if what == "drain":
         cluster.scheduler.drain(1)
     cluster.settle()
-    assert not cluster.scheduler.mover.is_moving or what == "drain"
+    cluster.add(prompt(3, 99), greedy(1))
+    cluster.settle()
+    assert cluster.scheduler.mover.is_moving == (what == "drain")
     cluster.check_outputs()
 
 
