@@ -18,8 +18,9 @@ def _grid(facts: Facts) -> Grid:
     return Grid(Topology(facts.hosts), facts.cp_size, facts.tp_size)
 
 
-def build_scheduler(config: Config, facts: Facts) -> Scheduler:
-    """Rank 0's scheduler over the budgets that all ranks reported."""
+def build_scheduler(config: Config, facts: Facts, paced: bool = True) -> Scheduler:
+    """Rank 0's scheduler over the budgets that all ranks reported. ``paced``: somebody waits for
+    the next token of a stream, so prompts may not delay it much."""
     batched = config.scheduler.max_num_batched_tokens
     threshold = config.context_parallel.local_threshold
     topology = _grid(facts).cp_topology()
@@ -47,7 +48,7 @@ def build_scheduler(config: Config, facts: Facts) -> Scheduler:
         ),
         topology.ring_order(),
         prefix_caching=config.kv_cache.prefix_caching,
-        pacer=ChunkPacer(config.scheduler.decode_slowdown),
+        pacer=ChunkPacer(config.scheduler.decode_slowdown if paced else None),
     )
 
 

@@ -103,7 +103,7 @@ class LLMEngine:
         self._attention_before = attention_before  # what a model of the caller's is given back
         self._core: EngineCore | None = None
         if self.is_driver:
-            self._core = EngineCore(build_scheduler(config, facts), tokenizer)
+            self._core = EngineCore(build_scheduler(config, facts, paced=False), tokenizer)
 
     @property
     def is_driver(self) -> bool:

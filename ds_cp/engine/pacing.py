@@ -1,9 +1,8 @@
-"""How long a prefill chunk may be: bounded in time, because whoever arrives or streams waits for
-it.
+"""How long a prefill chunk may be: bounded in time, because whoever arrives or streams waits for it.
 
-Beside streams, a step takes about ``quiet`` seconds for their tokens and ``slope`` more for every
-prompt token; alone, ``pace`` seconds a token. All are learnt from the steps that were run, so the
-rule is the same on a laptop and on a GPU. No torch here.
+A step takes about ``a + b * streams + c * prompt tokens`` seconds beside streams, and ``pace``
+seconds a prompt token without them. Both are learnt from the steps that were run, so the rule is
+the same on a laptop and on a GPU. No torch here.
 """
 
 from __future__ import annotations
@@ -15,41 +14,82 @@ STEP_S = 1.0  # what a step without streams should take at most: a new request w
 WEIGHT = 0.2  # of the newest measurement
 GROWTH = 2.0  # a chunk is at most so many times the largest one measured so far
 MARGIN = 0.75  # of the allowed lengthening, because steps vary
+MEMORY = 0.97  # what a measurement still counts one step later
+OUTLIER = 3.0  # a step that took more times what was expected is taken for so many
+LEARNT = 4  # measurements before they are believed
+UNITS = (1.0, 16.0, 64.0)  # of the step, its streams and its prompt tokens: all of one size
+WIDE = 1e4  # of the unknown, at the start; and the most that forgetting may make of it
 
 
 class ChunkPacer:
     """Bounds the chunk so that a step with it takes at most ``slowdown`` times one without, and at
-    most about a second when nobody streams."""
+    most about a second when nobody streams. ``slowdown`` None: nobody waits for the next token of a
+    stream, so streams are no reason for shorter chunks."""
 
-    def __init__(self, slowdown: float) -> None:
-        if slowdown <= 1.0:
+    def __init__(self, slowdown: float | None) -> None:
+        if slowdown is not None and slowdown <= 1.0:
             raise ValueError(f"slowdown must be above 1, got {slowdown}")
         self.slowdown = slowdown
-        self.quiet: float | None = None  # seconds of a step of decode tokens alone
-        self.slope: float | None = None  # seconds per prompt token beside them
-        self.pace: float | None = None  # seconds per prompt token without them
+        self.pace: float | None = None  # seconds per prompt token without streams
+        self._line = LearntLine(len(UNITS))
         self._largest = FIRST_CHUNK
 
-    def note(self, seconds: float, decodes: int, prompt_tokens: int) -> None:
+    def note(self, seconds: float, streams: int, prompt_tokens: int) -> None:
         """A step took ``seconds``; ``prompt_tokens`` is the largest share of one rank."""
-        if decodes and not prompt_tokens:
-            self.quiet = _blend(self.quiet, seconds)
-        elif decodes and self.quiet is not None:
-            each = max(seconds - self.quiet, 0.02 * self.quiet) / prompt_tokens
-            self.slope = _blend(self.slope, each)
+        if streams:
+            self._line.note(_scaled(streams, prompt_tokens), seconds)
             self._largest = max(self._largest, prompt_tokens)
         elif prompt_tokens >= FIRST_ALONE // 4:  # shorter steps say little about long ones
-            self.pace = _blend(self.pace, seconds / prompt_tokens)
+            old = seconds / prompt_tokens if self.pace is None else self.pace
+            self.pace = (1 - WEIGHT) * old + WEIGHT * seconds / prompt_tokens
 
-    def chunk(self, streams: bool) -> int:
-        """Prompt tokens that a rank may compute in the next step."""
-        if not streams:
+    def quiet(self, streams: int) -> float:
+        """Expected seconds of a step of ``streams`` and nothing else."""
+        return max(self._line.value(_scaled(streams, 0)), 0.0)
+
+    def chunk(self, streams: int) -> int:
+        """Prompt tokens that a rank may compute in the next step, beside ``streams``."""
+        if not streams or self.slowdown is None:
             return FIRST_ALONE if self.pace is None else max(FIRST_ALONE, int(STEP_S / self.pace))
-        if self.quiet is None or self.slope is None:
+        if self._line.count < LEARNT:
             return FIRST_CHUNK
-        allowed = MARGIN * (self.slowdown - 1.0) * self.quiet / self.slope
-        return max(LEAST_CHUNK, min(int(allowed), int(GROWTH * self._largest)))
+        quiet, each = self.quiet(streams), self._line.weights[2] / UNITS[2]
+        most = int(GROWTH * self._largest)
+        allowed = MARGIN * (self.slowdown - 1.0) * quiet
+        return max(LEAST_CHUNK, min(int(allowed / each), most) if each * most > allowed else most)
 
 
-def _blend(old: float | None, new: float) -> float:
-    return new if old is None else (1 - WEIGHT) * old + WEIGHT * new
+class LearntLine:
+    """Recursive least squares with forgetting: ``value(x) = weights . x``."""
+
+    def __init__(self, size: int) -> None:
+        self.count = 0
+        self.weights = [0.0] * size
+        self._spread = [[WIDE * (i == j) for j in range(size)] for i in range(size)]
+
+    def value(self, x: tuple[float, ...]) -> float:
+        """What is expected at ``x``."""
+        return sum(w * each for w, each in zip(self.weights, x, strict=True))
+
+    def note(self, x: tuple[float, ...], y: float) -> None:
+        """``y`` was found at ``x``."""
+        expected = self.value(x)
+        if self.count >= LEARNT and expected > 0.0:
+            y = min(y, OUTLIER * expected)
+        self.count += 1
+        rows = self._spread
+        spread = [sum(s * each for s, each in zip(row, x, strict=True)) for row in rows]
+        scale = MEMORY + sum(s * each for s, each in zip(spread, x, strict=True))
+        gain = [s / scale for s in spread]
+        self.weights = [w + g * (y - expected) for w, g in zip(self.weights, gain, strict=True)]
+        rows = [
+            [s - g * other for s, other in zip(row, spread, strict=True)]
+            for row, g in zip(rows, gain, strict=True)
+        ]
+        # What the steps say nothing about would be forgotten without bound.
+        fade = MEMORY if sum(row[i] for i, row in enumerate(rows)) < WIDE else 1.0
+        self._spread = [[s / fade for s in row] for row in rows]
+
+
+def _scaled(streams: int, prompt_tokens: int) -> tuple[float, ...]:
+    return 1.0, streams / UNITS[1], prompt_tokens / UNITS[2]

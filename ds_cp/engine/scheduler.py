@@ -231,7 +231,7 @@ class Scheduler:
             self._move(draft)
         self._decode(draft)
         if self._pacer is not None:
-            most = self._pacer.chunk(bool(draft.decodes))
+            most = self._pacer.chunk(sum(map(len, draft.decodes.values())))
             draft.left = [min(left, most) for left in draft.left]
         may_start = self.num_preemptions == before  # who just gave way must not take blocks back
         for request in [r for r in self.running if r.prefilling]:

@@ -30,7 +30,7 @@ from ds_cp.serve.ports import WorkerPort
 class AsyncEngine:
     """Implements ``EngineHandle``. ``load_tokenizer`` runs in the engine's thread while ranks load.
 
-    ``on_ready`` gets the start-up lines, ``on_death`` the error that ended the engine (not called
+    ``paced``: clients wait for each token. ``on_ready`` gets the start-up lines, ``on_death`` the error that ended the engine (not called
     after ``stop``); both run in the engine's thread.
     """
 
@@ -46,6 +46,7 @@ class AsyncEngine:
         load_tokenizer: Callable[[], Any],
         on_ready: Callable[[Ready], None],
         on_death: Callable[[DsCpError, int], None],
+        paced: bool = True,
     ) -> None:
         self._config = config
         self._model_name = model_name
@@ -54,6 +55,7 @@ class AsyncEngine:
         self._load_tokenizer = load_tokenizer
         self._on_ready = on_ready
         self._on_death = on_death
+        self._paced = paced
         self._state = "starting"
         self._core: EngineCore | None = None
         self._lock = threading.Lock()  # guards the core, never held while the ranks work
@@ -168,7 +170,7 @@ class AsyncEngine:
     def _become_ready(self) -> None:
         tokenizer = self._load_tokenizer()
         ready = self._port.ready()
-        scheduler = build_scheduler(self._config, ready.facts)
+        scheduler = build_scheduler(self._config, ready.facts, self._paced)
         with self._lock:
             self._core = EngineCore(scheduler, tokenizer)
             self.tokenizer = tokenizer

@@ -59,7 +59,7 @@ async def open_app(config: Config, job: Job) -> AsyncIterator[Any]:
     engine = AsyncEngine(
         config, source.name,
         LocalPort(worker.lead, books, facts, summary(config, facts)), loop,
-        lambda: load_tokenizer(source), on_ready, on_death,
+        lambda: load_tokenizer(source), on_ready, on_death, paced=False,
     )  # fmt: skip
     engine.start()
     try:

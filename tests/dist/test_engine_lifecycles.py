@@ -131,12 +131,12 @@ class Driver:
         """(tokens, finish reason) of each answer."""
         return tuple((tuple(r.output), r.finish_reason or "") for r in self.answers[name])
 
-    def num_planned(self, number: int) -> int:
-        """How many tokens of a request have been drawn, or will be by the steps under way."""
+    def num_planned(self, number: int, before: int | None = None) -> int:
+        """How many tokens of a request the first ``before`` plans draw, or all."""
         return sum(
             sum(c.request == number and c.samples for c in plan.chunks)
             + sum(number in decodes.requests for decodes in plan.decodes)
-            for plan in self.plans
+            for plan in self.plans[:before]
         )
 
 
