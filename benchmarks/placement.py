@@ -782,6 +782,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
     result = compare(cells(), SEEDS, args.processes)
     write(result, args.out, SEEDS, [])
     short = ("cell", "policy", "decode_bytes_per_token", "longest_kv_on_one_rank", "steps")

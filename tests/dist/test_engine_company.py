@@ -22,6 +22,8 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from ds_cp.comm.wire import World
+from ds_cp.engine.core import EngineCore
+from ds_cp.engine.decisions import build_scheduler
 from ds_cp.engine.offline import LLMEngine, PromptRequest
 from ds_cp.engine.params import RequestOptions, RequestOutput, SamplingParams, TokenLogprob
 from ds_cp.engine.plan import Sampling
@@ -248,7 +250,7 @@ def engine_for(world: World, model: PreTrainedModel, cases: Sequence[Case], run:
     size = 1 if run.mode[0] == "local" else world.size
     total = max(case.tokens for case in cases) + 8 if run.tiny else 4800
     trickle = {"max_num_seqs": 6, "max_queue": 2} if run.order == "trickle" else {}
-    return engine_on(world, model, {
+    engine = engine_on(world, model, {
         "context_parallel": {
             "mode": run.mode[0], "ring_pass": run.mode[1], **run.context_parallel
         },
@@ -258,6 +260,10 @@ def engine_for(world: World, model: PreTrainedModel, cases: Sequence[Case], run:
         },
         "scheduler": {**trickle, **run.scheduler},
     })  # fmt: skip
+    if engine.is_driver and "decode_slowdown" in run.scheduler:  # chunks paced as for clients
+        scheduler = build_scheduler(engine._config, engine.facts, paced=True)
+        engine._core = EngineCore(scheduler, None)
+    return engine
 
 
 def outputs_of(engine: LLMEngine, cases: Sequence[Case], run: Run) -> dict[int, RequestOutput]:

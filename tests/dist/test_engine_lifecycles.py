@@ -16,11 +16,15 @@ from typing import Any
 import pytest
 
 from ds_cp.comm.wire import World
+from ds_cp.engine.core import EngineCore
+from ds_cp.engine.decisions import build_scheduler
 from ds_cp.engine.loop import StepLoop, ThreadRunner
 from ds_cp.engine.offline import LLMEngine
 from ds_cp.engine.params import Delta, RequestOptions
 from ds_cp.engine.plan import Home, Outcome, StepPlan
 from ds_cp.engine.request import Request
+from ds_cp.engine.scheduler import Scheduler
+from ds_cp.engine.worker import Worker
 from ds_cp.errors import CapacityError
 from tests.dist.test_engine_company import KINDS, STOPS, Answer, Case, draft, settle, the_model
 from tests.engines import engine_on
@@ -32,10 +36,10 @@ Books = dict[int, tuple[tuple[Home, ...], int]]  # request -> homes of its block
 class _Recorder(ThreadRunner):
     """Runs plans, keeps them, and compares the rank's books with the scheduler's after each."""
 
-    def __init__(self, engine: LLMEngine) -> None:
+    def __init__(self, worker: Worker, scheduler: Scheduler) -> None:
         super().__init__(self._lead)
-        self._worker = engine._worker
-        self._scheduler = engine._driver.scheduler
+        self._worker = worker
+        self._scheduler = scheduler
         self.plans: list[StepPlan] = []
         self.books: list[Books] = []  # as they have to be after each plan
 
@@ -57,10 +61,11 @@ class _Recorder(ThreadRunner):
 
 
 class Driver:
-    """An engine on rank 0, step by step; the other ranks are in ``engine._worker.follow()``."""
+    """An engine on rank 0, step by step, with chunks that are paced as for clients that wait. The
+    other ranks are in ``engine._worker.follow()``."""
 
     def __init__(self, engine: LLMEngine) -> None:
-        self.core = engine._driver
+        self.core = EngineCore(build_scheduler(engine._config, engine.facts, paced=True), None)
         self.scheduler = self.core.scheduler
         self.allocator = self.scheduler.allocator
         self.ranks = range(engine.facts.cp_size)
@@ -68,7 +73,7 @@ class Driver:
         self.live: set[str] = set()
         self._said: dict[str, list[list[int]]] = {}
         self._worker = engine._worker
-        self._runner = _Recorder(engine)
+        self._runner = _Recorder(engine._worker, self.scheduler)
         self._loop = StepLoop(self.core, self._runner)
 
     @property
