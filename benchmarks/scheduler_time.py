@@ -11,8 +11,9 @@ on all ranks. Then with 16 to 1024 requests, and with 1,000 to 1,000,000 blocks 
 of 64 and short requests, so that 256 of them fit in the smallest pool).
 
 Timed apart: ``schedule``; ``took`` (note_step, and took for every drawn token); the two together;
-encoding the plan; and what the ranks pay, decoding it and ``Mirror.apply``. Times in milliseconds:
-median, p99, min over steps. The last line is one JSON object.
+their ``cpu`` time, which leaves out waiting for a core; encoding the plan; and what the ranks pay,
+decoding it and ``Mirror.apply``. Times in milliseconds: median, p99, min over steps. The last line
+is one JSON object.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from ds_cp.engine.scheduler import Limits, Scheduler
 RESULTS = Path("benchmarks/results")
 VOCAB = 49_152
 SYSTEM_PROMPTS, SYSTEM_TOKENS = 8, 256
-PARTS = ("schedule", "took", "both", "encode", "decode", "apply", "admit")
+PARTS = ("schedule", "took", "both", "cpu", "encode", "decode", "apply", "admit")
 TARGET_MS = 1.0  # schedule and took together, 256 requests, 100,000 blocks
 REQUESTS = (16, 32, 64, 128, 256, 512, 1024)
 BLOCKS = (1_000, 3_000, 10_000, 30_000, 100_000, 300_000, 1_000_000)
@@ -146,6 +147,7 @@ class Bench:
         while len(self.live) < self.load.requests:
             self._arrive()
             self.arrivals += 1
+        before = time.thread_time()
         marks = [clock()]
         if self.profiler:
             self.profiler.enable()
@@ -154,6 +156,7 @@ class Bench:
             self.profiler.disable()
         assert plan is not None
         marks.append(clock())
+        cpu = time.thread_time() - before
         payload = encode_plan(plan)
         marks.append(clock())
         received = decode_plan(payload)
@@ -162,7 +165,11 @@ class Bench:
         marks.append(clock())
         drawn = [(d.sequence.number, self.random.randrange(1, VOCAB)) for d in work.draws]
         self.flying.append((plan, drawn))
-        took = self._take() if len(self.flying) == DEPTH else 0.0
+        before = time.thread_time()
+        took, ended = self._take() if len(self.flying) == DEPTH else (0.0, [])
+        times["cpu"].append(1e3 * (cpu + time.thread_time() - before))
+        for number in ended:
+            del self.live[number]
         spans = [1e3 * (b - a) for a, b in zip(marks, marks[1:], strict=False)]
         for name, span in zip(("schedule", "encode", "decode", "apply"), spans, strict=True):
             times[name].append(span)
@@ -173,8 +180,8 @@ class Bench:
         self.running += len(scheduler.running)
         self.nbytes += len(payload)
 
-    def _take(self) -> float:
-        """The oldest step under way is done; milliseconds."""
+    def _take(self) -> tuple[float, list[int]]:
+        """The oldest step under way is done; milliseconds, and the requests that ended."""
         plan, drawn = self.flying.popleft()
         scheduler, live = self.scheduler, self.live
         ended = []
@@ -187,10 +194,7 @@ class Bench:
                 ended.append(number)
         if self.profiler:
             self.profiler.disable()
-        took = 1e3 * (time.perf_counter() - began)
-        for number in ended:
-            del live[number]
-        return took
+        return 1e3 * (time.perf_counter() - began), ended
 
     def measure(self, steps: int, warm: int = 40) -> dict[str, Any]:
         """Figures over ``steps`` steps."""
@@ -251,16 +255,16 @@ def measure_all(
 
 
 def show(row: dict[str, Any]) -> None:
-    both, per = row["ms"]["both"], row["per_step"]
+    ms, per = row["ms"], row["per_step"]
     parts = ", ".join(
-        f"{part} {row['ms'][part]['median']:.3f}"
-        for part in ("schedule", "took", "encode", "decode", "apply")
+        f"{part} {ms[part]['median']:.3f}"
+        for part in ("cpu", "schedule", "took", "encode", "decode", "apply")
     )
     print(
         f"{row['requests']:5} requests {row['blocks']:8} blocks {row['ranks']} rank(s) "
-        f"{row['pool']}{' spanning' * row['spanning']}: schedule+took {both['median']:.3f} ms, "
-        f"p99 {both['p99']:.3f}, min {both['min']:.3f} ({parts}; {per['plan_bytes']} B, "
-        f"{per['arrivals']} arrivals, {per['blocks_opened']} blocks a step)",
+        f"{row['pool']}{' spanning' * row['spanning']}: schedule+took {ms['both']['median']:.3f} ms, "
+        f"p99 {ms['both']['p99']:.3f}, min {ms['both']['min']:.3f} ({parts}; "
+        f"{per['plan_bytes']} B, {per['arrivals']} arrivals, {per['blocks_opened']} blocks a step)",
         flush=True,
     )
 

@@ -1,4 +1,4 @@
-"""How long a prefill chunk may be: bounded in time, because whoever arrives or streams waits for it.
+"""How long a prefill chunk may be: bounded in time, because who arrives or streams waits for it.
 
 A step takes about ``a + b * streams + c * prompt tokens`` seconds beside streams, and ``pace``
 seconds a prompt token without them. Both are learnt from the steps that were run, so the rule is
@@ -18,7 +18,7 @@ MEMORY = 0.97  # what a measurement still counts one step later
 OUTLIER = 3.0  # a step that took more times what was expected is taken for so many
 LEARNT = 4  # measurements before they are believed
 UNITS = (1.0, 16.0, 64.0)  # of the step, its streams and its prompt tokens: all of one size
-WIDE = 1e4  # of the unknown, at the start; and the most that forgetting may make of it
+SMALL = 1e-4  # weight of "nothing", against which measurements count
 
 
 class ChunkPacer:
@@ -33,12 +33,14 @@ class ChunkPacer:
         self.pace: float | None = None  # seconds per prompt token without streams
         self._line = LearntLine(len(UNITS))
         self._largest = FIRST_CHUNK
+        self._mixed = 0  # steps of streams and prompt tokens
 
     def note(self, seconds: float, streams: int, prompt_tokens: int) -> None:
         """A step took ``seconds``; ``prompt_tokens`` is the largest share of one rank."""
         if streams:
             self._line.note(_scaled(streams, prompt_tokens), seconds)
             self._largest = max(self._largest, prompt_tokens)
+            self._mixed += prompt_tokens > 0
         elif prompt_tokens >= FIRST_ALONE // 4:  # shorter steps say little about long ones
             old = seconds / prompt_tokens if self.pace is None else self.pace
             self.pace = (1 - WEIGHT) * old + WEIGHT * seconds / prompt_tokens
@@ -51,7 +53,7 @@ class ChunkPacer:
         """Prompt tokens that a rank may compute in the next step, beside ``streams``."""
         if not streams or self.slowdown is None:
             return FIRST_ALONE if self.pace is None else max(FIRST_ALONE, int(STEP_S / self.pace))
-        if self._line.count < LEARNT:
+        if self._line.count < LEARNT or not self._mixed:
             return FIRST_CHUNK
         quiet, each = self.quiet(streams), self._line.weights[2] / UNITS[2]
         most = int(GROWTH * self._largest)
@@ -60,12 +62,14 @@ class ChunkPacer:
 
 
 class LearntLine:
-    """Recursive least squares with forgetting: ``value(x) = weights . x``."""
+    """Least squares with forgetting: ``value(x) = weights . x``. What the measurements say nothing
+    about (all of one number of streams, say) is kept small."""
 
     def __init__(self, size: int) -> None:
         self.count = 0
         self.weights = [0.0] * size
-        self._spread = [[WIDE * (i == j) for j in range(size)] for i in range(size)]
+        self._xx = [[SMALL * (i == j) for j in range(size)] for i in range(size)]
+        self._xy = [0.0] * size
 
     def value(self, x: tuple[float, ...]) -> float:
         """What is expected at ``x``."""
@@ -77,18 +81,24 @@ class LearntLine:
         if self.count >= LEARNT and expected > 0.0:
             y = min(y, OUTLIER * expected)
         self.count += 1
-        rows = self._spread
-        spread = [sum(s * each for s, each in zip(row, x, strict=True)) for row in rows]
-        scale = MEMORY + sum(s * each for s, each in zip(spread, x, strict=True))
-        gain = [s / scale for s in spread]
-        self.weights = [w + g * (y - expected) for w, g in zip(self.weights, gain, strict=True)]
-        rows = [
-            [s - g * other for s, other in zip(row, spread, strict=True)]
-            for row, g in zip(rows, gain, strict=True)
-        ]
-        # What the steps say nothing about would be forgotten without bound.
-        fade = MEMORY if sum(row[i] for i, row in enumerate(rows)) < WIDE else 1.0
-        self._spread = [[s / fade for s in row] for row in rows]
+        for i, row in enumerate(self._xx):
+            self._xy[i] = MEMORY * self._xy[i] + x[i] * y
+            self._xx[i] = [MEMORY * s + x[i] * each for s, each in zip(row, x, strict=True)]
+            self._xx[i][i] += (1 - MEMORY) * SMALL
+        self.weights = _solved(self._xx, self._xy)
+
+
+def _solved(matrix: list[list[float]], right: list[float]) -> list[float]:
+    """``x`` of ``matrix . x = right`` for a positive definite matrix: Gauss, without pivots."""
+    rows = [[*row, y] for row, y in zip(matrix, right, strict=True)]
+    for i, row in enumerate(rows):
+        for other in rows[i + 1 :]:
+            share = other[i] / row[i]
+            other[i:] = [o - share * r for o, r in zip(other[i:], row[i:], strict=True)]
+    for i in reversed(range(len(rows))):
+        rest = sum(rows[i][j] * rows[j][-1] for j in range(i + 1, len(rows)))
+        rows[i][-1] = (rows[i][-1] - rest) / rows[i][i]
+    return [row[-1] for row in rows]
 
 
 def _scaled(streams: int, prompt_tokens: int) -> tuple[float, ...]:

@@ -30,8 +30,8 @@ from ds_cp.serve.ports import WorkerPort
 class AsyncEngine:
     """Implements ``EngineHandle``. ``load_tokenizer`` runs in the engine's thread while ranks load.
 
-    ``paced``: clients wait for each token. ``on_ready`` gets the start-up lines, ``on_death`` the error that ended the engine (not called
-    after ``stop``); both run in the engine's thread.
+    ``paced``: clients wait for each token. ``on_ready`` gets the start-up lines, ``on_death`` the
+    error that ended the engine (not called after ``stop``); both run in the engine's thread.
     """
 
     info: EngineInfo

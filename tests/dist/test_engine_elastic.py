@@ -19,7 +19,7 @@ from ds_cp.comm.wire import World
 from ds_cp.engine.mirror import Mirror
 from ds_cp.engine.moving import MOVES_PER_STEP
 from ds_cp.engine.params import RequestOptions, SamplingParams
-from ds_cp.engine.plan import StepPlan
+from ds_cp.engine.plan import Home, StepPlan, Transfer
 from ds_cp.errors import CapacityError, RequestError
 from ds_cp.model.wiring import Decoder
 from tests.dist.test_engine_company import VOCAB, Case, Ids, settle, the_model
@@ -475,6 +475,44 @@ def test_ranks_come_and_go(cases: Cases) -> None:
         "drain_under_streams", "drain_under_prefill", "rebalance_under_streams", "spans_no_more",
         "local_drain", "local_drain_without_room",
     }  # fmt: skip
+
+
+# --- copies of blocks, one by one
+
+Copies = list[tuple[Home, Home]]
+BLOCKS = 6  # of a rank
+
+
+def copy_blocks(world: World, plans: list[Copies]) -> list[list[int]]:
+    """Each block holds a number; what this rank's blocks hold after each plan."""
+    kv = {"block_size": SIZE, "tokens_per_rank": SIZE * BLOCKS}
+    worker = engine_on(world, the_model(), {"kv_cache": kv})._worker
+    elements, found = worker.pool.block_elements(SIZE), []
+    for step, copies in enumerate(plans, 1):
+        whole = torch.arange(BLOCKS, dtype=torch.float32) + 100 * world.rank
+        worker.pool.put_blocks(range(BLOCKS), SIZE, whole[:, None].expand(-1, elements))
+        moves = tuple(Transfer((), 0, source, target) for source, target in copies)
+        worker.run(StepPlan(step, "run", transfers=moves))
+        held = worker.pool.get_blocks(range(BLOCKS), SIZE)
+        assert torch.equal(held, held[:, :1].expand(-1, elements)), "blocks are copied whole"
+        found.append([int(value) for value in held[:, 0]])
+    return found
+
+
+def test_copies_are_made_in_the_order_of_the_plan() -> None:
+    """However they chain, cross, and overwrite each other's targets."""
+    rng = random.Random(4)
+    homes = [(rank, block) for rank in range(3) for block in range(BLOCKS)]
+    plans: list[Copies] = [
+        [(source, target) for source, target in (rng.sample(homes, 2) for _ in range(count))]
+        for count in (1, 2, 3, 5, 8, 8, 13, 13, 20, 20, 40)
+    ]
+    results = run_ranks(copy_blocks, 3, plans)
+    for n, copies in enumerate(plans):
+        want = {(rank, block): block + 100 * rank for rank, block in homes}
+        for source, target in copies:
+            want[target] = want[source]
+        assert {(r, b): results[r][n][b] for r, b in homes} == want, copies
 
 
 # --- tensor parallel

@@ -23,7 +23,7 @@ def run(pacer: ChunkPacer, quiet: float, each: float, steps: int, jitter: float 
     for _ in range(steps):
         noise = 1 + rng.uniform(-jitter, jitter)
         pacer.note(quiet * noise, 8, 0)
-        chunks.append(pacer.chunk(True))
+        chunks.append(pacer.chunk(8))
         pacer.note((quiet + each * chunks[-1]) * noise, 8, chunks[-1])
     return chunks
 
@@ -62,43 +62,80 @@ def test_a_long_prompt_always_gets_on() -> None:
     assert set(run(pacer, 0.001, 1.0, 20)[2:]) == {LEAST_CHUNK}
 
 
-def test_it_follows_a_machine_that_becomes_slower_or_faster() -> None:
+@pytest.mark.parametrize(("each", "want"), [(0.004, 18), (0.0005, 150), (0.001, 75)])
+def test_it_follows_a_machine_that_becomes_slower_or_faster(each: float, want: int) -> None:
+    """Always as many streams: what a step costs and what a stream costs cannot be told apart then,
+    but what a prompt token costs can."""
     pacer = ChunkPacer(2.0)
-    before = run(pacer, 0.1, 0.001, 60)[-1]
-    slower = run(pacer, 0.1, 0.004, 60)[-1]
-    faster = run(pacer, 0.1, 0.0005, 120)[-1]
-    assert slower < before / 3 and faster > 1.5 * before
+    assert abs(run(pacer, 0.1, 0.001, 60)[-1] - 75) <= 1
+    chunks = run(pacer, 0.1, each, 150)
+    assert abs(chunks[-1] - want) <= 0.1 * want
+    again = run(pacer, 0.1, 0.001, 150)
+    assert abs(again[-1] - 75) <= 8
+
+
+def test_a_step_of_more_streams_may_have_a_longer_chunk() -> None:
+    """10 ms, 1 ms a stream, half a millisecond a prompt token; the allowance is of the step."""
+    pacer, rng = ChunkPacer(2.0), random.Random(1)
+    for _ in range(300):
+        streams = rng.randint(1, 32)
+        quiet = 0.01 + 0.001 * streams
+        pacer.note(quiet, streams, 0)
+        chunk = pacer.chunk(streams)
+        pacer.note(quiet + 0.0005 * chunk, streams, chunk)
+    for streams in (1, 8, 32, 64):
+        quiet = 0.01 + 0.001 * streams
+        assert pacer.quiet(streams) == pytest.approx(quiet, rel=0.01)
+        assert abs(pacer.chunk(streams) - MARGIN * quiet / 0.0005) <= 2
+
+
+def test_one_slow_step_changes_little() -> None:
+    """A page fault, another process: a step of a hundred times the time is taken for three."""
+    pacer = ChunkPacer(2.0)
+    before = run(pacer, 0.1, 0.001, 100)[-1]
+    pacer.note(10.0, 8, before)
+    assert pacer.chunk(8) >= before / 2
+
+
+def test_nobody_waits_for_a_token_of_a_batch() -> None:
+    pacer = ChunkPacer(None)
+    run(pacer, 0.1, 0.001, 20)
+    assert pacer.chunk(8) == pacer.chunk(0) == FIRST_ALONE
 
 
 def test_free_tokens_do_not_divide_by_zero() -> None:
     """A step with a chunk that took no longer, or less, than a quiet one."""
+    for seconds in (0.1, 0.05, 0.0):
+        pacer = ChunkPacer(2.0)
+        for _ in range(10):
+            pacer.note(0.1, 4, 0)
+            pacer.note(seconds, 4, 16)
+        assert FIRST_CHUNK < pacer.chunk(4) <= GROWTH * FIRST_CHUNK
     pacer = ChunkPacer(2.0)
-    pacer.note(0.1, 4, 0)
-    pacer.note(0.1, 4, 16)
-    pacer.note(0.05, 4, 16)
-    assert pacer.slope is not None and pacer.slope > 0
-    assert FIRST_CHUNK < pacer.chunk(True) <= GROWTH * FIRST_CHUNK
+    for _ in range(10):
+        pacer.note(0.0, 4, 0)
+    assert LEAST_CHUNK <= pacer.chunk(4) <= GROWTH * FIRST_CHUNK
 
 
 def test_chunks_without_streams_last_about_a_second() -> None:
     pacer = ChunkPacer(2.0)
-    assert pacer.chunk(False) == FIRST_ALONE
+    assert pacer.chunk(0) == FIRST_ALONE
     for _ in range(50):
-        pacer.note(0.0001 * pacer.chunk(False), 0, pacer.chunk(False))
-    assert abs(pacer.chunk(False) * 0.0001 - STEP_S) < 0.01
+        pacer.note(0.0001 * pacer.chunk(0), 0, pacer.chunk(0))
+    assert abs(pacer.chunk(0) * 0.0001 - STEP_S) < 0.01
     for _ in range(50):
-        pacer.note(1.0 * pacer.chunk(False), 0, pacer.chunk(False))
-    assert pacer.chunk(False) == FIRST_ALONE, "never less than can be afforded anyway"
+        pacer.note(1.0 * pacer.chunk(0), 0, pacer.chunk(0))
+    assert pacer.chunk(0) == FIRST_ALONE, "never less than can be afforded anyway"
 
 
 def test_what_is_not_comparable_is_not_learnt_from() -> None:
     pacer = ChunkPacer(2.0)
     pacer.note(9.0, 0, 3)  # a short prompt alone says nothing of long ones
-    assert pacer.pace is None
-    pacer.note(9.0, 4, 16)  # nothing to compare it with yet
-    assert pacer.slope is None and pacer.chunk(True) == FIRST_CHUNK
-    pacer.note(9.0, 0, 0)
-    assert pacer.quiet is None
+    assert pacer.pace is None and pacer.chunk(0) == FIRST_ALONE
+    pacer.note(0.1, 0, 1000)
+    assert abs(pacer.chunk(0) - 10_000) <= 1
+    pacer.note(9.0, 4, 16)  # one step beside streams, and nothing to compare it with
+    assert pacer.chunk(4) == FIRST_CHUNK
 
 
 @pytest.mark.parametrize("slowdown", [1.0, 0.5, -1.0])

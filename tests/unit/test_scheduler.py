@@ -244,8 +244,8 @@ def test_chunks_beside_streams_are_paced_and_alone_they_are_not() -> None:
         plans.append(stepped(cluster))
         assert decoding(plans[-1]) == [stream.number]
     sizes = chunks_of(plans, long)
-    assert sizes[0] == FIRST_CHUNK, "before anything is measured"
-    assert all(n <= 10 for n in sizes[3:]) and sizes[-5] >= 5
+    assert sizes[0] <= 2 * FIRST_CHUNK, "before anything is measured"
+    assert all(5 <= n <= 12 for n in sizes[1:-1]), "what was drawn from one step is soon mended"
     cluster.settle()
     cluster.check_outputs()
 
@@ -430,18 +430,22 @@ def test_unequal_pools_add_up() -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layout_of_a_long_prompt(layout: str) -> None:
-    """Blocks are dealt so that causal work is level, and their ranks compute their tokens."""
-    cluster = Cluster([20, 20], 4, layout=layout, placement="balanced", mode=("ring", "kv"))
+    """Blocks are dealt so that causal work is level, and their ranks compute their tokens. Which
+    rank has the last block, and decodes, differs from request to request."""
+    cluster = Cluster([40, 40], 4, layout=layout, placement="balanced", mode=("ring", "kv"))
     cluster.add(prompt(64), greedy(1))
+    cluster.add(prompt(64, 2), greedy(1))
     stepped(cluster)
-    (item,) = cluster.items[0].values()
     want: dict[str, list[Runs]] = {
         "zigzag": [((0, 16), (48, 16)), ((16, 32),)],
         "contiguous": [((0, 32),), ((32, 32),)],
     }
-    assert [s.q_runs for s in item.shards] == want[layout]
-    assert [s.k_runs for s in item.shards] == want[layout]
-    assert not item.ships
+    one, other = cluster.items[0].values()
+    assert [s.q_runs for s in one.shards] == want[layout][::-1]
+    assert [s.q_runs for s in other.shards] == want[layout]
+    for item in (one, other):
+        assert [s.k_runs for s in item.shards] == [s.q_runs for s in item.shards]
+        assert not item.ships
 
 
 def test_chunks_of_a_spanning_prompt_end_with_blocks() -> None:
@@ -613,6 +617,19 @@ def test_the_next_turn_of_a_chat_hits_the_answer_too(depth: int) -> None:
     # 25 tokens, of which the last was never computed: 24 are six blocks
     assert cluster.lives[second.number].cached_tokens == 24
     cluster.check_outputs()
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_blocks_can_be_found_as_soon_as_they_are_whole_and_known(depth: int) -> None:
+    cluster = Cluster([40], 4, depth=depth)
+    request = cluster.add(prompt(6), sampled(20))
+    keys = PrefixKeys(4, "")
+    while cluster.scheduler.has_work:
+        cluster.step()
+        known = min(request.num_computed, request.num_tokens)
+        found = [cluster.scheduler.allocator.find(k) for k in keys.upto(request.tokens, known // 4)]
+        assert request.table is None or found == held(request)[: known // 4]
+    cluster.settle()
 
 
 def test_salts_are_apart() -> None:
@@ -1046,10 +1063,10 @@ def test_an_end_under_way_wastes_one_token_and_no_block() -> None:
 
 
 def test_depth_changes_nothing_but_time() -> None:
-    """The same tokens, one step or two under way; the second plan feeds tokens not known yet."""
+    """The same tokens, however many steps are under way; later plans feed tokens not known yet."""
     for placement, mode in itertools.product(PLACEMENTS, MODES):
         outputs, steps = [], []
-        for depth in (1, 2):
+        for depth in (1, 2, 4):
             cluster = Cluster([5, 7, 3], 4, placement=placement, mode=mode, depth=depth, budget=8,
                               eos_every=15)  # fmt: skip
             rng = random.Random(3)
@@ -1060,7 +1077,7 @@ def test_depth_changes_nothing_but_time() -> None:
             steps.append(len(cluster.settle()))
             cluster.check_outputs()
             outputs.append([r.output for r in asked])
-        assert outputs[0] == outputs[1]
+        assert outputs[0] == outputs[1] == outputs[2]
 
 
 def test_nothing_is_planned_beyond_what_may_come() -> None:
