@@ -255,14 +255,14 @@ def measure_all(
 
 
 def show(row: dict[str, Any]) -> None:
-    ms, per = row["ms"], row["per_step"]
+    ms, per, kind = row["ms"], row["per_step"], row["pool"] + " spanning" * row["spanning"]
     parts = ", ".join(
         f"{part} {ms[part]['median']:.3f}"
         for part in ("cpu", "schedule", "took", "encode", "decode", "apply")
     )
     print(
         f"{row['requests']:5} requests {row['blocks']:8} blocks {row['ranks']} rank(s) "
-        f"{row['pool']}{' spanning' * row['spanning']}: schedule+took {ms['both']['median']:.3f} ms, "
+        f"{kind}: schedule+took {ms['both']['median']:.3f} ms, "
         f"p99 {ms['both']['p99']:.3f}, min {ms['both']['min']:.3f} ({parts}; "
         f"{per['plan_bytes']} B, {per['arrivals']} arrivals, {per['blocks_opened']} blocks a step)",
         flush=True,

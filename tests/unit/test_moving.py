@@ -184,6 +184,28 @@ def test_what_moved_is_found_and_what_was_only_cached_there_is_forgotten() -> No
     cluster.check_outputs()
 
 
+@pytest.mark.parametrize("mode", MODES[:3])
+@pytest.mark.parametrize("steps", [0, 1, 2])
+def test_a_newcomer_finds_what_is_just_leaving(mode: tuple[str, str], steps: int) -> None:
+    """The prefix is on a rank that is being emptied, wholly or in part: it is used all the same,
+    and nothing is taken there."""
+    cluster = Cluster([60, 60], 4, mode=mode)
+    running = cluster.add(prompt(97), greedy(20))
+    cluster.step()
+    rank = max(range(2), key=lambda r: cluster.used()[r])
+    cluster.scheduler.drain(rank)
+    for _ in range(steps):
+        cluster.step()
+    late = cluster.add(prompt(97), greedy(9))
+    cluster.step()
+    assert late.cached_tokens == 96
+    if mode[0] != "ring":
+        assert ranks_of(late) == {1 - rank}
+    cluster.settle()
+    assert running.num_preemptions == late.num_preemptions == 0
+    cluster.check_outputs()
+
+
 def test_a_drained_rank_can_be_reopened() -> None:
     cluster = Cluster([20, 20], 4)
     busy(cluster, 2)
