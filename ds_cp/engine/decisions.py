@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from ds_cp.config import Config
 from ds_cp.cost import CostModel
+from ds_cp.engine.admission import Limits
 from ds_cp.engine.pacing import ChunkPacer
 from ds_cp.engine.policy import ModePolicy
-from ds_cp.engine.scheduler import Limits, Scheduler
+from ds_cp.engine.scheduler import Scheduler
 from ds_cp.engine.startup_facts import Facts
 from ds_cp.topology.hosts import Grid, Topology
 

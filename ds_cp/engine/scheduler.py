@@ -12,8 +12,8 @@ from __future__ import annotations
 import time
 from bisect import insort
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+from ds_cp.engine.admission import Limits, check_request
 from ds_cp.engine.chunks import cut_chunk
 from ds_cp.engine.homes import Homes
 from ds_cp.engine.moving import Mover
@@ -23,25 +23,12 @@ from ds_cp.engine.plan import Begin, Chunk, Decodes, Fork, Sampling, StepPlan, T
 from ds_cp.engine.policy import ModePolicy
 from ds_cp.engine.request import Request
 from ds_cp.engine.waiting import WaitingQueue
-from ds_cp.errors import CapacityError, QueueFullError, RequestError
+from ds_cp.errors import QueueFullError
 from ds_cp.kv.table import Home, SequenceTable
 
 DECODE_LOAD = 64  # a stream weighs on its rank like so many prompt tokens
 PROMPT_SHARE = 0.25  # of the budget that streams leave to prompts that wait for it
 SCORED_TOKENS = 256  # prompt tokens of one step whose logits are all wanted
-
-
-@dataclass(frozen=True)
-class Limits:
-    """``max_model_len`` in tokens; ``max_num_batched_tokens``: tokens that one rank computes in one
-    step."""
-
-    max_model_len: int
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    max_queue: int
-    vocab_size: int
-    eos_token_ids: tuple[int, ...]
 
 
 class _Draft:
@@ -132,53 +119,9 @@ class Scheduler:
         return first
 
     def check(self, prompt: Sequence[int], params: SamplingParams) -> int:
-        """The request's ``max_tokens``, resolved, if it can ever be served here.
-
-        The last token drawn needs no KV, so ``prompt + max_tokens - 1`` is what must fit. Raises
-        ``RequestError``, or ``CapacityError`` with the numbers.
-        """
-        length, largest = len(prompt), self.largest_tokens
-        if not length:
-            raise RequestError("the prompt is empty; give at least one token", "prompt")
-        if min(prompt) < 0 or max(prompt) >= self.limits.vocab_size:
-            raise RequestError(
-                "the prompt has a token id outside the vocabulary, 0 to "
-                f"{self.limits.vocab_size - 1}",
-                "prompt",
-            )
-        if params.n > self.limits.max_num_seqs:
-            raise RequestError(
-                f"n is {params.n}, but at most scheduler.max_num_seqs = "
-                f"{self.limits.max_num_seqs} requests run at once; lower n", "n",
-            )  # fmt: skip
-        want = params.max_tokens if params.max_tokens is not None else 1
-        model_len = self.limits.max_model_len
-        need = length + want - 1
-        if need > largest:
-            have = sum(self.homes.open_blocks) * self.allocator.block_size
-            local = self._policy.mode == "local"
-            why = " (mode local: one rank's)" if local else ""
-            more = "use another mode" if local else "add ranks"
-            raise CapacityError(
-                f"the request needs KV for {need} tokens ({length} prompt + {want} new - 1), "
-                f"but all ranks together hold {have}: the largest possible request here has "
-                f"{largest} tokens{why}; shorten it, raise kv_cache, or {more}",
-                need=need, have=have, largest=largest,
-            )  # fmt: skip
-        if length + want > model_len:
-            raise RequestError(
-                f"the request has {length} prompt + {want} new tokens, above the model's length "
-                f"{model_len}; shorten it or lower max_tokens", "prompt" if length >= model_len
-                else "max_tokens",
-            )  # fmt: skip
-        for token in (*params.stop_token_ids, *params.logit_bias):
-            if token >= self.limits.vocab_size:
-                raise RequestError(
-                    f"token id {token} is outside the vocabulary, 0 to "
-                    f"{self.limits.vocab_size - 1}",
-                    "logit_bias" if token in params.logit_bias else "stop_token_ids",
-                )
-        return min(model_len - length, largest - length + 1) if params.max_tokens is None else want
+        """The request's ``max_tokens``, resolved, if it can ever be served here; see
+        ``check_request`` for what it raises."""
+        return check_request(self.limits, self.homes, prompt, params)
 
     def finish(self, request: Request, reason: str, stop_reason: int | str | None = None) -> None:
         """End a request in whatever state and free its blocks."""
@@ -240,7 +183,7 @@ class Scheduler:
             self._prefill(request, draft)
         if may_start:
             self._admit_waiting(draft)
-        if not (draft.decodes or draft.chunks or draft.transfers):
+        if not (draft.decodes or draft.chunks or draft.transfers or draft.begins):
             return None
         self._steps += 1
         self._flying[self._steps] = sum(map(len, draft.decodes.values())), draft.prompt_share

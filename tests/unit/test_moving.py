@@ -433,6 +433,24 @@ def test_a_request_too_big_to_help_stays() -> None:
     cluster.settle()
 
 
+@pytest.mark.parametrize("mode", [("auto", "auto"), LOCAL])
+def test_a_local_prompt_on_its_way_stays_where_its_work_is(mode: tuple[str, str]) -> None:
+    """Its blocks, the rest reserved for it and the rank that computes belong together."""
+    cluster = Cluster([40, 40], 4, mode=mode, budget=20, prefix_caching=False)
+    request = cluster.add(prompt(60), sampled(20))
+    cluster.step()
+    assert request.prefilling and cluster.scheduler.rebalance() == 0
+    other = cluster.add(prompt(20, 2), sampled(20))
+    while request.prefilling or other.prefilling:
+        cluster.step()
+    before = ranks_of(request) | ranks_of(other)
+    cluster.abort(other)
+    cluster.scheduler._preempt(request)
+    cluster.settle()
+    assert before == {0, 1} and request.modes == ["local"]
+    cluster.check_output(request)
+
+
 @pytest.mark.parametrize("mode", MODES[:3])
 @pytest.mark.parametrize("what", ["abort", "preempt", "drain"])
 def test_a_move_that_became_impossible_is_dropped(mode: tuple[str, str], what: str) -> None:
