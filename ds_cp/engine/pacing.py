@@ -13,9 +13,10 @@ FIRST_ALONE = 512  # tokens without streams, before anything was measured, and a
 STEP_S = 1.0  # what a step without streams should take at most: a new request waits so long
 WEIGHT = 0.2  # of the newest measurement
 GROWTH = 2.0  # a chunk is at most so many times the largest one measured so far
-MARGIN = 0.75  # of the allowed lengthening, because steps vary
+MARGIN = 0.65  # of the allowed lengthening, because steps vary
 MEMORY = 0.97  # what a measurement still counts one step later
 OUTLIER = 3.0  # a step that took more times what was expected is taken for so many
+SHORTER = 4  # every so many chunks one of half the length is taken, to learn from
 LEARNT = 4  # measurements before they are believed
 UNITS = (1.0, 16.0, 64.0)  # of the step, its streams and its prompt tokens: all of one size
 SMALL = 1e-4  # weight of "nothing", against which measurements count
@@ -58,7 +59,10 @@ class ChunkPacer:
         quiet, each = self.quiet(streams), self._line.weights[2] / UNITS[2]
         most = int(GROWTH * self._largest)
         allowed = MARGIN * (self.slowdown - 1.0) * quiet
-        return max(LEAST_CHUNK, min(int(allowed / each), most) if each * most > allowed else most)
+        chunk = int(allowed / each) if each * most > allowed else most
+        if self._mixed % SHORTER == 0:  # steps of one length would not tell its cost from the rest
+            chunk //= 2
+        return max(LEAST_CHUNK, chunk)
 
 
 class LearntLine:

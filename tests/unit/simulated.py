@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from ds_cp.cost import CostModel
+from ds_cp.engine.admission import Limits
 from ds_cp.engine.core import EngineCore
 from ds_cp.engine.mirror import Item, Mirror, RunningSequence, StepWork, check_item
 from ds_cp.engine.pacing import ChunkPacer
@@ -23,7 +24,7 @@ from ds_cp.engine.params import Delta, RequestOptions, SamplingParams
 from ds_cp.engine.plan import Outcome, Sampled, Scored, StepPlan, Transfer, decode_plan, encode_plan
 from ds_cp.engine.policy import ModePolicy
 from ds_cp.engine.request import Request
-from ds_cp.engine.scheduler import Limits, Scheduler
+from ds_cp.engine.scheduler import Scheduler
 from ds_cp.layout import positions
 
 VOCAB = 1000
