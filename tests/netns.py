@@ -137,9 +137,15 @@ class Hosts:
         env: Mapping[str, str] | None = None,
         cwd: str | Path | None = None,
     ) -> subprocess.CompletedProcess[str]:
-        """Run ``argv`` as an MPI job over both hosts (see ``run`` and ``mpirun_argv``)."""
+        """Run ``argv`` as an MPI job over both hosts (see ``run`` and ``mpirun_argv``).
+
+        In a temporary folder of its own: process ids are small here, and a file that a killed
+        mpirun left under the same one would keep this one from starting.
+        """
         job = self.mpirun_argv(argv, slots, map_by)
-        return self.run(self.names[0], job, timeout_s=timeout_s, env=env, cwd=cwd)
+        with tempfile.TemporaryDirectory() as own:
+            env = dict(os.environ if env is None else env) | {"TMPDIR": own}
+            return self.run(self.names[0], job, timeout_s=timeout_s, env=env, cwd=cwd)
 
 
 @contextmanager

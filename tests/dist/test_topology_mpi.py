@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,6 +89,11 @@ def lines(output: str) -> list[dict[str, Any]]:
 
 
 def on_this_host(ranks: int, options: dict[str, Any], **more: str) -> tuple[int, list[Any], str]:
+    with tempfile.TemporaryDirectory() as own:  # what a killed mpirun left elsewhere is not met
+        return _on_this_host(ranks, options, TMPDIR=own, **more)
+
+
+def _on_this_host(ranks: int, options: dict[str, Any], **more: str) -> tuple[int, list[Any], str]:
     argv = [mpirun(), "--allow-run-as-root", "--oversubscribe", "--bind-to", "none"]
     argv += ["-np", str(ranks), sys.executable, "-c", RANK, json.dumps(options)]
     with subprocess.Popen(

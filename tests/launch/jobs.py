@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -35,7 +36,12 @@ _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCA
 
 
 class Job:
-    """One started command. ``out`` and ``err`` are what it has printed so far."""
+    """One started command. ``out`` and ``err`` are what it has printed so far.
+
+    It has a temporary folder of its own: an mpirun that is killed leaves a file there that is named
+    by its process id, and a later mpirun with the same id would refuse to start ("The PMIx server's
+    listener thread failed to start").
+    """
 
     def __init__(
         self, argv: Sequence[str], folder: Path, env: Mapping[str, str] | None = None
@@ -43,11 +49,16 @@ class Job:
         self.argv = list(argv)
         self._mark = uuid.uuid4().hex
         self._out, self._err = folder / f"{self._mark}.out", folder / f"{self._mark}.err"
+        self._temporary = folder / self._mark[:8]
+        self._temporary.mkdir()
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self.process = subprocess.Popen(
                 self.argv,
                 cwd=ROOT,
-                env=clean_environment() | dict(env or {}) | {MARK: self._mark},
+                env=clean_environment()
+                | {"TMPDIR": str(self._temporary)}
+                | dict(env or {})
+                | {MARK: self._mark},
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
@@ -133,6 +144,7 @@ class Job:
                 process.kill()
         self.process.kill()
         self.process.wait(10)
+        shutil.rmtree(self._temporary, ignore_errors=True)
 
 
 def clean_environment() -> dict[str, str]:
