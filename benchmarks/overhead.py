@@ -37,6 +37,7 @@ from unittest.mock import patch
 import torch
 
 import ds_cp.engine.worker as worker_module
+from ds_cp.attention import Kernel
 from ds_cp.comm.wire import World
 from ds_cp.config import Config, load_config
 from ds_cp.engine.core import EngineCore
@@ -177,12 +178,16 @@ def clocks(worker: Worker) -> Iterator[Clock]:
             (worker.mirror, "apply", "mirror"),
             (worker_module, "StepContext", "step context"),
             (worker, "_forward", "forward"),
-            (worker, "kernel", "kernel"),
             (worker, "_draw", "sample"),
             (worker, "_collect", "collect"),
         ):
             timed = clock.around(name, getattr(owner, attribute))
             stack.enter_context(patch.object(owner, attribute, timed))
+        kernel = worker.kernel
+        timed_kernel = Kernel(
+            clock.around("kernel", kernel.block), clock.around("kernel", kernel.rows)
+        )
+        stack.enter_context(patch.object(worker, "kernel", timed_kernel))
         attend = StepContext.attend
 
         def timed_attend(self: StepContext, *args: Any) -> torch.Tensor:

@@ -47,6 +47,15 @@ class Span:
 
 
 @dataclass(frozen=True, eq=False)
+class Padding:
+    """Which of S keys are there for each of B rows: the first ``lengths`` (``[B]`` int32, at least
+    1). ``mask``: the same as ``[B, 1, 1, S]`` in the queries' dtype, 0 or -inf."""
+
+    lengths: torch.Tensor
+    mask: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class KeyValues:
     """One item's keys and values on this rank, in storage order, as they lie in memory.
 

@@ -15,9 +15,11 @@ from ds_cp.attention import (
     LocalAttention,
     Mode,
     Span,
+    StreamsAttention,
     finish,
     make_mode,
 )
+from ds_cp.attention.streams import LONGEST
 from ds_cp.comm.wire import Group
 from ds_cp.engine.mirror import Item, RunningSequence, StepWork
 from ds_cp.kv.pool import KVPool
@@ -70,8 +72,9 @@ class StepContext:
         self._modes: list[tuple[Mode, list[_Part]]] = []
         write_rows: list[int] = []
         write_extents: list[tuple[int, int]] = []
+        self._streams: StreamsAttention | None = None
         if work.streams:
-            self._modes.append(self._add_streams(work.streams, write_extents))
+            self._add_streams(work.streams, write_extents)
             write_rows += range(len(work.streams))
         batches: dict[tuple[str, str, tuple[int, ...]], list[tuple[Span, _Part]]] = {}
         for item in work.items:
@@ -108,21 +111,32 @@ class StepContext:
 
     def _add_streams(
         self, streams: Sequence[RunningSequence], write_extents: list[tuple[int, int]]
-    ) -> tuple[Mode, list[_Part]]:
-        """One new token each of requests that are all here."""
+    ) -> None:
+        """One new token each of requests that are all here: short ones are attended together."""
         me = self._group.rank
+        short = [s for s in streams if s.table.num_tokens <= LONGEST]
+        if len(short) == 1:
+            short = []
+        long = [s for s in streams if not short or s.table.num_tokens > LONGEST]
+        gathered: list[Extents] = []
         runs: list[tuple[Runs, Runs]] = []
         parts: list[_Part] = []
-        for sequence in streams:
-            row, position = len(self.token_ids), sequence.table.num_tokens - 1
+        for row, sequence in enumerate([*short, *long]):
+            position = sequence.table.num_tokens - 1
             self.token_ids.append(_token_at(sequence, position))
             self.positions.append(position)
             self._last_row[sequence.number] = row
             write_extents.append((sequence.table.slot(position)[1], 1))
             k_runs, extents = sequence.table.part(me)
-            runs.append((((position, 1),), k_runs))
-            parts.append(_Part((row, row + 1), extents, False))
-        return LocalAttention(runs), parts
+            if row < len(short):
+                gathered.append(extents)
+            else:
+                runs.append((((position, 1),), k_runs))
+                parts.append(_Part((row, row + 1), extents, False))
+        if gathered:
+            self._streams = StreamsAttention(gathered, self._pool.dtype, self._group.device)
+        if parts:
+            self._modes.append((LocalAttention(runs), parts))
 
     def _add(self, item: Item, me: int) -> _Part:
         """Append my new tokens of ``item`` to the flat batch."""
@@ -166,6 +180,10 @@ class StepContext:
         self._store(layer, k[0], v[0])
         q_THD, k_TGD, v_TGD = (x[0].transpose(0, 1) for x in (q, k, v))
         out = torch.empty(q_THD.shape, dtype=q.dtype, device=q.device)
+        if self._streams is not None:
+            first = slice(0, self._streams.num_rows)
+            partial = self._streams(q_THD[first], self._pool.of_layer(layer), self._kernel, spec)
+            out[first] = finish(partial, spec, q.dtype)
         for mode, parts in self._modes:
             queries, kv = [], []
             for part in parts:

@@ -72,6 +72,10 @@ class KVPool:
             parts = [torch.cat(parts, dim=2)]
         return KeyValues(tuple((p[0].transpose(0, 1), p[1].transpose(0, 1)) for p in parts))
 
+    def of_layer(self, layer: int) -> torch.Tensor:
+        """All slots of one layer, ``[2, G, slots, D]``: keys, then values."""
+        return self._kv[layer]
+
     def get_blocks(self, blocks: Sequence[int], block_size: int) -> torch.Tensor:
         """A copy of whole blocks in all layers, ``[blocks, elements of one block]``."""
         rows = [

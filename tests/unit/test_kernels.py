@@ -20,9 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds_cp.attention import Kernel, LayerSpec, get_kernel, kernels
-from ds_cp.attention.kernels import reference
-from ds_cp.attention.kernels.reference import reference_kernel
-from ds_cp.attention.kernels.sdpa import sdpa_kernel
+from ds_cp.attention.kernels import Block, reference
+from ds_cp.attention.kernels.reference import reference_kernel, reference_rows
+from ds_cp.attention.kernels.sdpa import sdpa_kernel, sdpa_rows
 from ds_cp.errors import ConfigError
 from ds_cp.kv.pool import KVPool
 from ds_cp.layout import Runs
@@ -56,7 +56,7 @@ def places(runs: Runs) -> torch.Tensor:
 
 
 def check(
-    kernel: Kernel,
+    kernel: Block,
     q_runs: Runs,
     k_runs: Runs,
     heads: tuple[int, int],
@@ -196,7 +196,7 @@ def test_reference_keeps_fp64() -> None:
 
 
 @pytest.mark.parametrize("kernel", [reference_kernel, sdpa_kernel])
-def test_the_same_bits_each_time(kernel: Kernel) -> None:
+def test_the_same_bits_each_time(kernel: Block) -> None:
     q_runs, k_runs = ((0, 20), (60, 20)), ((0, 40), (60, 20))
     q, k, v = inputs(q_runs, k_runs, (6, 2), torch.float32)
     first = kernel(q, k, v, q_runs, k_runs, LayerSpec(6, 2, D, 0.3))
@@ -219,9 +219,10 @@ def test_scores_of_any_size_give_no_nan() -> None:
 
 
 def test_kernels_by_name() -> None:
-    assert get_kernel("auto", CPU, torch.float32) == ("sdpa", sdpa_kernel)
-    assert get_kernel("sdpa", CPU, torch.bfloat16) == ("sdpa", sdpa_kernel)
-    assert get_kernel("reference", CPU, torch.float32) == ("reference", reference_kernel)
+    sdpa, plain = Kernel(sdpa_kernel, sdpa_rows), Kernel(reference_kernel, reference_rows)
+    assert get_kernel("auto", CPU, torch.float32) == ("sdpa", sdpa)
+    assert get_kernel("sdpa", CPU, torch.bfloat16) == ("sdpa", sdpa)
+    assert get_kernel("reference", CPU, torch.float32) == ("reference", plain)
     with pytest.raises(ConfigError, match="'fast' is unknown; choose auto, reference, sdpa"):
         get_kernel("fast", CPU, torch.float32)
 
@@ -288,11 +289,11 @@ def stand_in(
 
 
 @pytest.fixture(scope="module")
-def flash_kernel() -> Iterator[Kernel]:
+def flash_kernel() -> Iterator[Block]:
     """The adapter, with the stand-in where the package would be."""
     name = "ds_cp.attention.kernels.flash"
     fake: Any = types.ModuleType("flash_attn")
-    fake.flash_attn_func = stand_in
+    fake.flash_attn_func, fake.flash_attn_with_kvcache = stand_in, None
     kept = {key: sys.modules.pop(key, None) for key in ("flash_attn", name)}
     sys.modules["flash_attn"] = fake
     try:
@@ -307,14 +308,14 @@ def flash_kernel() -> Iterator[Kernel]:
 @settings(max_examples=50)
 @given(disjoint_runs(), disjoint_runs(), st.sampled_from(HEADS), windows)
 def test_the_flash_adapter_equals_fp64(
-    flash_kernel: Kernel, q_runs: Runs, k_runs: Runs, heads: tuple[int, int], window: int | None
+    flash_kernel: Block, q_runs: Runs, k_runs: Runs, heads: tuple[int, int], window: int | None
 ) -> None:
     check(flash_kernel, q_runs, k_runs, heads, torch.float32, window)
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case[0] for case in CASES])
 def test_named_cases_of_the_flash_adapter(
-    flash_kernel: Kernel, case: tuple[str, Runs, Runs, int | None, float | None]
+    flash_kernel: Block, case: tuple[str, Runs, Runs, int | None, float | None]
 ) -> None:
     _, q_runs, k_runs, window, softcap = case
     for dtype in (torch.float32, torch.bfloat16):

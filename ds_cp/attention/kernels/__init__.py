@@ -4,23 +4,48 @@
 positions ``q_runs`` over S keys at ``k_runs``, causal and windowed by position, natural-log lse
 fp32, ``(0, -inf)`` for a query that sees nothing. Sinks are not the kernel's: they enter once, at
 the end.
+
+``kernel.rows(q_BHD, k_BGSD, v_BGSD, padding, spec) -> Partial``: attention of B queries, each over
+keys of its own, at least one, all of which it sees.
 """
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
-from ds_cp.attention.kernels.reference import reference_kernel
-from ds_cp.attention.kernels.sdpa import sdpa_kernel
-from ds_cp.attention.spec import LayerSpec
+from ds_cp.attention.kernels.reference import reference_kernel, reference_rows
+from ds_cp.attention.kernels.sdpa import sdpa_kernel, sdpa_rows
+from ds_cp.attention.spec import LayerSpec, Padding
 from ds_cp.attention.state import Partial
 from ds_cp.errors import ConfigError
 from ds_cp.layout import Runs
 
-Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Runs, Runs, LayerSpec], Partial]
+Block = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Runs, Runs, LayerSpec], Partial]
+Rows = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Padding, LayerSpec], Partial]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One implementation: ``block`` (what a call does) over positions, ``rows`` over padded keys of
+    many sequences."""
+
+    block: Block
+    rows: Rows
+
+    def __call__(
+        self,
+        q_THD: torch.Tensor,
+        k_SGD: torch.Tensor,
+        v_SGD: torch.Tensor,
+        q_runs: Runs,
+        k_runs: Runs,
+        spec: LayerSpec,
+    ) -> Partial:
+        return self.block(q_THD, k_SGD, v_SGD, q_runs, k_runs, spec)
 
 
 def get_kernel(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, Kernel]:
@@ -32,9 +57,9 @@ def get_kernel(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str
     if name == "auto":
         name = "flash_attn" if half_on_gpu and _has_flash_attn() else "sdpa"
     if name == "reference":
-        return name, reference_kernel
+        return name, Kernel(reference_kernel, reference_rows)
     if name == "sdpa":
-        return name, sdpa_kernel
+        return name, Kernel(sdpa_kernel, sdpa_rows)
     if name == "flash_attn":
         if not _has_flash_attn():
             raise ConfigError(
@@ -47,9 +72,9 @@ def get_kernel(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str
                 f"{device.type} "
                 f"with {dtype}: set dtype to bf16, or attention.backend to sdpa"
             )
-        from ds_cp.attention.kernels.flash import flash_kernel
+        from ds_cp.attention.kernels.flash import flash_kernel, flash_rows
 
-        return name, flash_kernel
+        return name, Kernel(flash_kernel, flash_rows)
     raise ConfigError(
         f"attention.backend {name!r} is unknown; choose auto, reference, sdpa or flash_attn"
     )

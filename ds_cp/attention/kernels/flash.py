@@ -8,9 +8,9 @@ meet), zero keys give a lse of **+inf** (never asked: empty tiles do not exist),
 from __future__ import annotations
 
 import torch
-from flash_attn import flash_attn_func
+from flash_attn import flash_attn_func, flash_attn_with_kvcache
 
-from ds_cp.attention.spec import LayerSpec
+from ds_cp.attention.spec import LayerSpec, Padding
 from ds_cp.attention.state import NEG_INF, Partial, empty_partial, merge_all
 from ds_cp.attention.tiles import Tile, cover
 from ds_cp.layout import Runs
@@ -38,6 +38,27 @@ def flash_kernel(
         whole.out[rows] = merged.out
         whole.lse[rows] = merged.lse
     return whole
+
+
+def flash_rows(
+    q_BHD: torch.Tensor,
+    k_BGSD: torch.Tensor,
+    v_BGSD: torch.Tensor,
+    padding: Padding,
+    spec: LayerSpec,
+) -> Partial:
+    """One query per row over its own keys, in one call: flash-attn's decode kernel, to which the
+    gathered keys are a cache of ``padding.lengths``."""
+    out, lse = flash_attn_with_kvcache(
+        q_BHD.unsqueeze(1),
+        k_BGSD.transpose(1, 2),
+        v_BGSD.transpose(1, 2),
+        cache_seqlens=padding.lengths,
+        softmax_scale=spec.scale,
+        softcap=spec.softcap or 0.0,
+        return_softmax_lse=True,
+    )
+    return Partial(out[:, 0], lse[:, :, 0].float())
 
 
 def _tile(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ds_cp.attention.spec import LayerSpec
+from ds_cp.attention.spec import LayerSpec, Padding
 from ds_cp.attention.state import NEG_INF, Partial
 from ds_cp.layout import Runs
 
@@ -60,3 +60,21 @@ def reference_kernel(
     if compute is torch.float64:
         return Partial(out, lse)
     return Partial(out, lse.to(torch.float32))
+
+
+def reference_rows(
+    q_BHD: torch.Tensor,
+    k_BGSD: torch.Tensor,
+    v_BGSD: torch.Tensor,
+    padding: Padding,
+    spec: LayerSpec,
+) -> Partial:
+    """Softmax attention of one query per row over its own keys, computed in fp32."""
+    q_BGFD = q_BHD.float().unflatten(1, (spec.num_kv_heads, -1))
+    scores = torch.matmul(q_BGFD, k_BGSD.float().transpose(2, 3)) * spec.scale  # [B, G, H/G, S]
+    if spec.softcap is not None:
+        scores = spec.softcap * torch.tanh(scores / spec.softcap)
+    scores = scores + padding.mask.float()
+    lse = torch.logsumexp(scores, dim=-1)
+    mixed = torch.matmul(torch.exp(scores - lse.unsqueeze(-1)), v_BGSD.float())
+    return Partial(mixed.flatten(1, 2), lse.flatten(1, 2))

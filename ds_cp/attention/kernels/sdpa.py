@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import torch
 
-from ds_cp.attention.kernels.reference import reference_kernel
-from ds_cp.attention.spec import LayerSpec
+from ds_cp.attention.kernels.reference import reference_kernel, reference_rows
+from ds_cp.attention.spec import LayerSpec, Padding
 from ds_cp.attention.state import NEG_INF, Partial, empty_partial, merge_all
 from ds_cp.attention.tiles import Tile, cover
 from ds_cp.layout import Runs
@@ -50,6 +50,26 @@ def sdpa_kernel(
         whole.out[low:high] = part.out
         whole.lse[low:high] = part.lse
     return whole
+
+
+def sdpa_rows(
+    q_BHD: torch.Tensor,
+    k_BGSD: torch.Tensor,
+    v_BGSD: torch.Tensor,
+    padding: Padding,
+    spec: LayerSpec,
+) -> Partial:
+    """One query per row over its own keys, in one call; query heads of a KV head are folded into
+    rows."""
+    if spec.softcap is not None:
+        return reference_rows(q_BHD, k_BGSD, v_BGSD, padding, spec)
+    q_BGFD = q_BHD.unflatten(1, (spec.num_kv_heads, -1))
+    if q_BHD.device.type == "cpu":
+        out, lse = _cpu_op(q_BGFD, k_BGSD, v_BGSD, spec.scale, padding.mask, False)
+    else:
+        mask = padding.mask.expand(*q_BGFD.shape[:3], -1)
+        out, lse = _cuda_masked(q_BGFD, k_BGSD, v_BGSD, spec.scale, mask)
+    return Partial(out.flatten(1, 2), lse.flatten(1, 2))
 
 
 def _row_groups(tiles: tuple[Tile, ...]) -> list[tuple[int, int, list[Tile]]]:
@@ -163,6 +183,17 @@ def _cuda_op(
         room = mask.new_zeros(mask.shape[0], padded)
         room[:, : mask.shape[1]] = mask
         mask = room[:, : mask.shape[1]].expand(1, q.shape[1], -1, -1)
+    return _cuda_masked(q, k, v, scale, mask, causal)
+
+
+def _cuda_masked(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    mask: torch.Tensor | None,
+    causal: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
     found = torch.ops.aten._scaled_dot_product_efficient_attention(
         q, k, v, mask, True, 0.0, causal, scale=scale
     )
