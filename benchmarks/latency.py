@@ -56,13 +56,14 @@ MISS_TARGET, STREAM_TARGET = 0.15, 2.0  # hit / miss; median beside a prompt / q
 class Driver:
     """Rank 0's engine between two stops: requests come at any time, and every delta is stamped."""
 
-    def __init__(self, worker: Worker, facts: Facts, config: Config) -> None:
+    def __init__(self, worker: Worker, runner: ThreadRunner, facts: Facts, config: Config) -> None:
         self.core = EngineCore(build_scheduler(config, facts), None)
         self.stamps: dict[str, list[float]] = {}  # request -> when each of its tokens came
         self.cached: dict[str, int] = {}
         self.chunks: dict[int, list[tuple[float, int]]] = {}  # number -> (given at, tokens)
         self._worker = worker
-        self._runner = ThreadRunner(self._lead)
+        self._runner = runner
+        runner.lead = self._lead
         self._loop = StepLoop(self.core, self._runner)
         self._live: set[str] = set()
 
@@ -107,16 +108,17 @@ class Driver:
         for name in self._live:
             self.core.abort(name)
         self._loop.settle()
-        self._runner.close()
-        self._worker.lead(StepPlan(0, "stop"))
+        self._runner.call(lambda: self._worker.lead(StepPlan(0, "stop"))).result()
 
 
 class Sessions:
     """Engines one after the other on the same ranks. Every rank opens each; only rank 0 gets a
     driver, the others have followed it to its end when the block is left."""
 
-    def __init__(self, worker: Worker, facts: Facts, config: Callable[[float], Config]) -> None:
-        self._worker, self._facts, self._config = worker, facts, config
+    def __init__(
+        self, worker: Worker, runner: ThreadRunner, facts: Facts, config: Callable[[float], Config]
+    ) -> None:
+        self._worker, self._runner, self._facts, self._config = worker, runner, facts, config
         self.is_driver = worker.world.rank == 0
 
     @contextmanager
@@ -125,7 +127,7 @@ class Sessions:
             yield None
             self._worker.follow()
             return
-        driver = Driver(self._worker, self._facts, self._config(slowdown))
+        driver = Driver(self._worker, self._runner, self._facts, self._config(slowdown))
         try:
             yield driver
         finally:
@@ -355,9 +357,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     for variable, value in socket_environment(job).items():
         os.environ.setdefault(variable, value)
-    world, _ = join_job(job, config(2.0))
-    worker, facts = build_worker(world, config(2.0), None, threads)
-    sessions = Sessions(worker, facts, config)
+
+    def build() -> tuple[Worker, Facts]:
+        world, _ = join_job(job, config(2.0))
+        return build_worker(world, config(2.0), None, threads)
+
+    runner = ThreadRunner()  # on rank 0 everything is computed there, as in a worker's process
+    worker, facts = runner.call(build).result() if job.rank == 0 else build()
+    world = worker.world
+    sessions = Sessions(worker, runner, facts, config)
     shared = prefix(sessions, args) if args.prefix else {}
     prompts = [beside(sessions, slowdown, length, args) for slowdown, length in runs]
     if sessions.is_driver:
@@ -380,6 +388,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.out:
             args.out.write_text(json.dumps(result, indent=1) + "\n")
         print(json.dumps(result))
+    runner.close()
     world.leave()
 
 

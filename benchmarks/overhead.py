@@ -77,23 +77,23 @@ class Runner(ThreadRunner):
         """Wait until nothing computes."""
         wait(self._flying)
 
-    def call(self, work: Callable[[], Any]) -> Any:
-        """Do something else in the thread that runs the steps."""
-        return self._thread.submit(work).result()
+    def done(self, work: Callable[[], Any]) -> Any:
+        """Do something else in the thread that runs the steps, and wait for it."""
+        return self.call(work).result()
 
 
 class Streams:
     """Requests of one engine that all stream, stepped when asked and still in between."""
 
     def __init__(
-        self, worker: Worker, facts: Facts, config: Config, tokenizer: Any,
+        self, worker: Worker, runner: Runner, facts: Facts, config: Config, tokenizer: Any,
         prompts: Sequence[Sequence[int]], new: int,
     ) -> None:  # fmt: skip
         scheduler = build_scheduler(config, facts)
         scheduler._pacer = None  # all prompts as soon as possible, so that streams are as long
         self.worker = worker
         self.core = EngineCore(scheduler, tokenizer)
-        self.runner = Runner(worker.lead)
+        self.runner = runner
         self._loop = StepLoop(self.core, self.runner)
         self.tokens: list[list[int]] = [[] for _ in prompts]
         params = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True)
@@ -135,7 +135,7 @@ class Streams:
                 clock.clear()
                 plan = clock.time("schedule", self.core.plan)
                 assert plan is not None
-                outcome = self.runner.call(partial(clock.time, "lead", self.worker.lead, plan))
+                outcome = self.runner.done(partial(clock.time, "lead", self.worker.lead, plan))
                 clock.time("apply", self.core.apply, outcome)
                 for part in PARTS:
                     found[part].append(clock.seconds.get(part.strip(), 0.0))
@@ -145,8 +145,7 @@ class Streams:
         for request_id in range(len(self.tokens)):
             self.core.abort(str(request_id))
         self._loop.settle()
-        self.runner.close()
-        self.worker.lead(StepPlan(0, "stop"))
+        self.runner.done(partial(self.worker.lead, StepPlan(0, "stop")))
 
 
 class Clock:
@@ -240,11 +239,11 @@ def measure(
     prompts = [[rng.randrange(100, 40_000) for _ in range(args.context)] for _ in range(batch)]
     streams = make(prompts)
     try:
-        other = streams.runner.call(lambda: Transformers(model, prompts))
+        other = streams.runner.done(lambda: Transformers(model, prompts))
         rounds: dict[str, list[float]] = {n: [] for n in ("step", "forward", "lead", "other")}
         for _ in range(args.rounds):
             step, forward, lead = streams.steps(args.steps)
-            beside = streams.runner.call(lambda: other.steps(args.steps + 2))[2:]
+            beside = streams.runner.done(lambda: other.steps(args.steps + 2))[2:]
             for name, seconds in zip(rounds, (step, forward, lead, beside), strict=True):
                 rounds[name].append(statistics.median(seconds))
         parts = streams.parts(args.steps)
@@ -313,15 +312,21 @@ def main(argv: Sequence[str] | None = None) -> None:
             "scheduler": {"max_num_seqs": max(batches)},
         }
     )
-    torch.set_num_threads(args.threads)
     source = find_model(MODEL)
-    model = load_model(source, torch.float32, torch.device("cpu"))
-    alone = World(0, Topology(("here",)), torch.device("cpu"), 60.0, joined=False)
-    worker, facts = build_worker(alone, config, model, args.threads)
+
+    def build() -> tuple[Any, Worker, Facts]:
+        torch.set_num_threads(args.threads)
+        model = load_model(source, torch.float32, torch.device("cpu"))
+        alone = World(0, Topology(("here",)), torch.device("cpu"), 60.0, joined=False)
+        return model, *build_worker(alone, config, model, args.threads)
+
+    runner = Runner()
+    model, worker, facts = runner.done(build)  # where the steps run, see ThreadRunner
+    runner.lead = worker.lead
     tokenizer = load_tokenizer(source)
 
     def make(prompts: Sequence[Sequence[int]]) -> Streams:
-        return Streams(worker, facts, config, tokenizer, prompts, new)
+        return Streams(worker, runner, facts, config, tokenizer, prompts, new)
 
     rows = []
     for batch in batches:
@@ -340,6 +345,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "target": {"batch": TARGET_BATCH, "overhead": TARGET},
         "batches": rows,
     }
+    runner.close()
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))

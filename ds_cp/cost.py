@@ -13,6 +13,11 @@ WORTH = 0.7  # several ranks must bring the predicted time below this share of o
 CLOSE = 1.05  # of the least time is as good: the fewest such ranks are taken
 
 
+def attention_share(num_layers: int, num_q_heads: int, head_dim: int, weights: int) -> float:
+    """Operations of a token's attention to one stored token over those of its linear layers."""
+    return 4.0 * num_q_heads * head_dim * num_layers / (2.0 * max(weights, 1))
+
+
 @dataclass(frozen=True)
 class CostModel:
     """One rank and its links.

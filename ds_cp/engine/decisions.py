@@ -4,7 +4,7 @@ decided. No torch here."""
 from __future__ import annotations
 
 from ds_cp.config import Config
-from ds_cp.cost import CostModel
+from ds_cp.cost import CostModel, attention_share
 from ds_cp.engine.admission import Limits
 from ds_cp.engine.pacing import ChunkPacer
 from ds_cp.engine.policy import ModePolicy
@@ -49,7 +49,12 @@ def build_scheduler(config: Config, facts: Facts, paced: bool = True) -> Schedul
         ),
         topology.ring_order(),
         prefix_caching=config.kv_cache.prefix_caching,
-        pacer=ChunkPacer(config.scheduler.decode_slowdown if paced else None),
+        pacer=ChunkPacer(
+            config.scheduler.decode_slowdown if paced else None,
+            attention_share(
+                facts.num_layers, facts.num_q_heads // facts.tp_size, facts.head_dim, facts.weights
+            ),
+        ),
     )
 
 

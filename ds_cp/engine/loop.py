@@ -1,16 +1,18 @@
-"""One step runs while the next one is planned: the same loop for the server and for scripts."""
+"""One step runs while the next one is planned: for the server, whose ranks are elsewhere, and for
+scripts, which are a rank themselves."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from ds_cp.engine.core import EngineCore
 from ds_cp.engine.params import Delta
 from ds_cp.engine.plan import Outcome, StepPlan
 
+T = TypeVar("T")
 DEPTH = 2  # steps under way: one runs, one is ready
 
 
@@ -28,15 +30,24 @@ class Runner(Protocol):
 
 class ThreadRunner:
     """Runs plans in a thread of this process; torch lets go of the interpreter while it
-    computes."""
+    computes.
 
-    def __init__(self, lead: Callable[[StepPlan], Outcome]) -> None:
-        self._lead = lead
+    Whatever computes in this process belongs in that thread (``call``): torch keeps a pool of CPU
+    threads for each thread that computes, and two pools slow each other down by half.
+    """
+
+    def __init__(self, lead: Callable[[StepPlan], Outcome] | None = None) -> None:
+        self.lead = lead
         self._thread = ThreadPoolExecutor(1, "ds_cp steps")
         self._flying: list[Future[Outcome]] = []
 
+    def call(self, work: Callable[[], T]) -> Future[T]:
+        """Do something else there."""
+        return self._thread.submit(work)
+
     def submit(self, plan: StepPlan) -> None:
-        self._flying.append(self._thread.submit(self._lead, plan))
+        assert self.lead is not None
+        self._flying.append(self._thread.submit(self.lead, plan))
 
     def outcome(self) -> Outcome:
         return self._flying.pop(0).result()
@@ -78,3 +89,52 @@ class StepLoop:
         while self.num_flying:
             self._runner.outcome()
             self.num_flying -= 1
+
+
+class HereLoop:
+    """Drives a core over ``lead``, which runs a plan in the caller's own thread: the one in which
+    torch has its pool of CPU threads already (see ``ThreadRunner``). Meanwhile a helper notes the
+    tokens of the step before and plans the one after."""
+
+    def __init__(self, core: EngineCore, lead: Callable[[StepPlan], Outcome]) -> None:
+        self._core = core
+        self._lead = lead
+        self._helper = ThreadPoolExecutor(1, "ds_cp plans")
+        self._planned: StepPlan | None = None
+        self._outcome: Outcome | None = None
+
+    @property
+    def num_flying(self) -> int:
+        """Steps that are planned or whose tokens are not noted yet."""
+        return (self._planned is not None) + (self._outcome is not None)
+
+    def advance(self) -> list[Delta]:
+        """Run the next step and return what the one before it adds; once nothing more can be
+        planned, what the last one adds."""
+        plan = self._planned or self._core.plan()
+        self._planned = None
+        if plan is None:
+            return self._note_last()
+        beside = self._helper.submit(self._beside)
+        try:
+            outcome = self._lead(plan)
+        finally:
+            deltas, self._planned = beside.result()
+        self._outcome = outcome
+        return deltas
+
+    def _beside(self) -> tuple[list[Delta], StepPlan | None]:
+        return self._note_last(), self._core.plan()
+
+    def _note_last(self) -> list[Delta]:
+        outcome, self._outcome = self._outcome, None
+        return [] if outcome is None else self._core.apply(outcome)
+
+    def settle(self) -> None:
+        """Run what is planned, so that ranks and books agree, and drop what it brings: its requests
+        are gone. Then end the helper."""
+        self._outcome = None
+        if self._planned is not None:
+            plan, self._planned = self._planned, None
+            self._lead(plan)
+        self._helper.shutdown(wait=True)

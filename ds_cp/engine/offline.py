@@ -8,13 +8,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
-import torch
-
 from ds_cp.comm.wire import World
 from ds_cp.config import Config, load_config
 from ds_cp.engine.core import EngineCore
 from ds_cp.engine.decisions import build_scheduler, summary
-from ds_cp.engine.loop import StepLoop, ThreadRunner
+from ds_cp.engine.loop import HereLoop
 from ds_cp.engine.params import (
     CompletionOutput,
     Delta,
@@ -23,7 +21,7 @@ from ds_cp.engine.params import (
     SamplingParams,
     TokenLogprob,
 )
-from ds_cp.engine.plan import Outcome, StepPlan
+from ds_cp.engine.plan import StepPlan
 from ds_cp.engine.process import socket_environment
 from ds_cp.engine.request import Request
 from ds_cp.engine.startup import build_worker, join_job
@@ -206,8 +204,7 @@ class LLMEngine:
             self._worker.follow()
             return
         core = self._driver
-        runner = ThreadRunner(self._lead)
-        loop = StepLoop(core, runner)
+        loop = HereLoop(core, self._worker.lead)
         live: dict[str, _Collector] = {}
         try:
             yield from self._drive(iter(requests), loop, live)
@@ -217,13 +214,12 @@ class LLMEngine:
             try:
                 loop.settle()
             finally:
-                runner.close()
                 self._worker.lead(StepPlan(0, "stop"))
 
     def _drive(
         self,
         requests: Iterator[_Ready | RequestFailure],
-        loop: StepLoop,
+        loop: HereLoop,
         live: dict[str, _Collector],
     ) -> Iterator[RequestOutput | RequestFailure]:
         core, room = self._driver, self._config.scheduler.max_queue
@@ -247,11 +243,6 @@ class LLMEngine:
                 if collector.is_done:
                     del live[delta.request_id]
                     yield collector.output()
-
-    def _lead(self, plan: StepPlan) -> Outcome:
-        if self._worker.cp.device.type == "cuda":
-            torch.cuda.set_device(self._worker.cp.device)
-        return self._worker.lead(plan)
 
     def _prepare(self, request: PromptRequest) -> _Ready:
         prompt, text = request.prompt, None

@@ -17,7 +17,7 @@ from ds_cp.engine.admission import Limits, check_request
 from ds_cp.engine.chunks import cut_chunk
 from ds_cp.engine.homes import Homes
 from ds_cp.engine.moving import Mover
-from ds_cp.engine.pacing import ChunkPacer
+from ds_cp.engine.pacing import LEAST_CHUNK, ChunkPacer
 from ds_cp.engine.params import RequestOptions, SamplingParams
 from ds_cp.engine.plan import Begin, Chunk, Decodes, Fork, Sampling, StepPlan, Transfer
 from ds_cp.engine.policy import ModePolicy
@@ -36,13 +36,14 @@ class _Draft:
 
     def __init__(self, budget: Sequence[int]) -> None:
         self.left = list(budget)  # tokens that each rank may still compute
+        self.work = [0.0] * len(budget)  # on prompts, of each rank
+        self.allowance = 0.0  # what that may become
         self.transfers: list[Transfer] = []
         self.begins: list[Begin] = []
         self.grown: list[tuple[int, Home]] = []
         self.chunks: list[Chunk] = []
         self.decodes: dict[tuple[str, str], list[int]] = {}
         self.forks: list[Fork] = []
-        self.prompt_share = 0  # largest number of prompt tokens on one rank
 
 
 class Scheduler:
@@ -78,7 +79,7 @@ class Scheduler:
         self._steps = 0
         self._ended: list[int] = []  # requests that the ranks should forget
         self._looking_back: dict[int, Request] = {}  # whose draws depend on earlier tokens
-        self._flying: dict[int, tuple[int, int]] = {}  # step -> streams, prompt tokens of one rank
+        self._flying: dict[int, tuple[int, float]] = {}  # step -> streams, work on prompts
 
     # --- requests come and go
 
@@ -173,9 +174,11 @@ class Scheduler:
         if self.mover.is_moving:
             self._move(draft)
         self._decode(draft)
+        streams = sum(map(len, draft.decodes.values()))
         if self._pacer is not None:
-            most = self._pacer.chunk(sum(map(len, draft.decodes.values())))
-            draft.left = [min(left, most) for left in draft.left]
+            draft.allowance = self._pacer.allowance(streams)
+            if not draft.allowance:
+                draft.left = [0] * self._ranks
         may_start = self.num_preemptions == before  # who just gave way must not take blocks back
         for request in [r for r in self.running if r.prefilling]:
             if may_start:
@@ -186,7 +189,9 @@ class Scheduler:
         if not (draft.decodes or draft.chunks or draft.transfers or draft.begins):
             return None
         self._steps += 1
-        self._flying[self._steps] = sum(map(len, draft.decodes.values())), draft.prompt_share
+        self._flying[self._steps] = streams, max(draft.work)
+        if self._pacer is not None:
+            self._pacer.plan(streams, max(draft.work))
         plan = StepPlan(
             self._steps, "run", tuple(self._ended), self._news(), tuple(draft.transfers),
             tuple(draft.begins), tuple(draft.grown), tuple(draft.chunks),
@@ -198,9 +203,9 @@ class Scheduler:
 
     def note_step(self, step: int, seconds: float) -> None:
         """How long a step took, from which the next chunks are sized."""
-        streams, prompt_share = self._flying.pop(step, (0, 0))
+        streams, work = self._flying.pop(step, (0, 0.0))
         if self._pacer is not None:
-            self._pacer.note(seconds, streams, prompt_share)
+            self._pacer.note(seconds, streams, work)
 
     def took(self, request: Request, token: int) -> str | None:
         """Note a drawn token; returns the reason when it ends the request (stop strings apart)."""
@@ -329,17 +334,19 @@ class Scheduler:
     # --- prompts
 
     def _prefill(self, request: Request, draft: _Draft) -> None:
-        """The next chunk of a prompt, in what the budgets leave."""
-        most = SCORED_TOKENS if request.params.prompt_logprobs is not None else None
+        """The next chunk of a prompt, in what the budgets and the time leave."""
+        past = request.num_computed
+        most = self._most_tokens(request, past, draft)
         cut = cut_chunk(request, draft.left, self._layout, self._policy, most)
         if cut is None:
             return
-        table = request.table
-        assert table is not None
         draft.chunks.append(cut.chunk)
         for rank, count in enumerate(cut.owned):
             draft.left[rank] -= count
-        draft.prompt_share = max(draft.prompt_share, *cut.owned)
+            if self._pacer is not None and count:
+                draft.work[rank] += self._pacer.work(count, sum(cut.owned), past)
+                if draft.work[rank] + 1.0 > draft.allowance:
+                    draft.left[rank] = 0
         if cut.chunk.mode not in request.modes:
             request.modes.append(cut.chunk.mode)
         self.homes.name_blocks(request)
@@ -352,6 +359,17 @@ class Scheduler:
                 if sibling.finish_reason is None:
                     self._fork(request, sibling, draft)
             request.siblings = []
+
+    def _most_tokens(self, request: Request, past: int, draft: _Draft) -> int | None:
+        """A limit to the next chunk, apart from the budgets: in time, and in logits to keep."""
+        scored = SCORED_TOKENS if request.params.prompt_logprobs is not None else None
+        if self._pacer is None:
+            return scored
+        done = max(draft.work[rank] for rank in request.workers)
+        most = self._pacer.tokens(draft.allowance - done, past, len(request.workers))
+        if not done:
+            most = max(most, LEAST_CHUNK)
+        return most if scored is None else min(most, scored)
 
     def _fork(self, parent: Request, child: Request, draft: _Draft) -> None:
         """Another answer to the same prompt: it shares the blocks of all but the last token."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ from ds_cp.model.source import find_model
 from ds_cp.serve.app import create_app
 from ds_cp.serve.async_engine import AsyncEngine
 from ds_cp.serve.border import Ready
-from ds_cp.serve.ports import LocalPort
+from ds_cp.serve.ports import Books, Lead, LocalPort, Sent
 from ds_cp.serve.settings import server_settings
 from ds_cp.topology.job import Job
 
@@ -31,11 +31,17 @@ async def open_app(config: Config, job: Job) -> AsyncIterator[Any]:
     The other ranks call ``follow`` meanwhile. Raises the typed errors of a start that fails.
     """
     source = find_model(config.model)
-    world, threads = join_job(job, config)
-    worker, facts = build_worker(world, config, source, threads)
+    leaves: list[Callable[[], None]] = []
 
-    def books() -> dict[str, tuple[int, int]]:
-        return {k: (e.bytes, e.exchanges) for k, e in world.ledger.schemes().items()}
+    def build() -> tuple[Lead, Books, Ready]:
+        world, threads = join_job(job, config)
+        leaves.append(world.leave)
+        worker, facts = build_worker(world, config, source, threads)
+
+        def books() -> Sent:
+            return {k: (e.bytes, e.exchanges) for k, e in world.ledger.schemes().items()}
+
+        return worker.lead, books, Ready(facts, tuple(summary(config, facts)))
 
     loop = asyncio.get_running_loop()
     ready: asyncio.Future[None] = loop.create_future()
@@ -57,8 +63,7 @@ async def open_app(config: Config, job: Job) -> AsyncIterator[Any]:
         loop.call_soon_threadsafe(fail)
 
     engine = AsyncEngine(
-        config, source.name,
-        LocalPort(worker.lead, books, facts, summary(config, facts)), loop,
+        config, source.name, LocalPort(build), loop,
         lambda: load_tokenizer(source), on_ready, on_death, paced=False,
     )  # fmt: skip
     engine.start()
@@ -69,7 +74,8 @@ async def open_app(config: Config, job: Job) -> AsyncIterator[Any]:
             yield app
     finally:
         await engine.stop(LEAVE_S)
-        world.leave()
+        for leave in leaves:
+            leave()
 
 
 def follow(config: Config, job: Job) -> int:

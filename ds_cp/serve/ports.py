@@ -4,16 +4,17 @@ this process."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from ds_cp.engine.loop import ThreadRunner
 from ds_cp.engine.plan import Outcome, StepPlan
-from ds_cp.engine.startup_facts import Facts
 from ds_cp.errors import EngineDeadError
 from ds_cp.serve.border import Border, Failed, FromWorker, Ready, Result
 
 Sent = dict[str, tuple[int, int]]  # scheme -> (bytes, exchanges)
+Lead = Callable[[StepPlan], Outcome]
+Books = Callable[[], Sent]
 
 
 class WorkerPort(Protocol):
@@ -96,31 +97,26 @@ class BorderPort:
 
 
 class LocalPort:
-    """A worker in this process, which steps in a thread of its own.
+    """A worker in this process. It is built, and steps, in a thread of its own, the only one that
+    computes.
 
-    ``lead`` runs a plan; ``books`` gives what rank 0 has sent.
+    ``build`` gives what runs a plan, what tells what rank 0 has sent, and the first word.
     """
 
-    def __init__(
-        self,
-        lead: Callable[[StepPlan], Outcome],
-        books: Callable[[], Sent],
-        facts: Facts,
-        summary: Sequence[str],
-    ) -> None:
-        self._runner = ThreadRunner(lead)
-        self._lead = lead
-        self._books = books
-        self._ready = Ready(facts, tuple(summary))
+    def __init__(self, build: Callable[[], tuple[Lead, Books, Ready]]) -> None:
+        self._runner = ThreadRunner()
+        self._building = self._runner.call(build)
+        self._books: Books | None = None
 
     @property
     def sent(self) -> Sent:
         """As of now."""
-        return self._books()
+        return self._books() if self._books is not None else {}
 
     def ready(self) -> Ready:
-        """It is: the worker was built before."""
-        return self._ready
+        """Once the worker is built. Raises what kept it from that."""
+        self._runner.lead, self._books, ready = self._building.result()
+        return ready
 
     def submit(self, plan: StepPlan) -> None:
         """Queue a plan for the thread."""
@@ -132,5 +128,6 @@ class LocalPort:
 
     def leave(self) -> None:
         """Run the last plan and end the thread."""
+        self._runner.submit(StepPlan(0, "stop"))
+        self._runner.outcome()
         self._runner.close()
-        self._lead(StepPlan(0, "stop"))

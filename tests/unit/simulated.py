@@ -19,7 +19,7 @@ from ds_cp.cost import CostModel
 from ds_cp.engine.admission import Limits
 from ds_cp.engine.core import EngineCore
 from ds_cp.engine.mirror import Item, Mirror, RunningSequence, StepWork, check_item
-from ds_cp.engine.pacing import ChunkPacer
+from ds_cp.engine.pacing import PATIENCE, ChunkPacer
 from ds_cp.engine.params import Delta, RequestOptions, SamplingParams
 from ds_cp.engine.plan import Outcome, Sampled, Scored, StepPlan, Transfer, decode_plan, encode_plan
 from ds_cp.engine.policy import ModePolicy
@@ -162,6 +162,8 @@ class Cluster:
         self.budget = budget
         self.depth = depth
         self.model = Model(eos_every)
+        self.patience = PATIENCE if pacer is not None else 0  # steps that a prompt may be held
+        self.held = 0
         self.mirrors = [Mirror(rank, block_size) for rank in range(len(blocks))]
         self.memory: list[list[int | None]] = [[None] * (n * block_size) for n in blocks]
         self.lives: dict[int, Life] = {}  # by request number
@@ -351,7 +353,9 @@ class Cluster:
                 for begin in plan.begins
             )
             served = {chunk.request for chunk in plan.chunks}
-            assert urgent or prompts[0].number in served, "the first prompt starves"
+            waits = not urgent and prompts[0].number not in served
+            self.held = self.held + 1 if waits else 0
+            assert self.held <= self.patience, "the first prompt starves"
         if plan.begins and len(self.scheduler.waiting):
             first = self.scheduler.waiting.first()
             last = max(self.lives[begin.request].request.order for begin in plan.begins)

@@ -12,6 +12,8 @@ What is known of these operators, and handled here and nowhere else (torch 2.13)
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from ds_cp.attention.kernels.reference import reference_kernel, reference_rows
@@ -19,6 +21,9 @@ from ds_cp.attention.spec import LayerSpec, Padding
 from ds_cp.attention.state import NEG_INF, Partial, empty_partial, merge_all
 from ds_cp.attention.tiles import Tile, cover
 from ds_cp.layout import Runs
+
+OP_ROWS = 32  # query rows that the CPU operator takes as one task while there are few
+PART_KEYS = 512  # keys at least, for a part to be worth it
 
 
 def sdpa_kernel(
@@ -125,14 +130,45 @@ def _folded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: LayerSpec) 
     fold = num_heads // spec.num_kv_heads
     op = _cpu_op if q.device.type == "cpu" else _cuda_op
     if num_tokens == 1:  # a decode step: the fold is a view
-        one = q.reshape(1, spec.num_kv_heads, fold, head_dim)
-        out, lse = op(one, _heads_first(k), _heads_first(v), spec.scale, None, False)
+        rows = q.reshape(spec.num_kv_heads, fold, head_dim)
+    else:
+        rows = q.unflatten(1, (spec.num_kv_heads, fold)).permute(1, 2, 0, 3).flatten(1, 2)
+    parts = _parts(spec.num_kv_heads * -(-rows.shape[1] // OP_ROWS), k) if op is _cpu_op else 1
+    if parts > 1:
+        out, lse = _in_parts(rows, k, v, spec.scale, parts)
+    else:
+        out, lse = op(rows.unsqueeze(0), _heads_first(k), _heads_first(v), spec.scale, None, False)
+    if num_tokens == 1:
         return Partial(out.reshape(1, num_heads, head_dim), lse.reshape(1, num_heads))
-    rows = q.unflatten(1, (spec.num_kv_heads, fold)).permute(1, 2, 0, 3).flatten(1, 2)
-    out, lse = op(rows.unsqueeze(0), _heads_first(k), _heads_first(v), spec.scale, None, False)
     out = out[0].unflatten(1, (fold, num_tokens)).permute(2, 0, 1, 3).flatten(1, 2)
     lse = lse[0].unflatten(1, (fold, num_tokens)).permute(2, 0, 1).flatten(1, 2)
     return Partial(out, lse)
+
+
+def _parts(tasks: int, k_SGD: torch.Tensor) -> int:
+    """Into how many parts the CPU operator's keys should be cut. It deals out whole (head, rows)
+    tasks to threads, and a few of them do not divide evenly: 3 KV heads keep 2 threads busy for the
+    time of 4. Each part of the keys is a task of its own."""
+    threads = torch.get_num_threads()
+    if tasks >= 8 * threads or tasks % threads == 0:
+        return 1
+    return max(1, min(threads // math.gcd(tasks, threads), k_SGD.shape[0] // PART_KEYS))
+
+
+def _in_parts(
+    rows_GRD: torch.Tensor, k_SGD: torch.Tensor, v_SGD: torch.Tensor, scale: float, parts: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over equal parts of the keys side by side and over the few that are left, merged
+    (split-KV, as flash-decoding does it). ``[1, G, R, D]`` fp32 and ``[1, G, R]``."""
+    each = k_SGD.shape[0] // parts
+    k, v = (x[: parts * each].unflatten(0, (parts, each)).transpose(1, 2) for x in (k_SGD, v_SGD))
+    out, lse = _cpu_op(rows_GRD.expand(parts, -1, -1, -1), k, v, scale, None, False)
+    if parts * each < k_SGD.shape[0]:
+        k, v = (_heads_first(x[parts * each :]) for x in (k_SGD, v_SGD))
+        last = _cpu_op(rows_GRD.unsqueeze(0), k, v, scale, None, False)
+        out, lse = torch.cat([out, last[0]]), torch.cat([lse, last[1]])
+    weights = torch.softmax(lse, dim=0).unsqueeze(-1)
+    return (out * weights).sum(dim=0, keepdim=True), torch.logsumexp(lse, dim=0, keepdim=True)
 
 
 def _heads_first(x_THD: torch.Tensor) -> torch.Tensor:
