@@ -73,3 +73,7 @@ class CommError(DsCpError):
 
 class EngineDeadError(DsCpError):
     """The engine has stopped; no request can be served any more."""
+
+
+class IntegrityError(EngineDeadError):
+    """A fault of ds_cp: the books of KV blocks do not balance, so no result could be trusted."""

@@ -243,6 +243,7 @@ class LLMEngine:
                 if collector.is_done:
                     del live[delta.request_id]
                     yield collector.output()
+        core.check_integrity()
 
     def _prepare(self, request: PromptRequest) -> _Ready:
         prompt, text = request.prompt, None

@@ -207,12 +207,13 @@ class BlockAllocator:
         stray = named.keys() - counts.keys() - cached
         assert not stray, f"free blocks with a key: {sorted(stray)}"
         if references is not None:
-            differ = {
-                home: (counts.get(home, 0), references.get(home, 0))
+            differ = sorted(
+                home
                 for home in counts.keys() | references.keys()
                 if counts.get(home, 0) != references.get(home, 0)
-            }
-            assert not differ, f"block: (references, holders) differ: {differ}"
+            )
+            some = {home: (counts.get(home, 0), references.get(home, 0)) for home in differ[:8]}
+            assert not differ, f"{len(differ)} blocks: (references, holders) differ: {some}"
 
     def _of(self, rank: int) -> _RankBlocks:
         if not 0 <= rank < len(self._ranks):

@@ -193,10 +193,14 @@ class AsyncEngine:
         core = self._core
         assert core is not None
         loop = StepLoop(core, _Timed(self._port, self._note_seconds), self._lock)
+        worked = False
         while True:
             with self._wake:
                 idle = not core.has_work and not loop.num_flying
                 if idle and not self._stopping:
+                    if worked:
+                        core.check_integrity()
+                        worked = False
                     self._wake.wait(timeout=idle_s)
                     idle = not core.has_work
                 if self._stopping:
@@ -205,6 +209,7 @@ class AsyncEngine:
                 self._port.submit(StepPlan(0, "idle"))
                 self._port.outcome()
                 continue
+            worked = True
             deltas = loop.advance()
             with self._lock:
                 pairs = [(self._streams.get(delta.request_id), delta) for delta in deltas]

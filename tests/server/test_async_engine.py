@@ -1,0 +1,125 @@
+"""The engine's thread over a pretended worker: it balances its books whenever it falls idle."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from ds_cp.config import load_config
+from ds_cp.engine.core import EngineCore
+from ds_cp.engine.mirror import Mirror
+from ds_cp.engine.params import SamplingParams
+from ds_cp.engine.plan import Outcome, Sampled, StepPlan
+from ds_cp.engine.startup_facts import Facts
+from ds_cp.errors import DsCpError, EngineDeadError
+from ds_cp.serve.async_engine import AsyncEngine
+from ds_cp.serve.border import Ready
+
+BLOCK = 4
+FACTS = Facts(
+    hosts=("here",), cp_size=1, tp_size=1, device="cpu", dtype="float32", kernel="sdpa",
+    max_model_len=100, vocab_size=50, eos_token_ids=(), num_q_heads=2, num_kv_heads=1,
+    block_size=BLOCK, blocks_per_rank=(30,), bytes_per_token=8, num_layers=1, threads=1,
+    exactness=0.0, links=(), flops_per_s=1e9, weights=100, head_dim=4,
+)  # fmt: skip
+
+
+class Port:
+    """One rank that draws token 7."""
+
+    sent: dict[str, tuple[int, int]] = {}
+
+    def __init__(self) -> None:
+        self.plans: deque[StepPlan] = deque()
+        self.mirror = Mirror(0, BLOCK)
+
+    def ready(self) -> Ready:
+        return Ready(FACTS, ())
+
+    def submit(self, plan: StepPlan) -> None:
+        self.plans.append(plan)
+
+    def outcome(self) -> Outcome:
+        plan = self.plans.popleft()
+        if plan.kind != "run":
+            return Outcome(plan.step)
+        draws = self.mirror.apply(plan).draws
+        return Outcome(plan.step, tuple(Sampled(d.sequence.number, 7, 0.0) for d in draws))
+
+    def leave(self) -> None:
+        pass
+
+
+class Served:
+    def __init__(self) -> None:
+        self.died: list[DsCpError] = []
+        self.engine: AsyncEngine
+
+    def run(self, work: Callable[[AsyncEngine], Any]) -> None:
+        async def main() -> None:
+            ready = asyncio.Event()
+            loop = asyncio.get_running_loop()
+            self.engine = AsyncEngine(
+                load_config({"model": "pretended"}), "pretended", Port(), loop, lambda: None,
+                lambda _: loop.call_soon_threadsafe(ready.set),  # type: ignore[arg-type, return-value]
+                lambda err, _: self.died.append(err),
+            )  # fmt: skip
+            self.engine.start()
+            await asyncio.wait_for(ready.wait(), 10)
+            await asyncio.wait_for(work(self.engine), 20)
+            await self.engine.stop(10)
+
+        asyncio.run(main())
+
+
+async def ask(engine: AsyncEngine, name: str, new: int = 9) -> list[int]:
+    params = SamplingParams(max_tokens=new, temperature=0.0)
+    return [t async for delta in engine.generate(name, [1, 2, 3], params) for t in delta.token_ids]
+
+
+async def until(done: Callable[[], bool]) -> None:
+    while not done():
+        await asyncio.sleep(0.005)
+
+
+def test_books_are_balanced_at_each_idle_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    checks: list[bool] = []
+    real = EngineCore.check_integrity
+
+    def counted(core: EngineCore) -> None:
+        real(core)
+        checks.append(core.has_work)
+
+    monkeypatch.setattr(EngineCore, "check_integrity", counted)
+
+    async def work(engine: AsyncEngine) -> None:
+        for turn in range(1, 4):
+            both = await asyncio.gather(ask(engine, "a"), ask(engine, "b"))
+            assert both == [[7] * 9, [7] * 9]
+            await until(lambda turn=turn: len(checks) >= turn)  # type: ignore[misc]
+
+    served = Served()
+    served.run(work)
+    assert not served.died and not any(checks)
+
+
+def test_books_that_do_not_balance_end_the_engine_with_the_numbers() -> None:
+    async def work(engine: AsyncEngine) -> None:
+        assert await ask(engine, "a") == [7] * 9
+        core = engine._core
+        assert core is not None
+        core.scheduler.allocator.allocate(0, 1)  # a block that nobody holds
+        assert await ask(engine, "b") == [7] * 9
+        await until(lambda: engine.state == "dead")
+        with pytest.raises(EngineDeadError, match="the engine is dead"):
+            await ask(engine, "c")
+
+    served = Served()
+    served.run(work)
+    [err] = served.died
+    assert "books do not balance (1 blocks: (references, holders) differ: {(0, " in str(err)
+    assert "\n" not in str(err)
