@@ -51,7 +51,6 @@ from ds_cp.topology.job import detect
 
 MODEL = ".cache/smollm2-135m-instruct"
 BLOCK = 64  # tokens
-SLACK = 1.5  # of the KV that an even spread needs, so that nothing is preempted
 TARGET = 0.95  # B / A
 
 
@@ -151,8 +150,9 @@ class Watch:
         return outcome
 
 
-def config_of(case: Case, tokens: int, placement: str, slowdown: float) -> Config:
-    spread = 1.0 if case.ranks == 1 else SLACK / case.ranks
+def config_of(case: Case, tokens: int, slack: float, placement: str, slowdown: float) -> Config:
+    """``slack``: KV of all ranks together / of what an even spread needs."""
+    spread = 1.0 if case.ranks == 1 else slack / case.ranks
     return load_config(
         {
             "model": MODEL,
@@ -296,6 +296,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--few", type=int, default=8, help="requests of S, R, T; 0: without")
     parser.add_argument("--tokens", type=int, default=32, help="new tokens of each request")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument(
+        "--slack", type=float, default=2.5,
+        help="KV of all ranks / of what is needed; 2.5: two of four ranks hold all requests",
+    )  # fmt: skip
     parser.add_argument("--placement", default="round_robin", help="under mode ring and tree")
     parser.add_argument("--slowdown", type=float, default=2.0, help="scheduler.decode_slowdown")
     parser.add_argument("--out", type=Path)
@@ -305,7 +309,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     job = detect(os.environ)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", job.interface or "lo")
     cases = [c for c in CASES if c.ranks <= job.world_size and not (c.few and args.few < 1)]
-    configs = [config_of(case, budget, args.placement, args.slowdown) for case in cases]
+    configs = [config_of(case, budget, args.slack, args.placement, args.slowdown) for case in cases]
     world, _ = join_job(job, configs[-1])
     model = load_model(find_model(MODEL), torch.float32, torch.device("cpu"))
     engines = build(world, model, cases, configs)
@@ -335,6 +339,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "torch": torch.__version__,
             "requests": args.requests,
             "few": args.few,
+            "slack": args.slack,
             "prompt_tokens": sum(map(len, prompts)),
             "new_tokens": args.tokens,
             "decode_slowdown": args.slowdown,

@@ -7,7 +7,7 @@ from ds_cp.config import Config
 from ds_cp.cost import CostModel, attention_share
 from ds_cp.engine.admission import Limits
 from ds_cp.engine.pacing import ChunkPacer
-from ds_cp.engine.policy import ModePolicy
+from ds_cp.engine.policy import ModePolicy, Seats
 from ds_cp.engine.scheduler import Scheduler
 from ds_cp.engine.startup_facts import Facts
 from ds_cp.topology.hosts import Grid, Topology
@@ -55,6 +55,7 @@ def build_scheduler(config: Config, facts: Facts, paced: bool = True) -> Schedul
                 facts.num_layers, facts.num_q_heads // facts.tp_size, facts.head_dim, facts.weights
             ),
         ),
+        seats=Seats(topology.hosts, max(1, facts.ranks_at_once // facts.tp_size)),
     )
 
 
@@ -101,9 +102,21 @@ def summary(config: Config, facts: Facts) -> list[str]:
         f"{facts.dtype}; logits agree with transformers to {facts.exactness:.0e}",
         f"attention: {facts.kernel} kernel; mode {cp.mode}: {rule}",
         *_rates(facts),
+        *_crowded(facts),
         f"KV: {sum(tokens)} tokens = {per_rank} per rank (up to {mib:.0f} MiB), blocks of "
         f"{facts.block_size}, {config.kv_cache.placement}; one request: up to "
         f"{min(sum(tokens) + 1, facts.max_model_len)} tokens (model length {facts.max_model_len})",
+    ]
+
+
+def _crowded(facts: Facts) -> list[str]:
+    """Said where ranks have to share cores."""
+    most = max(facts.hosts.count(host) for host in facts.hosts)
+    if facts.ranks_at_once >= most:
+        return []
+    return [
+        f"{most} ranks share a host where {facts.ranks_at_once} can compute at once: short "
+        "requests go to so many ranks while these have room"
     ]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ds_cp.engine.plan import Transfer
-from ds_cp.engine.policy import ModePolicy
+from ds_cp.engine.policy import ModePolicy, Seats
 from ds_cp.engine.request import Request
 from ds_cp.kv.blocks import BlockAllocator
 from ds_cp.kv.placement import place
@@ -40,6 +40,7 @@ class Homes:
         order: Sequence[int],
         policy: ModePolicy,
         prefix_caching: bool,
+        seats: Seats | None = None,
     ) -> None:
         self.allocator = BlockAllocator(blocks_per_rank, block_size)
         self.closed: set[int] = set()
@@ -49,6 +50,7 @@ class Homes:
         self._placement = placement
         self._order = tuple(order)
         self._policy = policy
+        self._seats = seats
         self._caching = prefix_caching
         self.num_ranks = len(blocks_per_rank)
 
@@ -150,18 +152,20 @@ class Homes:
         self, request: Request, found: list[Home], blocks: int, load: Sequence[int]
     ) -> Iterator[Offer]:
         """On one rank: where the prefix is, unless that rank has more work waiting than the prefix
-        is long; else where least work waits, and what is cached on other ranks is copied there."""
+        is long; else where least work waits, and what is cached on other ranks is copied there.
+        Ranks that would have no core of their own come last."""
         on = {rank for rank, _ in found}
         open_ranks = [rank for rank in self._order if rank not in self.closed]
-        best = min(load[rank] for rank in open_ranks)
+        asleep = self._seats.asleep(load) if self._seats is not None else set()
+        best = min((load[rank] for rank in open_ranks if rank not in asleep), default=0)
         if len(on) == 1:
             (rank,) = on
             need = blocks - len(found)
-            behind = load[rank] - best > len(found) * self.allocator.block_size
+            behind = load[rank] - best > len(found) * self.allocator.block_size or rank in asleep
             if not behind and rank not in self.closed and self._room_beside(found)[rank] >= need:
                 yield Offer(found, self._only(rank, need), (rank,))
         by_load = sorted(open_ranks, key=lambda r: (
-            load[r], -self.allocator.num_available(r), -self.allocator.num_free(r),
+            r in asleep, load[r], -self.allocator.num_available(r), -self.allocator.num_free(r),
         ))  # fmt: skip
         for rank in by_load:
             chain = self._find(request, rank)

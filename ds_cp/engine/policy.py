@@ -2,9 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ds_cp.cost import CostModel
+
+
+@dataclass(frozen=True)
+class Seats:
+    """Which ranks share a host (``host_of[rank]``), and how many ranks of one host can compute at
+    the same time. Where that is fewer than there are, short requests keep together: each rank at
+    work reads all weights for its step, and would wait for a core with them.
+    """
+
+    host_of: tuple[str, ...]
+    at_once: int
+
+    def asleep(self, load: Sequence[int]) -> set[int]:
+        """The ranks that have no work, on hosts where as many as can compute are at work."""
+        working: dict[str, int] = {}
+        for host, work in zip(self.host_of, load, strict=True):
+            working[host] = working.get(host, 0) + (work > 0)
+        return {
+            rank
+            for rank, host in enumerate(self.host_of)
+            if not load[rank] and working[host] >= self.at_once
+        }
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,12 @@ def choose_threads(config: Config, local_size: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // max(local_size, 1))
 
 
+def ranks_at_once(device: str, threads: int, ranks: int) -> int:
+    """How many ranks of a host like this one can compute at the same time: on CPU as many as have
+    their threads on cores of their own, else all."""
+    return max(1, len(os.sched_getaffinity(0)) // threads) if device == "cpu" else ranks
+
+
 def socket_environment(job: Job) -> dict[str, str]:
     """The variables by which gloo and NCCL learn which interface carries the job's traffic."""
     if job.interface is None:

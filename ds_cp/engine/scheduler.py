@@ -20,7 +20,7 @@ from ds_cp.engine.moving import Mover
 from ds_cp.engine.pacing import LEAST_CHUNK, ChunkPacer
 from ds_cp.engine.params import RequestOptions, SamplingParams
 from ds_cp.engine.plan import Begin, Chunk, Decodes, Fork, Sampling, StepPlan, Transfer
-from ds_cp.engine.policy import ModePolicy
+from ds_cp.engine.policy import ModePolicy, Seats
 from ds_cp.engine.request import Request
 from ds_cp.engine.waiting import WaitingQueue
 from ds_cp.errors import QueueFullError
@@ -61,13 +61,14 @@ class Scheduler:
         *,
         prefix_caching: bool = True,
         pacer: ChunkPacer | None = None,
+        seats: Seats | None = None,
     ) -> None:
         self.limits = limits
         self.waiting = WaitingQueue()
         self.running: list[Request] = []  # in the order of service
         self.num_preemptions = 0
         self.homes = Homes(
-            blocks_per_rank, block_size, placement, ring_order, policy, prefix_caching
+            blocks_per_rank, block_size, placement, ring_order, policy, prefix_caching, seats
         )
         self.allocator = self.homes.allocator
         self.mover = Mover(self.homes)

@@ -20,7 +20,7 @@ from ds_cp.comm.control import Control
 from ds_cp.comm.links import measure_links
 from ds_cp.comm.wire import Rendezvous, World, join
 from ds_cp.config import Config
-from ds_cp.engine.process import choose_threads
+from ds_cp.engine.process import choose_threads, ranks_at_once
 from ds_cp.engine.rates import achieved_flops
 from ds_cp.engine.startup_facts import Facts, LinkFacts
 from ds_cp.engine.worker import Worker
@@ -136,6 +136,7 @@ def build_worker(
         bytes_per_token=per_token,
         num_layers=len(layers),
         threads=threads,
+        ranks_at_once=ranks_at_once(world.device.type, threads, world.size),
         exactness=error,
         links=tuple(LinkFacts(x.name, x.latency_us, x.gb_per_s) for x in measure_links(world)),
         flops_per_s=flops,

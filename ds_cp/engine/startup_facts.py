@@ -34,6 +34,7 @@ class Facts:
     blocks_per_rank: tuple[int, ...]  # one per cp rank
     bytes_per_token: int  # on one rank
     threads: int
+    ranks_at_once: int  # world ranks of one host that can compute at the same time
     exactness: float  # largest relative logit difference to transformers in the check at start
     links: tuple[LinkFacts, ...]
     flops_per_s: float  # of a linear layer on rank 0, while all ranks compute

@@ -24,7 +24,7 @@ FACTS = Facts(
     hosts=("here",), cp_size=1, tp_size=1, device="cpu", dtype="float32", kernel="sdpa",
     max_model_len=100, vocab_size=50, eos_token_ids=(), num_q_heads=2, num_kv_heads=1,
     block_size=BLOCK, blocks_per_rank=(30,), bytes_per_token=8, num_layers=1, threads=1,
-    exactness=0.0, links=(), flops_per_s=1e9, weights=100, head_dim=4,
+    ranks_at_once=1, exactness=0.0, links=(), flops_per_s=1e9, weights=100, head_dim=4,
 )  # fmt: skip
 
 

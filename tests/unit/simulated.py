@@ -22,7 +22,7 @@ from ds_cp.engine.mirror import Item, Mirror, RunningSequence, StepWork, check_i
 from ds_cp.engine.pacing import PATIENCE, ChunkPacer
 from ds_cp.engine.params import Delta, RequestOptions, SamplingParams
 from ds_cp.engine.plan import Outcome, Sampled, Scored, StepPlan, Transfer, decode_plan, encode_plan
-from ds_cp.engine.policy import ModePolicy
+from ds_cp.engine.policy import ModePolicy, Seats
 from ds_cp.engine.request import Request
 from ds_cp.engine.scheduler import Scheduler
 from ds_cp.layout import positions
@@ -146,6 +146,7 @@ class Cluster:
         eos_every: int = 0,
         cost: CostModel | None = None,
         pacer: ChunkPacer | None = None,
+        seats: Seats | None = None,
         prefix_caching: bool = True,
     ) -> None:
         self.scheduler = Scheduler(
@@ -153,6 +154,7 @@ class Cluster:
             blocks, block_size, placement, layout,
             ModePolicy(*mode, local_threshold, num_hosts, 4, 2, cost),
             tuple(range(len(blocks))), prefix_caching=prefix_caching, pacer=pacer,
+            seats=seats,
         )  # fmt: skip
         self.core = EngineCore(self.scheduler, None)
         self.blocks = tuple(blocks)

@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from ds_cp.cost import CostModel
-from ds_cp.engine.policy import ModePolicy
+from ds_cp.engine.policy import ModePolicy, Seats
 
 
 def policy(
@@ -127,3 +127,18 @@ def test_a_prompt_alone_takes_as_many_ranks_as_pay() -> None:
     for new, past, answer in itertools.product((10, 1000, 10**5), (0, 10**4), (1, 10**4)):
         pay = rule.ranks_that_pay(4, new, past, answer, False)
         assert pay == cost.best_ranks(4, new, past, answer)
+
+
+@pytest.mark.parametrize(
+    ("load", "asleep"),
+    [
+        ([0, 0, 0, 0, 0, 0], set()),
+        ([5, 0, 0, 0, 0, 0], set()),
+        ([5, 0, 3, 0, 0, 0], {1, 3}),
+        ([5, 1, 3, 9, 0, 0], set()),
+        ([5, 0, 3, 0, 1, 1], {1, 3}),
+    ],
+)
+def test_ranks_without_a_core_of_their_own_sleep(load: list[int], asleep: set[int]) -> None:
+    """Four ranks on one host and two on another, where two can compute at once."""
+    assert Seats(("a", "a", "a", "a", "b", "b"), 2).asleep(load) == asleep

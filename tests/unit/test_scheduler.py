@@ -19,6 +19,7 @@ from ds_cp.engine.loop import StepLoop
 from ds_cp.engine.pacing import FIRST_CHUNK, LEAST_CHUNK, ChunkPacer
 from ds_cp.engine.params import SamplingParams
 from ds_cp.engine.plan import Chunk, Outcome, Sampled, StepPlan
+from ds_cp.engine.policy import Seats
 from ds_cp.engine.request import Request
 from ds_cp.engine.scheduler import SCORED_TOKENS
 from ds_cp.errors import CapacityError, QueueFullError, RequestError
@@ -1173,3 +1174,55 @@ def test_stats_count_what_happened() -> None:
     assert (stats.prefix_cache_queries, stats.prefix_cache_hits) == (18, 8)
     assert sum(stats.kv_blocks_cached) == sum(cluster.cached()) >= 2
     cluster.check_output(first)
+
+
+# --- ranks that share cores
+
+
+def ranks_in_use(cluster: Cluster) -> set[int]:
+    return {r for r in range(len(cluster.blocks)) if cluster.scheduler.allocator.num_used(r)}
+
+
+def test_short_requests_keep_to_as_many_ranks_as_can_compute_while_these_have_room() -> None:
+    """Four ranks of which two can compute at once: each at work reads all weights in a step."""
+    cluster = Cluster([20] * 4, seats=Seats(("here",) * 4, 2))
+    for i in range(6):
+        cluster.add(prompt(8, i), sampled(12))
+        cluster.step()
+    assert len(ranks_in_use(cluster)) == 2
+    for i in range(6):
+        cluster.add(prompt(20, 9 + i), sampled(20))
+        cluster.step()
+    assert len(ranks_in_use(cluster)) > 2, "the others take what these cannot hold"
+    cluster.settle()
+    cluster.check_outputs()
+    cluster.add(prompt(8, 50), sampled(4))
+    cluster.step()
+    assert len(ranks_in_use(cluster)) == 1
+
+
+def test_each_host_has_its_own_cores() -> None:
+    cluster = Cluster([20] * 4, seats=Seats(("a", "b", "a", "b"), 1), num_hosts=2)
+    for i in range(6):
+        cluster.add(prompt(8, i), sampled(12))
+        cluster.step()
+    used = ranks_in_use(cluster)
+    assert len(used) == 2 and len({rank % 2 for rank in used}) == 2
+    cluster.settle()
+    cluster.check_outputs()
+
+
+def test_a_prefix_on_a_sleeping_rank_is_copied_to_one_at_work() -> None:
+    cluster = Cluster([40] * 4, seats=Seats(("here",) * 4, 1))
+    shared = prompt(16, 3)
+    first = cluster.add(shared, greedy(2))
+    cluster.settle()
+    other = cluster.add(prompt(9, 7), sampled(30))  # takes the emptiest, another one
+    cluster.step()
+    assert ranks_in_use(cluster) == {other.table.last_rank}
+    again = cluster.add([*shared, *prompt(3, 8)], sampled(5))
+    cluster.step()
+    assert ranks_in_use(cluster) == {other.table.last_rank}
+    assert again.cached_tokens == 16 and first.finish_reason == "length"
+    cluster.settle()
+    cluster.check_outputs()

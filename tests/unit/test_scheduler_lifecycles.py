@@ -21,6 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from ds_cp.cost import CostModel
 from ds_cp.engine.pacing import ChunkPacer
 from ds_cp.engine.params import SamplingParams
+from ds_cp.engine.policy import Seats
 from ds_cp.engine.request import Request
 from ds_cp.errors import CapacityError, QueueFullError
 from ds_cp.layout import LAYOUTS
@@ -62,6 +63,7 @@ class Session:
             eos_every=(0, 6, 20)[pick(0, 2)],
             cost=(None, RATES)[pick(0, 1)],
             pacer=(None, ChunkPacer(2.0))[pick(0, 1)],
+            seats=(None, Seats(tuple("abab"[: len(blocks)]), pick(1, 2)))[pick(0, 1)],
             prefix_caching=pick(0, 5) > 0,
         )  # fmt: skip
         self.cluster.seconds = lambda plan: pick(0, 100) / 1000
