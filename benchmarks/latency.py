@@ -11,7 +11,8 @@ round has another prefix; min and median over rounds.
 
 *Prompt beside streams*: 4 streams run, first quietly, then while a prompt of 7,000 tokens is
 computed beside them in chunks of the engine's own choice, then quietly again. Milliseconds from one
-token of a stream to its next: median, p90, p99, max, and their ratio to the quiet median. The same
+token of a stream to its next: median, p90, p99, max, and their ratio to the quiet median before;
+of the median also to the mean of before and after, since the streams grow meanwhile. The same
 with other values of ``scheduler.decode_slowdown`` and a shorter prompt. Seconds to the first token
 of the prompt beside the streams, and alone. The last line is one JSON object.
 """
@@ -291,6 +292,7 @@ def said(
     }
     sizes = [n for _, n in chunks]
     settled = spread(after)
+    mean = loud["median"] / ((calm["median"] + settled["median"]) / 2)
     found = {
         "decode_slowdown": slowdown,
         "prompt_tokens": prompt,
@@ -298,6 +300,7 @@ def said(
         "beside_ms": loud,
         "quiet_after_ms": settled,
         "ratio_to_quiet_median": ratios,
+        "ratio_of_median_to_mean_quiet": round(mean, 3),
         "p90_to_quiet_p90": round(loud["p90"] / calm["p90"], 3),
         "first_token_s": round(first, 3),
         "first_token_alone_s": round(alone, 3),
@@ -312,7 +315,7 @@ def said(
         f"{settled['median']:.1f}), beside {loud['median']:.1f} (p90 "
         f"{loud['p90']:.1f}, p99 {loud['p99']:.1f}, max {loud['max']:.1f}); ratio "
         + ", ".join(f"{which} {value:.2f}" for which, value in ratios.items())
-        + f"{limit}; first token {first:.2f} s, alone {alone:.2f} s; {len(sizes)} chunks, "
+        + f"{limit}, {mean:.2f} to the mean of before and after; first token {first:.2f} s, alone {alone:.2f} s; {len(sizes)} chunks, "
         f"at each tenth: {tenths}",
         flush=True,
     )

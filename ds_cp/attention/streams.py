@@ -16,7 +16,7 @@ from ds_cp.attention.state import NEG_INF, Partial
 
 Extents = Sequence[tuple[int, int]]  # (first slot, length), in the order of the positions
 
-LONGEST = 1024  # keys; of a longer sequence the copy costs more than a call of its own (measured)
+LONGEST = 2048  # keys; of a longer sequence the copy costs more than a call of its own (measured)
 GATHERED = 16_384  # keys that are gathered at once, padding included: what bounds the copy
 WASTE = 1.25  # keys with padding / keys at most
 ALIGN = 16  # padded lengths are multiples: CUDA's masks have to be

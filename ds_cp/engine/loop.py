@@ -85,10 +85,12 @@ class StepLoop:
             return self._core.apply(outcome)
 
     def settle(self) -> None:
-        """Wait for the steps under way and drop what they bring: their requests are gone."""
+        """Wait for the steps under way; what they bring is for requests that are gone."""
         while self.num_flying:
-            self._runner.outcome()
             self.num_flying -= 1
+            outcome = self._runner.outcome()
+            with self._guard:
+                self._core.apply(outcome)
 
 
 class HereLoop:
@@ -119,8 +121,8 @@ class HereLoop:
         try:
             outcome = self._lead(plan)
         finally:
-            deltas, self._planned = beside.result()
-        self._outcome = outcome
+            deltas, planned = beside.result()
+        self._outcome, self._planned = outcome, planned  # after a failure nothing else is run
         return deltas
 
     def _beside(self) -> tuple[list[Delta], StepPlan | None]:
@@ -131,10 +133,10 @@ class HereLoop:
         return [] if outcome is None else self._core.apply(outcome)
 
     def settle(self) -> None:
-        """Run what is planned, so that ranks and books agree, and drop what it brings: its requests
+        """Run what is planned, so that ranks and books agree; what it brings is for requests that
         are gone. Then end the helper."""
-        self._outcome = None
+        self._note_last()
         if self._planned is not None:
             plan, self._planned = self._planned, None
-            self._lead(plan)
+            self._core.apply(self._lead(plan))
         self._helper.shutdown(wait=True)

@@ -21,15 +21,16 @@ FIRST_ALONE = 512  # work without streams, before anything was measured, and at 
 STEP_S = 1.0  # what a step without streams should take at most: a new request waits so long
 WEIGHT = 0.2  # of the newest measurement of the pace
 GROWTH = 2.0  # a chunk is at most so many times the largest work measured so far
-MARGIN = 0.85  # of the allowed lengthening, because steps vary
-MEMORY = 0.97  # what a measurement still counts one measurement later
+MARGIN = 0.75  # of the allowed lengthening, because steps vary
+MEMORY = 0.97  # what a chunk's measurement still counts one chunk later
+QUIET_MEMORY = 0.85  # the same of quiet steps, which are rarer and change as streams grow
 OUTLIER = 3.0  # a step that took more times what was expected is taken for so many
 USEFUL = 1 / 3  # of what a chunk in every step adds, the part that is its tokens' own, at least
 APART = 2.2  # steps per chunk, at least, where they are not in every step
 RARE = 8.0  # steps per chunk at most
 SHORTER = 4  # every so many chunks one of half the length is taken, to learn from
 PATIENCE = 32  # steps without a chunk at most, whatever a chunk costs
-PROBE = 24  # chunks in a row, then a step without one: what quiet is must not be forgotten
+PROBE = 16  # chunks in a row, then a step without one: what quiet is must not be forgotten
 LEARNT = 2  # measurements before they are believed
 UNITS = (1.0, 16.0, 64.0)  # of the step, its streams and its work: all of one size
 SMALL = 1e-4  # weight of "nothing", against which measurements count
@@ -51,8 +52,8 @@ class ChunkPacer:
         self.slowdown = slowdown
         self.attention = attention
         self.pace: float | None = None  # seconds per work without streams
-        self._quiet = LearntLine(2)  # of (step, streams)
-        self._added = LearntLine(2)  # of (chunk, work)
+        self._quiet = LearntLine(2, QUIET_MEMORY)  # of (step, streams)
+        self._added = LearntLine(2, MEMORY)  # of (chunk, work)
         self._largest = float(FIRST_CHUNK)
         self._credit = 0.0  # seconds by which streams may still be held up
         self._chunks = 0
@@ -149,8 +150,9 @@ class LearntLine:
     """Least squares with forgetting: ``value(x) = weights . x``. What the measurements say nothing
     about (all of one number of streams, say) is kept small."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, memory: float) -> None:
         self.count = 0
+        self._memory = memory
         self.weights = [0.0] * size
         self._xx = [[SMALL * (i == j) for j in range(size)] for i in range(size)]
         self._xy = [0.0] * size
@@ -166,9 +168,9 @@ class LearntLine:
             y = min(y, OUTLIER * expected)
         self.count += 1
         for i, row in enumerate(self._xx):
-            self._xy[i] = MEMORY * self._xy[i] + x[i] * y
-            self._xx[i] = [MEMORY * s + x[i] * each for s, each in zip(row, x, strict=True)]
-            self._xx[i][i] += (1 - MEMORY) * SMALL
+            self._xy[i] = self._memory * self._xy[i] + x[i] * y
+            self._xx[i] = [self._memory * s + x[i] * each for s, each in zip(row, x, strict=True)]
+            self._xx[i][i] += (1 - self._memory) * SMALL
         self.weights = _solved(self._xx, self._xy)
 
 

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds_cp.attention import Kernel, LayerSpec, get_kernel, kernels
-from ds_cp.attention.kernels import Block, reference
+from ds_cp.attention.kernels import Block, reference, sdpa
 from ds_cp.attention.kernels.reference import reference_kernel, reference_rows
 from ds_cp.attention.kernels.sdpa import sdpa_kernel, sdpa_rows
 from ds_cp.errors import ConfigError
@@ -143,6 +143,28 @@ def test_named_cases(
     _, q_runs, k_runs, window, softcap = case
     for kernel in (reference_kernel, sdpa_kernel):
         check(kernel, q_runs, k_runs, (6, 2), dtype, window, softcap)
+
+
+@pytest.mark.parametrize("threads", [2, 3, 5, 64])
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+def test_keys_in_parts(monkeypatch: pytest.MonkeyPatch, threads: int, dtype: torch.dtype) -> None:
+    """Few heads and many threads: the keys are cut into parts, and the few that are left merged."""
+    parts: list[int] = []
+    in_parts = sdpa._in_parts
+
+    def counted(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        parts.append(args[-1])
+        return in_parts(*args)
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(sdpa, "PART_KEYS", 7)
+    monkeypatch.setattr(sdpa, "_in_parts", counted)
+    for heads in HEADS:
+        for _, q_runs, k_runs, window, softcap in CASES:
+            check(sdpa_kernel, q_runs, k_runs, heads, dtype, window, softcap)
+        for keys in range(56, 64):
+            check(sdpa_kernel, ((63, 1),), ((0, keys),), heads, dtype)
+    assert set(parts) >= ({2} if threads == 2 else {threads} if threads < 8 else {8, 9})
 
 
 def test_a_query_head_reads_its_own_kv_head() -> None:

@@ -75,7 +75,7 @@ def test_a_step_with_a_chunk_takes_at_most_so_many_times_a_quiet_one(
     # and the allowance is used, as far as whole tokens and the least chunk allow
     allowed = MARGIN * (slowdown - 1) * step / token
     usual = statistics.median(work for work, _ in settled)
-    assert usual >= max(LEAST_CHUNK, 0.8 * allowed - 1)
+    assert usual >= max(LEAST_CHUNK, 0.75 * allowed - 1)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -95,7 +95,7 @@ def test_a_long_prompt_whose_tokens_grow_dearer(seed: int) -> None:
         ratios.append(seconds / 0.055)
     assert statistics.mean(ratios) <= 2.0
     assert statistics.median(ratios) <= 2.0
-    assert len(ratios) <= 1000, "and the prompt gets on"
+    assert len(ratios) <= 1200, "and the prompt gets on"
 
 
 def test_where_any_chunk_costs_more_than_allowed_chunks_are_rare_and_long() -> None:

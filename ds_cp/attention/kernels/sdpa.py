@@ -23,7 +23,7 @@ from ds_cp.attention.tiles import Tile, cover
 from ds_cp.layout import Runs
 
 OP_ROWS = 32  # query rows that the CPU operator takes as one task while there are few
-PART_KEYS = 512  # keys at least, for a part to be worth it
+PART_KEYS = 1536  # keys at least, for a part to be worth the merge
 
 
 def sdpa_kernel(
