@@ -315,7 +315,8 @@ def said(
         f"{settled['median']:.1f}), beside {loud['median']:.1f} (p90 "
         f"{loud['p90']:.1f}, p99 {loud['p99']:.1f}, max {loud['max']:.1f}); ratio "
         + ", ".join(f"{which} {value:.2f}" for which, value in ratios.items())
-        + f"{limit}, {mean:.2f} to the mean of before and after; first token {first:.2f} s, alone {alone:.2f} s; {len(sizes)} chunks, "
+        + f"{limit}, {mean:.2f} to the mean of before and after; first token {first:.2f} s, "
+        f"alone {alone:.2f} s; {len(sizes)} chunks, "
         f"at each tenth: {tenths}",
         flush=True,
     )
