@@ -9,7 +9,7 @@ from ds_cp.engine.plan import Transfer
 from ds_cp.engine.policy import ModePolicy, Seats
 from ds_cp.engine.request import Request
 from ds_cp.kv.blocks import BlockAllocator
-from ds_cp.kv.placement import place
+from ds_cp.kv.placement import place, place_block
 from ds_cp.kv.prefix import PrefixKeys
 from ds_cp.kv.table import Home, SequenceTable
 
@@ -221,13 +221,9 @@ class Homes:
         inside = [n if table.num_blocks(r) else 0 for r, n in enumerate(room)]
         if mode == "auto" and any(inside):
             room = inside  # a span no wider than it has to be
-        counts = place(
-            self._placement, 1, open_slots=[0] * self.num_ranks, free_blocks=room,
-            block_size=1, last_rank=last, order=self._order,
-        )  # fmt: skip
-        if counts is None:
+        rank = place_block(self._placement, room, last, self._order)
+        if rank is None:
             return None
-        rank = counts.index(1)
         return rank, self.allocator.allocate(rank, 1)[0]
 
     def block_on(self, ranks: Sequence[int], beside: Home | None = None) -> Home | None:

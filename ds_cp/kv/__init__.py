@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ds_cp.kv.blocks import BlockAllocator, OutOfBlocksError
-from ds_cp.kv.placement import POLICIES, place
+from ds_cp.kv.placement import POLICIES, place, place_block
 from ds_cp.kv.prefix import PrefixKeys
 from ds_cp.kv.table import Home, SequenceTable
 
@@ -15,4 +15,5 @@ __all__ = [
     "PrefixKeys",
     "SequenceTable",
     "place",
+    "place_block",
 ]

@@ -78,6 +78,23 @@ def place(
     return tuple(POLICIES[policy](ask))
 
 
+def place_block(
+    policy: str, free_blocks: Sequence[int], last_rank: int, order: Sequence[int]
+) -> int | None:
+    """The rank that ``place`` gives one more block to, when nothing is open: what streams ask for
+    dozens of times a step. None when no rank has a free one."""
+    first = last_rank if last_rank >= 0 else max(order, key=free_blocks.__getitem__)
+    turn = order.index(first)
+    ring = [rank for rank in (*order[turn:], *order[:turn]) if free_blocks[rank]]
+    if not ring:
+        return None
+    if policy == "balanced":
+        return max(ring, key=free_blocks.__getitem__)  # the first in the ring of equals
+    if policy == "round_robin" and ring[0] == last_rank:
+        return ring[1 % len(ring)]  # its last block is full, so this turn is the next rank's
+    return ring[0]
+
+
 def _fill_then_spill(ask: _Ask) -> list[int]:
     """Everything the first rank has room for, then the next in the ring.
 

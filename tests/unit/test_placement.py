@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_cp.kv import POLICIES, BlockAllocator, SequenceTable, place
+from ds_cp.kv import POLICIES, BlockAllocator, SequenceTable, place, place_block
 from ds_cp.kv.placement import fits, largest_request
 from ds_cp.layout import LAYOUTS, assign, positions, total
 
@@ -38,6 +38,28 @@ class Case:
             last_rank=self.last_rank,
             order=self.order,
         )
+
+
+@given(
+    st.sampled_from(sorted(POLICIES)),
+    st.lists(st.integers(0, 3), min_size=1, max_size=6).flatmap(
+        lambda free: st.tuples(
+            st.just(free), st.integers(-1, len(free) - 1), st.permutations(range(len(free)))
+        )
+    ),
+)
+def test_one_block_goes_where_place_would_put_it(
+    policy: str, case: tuple[list[int], int, list[int]]
+) -> None:
+    free, last, order = case
+    counts = place(
+        policy, 1, open_slots=[0] * len(free), free_blocks=free, block_size=1, last_rank=last,
+        order=order,
+    )  # fmt: skip
+    rank = place_block(policy, free, last, order)
+    assert (rank is None) == (counts is None)
+    if counts is not None and rank is not None:
+        assert counts[rank] == 1 and sum(counts) == 1
 
 
 @st.composite
