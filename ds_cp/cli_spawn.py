@@ -112,7 +112,7 @@ class _Ranks:
         self._kill_at = time.monotonic() + grace_s
         for process in self.alive.values():
             with contextlib.suppress(ProcessLookupError):
-                process.send_signal(number)
+                os.kill(process.pid, number)  # Popen.send_signal would reap one that has ended
 
     def _collect(self, rank: int) -> None:
         """Reap one rank, after killing what is left of its session.

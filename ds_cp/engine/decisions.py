@@ -115,8 +115,8 @@ def _crowded(facts: Facts) -> list[str]:
     if facts.ranks_at_once >= most:
         return []
     return [
-        f"{most} ranks share a host where {facts.ranks_at_once} can compute at once: short "
-        "requests go to so many ranks while these have room"
+        f"{most} ranks share a host with cores for {facts.ranks_at_once} at once: short requests "
+        f"keep to {facts.ranks_at_once} while these have room"
     ]
 
 

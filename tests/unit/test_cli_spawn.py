@@ -13,6 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from ds_cp import cli_spawn
+
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = """
 import sys
@@ -187,3 +189,10 @@ def test_command_that_cannot_start() -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=30
     )
     assert "LaunchError: cannot start rank 0 of 2: No such file or directory" in done.stderr
+
+
+def test_ranks_that_fail_in_the_same_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All have ended by the time that the launcher looks; the first failure is the job's."""
+    monkeypatch.setattr(cli_spawn, "POLL_S", 1.5)
+    command = [sys.executable, "-c", "import os, sys; sys.exit(3 - int(os.environ['RANK']))"]
+    assert cli_spawn.spawn(command, 4, {}, grace_s=5.0) == 3
