@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -56,4 +57,6 @@ def engine_on(
     if tokenizer is None and isinstance(source, ModelSource) and world.rank == 0:
         tokenizer = load_tokenizer(source)
     worker, facts = build_worker(world, checked, source, torch.get_num_threads())
+    # As on a machine with a core for each rank: where requests go must not depend on this one's.
+    facts = dataclasses.replace(facts, ranks_at_once=world.size)
     return LLMEngine(world, worker, facts, checked, tokenizer)

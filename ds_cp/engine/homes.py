@@ -73,6 +73,15 @@ class Homes:
         """Whether every request has to be on one rank."""
         return self._policy.mode == "local"
 
+    def gathers(self, request: Request) -> bool:
+        """Whether a spanning stream should be on one rank, and nobody shares its blocks."""
+        table = request.table
+        if table is None or request.prefilling:
+            return False
+        return self._policy.gathers(table.width, table.num_tokens) and all(
+            self.allocator.references(home) == 1 for home in table.homes
+        )
+
     def room(self) -> list[int]:
         """Blocks that each rank can give now."""
         room = self.allocator.available()

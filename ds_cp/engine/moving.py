@@ -19,7 +19,7 @@ LOPSIDED = 0.1  # difference in the share of used blocks that is left alone
 @dataclass
 class _Wish:
     """``blocks`` of a request that should leave ``source`` for ``target``; ``whole``: all that it
-    has there by then, as it is local."""
+    has there by then, as it is or becomes local."""
 
     request: Request
     source: int
@@ -66,17 +66,23 @@ class Mover:
         self._homes.closed.discard(rank)
 
     def rebalance(self, running: Sequence[Request]) -> int:
-        """Wish for moves from the fullest rank to the emptiest until they are level; returns how
-        many blocks. Local requests move whole or not at all."""
+        """Wish for moves: streams that span without need become local, then from the fullest rank
+        to the emptiest until they are level. Returns how many blocks. Local requests move whole or
+        not at all."""
         homes = self._homes
         capacity = homes.open_blocks
         used = [homes.allocator.num_used(r) for r in range(homes.num_ranks)]
         ranks = [r for r in range(homes.num_ranks) if capacity[r]]
-        movable = {
-            r: [q for q in running if q.table is not None and q.table.num_blocks(r)] for r in ranks
-        }
         self._wishes.clear()
-        moving = 0
+        moving = self._gather(running, used)
+        gathered = {id(wish.request) for wish in self._wishes}
+        movable = {
+            r: [
+                q for q in running
+                if q.table is not None and q.table.num_blocks(r) and id(q) not in gathered
+            ]
+            for r in ranks
+        }  # fmt: skip
         while len(ranks) > 1:
             source = max(ranks, key=lambda r: used[r] / capacity[r])
             target = min(ranks, key=lambda r: used[r] / capacity[r])
@@ -93,6 +99,32 @@ class Mover:
             used[source] -= wish.blocks
             used[target] += wish.blocks
             moving += wish.blocks
+        return moving
+
+    def _gather(self, running: Sequence[Request], used: list[int]) -> int:
+        """Wish for spans that are no longer needed to end: on a rank that the request is on, if
+        that has room for the rest and for one more block. Returns how many blocks."""
+        homes, moving = self._homes, 0
+        room = homes.room()
+        for request in running:
+            if not homes.gathers(request):
+                continue
+            table = request.table
+            assert table is not None
+            for target in sorted(table.span, key=table.num_blocks, reverse=True):
+                rest = len(table.homes) - table.num_blocks(target)
+                if room[target] > rest:
+                    break
+            else:
+                continue
+            room[target] -= rest
+            for source in table.span:
+                if source != target:
+                    blocks = table.num_blocks(source)
+                    self._wishes.append(_Wish(request, source, target, blocks, True))
+                    used[source] -= blocks
+                    used[target] += blocks
+                    moving += blocks
         return moving
 
     def _best(self, requests: list[Request], source: int, target: int, level: int) -> _Wish | None:

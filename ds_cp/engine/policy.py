@@ -67,6 +67,15 @@ class ModePolicy:
             return 1
         return self.cost.best_ranks(most, new, past, answer)
 
+    def gathers(self, ranks: int, tokens: int) -> bool:
+        """Whether a stream of so many tokens over ``ranks`` ranks is better off on one, if one has
+        room for it: exchanges cost more than dividing its attention brings."""
+        if self.mode != "auto" or ranks < 2 or not self.may_be_local(tokens):
+            return False
+        return self.cost is None or self.cost.decode_s(1, tokens) <= self.cost.decode_s(
+            ranks, tokens
+        )
+
     def choose(self, ranks: int, new: int, past: int) -> tuple[str, str]:
         """(mode, ring_pass) of a step with ``new`` tokens over ``past`` stored ones on ``ranks``
         ranks.

@@ -276,8 +276,8 @@ def spans_in_place(driver: Driver, cases: Cases) -> Sequence[str]:
     return names
 
 
-def spans_no_more(driver: Driver, cases: Cases) -> Sequence[str]:
-    """A request on two ranks, one of which is drained, is local again."""
+def spans_no_more(driver: Driver, cases: Cases, how: str) -> Sequence[str]:
+    """A request on two ranks is local again: one of them is drained, or rebalance finds room."""
     names = ("short 0", "short 1", "outgrows")
     since = start(driver, cases, names)
     (request,) = driver.answers["outgrows"]
@@ -285,7 +285,10 @@ def spans_no_more(driver: Driver, cases: Cases) -> Sequence[str]:
         driver.step()
     source, other = dict.fromkeys(rank for rank, _ in request.table.homes)
     driver.steps(3)
-    driver.scheduler.drain(source)
+    if how == "drain":
+        driver.scheduler.drain(source)
+    else:
+        assert driver.scheduler.rebalance() >= request.table.num_blocks(source) > 0
     driver.steps(4)
     assert request.table.span == (other,), "all on the rank that it was on already"
     driver.finish()
@@ -444,7 +447,8 @@ def everything(world: World, cases: Cases) -> list[Seen]:
     found += [
         play(world, rebalance_under_streams, cases, {"kv_cache": {"tokens_per_rank": 320}}),
         play(world, spans_in_place, cases, {"kv_cache": {"tokens_per_rank": [32, 60, 60]}}),
-        play(world, spans_no_more, cases, {"kv_cache": {"tokens_per_rank": [32, 120, 40]}}),
+        play(world, spans_no_more, cases, {"kv_cache": {"tokens_per_rank": [32, 120, 40]}}, "drain"),
+        play(world, spans_no_more, cases, {"kv_cache": {"tokens_per_rank": [32, 120, 40]}}, "gather"),
         play(world, local_drain, cases, {**local, "kv_cache": {"tokens_per_rank": 240}}),
         play(world, local_drain_without_room, cases,
              {**local, "kv_cache": {"tokens_per_rank": [128, 72, 72]}}),

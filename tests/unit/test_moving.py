@@ -488,3 +488,45 @@ def test_levelling_never_loses_anything_whatever_else_happens() -> None:
                 assert cluster.scheduler.rebalance() >= 0
         cluster.settle()
         cluster.check_outputs()
+
+
+# --- spans that are needed no more
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_a_span_that_is_needed_no_more_ends(placement: str, depth: int) -> None:
+    """Two prompts that only rank 1 can hold grow until it is full; then one of them ends."""
+    cluster = Cluster([12, 32], 4, placement=placement, depth=depth, prefix_caching=False)
+    leaving, staying = (
+        cluster.add(prompt(52, 1), sampled(18)),
+        cluster.add(prompt(52, 2), sampled(60)),
+    )
+    for _ in range(30):
+        cluster.step()
+        if leaving.finish_reason:
+            break
+    assert staying.table is not None and staying.table.span == (0, 1)
+    count = cluster.scheduler.rebalance()
+    assert 0 < count <= 4
+    for _ in range(2 + depth):
+        assert staying.number in decoding(cluster.step())
+    assert staying.table.span == (1,) and staying.decode_key == ("local", "kv")
+    cluster.settle()
+    assert staying.num_preemptions == 0
+    cluster.check_outputs()
+
+
+@pytest.mark.parametrize(
+    ("mode", "threshold"),
+    [(("tree", "auto"), None), (("ring", "auto"), None), (("auto", "auto"), 20)],
+)
+def test_a_span_that_is_wanted_stays(mode: tuple[str, str], threshold: int | None) -> None:
+    """A mode that is forced, or a request longer than what may be local."""
+    cluster = Cluster([40, 40], 4, mode=mode, local_threshold=threshold, placement="round_robin")
+    request = cluster.add(prompt(60), sampled(20))
+    cluster.step()
+    assert request.table is not None and request.table.width == 2
+    assert cluster.scheduler.rebalance() == 0
+    cluster.settle()
+    cluster.check_outputs()

@@ -142,3 +142,14 @@ def test_a_prompt_alone_takes_as_many_ranks_as_pay() -> None:
 def test_ranks_without_a_core_of_their_own_sleep(load: list[int], asleep: set[int]) -> None:
     """Four ranks on one host and two on another, where two can compute at once."""
     assert Seats(("a", "a", "a", "a", "b", "b"), 2).asleep(load) == asleep
+
+
+def test_what_spans_without_need_is_gathered() -> None:
+    """Unless its mode is forced, it is longer than what may be local, or ranks pay: attention over
+    a million tokens of a slow rank against two exchanges of a microsecond a layer."""
+    assert policy().gathers(2, 5000)
+    assert not policy().gathers(1, 5000)
+    assert not policy("tree").gathers(2, 5000)
+    assert not policy(local_threshold=4000).gathers(2, 5000)
+    assert policy(cost=rates()).gathers(2, 100)
+    assert not policy(cost=rates(flops=1e9)).gathers(2, 10**6)
