@@ -67,7 +67,8 @@ class ChunkPacer:
 
     def tokens(self, work: float, past: int, ranks: int = 1) -> int:
         """How long a chunk over ``ranks`` ranks may be for each of them to do ``work``: solves
-        ``t / ranks * (1 + attention * (past + t / 2)) = work``."""
+        ``t / ranks * (1 + attention * (past + t / 2)) = work``. 0 where nothing is left."""
+        work = max(work, 0.0)
         each = 1.0 + self.attention * past
         root = math.sqrt(each * each + 2.0 * self.attention * work * ranks)
         return int(2.0 * work * ranks / (each + root) + 1e-6)

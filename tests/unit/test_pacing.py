@@ -232,6 +232,7 @@ def test_what_is_not_comparable_is_not_learnt_from() -> None:
 @pytest.mark.parametrize("past", [0, 1, 7000])
 def test_tokens_are_as_many_as_the_work_allows(attention: float, ranks: int, past: int) -> None:
     pacer = ChunkPacer(2.0, attention)
+    assert pacer.tokens(-50_000.0, past, ranks) == 0, "a rank that has done more than its share"
     for work in (0.0, 0.5, 16.0, 45.0, 5000.0):
         tokens = pacer.tokens(work, past, ranks)
 
