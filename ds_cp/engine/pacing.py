@@ -24,7 +24,7 @@ GROWTH = 2.0  # a chunk is at most so many times the largest work measured so fa
 MARGIN = 0.75  # of the allowed lengthening, because steps vary
 MEMORY = 0.97  # what a chunk's measurement still counts one chunk later
 QUIET_MEMORY = 0.85  # the same of quiet steps, which are rarer and change as streams grow
-OUTLIER = 3.0  # a step that took more times what was expected is taken for so many
+OUTLIER = 3.0  # what took more times what was expected is taken for so many times
 USEFUL = 1 / 3  # of what a chunk in every step adds, the part that is its tokens' own, at least
 APART = 2.2  # steps per chunk, at least, where they are not in every step
 RARE = 8.0  # steps per chunk at most
@@ -138,12 +138,8 @@ class ChunkPacer:
         elif not work:
             self._quiet.note((1.0, streams / UNITS[1]), seconds)
         elif self._quiet.count >= LEARNT:
-            quiet = self.quiet(streams)
-            most = OUTLIER * (quiet + self.added(work)) - quiet
-            added = max(seconds - quiet, 0.0)
-            self._added.note(
-                (1.0, work / UNITS[2]), min(added, most) if self._added.count > LEARNT else added
-            )
+            added = max(seconds - self.quiet(streams), 0.0)
+            self._added.note((1.0, work / UNITS[2]), added)
             self._largest = max(self._largest, work)
 
 
