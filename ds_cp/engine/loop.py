@@ -104,6 +104,7 @@ class HereLoop:
         self._helper = ThreadPoolExecutor(1, "ds_cp plans")
         self._planned: StepPlan | None = None
         self._outcome: Outcome | None = None
+        self.failed = False  # a step did not end: what the books say is computed may not be
 
     @property
     def num_flying(self) -> int:
@@ -117,12 +118,14 @@ class HereLoop:
         self._planned = None
         if plan is None:
             return self._note_last()
+        self.failed = True  # until it has ended
         beside = self._helper.submit(self._beside)
         try:
             outcome = self._lead(plan)
         finally:
             deltas, planned = beside.result()
         self._outcome, self._planned = outcome, planned  # after a failure nothing else is run
+        self.failed = False
         return deltas
 
     def _beside(self) -> tuple[list[Delta], StepPlan | None]:
@@ -135,8 +138,12 @@ class HereLoop:
     def settle(self) -> None:
         """Run what is planned, so that ranks and books agree; what it brings is for requests that
         are gone. Then end the helper."""
-        self._note_last()
-        if self._planned is not None:
-            plan, self._planned = self._planned, None
-            self._core.apply(self._lead(plan))
-        self._helper.shutdown(wait=True)
+        try:
+            self._note_last()
+            if self._planned is not None:
+                plan, self._planned = self._planned, None
+                self.failed = True
+                self._core.apply(self._lead(plan))
+                self.failed = False
+        finally:
+            self._helper.shutdown(wait=True)

@@ -27,7 +27,7 @@ from ds_cp.engine.request import Request
 from ds_cp.engine.startup import build_worker, join_job
 from ds_cp.engine.startup_facts import Facts
 from ds_cp.engine.worker import Worker
-from ds_cp.errors import RequestError
+from ds_cp.errors import EngineDeadError, RequestError
 from ds_cp.model.loading import load_tokenizer
 from ds_cp.model.source import ModelSource, find_model
 from ds_cp.model.wiring import Decoder
@@ -99,6 +99,7 @@ class LLMEngine:
         self._worker = worker
         self._config = config
         self._attention_before = attention_before  # what a model of the caller's is given back
+        self._state = "ready"  # or "running", or "failed"
         self._core: EngineCore | None = None
         if self.is_driver:
             self._core = EngineCore(build_scheduler(config, facts, paced=False), tokenizer)
@@ -203,9 +204,19 @@ class LLMEngine:
         if not self.is_driver:
             self._worker.follow()
             return
+        if self._state == "running":
+            raise RequestError(
+                "another generate or stream of this engine is under way; finish or close it first"
+            )
+        if self._state == "failed":
+            raise EngineDeadError(
+                "a step of an earlier call failed, so the KV may not hold what the books say; "
+                "shut this engine down and make a new one"
+            )
         core = self._driver
         loop = HereLoop(core, self._worker.lead)
         live: dict[str, _Collector] = {}
+        self._state = "running"
         try:
             yield from self._drive(iter(requests), loop, live)
         finally:
@@ -214,6 +225,7 @@ class LLMEngine:
             try:
                 loop.settle()
             finally:
+                self._state = "failed" if loop.failed else "ready"
                 self._worker.lead(StepPlan(0, "stop"))
 
     def _drive(

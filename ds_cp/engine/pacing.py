@@ -85,7 +85,11 @@ class ChunkPacer:
         """The work that a rank may do on prompts in the next step, beside ``streams``; 0 in some
         steps, to spare the streams or to see what a step takes without."""
         if not streams or self.slowdown is None:
-            return FIRST_ALONE if self.pace is None else max(FIRST_ALONE, STEP_S / self.pace)
+            return (
+                FIRST_ALONE
+                if self.pace is None
+                else max(FIRST_ALONE, STEP_S / max(self.pace, 1e-9))
+            )
         known = self._quiet.count >= LEARNT
         if self._in_a_row >= (PROBE if known else LEARNT):
             return 0.0

@@ -395,7 +395,7 @@ class Scheduler:
         """Start those who wait, in order, while there are seats, blocks and budget; with ``above``
         only those whose priority comes before it."""
         seats = self.limits.max_num_seqs - len(self.running)
-        seats -= sum(len(r.siblings) for r in self.running)
+        seats -= sum(s.finish_reason is None for r in self.running for s in r.siblings)
         load: list[int] | None = None
         while max(draft.left) > 0 and (request := self.waiting.first()) is not None:
             if above is not None and request.priority >= above:

@@ -21,7 +21,7 @@ class PrefixKeys:
             raise ValueError(f"need block_size >= 1, got {block_size}")
         self.block_size = block_size
         self._packed = struct.Struct(f"<{block_size}I")
-        self._root = sha256(b"ds_cp" + salt.encode()).digest()
+        self._root = sha256(b"ds_cp" + salt.encode(errors="surrogatepass")).digest()
         self._keys: list[bytes] = []
 
     def fork(self, count_blocks: int) -> PrefixKeys:
