@@ -55,7 +55,7 @@ setup(
         "test": TEST,
         "bench": ["psutil", "matplotlib>=3.8"],
     },
-    entry_points={"console_scripts": ["ds-cp = ds_cp.cli:main"]},
+    entry_points={"console_scripts": ["ds-cp = ds_cp.cli:run"]},
     classifiers=[
         "Programming Language :: Python :: 3",
         "Operating System :: POSIX :: Linux",

@@ -28,6 +28,23 @@ class _Parser(argparse.ArgumentParser):
         raise LaunchError(f"{message} (see {self.prog} --help)")
 
 
+def run(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run ``ds-cp`` as this process's only purpose, and leave.
+
+    A process that has used torch leaves at once: taking torch down in order needs seconds, and may
+    abort the process where a failed collective's threads are left (``World.leave``).
+    """
+    code = main(argv)
+    if "torch" not in sys.modules:
+        sys.exit(code)
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:  # the reader has left, or the disk is full
+        code = code or 1
+    os._exit(code)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``ds-cp``. Returns 0 done, 2 the user's input, 1 ours, 130 interrupted."""
     env = os.environ
@@ -205,4 +222,4 @@ def _version(args: argparse.Namespace, env: Mapping[str, str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

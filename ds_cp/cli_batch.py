@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
-import gc
 import json
 import os
 import shutil
@@ -64,7 +63,6 @@ def batch(args: argparse.Namespace, env: Mapping[str, str]) -> int:
             from ds_cp.serve.embedded import follow
 
             code = follow(config, job)
-    gc.freeze()  # the interpreter's last collection would look at all of torch, for seconds
     return code
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import dataclasses
-import gc
 import json
 import math
 import os
@@ -46,7 +45,6 @@ def generate(args: argparse.Namespace, env: Mapping[str, str]) -> int:
                 write(outputs, out)
         finally:
             engine.shutdown()
-    gc.freeze()  # the interpreter's last collection would look at all of torch, for seconds
     return 0
 
 

@@ -94,6 +94,10 @@ class Group:
         self._timeout_s = world.timeout_s
         self._handle = handle
 
+    def close(self) -> None:
+        """Give the process group up; no call may follow."""
+        self._handle = None
+
     def __repr__(self) -> str:
         return f"Group({self.name}, ranks={list(self.ranks)}, rank={self.rank})"
 
@@ -195,6 +199,7 @@ class World:
         self._joined = joined
         handle = torch_dist.group.WORLD if self.size > 1 else None
         self.everybody = Group("world", range(self.size), self, handle)
+        self._groups = [self.everybody]
 
     def group(self, name: str, members: Sequence[Sequence[int]]) -> Group:
         """Make one group out of each list of world ranks and return mine.
@@ -215,12 +220,21 @@ class World:
             if self.rank in ranks:
                 mine = Group(name, ranks, self, handle)
         assert mine is not None
+        self._groups.append(mine)
         return mine
 
     def leave(self) -> None:
-        """Leave cleanly. Without it gloo may abort the process at exit."""
+        """Leave cleanly: gloo's threads end here, whoever still holds this world.
+
+        ``destroy_process_group`` alone leaves them running as long as any object refers to a
+        process group. At exit such a thread may drop a tensor, want the interpreter's lock for it,
+        be ended by the interpreter, and abort the process ("terminate called without an active
+        exception").
+        """
         if self._joined and torch_dist.is_initialized():
             torch_dist.destroy_process_group()
+            for group in self._groups:
+                group.close()
         self._joined = False
 
 

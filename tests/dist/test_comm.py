@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing as mp
 import os
@@ -24,7 +25,7 @@ from ds_cp.comm.tree import TreeExchange
 from ds_cp.comm.wire import Group, Pending, Rendezvous, World, join
 from ds_cp.errors import CommError, ConfigError, LaunchError
 from tests.oracle import full_attention
-from tests.ranks import RankError, run_ranks
+from tests.ranks import RankError, run_ranks, world_group
 
 SIZES = [0, 1, Control.FRAME - 8, Control.FRAME - 7, 2**20, 3]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8]
@@ -512,3 +513,26 @@ def test_deepspeed_compiles_nothing(tmp_path: Path) -> None:
     assert (compatible, joined, op) == (False, True, None)
     assert child.exitcode == 0
     assert not folder.exists() or not any(folder.rglob("*"))
+
+
+def gloo_threads() -> list[str]:
+    names = []
+    for task in os.listdir("/proc/self/task"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            names.append(Path(f"/proc/self/task/{task}/comm").read_text().strip())
+    return [name for name in names if "gloo" in name]
+
+
+def leave_holding_on(world: World) -> tuple[list[str], list[str]]:
+    """A failed start keeps every object it has made in its traceback; so do we here."""
+    held = world_group(world)
+    held.barrier()
+    before = gloo_threads()
+    world.leave()
+    return before, gloo_threads()
+
+
+def test_leaving_ends_gloos_threads_whoever_holds_a_group() -> None:
+    for before, after in run_ranks(leave_holding_on, 2):
+        assert before
+        assert after == []
