@@ -46,6 +46,7 @@ class EngineCore:
         self._prompt_tokens = 0
         self._generation_tokens = 0
         self._steps = 0
+        self._stuck = 0  # plans asked for in a row, of which nothing came though work waits
         self._finished: dict[str, int] = {}
         self._modes: dict[str, int] = {}
 
@@ -96,8 +97,19 @@ class EngineCore:
 
     def plan(self) -> StepPlan | None:
         """The next step, or None when there is nothing to run before the steps in flight are
-        known."""
+        known.
+
+        Raises ``IntegrityError`` where work waits for no step: the caller would ask for ever.
+        """
         plan = self.scheduler.schedule()
+        # In a step in which somebody gave way, nothing else may have been possible.
+        stuck = plan is None and self.has_work and not self.scheduler.num_flying
+        self._stuck = self._stuck + 1 if stuck else 0
+        if self._stuck > self.scheduler.limits.max_num_seqs:
+            raise IntegrityError(
+                f"{len(self.scheduler.running)} requests run and {len(self.scheduler.waiting)} "
+                f"wait, but no step comes of it (this is a fault of ds_cp)"
+            )
         if plan is not None:
             self._steps += 1
             for chunk in plan.chunks:

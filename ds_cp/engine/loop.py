@@ -4,7 +4,7 @@ scripts, which are a rank themselves."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol, TypeVar
 
@@ -123,7 +123,7 @@ class HereLoop:
         try:
             outcome = self._lead(plan)
         finally:
-            deltas, planned = beside.result()
+            deltas, planned = _ended(beside)
         self._outcome, self._planned = outcome, planned  # after a failure nothing else is run
         self.failed = False
         return deltas
@@ -147,3 +147,13 @@ class HereLoop:
                 self.failed = False
         finally:
             self._helper.shutdown(wait=True)
+
+
+def _ended(future: Future[T]) -> T:
+    """The result, of something short. It has ended also when Ctrl-C comes meanwhile: what follows
+    must not meet another thread."""
+    try:
+        return future.result()
+    except KeyboardInterrupt:
+        wait([future])
+        raise

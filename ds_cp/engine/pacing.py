@@ -14,6 +14,7 @@ average as fast and the prompt gets on. No torch here.
 from __future__ import annotations
 
 import math
+import statistics
 
 FIRST_CHUNK = 16  # work beside streams, before anything was measured
 LEAST_CHUNK = 4  # tokens; a long prompt always gets on
@@ -25,13 +26,14 @@ MARGIN = 0.75  # of the allowed lengthening, because steps vary
 MEMORY = 0.97  # what a chunk's measurement still counts one chunk later
 QUIET_MEMORY = 0.85  # the same of quiet steps, which are rarer and change as streams grow
 OUTLIER = 3.0  # what took more times what was expected is taken for so many times
+FIRST = 5  # measurements before they are believed; of these more times their median is an outlier
 USEFUL = 1 / 3  # of what a chunk in every step adds, the part that is its tokens' own, at least
 APART = 2.2  # steps per chunk, at least, where they are not in every step
 RARE = 8.0  # steps per chunk at most
 SHORTER = 4  # every so many chunks one of half the length is taken, to learn from
 PATIENCE = 32  # steps without a chunk at most, whatever a chunk costs
 PROBE = 16  # chunks in a row, then a step without one: what quiet is must not be forgotten
-LEARNT = 2  # measurements before they are believed
+UNKNOWN = 2  # chunks in a row, then a step without one, while quiet is not known
 UNITS = (1.0, 16.0, 64.0)  # of the step, its streams and its work: all of one size
 SMALL = 1e-4  # weight of "nothing", against which measurements count
 
@@ -90,10 +92,9 @@ class ChunkPacer:
                 if self.pace is None
                 else max(FIRST_ALONE, STEP_S / max(self.pace, 1e-9))
             )
-        known = self._quiet.count >= LEARNT
-        if self._in_a_row >= (PROBE if known else LEARNT):
+        if self._in_a_row >= (PROBE if self._quiet.known else UNKNOWN):
             return 0.0
-        if self._added.count < LEARNT:
+        if not self._added.known:
             return FIRST_CHUNK
         most, each = GROWTH * self._largest, max(self._added.weights[1] / UNITS[2], 0.0)
         cost, fixed = self._worth(streams), self._fixed
@@ -125,7 +126,7 @@ class ChunkPacer:
         rank."""
         if not streams or self.slowdown is None:
             return
-        if self._quiet.count >= LEARNT:
+        if self._quiet.known:
             most = max(self._worth(streams), self._allowed(streams))
             credit = self._credit - self.added(work) + self._allowed(streams)
             self._credit = min(max(credit, 0.0), most)
@@ -141,7 +142,7 @@ class ChunkPacer:
                 self.pace = (1 - WEIGHT) * old + WEIGHT * seconds / work
         elif not work:
             self._quiet.note((1.0, streams / UNITS[1]), seconds)
-        elif self._quiet.count >= LEARNT:
+        elif self._quiet.known:
             added = max(seconds - self.quiet(streams), 0.0)
             self._added.note((1.0, work / UNITS[2]), added)
             self._largest = max(self._largest, work)
@@ -149,14 +150,24 @@ class ChunkPacer:
 
 class LearntLine:
     """Least squares with forgetting: ``value(x) = weights . x``. What the measurements say nothing
-    about (all of one number of streams, say) is kept small."""
+    about (all of one number of streams, say) is kept small.
+
+    A measurement that took far longer than expected counts as ``OUTLIER`` times that: a page fault
+    or another process says nothing of the next step. The first ones wait for each other, since only
+    together do they say what to expect; until then all is 0.
+    """
 
     def __init__(self, size: int, memory: float) -> None:
-        self.count = 0
-        self._memory = memory
         self.weights = [0.0] * size
+        self._first: list[tuple[tuple[float, ...], float]] | None = []
+        self._memory = memory
         self._xx = [[SMALL * (i == j) for j in range(size)] for i in range(size)]
         self._xy = [0.0] * size
+
+    @property
+    def known(self) -> bool:
+        """Whether there were measurements enough."""
+        return self._first is None
 
     def value(self, x: tuple[float, ...]) -> float:
         """What is expected at ``x``."""
@@ -164,10 +175,18 @@ class LearntLine:
 
     def note(self, x: tuple[float, ...], y: float) -> None:
         """``y`` was found at ``x``."""
-        expected = self.value(x)
-        if self.count > LEARNT and expected > 0.0:
-            y = min(y, OUTLIER * expected)
-        self.count += 1
+        if self._first is None:
+            expected = self.value(x)
+            self._learn(x, min(y, OUTLIER * expected) if expected > 0.0 else y)
+            return
+        self._first.append((x, y))
+        if len(self._first) == FIRST:
+            most = OUTLIER * statistics.median(y for _, y in self._first)
+            for x, y in self._first:
+                self._learn(x, min(y, most))
+            self._first = None
+
+    def _learn(self, x: tuple[float, ...], y: float) -> None:
         for i, row in enumerate(self._xx):
             self._xy[i] = self._memory * self._xy[i] + x[i] * y
             self._xx[i] = [self._memory * s + x[i] * each for s, each in zip(row, x, strict=True)]

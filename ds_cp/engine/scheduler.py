@@ -149,6 +149,11 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self.running or len(self.waiting))
 
+    @property
+    def num_flying(self) -> int:
+        """Steps that were planned and are not known to have ended."""
+        return len(self._flying)
+
     def drain(self, rank: int) -> None:
         """Empty ``rank`` while everything goes on, and place nothing there; see ``Mover.drain``."""
         self.mover.drain(rank, [*self.running, *self.waiting])
@@ -434,7 +439,7 @@ class Scheduler:
                 work = request.num_tokens - request.num_computed
                 for rank in request.workers:
                     load[rank] += DECODE_LOAD + work // len(request.workers)
-            else:
+            elif request.table.homes:  # a fork of one token has none yet
                 load[request.table.last_rank] += DECODE_LOAD
         return load
 

@@ -166,6 +166,7 @@ class Cluster:
         self.model = Model(eos_every)
         self.patience = PATIENCE if pacer is not None else 0  # steps that a prompt may be held
         self.held = 0
+        self.first_prompt: int | None = None  # its number
         self.mirrors = [Mirror(rank, block_size) for rank in range(len(blocks))]
         self.memory: list[list[int | None]] = [[None] * (n * block_size) for n in blocks]
         self.lives: dict[int, Life] = {}  # by request number
@@ -349,6 +350,9 @@ class Cluster:
                 life.gap = life.most_streams = 0
             limit = -(-life.most_streams // share) + 1
             assert life.gap <= limit, f"stream {request.number} got nothing in {life.gap} steps"
+        first = prompts[0].number if prompts else None
+        if first != self.first_prompt:
+            self.first_prompt, self.held = first, 0
         if prompts and prompts[0].table is not None and self.budget > 1:
             urgent = any(
                 self.lives[begin.request].request.priority < prompts[0].priority

@@ -31,6 +31,11 @@ class Machine:
     chunk: float = 0.0
     token: float = 0.001
     noise: float = 0.0  # standard deviation of the logarithm
+    late_by: float = 0.0  # seconds that the steps below took longer, unlike all others
+    late_chunks: frozenset[int] = frozenset()
+    late_quiet: frozenset[int] = frozenset()
+    chunks: int = 0
+    quiets: int = 0
     rng: random.Random = field(default_factory=lambda: random.Random(2))
     late: list[tuple[float, int, float]] = field(default_factory=list)
 
@@ -41,7 +46,12 @@ class Machine:
         """One step; how long it takes without the noise."""
         self.pacer.plan(streams, work)
         seconds = self.quiet(streams) + (self.chunk + self.token * work if work else 0.0)
-        self.late.append((seconds * self.rng.lognormvariate(0, self.noise), streams, work))
+        shown = seconds * self.rng.lognormvariate(0, self.noise)
+        shown += self.late_by * (work > 0 and self.chunks in self.late_chunks)
+        shown += self.late_by * (work == 0 and self.quiets in self.late_quiet)
+        self.chunks += work > 0
+        self.quiets += work == 0
+        self.late.append((shown, streams, work))
         if len(self.late) > 2:
             self.pacer.note(*self.late.pop(0))
         return seconds
@@ -183,6 +193,26 @@ def test_one_slow_step_changes_little() -> None:
     machine.pacer.note(10.0, 4, 0.0)
     after = statistics.median(work for work, _ in machine.prompt(20))
     assert 0.5 * before <= after <= 2.0 * before
+
+
+STARTS = [frozenset({i}) for i in range(8)] + [frozenset({0, 1}), frozenset({1, 3})]
+
+
+@pytest.mark.parametrize("late", STARTS, ids=lambda late: "+".join(map(str, sorted(late))))
+@pytest.mark.parametrize("what", ["late_chunks", "late_quiet"])
+@pytest.mark.parametrize(("step", "chunk", "token"), [(0.055, 0.012, 0.0013), (0.02, 0.0, 0.0005)])
+def test_slow_steps_at_the_very_start(
+    step: float, chunk: float, token: float, what: str, late: frozenset[int]
+) -> None:
+    """Five seconds of somebody else's, before the pacer knows what to expect: streams hardly feel
+    it, and the prompt gets on."""
+    pacer, by = ChunkPacer(2.0), {what: late}
+    machine = Machine(pacer, step, 0.0, chunk, token, 0.08, late_by=5.0, **by)  # type: ignore[arg-type]
+    machine.warm(steps=3)
+    found = machine.prompt(600)
+    assert max(seconds for _, seconds in found) <= 5 * step
+    assert statistics.mean(seconds for _, seconds in found) <= 2 * step
+    assert sum(work for work, _ in found) * token >= 0.3 * 600 * step
 
 
 def test_nobody_waits_for_a_token_of_a_batch() -> None:

@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 
 from ds_cp.cost import CostModel
 from ds_cp.engine.loop import StepLoop
-from ds_cp.engine.pacing import FIRST_CHUNK, LEAST_CHUNK, ChunkPacer
+from ds_cp.engine.pacing import FIRST, FIRST_CHUNK, LEAST_CHUNK, ChunkPacer
 from ds_cp.engine.params import SamplingParams
 from ds_cp.engine.plan import Chunk, Outcome, Sampled, StepPlan
 from ds_cp.engine.policy import Seats
 from ds_cp.engine.request import Request
 from ds_cp.engine.scheduler import SCORED_TOKENS
-from ds_cp.errors import CapacityError, QueueFullError, RequestError
+from ds_cp.errors import CapacityError, IntegrityError, QueueFullError, RequestError
 from ds_cp.kv.prefix import PrefixKeys
 from ds_cp.layout import LAYOUTS, Runs, total
 from tests.unit.simulated import (
@@ -246,7 +246,7 @@ def test_chunks_beside_streams_are_paced_and_alone_they_are_not() -> None:
         assert decoding(plans[-1]) == [stream.number]
     sizes = chunks_of(plans, long)
     assert sizes[0] <= 2 * FIRST_CHUNK, "before anything is measured"
-    settled = sizes[3:-1]  # every fourth is half as long, or the least, to learn from
+    settled = sizes[FIRST + 1 : -1]  # every fourth is half as long, or the least, to learn from
     assert all(LEAST_CHUNK <= n <= 10 for n in settled)
     assert sum(n >= 7 for n in settled) >= 0.7 * len(settled), "the allowance is used"
     cluster.settle()
@@ -1226,3 +1226,13 @@ def test_a_prefix_on_a_sleeping_rank_is_copied_to_one_at_work() -> None:
     assert again.cached_tokens == 16 and first.finish_reason == "length"
     cluster.settle()
     cluster.check_outputs()
+
+
+def test_work_of_which_no_step_comes_is_an_error_not_a_wait() -> None:
+    """It cannot be brought about from outside; here the blocks are taken away behind its back."""
+    cluster = Cluster([8], 4)
+    cluster.add([1, 2, 3])
+    cluster.scheduler.homes.closed.add(0)
+    with pytest.raises(IntegrityError, match="0 requests run and 1 wait, but no step comes of it"):
+        for _ in range(cluster.scheduler.limits.max_num_seqs + 2):
+            cluster.core.plan()
