@@ -164,6 +164,25 @@ def test_nothing_heavy_before_the_answer(argv: list[str]) -> None:
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
 
 
+@pytest.mark.parametrize("torch", [True, False])
+@pytest.mark.parametrize("argv", [["version"], ["config", "check", "none.json"]])
+def test_leaving_loses_no_output_and_no_exit_code(argv: list[str], torch: bool) -> None:
+    """With torch loaded, or what looks like it, a process leaves without taking it down."""
+    code = (
+        "import atexit, sys; from ds_cp.cli import run; "
+        f"sys.modules |= dict(torch=None) if {torch} else {{}}; "
+        "atexit.register(print, 'taken down'); run(sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", code, *argv]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == (0 if argv == ["version"] else 2)
+    assert ("taken down" in done.stdout) is not torch
+    assert "ds_cp" in (done.stdout if argv == ["version"] else done.stderr)
+    with open("/dev/full", "w") as full:
+        lost = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, timeout=60)
+    assert lost.returncode != 0
+
+
 # --- config, version, doctor
 
 
