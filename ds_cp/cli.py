@@ -29,20 +29,13 @@ class _Parser(argparse.ArgumentParser):
 
 
 def run(argv: Sequence[str] | None = None) -> NoReturn:
-    """Run ``ds-cp`` as this process's only purpose, and leave.
-
-    A process that has used torch leaves at once: taking torch down in order needs seconds, and may
-    abort the process where a failed collective's threads are left (``World.leave``).
-    """
+    """Run ``ds-cp`` as this process's only purpose, and end it."""
     code = main(argv)
     if "torch" not in sys.modules:
         sys.exit(code)
-    try:
-        sys.stdout.flush()
-        sys.stderr.flush()
-    except OSError:  # the reader has left, or the disk is full
-        code = code or 1
-    os._exit(code)
+    from ds_cp.engine.process import leave_process
+
+    leave_process(code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -94,14 +94,13 @@ class ChunkPacer:
             )
         if self._in_a_row >= (PROBE if self._quiet.known else UNKNOWN):
             return 0.0
-        if not self._added.known:
-            return FIRST_CHUNK
-        most, each = GROWTH * self._largest, max(self._added.weights[1] / UNITS[2], 0.0)
+        most = GROWTH * self._largest if self._added.known else FIRST_CHUNK
+        each = max(self._added.weights[1] / UNITS[2], 0.0)
         cost, fixed = self._worth(streams), self._fixed
         if self._credit < cost > self._allowed(streams) and self._waited < PATIENCE:
             return 0.0
         work = (cost - fixed) / each if each * most > cost - fixed else most
-        if self._chunks % SHORTER == 0:  # chunks of one length would not tell r from f
+        if self._chunks % SHORTER == SHORTER - 1:  # chunks of one length would not tell r from f
             work /= 2
         return max(float(LEAST_CHUNK), work)
 
@@ -154,7 +153,7 @@ class LearntLine:
 
     A measurement that took far longer than expected counts as ``OUTLIER`` times that: a page fault
     or another process says nothing of the next step. The first ones wait for each other, since only
-    together do they say what to expect; until then all is 0.
+    together do they say what to expect; until then a line through 0 is assumed, by their median.
     """
 
     def __init__(self, size: int, memory: float) -> None:
@@ -180,6 +179,7 @@ class LearntLine:
             self._learn(x, min(y, OUTLIER * expected) if expected > 0.0 else y)
             return
         self._first.append((x, y))
+        self.weights[-1] = statistics.median(y / x[-1] for x, y in self._first)
         if len(self._first) == FIRST:
             most = OUTLIER * statistics.median(y for _, y in self._first)
             for x, y in self._first:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import math
 import os
 import signal
@@ -42,9 +41,7 @@ def serve(config: Config, job: Job) -> int:
 
     Raises ``LaunchError`` or ``ModelError`` before anything is started.
     """
-    code = asyncio.run(_Agent(config, job).run())
-    gc.freeze()  # the interpreter's last collection would look at all of torch, for seconds
-    return code
+    return asyncio.run(_Agent(config, job).run())
 
 
 class _Agent:

@@ -16,6 +16,7 @@ import traceback
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ds_cp.engine.plan import StepPlan
+from ds_cp.engine.process import leave_process
 from ds_cp.errors import DsCpError
 from ds_cp.serve.border import Border, Failed, Ready, Result, WorkerSpec
 
@@ -39,7 +40,7 @@ def main(argv: list[str]) -> NoReturn:
     except BaseException as err:
         traceback.print_exc()
         _give_up(border, 1, f"{type(err).__name__}: {err} (this is a fault of ds_cp)")
-    _exit(0)
+    leave_process(0)
 
 
 def _work(border: Border, spec: WorkerSpec) -> None:
@@ -87,15 +88,7 @@ def _give_up(border: Border, exit_code: int, message: str) -> NoReturn:
         border.send(Failed(exit_code, message))
     except DsCpError:
         pass  # the agent is gone too; there is nobody left to tell
-    _exit(exit_code)
-
-
-def _exit(code: int) -> NoReturn:
-    """Leave at once: taking torch down in order needs seconds, and may abort the process after a
-    failed collective."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    leave_process(exit_code)
 
 
 def _die_with(agent_pid: int) -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from ds_cp.cost import CostModel
 from ds_cp.engine.loop import StepLoop
-from ds_cp.engine.pacing import FIRST, FIRST_CHUNK, LEAST_CHUNK, ChunkPacer
+from ds_cp.engine.pacing import FIRST_CHUNK, LEAST_CHUNK, ChunkPacer
 from ds_cp.engine.params import SamplingParams
 from ds_cp.engine.plan import Chunk, Outcome, Sampled, StepPlan
 from ds_cp.engine.policy import Seats
@@ -246,7 +246,7 @@ def test_chunks_beside_streams_are_paced_and_alone_they_are_not() -> None:
         assert decoding(plans[-1]) == [stream.number]
     sizes = chunks_of(plans, long)
     assert sizes[0] <= 2 * FIRST_CHUNK, "before anything is measured"
-    settled = sizes[FIRST + 1 : -1]  # every fourth is half as long, or the least, to learn from
+    settled = sizes[3:-1]  # every fourth is half as long, or the least, to learn from
     assert all(LEAST_CHUNK <= n <= 10 for n in settled)
     assert sum(n >= 7 for n in settled) >= 0.7 * len(settled), "the allowance is used"
     cluster.settle()
