@@ -18,7 +18,7 @@ import torch
 
 from ds_cp.comm.wire import World
 from tests.dist.test_attention_matrix import cases, one_case
-from tests.ranks import run_ranks, world_group
+from tests.helpers.ranks import run_ranks, world_group
 
 MODES = (("ring", "kv"), ("ring", "q"), ("tree", "kv"))
 

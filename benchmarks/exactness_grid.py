@@ -118,7 +118,7 @@ def cell_config(mode: str, placement: str, ranks: int) -> dict:  # type: ignore[
 def one_cell(mode: str, placement: str) -> None:
     """Run under torchrun: every rank measures the logits it samples from, rank 0 the tokens."""
     import ds_cp
-    import ds_cp.engine.worker as worker_module
+    import ds_cp.worker.worker as worker_module
 
     asked, want = prompts(), json.loads((WORK / "tokens.json").read_text())
     worst = [0.0]

@@ -36,16 +36,18 @@ from typing import Any
 
 from ds_cp.config import Config, load_config
 from ds_cp.engine.core import EngineCore
-from ds_cp.engine.decisions import build_scheduler
-from ds_cp.engine.loop import StepLoop, ThreadRunner
-from ds_cp.engine.params import Delta, SamplingParams
-from ds_cp.engine.plan import Outcome, StepPlan
-from ds_cp.engine.process import socket_environment
-from ds_cp.engine.startup import build_worker, join_job
-from ds_cp.engine.startup_facts import Facts
-from ds_cp.engine.worker import Worker
+from ds_cp.engine.loop import PipelinedLoop, ThreadRunner
+from ds_cp.facts import Facts
 from ds_cp.layout import total
+from ds_cp.outputs import Delta
+from ds_cp.plan import Outcome, StepPlan
+from ds_cp.sampling_params import SamplingParams
+from ds_cp.scheduler.build import build_scheduler
+from ds_cp.startup.build import build_worker
+from ds_cp.startup.join import join_job
+from ds_cp.startup.resources import socket_environment
 from ds_cp.topology.job import detect
+from ds_cp.worker.worker import Worker
 
 MODEL = ".cache/smollm2-135m-instruct"
 BLOCK = 64  # tokens
@@ -65,7 +67,7 @@ class Driver:
         self._worker = worker
         self._runner = runner
         runner.lead = self._lead
-        self._loop = StepLoop(self.core, self._runner)
+        self._loop = PipelinedLoop(self.core, self._runner)
         self._live: set[str] = set()
 
     def add(self, name: str, prompt: Sequence[int], new: int) -> int:

@@ -36,22 +36,22 @@ from unittest.mock import patch
 
 import torch
 
-import ds_cp.engine.worker as worker_module
+import ds_cp.worker.worker as worker_module
 from ds_cp.attention import Kernel
 from ds_cp.comm.wire import World
 from ds_cp.config import Config, load_config
 from ds_cp.engine.core import EngineCore
-from ds_cp.engine.decisions import build_scheduler
-from ds_cp.engine.loop import StepLoop, ThreadRunner
-from ds_cp.engine.params import SamplingParams
-from ds_cp.engine.plan import Outcome, StepPlan
-from ds_cp.engine.startup import build_worker
-from ds_cp.engine.startup_facts import Facts
-from ds_cp.engine.step import StepContext
-from ds_cp.engine.worker import Worker
+from ds_cp.engine.loop import PipelinedLoop, ThreadRunner
+from ds_cp.facts import Facts
 from ds_cp.model.loading import load_model, load_tokenizer
 from ds_cp.model.source import find_model
+from ds_cp.plan import Outcome, StepPlan
+from ds_cp.sampling_params import SamplingParams
+from ds_cp.scheduler.build import build_scheduler
+from ds_cp.startup.build import build_worker
 from ds_cp.topology.hosts import Topology
+from ds_cp.worker.step_context import StepContext
+from ds_cp.worker.worker import Worker
 
 MODEL = ".cache/smollm2-135m-instruct"
 BLOCK = 64  # tokens
@@ -75,7 +75,7 @@ class Runner(ThreadRunner):
 
     def rest(self) -> None:
         """Wait until nothing computes."""
-        wait(self._flying)
+        wait(self._in_flight)
 
     def done(self, work: Callable[[], Any]) -> Any:
         """Do something else in the thread that runs the steps, and wait for it."""
@@ -94,7 +94,7 @@ class Streams:
         self.worker = worker
         self.core = EngineCore(scheduler, tokenizer)
         self.runner = runner
-        self._loop = StepLoop(self.core, self.runner)
+        self._loop = PipelinedLoop(self.core, self.runner)
         self.tokens: list[list[int]] = [[] for _ in prompts]
         params = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True)
         for number, prompt in enumerate(prompts):
@@ -126,9 +126,9 @@ class Streams:
 
     def parts(self, count: int) -> dict[str, list[float]]:
         """Seconds of each of ``PARTS`` in ``count`` steps that follow each other."""
-        while self._loop.num_flying:
+        while self._loop.num_in_flight:
             self.core.apply(self.runner.outcome())
-            self._loop.num_flying -= 1
+            self._loop.num_in_flight -= 1
         found: dict[str, list[float]] = {part: [] for part in PARTS}
         with clocks(self.worker) as clock:
             for _ in range(count + 2):

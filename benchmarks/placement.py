@@ -2,8 +2,8 @@
 
     python -m benchmarks.placement [--out DIR]
 
-The real scheduler and the books of every rank (``Mirror``) run, no model and no clock: an answer
-has a fixed length and its tokens follow from the request, so every policy gets the same prompts,
+The real scheduler and the state of every rank (``WorkerState``) run, no model and no clock: an
+answer has a fixed length and its tokens follow from the request, so every policy gets the same prompts,
 and the same command gives the same files bit for bit.
 
 A trace is sessions that arrive at given steps: *chats* (one of three shared system prompts, a
@@ -29,15 +29,15 @@ from pathlib import Path
 from typing import Any
 
 from ds_cp.cost import CostModel
-from ds_cp.engine.mirror import Item, Mirror, StepWork, check_item
-from ds_cp.engine.params import SamplingParams
-from ds_cp.engine.plan import StepPlan, decode_plan, encode_plan
-from ds_cp.engine.policy import ModePolicy
-from ds_cp.engine.request import Request
-from ds_cp.engine.scheduler import Limits, Scheduler
 from ds_cp.errors import CapacityError
 from ds_cp.layout import positions, total
+from ds_cp.plan import StepPlan, decode_plan, encode_plan
+from ds_cp.sampling_params import SamplingParams
+from ds_cp.scheduler.mode_policy import ModePolicy
+from ds_cp.scheduler.request import Request
+from ds_cp.scheduler.scheduler import Limits, Scheduler
 from ds_cp.topology.hosts import Topology
+from ds_cp.worker.state import Item, StepWork, WorkerState, check_item
 
 RESULTS = Path("benchmarks/results")
 POLICIES = ("fill_then_spill", "round_robin", "balanced")
@@ -295,7 +295,7 @@ class Run:
             limits, cell.blocks, BLOCK, placement, "zigzag", policy, topology.ring_order(),
             pacer=None,
         )  # fmt: skip
-        self.mirrors = [Mirror(rank, BLOCK) for rank in watched or (0, len(cell.blocks) - 1)]
+        self.mirrors = [WorkerState(rank, BLOCK) for rank in watched or (0, len(cell.blocks) - 1)]
         self.coming: dict[int, list[tuple[Session, int]]] = {}  # step -> sessions, turn
         for session in trace:
             self.coming.setdefault(session.arrival, []).append((session, 0))
@@ -349,7 +349,7 @@ class Run:
         request, session, turn = self.live[number]
         token = session.token(turn, len(request.output))
         self.tally.answered += 1
-        if self.scheduler.took(request, token) is None:
+        if self.scheduler.record_token(request, token) is None:
             return
         del self.live[number]
         self.tally.finished += 1
@@ -412,13 +412,13 @@ class Run:
         first = scheduler.waiting.first()
         if first is not None and tally.at_queue is None:
             available = allocator.available()
-            room = max(available) if scheduler.homes.only_local else sum(available)
+            room = max(available) if scheduler.block_manager.only_local else sum(available)
             if -(-first.num_tokens // BLOCK) > room:
                 tally.at_queue = resident
 
     def figures(self) -> dict[str, Any]:
         """The row of this run."""
-        tally, homes = self.tally, self.scheduler.homes
+        tally, homes = self.tally, self.scheduler.block_manager
         return {
             "resident_at_first_queue": _rounded(tally.at_queue),
             "resident_at_first_preemption": _rounded(tally.at_preemption),

@@ -10,10 +10,10 @@ blocks taken at random and no caching, so that free blocks lie alone. Once more 
 on all ranks. Then with 16 to 1024 requests, and with 1,000 to 1,000,000 blocks (there with blocks
 of 64 and short requests, so that 256 of them fit in the smallest pool).
 
-Timed apart: ``schedule``; ``took`` (note_step, and took for every drawn token); the two together;
-their ``cpu`` time, which leaves out waiting for a core; encoding the plan; and what the ranks pay,
-decoding it and ``Mirror.apply``. Times in milliseconds: median, p99, min over steps. The last line
-is one JSON object.
+Timed apart: ``schedule``; ``took`` (observe_step, and record_token for every drawn token); the two
+together; their ``cpu`` time, which leaves out waiting for a core; encoding the plan; and what the ranks pay,
+decoding it and ``WorkerState.apply``. Times in milliseconds: median, p99, min over steps. The last
+line is one JSON object.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from pathlib import Path
 from typing import Any
 
 from ds_cp.engine.loop import DEPTH
-from ds_cp.engine.mirror import Mirror
-from ds_cp.engine.params import SamplingParams
-from ds_cp.engine.plan import StepPlan, decode_plan, encode_plan
-from ds_cp.engine.policy import ModePolicy
-from ds_cp.engine.request import Request
-from ds_cp.engine.scheduler import Limits, Scheduler
+from ds_cp.plan import StepPlan, decode_plan, encode_plan
+from ds_cp.sampling_params import SamplingParams
+from ds_cp.scheduler.mode_policy import ModePolicy
+from ds_cp.scheduler.request import Request
+from ds_cp.scheduler.scheduler import Limits, Scheduler
+from ds_cp.worker.state import WorkerState
 
 RESULTS = Path("benchmarks/results")
 VOCAB = 49_152
@@ -89,7 +89,7 @@ class Bench:
             range(load.ranks), prefix_caching=load.pool == "evicting",
         )  # fmt: skip
         self._fill()
-        self.mirror = Mirror(0, load.block_size)
+        self.mirror = WorkerState(0, load.block_size)
         self.live: dict[int, Request] = {}
         self.flying: deque[tuple[StepPlan, list[tuple[int, int]]]] = deque()
         self.times: dict[str, list[float]] = {}
@@ -188,9 +188,9 @@ class Bench:
         began = time.perf_counter()
         if self.profiler:
             self.profiler.enable()
-        scheduler.note_step(plan.step, 0.02)
+        scheduler.observe_step(plan.step, 0.02)
         for number, token in drawn:
-            if scheduler.took(live[number], token) is not None:
+            if scheduler.record_token(live[number], token) is not None:
                 ended.append(number)
         if self.profiler:
             self.profiler.disable()

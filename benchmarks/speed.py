@@ -25,12 +25,14 @@ import torch
 from ds_cp.comm.wire import World
 from ds_cp.config import Config, load_config
 from ds_cp.engine.core import EngineCore
-from ds_cp.engine.offline import LLMEngine
-from ds_cp.engine.params import Delta, SamplingParams
-from ds_cp.engine.plan import Outcome
-from ds_cp.engine.startup import build_worker, join_job
+from ds_cp.engine.llm import LLMEngine
 from ds_cp.model.loading import load_model
 from ds_cp.model.source import find_model
+from ds_cp.outputs import Delta
+from ds_cp.plan import Outcome
+from ds_cp.sampling_params import SamplingParams
+from ds_cp.startup.build import build_worker
+from ds_cp.startup.join import join_job
 from ds_cp.topology.hosts import Topology
 from ds_cp.topology.job import detect
 

@@ -39,15 +39,17 @@ from ds_cp.comm.control import Control
 from ds_cp.comm.ledger import Ledger
 from ds_cp.comm.wire import Group, World
 from ds_cp.config import Config, load_config
-from ds_cp.engine.offline import LLMEngine
-from ds_cp.engine.params import RequestOutput, SamplingParams
-from ds_cp.engine.plan import Outcome, StepPlan
-from ds_cp.engine.startup import build_worker, join_job
-from ds_cp.engine.worker import Worker
+from ds_cp.engine.llm import LLMEngine
 from ds_cp.model.loading import load_model
 from ds_cp.model.source import find_model
+from ds_cp.outputs import RequestOutput
+from ds_cp.plan import Outcome, StepPlan
+from ds_cp.sampling_params import SamplingParams
+from ds_cp.startup.build import build_worker
+from ds_cp.startup.join import join_job
 from ds_cp.topology.hosts import Topology
 from ds_cp.topology.job import detect
+from ds_cp.worker.worker import Worker
 
 MODEL = ".cache/smollm2-135m-instruct"
 BLOCK = 64  # tokens

@@ -14,8 +14,9 @@ from ds_cp.version import __version__
 
 if TYPE_CHECKING:
     from ds_cp.config import load_config
-    from ds_cp.engine.offline import LLMEngine, PromptRequest, RequestFailure, init_inference
-    from ds_cp.engine.params import RequestOptions, RequestOutput, SamplingParams
+    from ds_cp.engine.llm import LLMEngine, PromptRequest, RequestFailure, init_inference
+    from ds_cp.outputs import RequestOutput
+    from ds_cp.sampling_params import RequestOptions, SamplingParams
 
 __all__ = [
     "LLMEngine",
@@ -30,13 +31,13 @@ __all__ = [
 ]
 
 _HOMES = {
-    "LLMEngine": "ds_cp.engine.offline",
-    "PromptRequest": "ds_cp.engine.offline",
-    "RequestFailure": "ds_cp.engine.offline",
-    "RequestOptions": "ds_cp.engine.params",
-    "RequestOutput": "ds_cp.engine.params",
-    "SamplingParams": "ds_cp.engine.params",
-    "init_inference": "ds_cp.engine.offline",
+    "LLMEngine": "ds_cp.engine.llm",
+    "PromptRequest": "ds_cp.engine.collect",
+    "RequestFailure": "ds_cp.engine.collect",
+    "RequestOptions": "ds_cp.sampling_params",
+    "RequestOutput": "ds_cp.outputs",
+    "SamplingParams": "ds_cp.sampling_params",
+    "init_inference": "ds_cp.engine.llm",
     "load_config": "ds_cp.config",
 }
 

@@ -9,7 +9,7 @@ from pathlib import Path
 if importlib.util.find_spec("ds_cp") is None:  # a checkout that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ds_cp.cli import run
+from ds_cp.cli.main import run
 
 if __name__ == "__main__":
     run(["generate", *sys.argv[1:]])

@@ -14,12 +14,12 @@ from typing import Protocol
 
 import torch
 
+from ds_cp.attention.batched_decode import BatchedDecode
 from ds_cp.attention.kernels import Kernel, get_kernel
 from ds_cp.attention.local import LocalAttention
 from ds_cp.attention.ring import RingPassKV, RingPassQ
 from ds_cp.attention.spec import KeyValues, LayerSpec, Span
 from ds_cp.attention.state import Partial, add_sinks, empty_partial, merge, merge_all
-from ds_cp.attention.streams import StreamsAttention
 from ds_cp.attention.tiles import check_runs
 from ds_cp.attention.tree import TreeAttention
 from ds_cp.comm.wire import Group
@@ -32,7 +32,7 @@ __all__ = [
     "Mode",
     "Partial",
     "Span",
-    "StreamsAttention",
+    "BatchedDecode",
     "add_sinks",
     "attention",
     "empty_partial",

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ds_cp.engine.detokenize import TextStream
-from ds_cp.engine.handle import EngineStats
-from ds_cp.engine.params import Delta, RequestOptions, SamplingParams, TokenLogprob
-from ds_cp.engine.plan import Outcome, Sampled, Scored, StepPlan
-from ds_cp.engine.request import Request
-from ds_cp.engine.scheduler import Scheduler
+from ds_cp.engine.detokenize import IncrementalDetokenizer
+from ds_cp.engine.interface import EngineStats
 from ds_cp.errors import IntegrityError, RequestError
+from ds_cp.outputs import Delta, TokenLogprob
+from ds_cp.plan import Outcome, Sampled, Scored, StepPlan
+from ds_cp.sampling_params import RequestOptions, SamplingParams
+from ds_cp.scheduler.request import Request
+from ds_cp.scheduler.scheduler import Scheduler
 
 
 @dataclass(eq=False)
@@ -22,7 +23,7 @@ class _Call:
 
     request_id: str
     answers: list[_Answer] = field(default_factory=list)
-    cached_told: bool = False
+    cached_notified: bool = False
     scores: dict[int, TokenLogprob] = field(default_factory=dict)  # position -> of that token
 
 
@@ -30,7 +31,7 @@ class _Call:
 class _Answer:
     call: _Call
     request: Request
-    text: TextStream | None
+    text: IncrementalDetokenizer | None
 
 
 class EngineCore:
@@ -68,7 +69,9 @@ class EngineCore:
         for request in (first, *first.siblings):
             text = None
             if self._tokenizer is not None:
-                text = TextStream(self._tokenizer, params.stop, params.skip_special_tokens)
+                text = IncrementalDetokenizer(
+                    self._tokenizer, params.stop, params.skip_special_tokens
+                )
             answer = self._answers[request.number] = _Answer(call, request, text)
             call.answers.append(answer)
         self._prompt_tokens += len(prompt)
@@ -103,7 +106,7 @@ class EngineCore:
         """
         plan = self.scheduler.schedule()
         # In a step in which somebody gave way, nothing else may have been possible.
-        stuck = plan is None and self.has_work and not self.scheduler.num_flying
+        stuck = plan is None and self.has_work and not self.scheduler.num_in_flight
         self._stuck = self._stuck + 1 if stuck else 0
         if self._stuck > self.scheduler.limits.max_num_seqs:
             raise IntegrityError(
@@ -121,9 +124,9 @@ class EngineCore:
 
     def apply(self, outcome: Outcome) -> list[Delta]:
         """What a step's tokens add: one delta per answer that is still there."""
-        self.scheduler.note_step(outcome.step, outcome.seconds)
+        self.scheduler.observe_step(outcome.step, outcome.seconds)
         for scored in outcome.scored:
-            self._note_scores(scored)
+            self._record_scores(scored)
         deltas = []
         for sampled in outcome.sampled:
             answer = self._answers.get(sampled.request)
@@ -131,7 +134,7 @@ class EngineCore:
                 deltas.append(self._take(answer, sampled))
         return deltas
 
-    def _note_scores(self, scored: Scored) -> None:
+    def _record_scores(self, scored: Scored) -> None:
         answer = self._answers.get(scored.request)
         if answer is not None:
             prompt = answer.request.prompt
@@ -145,7 +148,7 @@ class EngineCore:
             self._forget(answer)
             return Delta(request.request_id, finish_reason="error", index=request.index)
         self._generation_tokens += 1
-        reason = self.scheduler.took(request, got.token)
+        reason = self.scheduler.record_token(request, got.token)
         text, stop_reason = "", request.stop_reason
         if answer.text is not None:
             may_stop = len(request.output) >= request.params.min_tokens
@@ -165,8 +168,8 @@ class EngineCore:
         if request.params.logprobs is not None:
             logprobs = (TokenLogprob(got.token, got.logprob, got.top),)
         cached, scores = None, None
-        if not call.cached_told and request.index == 0:
-            call.cached_told = True
+        if not call.cached_notified and request.index == 0:
+            call.cached_notified = True
             cached, scores = request.cached_tokens or 0, self._scores(request, call)
         if reason is not None:
             self._forget(answer)
@@ -212,10 +215,10 @@ class EngineCore:
             kv_blocks_used=tuple(allocator.num_used(r) for r in ranks),
             kv_blocks_cached=tuple(allocator.num_cached(r) for r in ranks),
             kv_blocks_total=allocator.blocks_per_rank,
-            ranks_drained=tuple(sorted(scheduler.homes.closed)),
-            prefix_cache_queries=scheduler.homes.queries,
-            prefix_cache_hits=scheduler.homes.hits,
-            blocks_moved=scheduler.mover.num_moved,
+            ranks_drained=tuple(sorted(scheduler.block_manager.closed)),
+            prefix_cache_queries=scheduler.block_manager.queries,
+            prefix_cache_hits=scheduler.block_manager.hits,
+            blocks_moved=scheduler.migration.num_moved,
             prompt_tokens=self._prompt_tokens,
             generation_tokens=self._generation_tokens,
             num_preemptions=scheduler.num_preemptions,

@@ -8,7 +8,7 @@ from typing import Any
 REPLACEMENT = "\ufffd"  # what a tokenizer shows for bytes that are not a character yet
 
 
-class TextStream:
+class IncrementalDetokenizer:
     """Text of one request as its tokens arrive.
 
     A piece is given out once it can no longer change: not while its last character lacks bytes, and

@@ -9,8 +9,8 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol, TypeVar
 
 from ds_cp.engine.core import EngineCore
-from ds_cp.engine.params import Delta
-from ds_cp.engine.plan import Outcome, StepPlan
+from ds_cp.outputs import Delta
+from ds_cp.plan import Outcome, StepPlan
 
 T = TypeVar("T")
 DEPTH = 2  # steps under way: one runs, one is ready
@@ -39,7 +39,7 @@ class ThreadRunner:
     def __init__(self, lead: Callable[[StepPlan], Outcome] | None = None) -> None:
         self.lead = lead
         self._thread = ThreadPoolExecutor(1, "ds_cp steps")
-        self._flying: list[Future[Outcome]] = []
+        self._in_flight: list[Future[Outcome]] = []
 
     def call(self, work: Callable[[], T]) -> Future[T]:
         """Do something else there."""
@@ -47,17 +47,17 @@ class ThreadRunner:
 
     def submit(self, plan: StepPlan) -> None:
         assert self.lead is not None
-        self._flying.append(self._thread.submit(self.lead, plan))
+        self._in_flight.append(self._thread.submit(self.lead, plan))
 
     def outcome(self) -> Outcome:
-        return self._flying.pop(0).result()
+        return self._in_flight.pop(0).result()
 
     def close(self) -> None:
         """Wait for what runs, and end the thread."""
         self._thread.shutdown(wait=True)
 
 
-class StepLoop:
+class PipelinedLoop:
     """Drives a core over a runner. ``guard`` is held while the core is touched, never while ranks
     work."""
 
@@ -67,7 +67,7 @@ class StepLoop:
         self._core = core
         self._runner = runner
         self._guard = guard or nullcontext()
-        self.num_flying = 0
+        self.num_in_flight = 0
 
     def advance(self) -> list[Delta]:
         """Submit the next step if there is one; once two are under way, or nothing more can be
@@ -76,24 +76,24 @@ class StepLoop:
             plan = self._core.plan()
         if plan is not None:
             self._runner.submit(plan)
-            self.num_flying += 1
-        if self.num_flying == 0 or (plan is not None and self.num_flying < DEPTH):
+            self.num_in_flight += 1
+        if self.num_in_flight == 0 or (plan is not None and self.num_in_flight < DEPTH):
             return []
         outcome = self._runner.outcome()
-        self.num_flying -= 1
+        self.num_in_flight -= 1
         with self._guard:
             return self._core.apply(outcome)
 
     def settle(self) -> None:
         """Wait for the steps under way; what they bring is for requests that are gone."""
-        while self.num_flying:
-            self.num_flying -= 1
+        while self.num_in_flight:
+            self.num_in_flight -= 1
             outcome = self._runner.outcome()
             with self._guard:
                 self._core.apply(outcome)
 
 
-class HereLoop:
+class InlineLoop:
     """Drives a core over ``lead``, which runs a plan in the caller's own thread: the one in which
     torch has its pool of CPU threads already (see ``ThreadRunner``). Meanwhile a helper notes the
     tokens of the step before and plans the one after."""
@@ -107,7 +107,7 @@ class HereLoop:
         self.failed = False  # a step did not end: what the books say is computed may not be
 
     @property
-    def num_flying(self) -> int:
+    def num_in_flight(self) -> int:
         """Steps that are planned or whose tokens are not noted yet."""
         return (self._planned is not None) + (self._outcome is not None)
 
@@ -117,9 +117,9 @@ class HereLoop:
         plan = self._planned or self._core.plan()
         self._planned = None
         if plan is None:
-            return self._note_last()
+            return self._apply_last()
         self.failed = True  # until it has ended
-        beside = self._helper.submit(self._beside)
+        beside = self._helper.submit(self._while_running)
         try:
             outcome = self._lead(plan)
         finally:
@@ -128,10 +128,10 @@ class HereLoop:
         self.failed = False
         return deltas
 
-    def _beside(self) -> tuple[list[Delta], StepPlan | None]:
-        return self._note_last(), self._core.plan()
+    def _while_running(self) -> tuple[list[Delta], StepPlan | None]:
+        return self._apply_last(), self._core.plan()
 
-    def _note_last(self) -> list[Delta]:
+    def _apply_last(self) -> list[Delta]:
         outcome, self._outcome = self._outcome, None
         return [] if outcome is None else self._core.apply(outcome)
 
@@ -139,7 +139,7 @@ class HereLoop:
         """Run what is planned, so that ranks and books agree; what it brings is for requests that
         are gone. Then end the helper."""
         try:
-            self._note_last()
+            self._apply_last()
             if self._planned is not None:
                 plan, self._planned = self._planned, None
                 self.failed = True

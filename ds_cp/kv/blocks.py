@@ -7,7 +7,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 
 from ds_cp.errors import DsCpError
-from ds_cp.kv.runs import FreeRuns
+from ds_cp.kv.free_list import FreeList
 
 Home = tuple[int, int]
 
@@ -85,7 +85,7 @@ class BlockAllocator:
         """``n`` blocks of ``rank`` with one reference each, in the order in which to fill them.
 
         ``extend_from``: the caller's last block on this rank, used; the blocks right after it are
-        taken first, or else blocks that leave room to grow on (see FreeRuns.take). Cached blocks
+        taken first, or else blocks that leave room to grow on (see FreeList.take). Cached blocks
         are evicted only as far as free ones do not suffice. Raises OutOfBlocksError, with nothing
         changed, when fewer than ``n`` are available.
         """
@@ -244,7 +244,7 @@ class _RankBlocks:
     """One rank's blocks by state."""
 
     def __init__(self, capacity: int) -> None:
-        self.free = FreeRuns(capacity)
+        self.free = FreeList(capacity)
         self.references: dict[int, int] = {}  # used block -> holders, at least 1
         self.cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
 

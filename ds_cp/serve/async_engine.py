@@ -1,6 +1,6 @@
 """Rank 0's engine for the HTTP front: a thread that steps, and asyncio streams that listen.
 
-The scheduler lives here, in the front's process; plans go to the worker through a port, the next
+The scheduler lives here, in the front's process; plans go to the worker through a link, the next
 one while a step runs. A long step blocks only that thread: requests are admitted, refused and
 aborted meanwhile.
 """
@@ -17,18 +17,19 @@ from typing import Any
 
 from ds_cp.config import Config
 from ds_cp.engine.core import EngineCore
-from ds_cp.engine.decisions import build_scheduler
-from ds_cp.engine.handle import EngineInfo, EngineStats
-from ds_cp.engine.loop import StepLoop
-from ds_cp.engine.params import Delta, RequestOptions, SamplingParams
-from ds_cp.engine.plan import Outcome, StepPlan
+from ds_cp.engine.interface import EngineInfo, EngineStats
+from ds_cp.engine.loop import PipelinedLoop
 from ds_cp.errors import DsCpError, EngineDeadError
-from ds_cp.serve.border import Ready
-from ds_cp.serve.ports import WorkerPort
+from ds_cp.outputs import Delta
+from ds_cp.plan import Outcome, StepPlan
+from ds_cp.sampling_params import RequestOptions, SamplingParams
+from ds_cp.scheduler.build import build_scheduler
+from ds_cp.serve.channel import Ready
+from ds_cp.serve.worker_link import WorkerLink
 
 
 class AsyncEngine:
-    """Implements ``EngineHandle``. ``load_tokenizer`` runs in the engine's thread while ranks load.
+    """Implements ``EngineInterface``. ``load_tokenizer`` runs in the engine's thread meanwhile.
 
     ``paced``: clients wait for each token. ``on_ready`` gets the start-up lines, ``on_death`` the
     error that ended the engine (not called after ``stop``); both run in the engine's thread.
@@ -41,7 +42,7 @@ class AsyncEngine:
         self,
         config: Config,
         model_name: str,
-        port: WorkerPort,
+        link: WorkerLink,
         loop: asyncio.AbstractEventLoop,
         load_tokenizer: Callable[[], Any],
         on_ready: Callable[[Ready], None],
@@ -50,7 +51,7 @@ class AsyncEngine:
     ) -> None:
         self._config = config
         self._model_name = model_name
-        self._port = port
+        self._link = link
         self._loop = loop
         self._load_tokenizer = load_tokenizer
         self._on_ready = on_ready
@@ -107,7 +108,7 @@ class AsyncEngine:
                 self._core.abort(request_id)
 
     def drain(self, rank: int) -> None:
-        """Move everything off a rank, live; see ``EngineHandle``."""
+        """Move everything off a rank, live; see ``EngineInterface``."""
         with self._wake:
             self._ready_core().scheduler.drain(rank)
             self._wake.notify()
@@ -135,8 +136,8 @@ class AsyncEngine:
             return replace(
                 self._core.stats(),
                 step_seconds=self._step_seconds,
-                comm_bytes={scheme: sent[0] for scheme, sent in self._port.sent.items()},
-                comm_exchanges={scheme: sent[1] for scheme, sent in self._port.sent.items()},
+                comm_bytes={scheme: sent[0] for scheme, sent in self._link.sent.items()},
+                comm_exchanges={scheme: sent[1] for scheme, sent in self._link.sent.items()},
             )
 
     async def stop(self, deadline_s: float) -> None:
@@ -169,7 +170,7 @@ class AsyncEngine:
 
     def _become_ready(self) -> None:
         tokenizer = self._load_tokenizer()
-        ready = self._port.ready()
+        ready = self._link.ready()
         scheduler = build_scheduler(self._config, ready.facts, self._paced)
         with self._lock:
             self._core = EngineCore(scheduler, tokenizer)
@@ -192,11 +193,11 @@ class AsyncEngine:
         idle_s = min(self._config.comm.timeout_s / 3, 20.0)
         core = self._core
         assert core is not None
-        loop = StepLoop(core, _Timed(self._port, self._note_seconds), self._lock)
+        loop = PipelinedLoop(core, _Timed(self._link, self._add_seconds), self._lock)
         worked = False
         while True:
             with self._wake:
-                idle = not core.has_work and not loop.num_flying
+                idle = not core.has_work and not loop.num_in_flight
                 if idle and not self._stopping:
                     if worked:
                         core.check_integrity()
@@ -206,8 +207,8 @@ class AsyncEngine:
                 if self._stopping:
                     break
             if idle:  # a sign of life, so that no rank takes silence for death
-                self._port.submit(StepPlan(0, "idle"))
-                self._port.outcome()
+                self._link.submit(StepPlan(0, "idle"))
+                self._link.outcome()
                 continue
             worked = True
             deltas = loop.advance()
@@ -216,9 +217,9 @@ class AsyncEngine:
             self._deliver([(queue, delta) for queue, delta in pairs if queue is not None])
         self._state = "dead"
         loop.settle()
-        self._port.leave()
+        self._link.leave()
 
-    def _note_seconds(self, seconds: float) -> None:
+    def _add_seconds(self, seconds: float) -> None:
         self._step_seconds += seconds
 
     def _deliver(self, items: list[tuple[asyncio.Queue[Delta | DsCpError], Any]]) -> None:
@@ -243,9 +244,9 @@ class AsyncEngine:
 class _Timed:
     """A runner that tells how long its steps took."""
 
-    def __init__(self, port: WorkerPort, note: Callable[[float], None]) -> None:
-        self.submit = port.submit
-        self._outcome = port.outcome
+    def __init__(self, link: WorkerLink, note: Callable[[float], None]) -> None:
+        self.submit = link.submit
+        self._outcome = link.outcome
         self._note = note
 
     def outcome(self) -> Outcome:

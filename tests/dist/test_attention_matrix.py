@@ -15,8 +15,8 @@ import torch
 from ds_cp.attention import LayerSpec, Span, attention
 from ds_cp.comm.wire import World
 from ds_cp.layout import Runs, assign, join, positions, split_even, total
-from tests.oracle import full_attention
-from tests.ranks import run_ranks, world_group
+from tests.helpers.oracle import full_attention
+from tests.helpers.ranks import run_ranks, world_group
 
 LIMIT = {torch.float32: 2e-6, torch.bfloat16: 2 * 2**-8}
 HEADS = [(4, 4), (6, 2), (9, 3), (4, 1)]  # (H, G): MHA, GQA, SmolLM2's ratio, MQA

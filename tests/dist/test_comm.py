@@ -24,8 +24,8 @@ from ds_cp.comm.ring import RingExchange
 from ds_cp.comm.tree import TreeExchange
 from ds_cp.comm.wire import Group, Pending, Rendezvous, World, join
 from ds_cp.errors import CommError, ConfigError, LaunchError
-from tests.oracle import full_attention
-from tests.ranks import RankError, run_ranks, world_group
+from tests.helpers.oracle import full_attention
+from tests.helpers.ranks import RankError, run_ranks, world_group
 
 SIZES = [0, 1, Control.FRAME - 8, Control.FRAME - 7, 2**20, 3]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8]

@@ -18,15 +18,16 @@ import torch
 from transformers import PreTrainedModel
 
 from ds_cp.comm.wire import World
-from ds_cp.engine import startup
-from ds_cp.engine.offline import LLMEngine
-from ds_cp.engine.params import RequestOutput, SamplingParams
-from ds_cp.engine.plan import Sampling
-from ds_cp.engine.sampling import Row, sample_rows
-from ds_cp.engine.startup import _Report, exchange_reports
+from ds_cp.startup import build as startup
+from ds_cp.engine.llm import LLMEngine
+from ds_cp.outputs import RequestOutput
+from ds_cp.sampling_params import SamplingParams
+from ds_cp.plan import Sampling
+from ds_cp.worker.sampler import Row, sample_rows
+from ds_cp.startup.agreement import Report, exchange_reports
 from ds_cp.errors import CapacityError, ConfigError
-from tests.engines import engine_on, tiny_llama
-from tests.ranks import run_ranks
+from tests.helpers.engines import engine_on, tiny_llama
+from tests.helpers.ranks import run_ranks
 
 Ids = tuple[int, ...]
 PLACEMENTS = ("fill_then_spill", "round_robin", "balanced")
@@ -312,7 +313,7 @@ def tensor_parallel(world: World, want: dict[str, list[Ids]]) -> list[str]:
 
 def refused_sharding(world: World) -> None:
     """Every rank hears it, and the world is still good for the next engine."""
-    reports = exchange_reports(world, _Report(2, "\N{CJK UNIFIED IDEOGRAPH-9577}" * 900))
+    reports = exchange_reports(world, Report(2, "\N{CJK UNIFIED IDEOGRAPH-9577}" * 900))
     assert all(200 < len(report.message) < 900 for report in reports), "cut, by bytes"
     model = tiny_llama(num_attention_heads=6, num_key_value_heads=3, hidden_size=96)
     with pytest.raises(ConfigError, match=r"tp_size is 2.*num_key_value_heads = 3"):

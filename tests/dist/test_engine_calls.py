@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 from ds_cp.comm.wire import World
-from ds_cp.engine.offline import PromptRequest
-from ds_cp.engine.params import RequestOptions, SamplingParams
-from ds_cp.engine.plan import Outcome, StepPlan
+from ds_cp.engine.llm import PromptRequest
+from ds_cp.sampling_params import RequestOptions, SamplingParams
+from ds_cp.plan import Outcome, StepPlan
 from ds_cp.errors import EngineDeadError, RequestError
-from tests.engines import engine_on, tiny_llama
-from tests.ranks import run_ranks
+from tests.helpers.engines import engine_on, tiny_llama
+from tests.helpers.ranks import run_ranks
 
 GREEDY = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
 KV = {"kv_cache": {"tokens_per_rank": 128, "block_size": 4}}

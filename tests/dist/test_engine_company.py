@@ -23,13 +23,14 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ds_cp.comm.wire import World
 from ds_cp.engine.core import EngineCore
-from ds_cp.engine.decisions import build_scheduler
-from ds_cp.engine.offline import LLMEngine, PromptRequest
-from ds_cp.engine.params import RequestOptions, RequestOutput, SamplingParams, TokenLogprob
-from ds_cp.engine.plan import Sampling
-from ds_cp.engine.sampling import Row, sample_rows
-from tests.engines import engine_on, tiny_llama
-from tests.ranks import run_ranks
+from ds_cp.scheduler.build import build_scheduler
+from ds_cp.engine.llm import LLMEngine, PromptRequest
+from ds_cp.sampling_params import RequestOptions, SamplingParams
+from ds_cp.outputs import RequestOutput, TokenLogprob
+from ds_cp.plan import Sampling
+from ds_cp.worker.sampler import Row, sample_rows
+from tests.helpers.engines import engine_on, tiny_llama
+from tests.helpers.ranks import run_ranks
 
 Ids = tuple[int, ...]
 Answer = tuple[Ids, str]  # tokens, finish reason

@@ -16,16 +16,16 @@ import pytest
 import torch
 
 from ds_cp.comm.wire import World
-from ds_cp.engine.mirror import Mirror
-from ds_cp.engine.moving import MOVES_PER_STEP
-from ds_cp.engine.params import RequestOptions, SamplingParams
-from ds_cp.engine.plan import Home, StepPlan, Transfer
+from ds_cp.worker.state import WorkerState
+from ds_cp.scheduler.migration import MOVES_PER_STEP
+from ds_cp.sampling_params import RequestOptions, SamplingParams
+from ds_cp.plan import Home, StepPlan, Transfer
 from ds_cp.errors import CapacityError, RequestError
 from ds_cp.model.wiring import Decoder
 from tests.dist.test_engine_company import VOCAB, Case, Ids, settle, the_model
 from tests.dist.test_engine_lifecycles import Driver
-from tests.engines import engine_on
-from tests.ranks import run_ranks
+from tests.helpers.engines import engine_on
+from tests.helpers.ranks import run_ranks
 
 SIZE = 4  # tokens of a block
 PREFIX = 40  # tokens that some prompts share
@@ -125,7 +125,7 @@ def play(
         driver.close()
         far = [t for p in driver.plans for t in p.transfers if t.source[0] != t.target[0]]
         # the others are copies of cached blocks, for requests that begin with the step
-        assert sum(bool(t.requests) for t in far) == driver.scheduler.mover.num_moved
+        assert sum(bool(t.requests) for t in far) == driver.scheduler.migration.num_moved
         moved = len(far) * SIZE * engine.facts.bytes_per_token * engine.facts.tp_size
     else:
         engine._worker.follow()
@@ -256,7 +256,7 @@ def rebalance_under_streams(driver: Driver, cases: Cases) -> Sequence[str]:
         driver.step()
     assert all(driver.used), driver.used
     assert max(driver.used) - min(driver.used) <= 14, driver.used  # of 40; a request moves whole
-    assert 0 < sum(transfers(driver.plans[at:])) and driver.scheduler.mover.num_moved > 0
+    assert 0 < sum(transfers(driver.plans[at:])) and driver.scheduler.migration.num_moved > 0
     assert len(driver.live) == len(names)
     driver.finish()
     assert_unbroken(driver, since)
@@ -355,7 +355,7 @@ def drain_refused(driver: Driver, cases: Cases) -> Sequence[str]:
         books = {r.number: list(r.table.homes) for r in scheduler.running if r.table}
         cached = [allocator.num_cached(rank) for rank in driver.ranks]
         reserved = [dict(r.reserved) for r in scheduler.running]
-        return books, driver.used, cached, reserved, set(scheduler.homes.closed)
+        return books, driver.used, cached, reserved, set(scheduler.block_manager.closed)
 
     before = state()
     assert any(before[2]), "there is something to lose"
@@ -371,7 +371,7 @@ def drain_refused(driver: Driver, cases: Cases) -> Sequence[str]:
             scheduler.drain(rank)
         with pytest.raises(RequestError, match=r"no context-parallel rank"):
             scheduler.reopen(rank)
-    assert state() == before and not scheduler.mover.is_moving
+    assert state() == before and not scheduler.migration.is_moving
     driver.finish()
     assert_unbroken(driver, since)
     assert not any(transfers(driver.plans))
@@ -528,7 +528,7 @@ def tokens_go_round(driver: Driver, cases: Cases) -> Sequence[str]:
     since = start(driver, cases, names)
     driver.finish()
     assert_unbroken(driver, since)
-    mirror = Mirror(0, SIZE)
+    mirror = WorkerState(0, SIZE)
     handoffs = sum(len(mirror.apply(plan).handoffs) for plan in driver.plans)
     new = sum(len(tokens) for name in names for tokens, _ in cases[name].want)
     assert handoffs > new / SIZE / 2

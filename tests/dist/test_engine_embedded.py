@@ -16,9 +16,9 @@ import ds_cp
 from ds_cp.comm.wire import World
 from ds_cp.errors import CapacityError, ConfigError, ModelError, RequestError, TopologyError
 from tests.dist.test_engine import Ids, greedy, hf_greedy, make_prompt, tokens_of, wrong
-from tests.engines import engine_on, tiny_llama
-from tests.launch.tiny import make_tiny_model
-from tests.ranks import run_ranks
+from tests.helpers.engines import engine_on, tiny_llama
+from tests.helpers.tiny import make_tiny_model
+from tests.helpers.ranks import run_ranks
 
 CONFIG: dict[str, Any] = {"kv_cache": {"block_size": 4, "tokens_per_rank": 128}}
 TEXTS = ["one", "two and three", "4 "]

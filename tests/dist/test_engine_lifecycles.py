@@ -17,18 +17,19 @@ import pytest
 
 from ds_cp.comm.wire import World
 from ds_cp.engine.core import EngineCore
-from ds_cp.engine.decisions import build_scheduler
-from ds_cp.engine.loop import StepLoop, ThreadRunner
-from ds_cp.engine.offline import LLMEngine
-from ds_cp.engine.params import Delta, RequestOptions
-from ds_cp.engine.plan import Home, Outcome, StepPlan
-from ds_cp.engine.request import Request
-from ds_cp.engine.scheduler import Scheduler
-from ds_cp.engine.worker import Worker
+from ds_cp.scheduler.build import build_scheduler
+from ds_cp.engine.loop import PipelinedLoop, ThreadRunner
+from ds_cp.engine.llm import LLMEngine
+from ds_cp.outputs import Delta
+from ds_cp.sampling_params import RequestOptions
+from ds_cp.plan import Home, Outcome, StepPlan
+from ds_cp.scheduler.request import Request
+from ds_cp.scheduler.scheduler import Scheduler
+from ds_cp.worker.worker import Worker
 from ds_cp.errors import CapacityError
 from tests.dist.test_engine_company import KINDS, STOPS, Answer, Case, draft, settle, the_model
-from tests.engines import engine_on
-from tests.ranks import run_ranks
+from tests.helpers.engines import engine_on
+from tests.helpers.ranks import run_ranks
 
 Books = dict[int, tuple[tuple[Home, ...], int]]  # request -> homes of its blocks, tokens in them
 
@@ -74,7 +75,7 @@ class Driver:
         self._said: dict[str, list[list[int]]] = {}
         self._worker = engine._worker
         self._runner = _Recorder(engine._worker, self.scheduler)
-        self._loop = StepLoop(self.core, self._runner)
+        self._loop = PipelinedLoop(self.core, self._runner)
 
     @property
     def plans(self) -> list[StepPlan]:
@@ -115,7 +116,7 @@ class Driver:
     def finish(self, most: int = 2000) -> None:
         """Step until nobody is left."""
         for _ in range(most):
-            if not (self.core.has_work or self._loop.num_flying):
+            if not (self.core.has_work or self._loop.num_in_flight):
                 break
             self.step()
         assert not self.live and not self.core.has_work, f"{self.live} did not end"
@@ -207,8 +208,8 @@ class Lives:
         scheduler = driver.scheduler
         self.counts["lives"] = len(self.case_of)
         self.counts["preemptions"] = scheduler.num_preemptions
-        self.counts["hits"] = scheduler.homes.hits
-        self.counts["moved"] = scheduler.mover.num_moved
+        self.counts["hits"] = scheduler.block_manager.hits
+        self.counts["moved"] = scheduler.migration.num_moved
 
     def _start(self, name: str) -> bool:
         case, rng = self.rng.choice(self.cases), self.rng
@@ -218,7 +219,7 @@ class Lives:
             self.driver.add(name, case, options)
         except CapacityError as error:  # while a large rank is drained
             assert error.need is not None and error.largest is not None
-            assert error.need > error.largest and self.driver.scheduler.homes.closed
+            assert error.need > error.largest and self.driver.scheduler.block_manager.closed
             self.counts["too large"] += 1
             return False
         self.case_of[name] = case
@@ -226,7 +227,7 @@ class Lives:
 
     def _disturb(self) -> None:
         driver, rng, scheduler = self.driver, self.rng, self.driver.scheduler
-        closed = scheduler.homes.closed
+        closed = scheduler.block_manager.closed
         if driver.live and rng.random() < 0.06:
             name = rng.choice(sorted(driver.live))
             driver.abort(name)

@@ -12,12 +12,12 @@ import transformers as hf
 from transformers import PreTrainedModel
 
 from ds_cp.comm.wire import World
-from ds_cp.engine import worker as worker_module
-from ds_cp.engine.params import SamplingParams
-from ds_cp.engine.plan import Sampled
-from ds_cp.engine.sampling import Row
-from tests.engines import engine_on
-from tests.ranks import run_ranks
+from ds_cp.worker import worker as worker_module
+from ds_cp.sampling_params import SamplingParams
+from ds_cp.plan import Sampled
+from ds_cp.worker.sampler import Row
+from tests.helpers.engines import engine_on
+from tests.helpers.ranks import run_ranks
 
 Ids = tuple[int, ...]
 LIMIT = 1e-3

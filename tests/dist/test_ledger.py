@@ -20,13 +20,13 @@ from ds_cp import SamplingParams
 from ds_cp.attention import KeyValues, LayerSpec, Span, get_kernel, make_mode
 from ds_cp.comm.ledger import Entry
 from ds_cp.comm.wire import Group, World
-from ds_cp.engine.mirror import Mirror, check_item
-from ds_cp.engine.plan import Begin, Chunk, Sampling, StepPlan
-from ds_cp.engine.step import StepContext
+from ds_cp.worker.state import WorkerState, check_item
+from ds_cp.plan import Begin, Chunk, Sampling, StepPlan
+from ds_cp.worker.step_context import StepContext
 from ds_cp.kv.pool import KVPool
 from ds_cp.layout import Runs, assign, contiguous, total
-from tests.engines import engine_on, tiny_llama
-from tests.ranks import run_ranks, world_group
+from tests.helpers.engines import engine_on, tiny_llama
+from tests.helpers.ranks import run_ranks, world_group
 
 Books = dict[str, Entry]  # scheme -> what one rank sent
 D = 16
@@ -374,7 +374,7 @@ def ship(world: World) -> list[Books]:
         layers = [LayerSpec(4, 2, D, 0.25)] * 2
         pool = KVPool(layers, 64, dtype, group.device)
         _, kernel = get_kernel("sdpa", group.device, dtype)
-        work = Mirror(group.rank, block_size=1).apply(plan)
+        work = WorkerState(group.rank, block_size=1).apply(plan)
         for item in work.items:
             check_item(item)
         step = StepContext(work, group, layers, pool, kernel)

@@ -17,7 +17,7 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 import pytest
 
-from tests.netns import Hosts, NamespaceError, two_hosts
+from tests.helpers.netns import Hosts, NamespaceError, two_hosts
 
 ROOT = Path(__file__).parents[2]
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.launch.jobs import Job
-from tests.launch.tiny import greedy_tokens, make_tiny_model
+from tests.helpers.jobs import Job
+from tests.helpers.tiny import greedy_tokens, make_tiny_model
 
 Start = Callable[..., Job]
 Write = Callable[..., str]

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 from transformers import MambaConfig, MambaForCausalLM
 
+from tests.helpers.jobs import END_S, ROOT, START_S, Job, command, ds_cp, free_port
 from tests.launch.conftest import Start, Write
-from tests.launch.jobs import END_S, ROOT, START_S, Job, command, ds_cp, free_port
 
 BEFORE_TORCH_S = 4.0
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.jobs import END_S, START_S, Job, command, json_lines, post
+from tests.helpers.tiny import LONG, NEW, write_prompts
 from tests.launch.conftest import Start, Write
-from tests.launch.jobs import END_S, START_S, Job, command, json_lines, post
-from tests.launch.tiny import LONG, NEW, write_prompts
 
 LAUNCHERS = ("python", "deepspeed", "torchrun", "mpirun", "ds-cp")
 SERVER_KV = {"tokens_per_rank": 512, "block_size": 16}

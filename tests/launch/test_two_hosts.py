@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.jobs import ROOT, START_S, clean_environment, json_lines
+from tests.helpers.netns import Hosts, NamespaceError, two_hosts
+from tests.helpers.tiny import NEW, write_prompts
 from tests.launch.conftest import Write
-from tests.launch.jobs import ROOT, START_S, clean_environment, json_lines
-from tests.launch.tiny import NEW, write_prompts
-from tests.netns import Hosts, NamespaceError, two_hosts
 
 pytestmark = pytest.mark.netns
 

@@ -13,10 +13,10 @@ import httpx
 import openai
 import pytest
 
-from ds_cp.serve.app import create_app
-from ds_cp.serve.http import bind, serve_until
-from ds_cp.serve.protocol import ServerSettings
-from tests.server.fake_engine import FakeEngine, make_tokenizer
+from ds_cp.api.app import create_app
+from ds_cp.api.protocol import ServerSettings
+from ds_cp.api.server import bind, serve_until
+from tests.helpers.fake_engine import FakeEngine, make_tokenizer
 
 
 @dataclass

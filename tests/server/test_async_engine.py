@@ -11,13 +11,13 @@ import pytest
 
 from ds_cp.config import load_config
 from ds_cp.engine.core import EngineCore
-from ds_cp.engine.mirror import Mirror
-from ds_cp.engine.params import SamplingParams
-from ds_cp.engine.plan import Outcome, Sampled, StepPlan
-from ds_cp.engine.startup_facts import Facts
 from ds_cp.errors import DsCpError, EngineDeadError
+from ds_cp.facts import Facts
+from ds_cp.plan import Outcome, Sampled, StepPlan
+from ds_cp.sampling_params import SamplingParams
 from ds_cp.serve.async_engine import AsyncEngine
-from ds_cp.serve.border import Ready
+from ds_cp.serve.channel import Ready
+from ds_cp.worker.state import WorkerState
 
 BLOCK = 4
 FACTS = Facts(
@@ -35,7 +35,7 @@ class Port:
 
     def __init__(self) -> None:
         self.plans: deque[StepPlan] = deque()
-        self.mirror = Mirror(0, BLOCK)
+        self.mirror = WorkerState(0, BLOCK)
 
     def ready(self) -> Ready:
         return Ready(FACTS, ())

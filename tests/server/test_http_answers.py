@@ -10,10 +10,11 @@ import httpx
 import openai
 import pytest
 
-from ds_cp.serve import front, logprobs
-from ds_cp.serve.front import engine_salt
+from ds_cp.api import context as front
+from ds_cp.api import logprobs
+from ds_cp.api.context import engine_salt
+from tests.helpers.fake_engine import FakeEngine, expected_ids, prompt_scores
 from tests.server.conftest import Running, wait_for
-from tests.server.fake_engine import FakeEngine, expected_ids, prompt_scores
 
 MODEL = "fake-model"
 C = "/v1/completions"
@@ -264,7 +265,7 @@ def test_offsets_with_tokens_that_the_text_has_not() -> None:
     """Added tokens, dropped blanks, and blanks that a tokenizer adds have no width."""
     from types import SimpleNamespace
 
-    from ds_cp.engine.params import TokenLogprob
+    from ds_cp.outputs import TokenLogprob
 
     pieces = {1: "<s>", 2: " foo", 3: " foo", 4: "bar"}
     texts: Any = SimpleNamespace(

@@ -313,8 +313,8 @@ def test_slow_tokenizer_has_a_deadline(launch: Any, tokenizer: Any) -> None:
 def test_nan_logprob_is_not_sent_as_nan() -> None:
     from types import SimpleNamespace
 
-    from ds_cp.engine.params import TokenLogprob
-    from ds_cp.serve.logprobs import TokenTexts, chat_entries
+    from ds_cp.api.logprobs import TokenTexts, chat_entries
+    from ds_cp.outputs import TokenLogprob
 
     tokenizer = SimpleNamespace(convert_ids_to_tokens=lambda i: "a", decode=lambda ids, **_: "a")
     texts = TokenTexts(SimpleNamespace(tokenizer=tokenizer))  # type: ignore[arg-type]

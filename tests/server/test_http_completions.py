@@ -10,9 +10,9 @@ import httpx
 import openai
 import pytest
 
-from ds_cp.engine.params import RequestOptions, SamplingParams
+from ds_cp.sampling_params import RequestOptions, SamplingParams
+from tests.helpers.fake_engine import FakeEngine, expected_ids, make_tokenizer
 from tests.server.conftest import Running
-from tests.server.fake_engine import FakeEngine, expected_ids, make_tokenizer
 
 MODEL = "fake-model"
 
@@ -324,7 +324,7 @@ def test_model_without_template(launch: Any) -> None:
 
 def test_partial_characters_in_logprobs(served: Running, tokenizer: Any) -> None:
     """A token that is one byte of a longer character: its byte in chat, a label in completions."""
-    from ds_cp.serve.logprobs import TokenTexts
+    from ds_cp.api.logprobs import TokenTexts
 
     texts = TokenTexts(served.engine)
     ids = tokenizer("\u20ac")["input_ids"]

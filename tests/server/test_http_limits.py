@@ -13,8 +13,8 @@ import httpx
 import openai
 import pytest
 
+from ds_cp.api.server import bind
 from ds_cp.errors import LaunchError
-from ds_cp.serve.http import bind
 from tests.server.conftest import Running, wait_for
 
 C = "/v1/completions"
@@ -278,7 +278,7 @@ def test_api_keys(launch: Launch) -> None:
 
 
 def test_keys_are_not_shown() -> None:
-    from ds_cp.serve.protocol import ServerSettings
+    from ds_cp.api.protocol import ServerSettings
 
     assert "hush" not in repr(ServerSettings(api_keys=("hush",)))
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from ds_cp.engine.handle import EngineStats
+from ds_cp.engine.interface import EngineStats
+from tests.helpers.fake_engine import FakeEngine
 from tests.server.conftest import Running
-from tests.server.fake_engine import FakeEngine
 
 
 def test_models(served: Running) -> None:

@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -16,74 +17,95 @@ PACKAGE = ROOT / "ds_cp"
 LAYERS = {
     "errors": 0,
     "version": 0,
-    "config": 0,
-    "config_models": 0,
-    "config_text": 0,
-    "cost": 0,
+    "text": 0,
     "layout": 0,
-    "topology": 1,
-    "comm": 2,
-    "attention": 3,
-    "kv": 3,
-    "model": 4,
-    "engine": 5,
-    "serve": 6,
-    "cli": 6,
-    "": 7,  # ds_cp/__init__.py: names for users, from anywhere
+    "cost": 0,
+    "process": 0,
+    "facts": 1,
+    "plan": 1,
+    "sampling_params": 1,
+    "outputs": 1,
+    "config": 1,
+    "topology": 2,
+    "comm": 3,
+    "attention": 4,
+    "kv": 4,
+    "model": 5,
+    "scheduler": 6,
+    "worker": 6,
+    "startup": 7,
+    "engine": 8,
+    "api": 9,
+    "batch": 10,
+    "serve": 11,
+    "cli": 12,
+    "": 13,  # ds_cp/__init__.py: names for users, from anywhere
 }
-NOT_EVEN_BELOW = {"serve": {"attention", "comm"}, "cli": {"attention", "comm"}}
-SIDEWAYS = {("cli", "serve"), ("kv", "attention")}  # attention knows no cache
+_TENSORS = {"attention", "comm"}
+NOT_EVEN_BELOW = {  # lower layers that a layer does not know all the same
+    "attention": {"facts", "outputs", "plan", "sampling_params"},
+    "kv": {"comm", "facts", "outputs", "plan", "sampling_params", "topology"},
+    "model": {"facts", "outputs", "plan", "sampling_params"},
+    "scheduler": _TENSORS | {"model", "worker"},
+    "api": _TENSORS | {"kv", "model", "scheduler", "startup", "worker"},
+    "batch": _TENSORS | {"kv", "model", "scheduler", "startup", "worker"},
+    "serve": _TENSORS | {"kv"},
+    "cli": _TENSORS | {"kv", "scheduler", "worker"},
+}
+SIDEWAYS = {("kv", "attention"), ("outputs", "sampling_params")}  # attention knows no cache
 
 ONLY_IN = {
     "mpi4py": ["topology/mpi.py"],
     "deepspeed": ["comm/wire.py"],
     "torch.distributed": ["comm/wire.py"],
     "flash_attn": ["attention/kernels/flash.py"],
-    "transformers": ["model/", "serve/agent.py"],
-    "fastapi": ["serve/"],
-    "starlette": ["serve/"],
-    "uvicorn": ["serve/"],
-    "prometheus_client": ["serve/"],
+    "transformers": ["model/"],
+    "fastapi": ["api/"],
+    "starlette": ["api/"],
+    "uvicorn": ["api/"],
+    "prometheus_client": ["api/"],
 }
 WITHOUT_TORCH = [
     "errors.py",
     "version.py",
-    "config",
+    "text.py",
+    "config/",
     "cost.py",
+    "facts.py",
     "layout.py",
+    "outputs.py",
+    "plan.py",
+    "process.py",
+    "sampling_params.py",
     "topology/",
     "kv/__init__.py",
     "kv/blocks.py",
+    "kv/free_list.py",
     "kv/placement.py",
     "kv/prefix.py",
-    "kv/runs.py",
     "kv/table.py",
+    "scheduler/",
+    "worker/__init__.py",
+    "worker/state.py",
+    "startup/__init__.py",
+    "startup/report.py",
+    "startup/resources.py",
     "engine/__init__.py",
-    "engine/chunks.py",
     "engine/core.py",
-    "engine/decisions.py",
     "engine/detokenize.py",
-    "engine/handle.py",
-    "engine/homes.py",
+    "engine/interface.py",
     "engine/loop.py",
-    "engine/mirror.py",
-    "engine/moving.py",
-    "engine/pacing.py",
-    "engine/params.py",
-    "engine/plan.py",
-    "engine/policy.py",
-    "engine/process.py",
-    "engine/request.py",
-    "engine/scheduler.py",
-    "engine/startup_facts.py",
-    "engine/waiting.py",
-    "serve/agent.py",
-    "serve/app.py",
+    "api/",
+    "batch/",
+    "serve/__init__.py",
     "serve/async_engine.py",
-    "serve/border.py",
-    "cli",
+    "serve/channel.py",
+    "serve/supervisor.py",
+    "serve/worker_link.py",
+    "cli/",
 ]
-READS_ENVIRONMENT = ["topology/job.py", "cli", "serve/agent.py", "engine/offline.py"]
+READS_ENVIRONMENT = ["topology/job.py", "cli/", "serve/supervisor.py", "engine/llm.py"]
+MAX_LINES = 350
 FORBIDDEN_MODULES = {"pickle", "cloudpickle", "dill", "marshal", "shelve"}
 FORBIDDEN_NAMES = {"eval", "exec"}
 FORBIDDEN_ATTRIBUTES = {
@@ -93,7 +115,9 @@ FORBIDDEN_ATTRIBUTES = {
 } | {"scatter_object_list", "send_object_list", "recv_object_list"}
 
 
+@cache
 def sources() -> list[tuple[str, ast.Module]]:
+    """Every file below ``ds_cp`` with its tree, read and parsed once."""
     files = sorted(PACKAGE.rglob("*.py"))
     return [(f.relative_to(PACKAGE).as_posix(), ast.parse(f.read_text("utf-8"))) for f in files]
 
@@ -121,9 +145,7 @@ def unit(parts: list[str]) -> str:
     """The layer's name of a file or module below ``ds_cp``."""
     first = parts[0] if parts else ""
     first = first.removesuffix(".py")
-    if first == "__init__":
-        return ""
-    return "cli" if first.startswith("cli_") else first
+    return "" if first == "__init__" else first
 
 
 def layer_problems(file: str, tree: ast.Module) -> list[str]:
@@ -206,6 +228,65 @@ def module_of(file: str) -> str:
     return ".".join(["ds_cp", *file.removesuffix(".py").split("/")]).removesuffix(".__init__")
 
 
+def at_import(file: str, tree: ast.Module, modules: set[str]) -> set[str]:
+    """The modules of ``modules`` that importing ``file`` imports: by statements at its top."""
+    top = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    found = set()
+    for _, name in imports(file, ast.Module(top, [])):
+        module = name if name in modules else name.rpartition(".")[0]
+        if module in modules:
+            found.add(module)
+    return found
+
+
+def cycle_in(graph: dict[str, set[str]]) -> list[str]:
+    """Modules that import each other in a circle, the first one again at the end; [] for none."""
+    done: set[str] = set()
+
+    def walk(module: str, path: list[str]) -> list[str]:
+        if module in path:
+            return [*path[path.index(module) :], module]
+        if module in done:
+            return []
+        for other in sorted(graph[module]):
+            if circle := walk(other, [*path, module]):
+                return circle
+        done.add(module)
+        return []
+
+    return next((circle for module in sorted(graph) if (circle := walk(module, []))), [])
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    modules = {module_of(file) for file, _ in sources()}
+    graph = {module_of(file): at_import(file, tree, modules) for file, tree in sources()}
+    assert cycle_in(graph) == []
+    assert sum(map(len, graph.values())) > 2 * len(graph)  # the graph is the package's
+
+
+@pytest.mark.parametrize(
+    ("graph", "circle"),
+    [
+        ({"a": {"b"}, "b": {"c"}, "c": set()}, []),
+        ({"a": {"b", "c"}, "b": {"d"}, "c": {"d"}, "d": set()}, []),
+        ({"a": {"b"}, "b": {"c"}, "c": {"b"}}, ["b", "c", "b"]),
+        ({"a": {"a"}}, ["a", "a"]),
+    ],
+)
+def test_an_import_cycle_is_found(graph: dict[str, set[str]], circle: list[str]) -> None:
+    assert cycle_in(graph) == circle
+
+
+def test_a_file_has_one_job() -> None:
+    """A module that does not fit in the head is two."""
+    long = {}
+    for file, _ in sources():
+        lines = len((PACKAGE / file).read_text("utf-8").splitlines())
+        if lines > MAX_LINES:
+            long[file] = lines
+    assert long == {}
+
+
 # Imports module after module and prints the first after which torch is there, with who asked.
 LOADS_TORCH = """
 import importlib, sys, traceback
@@ -235,7 +316,7 @@ def torch_loaded_by(modules: list[str]) -> str:
 def test_files_without_torch_do_not_load_it_through_others_either() -> None:
     """So the process that schedules and speaks HTTP starts at once and stays small."""
     files = [file for file, _ in sources() if file.startswith(tuple(WITHOUT_TORCH))]
-    assert {"engine/scheduler.py", "engine/core.py", "serve/agent.py"} <= set(files)
+    assert {"scheduler/scheduler.py", "engine/core.py", "serve/supervisor.py"} <= set(files)
     assert torch_loaded_by([module_of(file) for file in files]) == ""
     said = torch_loaded_by(["ds_cp.kv", "ds_cp.attention.spec"])
     assert said.startswith("ds_cp.attention.spec loads torch by ") and "__init__.py" in said
@@ -249,12 +330,14 @@ def test_every_name_of_the_list_is_of_a_file(name: str) -> None:
 @pytest.mark.parametrize(
     ("file", "code", "line"),
     [
-        ("kv/table.py", "import json\nfrom ds_cp.engine.plan import StepPlan", 2),
+        ("kv/table.py", "import json\nfrom ds_cp.plan import StepPlan", 2),
         ("attention/local.py", "def f():\n    from ds_cp.kv import pool", 2),
         ("attention/kernels/x.py", "from ...kv.blocks import Blocks", 1),
         ("errors.py", "from ds_cp import init_inference", 1),
-        ("serve/app.py", "from ds_cp.comm import ring", 1),
-        ("engine/engine.py", "import ds_cp.serve.app", 1),
+        ("api/app.py", "from ds_cp.comm import ring", 1),
+        ("api/chat.py", "from ds_cp.scheduler.request import Request", 1),
+        ("scheduler/pacing.py", "from ds_cp.worker.state import WorkerState", 1),
+        ("engine/core.py", "import ds_cp.api.app", 1),
         ("newthing/x.py", "", 0),
     ],
 )
@@ -266,10 +349,10 @@ def test_upward_import_is_found(file: str, code: str, line: int) -> None:
 @pytest.mark.parametrize(
     ("file", "code"),
     [
-        ("cli_serve.py", "from ds_cp.serve.agent import serve"),
+        ("cli/serve.py", "from ds_cp.serve.supervisor import serve"),
         ("kv/pool.py", "from ds_cp.kv.blocks import Blocks"),
         ("model/wiring.py", "from ds_cp.attention.state import merge\nimport ds_cp.kv.pool"),
-        ("__init__.py", "from ds_cp.engine.offline import init_inference"),
+        ("__init__.py", "from ds_cp.engine.llm import init_inference"),
     ],
 )
 def test_downward_import_is_fine(file: str, code: str) -> None:
@@ -281,14 +364,15 @@ def test_downward_import_is_fine(file: str, code: str) -> None:
     [
         ("topology/job.py", "def f():\n    import mpi4py.MPI"),
         ("comm/ring.py", "from torch import distributed"),
-        ("engine/worker.py", "import deepspeed.comm as dist"),
+        ("worker/worker.py", "import deepspeed.comm as dist"),
         ("attention/kernels/sdpa.py", "from flash_attn import flash_attn_func"),
-        ("engine/worker.py", "from transformers import AutoModel"),
-        ("cli.py", "from fastapi import FastAPI"),
-        ("engine/plan.py", "def f():\n    import torch.nn"),
-        ("engine/mirror.py", "import torch"),
-        ("kv/runs.py", "from torch import Tensor"),
-        ("config_text.py", "from torch import Tensor"),
+        ("worker/worker.py", "from transformers import AutoModel"),
+        ("cli/main.py", "from fastapi import FastAPI"),
+        ("plan.py", "def f():\n    import torch.nn"),
+        ("worker/state.py", "import torch"),
+        ("scheduler/new.py", "import torch"),
+        ("kv/free_list.py", "from torch import Tensor"),
+        ("text.py", "from torch import Tensor"),
     ],
 )
 def test_foreign_package_in_the_wrong_file_is_found(file: str, code: str) -> None:
@@ -315,9 +399,9 @@ def test_foreign_package_in_the_wrong_file_is_found(file: str, code: str) -> Non
     ],
 )
 def test_forbidden_use_is_found(code: str) -> None:
-    assert use_problems("engine/worker.py", ast.parse(code))
+    assert use_problems("worker/worker.py", ast.parse(code))
 
 
 def test_harmless_look_alikes_are_fine() -> None:
     code = "model.eval()\nf(trust_remote_code=False)\nsafetensors.torch.load_file('x')\n"
-    assert use_problems("engine/worker.py", ast.parse(code)) == []
+    assert use_problems("worker/worker.py", ast.parse(code)) == []

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ds_cp.engine.plan import (
+from ds_cp.plan import (
     Begin,
     Chunk,
     Decodes,

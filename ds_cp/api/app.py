@@ -1,0 +1,199 @@
+"""The HTTP application: OpenAI's protocol in front of an ``EngineInterface``."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+
+from ds_cp.api.admin import rank_routes
+from ds_cp.api.chat import chat_completions
+from ds_cp.api.completions import completions
+from ds_cp.api.context import AppContext
+from ds_cp.api.errors import ApiError, ErrorBody, from_engine, from_validation
+from ds_cp.api.json_route import StrictJsonRoute
+from ds_cp.api.logprobs import TokenTexts
+from ds_cp.api.metrics import ServerMetrics
+from ds_cp.api.middleware import ApiKeys, ReadLimits, RequestIds
+from ds_cp.api.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    ServerSettings,
+    TokenizeRequest,
+)
+from ds_cp.api.tokenization import TextCodec
+from ds_cp.engine.interface import EngineInterface
+from ds_cp.errors import DsCpError
+
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorBody, "description": "The request is at fault."},
+    "5XX": {"model": ErrorBody, "description": "The server is at fault or not ready."},
+}
+
+
+def create_app(engine: EngineInterface, server: ServerSettings) -> FastAPI:
+    """The application. ``engine`` may still be starting: its info and tokenizer are not touched
+    before its state is "ready", and until then every route but /health answers 503 or without its
+    numbers.
+    """
+
+    def model_name() -> str:
+        return server.served_model_name or engine.info.model
+
+    codec = TextCodec(engine, server.tokenize_timeout_s)
+    context = AppContext(
+        engine, server, ServerMetrics(engine, model_name), codec, TokenTexts(engine)
+    )
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        codec.close()
+
+    app = FastAPI(
+        title="ds_cp",
+        version=package_version(),
+        lifespan=lifespan,
+        docs_url=None,  # FastAPI's pages load scripts from elsewhere
+        redoc_url=None,
+        responses=_ERRORS,
+    )
+    app.include_router(_completion_routes(context))
+    app.include_router(_text_routes(context))
+    app.include_router(_state_routes(context))
+    app.include_router(rank_routes(context))
+    app.add_exception_handler(RequestValidationError, _on_validation)
+    app.add_exception_handler(HTTPException, _on_http)
+    app.add_exception_handler(DsCpError, _on_typed)
+    # The last one added is the outermost.
+    if server.api_keys:
+        app.add_middleware(ApiKeys, keys=server.api_keys)
+    app.add_middleware(
+        ReadLimits, max_body_bytes=server.max_body_bytes, timeout_s=server.body_timeout_s
+    )
+    app.add_middleware(RequestIds)
+    return app
+
+
+def package_version() -> str:
+    """The installed version of ds_cp."""
+    try:
+        return version("ds_cp")
+    except PackageNotFoundError:  # run from a plain checkout
+        return "0+unknown"
+
+
+def _completion_routes(context: AppContext) -> APIRouter:
+    router = APIRouter(route_class=StrictJsonRoute)
+
+    @router.post("/v1/chat/completions", response_model=None)
+    async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
+        return await chat_completions(context, body, request)
+
+    @router.post("/v1/completions", response_model=None)
+    async def create_completion(body: CompletionRequest, request: Request) -> Response:
+        return await completions(context, body, request)
+
+    return router
+
+
+def _text_routes(context: AppContext) -> APIRouter:
+    router = APIRouter(route_class=StrictJsonRoute)
+
+    @router.post("/tokenize")
+    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+        context.check(body.model)
+        if body.messages is not None:
+            messages = [message.for_template() for message in body.messages]
+            ids = await context.codec.encode_chat(
+                messages, add_generation_prompt=body.add_generation_prompt
+            )
+        else:
+            ids = await context.codec.encode(
+                body.prompt or "", add_special_tokens=body.add_special_tokens
+            )
+        return {
+            "count": len(ids),
+            "max_model_len": context.engine.info.max_model_len,
+            "tokens": ids,
+        }
+
+    @router.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest) -> dict[str, str]:
+        context.check(body.model)
+        context.check_ids(body.tokens, "tokens")
+        return {"prompt": await context.codec.decode(body.tokens)}
+
+    return router
+
+
+def _state_routes(context: AppContext) -> APIRouter:
+    router = APIRouter()
+
+    def card() -> dict[str, Any]:
+        info = context.engine.info
+        return {
+            "id": context.model_name(),
+            "object": "model",
+            "created": info.created,
+            "owned_by": "ds_cp",
+            "max_model_len": info.max_model_len,
+        }
+
+    @router.get("/v1/models")
+    async def list_models() -> dict[str, Any]:
+        context.check_ready()
+        return {"object": "list", "data": [card()]}
+
+    @router.get("/v1/models/{model:path}")
+    async def get_model(model: str) -> dict[str, Any]:
+        context.check(model)
+        return card()
+
+    @router.get("/health")
+    async def health() -> Response:
+        state = context.engine.state
+        return JSONResponse({"status": state}, status_code=200 if state == "ready" else 503)
+
+    @router.get("/version")
+    async def get_version() -> dict[str, str]:
+        return {"version": package_version()}
+
+    @router.get("/metrics", response_class=Response)
+    async def metrics(request: Request) -> Response:
+        text, content_type = context.metrics.exposition(request.headers.get("accept", ""))
+        return Response(text, headers={"Content-Type": content_type})
+
+    return router
+
+
+async def _on_validation(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    return from_validation(error.errors()).response()
+
+
+async def _on_http(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    if isinstance(error, ApiError):
+        return error.response()
+    texts = {
+        404: f"there is no {request.method} {request.url.path[:200]} here; see /openapi.json",
+        405: f"{request.method} is not allowed on {request.url.path[:200]}",
+    }
+    message = texts.get(error.status_code, str(error.detail))
+    return ApiError(error.status_code, message, headers=error.headers).response()
+
+
+async def _on_typed(request: Request, error: Exception) -> Response:
+    assert isinstance(error, DsCpError)
+    known = from_engine(error)
+    if known is None:
+        raise error  # ours, not the client's: RequestIds logs it and answers 500
+    return known.response()

@@ -1,0 +1,216 @@
+"""What the routes share: the engine, the text codec, the metrics, and the checks of one request."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import uuid
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from time import time
+from typing import Any
+
+from starlette.requests import Request
+
+from ds_cp.api.errors import ApiError, not_ready
+from ds_cp.api.generation import Generation, Job
+from ds_cp.api.logprobs import TokenTexts
+from ds_cp.api.metrics import ServerMetrics
+from ds_cp.api.protocol import SamplingRequest, ServerSettings
+from ds_cp.api.tokenization import TextCodec
+from ds_cp.engine.interface import EngineInterface
+from ds_cp.errors import RequestError
+from ds_cp.sampling_params import RequestOptions, SamplingParams
+
+# How long a stream waits for a refusal by the engine before it starts with status 200.
+ADMISSION_S = 1.0
+# Entries of one answer: one per prompt token, alternative and choice. To put a million into JSON
+# keeps the event loop from other streams for half a second.
+MAX_PROMPT_LOGPROBS = 1_000_000
+_COPIED = (
+    "n temperature top_p top_k min_p seed stop stop_token_ids min_tokens ignore_eos logit_bias "
+    "skip_special_tokens presence_penalty frequency_penalty repetition_penalty"
+).split()
+
+
+@dataclass(frozen=True)
+class AppContext:
+    """One app's parts. Nothing here touches the engine's info or tokenizer before it is ready."""
+
+    engine: EngineInterface
+    settings: ServerSettings
+    metrics: ServerMetrics
+    codec: TextCodec
+    texts: TokenTexts
+
+    def model_name(self) -> str:
+        """The name under which the model is served."""
+        return self.settings.served_model_name or self.engine.info.model
+
+    def check_ready(self) -> None:
+        """Raises ``ApiError`` 503 while the engine is starting or dead."""
+        if self.engine.state != "ready":
+            raise not_ready(self.engine.state)
+
+    def check(self, model: str | None) -> None:
+        """Raises ``ApiError`` 503 when not ready, 404 when another model is asked for."""
+        self.check_ready()
+        name = self.model_name()
+        if model is not None and model != name:
+            raise ApiError(
+                404,
+                f"the model {model[:200]!r} does not exist here; this server has {name!r}",
+                param="model",
+                code="model_not_found",
+            )
+
+    def check_ids(self, ids: Collection[int], param: str) -> None:
+        """Raises ``RequestError`` for token ids outside the vocabulary."""
+        size = self.engine.info.vocab_size
+        if not ids or (min(ids) >= 0 and max(ids) < size):
+            return
+        wrong = next(token_id for token_id in ids if not 0 <= token_id < size)
+        raise RequestError(
+            f"{param}: token id {str(wrong)[:24]} is outside the vocabulary (0 to {size - 1})",
+            param,
+        )
+
+    def start(
+        self,
+        answer_id: str,
+        prompts: Sequence[list[int]],
+        params: SamplingParams,
+        options: RequestOptions,
+        arrival: float,
+        *,
+        prompt_param: str,
+        max_param: str = "max_tokens",
+        clamp: bool = False,
+    ) -> Generation:
+        """Hand the prompts to the engine. ``clamp`` lowers ``max_tokens`` to what fits.
+
+        Raises ``ApiError`` 400 (``context_length_exceeded``) when a prompt and its new tokens are
+        longer than the model, ``RequestError`` for ids outside the vocabulary.
+        """
+        self.check_ids(params.stop_token_ids, "stop_token_ids")
+        self.check_ids(params.logit_bias, "logit_bias")
+        _check_prompt_logprobs(sum(map(len, prompts)), params, prompt_param)
+        jobs = []
+        for index, ids in enumerate(prompts):
+            if not ids:
+                raise RequestError(
+                    f"{prompt_param} is empty; send at least one token", prompt_param
+                )
+            self.check_ids(ids, prompt_param)
+            fitting = self._fit(len(ids), params, prompt_param, max_param, clamp)
+            jobs.append(Job(f"{answer_id}-{index}", ids, fitting, options))
+        return Generation(self.engine, self.metrics, jobs, arrival)
+
+    def _fit(
+        self, prompt: int, params: SamplingParams, prompt_param: str, max_param: str, clamp: bool
+    ) -> SamplingParams:
+        length = self.engine.info.max_model_len
+        room = length - prompt
+        least = max(params.min_tokens, 1)
+        if params.max_tokens is not None and clamp and least <= room:
+            return replace(params, max_tokens=min(params.max_tokens, room))
+        if params.max_tokens is None or clamp:
+            asked, name = least, "min_tokens" if params.min_tokens else max_param
+        else:
+            asked, name = params.max_tokens, max_param
+        if asked > room:
+            raise ApiError(
+                400,
+                f"the model's context length is {length} tokens; the prompt has {prompt} and "
+                f"{name} asks for {asked} more: need {prompt + asked}, have {length}; shorten the "
+                "prompt" + (f" or lower {name}" if room > 0 else ""),
+                param=prompt_param if room < 1 else name,
+                code="context_length_exceeded",
+            )
+        return params
+
+
+def sampling_params(
+    body: SamplingRequest,
+    *,
+    max_tokens: int | None,
+    logprobs: int | None,
+    prompt_logprobs: int | None,
+    names: Mapping[str, str] = {},
+) -> SamplingParams:
+    """The engine's parameters of a request; null fields take the engine's defaults.
+
+    ``names`` says what the client calls a parameter. Raises ``RequestError`` in the client's words.
+    """
+    given: dict[str, Any] = {name: getattr(body, name) for name in _COPIED}
+    given = {name: value for name, value in given.items() if value is not None}
+    try:
+        return SamplingParams(
+            max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs, **given
+        )
+    except RequestError as error:
+        ours = error.param
+        if ours is None or ours not in names:
+            raise
+        raise RequestError(str(error).replace(ours, names[ours]), names[ours]) from None
+
+
+def request_options(body: SamplingRequest, request: Request) -> RequestOptions:
+    """Priority and cache salt of a request. Raises ``RequestError``."""
+    key_digest = request.scope["state"].get("key_digest")
+    return RequestOptions(
+        priority=0 if body.priority is None else body.priority,
+        cache_salt=engine_salt(key_digest, body.cache_salt or ""),
+    )
+
+
+def engine_salt(key_digest: str | None, cache_salt: str) -> str:
+    """What keeps the prefixes of one API key and one ``cache_salt`` from all others: sha256 (hex)
+    of both, "" without either. Neither can be read from it."""
+    if key_digest is None and not cache_salt:
+        return ""
+    return hashlib.sha256(json.dumps([key_digest, cache_salt]).encode()).hexdigest()
+
+
+def _check_prompt_logprobs(tokens: int, params: SamplingParams, prompt_param: str) -> None:
+    if params.prompt_logprobs is None:
+        return
+    each = params.prompt_logprobs + 1
+    count = tokens * each * params.n
+    if count > MAX_PROMPT_LOGPROBS:
+        raise RequestError(
+            f"log-probabilities of {tokens} prompt tokens, {each} each, in {params.n} choices are "
+            f"{count} entries; at most {MAX_PROMPT_LOGPROBS} per request; shorten the prompt or "
+            "ask for fewer",
+            prompt_param,
+        )
+
+
+def new_id(prefix: str) -> str:
+    """An answer's id, such as ``chatcmpl-...``."""
+    return f"{prefix}-{uuid.uuid4().hex}"
+
+
+def now() -> int:
+    """``created`` of an answer, in seconds since the epoch."""
+    return int(time())
+
+
+def request_id_of(request: Request) -> str:
+    """The id that ``RequestIds`` gave this request."""
+    return request.scope["state"]["request_id"]
+
+
+def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
+    """OpenAI's token counts; ``cached_tokens`` of the prompt's were in the prefix cache."""
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
+    }
+
+
+def engine_failure() -> ApiError:
+    """The answer when the engine ends a request with ``error``."""
+    return ApiError(500, "the engine could not finish this request", code="engine_error")

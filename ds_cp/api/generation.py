@@ -1,0 +1,182 @@
+"""Several engine requests answered as one, and the race of an answer with a client that leaves."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from time import monotonic
+from typing import Any, TypeVar
+
+from ds_cp.api.metrics import ServerMetrics
+from ds_cp.engine.interface import EngineInterface
+from ds_cp.errors import EngineDeadError
+from ds_cp.outputs import Delta
+from ds_cp.sampling_params import RequestOptions, SamplingParams
+
+_BUFFERED = 64  # deltas waiting for a slow client before its requests are held back
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One prompt of an HTTP request: one request of the engine, with ``params.n`` answers."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    options: RequestOptions
+
+
+class Generation:
+    """Runs the jobs of one HTTP request; ``close`` aborts whatever has not finished."""
+
+    def __init__(
+        self, engine: EngineInterface, metrics: ServerMetrics, jobs: Sequence[Job], arrival: float
+    ) -> None:
+        self._engine = engine
+        self._metrics = metrics
+        self._arrival = arrival  # time.monotonic() when the HTTP request came
+        self._queue: asyncio.Queue[tuple[int, Delta | Exception]] = asyncio.Queue(_BUFFERED)
+        self._unfinished = sum(job.params.n for job in jobs)  # answers
+        self._waiting: asyncio.Task[tuple[int, Delta | Exception]] | None = None
+        loop = asyncio.get_running_loop()
+        self._answered: list[asyncio.Future[None]] = [loop.create_future() for _ in jobs]
+        self._tasks = [
+            asyncio.create_task(self._pump(index, job)) for index, job in enumerate(jobs)
+        ]
+
+    async def admitted(self, timeout_s: float) -> None:
+        """Wait until every job has answered once, or for ``timeout_s``; raises the engine's
+        refusal.
+
+        It lets a refusal become an HTTP status; a stream that has started can only carry an event.
+        """
+        done, _ = await asyncio.wait(
+            self._answered, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION
+        )
+        for future in done:
+            future.result()
+
+    async def next(self, timeout_s: float | None = None) -> tuple[int, Delta] | None:
+        """The next delta and the index of its job, or None after ``timeout_s`` without one.
+
+        Raises what the engine raised for any of the jobs.
+        """
+        if self._waiting is None:
+            self._waiting = asyncio.create_task(self._queue.get())
+        done, _ = await asyncio.wait({self._waiting}, timeout=timeout_s)
+        if not done:
+            return None
+        index, item = self._waiting.result()
+        self._waiting = None
+        if isinstance(item, Exception):
+            raise item
+        if item.finish_reason is not None:
+            self._unfinished -= 1
+        return index, item
+
+    @property
+    def finished(self) -> bool:
+        """True once the last delta of every answer of every job was taken."""
+        return self._unfinished == 0
+
+    async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
+        """All deltas of all jobs as they come."""
+        while not self.finished:
+            item = await self.next()
+            assert item is not None
+            yield item
+
+    async def close(self) -> None:
+        """Abort what runs and wait until the engine's iterators are closed. May be called twice."""
+        tasks = [*self._tasks, *([self._waiting] if self._waiting else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for future in self._answered:
+            if not future.done():
+                future.cancel()
+            elif not future.cancelled():
+                future.exception()  # taken, so that asyncio does not report it as lost
+
+    async def _pump(self, index: int, job: Job) -> None:
+        stream = self._engine.generate(
+            job.request_id, job.prompt_token_ids, job.params, job.options
+        )
+        ended = False
+        left = job.params.n  # answers without their last delta
+        times = _Times(self._metrics, self._arrival)
+        try:
+            async for delta in stream:
+                left -= delta.finish_reason is not None
+                ended = left == 0
+                times.note(delta, ended)
+                if not self._answered[index].done():
+                    self._answered[index].set_result(None)
+                await self._queue.put((index, delta))
+                if ended:
+                    return
+            raise EngineDeadError(f"request {job.request_id} ended without a finish reason")
+        except Exception as error:
+            ended = True
+            if not self._answered[index].done():
+                self._answered[index].set_exception(error)
+            await self._queue.put((index, error))
+        finally:
+            if not ended:
+                self._engine.abort(job.request_id)
+            close = getattr(stream, "aclose", None)
+            if close is not None:
+                await close()
+
+
+class _Times:
+    """The latencies of one engine request: to the first token of any answer, between the tokens of
+    each answer, and to the end of the last answer, unless one was aborted."""
+
+    def __init__(self, metrics: ServerMetrics, arrival: float) -> None:
+        self._metrics = metrics
+        self._arrival = arrival
+        self._last: dict[int, float] = {}  # by index, when its latest tokens came
+        self._whole = True
+
+    def note(self, delta: Delta, ended: bool) -> None:
+        """Take one delta; ``ended`` with the last one of the request."""
+        now = monotonic()
+        if delta.token_ids:
+            if delta.index in self._last:
+                self._metrics.next_token(now - self._last[delta.index])
+            elif not self._last:
+                self._metrics.first_token(now - self._arrival)
+            self._last[delta.index] = now
+        if delta.finish_reason is not None:
+            self._whole = self._whole and delta.finish_reason in ("stop", "length")
+        if ended and self._whole:
+            self._metrics.finished(now - self._arrival)
+
+
+async def unless_disconnected(
+    receive: Callable[[], Awaitable[Any]], work: Coroutine[Any, Any, Result]
+) -> Result | None:
+    """The result of ``work``, or None when the client left first (``work`` is cancelled then).
+
+    ``receive`` must be the server's own: the body has been read, so that all it can still say is
+    ``http.disconnect``.
+    """
+    answer = asyncio.create_task(work)
+    leaving = asyncio.create_task(until_disconnect(receive))
+    try:
+        await asyncio.wait({answer, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        return answer.result() if answer.done() else None
+    finally:
+        answer.cancel()
+        leaving.cancel()
+        await asyncio.gather(answer, leaving, return_exceptions=True)
+
+
+async def until_disconnect(receive: Callable[[], Awaitable[Any]]) -> None:
+    """Returns when the client is gone."""
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,146 @@
+"""What /metrics says: vLLM's metric suffixes under ``ds_cp:``, so known dashboards carry over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from prometheus_client import CollectorRegistry, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
+
+from ds_cp.engine.interface import EngineInterface, EngineStats
+
+# Seconds. The upper ends are for prompts of many minutes.
+_TTFT = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
+_TTFT_BUCKETS = (*_TTFT, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0)
+_ITL = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
+_ITL_BUCKETS = (*_ITL, 20.0, 40.0, 80.0)
+_E2E = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0)
+_E2E_BUCKETS = (*_E2E, 240.0, 480.0, 960.0, 1920.0, 7680.0)
+
+
+class ServerMetrics:
+    """One registry per app: the engine's snapshot, read at scrape time, and latencies fed by
+    routes.
+
+    ``model_name`` is called at scrape and observation time, because the name may come from an
+    engine that is still starting.
+    """
+
+    def __init__(self, engine: EngineInterface, model_name: Callable[[], str]) -> None:
+        self._name = model_name
+        self._registry = CollectorRegistry()
+        self._registry.register(EngineCollector(engine, model_name))
+        self._ttft = self._histogram(
+            "time_to_first_token",
+            "From the arrival of a request to its first token.",
+            _TTFT_BUCKETS,
+        )
+        self._itl = self._histogram(
+            "inter_token_latency",
+            "Between the tokens of one answer.",
+            _ITL_BUCKETS,
+        )
+        self._e2e = self._histogram(
+            "e2e_request_latency", "From the arrival of a request to its last token.", _E2E_BUCKETS
+        )
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(
+            f"ds_cp:{name}_seconds",
+            text,
+            labelnames=("model_name",),
+            buckets=buckets,
+            registry=self._registry,
+        )
+
+    def first_token(self, seconds: float) -> None:
+        """A request got its first token, ``seconds`` after it arrived."""
+        self._ttft.labels(self._name()).observe(seconds)
+
+    def next_token(self, seconds: float) -> None:
+        """A request got more tokens, ``seconds`` after the ones before."""
+        self._itl.labels(self._name()).observe(seconds)
+
+    def finished(self, seconds: float) -> None:
+        """A request got its last token, ``seconds`` after it arrived."""
+        self._e2e.labels(self._name()).observe(seconds)
+
+    def exposition(self, accept: str) -> tuple[bytes, str]:
+        """The scrape's body and its content type, as the ``Accept`` header asks."""
+        encode, content_type = choose_encoder(accept)
+        return encode(self._registry), content_type
+
+
+class EngineCollector:
+    """Turns ``EngineStats`` into metric families at every scrape; nothing while starting."""
+
+    def __init__(self, engine: EngineInterface, model_name: Callable[[], str]) -> None:
+        self._engine = engine
+        self._name = model_name
+
+    def describe(self) -> Iterable[Metric]:
+        """No families in advance: registering must not touch an engine that is not there yet."""
+        return ()
+
+    def collect(self) -> Iterable[Metric]:
+        """The families of one scrape."""
+        if self._engine.state == "starting":
+            return
+        stats, name = self._engine.stats(), self._name()
+        yield from _gauges(stats, name)
+        yield from _counters(stats, name)
+
+
+def _gauges(stats: EngineStats, name: str) -> Iterable[Metric]:
+    used, total = sum(stats.kv_blocks_used), sum(stats.kv_blocks_total)
+    for key, text, value in (
+        ("num_requests_running", "Requests in the running batch.", stats.num_requests_running),
+        ("num_requests_waiting", "Requests waiting to be scheduled.", stats.num_requests_waiting),
+        ("kv_cache_usage_perc", "KV blocks in use, 1 means all.", used / total if total else 0.0),
+    ):
+        family = GaugeMetricFamily(f"ds_cp:{key}", text, labels=("model_name",))
+        family.add_metric((name,), value)
+        yield family
+    blocks = GaugeMetricFamily(
+        "ds_cp:kv_blocks", "KV blocks by rank and state.", labels=("model_name", "rank", "state")
+    )
+    kept = stats.kv_blocks_cached or (0,) * len(stats.kv_blocks_total)
+    counts = zip(stats.kv_blocks_used, kept, stats.kv_blocks_total, strict=True)
+    for rank, (busy, cached, every) in enumerate(counts):
+        blocks.add_metric((name, str(rank), "used"), busy)
+        blocks.add_metric((name, str(rank), "cached"), cached)
+        blocks.add_metric((name, str(rank), "free"), every - busy - cached)
+    yield blocks
+    drained = GaugeMetricFamily(
+        "ds_cp:rank_drained", "1 when a rank takes no new KV.", labels=("model_name", "rank")
+    )
+    for rank in range(len(stats.kv_blocks_total)):
+        drained.add_metric((name, str(rank)), rank in stats.ranks_drained)
+    yield drained
+
+
+def _counters(stats: EngineStats, name: str) -> Iterable[Metric]:
+    for key, text, value in (
+        ("prompt_tokens", "Prompt tokens processed.", stats.prompt_tokens),
+        ("generation_tokens", "Tokens generated.", stats.generation_tokens),
+        ("num_preemptions", "Requests put back to be recomputed.", stats.num_preemptions),
+        ("prefix_cache_queries", "Prompt tokens looked up.", stats.prefix_cache_queries),
+        ("prefix_cache_hits", "Prompt tokens found in the cache.", stats.prefix_cache_hits),
+        ("blocks_moved", "KV blocks moved between ranks.", stats.blocks_moved),
+        ("engine_steps", "Steps of the engine.", stats.steps),
+        ("engine_step_seconds", "Seconds spent in steps.", stats.step_seconds),
+    ):
+        family = CounterMetricFamily(f"ds_cp:{key}", text, labels=("model_name",))
+        family.add_metric((name,), value)
+        yield family
+    for key, text, label, values in (
+        ("request_success", "Finished requests by reason.", "finished_reason", stats.finished),
+        ("mode_counts", "Scheduled items by attention mode.", "mode", stats.mode_counts),
+        ("comm_bytes", "Bytes sent by rank 0 by scheme.", "scheme", stats.comm_bytes),
+        ("comm_exchanges", "Exchanges of rank 0 by scheme.", "scheme", stats.comm_exchanges),
+    ):
+        family = CounterMetricFamily(f"ds_cp:{key}", text, labels=("model_name", label))
+        for item, count in sorted(values.items()):
+            family.add_metric((name, item), count)
+        yield family

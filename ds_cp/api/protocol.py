@@ -1,0 +1,314 @@
+"""The request bodies of the OpenAI protocol, and what the server is told about itself.
+
+Accepted and ignored, because they change nothing about the answer: ``user``, ``store``,
+``metadata``, ``service_tier``, ``safety_identifier``, ``prompt_cache_key``, ``verbosity``. Any
+other field that is not listed on the models below is a 400 that names it; a field of OpenAI's that
+is known but not supported is accepted with its neutral value (``tools`` [], ``response_format``
+text, null ...) and refused with any other. ``best_of`` must equal ``n``.
+
+From vLLM: ``top_k``, ``min_p``, ``min_tokens``, ``stop_token_ids``, ``ignore_eos``,
+``repetition_penalty``, ``skip_special_tokens``, ``prompt_logprobs`` (answered where vLLM has it: on
+each choice of a completion, beside the choices of a chat; not in streams), ``priority`` (lower
+numbers first) and ``cache_salt`` (cached prefixes are shared only by requests with the same one and
+the same API key).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from ds_cp.api.errors import FieldError, shorten
+from ds_cp.api.strict_model import (
+    BOTH,
+    CHAT_ONLY,
+    COMPLETION_ONLY,
+    IGNORED,
+    MESSAGE,
+    StrictModel,
+    Unsupported,
+)
+from ds_cp.sampling_params import MAX_LOGIT_BIAS, MAX_N, MAX_SALT_CHARS
+
+MAX_PROMPTS = 64
+MAX_CHOICES = 128  # prompts times n
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings:
+    """How the server behaves. Times in seconds, sizes in bytes.
+
+    ``api_keys`` empty means that no key is asked for. ``served_model_name`` None means the engine's
+    own name. ``keep_alive_s`` is the time without a token after which a stream gets a comment line.
+    ``body_timeout_s`` is how long a request body may take, plus one second per 64 KiB received.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    served_model_name: str | None = None
+    max_body_bytes: int = 16 * 2**20
+    drain_timeout_s: float = 30.0
+    keep_alive_s: float = 5.0
+    header_timeout_s: float = 10.0
+    body_timeout_s: float = 10.0
+    write_timeout_s: float = 60.0
+    tokenize_timeout_s: float = 30.0
+
+
+class StreamOptions(StrictModel):
+    """``include_usage`` adds a last chunk with the token counts."""
+
+    include_usage: bool | None = None
+
+
+class SamplingRequest(StrictModel):
+    """The fields that both kinds of completion share; null means the default."""
+
+    ignored: ClassVar[frozenset[str]] = IGNORED
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = Field(None, description="new tokens at most")
+    min_tokens: int | None = Field(None, description="new tokens before an end is allowed")
+    temperature: float | None = Field(None, description="0 is greedy; 0 to 2, default 1")
+    top_p: float | None = None
+    top_k: int | None = Field(None, description="0 or -1 keeps every token")
+    min_p: float | None = None
+    presence_penalty: float | None = Field(None, description="-2 to 2, default 0")
+    frequency_penalty: float | None = Field(None, description="-2 to 2, default 0")
+    repetition_penalty: float | None = Field(None, description="1 is none; above 0")
+    seed: int | None = None
+    n: int | None = Field(None, description=f"answers per prompt, 1 to {MAX_N}")
+    stop: list[str] | None = Field(None, description="a string or a list of strings")
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    logit_bias: dict[int, float] | None = Field(None, description="token id (string) -> bias")
+    skip_special_tokens: bool | None = None
+    prompt_logprobs: int | None = Field(None, description="of this many tokens per prompt token")
+    priority: int | None = Field(None, description="lower numbers are served first; default 0")
+    cache_salt: str | None = Field(None, description="keeps cached prefixes apart")
+
+    @field_validator("cache_salt")
+    @classmethod
+    def _cache_salt(cls, value: str | None) -> str | None:
+        if value is not None and len(value) > MAX_SALT_CHARS:
+            raise FieldError(f"cache_salt has {len(value)} characters; at most {MAX_SALT_CHARS}")
+        return value if value is None else plain_text(value, "cache_salt")
+
+    @field_validator("stop", mode="plain", json_schema_input_type=str | list[str] | None)
+    @classmethod
+    def _stop(cls, value: Any) -> list[str] | None:
+        texts = [value] if isinstance(value, str) else value
+        if texts is None:
+            return None
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise FieldError("stop must be a string or a list of strings")
+        for text in texts:
+            plain_text(text, "stop")
+        return texts
+
+    @field_validator("logit_bias", mode="plain", json_schema_input_type=dict[str, float] | None)
+    @classmethod
+    def _logit_bias(cls, value: Any) -> dict[int, float] | None:
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            raise FieldError("logit_bias must be an object of token ids and biases")
+        if len(value) > MAX_LOGIT_BIAS:
+            raise FieldError(f"logit_bias has {len(value)} entries; at most {MAX_LOGIT_BIAS}")
+        for key in value:
+            if not re.fullmatch(r"[0-9]{1,9}", key):
+                raise FieldError(f"logit_bias: {shorten(key)} is not a token id")
+        return {int(key): bias for key, bias in value.items()}
+
+    @model_validator(mode="after")
+    def _options_of_streams(self) -> SamplingRequest:
+        if self.stream_options is not None and not self.stream:
+            raise FieldError("stream_options is only allowed with stream true", "stream_options")
+        if self.stream and self.prompt_logprobs is not None:
+            raise FieldError("prompt_logprobs is not given in streams", "prompt_logprobs")
+        return self
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with a chunk of token counts."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+
+class CompletionRequest(SamplingRequest):
+    """POST /v1/completions. ``max_tokens`` is 16 unless given, as OpenAI has it; 0 is allowed with
+    ``echo``. The answers to prompt p are the choices p * ``n`` to p * ``n`` + ``n`` - 1.
+    """
+
+    unsupported: ClassVar[dict[str, Unsupported]] = BOTH | COMPLETION_ONLY
+
+    prompt: list[str | list[int]] = Field(
+        description=f"text, token ids, or a list of at most {MAX_PROMPTS} of either"
+    )
+    best_of: int | None = Field(None, description="the same as n")
+    echo: bool | None = Field(
+        None, description="start the answer with the prompt, with its logprobs if they are asked"
+    )
+    logprobs: int | None = Field(None, description="log-probabilities of this many tokens")
+
+    @field_validator(
+        "prompt", mode="plain", json_schema_input_type=str | list[str] | list[int] | list[list[int]]
+    )
+    @classmethod
+    def _prompt(cls, value: Any) -> list[str | list[int]]:
+        return prompts_of(value)
+
+    @model_validator(mode="after")
+    def _number_of_choices(self) -> CompletionRequest:
+        n, prompts = 1 if self.n is None else self.n, len(self.prompt)
+        if n <= MAX_N and n * prompts > MAX_CHOICES:
+            raise FieldError(
+                f"n is {n} for {prompts} prompts: {n * prompts} answers; at most {MAX_CHOICES} "
+                "per request",
+                "n",
+            )
+        if self.best_of is not None and self.best_of != n:
+            raise FieldError(
+                f"best_of is {self.best_of} and n is {n}: every answer is returned, so best_of "
+                "must equal n; leave it out",
+                "best_of",
+            )
+        return self
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether the answer has the log-probabilities of the echoed prompt."""
+        return bool(self.echo) and self.logprobs is not None
+
+    @property
+    def only_prompt(self) -> bool:
+        """Whether no new token is wanted: evaluation harnesses ask so for a prompt's scores."""
+        return bool(self.echo) and self.max_tokens == 0
+
+
+class ChatMessage(StrictModel):
+    """One turn. ``developer`` is taken as ``system``; parts of text are joined by a line break."""
+
+    unsupported: ClassVar[dict[str, Unsupported]] = MESSAGE
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str
+
+    @field_validator(
+        "content",
+        mode="plain",
+        json_schema_input_type=str | list[dict[Literal["type", "text"], str]],
+    )
+    @classmethod
+    def _content(cls, value: Any) -> str:
+        if isinstance(value, str):
+            return plain_text(value, "content")
+        if not isinstance(value, list) or not value:
+            raise FieldError("content must be text or a list of text parts")
+        return "\n".join(_text_part(part) for part in value)
+
+    def for_template(self) -> dict[str, str]:
+        """The message as chat templates expect it."""
+        role = "system" if self.role == "developer" else self.role
+        return {"role": role, "content": self.content}
+
+
+class ChatRequest(SamplingRequest):
+    """POST /v1/chat/completions. Without ``max_tokens``, as many tokens as fit."""
+
+    unsupported: ClassVar[dict[str, Unsupported]] = BOTH | CHAT_ONLY
+
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, description="the newer name of max_tokens")
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+
+    @model_validator(mode="after")
+    def _pairs(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise FieldError("top_logprobs is only allowed with logprobs true", "top_logprobs")
+        old, new = self.max_tokens, self.max_completion_tokens
+        if old is not None and new is not None and old != new:
+            raise FieldError(
+                f"max_tokens is {old} and max_completion_tokens is {new}; send one of them",
+                "max_completion_tokens",
+            )
+        return self
+
+
+class TokenizeRequest(StrictModel):
+    """POST /tokenize: either ``prompt`` or ``messages``."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = Field(None, min_length=1)
+    add_special_tokens: bool = Field(True, description="for prompt; a chat template brings its own")
+    add_generation_prompt: bool = Field(True, description="for messages")
+
+    @model_validator(mode="after")
+    def _one_of(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise FieldError("send either prompt or messages", "prompt")
+        if self.prompt is not None:
+            plain_text(self.prompt, "prompt")
+        return self
+
+
+class DetokenizeRequest(StrictModel):
+    """POST /detokenize."""
+
+    model: str | None = None
+    tokens: list[int]
+
+
+def plain_text(text: str, name: str) -> str:
+    """The text itself. JSON can spell half of a surrogate pair; no text, so ``FieldError``."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise FieldError(
+            f"{name} is not text: half a surrogate pair at character {error.start}"
+        ) from None
+    return text
+
+
+def prompts_of(value: Any) -> list[str | list[int]]:
+    """OpenAI's four spellings of ``prompt`` as one list of texts or of token-id lists."""
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, list):
+        raise FieldError("prompt must be a string, a list of strings, or (lists of) token ids")
+    if not value:
+        raise FieldError("prompt is empty; send at least one token of text")
+    if _is_ids(value):
+        value = [value]
+    if len(value) > MAX_PROMPTS:
+        raise FieldError(f"prompt has {len(value)} prompts; at most {MAX_PROMPTS} per request")
+    if not (all(isinstance(item, str) for item in value) or all(map(_is_ids, value))):
+        raise FieldError("prompt must be a string, a list of strings, or (lists of) token ids")
+    for item in value:
+        if not item:
+            raise FieldError("prompt is empty; send at least one token of text")
+        if isinstance(item, str):
+            plain_text(item, "prompt")
+    return value
+
+
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int for item in value)
+
+
+def _text_part(part: Any) -> str:
+    if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+        raise FieldError('a part of content must be {"type": "text", "text": "..."}')
+    if part["type"] != "text":
+        kind = shorten(part["type"])
+        raise FieldError(f"content of type {kind} is not supported: this server reads text only")
+    if set(part) != {"type", "text"} or not isinstance(part["text"], str):
+        raise FieldError('a text part must be {"type": "text", "text": "..."}')
+    return plain_text(part["text"], "content")

@@ -1,0 +1,200 @@
+"""The listening socket and the server loop. Signals and processes belong to the agent."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import json
+import logging
+import socket
+from collections.abc import Iterator
+from http import HTTPStatus
+
+import h11
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from ds_cp.api.errors import error_type
+from ds_cp.api.protocol import ServerSettings
+from ds_cp.errors import LaunchError
+
+logger = logging.getLogger("ds_cp.serve")
+
+BACKLOG = 1024
+MAX_CONNECTIONS = 1024
+KEEP_ALIVE_CONNECTION_S = 30
+_AFTER_CANCEL_S = 2.0  # for requests cancelled at the end of a drain to say so
+_PAUSE_S = 0.1
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening TCP socket; port 0 takes a free one. Raises ``LaunchError`` in one line.
+
+    It listens at once: a socket that is only bound would not keep a second server from the port.
+    """
+    where = f"{host}:{port}"
+    if not 0 <= port <= 65535:  # getaddrinfo would wrap it around
+        raise LaunchError(f"cannot listen on {where}: a port is from 0 to 65535; set server.port")
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise LaunchError(
+            f"cannot listen on {where}: {reason}; set server.host to an address of this machine, "
+            "such as 127.0.0.1"
+        ) from None
+    family, kind, protocol, _, address = found[0]
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(BACKLOG)
+        listener.setblocking(False)
+    except OSError as error:
+        listener.close()
+        raise LaunchError(f"cannot listen on {where}: {_way_out(error, port)}") from None
+    return listener
+
+
+def _way_out(error: OSError, port: int) -> str:
+    code = error.errno
+    if code == errno.EADDRINUSE:
+        return f"port {port} is in use; choose another with server.port, or stop what holds it"
+    if code == errno.EADDRNOTAVAIL:
+        return "it is no address of this machine; set server.host, such as 127.0.0.1"
+    if code == errno.EACCES:
+        return f"port {port} is not allowed for this user; choose one from 1024 to 65535"
+    return f"{error.strerror}; check server.host and server.port"
+
+
+class Connection(H11Protocol):
+    """One connection, with a deadline for the head of each request and our error shape.
+
+    uvicorn itself waits for ever for the rest of a half-sent head.
+    """
+
+    header_timeout_s = 10.0
+    _head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """A new connection must send a whole head in time."""
+        super().connection_made(transport)
+        self._watch_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the deadline."""
+        self._forget_head()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """A head that began keeps its deadline; one that is whole has met it."""
+        super().data_received(data)
+        if self.conn.their_state is not h11.IDLE:
+            self._forget_head()
+        elif self._head_timer is None:
+            self._watch_head()
+
+    def on_response_complete(self) -> None:
+        """After an answer, uvicorn's idle limit of the connection counts until the next byte."""
+        self._forget_head()
+        super().on_response_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """What is no HTTP gets a 400 in OpenAI's shape, if an answer has not begun already."""
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+            self.transport.abort()
+            return
+        self._refuse(400, "this is not valid HTTP/1.1")
+
+    def _watch_head(self) -> None:
+        self._head_timer = self.loop.call_later(self.header_timeout_s, self._head_late)
+
+    def _forget_head(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _head_late(self) -> None:
+        self._head_timer = None
+        if self.transport.is_closing():
+            return
+        if self.conn.our_state is h11.IDLE and self.conn.trailing_data[0]:
+            self._refuse(408, "the request's head was not received in time")
+        else:
+            self.transport.close()
+
+    def _refuse(self, status: int, message: str) -> None:
+        error = {"message": message, "type": error_type(status), "param": None, "code": None}
+        body = json.dumps({"error": error}).encode()
+        headers = [
+            ("content-type", "application/json"),
+            ("content-length", str(len(body))),
+            ("connection", "close"),
+        ]
+        for part in (
+            h11.Response(status_code=status, headers=headers, reason=HTTPStatus(status).phrase),
+            h11.Data(data=body),
+            h11.EndOfMessage(),
+        ):
+            self.transport.write(self.conn.send(part) or b"")
+        self.transport.close()
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without signal handlers: the agent owns signals."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def serve_until(
+    app: FastAPI,
+    listener: socket.socket,
+    settings: ServerSettings,
+    stop: asyncio.Event,
+    *,
+    access_log: bool = False,
+) -> None:
+    """Serve until ``stop`` is set, then drain: no new connection, running requests may finish.
+
+    Requests still running after ``settings.drain_timeout_s`` are cancelled (their engine requests
+    aborted) and told so. Closes ``listener``. Raises what the server raises if it fails by itself.
+    """
+    server = _Server(_config(app, settings, access_log))
+    running = asyncio.create_task(server.serve(sockets=[listener]))
+    stopping = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait({running, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        server.should_exit = True
+        await running
+        left = set(server.server_state.tasks)
+        if left:
+            await asyncio.wait(left, timeout=_AFTER_CANCEL_S)
+            await asyncio.sleep(_PAUSE_S)  # let the last bytes reach the sockets
+    finally:
+        stopping.cancel()
+        if not running.done():
+            running.cancel()
+        await asyncio.gather(running, stopping, return_exceptions=True)
+        listener.close()
+
+
+def _config(app: FastAPI, settings: ServerSettings, access_log: bool) -> uvicorn.Config:
+    connection = type("Connection", (Connection,), {"header_timeout_s": settings.header_timeout_s})
+    return uvicorn.Config(
+        app,
+        http=connection,
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        log_level="error",  # its warnings are what any client can cause
+        access_log=access_log,
+        proxy_headers=False,
+        server_header=False,
+        limit_concurrency=MAX_CONNECTIONS,
+        timeout_keep_alive=KEEP_ALIVE_CONNECTION_S,
+        timeout_graceful_shutdown=max(1, round(settings.drain_timeout_s)),
+    )

@@ -1,0 +1,127 @@
+"""Server-sent events: framing, keep-alive comments, errors inside a stream, clients that leave."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import aclosing
+from typing import Any
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from ds_cp.api.deadline import within
+from ds_cp.api.errors import ApiError, from_engine, internal_error, shutting_down
+from ds_cp.api.generation import Generation, until_disconnect
+from ds_cp.errors import DsCpError
+from ds_cp.outputs import Delta
+
+logger = logging.getLogger("ds_cp.serve")
+
+DONE = b"data: [DONE]\n\n"
+KEEP_ALIVE = b": keep-alive\n\n"
+_LAST_WORDS_S = 1.0  # for telling the client of a stream that the server goes away
+
+
+def event(data: Any) -> bytes:
+    """One event with JSON data."""
+    return b"data: " + json.dumps(data, ensure_ascii=False, allow_nan=False).encode() + b"\n\n"
+
+
+async def stream_events(
+    generation: Generation,
+    *,
+    opening: list[dict[str, Any]],
+    chunks_of: Callable[[int, Delta], Iterable[dict[str, Any]]],
+    closing: Callable[[], list[dict[str, Any]]],
+    keep_alive_s: float,
+    request_id: str,
+) -> AsyncIterator[bytes]:
+    """The events of a stream, up to ``[DONE]``; an error becomes an event in OpenAI's shape."""
+    try:
+        for chunk in opening:
+            yield event(chunk)
+        while not generation.finished:
+            item = await generation.next(keep_alive_s)
+            if item is None:
+                yield KEEP_ALIVE
+                continue
+            for chunk in chunks_of(*item):
+                yield event(chunk)
+        for chunk in closing():
+            yield event(chunk)
+    except Exception as error:
+        yield event(stream_error(error, request_id).body())
+    yield DONE
+
+
+def stream_error(error: Exception, request_id: str) -> ApiError:
+    """What a client may know of an error; anything unexpected is logged with the request id."""
+    known = from_engine(error) if isinstance(error, DsCpError) else None
+    if isinstance(error, ApiError):
+        known = error
+    if known is None:
+        logger.error("request %s failed", request_id, exc_info=error)
+        return internal_error(request_id)
+    return known
+
+
+class EventStream(Response):
+    """Sends events while it listens for the client to leave; either way the generation is closed.
+
+    Unlike starlette's ``StreamingResponse`` it closes the iterator itself (not the garbage
+    collector), gives up on a client that does not read for ``write_timeout_s``, and tells the
+    client when the server cancels it at the end of a drain.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self, events: AsyncIterator[bytes], generation: Generation, *, write_timeout_s: float
+    ) -> None:
+        self.status_code = 200
+        self.background = None
+        self._events = events
+        self._generation = generation
+        self._write_timeout_s = write_timeout_s
+        # A proxy that buffers would hide tokens and keep-alives alike.
+        self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        writing = asyncio.create_task(self._write(send))
+        leaving = asyncio.create_task(until_disconnect(receive))
+        try:
+            await asyncio.wait({writing, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if writing.done():
+                writing.result()
+        except asyncio.CancelledError:
+            await _stop(writing)
+            await self._last_words(send)
+        finally:
+            await _stop(writing, leaving)
+            await self._generation.close()
+
+    async def _write(self, send: Send) -> None:
+        head = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        await send(head)
+        async with aclosing(self._events) as events:  # type: ignore[type-var]
+            async for data in events:
+                body = {"type": "http.response.body", "body": data, "more_body": True}
+                await within(self._write_timeout_s, send(body))
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _last_words(self, send: Send) -> None:
+        data = event(shutting_down().body()) + DONE
+        body = {"type": "http.response.body", "body": data, "more_body": False}
+        try:
+            await within(_LAST_WORDS_S, send(body))
+        except (asyncio.TimeoutError, RuntimeError, OSError):
+            logger.info("a stream ended before the client could be told of the shutdown")
+
+
+async def _stop(*tasks: asyncio.Task[Any]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,117 @@
+"""Text to token ids and back, off the event loop, bounded in size and time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, TypeVar
+
+from jinja2.exceptions import TemplateError
+
+from ds_cp.api.errors import ApiError, one_line
+from ds_cp.engine.interface import EngineInterface
+
+CHARS_PER_TOKEN = 32  # more text than this per token of the model's length is refused unread
+THREADS = 2
+
+Result = TypeVar("Result")
+
+
+class TextCodec:
+    """The tokenizer of an engine behind a small pool of threads.
+
+    Each call ends within ``timeout_s`` (a 503 then); the thread may go on to its end, so that a
+    flood of slow texts occupies this pool and nothing else.
+    """
+
+    def __init__(self, engine: EngineInterface, timeout_s: float) -> None:
+        self._engine = engine
+        self._timeout_s = timeout_s
+        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="ds_cp-text")
+
+    def close(self) -> None:
+        """Forget waiting work; running work ends by itself."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a prompt. Raises ``ApiError`` 400 when it is too long to be read."""
+        self._check_length(len(text))
+        return await self._run(
+            partial(_encode, self._engine.tokenizer, text, add_special_tokens), "the prompt"
+        )
+
+    async def encode_chat(
+        self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = True
+    ) -> list[int]:
+        """Token ids of a conversation, through the model's own template.
+
+        Raises ``ApiError`` 400 when the model has none, refuses the messages, or they are too long.
+        """
+        tokenizer = self._engine.tokenizer
+        if getattr(tokenizer, "chat_template", None) is None:
+            raise ApiError(
+                400, "this model has no chat template; use /v1/completions", code="no_chat_template"
+            )
+        self._check_length(sum(len(message["content"]) for message in messages))
+        render = partial(_render, tokenizer, list(messages), add_generation_prompt)
+        text = await self._run(render, "the messages")
+        self._check_length(len(text))
+        # The template brings the special tokens, as in apply_chat_template(tokenize=True).
+        return await self._run(partial(_encode, tokenizer, text, False), "the messages")
+
+    async def decode(self, ids: list[int]) -> str:
+        """Text of token ids, special tokens included."""
+        return await self._run(partial(_decode, self._engine.tokenizer, ids), "the tokens")
+
+    def _check_length(self, chars: int) -> None:
+        length = self._engine.info.max_model_len
+        if chars > CHARS_PER_TOKEN * length:
+            raise ApiError(
+                400,
+                f"the prompt has {chars} characters; at most {CHARS_PER_TOKEN * length} are read "
+                f"for a model length of {length} tokens",
+                code="context_length_exceeded",
+            )
+
+    async def _run(self, work: Callable[[], Result], what: str) -> Result:
+        future = asyncio.get_running_loop().run_in_executor(self._pool, work)
+        try:
+            done, _ = await asyncio.wait({future}, timeout=self._timeout_s)
+        except asyncio.CancelledError:
+            future.cancel()
+            raise
+        if not done:
+            future.cancel()
+            raise ApiError(
+                503,
+                f"{what} could not be tokenized within {self._timeout_s:g} s; try again",
+                code="tokenize_timeout",
+                headers={"Retry-After": "1"},
+            )
+        return future.result()
+
+
+def _encode(tokenizer: Any, text: str, add_special_tokens: bool) -> list[int]:
+    encoded = tokenizer(
+        text, add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False
+    )
+    return list(encoded["input_ids"])
+
+
+def _decode(tokenizer: Any, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def _render(tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+    try:
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except TemplateError as error:
+        # The text is the template author's (raise_exception), meant for whoever wrote the messages.
+        reason = one_line(str(error))[:200]
+        raise ApiError(
+            400, f"the model's chat template refuses these messages: {reason}", param="messages"
+        ) from None

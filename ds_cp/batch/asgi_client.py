@@ -1,0 +1,87 @@
+"""A request to an ASGI application in this process, without a socket."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+Message = MutableMapping[str, Any]
+App = Callable[
+    [Message, Callable[[], Awaitable[Message]], Callable[[Message], Awaitable[None]]],
+    Awaitable[None],
+]
+Headers = tuple[tuple[bytes, bytes], ...]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the application said. ``busy``: it would rather be asked again later."""
+
+    status: int
+    request_id: str
+    body: Any
+    busy: bool
+
+
+async def ask(app: App, url: str, body: bytes, headers: Headers = ()) -> Answer:
+    """POST a JSON body to an ASGI application and take the whole answer.
+
+    Raises what the application raises, and ``ValueError`` when its answer is not JSON.
+    """
+    exchange = _Exchange(body)
+    scope: Message = {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "http_version": "1.1",
+        "method": "POST",
+        "scheme": "http",
+        "path": url,
+        "raw_path": url.encode(),
+        "root_path": "",
+        "query_string": b"",
+        "headers": [
+            (b"host", b"127.0.0.1"),
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+            *headers,
+        ],
+        "client": ("127.0.0.1", 0),
+        "server": ("127.0.0.1", 0),
+        "state": {},
+    }
+    try:
+        await app(scope, exchange.receive, exchange.send)
+    finally:
+        exchange.over.set()
+    said = {name.lower(): value.decode("latin-1") for name, value in exchange.headers}
+    busy = exchange.status == 429 or (exchange.status == 503 and b"retry-after" in said)
+    whole = json.loads(b"".join(exchange.parts))
+    return Answer(exchange.status, said.get(b"x-request-id", ""), whole, busy)
+
+
+class _Exchange:
+    """The server's side of one request: a client that stays until it has the answer."""
+
+    def __init__(self, body: bytes) -> None:
+        self._body: bytes | None = body
+        self.over = asyncio.Event()
+        self.status = 500
+        self.headers: list[tuple[bytes, bytes]] = []
+        self.parts: list[bytes] = []
+
+    async def receive(self) -> Message:
+        if self._body is not None:
+            body, self._body = self._body, None
+            return {"type": "http.request", "body": body, "more_body": False}
+        await self.over.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            self.headers = list(message.get("headers", ()))
+        elif message["type"] == "http.response.body":
+            self.parts.append(message.get("body", b""))

@@ -1,0 +1,283 @@
+"""``ds-cp batch``: a file of requests in, a file of answers out, in OpenAI's batch format."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import stat
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import BinaryIO, TextIO
+
+from ds_cp.batch.files import AnswerFile, ErrorFile, open_answers
+from ds_cp.batch.format import read_requests
+from ds_cp.batch.runner import INTERRUPTED, BatchReport, Headers, Problem, run_batch
+from ds_cp.cli.generate import own_stdout
+from ds_cp.cli.job import find_job, job_config, start_ranks, starts_ranks
+from ds_cp.config import Config
+from ds_cp.errors import EngineDeadError, LaunchError, RequestError
+from ds_cp.startup.resources import socket_environment
+from ds_cp.text import shorten
+from ds_cp.topology.job import Job, peek_rank
+
+STDOUT = "-"
+STOP_S = 15.0  # to cut off what is in flight and let the ranks leave
+MAX_CONCURRENCY = 4096
+ENVELOPE_BYTES = 1 << 16  # what a line may have around its body
+COUNTED_BYTES = 1 << 30  # a larger file is not read through for the sake of the progress line
+
+
+def batch(args: argparse.Namespace, env: Mapping[str, str]) -> int:
+    """Answer every line of a file. Returns the exit code."""
+    config = job_config(args, {}, env)
+    concurrency = _concurrency(args.concurrency, config)
+    if peek_rank(env) == 0:  # the other ranks need not have the files on their host
+        _check_paths(args)
+    if starts_ranks(args, env):
+        return start_ranks(args, config, env, STOP_S)
+    job = find_job(config, env)
+    for variable, value in socket_environment(job).items():
+        os.environ.setdefault(variable, value)
+    with own_stdout() as out:
+        if job.rank == 0:
+            code = _Lead(args, config, job, concurrency, out).run()
+        else:
+            from ds_cp.serve.in_process import follow
+
+            code = follow(config, job)
+    return code
+
+
+def _concurrency(given: str, config: Config) -> int:
+    if given == "auto":
+        return min(2 * config.scheduler.max_num_seqs, config.scheduler.max_queue, MAX_CONCURRENCY)
+    if not (given.isascii() and given.isdecimal() and 1 <= int(given[:9]) <= MAX_CONCURRENCY):
+        raise LaunchError(
+            f"--concurrency is {shorten(given)}; it must be auto or from 1 to {MAX_CONCURRENCY}"
+        )
+    return int(given[:9])
+
+
+def _check_paths(args: argparse.Namespace) -> None:
+    """Refuse, before anything is started, files that cannot be worked with."""
+    source, target = args.input, args.output
+    if source == STDOUT:
+        raise LaunchError("IN must be a file, not -: to resume, a batch is read again")
+    try:
+        facts = os.stat(source)
+        if not stat.S_ISREG(facts.st_mode):
+            raise LaunchError(f"{source} is not a regular file: to resume, a batch is read again")
+        with open(source, "rb"):
+            pass
+    except OSError as error:
+        raise LaunchError(f"cannot read {source}: {error.strerror or error}") from None
+    if facts.st_size == 0:
+        raise RequestError(f"{source} is empty; give one request a line")
+    if target == STDOUT:
+        if args.json:
+            raise LaunchError("--json prints on stdout, where OUT - has the answers; name a file")
+    elif Path(target).exists():
+        if not Path(target).is_file():
+            raise LaunchError(f"{target} is not a regular file; answers go to a file, or to -")
+        if os.path.samefile(source, target):
+            raise LaunchError(f"{target} is IN itself; name another file for the answers")
+    elif not Path(target).absolute().parent.is_dir():
+        raise LaunchError(f"cannot write {target}: there is no folder {Path(target).parent}")
+
+
+class _Lead:
+    """Rank 0: the files, the signals, the report."""
+
+    def __init__(
+        self, args: argparse.Namespace, config: Config, job: Job, concurrency: int, out: TextIO
+    ) -> None:
+        self._args = args
+        self._config = config
+        self._job = job
+        self._concurrency = concurrency
+        self._out = out
+        self._received: list[int] = []
+        self._report = BatchReport()  # the latest
+
+    def run(self) -> int:
+        source, target = self._args.input, self._args.output
+        if target == STDOUT:
+            answers, errors = AnswerFile(self._out.fileno(), "stdout", None), None
+        else:
+            answers, errors = open_answers(target), ErrorFile(f"{target}.errors.jsonl")
+        try:
+            with open(source, "rb") as file:
+                if answers.again:
+                    _say(f"{target}: failed answers of an earlier run, now redone: {answers.again}")
+                self._report = asyncio.run(self._answer(file, answers, errors))
+        except asyncio.CancelledError:  # a signal while the engine started or left
+            self._report = dataclasses.replace(self._report, stopped=INTERRUPTED)
+        except BaseException:
+            if self._report.lines:  # else the error says it all
+                self._summarize(errors)
+            raise
+        finally:
+            answers.close()
+            if errors is not None:
+                errors.close()
+        self._summarize(errors)
+        report = self._report
+        if self._received and report.stopped == INTERRUPTED:
+            return 128 + self._received[0]
+        if report.stopped is not None:
+            again = "" if target == STDOUT else "; run the same command again to do the rest"
+            raise EngineDeadError(report.stopped + again)
+        if report.failed:
+            return 1
+        return 2 if report.refused or report.skipped_refused or report.broken else 0
+
+    async def _answer(
+        self, file: BinaryIO, answers: AnswerFile, errors: ErrorFile | None
+    ) -> BatchReport:
+        from ds_cp.serve.in_process import open_app
+
+        server = self._config.server
+        keys: Headers = ()
+        if server.api_keys:
+            keys = ((b"authorization", f"Bearer {server.api_keys[0]}".encode()),)
+        stop = asyncio.Event()
+        running = False
+        task = asyncio.current_task()
+        assert task is not None
+
+        def on_signal(number: int) -> None:
+            self._received.append(number)
+            stop.set()
+            if not running or len(self._received) > 1:
+                task.cancel()
+
+        def on_broken(problem: Problem) -> None:
+            if errors is None:
+                _say(f"{self._args.input} line {problem.line}: {problem.message}")
+            else:
+                errors.add(problem)
+
+        def on_progress(report: BatchReport) -> None:
+            self._report = report
+            show(report)
+
+        with _progress(self._args.input) as show, _signals(on_signal):
+            async with open_app(self._config, self._job) as app:
+                running = True
+                try:
+                    return await run_batch(
+                        app,
+                        read_requests(file, server.max_body_bytes + ENVELOPE_BYTES),
+                        answers.append,
+                        concurrency=self._concurrency,
+                        on_broken=on_broken,
+                        done=answers.done,
+                        headers=keys,
+                        stop=stop,
+                        on_progress=on_progress,
+                    )
+                finally:
+                    running = False
+
+    def _summarize(self, errors: ErrorFile | None) -> None:
+        report, source, target = self._report, self._args.input, self._args.output
+        path = errors.path if errors is not None and errors.used else None
+        for line in summary(report, source, target, path):
+            _say(line)
+        if self._args.json:
+            plain = dataclasses.asdict(report) | {"output": target, "errors": path}
+            self._out.write(json.dumps(plain) + "\n")
+
+
+def summary(report: BatchReport, source: str, target: str, errors: str | None) -> list[str]:
+    """What became of a batch, for people: the counts, and the first lines that went wrong."""
+    rate = report.completion_tokens / report.seconds if report.seconds else 0.0
+    counts = [f"{report.answered} answered", f"{report.refused} refused"]
+    counts += [f"{report.failed} failed"] if report.failed else []
+    counts += [f"{report.broken} broken"]
+    if report.skipped:
+        refused = f" ({report.skipped_refused} refused)" if report.skipped_refused else ""
+        counts.append(f"{report.skipped} skipped as done{refused}")
+    lines = [
+        f"batch: {', '.join(counts)}, in {report.seconds:.1f} s; "
+        f"{report.completion_tokens} tokens, {rate:.1f} tokens/s"
+    ]
+    for what, count, first, where in (
+        ("broken", report.broken, report.first_broken, errors),
+        ("refused", report.refused, report.first_refused, target),
+    ):
+        lines += [f"  {source} line {item.line} {what}: {item.message}" for item in first]
+        if count > len(first) and where is not None:
+            lines.append(f"  and {count - len(first)} more {what}, see {where}")
+    if errors is not None:
+        lines.append(f"  broken lines are in {errors}")
+    if target != STDOUT and (report.failed or report.stopped == INTERRUPTED):
+        how = report.stopped or f"{report.failed} failed"
+        lines.append(f"batch: {how}; run the same command again to do what is left")
+    return lines
+
+
+@contextlib.contextmanager
+def _signals(on_signal: Callable[[int], None]) -> Iterator[None]:
+    """Ctrl-C and SIGTERM call ``on_signal`` in the running loop meanwhile."""
+    loop = asyncio.get_running_loop()
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number in numbers:
+        loop.add_signal_handler(number, on_signal, number)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            loop.remove_signal_handler(number)
+            signal.signal(number, before[number] or signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def _progress(source: str) -> Iterator[Callable[[BatchReport], None]]:
+    """What shows a report on one line of stderr, where that is a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda report: None
+        return
+    total = _count_lines(source)
+    of = f"/{total}" if total is not None else ""
+    next_at = 0.0
+
+    def show(report: BatchReport) -> None:
+        nonlocal next_at
+        now = time.monotonic()
+        if now < next_at:
+            return
+        next_at = now + 0.2
+        rate = report.completion_tokens / report.seconds if report.seconds else 0.0
+        text = f"{report.lines}{of} done, {rate:.1f} tokens/s"
+        print(f"\r{text:<60}", end="", file=sys.stderr, flush=True)
+
+    try:
+        yield show
+    finally:
+        if next_at:
+            print(f"\r{'':<60}\r", end="", file=sys.stderr, flush=True)
+
+
+def _count_lines(source: str) -> int | None:
+    """Lines of a file, or None when it is too large to be read for that."""
+    if os.path.getsize(source) > COUNTED_BYTES:
+        return None
+    count, last = 0, b"\n"
+    with open(source, "rb") as file:
+        while part := file.read(1 << 20):
+            count += part.count(b"\n")
+            last = part
+    return count + (not last.endswith(b"\n"))
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,103 @@
+"""``ds-cp generate``: prompts in, text or JSON lines out, on rank 0 whatever the launcher."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import dataclasses
+import json
+import math
+import os
+import signal
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from typing import Any, TextIO
+
+from ds_cp.cli.job import find_job, job_config, start_ranks, starts_ranks
+from ds_cp.cli.prompts import Prompts, read_prompts
+from ds_cp.outputs import RequestOutput
+from ds_cp.topology.job import peek_rank
+
+STOP_S = 10.0
+
+
+def generate(args: argparse.Namespace, env: Mapping[str, str]) -> int:
+    """Complete every prompt and print the results. Returns the exit code."""
+    config = job_config(args, {}, env)
+    # The other ranks follow rank 0, and need not have the file on their host.
+    prompts = read_prompts(args) if peek_rank(env) == 0 else Prompts()
+    if starts_ranks(args, env):
+        return start_ranks(args, config, env, STOP_S)
+    job = find_job(config, env)
+    with _ended_by_ctrl_c(), own_stdout() as out:
+        from ds_cp.engine.llm import init_inference
+
+        engine = init_inference(config.model, config, job=job, env=env)
+        try:
+            if engine.is_driver:
+                print("\n".join(engine.summary()), file=sys.stderr, flush=True)
+            outputs = engine.generate(
+                list(prompts.texts), list(prompts.params), progress=sys.stderr.isatty()
+            )
+            if engine.is_driver:
+                write = write_json if args.json else write_text
+                write(outputs, out)
+        finally:
+            engine.shutdown()
+    return 0
+
+
+@contextmanager
+def _ended_by_ctrl_c() -> Iterator[None]:
+    """Ctrl-C ends this rank at once, also while it waits in a collective, where Python would not
+    look; a tidy way out would meet ranks that have left already. Nothing is lost by it."""
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def own_stdout() -> Iterator[TextIO]:
+    """Keep stdout for the results alone: what libraries print there goes to stderr meanwhile."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with (
+            os.fdopen(os.dup(kept), "w", encoding="utf-8", errors="replace") as out,
+            redirect_stdout(sys.stderr),
+        ):
+            yield out
+    finally:
+        ctypes.CDLL(None).fflush(None)  # C code's own buffer, before the real stdout is back
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def write_json(outputs: Sequence[RequestOutput], out: TextIO) -> None:
+    """One JSON object a line, with ``RequestOutput``'s fields."""
+    for output in outputs:
+        plain = _finite(dataclasses.asdict(output))
+        out.write(json.dumps(plain, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity: the log-probability of an impossible token becomes null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_text(outputs: Sequence[RequestOutput], out: TextIO) -> None:
+    """The completions alone; a headline each when there are several."""
+    several = sum(len(output.outputs) for output in outputs) > 1
+    for number, output in enumerate(outputs, start=1):
+        for completion in output.outputs:
+            if several:
+                out.write(f"--- prompt {number} of {len(outputs)}, {completion.finish_reason}\n")
+            out.write(completion.text + "\n")

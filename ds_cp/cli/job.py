@@ -1,0 +1,101 @@
+"""What ``serve`` and ``generate`` share: the config of a job, early checks, starting its ranks."""
+
+from __future__ import annotations
+
+import argparse
+import socket
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ds_cp.cli.launcher import LAUNCHER, spawn
+from ds_cp.config import Config, load_config, looks_like_path
+from ds_cp.config.models import MAX_RANKS
+from ds_cp.errors import LaunchError, ModelError, TopologyError
+from ds_cp.model.source import find_model
+from ds_cp.topology import Job, Topology, detect, peek_rank, resolve_grid
+from ds_cp.topology.mpi import launched_by_mpi
+
+
+def job_config(
+    args: argparse.Namespace, overrides: Mapping[str, Any], env: Mapping[str, str]
+) -> Config:
+    """The config with what the command line replaces. On rank 0 the model is there and whole, or is
+    a hub name; the others' models are looked at where one rank can speak for all."""
+    given = {key: value for key, value in overrides.items() if value is not None}
+    if args.model is not None:
+        given["model"] = args.model
+    elif args.config is None:
+        raise LaunchError("give --config FILE (for example configs/quickstart.json) or --model")
+    config = load_config(args.config if args.config is not None else {}, given)
+    if peek_rank(env) == 0:
+        if not Path(config.model).exists() and looks_like_path(config.model):
+            hint = "make model brings it" if "smollm2" in config.model else "set model to its path"
+            raise ModelError(f"no model at {config.model} (from {Path.cwd()}); {hint}")
+        find_model(config.model)
+    return config
+
+
+def check_address(config: Config) -> None:
+    """Refuse a server address that cannot be listened on. ``LaunchError`` says why."""
+    host, port = config.server.host, config.server.port
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError):
+        raise LaunchError(f"server.host {host!r} cannot be resolved") from None
+    family, kind, protocol, _, address = found[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+            probe.listen(1)
+        except OSError as error:
+            raise LaunchError(
+                f"cannot listen on {host} port {port} ({error.strerror or error}); choose another "
+                f"with --port N or server.port, 0 takes any free one"
+            ) from None
+
+
+def starts_ranks(args: argparse.Namespace, env: Mapping[str, str]) -> bool:
+    """Whether this process has to start ranks, rather than being one."""
+    if args.ranks is None or env.get("DS_CP_LAUNCHER") == LAUNCHER:
+        return False
+    if not 1 <= args.ranks <= MAX_RANKS:
+        raise LaunchError(f"--ranks is {args.ranks}; it must be from 1 to {MAX_RANKS}")
+    if "RANK" in env or launched_by_mpi(env):
+        raise LaunchError(
+            f"--ranks {args.ranks} starts the ranks itself, but a launcher has started this "
+            f"process already; leave --ranks out"
+        )
+    return True
+
+
+def start_ranks(
+    args: argparse.Namespace, config: Config, env: Mapping[str, str], grace_s: float
+) -> int:
+    """Run this very command on ``--ranks`` ranks; the exit code of the job."""
+    topology = Topology(("localhost",) * args.ranks)
+    resolve_grid(topology, config.context_parallel.size, config.tensor_parallel.tp_size)
+    script = sys.argv[0]
+    program = ["-m", "ds_cp.cli"] if Path(script).name == "__main__.py" else [script]
+    return spawn([sys.executable, *program, *sys.argv[1:]], args.ranks, env, grace_s=grace_s)
+
+
+def find_job(config: Config, env: Mapping[str, str]) -> Job:
+    """This process's place in the job, checked against the config."""
+    job = detect(
+        env,
+        hosts=config.comm.hosts,
+        interface=config.comm.interface,
+        timeout_s=config.comm.timeout_s,
+    )
+    sizes = (config.context_parallel.size, config.tensor_parallel.tp_size)
+    if job.hosts is not None:
+        resolve_grid(Topology(job.hosts), *sizes)
+    elif sizes[0] != "auto" and sizes[0] * sizes[1] != job.world_size:
+        raise TopologyError(
+            f"context_parallel.size {sizes[0]} x tensor_parallel.tp_size {sizes[1]} does not make "
+            f"the {job.world_size} ranks of the job"
+        )
+    return job

@@ -1,0 +1,24 @@
+"""``ds-cp serve``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+
+from ds_cp.cli.job import check_address, find_job, job_config, start_ranks, starts_ranks
+from ds_cp.topology.job import peek_rank
+
+STOP_S = 10.0  # on top of the time that running requests get
+
+
+def serve(args: argparse.Namespace, env: Mapping[str, str]) -> int:
+    """Serve until told to stop. Returns the exit code."""
+    config = job_config(args, {"server.host": args.host, "server.port": args.port}, env)
+    if peek_rank(env) == 0:
+        check_address(config)
+    if starts_ranks(args, env):
+        return start_ranks(args, config, env, config.server.drain_timeout_s + STOP_S)
+    job = find_job(config, env)
+    from ds_cp.serve.supervisor import serve as serve_job
+
+    return serve_job(config, job)

@@ -1,0 +1,32 @@
+"""The JSON config: ``load_config`` reads and checks a file; its sections are frozen models."""
+
+from __future__ import annotations
+
+from ds_cp.config.load import config_schema, explain, load_config, looks_like_path
+from ds_cp.config.models import (
+    Attention,
+    Comm,
+    Config,
+    ContextParallel,
+    KvCache,
+    Scheduler,
+    Server,
+    TensorParallel,
+    is_loopback,
+)
+
+__all__ = [
+    "Attention",
+    "Comm",
+    "Config",
+    "ContextParallel",
+    "KvCache",
+    "Scheduler",
+    "Server",
+    "TensorParallel",
+    "config_schema",
+    "explain",
+    "is_loopback",
+    "load_config",
+    "looks_like_path",
+]

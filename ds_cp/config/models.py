@@ -1,0 +1,321 @@
+"""The sections of the JSON config: frozen, strict models. Every number has bounds and a unit."""
+
+from __future__ import annotations
+
+import ipaddress
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
+
+from ds_cp.text import SIZE_PATTERN, parse_size, show
+
+MAX_RANKS = 1024
+MAX_TOKENS = 1 << 31
+MAX_MEMORY = 1 << 50
+
+Auto = Literal["auto"]
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _bytes(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return tuple(_bytes(item) for item in value)
+    return parse_size(value) if isinstance(value, str) and value != "auto" else value
+
+
+Tokens = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
+_SIZE_SCHEMA: dict[str, Any] = {
+    "anyOf": [
+        {"type": "string", "pattern": SIZE_PATTERN, "examples": ["512MiB"]},
+        {"type": "integer", "minimum": 1, "maximum": MAX_MEMORY},
+    ]
+}
+_BUDGET_SCHEMA: dict[str, Any] = {
+    "anyOf": [
+        {"const": "auto", "type": "string"},
+        *_SIZE_SCHEMA["anyOf"],
+        {"type": "array", "items": _SIZE_SCHEMA, "minItems": 1, "maxItems": MAX_RANKS},
+    ]
+}
+_OneBudget = Annotated[int, Field(ge=1, le=MAX_MEMORY)]
+MemoryBudget = Annotated[
+    Auto
+    | _OneBudget
+    | Annotated[tuple[_OneBudget, ...], Field(min_length=1, max_length=MAX_RANKS)],
+    BeforeValidator(_bytes),
+    WithJsonSchema(_BUDGET_SCHEMA),
+]
+TokenBudget = Annotated[
+    Auto | Tokens | Annotated[tuple[Tokens, ...], Field(min_length=1, max_length=MAX_RANKS)],
+    BeforeValidator(_tuple),
+]
+ApiKey = Annotated[str, Field(min_length=1, max_length=512)]
+ApiKeys = Annotated[
+    ApiKey | Annotated[tuple[ApiKey, ...], Field(min_length=1, max_length=256)] | None,
+    BeforeValidator(_tuple),
+]
+
+
+def _unit(unit: str) -> dict[str, Any]:
+    return {"unit": unit}
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ContextParallel(_Section):
+    """How one sequence is split over ranks."""
+
+    size: Auto | Annotated[int, Field(ge=1, le=MAX_RANKS)] = Field(
+        default="auto",
+        description="ranks that share a sequence; auto: all ranks of the job / tp_size",
+        json_schema_extra=_unit("ranks"),
+    )
+    mode: Literal["auto", "local", "ring", "tree"] = Field(
+        default="auto",
+        description="attention across ranks; auto chooses per request and step",
+    )
+    ring_pass: Literal["auto", "kv", "q"] = Field(
+        default="auto", description="what travels around the ring: keys and values, or queries"
+    )
+    layout: Literal["zigzag", "contiguous"] = Field(
+        default="zigzag",
+        description="how a long prompt's new tokens are dealt to ranks; zigzag gives equal work",
+    )
+    local_threshold: Auto | Annotated[int, Field(ge=0, le=MAX_TOKENS)] = Field(
+        default="auto",
+        description="prompts up to this length stay on one rank when mode is auto; "
+        "auto: whatever fits on one rank",
+        json_schema_extra=_unit("tokens"),
+    )
+
+
+class TensorParallel(_Section):
+    """How the heads of each layer are split over ranks."""
+
+    tp_size: Annotated[int, Field(ge=1, le=64)] = Field(
+        default=1,
+        description="ranks that share a layer's heads; these are neighbouring ranks of one host",
+        json_schema_extra=_unit("ranks"),
+    )
+
+
+class KvCache(_Section):
+    """Room for keys and values. Give bytes or tokens, not both."""
+
+    block_size: Annotated[int, Field(ge=1, le=4096)] = Field(
+        default=64,
+        description="tokens of one request in one block",
+        json_schema_extra=_unit("tokens"),
+    )
+    memory_per_rank: MemoryBudget = Field(
+        default="auto",
+        description='KV memory of a rank: "512MiB", "1.5GB" or bytes, or a list with one for each '
+        "context-parallel rank; auto: from tokens_per_rank, else from free memory",
+        json_schema_extra=_unit("bytes"),
+    )
+    tokens_per_rank: TokenBudget = Field(
+        default="auto",
+        description="tokens whose KV a rank holds, or a list with one number for each "
+        "context-parallel rank; auto: from memory_per_rank",
+        json_schema_extra=_unit("tokens"),
+    )
+    placement: Literal["fill_then_spill", "round_robin", "balanced"] = Field(
+        default="fill_then_spill", description="which rank a request's next block is placed on"
+    )
+    prefix_caching: bool = Field(
+        default=True,
+        description="keep the KV of finished requests, while there is room, for prompts that begin "
+        "the same way",
+    )
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> KvCache:
+        if self.memory_per_rank != "auto" and self.tokens_per_rank != "auto":
+            raise ValueError(
+                "kv_cache.memory_per_rank and kv_cache.tokens_per_rank are both set; "
+                "keep one and leave the other out"
+            )
+        budget = self.tokens_per_rank
+        least: Any = min(budget) if isinstance(budget, tuple) else budget
+        if isinstance(least, int) and least < self.block_size:
+            raise ValueError(
+                f"kv_cache.tokens_per_rank is {least}, less than one block of "
+                f"{self.block_size} tokens; raise it or lower kv_cache.block_size"
+            )
+        return self
+
+
+class Scheduler(_Section):
+    """How many requests run and wait."""
+
+    max_num_seqs: Annotated[int, Field(ge=1, le=4096)] = Field(
+        default=64, description="requests that run at once", json_schema_extra=_unit("requests")
+    )
+    max_num_batched_tokens: Auto | Annotated[int, Field(ge=2, le=MAX_TOKENS)] = Field(
+        default="auto",
+        description="most tokens that one rank computes in one step; a longer prompt is prefilled "
+        "in chunks",
+        json_schema_extra=_unit("tokens"),
+    )
+    decode_slowdown: Annotated[float, Field(gt=1.0, le=1000.0)] = Field(
+        default=2.0,
+        description="how much longer a step of running streams may take because of a prompt that "
+        "is prefilled beside them; its chunks are sized by measured step times",
+        json_schema_extra=_unit("times"),
+    )
+    max_queue: Annotated[int, Field(ge=1, le=1 << 20)] = Field(
+        default=256,
+        description="requests that may wait; more are refused with HTTP 429",
+        json_schema_extra=_unit("requests"),
+    )
+
+
+class Attention(_Section):
+    """The block kernel."""
+
+    backend: Literal["auto", "reference", "sdpa", "flash_attn"] = Field(
+        default="auto", description="kernel for attention over one rank's keys"
+    )
+
+
+class Comm(_Section):
+    """How ranks find and talk to each other."""
+
+    backend: Literal["auto", "gloo", "nccl"] = Field(
+        default="auto", description="collective library; auto: nccl on CUDA devices, gloo otherwise"
+    )
+    timeout_s: Annotated[float, Field(ge=5, le=86400)] = Field(
+        default=300.0,
+        description="longest wait for another rank before the job ends with an error",
+        json_schema_extra=_unit("seconds"),
+    )
+    interface: Annotated[str, Field(min_length=1, max_length=64)] = Field(
+        default="auto",
+        description="network interface for traffic between ranks, by name; auto: loopback on one "
+        "host, else the one that reaches rank 0",
+    )
+    hosts: Literal["auto", "mpi", "env"] = Field(
+        default="auto",
+        description="where host names come from; auto: MPI under mpirun, else the launcher's "
+        "environment",
+    )
+
+
+class Server(_Section):
+    """The HTTP front on rank 0."""
+
+    host: Annotated[str, Field(min_length=1, max_length=253)] = Field(
+        default="127.0.0.1", description="address to listen on; beyond loopback api_key must be set"
+    )
+    port: Annotated[int, Field(ge=0, le=65535)] = Field(
+        default=8000, description="TCP port; 0 takes any free one"
+    )
+    api_key: ApiKeys = Field(
+        default=None,
+        description="key, or list of keys, that clients send as a bearer token; null: none asked",
+        repr=False,
+    )
+    served_model_name: Annotated[str, Field(min_length=1, max_length=256)] | None = Field(
+        default=None, description="model name in the API; null: the last part of model"
+    )
+    max_body_bytes: Annotated[int, Field(ge=1024, le=1 << 30)] = Field(
+        default=8 << 20, description="largest HTTP request body", json_schema_extra=_unit("bytes")
+    )
+    drain_timeout_s: Annotated[float, Field(ge=0, le=3600)] = Field(
+        default=30.0,
+        description="time that running requests get to finish after SIGTERM",
+        json_schema_extra=_unit("seconds"),
+    )
+
+    @property
+    def api_keys(self) -> tuple[str, ...]:
+        """The accepted keys; empty when none is asked."""
+        if self.api_key is None:
+            return ()
+        return (self.api_key,) if isinstance(self.api_key, str) else self.api_key
+
+    @field_validator("api_key")
+    @classmethod
+    def _sendable(cls, value: Any) -> Any:
+        keys = (value,) if isinstance(value, str) else value or ()
+        if not all(33 <= ord(c) <= 126 for key in keys for c in key):
+            raise ValueError("server.api_key must be printable ASCII without spaces")
+        return value
+
+    @model_validator(mode="after")
+    def _open_needs_key(self) -> Server:
+        if self.api_key is None and not is_loopback(self.host):
+            raise ValueError(
+                f"server.host {show(self.host)} is open to other machines but server.api_key is "
+                f'not set; set a key, or listen on "127.0.0.1"'
+            )
+        return self
+
+
+class Config(_Section):
+    """Everything that one job needs to know. Frozen; see ``load_config``."""
+
+    schema_: Annotated[str, Field(max_length=4096)] | None = Field(
+        default=None, alias="$schema", description="JSON schema of this file, for editors; not used"
+    )
+    model: Annotated[str, Field(min_length=1, max_length=4096)] = Field(
+        description="hub name, directory with safetensors, or GGUF file; a relative path is looked "
+        "up from the working directory, then from this file's folder"
+    )
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        default="auto", description="type of weights and KV; auto: the model's own"
+    )
+    max_model_len: Auto | Tokens = Field(
+        default="auto",
+        description="longest prompt plus answer; auto: the model's own limit",
+        json_schema_extra=_unit("tokens"),
+    )
+    threads_per_rank: Auto | Annotated[int, Field(ge=1, le=1024)] = Field(
+        default="auto",
+        description="CPU threads of one rank; auto: the host's cores / its ranks, at least 1",
+        json_schema_extra=_unit("threads"),
+    )
+    context_parallel: ContextParallel = Field(
+        default_factory=ContextParallel, description="splitting sequences over ranks"
+    )
+    tensor_parallel: TensorParallel = Field(
+        default_factory=TensorParallel, description="splitting heads over ranks"
+    )
+    kv_cache: KvCache = Field(default_factory=KvCache, description="room for keys and values")
+    scheduler: Scheduler = Field(default_factory=Scheduler, description="requests at once")
+    attention: Attention = Field(default_factory=Attention, description="attention kernel")
+    comm: Comm = Field(default_factory=Comm, description="communication between ranks")
+    server: Server = Field(default_factory=Server, description="the HTTP front")
+
+    @model_validator(mode="after")
+    def _one_budget_per_rank(self) -> Config:
+        size = self.context_parallel.size
+        for name in ("memory_per_rank", "tokens_per_rank"):
+            budget = getattr(self.kv_cache, name)
+            if isinstance(budget, tuple) and isinstance(size, int) and len(budget) != size:
+                raise ValueError(
+                    f"kv_cache.{name} lists {len(budget)} ranks but context_parallel.size is "
+                    f"{size}; give one number for all, or {size} of them"
+                )
+        return self
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach ``host``."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,79 @@
+"""What the library's callers get: deltas gathered into outputs, and requests that were refused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ds_cp.errors import RequestError
+from ds_cp.outputs import CompletionOutput, Delta, RequestOutput, TokenLogprob
+from ds_cp.sampling_params import RequestOptions, SamplingParams
+from ds_cp.scheduler.request import Request
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class PromptRequest:
+    """One prompt, text or token ids. ``request_id``: any name, unique among those that run."""
+
+    request_id: str
+    prompt: Prompt
+    params: SamplingParams = field(default_factory=SamplingParams)
+    options: RequestOptions = field(default_factory=RequestOptions)
+
+
+@dataclass(frozen=True)
+class RequestFailure:
+    """A request that was not acceptable, and why."""
+
+    request_id: str
+    error: RequestError
+
+
+@dataclass(frozen=True)
+class ReadyRequest:
+    request_id: str
+    text: str | None
+    tokens: list[int]
+    params: SamplingParams
+    options: RequestOptions
+
+
+class OutputCollector:
+    """Gathers one request's deltas into its output."""
+
+    def __init__(self, answers: Sequence[Request], prompt: str | None) -> None:
+        self._answers = list(answers)
+        self._prompt = prompt
+        self._deltas: list[list[Delta]] = [[] for _ in answers]
+        self._running = len(self._answers)
+
+    @property
+    def is_done(self) -> bool:
+        return self._running == 0
+
+    def take(self, delta: Delta) -> None:
+        self._deltas[delta.index].append(delta)
+        self._running -= delta.finish_reason is not None
+
+    def output(self) -> RequestOutput:
+        first = self._answers[0]
+        return RequestOutput(
+            first.request_id, self._prompt, first.prompt,
+            tuple(self._completion(request) for request in self._answers),
+            True, first.metrics(),
+            next((d.prompt_logprobs for d in self._deltas[0] if d.prompt_logprobs), None),
+        )  # fmt: skip
+
+    def _completion(self, request: Request) -> CompletionOutput:
+        deltas = self._deltas[request.index]
+        logprobs: list[TokenLogprob] = [each for d in deltas for each in d.logprobs or ()]
+        return CompletionOutput(
+            index=request.index,
+            text="".join(d.text for d in deltas),
+            token_ids=tuple(token for d in deltas for token in d.token_ids),
+            finish_reason=request.finish_reason,
+            stop_reason=request.stop_reason,
+            logprobs=tuple(logprobs) if request.params.logprobs is not None else None,
+        )

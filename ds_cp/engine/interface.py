@@ -1,0 +1,88 @@
+"""The border between the HTTP front and the engine: what the server may know about it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from ds_cp.outputs import Delta
+from ds_cp.sampling_params import RequestOptions, SamplingParams
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """Facts that do not change while the engine lives. Lengths and capacities in tokens."""
+
+    model: str
+    max_model_len: int
+    vocab_size: int
+    kv_capacity_tokens: int
+    largest_request_tokens: int
+    ranks: int
+    hosts: int
+    dtype: str
+    created: int  # seconds since the epoch
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """A snapshot for /metrics. Counters only grow; gauges are of now."""
+
+    num_requests_running: int = 0
+    num_requests_waiting: int = 0
+    kv_blocks_used: tuple[int, ...] = ()  # one per rank
+    kv_blocks_cached: tuple[int, ...] = ()  # unreferenced, kept for their prefix
+    kv_blocks_total: tuple[int, ...] = ()
+    ranks_drained: tuple[int, ...] = ()  # ranks that take no new KV
+    prefix_cache_queries: int = 0  # prompt tokens looked up
+    prefix_cache_hits: int = 0  # prompt tokens found
+    blocks_moved: int = 0  # by drain and rebalance
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    num_preemptions: int = 0
+    steps: int = 0
+    step_seconds: float = 0.0
+    finished: dict[str, int] = field(default_factory=dict)  # finish_reason -> count
+    mode_counts: dict[str, int] = field(default_factory=dict)  # scheduled items by mode
+    comm_bytes: dict[str, int] = field(default_factory=dict)  # rank 0's sent bytes by scheme
+    comm_exchanges: dict[str, int] = field(default_factory=dict)
+
+
+class EngineInterface(Protocol):
+    """What the server needs. ``generate`` raises ``RequestError`` (``CapacityError``),
+    ``QueueFullError`` or ``EngineDeadError`` before its first delta; closing the iterator
+    aborts all ``params.n`` answers. The iterator ends after the last delta of every index."""
+
+    info: EngineInfo
+    tokenizer: Any  # a transformers tokenizer
+
+    @property
+    def state(self) -> str:
+        """ "starting", "ready" or "dead"."""
+        ...
+
+    def generate(
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        options: RequestOptions = ...,
+    ) -> AsyncIterator[Delta]: ...
+
+    def abort(self, request_id: str) -> None: ...
+
+    def stats(self) -> EngineStats: ...
+
+    def drain(self, rank: int) -> None:
+        """Move everything off a rank, live, and place nothing there. ``RequestError`` when there is
+        no such rank; ``CapacityError`` when the other ranks cannot hold what runs."""
+        ...
+
+    def reopen(self, rank: int) -> None:
+        """Let a drained rank take KV again."""
+        ...
+
+    def rebalance(self) -> int:
+        """Move blocks from full ranks to empty ones; returns how many will move."""
+        ...

@@ -1,0 +1,313 @@
+"""The engine inside the caller's own processes: ``init_inference`` and ``generate``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar, cast
+
+from ds_cp.comm.wire import World
+from ds_cp.config import Config, load_config
+from ds_cp.engine.collect import (
+    OutputCollector,
+    Prompt,
+    PromptRequest,
+    ReadyRequest,
+    RequestFailure,
+)
+from ds_cp.engine.core import EngineCore
+from ds_cp.engine.loop import InlineLoop
+from ds_cp.errors import EngineDeadError, RequestError
+from ds_cp.facts import Facts
+from ds_cp.model.loading import load_tokenizer
+from ds_cp.model.source import ModelSource, find_model
+from ds_cp.model.wiring import Decoder
+from ds_cp.outputs import RequestOutput
+from ds_cp.plan import StepPlan
+from ds_cp.sampling_params import RequestOptions, SamplingParams
+from ds_cp.scheduler.build import build_scheduler
+from ds_cp.startup.build import build_worker
+from ds_cp.startup.join import join_job
+from ds_cp.startup.report import summary
+from ds_cp.startup.resources import socket_environment
+from ds_cp.topology.job import Job, detect
+from ds_cp.worker.worker import Worker
+
+T = TypeVar("T")
+
+
+def init_inference(
+    model: Decoder | str | os.PathLike[str],
+    config: Config | Mapping[str, Any] | str | os.PathLike[str] | None = None,
+    *,
+    tokenizer: Any | None = None,
+    job: Job | None = None,
+    env: Mapping[str, str] | None = None,
+) -> LLMEngine:
+    """An engine over all ranks of the job; every rank calls this with the same arguments.
+
+    ``model``: a loaded transformers decoder (used as it is, weights and dtype), a directory of
+    safetensors, a GGUF file or a hub id. ``config``: the JSON config as a path, mapping or
+    ``Config``; its ``model`` gives way to the argument. ``tokenizer``: for a loaded model, when
+    prompts are text. ``job``: this process's place, found from the launcher's environment when not
+    given.
+
+    Raises the typed errors of ``ds_cp.errors``, on every rank, when the job cannot start.
+    """
+    name = model.config.name_or_path if isinstance(model, Decoder) else os.fspath(model)
+    if isinstance(config, Config):
+        config = config.model_copy(update={"model": name}) if name else config
+    else:
+        config = load_config(config or {}, {"model": name or "a loaded model"})
+    if job is None:
+        job = detect(os.environ if env is None else env, hosts=config.comm.hosts,
+                     interface=config.comm.interface, timeout_s=config.comm.timeout_s)  # fmt: skip
+    source: Decoder | ModelSource | None = None  # looked up where its absence can be reported
+    if isinstance(model, Decoder):
+        source = model
+    elif job.rank == 0:
+        source = find_model(config.model)
+        tokenizer = load_tokenizer(source) if tokenizer is None else tokenizer
+    for variable, value in socket_environment(job).items():
+        os.environ.setdefault(variable, value)
+    before = model.config._attn_implementation if isinstance(model, Decoder) else None
+    world, threads = join_job(job, config)
+    try:
+        worker, facts = build_worker(world, config, source, threads)
+    except BaseException:
+        world.leave()
+        raise
+    return LLMEngine(world, worker, facts, config, tokenizer, before)
+
+
+class LLMEngine:
+    """Generates on rank 0 (the driver); the other ranks follow inside the same calls."""
+
+    def __init__(
+        self,
+        world: World,
+        worker: Worker,
+        facts: Facts,
+        config: Config,
+        tokenizer: Any | None,
+        attention_before: str | None = None,
+    ) -> None:
+        self.facts = facts
+        self.tokenizer = tokenizer
+        self._world: World | None = world
+        self._worker = worker
+        self._config = config
+        self._attention_before = attention_before  # what a model of the caller's is given back
+        self._state = "ready"  # or "running", or "failed"
+        self._core: EngineCore | None = None
+        if self.is_driver:
+            self._core = EngineCore(build_scheduler(config, facts, paced=False), tokenizer)
+
+    @property
+    def is_driver(self) -> bool:
+        """Whether this is rank 0, which has the outputs."""
+        return self._worker.world.rank == 0
+
+    def summary(self) -> list[str]:
+        """What start-up decided, a line each."""
+        return summary(self._config, self.facts)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        progress: bool = False,
+        options: RequestOptions | Sequence[RequestOptions] | None = None,
+    ) -> list[RequestOutput]:
+        """Complete prompts (text, token ids, or a list of either), batched; outputs in their order.
+
+        Every rank calls it; ranks other than 0 take part and return an empty list. ``params`` and
+        ``options``: one for all or one per prompt. Raises ``RequestError`` before anything runs
+        when a prompt or a parameter is not acceptable. ``progress`` shows a line on stderr when
+        that is a terminal.
+        """
+
+        def requests() -> list[PromptRequest]:
+            texts = _as_list(prompts)
+            return [
+                PromptRequest(str(n), prompt, how, more)
+                for n, (prompt, how, more) in enumerate(zip(
+                    texts, _each(params, SamplingParams(), len(texts), "sampling params"),
+                    _each(options, RequestOptions(), len(texts), "options"), strict=True,
+                ))
+            ]  # fmt: skip
+
+        found: dict[str, RequestOutput] = {}
+        order: list[str] = []
+        show: Callable[[int], None] | None = None
+
+        def checked() -> Iterator[ReadyRequest]:
+            ready = [self._prepare(request) for request in requests()]
+            for one in ready:
+                self._driver.check(one.tokens, one.params)
+            order.extend(one.request_id for one in ready)
+            nonlocal show
+            if progress and sys.stderr.isatty():
+                show = _progress(len(ready))
+            yield from ready
+
+        for output in self._run(checked()):
+            assert isinstance(output, RequestOutput)
+            found[output.request_id] = output
+            if show:
+                show(len(found))
+        return [found[name] for name in order]
+
+    def stream(self, requests: Iterable[PromptRequest]) -> Iterator[RequestOutput | RequestFailure]:
+        """Outputs as they finish, of requests that are taken from ``requests`` only as fast as
+        they can be queued: any number may follow. One that is not acceptable gives a
+        ``RequestFailure`` and the others go on.
+
+        Every rank iterates over it; on ranks other than 0 ``requests`` is not read and nothing is
+        yielded. Stopping early ends what still runs. Between two outputs ``drain``, ``reopen`` and
+        ``rebalance`` may be called on rank 0.
+        """
+
+        def prepared() -> Iterator[ReadyRequest | RequestFailure]:
+            for request in requests:
+                try:
+                    yield self._prepare(request)
+                except RequestError as err:
+                    yield RequestFailure(request.request_id, err)
+
+        return self._run(prepared())
+
+    def drain(self, rank: int) -> None:
+        """Move everything off a context-parallel rank, live, and place nothing there."""
+        self._driver.scheduler.drain(rank)
+
+    def reopen(self, rank: int) -> None:
+        """Let a drained rank take KV again."""
+        self._driver.scheduler.reopen(rank)
+
+    def rebalance(self) -> int:
+        """Move blocks from full ranks to empty ones; returns how many will move."""
+        return self._driver.scheduler.rebalance()
+
+    @property
+    def _driver(self) -> EngineCore:
+        if self._core is None:
+            raise RuntimeError("only rank 0 decides; call this where is_driver is true")
+        return self._core
+
+    def _run(
+        self, requests: Iterable[ReadyRequest | RequestFailure]
+    ) -> Iterator[RequestOutput | RequestFailure]:
+        if self._world is None:
+            raise RuntimeError("generate after shutdown")
+        if not self.is_driver:
+            self._worker.follow()
+            return
+        if self._state == "running":
+            raise RequestError(
+                "another generate or stream of this engine is under way; finish or close it first"
+            )
+        if self._state == "failed":
+            raise EngineDeadError(
+                "a step of an earlier call failed, so the KV may not hold what the books say; "
+                "shut this engine down and make a new one"
+            )
+        core = self._driver
+        loop = InlineLoop(core, self._worker.lead)
+        live: dict[str, OutputCollector] = {}
+        self._state = "running"
+        try:
+            yield from self._drive(iter(requests), loop, live)
+        finally:
+            for name in live:
+                core.abort(name)
+            try:
+                loop.settle()
+            finally:
+                self._state = "failed" if loop.failed else "ready"
+                self._worker.lead(StepPlan(0, "stop"))
+
+    def _drive(
+        self,
+        requests: Iterator[ReadyRequest | RequestFailure],
+        loop: InlineLoop,
+        live: dict[str, OutputCollector],
+    ) -> Iterator[RequestOutput | RequestFailure]:
+        core, room = self._driver, self._config.scheduler.max_queue
+        more = True
+        while more or core.has_work or loop.num_in_flight:
+            while more and len(core.scheduler.waiting) < room:
+                one = next(requests, None)
+                if one is None:
+                    more = False
+                elif isinstance(one, RequestFailure):
+                    yield one
+                else:
+                    try:
+                        answers = core.add(one.request_id, one.tokens, one.params, one.options)
+                        live[one.request_id] = OutputCollector(answers, one.text)
+                    except RequestError as err:
+                        yield RequestFailure(one.request_id, err)
+            for delta in loop.advance():
+                collector = live[delta.request_id]
+                collector.take(delta)
+                if collector.is_done:
+                    del live[delta.request_id]
+                    yield collector.output()
+        core.check_integrity()
+
+    def _prepare(self, request: PromptRequest) -> ReadyRequest:
+        prompt, text = request.prompt, None
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise RequestError(
+                    "a text prompt needs a tokenizer: pass tokenizer= to init_inference, or "
+                    "token ids",
+                    "prompt",
+                )
+            text, tokens = prompt, list(self.tokenizer(prompt)["input_ids"])
+        else:
+            tokens = [_token(t) for t in prompt]
+        if not tokens:
+            raise RequestError("the prompt is empty; give at least one token", "prompt")
+        return ReadyRequest(request.request_id, text, tokens, request.params, request.options)
+
+    def shutdown(self) -> None:
+        """Leave the job. Every rank calls it; calling it again does nothing. A model object that
+        the caller brought works with transformers alone again."""
+        if self._world is not None:
+            if self._attention_before is not None:
+                self._worker.model.set_attn_implementation(self._attention_before)
+            self._world.leave()
+            self._world = None
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+        return [cast(Prompt, prompts)]
+    return list(cast(Sequence[Prompt], prompts))
+
+
+def _each(given: T | Sequence[T] | None, default: T, count: int, what: str) -> list[T]:
+    """One for each of ``count`` prompts."""
+    if given is None or isinstance(given, type(default)):
+        return [default if given is None else given] * count
+    listed = list(cast(Sequence[T], given))
+    if len(listed) != count:
+        raise RequestError(f"{count} prompts but {len(listed)} {what}: give one or as many")
+    return listed
+
+
+def _token(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise RequestError(f"a prompt is text or token ids, not {value!r}", "prompt")
+    return value
+
+
+def _progress(total: int) -> Callable[[int], None]:
+    def show(done: int) -> None:
+        end = "\n" if done == total else ""
+        print(f"\r{done}/{total} requests", end=end, file=sys.stderr, flush=True)
+
+    return show

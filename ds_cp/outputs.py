@@ -1,0 +1,74 @@
+"""What a request gives back: deltas while it runs, the whole output at its end. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """Log-probability (natural log) of one emitted token and of the most likely ones, best
+    first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What one engine step adds to one request. The last one of each ``index`` carries
+    ``finish_reason``.
+
+    ``index``: which of the ``n`` answers. ``cached_tokens``: prompt tokens whose KV was found in
+    the prefix cache, in the first delta of index 0. ``prompt_logprobs``: one per prompt token, the
+    first None, in the first delta of index 0 when they were asked for.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...] = ()
+    text: str = ""
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    finish_reason: str | None = None  # "stop" | "length" | "abort" | "error"
+    stop_reason: int | str | None = None  # the stop token or string that ended it
+    index: int = 0
+    cached_tokens: int | None = None
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+
+
+@dataclass(frozen=True)
+class RequestMetrics:
+    """Wall-clock times in seconds since the epoch, and how the request was run."""
+
+    arrival_time: float
+    first_scheduled_time: float | None = None
+    first_token_time: float | None = None
+    finished_time: float | None = None
+    modes: tuple[str, ...] = ()  # attention modes used, in order of first use
+    num_preemptions: int = 0
+    cached_tokens: int = 0  # prompt tokens whose KV was found in the prefix cache
+
+
+@dataclass(frozen=True)
+class CompletionOutput:
+    """One completion of a prompt."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str | None
+    stop_reason: int | str | None = None
+    logprobs: tuple[TokenLogprob, ...] | None = None
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """A finished request, as ``engine.generate`` returns it."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    outputs: tuple[CompletionOutput, ...]
+    finished: bool
+    metrics: RequestMetrics
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None

@@ -1,0 +1,324 @@
+"""Which blocks a request gets: found ones, placed ones, one more when it grows. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from ds_cp.kv.blocks import BlockAllocator
+from ds_cp.kv.placement import place, place_block
+from ds_cp.kv.prefix import PrefixKeys
+from ds_cp.kv.table import Home, SequenceTable
+from ds_cp.plan import Transfer
+from ds_cp.scheduler.mode_policy import ModePolicy, Seats
+from ds_cp.scheduler.request import Request
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A way in which a request could start now: cached blocks that hold its first tokens, new
+    blocks per rank, the ranks that compute, and where cached blocks of other ranks are copied to
+    (-1: they are shared where they are)."""
+
+    found: list[Home]
+    new: Sequence[int]
+    workers: tuple[int, ...]
+    copy_to: int = -1
+
+
+class BlockManager:
+    """The blocks of all ranks, and the rules by which requests get them.
+
+    ``closed``: ranks that take nothing new (being drained). ``order``: ranks, nearest next.
+    """
+
+    def __init__(
+        self,
+        blocks_per_rank: Sequence[int],
+        block_size: int,
+        placement: str,
+        order: Sequence[int],
+        policy: ModePolicy,
+        prefix_caching: bool,
+        seats: Seats | None = None,
+    ) -> None:
+        self.allocator = BlockAllocator(blocks_per_rank, block_size)
+        self.closed: set[int] = set()
+        self._fresh: set[Home] = set()  # blocks whose content is computed in the step in the making
+        self.queries = 0  # prompt tokens looked up in the prefix index
+        self.hits = 0
+        self._placement = placement
+        self._order = tuple(order)
+        self._policy = policy
+        self._seats = seats
+        self._caching = prefix_caching
+        self.num_ranks = len(blocks_per_rank)
+
+    @property
+    def open_blocks(self) -> list[int]:
+        """Capacity of each rank in blocks, 0 for closed ones."""
+        return [
+            0 if rank in self.closed else blocks
+            for rank, blocks in enumerate(self.allocator.blocks_per_rank)
+        ]
+
+    @property
+    def largest_tokens(self) -> int:
+        """The most KV one request can have: all open ranks, or the largest if mode is local."""
+        blocks = self.open_blocks
+        return (max(blocks) if self.only_local else sum(blocks)) * (self.allocator.block_size)
+
+    @property
+    def only_local(self) -> bool:
+        """Whether every request has to be on one rank."""
+        return self._policy.mode == "local"
+
+    def gathers(self, request: Request) -> bool:
+        """Whether a spanning stream should be on one rank, and nobody shares its blocks."""
+        table = request.table
+        if table is None or request.prefilling:
+            return False
+        return self._policy.gathers(table.width, table.num_tokens) and all(
+            self.allocator.references(home) == 1 for home in table.homes
+        )
+
+    def room(self) -> list[int]:
+        """Blocks that each rank can give now."""
+        room = self.allocator.available()
+        for rank in self.closed:
+            room[rank] = 0
+        return room
+
+    def begin_step(self) -> None:
+        """A new plan is made: all that earlier ones compute can be copied by it."""
+        self._fresh.clear()
+
+    # --- a request starts
+
+    def start(self, request: Request, load: Sequence[int], busy: bool) -> list[Transfer] | None:
+        """Take blocks for every token that the request has; None when there is no room now.
+
+        What the prefix cache holds is shared, or copied to where the request will be local (the
+        copies that this takes are returned); the rest is reserved. ``load``: tokens of work waiting
+        on each rank; ``busy``: whether other requests want ranks too.
+        """
+        size = self.allocator.block_size
+        if request.keys is None and self._caching:
+            request.keys = PrefixKeys(size, request.salt)
+        offer = next(self._offers(request, load, busy), None)
+        return None if offer is None else self._take(request, offer)
+
+    def _take(self, request: Request, offer: Offer) -> list[Transfer]:
+        size, found, target = self.allocator.block_size, offer.found, offer.copy_to
+        for home in found:
+            if target < 0 or home[0] == target:
+                self.allocator.share(home)
+        far = [i for i, home in enumerate(found) if target >= 0 and home[0] != target]
+        request.reserved = {
+            rank: list(self.allocator.allocate(rank, n + (len(far) if rank == target else 0)))
+            for rank, n in enumerate(offer.new)
+            if n
+        }
+        homes, copies = list(found), []
+        for index in far:  # the first blocks of the run, so that the request's are adjacent
+            homes[index] = (target, request.reserved[target].pop(0))
+            copies.append(Transfer((), index, found[index], homes[index]))
+        request.table = SequenceTable(size, homes, len(homes) * size)
+        request.workers = offer.workers
+        request.num_keyed = 0 if far else len(found)
+        if request.cached_tokens is None and self._caching:
+            request.cached_tokens = min(len(found) * size, len(request.prompt))
+            self.queries += len(request.prompt)
+            self.hits += request.cached_tokens
+        return copies
+
+    def _offers(self, request: Request, load: Sequence[int], busy: bool) -> Iterator[Offer]:
+        """The ways in which the request could start, best first, each of which fits now."""
+        size, tokens = self.allocator.block_size, request.num_tokens
+        blocks = -(-tokens // size)
+        found = self._find(request)
+        past = len(found) * size
+        answer = request.max_tokens - len(request.output)
+        most = self.num_ranks - len(self.closed)
+        want = self._policy.ranks_that_pay(most, tokens - past, past, answer, busy)
+        if want == 1 or self.only_local:
+            yield from self._local_offers(request, found, blocks, load)
+        if not self.only_local:
+            room = self._room_beside(found)
+            need = blocks - len(found)
+            ranks = self._ranks_with_room(room, need, want, {rank for rank, _ in found})
+            if ranks:
+                inside = [n if r in ranks else 0 for r, n in enumerate(room)]
+                last = found[-1][0] if found else -1
+                counts = place(
+                    self._placement, need, open_slots=[0] * self.num_ranks, free_blocks=inside,
+                    block_size=1, last_rank=last, order=self._order,
+                )  # fmt: skip
+                if counts is not None:
+                    yield Offer(found, counts, tuple(sorted(ranks)))
+
+    def _local_offers(
+        self, request: Request, found: list[Home], blocks: int, load: Sequence[int]
+    ) -> Iterator[Offer]:
+        """On one rank: where the prefix is, unless that rank has more work waiting than the prefix
+        is long; else where least work waits, and what is cached on other ranks is copied there.
+        Ranks that would have no core of their own come last."""
+        on = {rank for rank, _ in found}
+        open_ranks = [rank for rank in self._order if rank not in self.closed]
+        asleep = self._seats.asleep(load) if self._seats is not None else set()
+        best = min((load[rank] for rank in open_ranks if rank not in asleep), default=0)
+        if len(on) == 1:
+            (rank,) = on
+            need = blocks - len(found)
+            behind = load[rank] - best > len(found) * self.allocator.block_size or rank in asleep
+            if not behind and rank not in self.closed and self._room_beside(found)[rank] >= need:
+                yield Offer(found, self._only(rank, need), (rank,))
+        by_load = sorted(open_ranks, key=lambda r: (
+            r in asleep, load[r], -self.allocator.num_available(r), -self.allocator.num_free(r),
+        ))  # fmt: skip
+        for rank in by_load:
+            chain = self._find(request, rank)
+            here = [home for home in chain if home[0] == rank]
+            if self._room_beside(here)[rank] >= blocks - len(here):
+                yield Offer(chain, self._only(rank, blocks - len(chain)), (rank,), rank)
+
+    def _only(self, rank: int, blocks: int) -> list[int]:
+        return [blocks if r == rank else 0 for r in range(self.num_ranks)]
+
+    def _room_beside(self, found: Sequence[Home]) -> list[int]:
+        """Room of each rank once the found blocks are shared, and so can no longer be evicted."""
+        room = self.room()
+        for home in found:
+            if home[0] not in self.closed and self.allocator.references(home) == 0:
+                room[home[0]] -= 1
+        return room
+
+    def _ranks_with_room(
+        self, room: Sequence[int], need: int, want: int, preferred: set[int]
+    ) -> set[int]:
+        """``want`` ranks, or as many more as it takes to hold ``need`` blocks; the preferred, then
+        the roomiest first. Empty when all together have too little."""
+        ranked = sorted(
+            (rank for rank in self._order if room[rank]),
+            key=lambda rank: (rank not in preferred, -room[rank]),
+        )
+        chosen: set[int] = set()
+        have = 0
+        for rank in ranked:
+            if len(chosen) >= want and have >= need:
+                break
+            chosen.add(rank)
+            have += room[rank]
+        return chosen if have >= need else set()
+
+    # --- a request grows
+
+    def grow(self, request: Request) -> Home | None:
+        """A block for its next token: on the same rank while it is local or the policy fills ranks,
+        else where placement says. None when no rank that may take it has one."""
+        table = request.table
+        assert table is not None
+        last, mode = table.last_rank, self._policy.mode
+        if last >= 0 and self._gives(last, last):
+            local = table.width == 1 and mode in ("auto", "local")
+            if local or self._placement == "fill_then_spill":
+                block = table.homes[-1][1]
+                return last, self.allocator.allocate(last, 1, extend_from=block)[0]
+        if mode == "local" and last >= 0:
+            return None
+        room = self.room()
+        inside = [n if table.num_blocks(r) else 0 for r, n in enumerate(room)]
+        if mode == "auto" and any(inside):
+            room = inside  # a span no wider than it has to be
+        rank = place_block(self._placement, room, last, self._order)
+        if rank is None:
+            return None
+        return rank, self.allocator.allocate(rank, 1)[0]
+
+    def block_on(self, ranks: Sequence[int], beside: Home | None = None) -> Home | None:
+        """A block on the first of ``ranks`` that has one, adjacent to ``beside`` where possible."""
+        for rank in ranks:
+            if self._gives(rank, beside[0] if beside is not None else -1):
+                extend = beside[1] if beside is not None and beside[0] == rank else None
+                return rank, self.allocator.allocate(rank, 1, extend_from=extend)[0]
+        return None
+
+    def _gives(self, rank: int, here: int) -> bool:
+        """Whether ``rank`` gives a block to a request that is on ``here``: a closed one only to who
+        is there, has to be local and so grows there until it moves whole."""
+        open_to = rank not in self.closed or (self.only_local and rank == here)
+        return open_to and self.allocator.num_available(rank) > 0
+
+    # --- what was computed can be found
+
+    def name_blocks(self, request: Request) -> None:
+        """Give the whole blocks that are computed and whose tokens are known to the prefix
+        index."""
+        table, keys = request.table, request.keys
+        if table is None or keys is None:
+            return
+        whole = min(table.num_tokens, len(request.tokens)) // table.block_size
+        if whole <= request.num_keyed:
+            return
+        names = keys.upto(request.tokens, whole)
+        for index in range(request.num_keyed, whole):
+            rank, block = home = table.homes[index]
+            first = self.allocator.find(names[index])
+            self._fresh.add(home)
+            if first is None:
+                self.allocator.put(names[index], home)
+            elif first[0] != rank:  # a second copy, for requests that stay on this rank
+                self.allocator.put(_on_rank(names[index], rank), home)
+        request.num_keyed = whole
+
+    def _find(self, request: Request, near: int | None = None) -> list[Home]:
+        """The blocks that hold the request's first tokens, from the first on; copies on ``near``
+        rather than others, and of others only what can be copied now. The last token is left to
+        compute, for its logits."""
+        if request.keys is None or request.params.prompt_logprobs is not None:
+            return []
+        most = (request.num_tokens - 1) // self.allocator.block_size
+        found: list[Home] = []
+        for name in request.keys.upto(request.tokens, most):
+            home = self.allocator.find(name)
+            if near is not None and (home is None or home[0] != near):
+                second = self.allocator.find(_on_rank(name, near))
+                if second is not None and second[0] == near:  # it may have moved
+                    home = second
+                elif home in self._fresh:
+                    break
+            if home is None:
+                break
+            found.append(home)
+        return found
+
+    # --- a request gives back
+
+    def release(self, request: Request, keep: bool = True) -> None:
+        """Let go of every block. What is named can still be found until it is evicted, the end of
+        the sequence first; ``keep=False`` forgets it at once, and so does a closed rank."""
+        table = request.table
+        assert table is not None
+        for home in table.homes:
+            if not keep or home[0] in self.closed:
+                self.allocator.forget(home)
+        held = [(rank, block) for rank, blocks in request.reserved.items() for block in blocks]
+        self.allocator.release([*held, *reversed(table.homes)])
+        request.table, request.reserved, request.num_keyed = None, {}, 0
+        request.shares_tail = False
+
+    def check_integrity(self, running: Sequence[Request]) -> None:
+        """Balance the books: references are the holders, and nobody else holds anything."""
+        references: dict[Home, int] = {}
+        for request in running:
+            assert request.table is not None
+            held = [(rank, block) for rank, blocks in request.reserved.items() for block in blocks]
+            own = [*held, *request.table.homes]
+            assert len(own) == len(set(own)), f"request {request.number} holds a block twice"
+            for home in own:
+                references[home] = references.get(home, 0) + 1
+        self.allocator.check_integrity(references)
+
+
+def _on_rank(name: bytes, rank: int) -> bytes:
+    return name + rank.to_bytes(4, "little")

@@ -1,0 +1,76 @@
+"""Rank 0's scheduler from the config and the facts of a start. No torch here."""
+
+from __future__ import annotations
+
+from ds_cp.config import Config
+from ds_cp.cost import CostModel, attention_share
+from ds_cp.facts import Facts
+from ds_cp.scheduler.admission import Limits
+from ds_cp.scheduler.mode_policy import ModePolicy, Seats
+from ds_cp.scheduler.pacing import ChunkPacer
+from ds_cp.scheduler.scheduler import Scheduler
+from ds_cp.topology.hosts import Grid, Topology
+
+AUTO_BATCHED_TOKENS = 8192
+
+
+def _grid(facts: Facts) -> Grid:
+    return Grid(Topology(facts.hosts), facts.cp_size, facts.tp_size)
+
+
+def build_scheduler(config: Config, facts: Facts, paced: bool = True) -> Scheduler:
+    """Rank 0's scheduler over the budgets that all ranks reported. ``paced``: somebody waits for
+    the next token of a stream, so prompts may not delay it much."""
+    batched = config.scheduler.max_num_batched_tokens
+    threshold = config.context_parallel.local_threshold
+    topology = _grid(facts).cp_topology()
+    return Scheduler(
+        Limits(
+            max_model_len=facts.max_model_len,
+            max_num_seqs=config.scheduler.max_num_seqs,
+            max_num_batched_tokens=AUTO_BATCHED_TOKENS if batched == "auto" else batched,
+            max_queue=config.scheduler.max_queue,
+            vocab_size=facts.vocab_size,
+            eos_token_ids=facts.eos_token_ids,
+        ),
+        facts.blocks_per_rank,
+        facts.block_size,
+        config.kv_cache.placement,
+        config.context_parallel.layout,
+        ModePolicy(
+            mode=config.context_parallel.mode,
+            ring_pass=config.context_parallel.ring_pass,
+            local_threshold=None if threshold == "auto" else threshold,
+            num_hosts=topology.num_hosts,
+            num_q_heads=facts.num_q_heads,
+            num_kv_heads=facts.num_kv_heads,
+            cost=cost_model(facts),
+        ),
+        topology.ring_order(),
+        prefix_caching=config.kv_cache.prefix_caching,
+        pacer=ChunkPacer(
+            config.scheduler.decode_slowdown if paced else None,
+            attention_share(
+                facts.num_layers, facts.num_q_heads // facts.tp_size, facts.head_dim, facts.weights
+            ),
+        ),
+        seats=Seats(topology.hosts, max(1, facts.ranks_at_once // facts.tp_size)),
+    )
+
+
+def cost_model(facts: Facts) -> CostModel | None:
+    """What was measured, as the model that chooses spans; None on one rank, where nothing is to be
+    chosen, and on ranks that measured no link, which choose nothing."""
+    if not facts.links or not all(link.gb_per_s for link in facts.links):
+        return None
+    return CostModel(
+        flops_per_s=facts.flops_per_s,
+        bytes_per_s=min(link.gb_per_s for link in facts.links) * 1e9,
+        latency_s=max(link.latency_us for link in facts.links) * 1e-6,
+        num_layers=facts.num_layers,
+        num_q_heads=facts.num_q_heads // facts.tp_size,
+        num_kv_heads=facts.num_kv_heads // facts.tp_size,
+        head_dim=facts.head_dim,
+        weights=facts.weights,
+        element=4 if facts.dtype == "float32" else 2,
+    )

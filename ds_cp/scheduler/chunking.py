@@ -1,0 +1,120 @@
+"""The next chunk of a prompt: how long, who computes which tokens, and whose blocks take them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ds_cp.kv.table import Home, SequenceTable
+from ds_cp.layout import Run, Runs, assign, join, split_capped, split_even
+from ds_cp.plan import Chunk
+from ds_cp.scheduler.mode_policy import ModePolicy
+from ds_cp.scheduler.request import Request
+
+LEVEL = 1.1  # homes this close to equal shares also own their tokens, so that no KV has to travel
+MIN_SHARE = 16  # new tokens per rank below which spreading the work is not worth moving KV
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A chunk, and how many of its tokens each rank computes."""
+
+    chunk: Chunk
+    owned: tuple[int, ...]
+
+
+def cut_chunk(
+    request: Request,
+    left: Sequence[int],
+    layout: str,
+    policy: ModePolicy,
+    most: int | None = None,
+) -> Cut | None:
+    """Cut the next chunk and enter it in the request's table; None when no budget is left.
+
+    ``left[r]``: tokens that rank r may compute in this step; ``most``: a limit to all together.
+    """
+    table, workers = request.table, request.workers
+    assert table is not None
+    least = min(left[rank] for rank in workers)
+    new = min(request.num_tokens - table.num_tokens, least * len(workers))
+    new = _whole_blocks(table, new if most is None else min(new, most), request, len(workers))
+    if new <= 0:
+        return None
+    start, num_ranks = table.num_tokens, len(left)
+    homes = _take_homes(request, table.blocks_for(new), layout)
+    home_runs = _runs_by_rank(table, homes, start, new, num_ranks)
+    held = [sum(length for _, length in runs) for runs in home_runs]
+    q_runs = home_runs
+    if not _home_computes(held, new, workers, left):
+        shares = iter(split_even(new, len(workers)))
+        owned = [next(shares) if rank in workers else 0 for rank in range(num_ranks)]
+        q_runs = assign(layout, start, owned, 1)
+    table.append(homes, new)
+    ranks = {rank for rank, runs in enumerate(q_runs) if runs} | set(table.span)
+    mode, ring_pass = policy.choose(len(ranks), new, start)
+    chunk = Chunk(
+        request.number, mode, ring_pass,
+        tuple((rank, runs) for rank, runs in enumerate(q_runs) if runs),
+        tuple(homes), table.num_tokens == request.num_tokens,
+    )  # fmt: skip
+    return Cut(chunk, tuple(sum(length for _, length in runs) for runs in q_runs))
+
+
+def _whole_blocks(table: SequenceTable, new: int, request: Request, workers: int) -> int:
+    """A chunk that is not the last ends with a block where that costs little, so that the next one
+    can again be dealt out in blocks."""
+    end, size = table.num_tokens + new, table.block_size
+    if workers > 1 and end < request.num_tokens and new >= 2 * size * workers:
+        return end // size * size - table.num_tokens
+    return new
+
+
+def _take_homes(request: Request, count: int, layout: str) -> list[Home]:
+    """The next ``count`` of the reserved blocks, from each rank in proportion, laid out so that
+    causal work is level. Any order of the ranks is as level; it turns with the request, because the
+    rank of the last block decodes, and that should not be the same for all."""
+    ranks = sorted(request.reserved)
+    turn = request.number % len(ranks) if ranks else 0
+    ranks = [*ranks[turn:], *ranks[:turn]]
+    have = [len(request.reserved[rank]) for rank in ranks]
+    counts = split_capped(count, have, have)
+    at: dict[int, Home] = {}
+    for rank, n, runs in zip(ranks, counts, assign(layout, 0, counts, 1), strict=True):
+        blocks, request.reserved[rank] = request.reserved[rank][:n], request.reserved[rank][n:]
+        if not request.reserved[rank]:
+            del request.reserved[rank]
+        indexes = (i for start, length in runs for i in range(start, start + length))
+        for index, block in zip(indexes, blocks, strict=True):
+            at[index] = (rank, block)
+    return [at[index] for index in range(count)]
+
+
+def _runs_by_rank(
+    table: SequenceTable, homes: Sequence[Home], start: int, new: int, num_ranks: int
+) -> tuple[Runs, ...]:
+    """The new positions by the rank that stores them: the open block first, then ``homes``."""
+    runs: list[list[Run]] = [[] for _ in range(num_ranks)]
+    at, end, size = start, start + new, table.block_size
+    in_open = min(table.open_slots, new)
+    if in_open:
+        runs[table.last_rank].append((at, in_open))
+        at += in_open
+    for rank, _ in homes:
+        runs[rank].append((at, min(size, end - at)))
+        at += size
+    return tuple(join(found) for found in runs)
+
+
+def _home_computes(
+    held: Sequence[int], new: int, workers: Sequence[int], left: Sequence[int]
+) -> bool:
+    """Whether each token is computed where it is stored: always on one rank; else if that is level,
+    or there is too little to share, and the budgets allow it. Otherwise equal shares are computed
+    and KV travels to its home once."""
+    if any(n > left[rank] for rank, n in enumerate(held)):
+        return False
+    if any(n and rank not in workers for rank, n in enumerate(held)):
+        return False
+    fair = new / len(workers)
+    return len(workers) == 1 or max(held) <= LEVEL * fair or fair < MIN_SHARE

@@ -1,0 +1,87 @@
+"""Between a supervisor and its worker: typed frames over a local socket, never pickled."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import msgspec
+
+from ds_cp.errors import EngineDeadError
+from ds_cp.facts import Facts
+from ds_cp.plan import Outcome, StepPlan
+
+LIMIT = 64 * 2**20  # bytes of one frame
+T = TypeVar("T")
+
+
+class WorkerSpec(msgspec.Struct, frozen=True):
+    """What a worker is told at birth. ``job``: the fields of ``Job`` but its socket; ``listen_fd``:
+    the inherited descriptor of rank 0's store socket, or -1."""
+
+    config: dict[str, Any]
+    job: dict[str, Any]
+    listen_fd: int
+    supervisor_pid: int
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready"):
+    """The worker can run plans."""
+
+    facts: Facts
+    summary: tuple[str, ...]
+
+
+class Failed(msgspec.Struct, frozen=True, tag="failed"):
+    """The worker gives up; ``exit_code`` as the command line returns it."""
+
+    exit_code: int
+    message: str
+
+
+class Result(msgspec.Struct, frozen=True, tag="result"):
+    """What came of one plan, and this rank's books so far: (bytes, exchanges) by scheme."""
+
+    outcome: Outcome
+    sent: dict[str, tuple[int, int]]
+
+
+FromWorker = Ready | Failed | Result
+
+
+@dataclass(frozen=True)
+class Channel:
+    """One end of the socket."""
+
+    sock: socket.socket
+
+    def send(self, message: WorkerSpec | StepPlan | FromWorker) -> None:
+        """Send one message; ``EngineDeadError`` when the other side is gone."""
+        raw = msgspec.msgpack.encode(message)
+        try:
+            self.sock.sendall(len(raw).to_bytes(4, "little") + raw)
+        except OSError as err:
+            raise EngineDeadError(
+                f"the process on the other side is gone ({err.strerror})"
+            ) from err
+
+    def receive(self, kind: Any) -> Any:
+        """The next message, decoded as ``kind``; ``EngineDeadError`` when the other side is
+        gone."""
+        size = int.from_bytes(self._exactly(4), "little")
+        if size > LIMIT:
+            raise EngineDeadError(f"a frame of {size} bytes is above the limit {LIMIT}")
+        return msgspec.msgpack.decode(self._exactly(size), type=kind)
+
+    def _exactly(self, size: int) -> bytes:
+        parts = bytearray()
+        while len(parts) < size:
+            try:
+                chunk = self.sock.recv(min(size - len(parts), 1 << 20))
+            except OSError as err:
+                raise EngineDeadError(f"the process on the other side is gone ({err})") from err
+            if not chunk:
+                raise EngineDeadError("the process on the other side has ended")
+            parts += chunk
+        return bytes(parts)

@@ -1,0 +1,88 @@
+"""The HTTP application over ranks of this very job, without a socket: what ``ds-cp batch`` uses."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from ds_cp.api.app import create_app
+from ds_cp.api.settings import server_settings
+from ds_cp.config import Config
+from ds_cp.errors import DsCpError
+from ds_cp.model.loading import load_tokenizer
+from ds_cp.model.source import find_model
+from ds_cp.serve.async_engine import AsyncEngine
+from ds_cp.serve.channel import Ready
+from ds_cp.serve.worker_link import Books, Lead, LocalLink, Sent
+from ds_cp.startup.build import build_worker
+from ds_cp.startup.join import join_job
+from ds_cp.startup.report import summary
+from ds_cp.topology.job import Job
+
+LEAVE_S = 60.0  # for the step in hand, at the end
+
+
+@asynccontextmanager
+async def open_app(config: Config, job: Job) -> AsyncIterator[Any]:
+    """Rank 0: join the job, load the model, and yield the ASGI application over a ready engine.
+
+    The other ranks call ``follow`` meanwhile. Raises the typed errors of a start that fails.
+    """
+    source = find_model(config.model)
+    leaves: list[Callable[[], None]] = []
+
+    def build() -> tuple[Lead, Books, Ready]:
+        world, threads = join_job(job, config)
+        leaves.append(world.leave)
+        worker, facts = build_worker(world, config, source, threads)
+
+        def books() -> Sent:
+            return {k: (e.bytes, e.exchanges) for k, e in world.ledger.schemes().items()}
+
+        return worker.lead, books, Ready(facts, tuple(summary(config, facts)))
+
+    loop = asyncio.get_running_loop()
+    ready: asyncio.Future[None] = loop.create_future()
+
+    def on_ready(_: Ready) -> None:
+        def done() -> None:
+            if not ready.done():
+                ready.set_result(None)
+
+        loop.call_soon_threadsafe(done)
+
+    def on_death(err: DsCpError, _: int) -> None:
+        def fail() -> None:
+            if ready.done():
+                print(f"ds_cp: error: {err}", file=sys.stderr, flush=True)
+            else:
+                ready.set_exception(err)
+
+        loop.call_soon_threadsafe(fail)
+
+    engine = AsyncEngine(
+        config, source.name, LocalLink(build), loop,
+        lambda: load_tokenizer(source), on_ready, on_death, paced=False,
+    )  # fmt: skip
+    engine.start()
+    try:
+        await ready
+        app = create_app(engine, server_settings(config))
+        async with app.router.lifespan_context(app):
+            yield app
+    finally:
+        await engine.stop(LEAVE_S)
+        for leave in leaves:
+            leave()
+
+
+def follow(config: Config, job: Job) -> int:
+    """Ranks other than 0: take part until rank 0 is done. Returns the exit code."""
+    world, threads = join_job(job, config)
+    worker, _ = build_worker(world, config, None, threads)
+    worker.follow()
+    world.leave()
+    return 0

@@ -1,0 +1,269 @@
+"""The process that a launcher starts on every rank: thin, owns the worker, ends with its launcher.
+
+Rank 0's supervisor also runs the HTTP front and the engine. Ctrl-C and SIGTERM reach every
+supervisor; rank 0 drains and tells all workers to leave, the other supervisors wait for that and
+end their worker themselves only if it does not come.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from ds_cp.config import Config
+from ds_cp.errors import DsCpError, EngineDeadError
+from ds_cp.model.source import ModelSource, find_model
+from ds_cp.serve.channel import Channel, Failed, FromWorker, Ready, WorkerSpec
+from ds_cp.startup.resources import choose_threads, socket_environment
+from ds_cp.topology.job import Job
+
+LEAVE_S = 5.0  # for workers to leave after the stop plan
+POLL_S = 0.1
+HURRY_S = 1.0  # for the step in hand, when requests are not waited for
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+LAUNCHERS = ("deepspeed", "torchrun", "torch.distributed", "mpirun", "prterun", "prted", "ds-cp")
+
+
+def serve(config: Config, job: Job) -> int:
+    """Serve until told to stop, or until something ends the job. Returns the exit code.
+
+    Raises ``LaunchError`` or ``ModelError`` before anything is started.
+    """
+    return asyncio.run(_Supervisor(config, job).run())
+
+
+class _Supervisor:
+    def __init__(self, config: Config, job: Job) -> None:
+        self._config = config
+        self._job = job
+        self._stop = asyncio.Event()
+        self._hurry = asyncio.Event()  # end now rather than drain
+        self._loaded = False  # the worker can run plans
+        self._notified = False  # the cause of a failure is known to the user, or to rank 0
+        self._exit_code = 0
+        self._ancestors = _launcher_processes()
+
+    async def run(self) -> int:
+        loop = asyncio.get_running_loop()
+        leads = self._job.rank == 0
+        found = (find_model(self._config.model), self._bind()) if leads else None
+        for number in SIGNALS:
+            loop.add_signal_handler(number, self._on_signal, number)
+        with _worker(self._config, self._job) as (process, channel):
+            watch = asyncio.create_task(self._watch(process))
+            try:
+                if found is not None:
+                    await self._front(channel, *found)
+                else:
+                    await self._follow(channel)
+                await asyncio.wait({watch}, timeout=LEAVE_S)
+            finally:
+                watch.cancel()
+        return self._exit_code
+
+    def _bind(self) -> socket.socket:
+        from ds_cp.api.server import bind
+
+        return bind(self._config.server.host, self._config.server.port)
+
+    # --- rank 0: the front
+
+    async def _front(self, channel: Channel, source: ModelSource, listener: socket.socket) -> None:
+        from ds_cp.api.app import create_app
+        from ds_cp.api.server import serve_until
+        from ds_cp.api.settings import server_settings
+        from ds_cp.serve.async_engine import AsyncEngine
+        from ds_cp.serve.worker_link import ProcessLink, WorkerLostError
+
+        settings = server_settings(self._config)
+        loop = asyncio.get_running_loop()
+        address, port = listener.getsockname()[:2]
+        shown = f"[{address}]" if ":" in address else address
+
+        def on_ready(ready: Ready) -> None:
+            self._loaded = True
+            for line in ready.summary:
+                print(line)
+            print(f"ds_cp ready: http://{shown}:{port}", flush=True)
+
+        def on_death(err: DsCpError, exit_code: int) -> None:
+            if not isinstance(err, WorkerLostError):  # how that one ended, the watch says
+                loop.call_soon_threadsafe(self._fail, str(err), exit_code)
+
+        engine = AsyncEngine(
+            self._config,
+            source.name,
+            ProcessLink(channel),
+            loop,
+            partial(_load_tokenizer, source),
+            on_ready,
+            on_death,
+        )
+        engine.start()
+        app = create_app(engine, settings)
+        serving = asyncio.create_task(serve_until(app, listener, settings, self._stop))
+        hurrying = asyncio.create_task(self._hurry.wait())
+        await asyncio.wait({serving, hurrying}, return_when=asyncio.FIRST_COMPLETED)
+        hurried = hurrying.done()
+        hurrying.cancel()
+        if hurried:  # requests in flight are told so, and the server has not to wait
+            await engine.stop(HURRY_S if self._loaded else 0.0)
+        await serving
+        if not hurried:
+            await engine.stop(LEAVE_S if self._loaded else 0.0)
+
+    # --- other ranks
+
+    async def _follow(self, channel: Channel) -> None:
+        """Wait until the worker ends: by rank 0's word, or by a failure, which rank 0 reports."""
+        try:
+            message = await asyncio.to_thread(channel.receive, FromWorker)
+            if isinstance(message, Ready):
+                self._loaded = True
+                message = await asyncio.to_thread(channel.receive, FromWorker)
+            if isinstance(message, Failed):
+                self._notified, self._exit_code = True, message.exit_code
+        except EngineDeadError:
+            pass  # the worker has ended; the watch says how
+
+    # --- signals and deaths
+
+    def _on_signal(self, number: int) -> None:
+        if number == signal.SIGINT or self._stop.is_set():
+            self._hurry.set()
+        self._stop.set()
+
+    def _fail(self, message: str, exit_code: int) -> None:
+        if not self._stop.is_set():
+            self._notified, self._exit_code = True, exit_code
+            print(f"ds_cp: error: {message}", file=sys.stderr, flush=True)
+            self._stop.set()
+
+    async def _watch(self, process: subprocess.Popen[bytes]) -> None:
+        """Notice a launcher that is gone, and end a worker that outlives its time."""
+        asked: float | None = None
+        loop = asyncio.get_running_loop()
+        while process.poll() is None:
+            await asyncio.sleep(POLL_S)
+            if not all(map(_is_alive, self._ancestors)):
+                self._hurry.set()
+                self._stop.set()
+            if self._stop.is_set():
+                asked = asked or loop.time()
+                if loop.time() - asked >= self._patience_s():
+                    process.kill()
+        self._look_at_end(process.returncode)
+
+    def _patience_s(self) -> float:
+        """How long after the stop the worker may go on: there is nothing to drain while it loads,
+        and rank 0's is told to leave by the front."""
+        if not self._loaded:
+            return 0.0
+        if self._job.rank == 0:
+            return math.inf
+        return LEAVE_S + (0.0 if self._hurry.is_set() else self._config.server.drain_timeout_s)
+
+    def _look_at_end(self, code: int) -> None:
+        """Tell of a worker that ended without a word of its own."""
+        if code == 0 or self._stop.is_set():
+            return
+        how = f"exit code {code}" if code > 0 else signal.Signals(-code).name
+        if not self._notified:
+            self._fail(f"the worker of rank {self._job.rank} was ended by {how}", 1)
+        self._stop.set()
+
+
+def _load_tokenizer(source: ModelSource) -> Any:
+    from ds_cp.model.loading import (
+        load_tokenizer,  # the supervisors of other ranks go without torch
+    )
+
+    return load_tokenizer(source)
+
+
+def _launcher_processes() -> list[psutil.Process]:
+    """The launcher above this process, with its helpers: when one goes, the job has lost its owner.
+
+    SIGTERM to ``deepspeed`` ends its first process only and would orphan every rank.
+    """
+    found = []
+    with contextlib.suppress(psutil.Error):
+        for process in psutil.Process().parents():
+            words = process.cmdline()[:4]
+            if not any(name in os.path.basename(word) or name in word.split(".")
+                       for word in words for name in LAUNCHERS):  # fmt: skip
+                break
+            found.append(process)
+    return found
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    """Whether it runs; one that has ended but was not reaped does not."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _python_path(env: Mapping[str, str]) -> str:
+    """The worker finds the same ``ds_cp`` as this process, installed or not, from any folder."""
+    ours, others = str(Path(__file__).resolve().parents[2]), env.get("PYTHONPATH")
+    return os.pathsep.join([ours, others] if others else [ours])
+
+
+@contextlib.contextmanager
+def _worker(config: Config, job: Job) -> Iterator[tuple[subprocess.Popen[bytes], Channel]]:
+    """Start this rank's worker and end it in any case."""
+    ours, theirs = socket.socketpair()
+    listen_fd = job.store_socket.fileno() if job.store_socket is not None else -1
+    threads = choose_threads(config, job.local_world_size or 1)
+    # The worker is born deaf to these: a terminal's Ctrl-C reaches it too, which is not for it.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "ds_cp.serve.worker_process", str(theirs.fileno())],
+            pass_fds=[theirs.fileno(), *([listen_fd] if listen_fd >= 0 else [])],
+            env={
+                **socket_environment(job),
+                **os.environ,
+                "OMP_NUM_THREADS": str(threads),
+                "PYTHONPATH": _python_path(os.environ),
+            },
+            stdin=subprocess.DEVNULL,
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        theirs.close()
+    if job.store_socket is not None:
+        job.store_socket.close()  # the worker has it now
+    channel = Channel(ours)
+    fields = {
+        name: getattr(job, name)
+        for name in ("rank", "world_size", "local_rank", "local_world_size", "hosts", "host",
+                     "launcher", "store_host", "store_port", "store_shared", "interface")
+    }  # fmt: skip
+    try:
+        channel.send(
+            WorkerSpec(
+                config.model_dump(mode="json", by_alias=True), fields, listen_fd, os.getpid()
+            )
+        )
+        yield process, channel
+    finally:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.5)
+        process.kill()
+        process.wait()
+        ours.close()

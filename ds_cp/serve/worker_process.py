@@ -1,0 +1,105 @@
+"""The compute worker of one rank, child of that rank's supervisor.
+
+``python -m ds_cp.serve.worker_process FD``.
+
+It is told everything over the inherited socket and reads no configuration of its own. Signals are
+the supervisor's business; the worker ends when told to, when its peers are gone, or with its
+supervisor.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import sys
+import traceback
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from ds_cp.errors import DsCpError
+from ds_cp.plan import StepPlan
+from ds_cp.process import leave_process
+from ds_cp.serve.channel import Channel, Failed, Ready, Result, WorkerSpec
+
+if TYPE_CHECKING:
+    from ds_cp.worker.worker import Worker
+
+PR_SET_PDEATHSIG = 1
+
+
+def main(argv: list[str]) -> NoReturn:
+    """Run until told to stop, and exit."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    channel = Channel(socket.socket(fileno=int(argv[0])))
+    try:
+        spec: WorkerSpec = channel.receive(WorkerSpec)
+        _die_with(spec.supervisor_pid)
+        _work(channel, spec)
+    except DsCpError as err:
+        _give_up(channel, err.exit_code, str(err))
+    except BaseException as err:
+        traceback.print_exc()
+        _give_up(channel, 1, f"{type(err).__name__}: {err} (this is a fault of ds_cp)")
+    leave_process(0)
+
+
+def _work(channel: Channel, spec: WorkerSpec) -> None:
+    from ds_cp.config import Config
+    from ds_cp.startup.build import build_worker
+    from ds_cp.startup.join import join_job
+    from ds_cp.startup.report import summary
+    from ds_cp.topology.job import Job
+
+    config = Config.model_validate_json(_json(spec.config))
+    fields: dict[str, Any] = dict(spec.job)
+    if fields["hosts"] is not None:
+        fields["hosts"] = tuple(fields["hosts"])
+    listener = socket.socket(fileno=spec.listen_fd) if spec.listen_fd >= 0 else None
+    job = Job(**fields, store_socket=listener)
+    world, threads = join_job(job, config)
+    worker, facts = build_worker(world, config, None, threads)
+    channel.send(Ready(facts, tuple(summary(config, facts))))
+    if world.rank == 0:
+        _lead(channel, worker)
+    else:
+        worker.follow()
+    world.leave()  # not after a failure: it may wait for a peer that is gone
+
+
+def _lead(channel: Channel, worker: Worker) -> None:
+    """Rank 0: run the plans that the front sends, up to the one that says stop."""
+    while True:
+        plan: StepPlan = channel.receive(StepPlan)
+        outcome = worker.lead(plan)
+        if plan.kind == "stop":
+            return
+        sent = {k: (e.bytes, e.exchanges) for k, e in worker.world.ledger.schemes().items()}
+        channel.send(Result(outcome, sent))
+
+
+def _json(config: dict[str, Any]) -> str:
+    import json
+
+    return json.dumps(config)
+
+
+def _give_up(channel: Channel, exit_code: int, message: str) -> NoReturn:
+    """Say why and leave."""
+    try:
+        channel.send(Failed(exit_code, message))
+    except DsCpError:
+        pass  # the supervisor is gone too; there is nobody left to tell
+    leave_process(exit_code)
+
+
+def _die_with(supervisor_pid: int) -> None:
+    """Ask the kernel to end this process with its supervisor."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != supervisor_pid:
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

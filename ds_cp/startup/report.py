@@ -1,0 +1,62 @@
+"""The lines that say what start-up found and decided. No torch here."""
+
+from __future__ import annotations
+
+from ds_cp.config import Config
+from ds_cp.facts import Facts
+from ds_cp.scheduler.build import _grid, cost_model
+
+
+def summary(config: Config, facts: Facts) -> list[str]:
+    """What start-up decided and why, a line each."""
+    grid, cp = _grid(facts), config.context_parallel
+    tokens = [n * facts.block_size for n in facts.blocks_per_rank]
+    even = len(set(tokens)) == 1
+    per_rank = f"{len(tokens)} x {tokens[0]}" if even else " + ".join(map(str, tokens))
+    mib = max(tokens) * facts.bytes_per_token / 2**20
+    rule = {
+        "auto": "local while a request fits on one rank, unless it is alone and more ranks are "
+        "faster; spanning prefill by ring, decode by tree",
+        "local": "every request on one rank",
+    }.get(cp.mode, f"{cp.mode} for every request")
+    return [
+        *grid.topology.describe(),
+        f"ranks: {grid.topology.size} = cp {grid.cp_size} x tp {grid.tp_size}, "
+        f"{facts.threads} CPU thread{'s' * (facts.threads != 1)} each",
+        *(
+            f"link {link.name}: {link.latency_us:.0f} us, {link.gb_per_s:.2f} GB/s"
+            for link in facts.links
+        ),
+        f"model: {facts.num_layers} layers, {facts.num_q_heads} query and {facts.num_kv_heads} "
+        "KV heads, "
+        f"{facts.dtype}; logits agree with transformers to {facts.exactness:.0e}",
+        f"attention: {facts.kernel} kernel; mode {cp.mode}: {rule}",
+        *_rates(facts),
+        *_crowded(facts),
+        f"KV: {sum(tokens)} tokens = {per_rank} per rank (up to {mib:.0f} MiB), blocks of "
+        f"{facts.block_size}, {config.kv_cache.placement}; one request: up to "
+        f"{min(sum(tokens) + 1, facts.max_model_len)} tokens (model length {facts.max_model_len})",
+    ]
+
+
+def _crowded(facts: Facts) -> list[str]:
+    """Said where ranks have to share cores."""
+    most = max(facts.hosts.count(host) for host in facts.hosts)
+    if facts.ranks_at_once >= most:
+        return []
+    return [
+        f"{most} ranks share a host with cores for {facts.ranks_at_once} at once: short requests "
+        f"keep to {facts.ranks_at_once} while these have room"
+    ]
+
+
+def _rates(facts: Facts) -> list[str]:
+    """What the cost model goes by."""
+    cost = cost_model(facts)
+    if cost is None:
+        return []
+    hides = cost.tokens_that_hide_kv(facts.cp_size)
+    return [
+        f"one rank computes {facts.flops_per_s / 1e9:.0f} GFLOP/s; moving KV around "
+        f"{facts.cp_size} ranks hides under attention from chunks of {hides:.0f} tokens on"
+    ]

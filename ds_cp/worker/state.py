@@ -1,0 +1,279 @@
+"""What every rank knows of the running requests, kept up by the plans alone. No torch.
+
+The scheduler's plans say what changes; applying them in order gives each rank the same block
+tables, positions and owners, from which it derives what it has to do in the step. Token values are
+known where they are needed: prompts on every rank, a drawn token on the rank that drew it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from ds_cp.kv.table import Extents, SequenceTable
+from ds_cp.layout import Runs, join, total
+from ds_cp.plan import Begin, Chunk, Fork, Home, Sampling, StepPlan
+
+NO_TOKEN = -1
+
+
+@dataclass(eq=False, slots=True)
+class RunningSequence:
+    """One running request. ``tokens``: known to all ranks, the prompt first. ``drawn``: outputs
+    drawn so far, on all ranks the same number; ``sampler``: the rank that drew the last one, and
+    ``last``: its value, on that rank. ``outputs``: values of the output as far as known here.
+    ``resting``: the shards of ranks that add nothing in decode steps, until their part changes.
+    """
+
+    number: int
+    tokens: list[int]
+    prompt_length: int
+    table: SequenceTable
+    sampling: Sampling
+    drawn: int
+    sampler: int = -1
+    last: int = NO_TOKEN
+    outputs: list[int] = field(default_factory=list)
+    resting: dict[int, Shard] = field(default_factory=dict)
+
+    @property
+    def prompt(self) -> list[int]:
+        return self.tokens[: self.prompt_length]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One rank's part in one request's step.
+
+    ``q_runs``: positions of the new tokens that this rank owns (it alone runs the layers on them);
+    ``k_runs``: positions of all tokens whose KV has its home here, the new ones last, in storage
+    order; ``extents``: their slots, as (first slot, length); ``new_home_runs`` and ``new_extents``:
+    the same of the new ones alone.
+    """
+
+    rank: int
+    q_runs: Runs
+    k_runs: Runs
+    extents: Extents
+    new_home_runs: Runs
+    new_extents: Extents
+
+    @property
+    def new(self) -> int:
+        """How many new tokens are stored here."""
+        return total(self.new_home_runs)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One request in one step that this rank takes part in: new tokens at positions ``start ..``
+    and where everything is. ``draws``: the last of them gives the next token."""
+
+    sequence: RunningSequence
+    mode: str
+    ring_pass: str
+    start: int
+    count: int
+    shards: tuple[Shard, ...]
+    draws: bool
+
+    def shard(self, rank: int) -> Shard | None:
+        """Rank's part, or None when it has none."""
+        for shard in self.shards:
+            if shard.rank == rank:
+                return shard
+        return None
+
+    @property
+    def ships(self) -> bool:
+        """Whether some new token's home is not its owner, so that its KV has to travel once."""
+        return any(s.q_runs != s.new_home_runs for s in self.shards)
+
+
+@dataclass(frozen=True)
+class Handoff:
+    """A drawn token that the next step needs on another rank."""
+
+    sequence: RunningSequence
+    source: int
+    target: int
+
+
+class Draw(NamedTuple):
+    """A token that is drawn in this step, on ``rank``; ``index`` counts the request's outputs."""
+
+    sequence: RunningSequence
+    rank: int
+    index: int  # type: ignore[assignment]
+
+
+@dataclass
+class StepWork:
+    """What a plan means for one rank.
+
+    ``streams``: requests that decode here, alone, with KV on this rank only; ``items``: everything
+    else that this rank has a part in. ``draws``: of all ranks, in the order in which each rank
+    draws. ``handoffs``: of all ranks. ``scored``: (sequence, first position, count, owner) of
+    prompt tokens whose log-probabilities are wanted, of all ranks.
+    """
+
+    streams: list[RunningSequence] = field(default_factory=list)
+    items: list[Item] = field(default_factory=list)
+    draws: list[Draw] = field(default_factory=list)
+    handoffs: list[Handoff] = field(default_factory=list)
+    scored: list[tuple[RunningSequence, int, int, int]] = field(default_factory=list)
+
+
+class WorkerState:
+    """The books of one rank. ``apply`` takes every plan, in order."""
+
+    def __init__(self, rank: int, block_size: int) -> None:
+        self.rank = rank
+        self.block_size = block_size
+        self.sequences: dict[int, RunningSequence] = {}
+
+    def apply(self, plan: StepPlan) -> StepWork:
+        """Enter a plan into the books and say what this rank has to do. Transfers are entered here;
+        moving the content is the caller's business, before anything else."""
+        for number in plan.ended:
+            self.sequences.pop(number, None)
+        for number, index, token in plan.seen:
+            sequence = self.sequences.get(number)
+            if sequence is not None and index == len(sequence.outputs):
+                sequence.outputs.append(token)
+        for transfer in plan.transfers:
+            for number in transfer.requests:
+                sequence = self.sequences.get(number)
+                if sequence is not None:  # or it gave way after this was decided
+                    sequence.table.replace(transfer.index, transfer.target)
+                    sequence.resting.clear()
+        for begin in plan.begins:
+            self._begin(begin)
+        work = StepWork()
+        grown: dict[int, Home] = dict(plan.grown)
+        for chunk in plan.chunks:
+            self._chunk(chunk, work)
+        for decodes in plan.decodes:
+            for number in decodes.requests:
+                home = grown.get(number) if grown else None
+                self._decode(number, home, decodes.mode, decodes.ring_pass, work)
+        for fork in plan.forks:
+            self._fork(fork)
+        return work
+
+    def _begin(self, begin: Begin) -> None:
+        table = SequenceTable(self.block_size, begin.homes, begin.computed)
+        outputs = list(begin.tokens[begin.prompt_length :])
+        self.sequences[begin.request] = RunningSequence(
+            begin.request, list(begin.tokens), begin.prompt_length, table, begin.sampling,
+            len(outputs), outputs=outputs,
+        )  # fmt: skip
+
+    def _fork(self, fork: Fork) -> None:
+        parent = self.sequences[fork.parent]
+        known = parent.prompt_length - 1
+        homes = parent.table.homes[: -(-known // self.block_size)]
+        self.sequences[fork.request] = RunningSequence(
+            fork.request, parent.prompt, parent.prompt_length,
+            SequenceTable(self.block_size, homes, known), fork.sampling, 0,
+        )  # fmt: skip
+
+    def _chunk(self, chunk: Chunk, work: StepWork) -> None:
+        sequence = self.sequences[chunk.request]
+        table = sequence.table
+        start, count = table.num_tokens, sum(total(runs) for _, runs in chunk.owners)
+        table.append(chunk.homes, count)
+        owners = dict(chunk.owners)
+        ranks = sorted({*owners, *table.span})
+        last_owner = _owner(chunk.owners, start + count - 1)
+        if chunk.mode != "local" or self.rank in ranks:
+            shards = tuple(self._shard(table, r, owners.get(r, ()), start) for r in ranks)
+            work.items.append(
+                Item(sequence, chunk.mode, chunk.ring_pass, start, count, shards, chunk.samples)
+            )
+        if sequence.sampling.prompt_logprobs >= 0:
+            for rank, runs in chunk.owners:
+                for first, length in runs:
+                    # a row scores the token after it; rows of the prompt's last token score none
+                    length = min(length, sequence.prompt_length - 1 - first)
+                    if length > 0:
+                        work.scored.append((sequence, first, length, rank))
+        if chunk.samples:
+            self._draw(sequence, last_owner, work)
+
+    def _decode(
+        self, number: int, home: Home | None, mode: str, ring_pass: str, work: StepWork
+    ) -> None:
+        sequence = self.sequences[number]
+        table = sequence.table
+        start = table.num_tokens
+        if home is None:
+            table.append_one()
+        else:
+            table.append((home,), 1)
+        owner = table.homes[-1][0]
+        # a token that all ranks know, of a prompt, needs no handing over
+        if owner != sequence.sampler and start >= len(sequence.tokens):
+            work.handoffs.append(Handoff(sequence, sequence.sampler, owner))
+        if mode == "local":
+            if owner == self.rank:
+                work.streams.append(sequence)
+        else:
+            q_runs: Runs = ((start, 1),)
+            resting = sequence.resting
+            shards = []
+            for rank in table.span:
+                shard = None if rank == owner else resting.get(rank)
+                if shard is None:
+                    shard = self._shard(table, rank, q_runs if rank == owner else (), start)
+                    resting[rank] = shard
+                shards.append(shard)
+            resting.pop(owner, None)
+            work.items.append(Item(sequence, mode, ring_pass, start, 1, tuple(shards), True))
+        self._draw(sequence, owner, work)
+
+    @staticmethod
+    def _draw(sequence: RunningSequence, rank: int, work: StepWork) -> None:
+        work.draws.append(Draw(sequence, rank, sequence.drawn))
+        sequence.drawn += 1
+        sequence.sampler = rank
+
+    def _shard(self, table: SequenceTable, rank: int, q_runs: Runs, start: int) -> Shard:
+        runs, extents = table.part(rank)
+        new = tuple((max(s, start), s + n - max(s, start)) for s, n in runs if s + n > start)
+        return Shard(rank, join(q_runs), runs, extents, new, _last(extents, total(new)))
+
+
+def _owner(owners: Sequence[tuple[int, Runs]], position: int) -> int:
+    for rank, runs in owners:
+        if any(start <= position < start + length for start, length in runs):
+            return rank
+    raise ValueError(f"nobody owns position {position}")
+
+
+def _last(extents: Extents, count: int) -> Extents:
+    """The last ``count`` slots."""
+    out = []
+    for slot, length in reversed(extents):
+        if count <= 0:
+            break
+        take = min(length, count)
+        out.append((slot + length - take, take))
+        count -= take
+    return tuple(reversed(out))
+
+
+def check_item(item: Item) -> None:
+    """Assert what every step must satisfy: each new token one owner and one home, slots as
+    tokens."""
+    want = list(range(item.start, item.start + item.count))
+    owned = sorted(p for s in item.shards for a, n in s.q_runs for p in range(a, a + n))
+    homed = sorted(p for s in item.shards for a, n in s.new_home_runs for p in range(a, a + n))
+    name = f"request {item.sequence.number}"
+    assert owned == want, f"{name}: owners cover {len(owned)} of {item.count} new tokens"
+    assert homed == want, f"{name}: homes cover {len(homed)} of {item.count} new tokens"
+    stored = sum(total(s.k_runs) for s in item.shards)
+    assert stored == item.start + item.count, f"{name}: {stored} tokens stored"
+    for shard in item.shards:
+        assert total(shard.k_runs) == total(shard.extents)

@@ -1,0 +1,629 @@
+"""A pretended cluster: the real engine core and scheduler, a real mirror per rank, and memories
+that remember what was stored in every slot.
+
+What KV holds is modelled as the *content* of a position: a hash of all tokens up to and including
+it, for that is what KV depends on. It knows no request, so requests may share blocks, and a block
+that was shared wrongly, copied too late, overwritten, lost in a move or never computed is seen by
+the first request that reads it. The pretended model draws a token from the content of the last
+position and the request's own random stream, so what a request gets alone is known without any
+cluster.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from ds_cp.cost import CostModel
+from ds_cp.engine.core import EngineCore
+from ds_cp.layout import positions
+from ds_cp.outputs import Delta
+from ds_cp.plan import Outcome, Sampled, Scored, StepPlan, Transfer, decode_plan, encode_plan
+from ds_cp.sampling_params import RequestOptions, SamplingParams
+from ds_cp.scheduler.admission import Limits
+from ds_cp.scheduler.mode_policy import ModePolicy, Seats
+from ds_cp.scheduler.pacing import PATIENCE, ChunkPacer
+from ds_cp.scheduler.request import Request
+from ds_cp.scheduler.scheduler import Scheduler
+from ds_cp.worker.state import Item, RunningSequence, StepWork, WorkerState, check_item
+
+VOCAB = 1000
+EOS = 999
+SEED = 11
+PLACEMENTS = ("fill_then_spill", "round_robin", "balanced")
+MODES = (("auto", "auto"), ("local", "auto"), ("ring", "kv"), ("ring", "q"), ("tree", "auto"))
+ROOT = 0  # the content before the first position
+
+
+def follow(content: int, token: int) -> int:
+    """The content of a position, from that of the position before it. Hashes of integers are the
+    same in every process."""
+    return hash((content, token))
+
+
+def contents(tokens: Sequence[int]) -> list[int]:
+    """The content of every position."""
+    found, content = [], ROOT
+    for token in tokens:
+        content = follow(content, token)
+        found.append(content)
+    return found
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the pretended model says. ``eos_every``: one draw in so many is the end token, 0 for
+    none."""
+
+    eos_every: int = 0
+
+    def token(self, content: int, stream: int, index: int, looked_at: tuple, banned: tuple) -> int:
+        """A draw after ``content``. ``stream``: the random stream, 0 for greedy; ``looked_at``: the
+        earlier tokens that penalties count; ``banned``: what may not be drawn."""
+        x = hash((content, stream, index if stream else 0, looked_at))
+        while True:
+            ends = self.eos_every and x % self.eos_every == 0
+            token = EOS if ends else x // 64 % EOS
+            if token not in banned:
+                return token
+            x = hash((x, token))
+
+    def alone(
+        self, prompt: Sequence[int], params: SamplingParams, seed: int, max_tokens: int
+    ) -> tuple[list[int], str, int | None]:
+        """What a request gets with nobody else around: (tokens, finish reason, stop reason)."""
+        content = contents(prompt)[-1]
+        ends = () if params.ignore_eos else (EOS,)
+        output: list[int] = []
+        while True:
+            early = len(output) + 1 < params.min_tokens
+            token = self.token(
+                content, seed if params.temperature else 0, len(output),
+                (tuple(prompt), tuple(output)) if penalizes(params) else (),
+                (*ends, *params.stop_token_ids) if early else (),
+            )  # fmt: skip
+            output.append(token)
+            content = follow(content, token)
+            if len(output) >= params.min_tokens and token in params.stop_token_ids:
+                return output, "stop", token
+            if len(output) >= params.min_tokens and token in ends:
+                return output, "stop", None
+            if len(output) == max_tokens:
+                return output, "length", None
+
+
+def penalizes(params: SamplingParams) -> bool:
+    penalties = (params.presence_penalty, params.frequency_penalty, params.repetition_penalty)
+    return penalties != (0.0, 0.0, 1.0)
+
+
+def score(content: int, token: int) -> float:
+    """The pretended log-probability of ``token`` after ``content``."""
+    return -(follow(content, token) % 1000) / 100
+
+
+@dataclass
+class Life:
+    """What the cluster itself knows of one request: every token there is, also those that rank 0
+    has not heard of, and what the caller was told."""
+
+    request: Request
+    tokens: list[int]
+    contents: list[int]
+    received: list[int] = field(default_factory=list)
+    reason: str | None = None
+    cached_tokens: int | None = None
+    scores: tuple | None = None
+    aborted: bool = False
+    not_finite_at: int | None = None  # index of the output whose logits are NaN
+    gap: int = 0  # steps since the last token of a stream
+    most_streams: int = 0  # of the steps of that gap
+    started: bool = False
+
+
+class Cluster:
+    """Executes plans, checking all that every plan must satisfy.
+
+    ``depth``: how many steps are under way at most. 1: a step's tokens are known before the next
+    is planned; 2: as the engine does, one step runs while the next one is planned.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[int],
+        block_size: int = 4,
+        *,
+        placement: str = "fill_then_spill",
+        layout: str = "zigzag",
+        mode: tuple[str, str] = ("auto", "auto"),
+        local_threshold: int | None = None,
+        max_model_len: int = 10_000,
+        max_num_seqs: int = 16,
+        budget: int = 10_000,
+        max_queue: int = 1000,
+        num_hosts: int = 1,
+        depth: int = 1,
+        eos_every: int = 0,
+        cost: CostModel | None = None,
+        pacer: ChunkPacer | None = None,
+        seats: Seats | None = None,
+        prefix_caching: bool = True,
+    ) -> None:
+        self.scheduler = Scheduler(
+            Limits(max_model_len, max_num_seqs, budget, max_queue, VOCAB, (EOS,)),
+            blocks, block_size, placement, layout,
+            ModePolicy(*mode, local_threshold, num_hosts, 4, 2, cost),
+            tuple(range(len(blocks))), prefix_caching=prefix_caching, pacer=pacer,
+            seats=seats,
+        )  # fmt: skip
+        self.core = EngineCore(self.scheduler, None)
+        self.blocks = tuple(blocks)
+        self.block_size = block_size
+        self.mode = mode
+        self.num_hosts = num_hosts
+        self.budget = budget
+        self.depth = depth
+        self.model = Model(eos_every)
+        self.patience = PATIENCE if pacer is not None else 0  # steps that a prompt may be held
+        self.held = 0
+        self.first_prompt: int | None = None  # its number
+        self.mirrors = [WorkerState(rank, block_size) for rank in range(len(blocks))]
+        self.memory: list[list[int | None]] = [[None] * (n * block_size) for n in blocks]
+        self.lives: dict[int, Life] = {}  # by request number
+        self.started: list[int] = []  # request numbers in the order of their first step
+        self.items: list[dict[int, Item]] = []  # of every step, by request number
+        self.owned: list[list[int]] = []  # of every step, tokens computed by each rank
+        self.flying: deque[Outcome] = deque()
+        self.seconds: Callable[[StepPlan], float] = lambda plan: 0.0
+        self._answers: dict[str, list[Life]] = {}
+        self._asked = 0
+        self._steps = 0
+
+    # --- requests
+
+    def ask(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        salt: str = "",
+    ) -> list[Request]:
+        """Queue a request; all its answers."""
+        params = params or SamplingParams(max_tokens=3)
+        if params.seed is None:
+            params = replace(params, seed=SEED)
+        self._asked += 1
+        options = RequestOptions(priority=priority, cache_salt=salt)
+        answers = self.core.add(f"r{self._asked}", prompt, params, options)
+        for request in answers:
+            self.lives[request.number] = Life(request, list(prompt), contents(prompt))
+        self._answers[answers[0].request_id] = [self.lives[r.number] for r in answers]
+        return answers
+
+    def add(
+        self, prompt: Sequence[int], params: SamplingParams | None = None, **options: object
+    ) -> Request:
+        """Queue a request; its first answer."""
+        return self.ask(prompt, params, **options)[0]  # type: ignore[arg-type]
+
+    def abort(self, request: Request) -> bool:
+        """As a caller who goes away: all answers end."""
+        for life in self._answers[request.request_id]:
+            life.aborted = life.aborted or life.reason is None
+        return self.core.abort(request.request_id)
+
+    def abort_answer(self, request: Request) -> None:
+        """End one answer of several, as a stop string or bad logits do."""
+        self.lives[request.number].aborted = True
+        self.scheduler.finish(request, "abort")
+        self.core._forget(self.core._answers[request.number])
+
+    def not_finite(self, request: Request, index: int) -> None:
+        """Let the logits of output ``index``, not drawn yet, be no numbers."""
+        life = self.lives[request.number]
+        assert index >= len(life.tokens) - len(request.prompt)
+        if -1 not in life.tokens:
+            life.not_finite_at = index
+
+    def used(self) -> list[int]:
+        return [self.scheduler.allocator.num_used(rank) for rank in range(len(self.blocks))]
+
+    def cached(self) -> list[int]:
+        return [self.scheduler.allocator.num_cached(rank) for rank in range(len(self.blocks))]
+
+    # --- steps
+
+    def step(self) -> StepPlan | None:
+        """Plan a step and run it; the oldest outcome is told when enough are under way, or nothing
+        could be planned."""
+        scheduler = self.scheduler
+        queue = [r.order for r in scheduler.running]
+        prompts = [r for r in scheduler.running if r.prefilling]
+        due = [
+            r for r in scheduler.running
+            if not r.prefilling and len(r.output) + r.in_flight < r.max_tokens
+        ]  # fmt: skip
+        preempted = {r.number: r.num_preemptions for r in scheduler.running}
+        used = self.used()
+        plan = self.core.plan()
+        scheduler.check_integrity()
+        for rank in scheduler.block_manager.closed:
+            # Who must be local grows where it is, until there is room to move it whole.
+            taken = 0
+            if self.mode[0] == "local" and plan is not None:
+                taken += sum(home[0] == rank for _, home in plan.grown)
+                taken += sum(t.source[0] == t.target[0] == rank for t in plan.transfers)
+            assert self.used()[rank] <= used[rank] + taken, "blocks were taken on a closed rank"
+        gone = [
+            life.request.order for number, n in preempted.items()
+            if (life := self.lives[number]).request.num_preemptions > n
+        ]  # fmt: skip
+        if self.mode[0] != "local":
+            assert sorted(gone) == queue[len(queue) - len(gone) :], "not the last gave way"
+        for number in preempted:
+            if self.lives[number].request.table is None:
+                self.lives[number].gap = self.lives[number].most_streams = 0
+        if plan is not None:
+            if gone:
+                assert not plan.begins, "who gave way, or another, took the blocks at once"
+            self._check_fairness(plan, due, prompts)
+            outcome = self._execute(plan)
+            self.flying.append(replace_seconds(outcome, self.seconds(plan)))
+        if self.flying and (plan is None or len(self.flying) >= self.depth):
+            self._tell(self.flying.popleft())
+            scheduler.check_integrity()
+        return plan
+
+    def settle(self, limit: int | None = None) -> list[StepPlan]:
+        """Step until nothing is left to do; everything has been given back then."""
+        if limit is None:
+            limit = 100 + 10 * sum(
+                len(life.tokens) + life.request.max_tokens
+                for life in self.lives.values() if life.reason is None
+            )  # fmt: skip
+        plans: list[StepPlan] = []
+        silent = 0
+        while self.scheduler.has_work or self.flying:
+            plan = self.step()
+            # Nothing may come of a step in which those who would have run gave way.
+            silent = 0 if plan or self.flying else silent + 1
+            assert silent <= self.scheduler.limits.max_num_seqs, "work waits and nothing runs"
+            if plan:
+                plans.append(plan)
+            assert len(plans) < limit, "it does not end"
+        scheduler = self.scheduler
+        assert not any(self.used()), "blocks leaked"
+        assert not scheduler._in_flight and not scheduler._looking_back, "the scheduler remembers"
+        assert not scheduler.migration._targets and not self.core._calls and not self.core._answers
+        assert self.mirrors[0].sequences.keys() <= set(scheduler._ended)
+        return plans
+
+    def _tell(self, outcome: Outcome) -> None:
+        for delta in self.core.apply(outcome):
+            self._note(delta)
+
+    def _note(self, delta: Delta) -> None:
+        life = self._answers[delta.request_id][delta.index]
+        assert life.reason is None and not life.aborted, "a token after the end"
+        life.received += delta.token_ids
+        life.reason = delta.finish_reason
+        if delta.cached_tokens is not None:
+            assert life.cached_tokens is None and len(life.received) == 1
+            life.cached_tokens, life.scores = delta.cached_tokens, delta.prompt_logprobs
+
+    # --- what came of it
+
+    def check_output(self, request: Request) -> None:
+        """Every token, and the end, as the request alone gets them; the caller was told so."""
+        life = self.lives[request.number]
+        want, reason, stop = self.model.alone(
+            request.prompt, request.params, request.seed, request.max_tokens
+        )
+        if life.not_finite_at is not None and life.not_finite_at < len(want):
+            want, reason, stop = want[: life.not_finite_at], "error", None
+        assert request.output == want, f"request {request.number}: {request.output}, not {want}"
+        assert (request.finish_reason, request.stop_reason) == (reason, stop)
+        assert (life.received, life.reason) == (want, reason)
+
+    def check_outputs(self) -> int:
+        """All that were not aborted; how many these are."""
+        lives = [life for life in self.lives.values() if not life.aborted]
+        for life in lives:
+            self.check_output(life.request)
+        return len(lives)
+
+    # --- what every plan must satisfy
+
+    def _check_fairness(
+        self, plan: StepPlan, due: Sequence[Request], prompts: Sequence[Request]
+    ) -> None:
+        """Streams get their tokens, the first prompt gets on, and those who wait start in order."""
+        decoding = {number for decodes in plan.decodes for number in decodes.requests}
+        # A quarter of the budget, at least one token, is for prompts.
+        share = max(self.budget - max(self.budget // 4, 1), 1)
+        for request in due:
+            life = self.lives[request.number]
+            life.most_streams = max(life.most_streams, len(due))
+            life.gap += 1
+            if request.number in decoding or request.table is None:
+                life.gap = life.most_streams = 0
+            limit = -(-life.most_streams // share) + 1
+            assert life.gap <= limit, f"stream {request.number} got nothing in {life.gap} steps"
+        first = prompts[0].number if prompts else None
+        if first != self.first_prompt:
+            self.first_prompt, self.held = first, 0
+        if prompts and prompts[0].table is not None and self.budget > 1:
+            urgent = any(
+                self.lives[begin.request].request.priority < prompts[0].priority
+                for begin in plan.begins
+            )
+            served = {chunk.request for chunk in plan.chunks}
+            waits = not urgent and prompts[0].number not in served
+            self.held = self.held + 1 if waits else 0
+            assert self.held <= self.patience, "the first prompt starves"
+        if plan.begins and len(self.scheduler.waiting):
+            first = self.scheduler.waiting.first()
+            last = max(self.lives[begin.request].request.order for begin in plan.begins)
+            assert first is not None and last < first.order, "overtaken"
+        assert len(self.scheduler.running) <= self.scheduler.limits.max_num_seqs
+
+    def _execute(self, plan: StepPlan) -> Outcome:
+        """Run a plan on all ranks as ``Worker.run`` does, and check what each rank sees."""
+        assert decode_plan(encode_plan(plan)) == plan
+        plan = decode_plan(encode_plan(plan))
+        self._steps += 1
+        assert (plan.step, plan.kind) == (self._steps, "run")
+        running = [c.request for c in plan.chunks]
+        running += [n for decodes in plan.decodes for n in decodes.requests]
+        assert len(running) == len(set(running)), "a request twice in one step"
+        for begin in plan.begins:
+            life = self.lives[begin.request]
+            assert list(begin.tokens) == life.tokens, "it begins with other tokens than it has"
+            assert begin.prompt_length == len(life.request.prompt)
+            if not life.started:
+                life.started = True
+                self.started.append(begin.request)
+        works = [mirror.apply(plan) for mirror in self.mirrors]
+        self._check_agreement(works)
+        self._transfer(plan.transfers)
+        self._hand_over(works)
+        items = self._compute(works)
+        self.items.append(items)
+        sampled = [self._draw(work_draw.sequence.number, work_draw.rank, work_draw.index, items)
+                   for work_draw in works[0].draws]  # fmt: skip
+        scored = [
+            self._score(stretch[0].number, *stretch[1:], items) for stretch in works[0].scored
+        ]
+        return Outcome(plan.step, tuple(sampled), tuple(scored))
+
+    def _check_agreement(self, works: Sequence[StepWork]) -> None:
+        """All ranks have the same books, those of the scheduler."""
+        views = [
+            (
+                [(d.sequence.number, d.rank, d.index) for d in work.draws],
+                [(h.sequence.number, h.source, h.target) for h in work.handoffs],
+                [(s[0].number, *s[1:]) for s in work.scored],
+            )
+            for work in works
+        ]
+        assert all(view == views[0] for view in views), "ranks disagree"
+        running = {r.number: r for r in self.scheduler.running}
+        for mirror in self.mirrors:
+            assert mirror.sequences.keys() == running.keys()
+            for number, request in running.items():
+                table = mirror.sequences[number].table
+                assert request.table is not None
+                assert table.homes == request.table.homes
+                assert table.num_tokens == request.table.num_tokens
+
+    def _transfer(self, transfers: Sequence[Transfer]) -> None:
+        """As ``Worker._transfer``: in a batch all is read before anything is written."""
+        size = self.block_size
+        batch: list[Transfer] = []
+        written: set[tuple[int, int]] = set()
+
+        def run() -> None:
+            content = [
+                self.memory[t.source[0]][t.source[1] * size : (t.source[1] + 1) * size]
+                for t in batch
+            ]
+            for transfer, data in zip(batch, content, strict=True):
+                rank, block = transfer.target
+                self.memory[rank][block * size : (block + 1) * size] = data
+            batch.clear()
+            written.clear()
+
+        for transfer in transfers:
+            assert transfer.source != transfer.target
+            if transfer.source in written or transfer.target in written:
+                run()
+            batch.append(transfer)
+            written.add(transfer.target)
+        run()
+
+    def _hand_over(self, works: Sequence[StepWork]) -> None:
+        """Each rank knows of a drawn token only what it drew or was told."""
+        pairs = list(zip(*(work.handoffs for work in works), strict=True))
+        values = [views[views[0].source].sequence.last for views in pairs]
+        for views, value in zip(pairs, values, strict=True):
+            assert views[0].source != views[0].target
+            views[views[0].target].sequence.last = value
+
+    def _compute(self, works: Sequence[StepWork]) -> dict[int, Item]:
+        """Every rank computes the tokens that it owns; all is stored before anything is read."""
+        owned = [0] * len(self.blocks)
+        items: dict[int, Item] = {}
+        tokens: dict[tuple[int, int], int] = {}  # (request, position) -> what its owner computes
+        for rank, work in enumerate(works):
+            for sequence in work.streams:
+                position = sequence.table.num_tokens - 1
+                tokens[sequence.number, position] = token_at(sequence, position)
+                owned[rank] += 1
+            for item in work.items:
+                number = item.sequence.number
+                if number in items:
+                    assert (item.shards, item.mode, item.ring_pass, item.start, item.count) == (
+                        items[number].shards, items[number].mode, items[number].ring_pass,
+                        items[number].start, items[number].count,
+                    ), "ranks disagree on an item"  # fmt: skip
+                items[number] = item
+                shard = item.shard(rank)
+                for position in positions(shard.q_runs) if shard else ():
+                    assert (number, position) not in tokens, "computed twice"
+                    tokens[number, position] = token_at(item.sequence, position)
+                    owned[rank] += 1
+        for rank, count in enumerate(owned):
+            assert count <= self.budget, f"rank {rank} computes {count} of {self.budget} tokens"
+        self.owned.append(owned)
+        for (number, position), token in sorted(tokens.items()):
+            life = self.lives[number]
+            assert token == max(life.tokens[position], 0), f"request {number} is fed a wrong token"
+            self._append(life, position, token)
+        written: dict[tuple[int, int], int] = {}
+        for item in items.values():
+            self._check_item(item, works)
+            known = self.lives[item.sequence.number].contents
+            for shard in item.shards:
+                new = zip(positions(shard.new_home_runs), positions(shard.new_extents), strict=True)
+                for position, slot in new:
+                    self._write(written, shard.rank, slot, known[position])
+        for rank, work in enumerate(works):
+            for sequence in work.streams:
+                position = sequence.table.num_tokens - 1
+                home, slot = sequence.table.slot(position)
+                assert home == rank and sequence.table.span == (rank,), "a stream is not local"
+                self._write(written, rank, slot, self.lives[sequence.number].contents[position])
+        for item in items.values():
+            for shard in item.shards:
+                self._read(item.sequence.number, shard.rank, shard.k_runs, shard.extents)
+        for rank, work in enumerate(works):
+            for sequence in work.streams:
+                runs, extents = sequence.table.part(rank)
+                assert runs == ((0, sequence.table.num_tokens),)
+                self._read(sequence.number, rank, runs, extents)
+        return items
+
+    @staticmethod
+    def _append(life: Life, position: int, token: int) -> None:
+        """Contents are known up to the last position that was ever computed."""
+        if position == len(life.contents):
+            life.contents.append(follow(life.contents[-1], token))
+        assert position < len(life.contents), "a position before it was computed is missing"
+
+    def _write(
+        self, written: dict[tuple[int, int], int], rank: int, slot: int, content: int
+    ) -> None:
+        assert written.get((rank, slot), content) == content, "two write one slot"
+        written[rank, slot] = content
+        self.memory[rank][slot] = content
+
+    def _read(self, number: int, rank: int, runs: Sequence, extents: Sequence) -> None:
+        memory, known = self.memory[rank], self.lives[number].contents
+        held = [content for slot, n in extents for content in memory[slot : slot + n]]
+        want = [content for start, n in runs for content in known[start : start + n]]
+        assert held == want, f"request {number} reads what is not its own on rank {rank}"
+
+    def _check_item(self, item: Item, works: Sequence[StepWork]) -> None:
+        check_item(item)
+        stored = sorted(run for shard in item.shards for run in shard.k_runs)
+        at = 0
+        for start, length in stored:
+            assert start == at, "a position is stored twice or nowhere"
+            at = start + length
+        ranks = [shard.rank for shard in item.shards]
+        assert ranks == sorted(set(ranks))
+        mode, ring_pass = self.mode
+        if mode == "auto":
+            if len(ranks) == 1:
+                want = "local"
+            else:
+                by_tree = item.count == 1 or (len(ranks) > 2 and self.num_hosts > 1)
+                want = "tree" if by_tree else "ring"
+            assert item.mode == want
+        else:
+            assert item.mode == mode
+        if item.mode == "local":
+            assert len(ranks) == 1, "a local item on several ranks"
+            involved = [rank for rank, work in enumerate(works) if item_of(work, item) is not None]
+            assert involved == ranks
+        else:
+            assert all(item_of(work, item) is not None for work in works)
+        if item.mode == "ring" and ring_pass != "auto":
+            assert item.ring_pass == ring_pass
+
+    def _draw(self, number: int, rank: int, index: int, items: dict[int, Item]) -> Sampled:
+        """What the rank that computed a request's last token draws, from what this rank knows."""
+        life, sequence = self.lives[number], self.mirrors[rank].sequences[number]
+        how, prompt = sequence.sampling, life.request.prompt
+        assert index == len(life.tokens) - len(prompt), "a draw is missing or was made twice"
+        assert sequence.table.num_tokens == len(life.tokens), "drawn before all is computed"
+        if number in items:
+            shard = items[number].shard(rank)
+            assert items[number].draws and shard is not None
+            assert len(life.tokens) - 1 in positions(shard.q_runs), "drawn by who has no logits"
+        else:
+            assert sequence.table.span == (rank,)
+        output: list[int] = []
+        if how.looks_back:
+            known = sequence.outputs[:index]
+            output = known if len(known) == index else [*known, sequence.last]
+            assert output == life.tokens[len(prompt) :], "penalties count other tokens"
+            assert tuple(sequence.prompt) == prompt
+        token = self.model.token(
+            life.contents[len(life.tokens) - 1], how.seed if how.temperature else 0, index,
+            (tuple(prompt), tuple(output)) if how.looks_back else (),
+            how.early_banned if index + 1 < how.min_tokens else (),
+        )  # fmt: skip
+        if life.not_finite_at == index:
+            token = -1
+        life.tokens.append(token)
+        sequence.last = token
+        return Sampled(number, token, -0.5)
+
+    def _score(
+        self, number: int, first: int, count: int, rank: int, items: dict[int, Item]
+    ) -> Scored:
+        """Log-probabilities of prompt tokens, from rows that the rank has in order."""
+        life, shard = self.lives[number], items[number].shard(rank)
+        assert shard is not None
+        mine = positions(shard.q_runs)
+        at = mine.index(first)
+        assert mine[at : at + count] == list(range(first, first + count))
+        assert first + count < len(life.request.prompt)
+        rows = tuple(
+            (score(life.contents[p], life.tokens[p + 1]), ()) for p in range(first, first + count)
+        )
+        return Scored(number, first + 1, rows)
+
+
+def token_at(sequence: RunningSequence, position: int) -> int:
+    """The token that a rank computes: one that all know, or the one drawn last, if it knows it."""
+    if position < len(sequence.tokens):
+        return sequence.tokens[position]
+    return max(sequence.last, 0)
+
+
+def item_of(work: StepWork, item: Item) -> Item | None:
+    for other in work.items:
+        if other.sequence.number == item.sequence.number:
+            return other
+    return None
+
+
+def replace_seconds(outcome: Outcome, seconds: float) -> Outcome:
+    return Outcome(outcome.step, outcome.sampled, outcome.scored, seconds, seconds)
+
+
+def prompt(length: int, first: int = 1) -> list[int]:
+    """``length`` tokens; those with different ``first`` share no prefix."""
+    return [first, *(n % 900 for n in range(2, length + 1))]
+
+
+def greedy(max_tokens: int | None, **more: object) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens, temperature=0.0, **more)  # type: ignore[arg-type]
+
+
+def sampled(max_tokens: int | None, **more: object) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens, temperature=1.0, **more)  # type: ignore[arg-type]

@@ -1,0 +1,185 @@
+"""A deterministic engine without a model, and a tokenizer trained on the spot."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from ds_cp.engine.interface import EngineInfo, EngineStats
+from ds_cp.errors import CapacityError, RequestError
+from ds_cp.outputs import Delta, TokenLogprob
+from ds_cp.sampling_params import RequestOptions, SamplingParams
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}"
+    "{% if m['role'] == 'system' and not loop.first %}"
+    "{{ raise_exception('the system message must come first') }}{% endif %}"
+    "<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SPECIAL = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+
+
+def make_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> Any:
+    """A byte-level BPE tokenizer of 400 tokens as transformers wraps it."""
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    text = "the quick brown fox jumps over the lazy dog and counts one two three four five six "
+    backend.train_from_iterator([text * 20], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def expected_ids(prompt: list[int], count: int, vocab: int, index: int = 0) -> list[int]:
+    """What the fake engine answers: a walk over the ordinary tokens; the prompt and the answer's
+    index say where it starts."""
+    first = len(SPECIAL)
+    span = vocab - first
+    start = (sum(prompt) + 31 * index) % span
+    return [first + (start + 7 * step) % span for step in range(count)]
+
+
+def prompt_scores(prompt: list[int], top: int) -> tuple[TokenLogprob | None, ...]:
+    """What the fake engine says of a prompt's tokens: -0.25 times the position, and ``top`` others
+    of which the first is the token itself."""
+    scores: list[TokenLogprob | None] = [None]
+    for position, token_id in enumerate(prompt[1:], 1):
+        others = ((token_id, -0.25 * position), *((i, -50.0 - i) for i in range(top)))
+        scores.append(TokenLogprob(token_id, -0.25 * position, others[:top]))
+    return tuple(scores)
+
+
+class FakeEngine:
+    """An ``EngineInterface`` whose speed, failures and stops a test sets before it sends requests.
+
+    ``delay_s`` comes before every token, ``first_delay_s`` before the first. ``refuse`` is raised
+    before the first delta, ``break_after`` (n, error) after n tokens. ``end`` replaces the last
+    finish reason. ``short`` gives answers (by index) that stop after so many tokens; in each step
+    the answers come in their order, or ``backwards``. ``cached`` is how many tokens of every prompt
+    were in the prefix cache. ``drained`` ranks cannot all be drained; ``moving`` is what a
+    rebalance says.
+    """
+
+    def __init__(self, tokenizer: Any, max_model_len: int = 128) -> None:
+        self.tokenizer = tokenizer
+        self.info = EngineInfo(
+            model="fake-model",
+            max_model_len=max_model_len,
+            vocab_size=len(tokenizer),
+            kv_capacity_tokens=1024,
+            largest_request_tokens=512,
+            ranks=2,
+            hosts=1,
+            dtype="fp32",
+            created=1_700_000_000,
+        )
+        self.state = "ready"
+        self.snapshot = EngineStats()
+        self.first_delay_s = 0.0
+        self.delay_s = 0.0
+        self.refuse: Exception | None = None
+        self.break_after: tuple[int, Exception] | None = None
+        self.end: str | None = None
+        self.short: dict[int, int] = {}
+        self.backwards = False
+        self.cached: int | None = None
+        self.moving = 0
+        self.drained: set[int] = set()
+        self.seen: list[tuple[list[int], SamplingParams]] = []
+        self.options: list[RequestOptions] = []
+        self.live: set[str] = set()
+        self.aborted: list[str] = []
+
+    async def generate(
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        options: RequestOptions = RequestOptions(),  # noqa: B008 (frozen)
+    ) -> AsyncIterator[Delta]:
+        self.seen.append((prompt_token_ids, params))
+        self.options.append(options)
+        if self.refuse is not None:
+            raise self.refuse
+        self.live.add(request_id)
+        left = set(range(params.n))
+        try:
+            room = self.info.max_model_len - len(prompt_token_ids)
+            count = min(room, params.max_tokens or room)
+            vocab = self.info.vocab_size
+            walks = [expected_ids(prompt_token_ids, count, vocab, i) for i in range(params.n)]
+            for step in range(count):
+                await asyncio.sleep(self.delay_s + (self.first_delay_s if step == 0 else 0.0))
+                if self.break_after is not None and step == self.break_after[0]:
+                    raise self.break_after[1]
+                for index in sorted(left, reverse=self.backwards):
+                    delta = self._delta(request_id, walks[index][step], params, step + 1 == count)
+                    if self.short.get(index) == step + 1:
+                        delta = replace(delta, finish_reason="stop")
+                    if step == 0 and index == 0:
+                        delta = self._with_prompt(delta, prompt_token_ids, params)
+                    if delta.finish_reason is not None:
+                        left.discard(index)
+                    yield replace(delta, index=index)
+                if not left:
+                    return
+        finally:
+            self.live.discard(request_id)
+            if left and request_id not in self.aborted:
+                self.aborted.append(request_id)
+
+    def _with_prompt(self, delta: Delta, prompt: list[int], params: SamplingParams) -> Delta:
+        scores = None
+        if params.prompt_logprobs is not None:
+            scores = prompt_scores(prompt, params.prompt_logprobs)
+        return replace(delta, cached_tokens=self.cached, prompt_logprobs=scores)
+
+    def _delta(self, request_id: str, token_id: int, params: SamplingParams, last: bool) -> Delta:
+        text = self.tokenizer.decode([token_id])
+        logprobs = None
+        if params.logprobs is not None:
+            others = tuple((i, -1.0 - i) for i in range(params.logprobs))
+            logprobs = (TokenLogprob(token_id, -0.5, others),)
+        reason = (self.end or "length") if last else None
+        for stop in params.stop:
+            if stop in text:
+                return Delta(request_id, (token_id,), "", logprobs, "stop", stop)
+        return Delta(request_id, (token_id,), text, logprobs, reason)
+
+    def abort(self, request_id: str) -> None:
+        if request_id not in self.aborted:
+            self.aborted.append(request_id)
+
+    def stats(self) -> EngineStats:
+        return self.snapshot
+
+    def drain(self, rank: int) -> None:
+        self._check(rank)
+        if len(self.drained | {rank}) == self.info.ranks:
+            raise CapacityError("the other ranks cannot hold it", need=300, have=0, largest=0)
+        self.drained.add(rank)
+
+    def reopen(self, rank: int) -> None:
+        self._check(rank)
+        self.drained.discard(rank)
+
+    def rebalance(self) -> int:
+        return self.moving
+
+    def _check(self, rank: int) -> None:
+        if not 0 <= rank < self.info.ranks:
+            raise RequestError(f"there is no rank {rank}; ranks are 0 to 1")

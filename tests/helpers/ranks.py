@@ -1,0 +1,130 @@
+"""Run a function on n gloo ranks on this machine, with a deadline and the child's traceback."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from ds_cp.comm.wire import Rendezvous, World, join
+
+
+class RankError(AssertionError):
+    """A rank raised, died or did not end in time; the message holds its traceback."""
+
+
+def run_ranks(
+    fn: Callable[..., Any],
+    size: int,
+    *args: Any,
+    hosts: Sequence[str] | None = None,
+    timeout: float = 120.0,
+    comm_timeout: float = 60.0,
+) -> list[Any]:
+    """Call ``fn(world, *args)`` on ``size`` ranks and return their results, rank 0 first.
+
+    ``fn`` and ``args`` must be importable and picklable (the children come from a fork server that
+    has torch loaded already). ``hosts`` fakes a host name per rank.
+    """
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["deepspeed", "pytest", "tests.helpers.ranks", "tests.helpers.engines"]
+    )
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    hosts = list(hosts) if hosts else ["localhost"] * size
+    children, pipes = [], []
+    try:
+        for rank in range(size):
+            mine, theirs = context.Pipe(duplex=False)
+            bound = listener if rank == 0 else None
+            child = context.Process(
+                target=_child, args=(fn, rank, size, port, bound, hosts, comm_timeout, theirs, args)
+            )
+            child.start()
+            theirs.close()
+            children.append(child)
+            pipes.append(mine)
+        return _gather(pipes, timeout)
+    finally:
+        listener.close()
+        for child in children:
+            child.join(5)
+            if child.is_alive():
+                child.kill()
+                child.join()
+
+
+def _gather(pipes: list[Connection], timeout: float) -> list[Any]:
+    deadline = time.monotonic() + timeout
+    results: dict[int, Any] = {}
+    failures: dict[int, str] = {}
+    open_pipes = {id(pipe): (rank, pipe) for rank, pipe in enumerate(pipes)}
+    while open_pipes:
+        left = deadline - time.monotonic()
+        if failures:
+            left = min(left, 2.0)  # the others usually fail with it; the first cause is what counts
+        ready = wait([pipe for _, pipe in open_pipes.values()], max(left, 0))
+        if not ready:
+            if not failures:
+                silent = sorted(rank for rank, _ in open_pipes.values())
+                raise RankError(f"ranks {silent} did not end within {timeout:g} s")
+            break
+        for pipe in ready:
+            rank, _ = open_pipes.pop(id(pipe))
+            try:
+                good, value = pipe.recv()
+            except EOFError:
+                good, value = False, "died without a word"
+            (results if good else failures)[rank] = value
+    if failures:
+        raise RankError("\n".join(f"--- rank {r}:\n{text}" for r, text in sorted(failures.items())))
+    return [results[rank] for rank in sorted(results)]
+
+
+def _child(
+    fn: Callable[..., Any],
+    rank: int,
+    size: int,
+    port: int,
+    listener: socket.socket | None,
+    hosts: Sequence[str],
+    comm_timeout: float,
+    pipe: Connection,
+    args: tuple[Any, ...],
+) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    code = 0
+    try:
+        world = join(
+            rank,
+            size,
+            Rendezvous("127.0.0.1", port, listener.fileno() if listener else None),
+            host=hosts[rank],
+            hosts=hosts,
+            device=torch.device("cpu"),
+            timeout_s=comm_timeout,
+        )
+        pipe.send((True, fn(world, *args)))
+        world.leave()
+    except BaseException:
+        pipe.send((False, traceback.format_exc()))
+        code = 1
+    pipe.close()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def world_group(world: World, name: str = "cp") -> Any:
+    """One group of all ranks."""
+    return world.group(name, [list(range(world.size))])

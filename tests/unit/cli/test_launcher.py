@@ -1,0 +1,198 @@
+"""Our own launcher: every rank gets its place, and none outlives the job."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from ds_cp.cli import launcher as cli_spawn
+
+ROOT = Path(__file__).resolve().parents[3]
+LAUNCH = """
+import sys
+from ds_cp.cli.launcher import spawn
+command = [sys.executable, "-c", sys.argv[3]]
+sys.exit(spawn(command, int(sys.argv[1]), {}, grace_s=float(sys.argv[2])))
+"""
+# A rank that writes its pid, and that of a child, to a folder and then waits.
+WAIT = """
+import os, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+with open(f"{FOLDER}/tmp{os.environ['RANK']}", "w") as file:
+    file.write(f"{os.getpid()} {child.pid}")
+os.rename(f"{FOLDER}/tmp{os.environ['RANK']}", f"{FOLDER}/rank{os.environ['RANK']}")
+"""
+
+
+def start(ranks: int, code: str, grace_s: float = 5.0) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", LAUNCH, str(ranks), str(grace_s), textwrap.dedent(code)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(ranks: int, code: str, limit_s: float = 30.0) -> tuple[int, str, str]:
+    process = start(ranks, code)
+    out, err = process.communicate(timeout=limit_s)
+    return process.returncode, out, err
+
+
+def pids_in(folder: Path, ranks: int) -> list[int]:
+    """Pids of all ranks and their children, once all are there."""
+    deadline = time.monotonic() + 20
+    while len(files := list(folder.glob("rank*"))) < ranks:
+        assert time.monotonic() < deadline, "the ranks did not start"
+        time.sleep(0.02)
+    return [int(pid) for file in files for pid in file.read_text().split()]
+
+
+def all_gone(pids: list[int], limit_s: float) -> bool:
+    deadline = time.monotonic() + limit_s
+    while any(alive(pid) for pid in pids):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def waiting(folder: Path, then: str = "time.sleep(60)") -> str:
+    return f"FOLDER = {str(folder)!r}\n" + WAIT + then
+
+
+def test_every_rank_has_its_place() -> None:
+    code = """
+        import os
+        names = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT DS_CP_LAUNCHER"
+        os.write(1, (" ".join(os.environ[n] for n in names.split()) + "\\n").encode())
+    """
+    rc, out, err = run(3, code)
+    assert (rc, err) == (0, "")
+    rows = sorted(line.split() for line in out.splitlines())
+    assert [row[:4] for row in rows] == [[str(r), str(r), "3", "3"] for r in range(3)]
+    assert {tuple(row[4:]) for row in rows} == {("127.0.0.1", rows[0][5], "ds-cp")}
+    assert 1024 <= int(rows[0][5]) <= 65535
+
+
+def test_failing_rank_ends_the_rest_with_its_code(tmp_path: Path) -> None:
+    then = f"""
+import glob
+while len(glob.glob("{tmp_path}/rank*")) < 3: time.sleep(0.02)
+if os.environ["RANK"] == "1": sys.exit(2)
+time.sleep(60)
+"""
+    began = time.monotonic()
+    rc, _, err = run(3, waiting(tmp_path, then))
+    assert (rc, err) == (2, "")  # rank 0 tells the cause of a user's error
+    assert time.monotonic() - began < 10
+    assert all_gone(pids_in(tmp_path, 3), 2)
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "message"),
+    [
+        ("os.kill(os.getpid(), 9)", 137, "rank 1 was ended by SIGKILL (out of memory?)"),
+        ("os.kill(os.getpid(), 11)", 139, "rank 1 was ended by SIGSEGV"),
+        ("os._exit(1)", 1, "rank 1 failed"),
+    ],
+)
+def test_how_a_rank_died_is_told(end: str, code: int, message: str) -> None:
+    source = f"import os, time\nif os.environ['RANK'] == '1': {end}\ntime.sleep(60)"
+    rc, _, err = run(2, source)
+    assert rc == code
+    assert err == f"ds_cp: error: {message}; the job was ended\n"
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 143)]
+)
+def test_signal_ends_every_process(tmp_path: Path, number: int, code: int) -> None:
+    process = start(3, waiting(tmp_path))
+    pids = pids_in(tmp_path, 3)
+    assert len(pids) == 6
+    process.send_signal(number)
+    process.communicate(timeout=10)
+    assert process.returncode == code
+    assert all_gone(pids, 2)
+
+
+def test_ranks_may_end_well_on_sigterm(tmp_path: Path) -> None:
+    polite = "import signal, sys\nsignal.signal(15, lambda *_: sys.exit(0))\n"
+    process = start(2, polite + waiting(tmp_path))
+    pids = pids_in(tmp_path, 2)
+    process.terminate()
+    process.communicate(timeout=10)
+    assert process.returncode == 0
+    assert all_gone(pids, 2)
+
+
+DEAF = "import signal, sys\nfor n in (1, 2, 15): signal.signal(n, signal.SIG_IGN)\n"
+
+
+def test_deaf_ranks_are_killed_after_the_grace(tmp_path: Path) -> None:
+    process = start(2, DEAF + waiting(tmp_path), grace_s=0.5)
+    pids = pids_in(tmp_path, 2)
+    process.terminate()
+    process.communicate(timeout=10)
+    assert process.returncode == 137
+    assert all_gone(pids, 2)
+
+
+def test_second_signal_ends_deaf_ranks_at_once(tmp_path: Path) -> None:
+    process = start(2, DEAF + waiting(tmp_path), grace_s=60)
+    pids = pids_in(tmp_path, 2)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=5)
+    assert process.returncode == 130
+    assert all_gone(pids, 2)
+
+
+def test_killed_launcher_leaves_no_rank(tmp_path: Path) -> None:
+    process = start(2, DEAF + waiting(tmp_path))
+    pids = pids_in(tmp_path, 2)
+    ranks, children = pids[::2], pids[1::2]
+    process.kill()
+    process.wait(5)
+    try:
+        assert all_gone(ranks, 5)
+    finally:
+        for (
+            pid
+        ) in children:  # nobody is left to end these; the real ranks' children watch their parent
+            if alive(pid):
+                os.kill(pid, signal.SIGKILL)
+
+
+def test_command_that_cannot_start() -> None:
+    code = "from ds_cp.cli.launcher import spawn; spawn(['/nonexistent'], 2, {}, grace_s=1)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=30
+    )
+    assert "LaunchError: cannot start rank 0 of 2: No such file or directory" in done.stderr
+
+
+def test_ranks_that_fail_in_the_same_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All have ended by the time that the launcher looks; the first failure is the job's."""
+    monkeypatch.setattr(cli_spawn, "POLL_S", 1.5)
+    command = [sys.executable, "-c", "import os, sys; sys.exit(3 - int(os.environ['RANK']))"]
+    assert cli_spawn.spawn(command, 4, {}, grace_s=5.0) == 3

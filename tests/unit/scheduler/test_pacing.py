@@ -1,0 +1,278 @@
+"""The chunk pacer on a pretended machine: so many seconds a step, a stream, a chunk, a token."""
+
+from __future__ import annotations
+
+import random
+import statistics
+from dataclasses import dataclass, field
+
+import pytest
+
+from ds_cp.scheduler.pacing import (
+    FIRST_ALONE,
+    FIRST_CHUNK,
+    GROWTH,
+    LEAST_CHUNK,
+    MARGIN,
+    PATIENCE,
+    PROBE,
+    STEP_S,
+    ChunkPacer,
+)
+
+
+@dataclass
+class Machine:
+    """Seconds of a step, and the pacer that it is shown to, two steps late as in the engine."""
+
+    pacer: ChunkPacer
+    step: float = 0.1
+    stream: float = 0.0
+    chunk: float = 0.0
+    token: float = 0.001
+    noise: float = 0.0  # standard deviation of the logarithm
+    late_by: float = 0.0  # seconds that the steps below took longer, unlike all others
+    late_chunks: frozenset[int] = frozenset()
+    late_quiet: frozenset[int] = frozenset()
+    chunks: int = 0
+    quiets: int = 0
+    rng: random.Random = field(default_factory=lambda: random.Random(2))
+    late: list[tuple[float, int, float]] = field(default_factory=list)
+
+    def quiet(self, streams: int) -> float:
+        return self.step + self.stream * streams
+
+    def run(self, streams: int, work: float) -> float:
+        """One step; how long it takes without the noise."""
+        self.pacer.plan(streams, work)
+        seconds = self.quiet(streams) + (self.chunk + self.token * work if work else 0.0)
+        shown = seconds * self.rng.lognormvariate(0, self.noise)
+        shown += self.late_by * (work > 0 and self.chunks in self.late_chunks)
+        shown += self.late_by * (work == 0 and self.quiets in self.late_quiet)
+        self.chunks += work > 0
+        self.quiets += work == 0
+        self.late.append((shown, streams, work))
+        if len(self.late) > 2:
+            self.pacer.note(*self.late.pop(0))
+        return seconds
+
+    def warm(self, streams: int = 4, steps: int = 20) -> None:
+        for _ in range(steps):
+            self.run(streams, 0.0)
+
+    def prompt(self, steps: int, streams: int = 4) -> list[tuple[float, float]]:
+        """(work, seconds) of steps in which a prompt without an end takes what it may."""
+        found = []
+        for _ in range(steps):
+            work = float(int(self.pacer.allowance(streams)))
+            found.append((work, self.run(streams, work)))
+        return found
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.05])
+@pytest.mark.parametrize("slowdown", [1.2, 2.0, 5.0])
+@pytest.mark.parametrize(("step", "token"), [(0.02, 0.0005), (0.5, 0.001), (0.002, 0.00001)])
+def test_a_step_with_a_chunk_takes_at_most_so_many_times_a_quiet_one(
+    step: float, token: float, slowdown: float, noise: float
+) -> None:
+    machine = Machine(ChunkPacer(slowdown), step=step, token=token, noise=noise)
+    machine.warm()
+    found = machine.prompt(200)
+    assert found[0][0] == FIRST_CHUNK
+    settled = found[40:]
+    for work, seconds in settled:
+        assert seconds <= (1 + 0.15 * (noise > 0)) * slowdown * step or work == LEAST_CHUNK
+    # and the allowance is used, as far as whole tokens and the least chunk allow
+    allowed = MARGIN * (slowdown - 1) * step / token
+    usual = statistics.median(work for work, _ in settled)
+    assert usual >= max(LEAST_CHUNK, 0.75 * allowed - 1)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_long_prompt_whose_tokens_grow_dearer(seed: int) -> None:
+    """Streams that stay the same, no quiet step that the pacer does not ask for, and a prompt whose
+    chunks cost more the deeper it is, in part whatever their length."""
+    pacer, rng = ChunkPacer(2.0, attention=2.6e-4), random.Random(seed)
+    machine = Machine(pacer, step=0.055, noise=0.08, rng=rng)
+    machine.warm()
+    past, ratios = 0, []
+    while past < 7000:
+        machine.chunk, machine.token = 0.012 + past * 4.2e-6, 0.0013
+        allowed = pacer.allowance(4)
+        tokens = max(pacer.tokens(allowed, past), LEAST_CHUNK) if allowed else 0
+        seconds = machine.run(4, pacer.work(tokens, tokens, past))
+        past += tokens
+        ratios.append(seconds / 0.055)
+    assert statistics.mean(ratios) <= 2.0
+    assert statistics.median(ratios) <= 2.0
+    assert len(ratios) <= 1200, "and the prompt gets on"
+
+
+def test_where_any_chunk_costs_more_than_allowed_chunks_are_rare_and_long() -> None:
+    """Ranks that exchange: 0.3 s a chunk beside steps of 0.1 s. On average the bound holds, most
+    steps are quiet ones, and most of what a chunk takes is its tokens' own."""
+    machine = Machine(ChunkPacer(2.0), chunk=0.3, token=0.002, noise=0.05)
+    machine.warm()
+    settled = machine.prompt(600)[200:]
+    seconds = [s for _, s in settled]
+    chunks = [work for work, _ in settled if work]
+    assert statistics.mean(seconds) <= 2.1 * 0.1
+    assert statistics.median(seconds) == 0.1
+    assert 0.002 * statistics.median(chunks) >= 0.3 / 3
+
+
+def test_it_grows_to_a_large_chunk_by_doubling_at_most() -> None:
+    machine = Machine(ChunkPacer(2.0), token=0.0001)
+    machine.warm()
+    largest = float(FIRST_CHUNK)
+    for work, _ in machine.prompt(100):
+        assert work <= GROWTH * largest
+        largest = max(largest, work)
+    assert largest > 10 * FIRST_CHUNK
+
+
+def test_a_long_prompt_always_gets_on() -> None:
+    machine = Machine(ChunkPacer(1.01), step=0.001, token=1.0)
+    machine.warm()
+    found = [work for work, _ in machine.prompt(2000)][100:]
+    assert {work for work in found if work} == {LEAST_CHUNK}
+    assert max(map(len, "".join("x" if work else "." for work in found).split("x"))) <= PATIENCE
+
+
+@pytest.mark.parametrize("token", [0.004, 0.0005, 0.001])
+def test_it_follows_a_machine_that_becomes_slower_or_faster(token: float) -> None:
+    machine = Machine(ChunkPacer(2.0))
+    machine.warm()
+
+    def usual(steps: int) -> float:
+        return statistics.median(work for work, _ in machine.prompt(steps)[-40:])
+
+    first, want = MARGIN * 0.1 / 0.001, MARGIN * 0.1 / token
+    assert abs(usual(100) - first) <= 2
+    machine.token = token
+    assert abs(usual(250) - want) <= 0.1 * want
+    machine.token = 0.001
+    assert abs(usual(250) - first) <= 0.1 * first
+
+
+def test_steps_that_become_slower_are_noticed_in_the_midst_of_a_prompt() -> None:
+    """Now and then a step has no chunk, and shows what quiet is: here three times what it was."""
+    machine = Machine(ChunkPacer(2.0))
+    machine.warm()
+    found = machine.prompt(100)
+    rows = "".join("x" if work else "." for work, _ in found).split(".")
+    assert max(map(len, rows)) <= PROBE
+    machine.step = 0.3
+    machine.prompt(50 * PROBE)
+    assert machine.pacer.quiet(4) == pytest.approx(0.3, rel=0.3)
+
+
+def test_a_step_of_more_streams_may_have_a_longer_chunk() -> None:
+    """10 ms, 1 ms a stream, half a millisecond a prompt token; the allowance is of the step."""
+    pacer, rng = ChunkPacer(2.0), random.Random(1)
+    machine = Machine(pacer, step=0.01, stream=0.001, token=0.0005)
+    for _ in range(300):
+        streams = rng.randint(1, 32)
+        machine.run(streams, 0.0)
+        machine.prompt(1, streams)
+    for streams in (1, 8, 32, 64):
+        quiet = machine.quiet(streams)
+        assert pacer.quiet(streams) == pytest.approx(quiet, rel=0.01)
+        machine.run(streams, 0.0)
+        machine.run(streams, 0.0)
+        want = MARGIN * quiet / 0.0005  # or half, of a chunk to learn from
+        assert pacer.allowance(streams) / want in (pytest.approx(1, 0.02), pytest.approx(0.5, 0.02))
+
+
+def test_one_slow_step_changes_little() -> None:
+    """A page fault, another process: a step of a hundred times the time is taken for three."""
+    machine = Machine(ChunkPacer(2.0))
+    machine.warm()
+    before = statistics.median(work for work, _ in machine.prompt(100)[-40:])
+    machine.pacer.note(10.0, 4, before)
+    machine.pacer.note(10.0, 4, 0.0)
+    after = statistics.median(work for work, _ in machine.prompt(20))
+    assert 0.5 * before <= after <= 2.0 * before
+
+
+STARTS = [frozenset({i}) for i in range(8)] + [frozenset({0, 1}), frozenset({1, 3})]
+
+
+@pytest.mark.parametrize("late", STARTS, ids=lambda late: "+".join(map(str, sorted(late))))
+@pytest.mark.parametrize("what", ["late_chunks", "late_quiet"])
+@pytest.mark.parametrize(("step", "chunk", "token"), [(0.055, 0.012, 0.0013), (0.02, 0.0, 0.0005)])
+def test_slow_steps_at_the_very_start(
+    step: float, chunk: float, token: float, what: str, late: frozenset[int]
+) -> None:
+    """Five seconds of somebody else's, before the pacer knows what to expect: streams hardly feel
+    it, and the prompt gets on."""
+    pacer, by = ChunkPacer(2.0), {what: late}
+    machine = Machine(pacer, step, 0.0, chunk, token, 0.08, late_by=5.0, **by)  # type: ignore[arg-type]
+    machine.warm(steps=3)
+    found = machine.prompt(600)
+    assert max(seconds for _, seconds in found) <= 5 * step
+    assert statistics.mean(seconds for _, seconds in found) <= 2 * step
+    assert sum(work for work, _ in found) * token >= 0.3 * 600 * step
+
+
+def test_nobody_waits_for_a_token_of_a_batch() -> None:
+    machine = Machine(ChunkPacer(None))
+    machine.warm()
+    machine.prompt(20)
+    assert machine.pacer.allowance(4) == machine.pacer.allowance(0) == FIRST_ALONE
+
+
+def test_free_tokens_do_not_divide_by_zero() -> None:
+    """A step with a chunk that took no longer, or less, than a quiet one."""
+    for token in (0.0, -0.0001):
+        machine = Machine(ChunkPacer(2.0), token=token)
+        machine.warm()
+        largest = float(FIRST_CHUNK)
+        for work, _ in machine.prompt(20):
+            assert work <= GROWTH * largest
+            largest = max(largest, work)
+        assert largest > FIRST_CHUNK
+    machine = Machine(ChunkPacer(2.0), step=0.0, token=0.0)
+    machine.warm()
+    assert max(work for work, _ in machine.prompt(40)) >= LEAST_CHUNK
+
+
+def test_chunks_without_streams_last_about_a_second() -> None:
+    machine = Machine(ChunkPacer(2.0), step=0.0, token=0.0001)
+    assert machine.pacer.allowance(0) == FIRST_ALONE
+    machine.prompt(50, streams=0)
+    assert machine.pacer.allowance(0) * 0.0001 == pytest.approx(STEP_S, abs=0.01)
+    machine.token = 1.0
+    machine.prompt(50, streams=0)
+    assert machine.pacer.allowance(0) == FIRST_ALONE, "never less than can be afforded anyway"
+
+
+def test_what_is_not_comparable_is_not_learnt_from() -> None:
+    pacer = ChunkPacer(2.0)
+    pacer.note(9.0, 0, 3)  # a short prompt alone says nothing of long ones
+    assert pacer.pace is None and pacer.allowance(0) == FIRST_ALONE
+    pacer.note(0.1, 0, 1000)
+    assert abs(pacer.allowance(0) - 10_000) <= 1
+    pacer.note(9.0, 4, 16)  # one step beside streams, and nothing to compare it with
+    assert pacer.allowance(4) == FIRST_CHUNK
+
+
+@pytest.mark.parametrize("attention", [0.0, 2.6e-4, 0.1])
+@pytest.mark.parametrize("ranks", [1, 4])
+@pytest.mark.parametrize("past", [0, 1, 7000])
+def test_tokens_are_as_many_as_the_work_allows(attention: float, ranks: int, past: int) -> None:
+    pacer = ChunkPacer(2.0, attention)
+    assert pacer.tokens(-50_000.0, past, ranks) == 0, "a rank that has done more than its share"
+    for work in (0.0, 0.5, 16.0, 45.0, 5000.0):
+        tokens = pacer.tokens(work, past, ranks)
+
+        def of(tokens: int) -> float:
+            return pacer.work(1, tokens, past) * tokens / ranks
+
+        assert of(tokens) <= work + 1e-4 < of(tokens + 1) + 2e-4
+
+
+@pytest.mark.parametrize("slowdown", [1.0, 0.5, -1.0])
+def test_a_slowdown_of_one_leaves_no_room(slowdown: float) -> None:
+    with pytest.raises(ValueError, match="slowdown must be above 1"):
+        ChunkPacer(slowdown)
