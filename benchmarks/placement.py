@@ -3,7 +3,8 @@
     python -m benchmarks.placement [--out DIR]
 
 The real scheduler and the state of every rank (``WorkerState``) run, no model and no clock: an
-answer has a fixed length and its tokens follow from the request, so every policy gets the same prompts,
+answer has a fixed length and its tokens follow from the request, so every policy gets the same
+prompts,
 and the same command gives the same files bit for bit.
 
 A trace is sessions that arrive at given steps: *chats* (one of three shared system prompts, a

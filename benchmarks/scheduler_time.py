@@ -11,9 +11,9 @@ on all ranks. Then with 16 to 1024 requests, and with 1,000 to 1,000,000 blocks 
 of 64 and short requests, so that 256 of them fit in the smallest pool).
 
 Timed apart: ``schedule``; ``took`` (observe_step, and record_token for every drawn token); the two
-together; their ``cpu`` time, which leaves out waiting for a core; encoding the plan; and what the ranks pay,
-decoding it and ``WorkerState.apply``. Times in milliseconds: median, p99, min over steps. The last
-line is one JSON object.
+together; their ``cpu`` time, which leaves out waiting for a core; encoding the plan; and what the
+ranks pay, decoding it and ``WorkerState.apply``. Times in milliseconds: median, p99, min over
+steps. The last line is one JSON object.
 """
 
 from __future__ import annotations
