@@ -12,11 +12,12 @@ MAX_TOKENS ?= 64
 # deepspeed starts the "python" it was installed for, and mpirun the one on the PATH
 WITH_VENV := PATH="$(CURDIR)/$(BIN):$$PATH" VIRTUAL_ENV="$(CURDIR)/$(VENV)"
 
-.PHONY: help install model serve generate test checks format bench clean
+.PHONY: help install model serve generate test unit checks format bench clean
 
 help:
 	@echo "make serve      four ranks serve a small model at http://127.0.0.1:8000"
 	@echo "make test       all tests"
+	@echo "make unit       the tests that start no ranks, under 90 s"
 	@echo "make generate   one completion over four ranks; PROMPT='...' MAX_TOKENS=64"
 	@echo "make install | model | checks | format | bench | clean"
 
@@ -47,6 +48,9 @@ generate: install model
 
 test: install model
 	@$(WITH_VENV) $(BIN)/python -m pytest -q
+
+unit: install
+	@$(WITH_VENV) $(BIN)/python -m pytest -q -n 2 tests/unit
 
 checks: install
 	$(BIN)/ruff check .

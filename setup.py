@@ -19,6 +19,7 @@ SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "prometheus_client>=0.20", *GGUF]
 TEST = [
     "pytest>=8",
     "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
     "hypothesis>=6",
     "openai>=2",
     "httpx>=0.27",
