@@ -2,7 +2,8 @@
 
 A *run* is ``(start, length)``: the positions ``start .. start + length - 1``. *Runs* are listed in
 storage order, the order in which a rank keeps those tokens. An *assignment* is one ``Runs`` per
-rank.
+rank. A *home* is ``(rank, rank-local block number)``: where one KV block is stored. Extents, runs
+of slots instead of positions, are ``Runs`` too.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Iterable, Sequence
 
 Run = tuple[int, int]
 Runs = tuple[Run, ...]
+Home = tuple[int, int]
 
 LAYOUTS = ("zigzag", "contiguous")
 
@@ -38,30 +40,44 @@ def join(runs: Iterable[Run]) -> Runs:
     return tuple(joined)
 
 
-def head(runs: Runs, n: int) -> Runs:
-    """The first ``n`` tokens in storage order. Raises ValueError when there are not so many."""
-    _check_cut(runs, n)
+def head(runs: Sequence[Run], n: int) -> Runs:
+    """The first ``n`` tokens in storage order. Raises ValueError when ``runs`` hold fewer."""
     kept: list[Run] = []
+    left = n
     for start, length in runs:
-        kept.append((start, min(length, n)))
-        n -= kept[-1][1]
+        if left <= 0:
+            break
+        kept.append((start, min(length, left)))
+        left -= length
+    if n < 0 or left > 0:
+        raise ValueError(f"cannot cut {n} tokens from runs that hold {total(runs)}")
     return join(kept)
 
 
-def tail(runs: Runs, n: int) -> Runs:
-    """The last ``n`` tokens in storage order. Raises ValueError when there are not so many."""
-    _check_cut(runs, n)
+def tail(runs: Sequence[Run], n: int) -> Runs:
+    """The last ``n`` tokens in storage order. Raises ValueError when ``runs`` hold fewer."""
     kept: list[Run] = []
+    left = n
     for start, length in reversed(runs):
-        take = min(length, n)
-        kept.append((start + length - take, take))
-        n -= take
+        if left <= 0:
+            break
+        taken = min(length, left)
+        kept.append((start + length - taken, taken))
+        left -= taken
+    if n < 0 or left > 0:
+        raise ValueError(f"cannot cut {n} tokens from runs that hold {total(runs)}")
     return join(reversed(kept))
 
 
-def _check_cut(runs: Runs, n: int) -> None:
-    if not 0 <= n <= total(runs):
-        raise ValueError(f"cannot cut {n} tokens from runs that hold {total(runs)}")
+def overlap(a: Runs, b: Runs) -> Runs:
+    """Positions in both, ascending."""
+    pieces = [
+        (max(s, t), min(s + n, t + m) - max(s, t))
+        for s, n in a
+        for t, m in b
+        if max(s, t) < min(s + n, t + m)
+    ]
+    return join(sorted(pieces))
 
 
 def owner_of(assignment: Sequence[Runs], position: int) -> int:

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import msgspec
 
-from ds_cp.layout import Runs
-
-Home = tuple[int, int]  # (rank, rank-local block)
+from ds_cp.layout import Home, Runs
 
 
 class Sampling(msgspec.Struct, frozen=True, array_like=True, kw_only=True):

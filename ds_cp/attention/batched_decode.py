@@ -13,6 +13,7 @@ import torch
 from ds_cp.attention.kernels import Kernel, Padding
 from ds_cp.attention.spec import LayerSpec
 from ds_cp.attention.state import NEG_INF, Partial
+from ds_cp.layout import tail, total
 
 Extents = Sequence[tuple[int, int]]  # (first slot, length), in the order of the positions
 
@@ -60,8 +61,10 @@ class BatchedDecode:
 
     def _grouped(self, window: int | None) -> list[_Group]:
         """Rows of about one length together, and no more at once than the bounds allow."""
-        seen = [_last(parts, window) for parts in self._extents]
-        lengths = [sum(length for _, length in parts) for parts in seen]
+        seen: Sequence[Extents] = self._extents
+        if window is not None:
+            seen = [tail(parts, min(total(parts), window)) for parts in seen]
+        lengths = [total(parts) for parts in seen]
         groups: list[list[int]] = []
         filled = 0
         for row in sorted(range(len(seen)), key=lengths.__getitem__):
@@ -111,16 +114,3 @@ class _Group:
         torch.index_select(kv, 2, self._slots, out=self._held)
         keys, values = self._held.view(*self._shape, kv.shape[3]).transpose(1, 2)
         return keys, values
-
-
-def _last(extents: Extents, window: int | None) -> Extents:
-    """The last ``window`` slots; all without one."""
-    if window is None:
-        return extents
-    kept: list[tuple[int, int]] = []
-    for slot, length in reversed(extents):
-        take = min(length, window)
-        if take:
-            kept.insert(0, (slot + length - take, take))
-        window -= take
-    return kept

@@ -5,7 +5,8 @@ from __future__ import annotations
 from ds_cp.kv.blocks import BlockAllocator, OutOfBlocksError
 from ds_cp.kv.placement import POLICIES, place, place_block
 from ds_cp.kv.prefix import PrefixKeys
-from ds_cp.kv.table import Home, SequenceTable
+from ds_cp.kv.table import SequenceTable
+from ds_cp.layout import Home
 
 __all__ = [
     "POLICIES",

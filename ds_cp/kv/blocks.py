@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from ds_cp.errors import DsCpError
 from ds_cp.kv.free_list import FreeList
-
-Home = tuple[int, int]
+from ds_cp.layout import Home
 
 
 class OutOfBlocksError(DsCpError):

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from ds_cp.layout import Run, Runs
+from ds_cp.layout import Home, Run, Runs
 
-Home = tuple[int, int]  # (rank, rank-local block)
 Extents = tuple[tuple[int, int], ...]
 Part = tuple[Runs, Extents]
 

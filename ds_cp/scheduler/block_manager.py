@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from ds_cp.kv.blocks import BlockAllocator
 from ds_cp.kv.placement import place, place_block
 from ds_cp.kv.prefix import PrefixKeys
-from ds_cp.kv.table import Home, SequenceTable
+from ds_cp.kv.table import SequenceTable
+from ds_cp.layout import Home
 from ds_cp.plan import Transfer
 from ds_cp.scheduler.mode_policy import ModePolicy, Seats
 from ds_cp.scheduler.request import Request

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ds_cp.kv.table import Home, SequenceTable
-from ds_cp.layout import Run, Runs, assign, join, split_capped, split_even
+from ds_cp.kv.table import SequenceTable
+from ds_cp.layout import Home, Run, Runs, assign, join, split_capped, split_even
 from ds_cp.plan import Chunk
 from ds_cp.scheduler.mode_policy import ModePolicy
 from ds_cp.scheduler.request import Request

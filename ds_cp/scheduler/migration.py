@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ds_cp.errors import CapacityError, RequestError
-from ds_cp.kv.table import Home
+from ds_cp.layout import Home
 from ds_cp.plan import Transfer
 from ds_cp.scheduler.block_manager import BlockManager
 from ds_cp.scheduler.request import Request

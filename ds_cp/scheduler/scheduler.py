@@ -14,7 +14,8 @@ from bisect import insort
 from collections.abc import Sequence
 
 from ds_cp.errors import QueueFullError
-from ds_cp.kv.table import Home, SequenceTable
+from ds_cp.kv.table import SequenceTable
+from ds_cp.layout import Home
 from ds_cp.plan import Begin, Chunk, Decodes, Fork, Sampling, StepPlan, Transfer
 from ds_cp.sampling_params import RequestOptions, SamplingParams
 from ds_cp.scheduler.admission import Limits, check_request
@@ -393,7 +394,6 @@ class Scheduler:
         if known % size:
             parent.shares_tail = child.shares_tail = True
         insort(self.running, child, key=lambda r: r.order)
-        self._track_look_back(child)
         draft.forks.append(Fork(parent.number, child.number, self._sampling(child)))
 
     def _admit_waiting(self, draft: _Draft, above: int | None = None) -> None:
@@ -420,7 +420,6 @@ class Scheduler:
             request.prefilling = True
             request.first_scheduled_time = request.first_scheduled_time or time.time()
             request.num_notified = len(request.output)
-            self._track_look_back(request)
             draft.begins.append(Begin(
                 request.number, tuple(request.tokens), len(request.prompt),
                 tuple(request.table.homes), request.table.num_tokens, self._sampling(request),
@@ -444,9 +443,10 @@ class Scheduler:
         return load
 
     def _sampling(self, request: Request) -> Sampling:
+        """How the ranks draw its tokens; a request whose draws look back is remembered."""
         params = request.params
         eos = () if params.ignore_eos else self.limits.eos_token_ids
-        return Sampling(
+        sampling = Sampling(
             temperature=params.temperature, top_p=params.top_p, top_k=params.top_k,
             min_p=params.min_p, seed=request.seed,
             logprobs=-1 if params.logprobs is None else params.logprobs,
@@ -457,15 +457,9 @@ class Scheduler:
             presence_penalty=params.presence_penalty, frequency_penalty=params.frequency_penalty,
             repetition_penalty=params.repetition_penalty,
         )  # fmt: skip
-
-    def _track_look_back(self, request: Request) -> None:
-        params = request.params
-        if (params.presence_penalty, params.frequency_penalty, params.repetition_penalty) != (
-            0,
-            0,
-            1,
-        ):
+        if sampling.looks_back:
             self._looking_back[request.number] = request
+        return sampling
 
     def _news(self) -> tuple[tuple[int, int, int], ...]:
         """Tokens that the ranks have to hear of."""

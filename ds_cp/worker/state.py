@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ds_cp.kv.table import Extents, SequenceTable
-from ds_cp.layout import Runs, join, total
-from ds_cp.plan import Begin, Chunk, Fork, Home, Sampling, StepPlan
+from ds_cp.layout import Home, Runs, join, tail, total
+from ds_cp.plan import Begin, Chunk, Fork, Sampling, StepPlan
 
 NO_TOKEN = -1
 
@@ -242,7 +242,7 @@ class WorkerState:
     def _shard(self, table: SequenceTable, rank: int, q_runs: Runs, start: int) -> Shard:
         runs, extents = table.part(rank)
         new = tuple((max(s, start), s + n - max(s, start)) for s, n in runs if s + n > start)
-        return Shard(rank, join(q_runs), runs, extents, new, _last(extents, total(new)))
+        return Shard(rank, join(q_runs), runs, extents, new, tail(extents, total(new)))
 
 
 def _owner(owners: Sequence[tuple[int, Runs]], position: int) -> int:
@@ -250,18 +250,6 @@ def _owner(owners: Sequence[tuple[int, Runs]], position: int) -> int:
         if any(start <= position < start + length for start, length in runs):
             return rank
     raise ValueError(f"nobody owns position {position}")
-
-
-def _last(extents: Extents, count: int) -> Extents:
-    """The last ``count`` slots."""
-    out = []
-    for slot, length in reversed(extents):
-        if count <= 0:
-            break
-        take = min(length, count)
-        out.append((slot + length - take, take))
-        count -= take
-    return tuple(reversed(out))
 
 
 def check_item(item: Item) -> None:

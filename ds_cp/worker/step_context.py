@@ -23,7 +23,7 @@ from ds_cp.attention.batched_decode import LONGEST
 from ds_cp.comm.wire import Group
 from ds_cp.kv.pool import KVPool
 from ds_cp.kv.table import Extents
-from ds_cp.layout import Runs, join, positions, total
+from ds_cp.layout import Runs, head, join, overlap, positions, total
 from ds_cp.worker.state import Item, RunningSequence, StepWork
 
 SCHEME_SHIP = "ship_kv"
@@ -155,7 +155,7 @@ class StepContext:
         stored = total(shard.extents)
         resident = shard.extents
         if item.ships:
-            resident = _first(shard.extents, stored - shard.new)
+            resident = head(shard.extents, stored - shard.new)
         return _Part((begin, len(self.token_ids)), resident, item.ships)
 
     def _span(self, item: Item) -> Span:
@@ -167,7 +167,7 @@ class StepContext:
             q_runs[shard.rank] = shard.q_runs
             k_runs[shard.rank] = shard.k_runs
             if item.ships:
-                earlier = _first(shard.k_runs, total(shard.k_runs) - shard.new)
+                earlier = head(shard.k_runs, total(shard.k_runs) - shard.new)
                 k_runs[shard.rank] = join((*earlier, *shard.q_runs))
         return Span(tuple(q_runs), tuple(k_runs))
 
@@ -267,25 +267,3 @@ def _token_at(sequence: RunningSequence, position: int) -> int:
     if position < len(sequence.tokens):
         return sequence.tokens[position]
     return max(sequence.last, 0)  # -1 after logits that were no numbers: the request is ending
-
-
-def _first(runs: Runs, count: int) -> Runs:
-    """The first ``count`` tokens of ``runs``."""
-    out = []
-    for start, length in runs:
-        if count <= 0:
-            break
-        out.append((start, min(length, count)))
-        count -= length
-    return tuple(out)
-
-
-def overlap(a: Runs, b: Runs) -> Runs:
-    """Positions in both, ascending."""
-    pieces = [
-        (max(s, t), min(s + n, t + m) - max(s, t))
-        for s, n in a
-        for t, m in b
-        if max(s, t) < min(s + n, t + m)
-    ]
-    return join(sorted(pieces))

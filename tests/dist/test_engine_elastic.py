@@ -19,7 +19,8 @@ from ds_cp.comm.wire import World
 from ds_cp.worker.state import WorkerState
 from ds_cp.scheduler.migration import MOVES_PER_STEP
 from ds_cp.sampling_params import RequestOptions, SamplingParams
-from ds_cp.plan import Home, StepPlan, Transfer
+from ds_cp.layout import Home
+from ds_cp.plan import StepPlan, Transfer
 from ds_cp.errors import CapacityError, RequestError
 from ds_cp.model.wiring import Decoder
 from tests.dist.test_engine_company import VOCAB, Case, Ids, settle, the_model

@@ -22,7 +22,8 @@ from ds_cp.engine.loop import PipelinedLoop, ThreadRunner
 from ds_cp.engine.llm import LLMEngine
 from ds_cp.outputs import Delta
 from ds_cp.sampling_params import RequestOptions
-from ds_cp.plan import Home, Outcome, StepPlan
+from ds_cp.layout import Home
+from ds_cp.plan import Outcome, StepPlan
 from ds_cp.scheduler.request import Request
 from ds_cp.scheduler.scheduler import Scheduler
 from ds_cp.worker.worker import Worker

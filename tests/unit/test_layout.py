@@ -239,3 +239,12 @@ def test_bad_input_is_named() -> None:
         layout.zigzag(0, [4], 0)
     with pytest.raises(ValueError, match=r"\[4, -1\]"):
         layout.contiguous(0, [4, -1])
+
+
+@given(runs_of_positions, runs_of_positions)
+def test_overlap_is_the_positions_of_both(a: Runs, b: Runs) -> None:
+    one = layout.join(sorted((p, 1) for p in set(expand(a))))
+    two = layout.join(sorted((p, 1) for p in set(expand(b))))
+    found = layout.overlap(one, two)
+    assert expand(found) == sorted(set(expand(a)) & set(expand(b)))
+    assert is_tight(found)
