@@ -2,7 +2,7 @@
 
     python -m benchmarks.attention_error [--out FILE]
 
-The cases are those of tests/dist/test_attention_matrix.py (layouts, head ratios, lengths that do
+The cases are those of tests/helpers/attention_cases.py (layouts, head ratios, lengths that do
 not divide, earlier KV, windows, soft caps, sinks, empty ranks). Errors are relative to the largest
 reference value; bf16 errors are also given in units of 2**-8 (one bf16 ulp at that scale).
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from ds_cp.comm.wire import World
-from tests.dist.test_attention_matrix import cases, one_case
+from tests.helpers.attention_cases import LIMIT, cases, one_case
 from tests.helpers.ranks import run_ranks, world_group
 
 MODES = (("ring", "kv"), ("ring", "q"), ("tree", "kv"))
@@ -42,7 +42,7 @@ def main() -> None:
     print("| ranks | hosts | dtype | mode | cases | worst relative error | limit |")
     print("|---|---|---|---|---|---|---|")
     for hosts in ("a", "aa", "aaa", "aaaa", "aaaaa", "aabb", "aabbc"):
-        for dtype, limit in ((torch.float32, 2e-6), (torch.bfloat16, 2 * 2**-8)):
+        for dtype, limit in LIMIT.items():
             per_rank = run_ranks(worst, len(hosts), dtype, hosts=list(hosts), timeout=600)
             for mode in per_rank[0]:
                 error = max(found[mode] for found in per_rank)

@@ -1,6 +1,6 @@
 """Exact attention over ranks, usable on its own over a process group.
 
-    span = Span(q_runs, k_runs)                       # who owns which queries, who holds which keys
+    span = Span(q_runs, k_runs)       # per rank: positions of its queries, positions of its keys
     out_THD = attention(q_THD, k_SGD, v_SGD, span, group, spec, mode="ring")
 
 A mode is an order of folding partials: ``local`` (nothing to fold), ``ring`` (shards pass by) or
@@ -25,6 +25,7 @@ from ds_cp.attention.tree import TreeAttention
 from ds_cp.comm.wire import Group
 
 __all__ = [
+    "BatchedDecode",
     "Kernel",
     "KeyValues",
     "LayerSpec",
@@ -32,7 +33,6 @@ __all__ = [
     "Mode",
     "Partial",
     "Span",
-    "BatchedDecode",
     "add_sinks",
     "attention",
     "empty_partial",
@@ -45,7 +45,11 @@ __all__ = [
 
 
 class Mode(Protocol):
-    """The one signature of the modes: a step's items, made once, called per layer."""
+    """The one signature of the modes: made once for a step's items, called once per layer.
+
+    ``q[i]``: this rank's ``[T, H, D]`` of item i; ``kv[i]``: this rank's keys and values of it.
+    Returns one partial per item, over all keys of the item.
+    """
 
     def __call__(
         self,
@@ -57,8 +61,11 @@ class Mode(Protocol):
 
 
 def make_mode(mode: str, ring_pass: str, items: Sequence[Span], group: Group) -> Mode:
-    """The mode called ``mode`` over these items. ``ring_pass`` ("kv" or "q") matters to ring
-    only."""
+    """The mode called ``mode`` ("local", "ring" or "tree") over these items.
+
+    ``ring_pass`` ("kv" or "q") selects what travels in mode ring; the others ignore it. Raises
+    ``ValueError`` for any other name.
+    """
     if mode == "local":
         me = group.rank
         return LocalAttention([(span.q_runs[me], span.k_runs[me]) for span in items])

@@ -1,7 +1,7 @@
-"""One new token each of many sequences that are whole on this rank: one kernel call for all.
+"""Batched decode: the newest token of many sequences, each whole on this rank, in one kernel call.
 
-While sequences are short a kernel call for each of them costs more than the attention itself, so
-their keys are gathered side by side, padded to one length, and attended together.
+For short sequences a kernel call each costs more than the attention itself, so their keys are
+gathered side by side, padded to one length, and attended together.
 """
 
 from __future__ import annotations
@@ -10,21 +10,21 @@ from collections.abc import Sequence
 
 import torch
 
-from ds_cp.attention.kernels import Kernel, Padding
-from ds_cp.attention.spec import LayerSpec
+from ds_cp.attention.kernels import Kernel
+from ds_cp.attention.spec import LayerSpec, Padding
 from ds_cp.attention.state import NEG_INF, Partial
 from ds_cp.layout import tail, total
 
 Extents = Sequence[tuple[int, int]]  # (first slot, length), in the order of the positions
 
-LONGEST = 2048  # keys; of a longer sequence the copy costs more than a call of its own (measured)
-GATHERED = 16_384  # keys that are gathered at once, padding included: what bounds the copy
-WASTE = 1.25  # keys with padding / keys at most
-ALIGN = 16  # padded lengths are multiples: CUDA's masks have to be
+LONGEST = 2048  # keys of a batched sequence at most; copying more costs more than a call (measured)
+GATHERED = 16_384  # keys of one call at most, padding included; bounds the copy
+WASTE = 1.25  # keys with padding over keys without, at most
+ALIGN = 16  # keys; padded lengths are multiples of it, which CUDA asks of a mask
 
 
 class BatchedDecode:
-    """One step's streams. Row i is the newest token of the sequence whose keys are at
+    """One step's decoding requests. Row i is the newest token of the sequence whose keys are at
     ``extents[i]``, its own key last; called once per layer."""
 
     def __init__(
@@ -42,8 +42,10 @@ class BatchedDecode:
     def __call__(
         self, q_BHD: torch.Tensor, kv: torch.Tensor, kernel: Kernel, spec: LayerSpec
     ) -> Partial:
-        """``q_BHD [B, H, D]`` of the B streams, ``kv [2, G, slots, D]`` of one layer -> the partial
-        over all their keys."""
+        """Attention of B rows over their own keys: the partial over all of them, ``[B, H, D]``.
+
+        ``q_BHD``: one query per row; ``kv``: ``[2, G, slots, D]``, keys and values of one layer.
+        """
         groups = self._groups.get(spec.window)
         if groups is None:
             groups = self._groups[spec.window] = self._grouped(spec.window)
@@ -60,10 +62,8 @@ class BatchedDecode:
         )
 
     def _grouped(self, window: int | None) -> list[_Group]:
-        """Rows of about one length together, and no more at once than the bounds allow."""
-        seen: Sequence[Extents] = self._extents
-        if window is not None:
-            seen = [tail(parts, min(total(parts), window)) for parts in seen]
+        """Group rows of about one length, within ``WASTE`` and ``GATHERED``."""
+        seen = [_in_window(parts, window) for parts in self._extents]
         lengths = [total(parts) for parts in seen]
         groups: list[list[int]] = []
         filled = 0
@@ -81,13 +81,13 @@ class BatchedDecode:
 
 
 class _Group:
-    """Rows whose keys are gathered to one length. A padded place repeats the row's last key, which
-    is a number, unlike what a freed block may hold."""
+    """Rows whose keys are gathered to one length. Padding repeats the row's last key: a freed block
+    may hold NaN, which a mask does not hide from the product with the values."""
 
     def __init__(
         self, rows: list[int], extents: list[Extents], dtype: torch.dtype, device: torch.device
     ) -> None:
-        lengths = torch.tensor([sum(n for _, n in parts) for parts in extents])
+        lengths = torch.tensor([total(parts) for parts in extents])
         longest = -(-int(lengths.max()) // ALIGN) * ALIGN
         places = torch.arange(longest)
         first = torch.tensor([parts[0][0] for parts in extents])
@@ -114,3 +114,10 @@ class _Group:
         torch.index_select(kv, 2, self._slots, out=self._held)
         keys, values = self._held.view(*self._shape, kv.shape[3]).transpose(1, 2)
         return keys, values
+
+
+def _in_window(extents: Extents, window: int | None) -> Extents:
+    """The last ``window`` slots of a sequence; all of them without a window."""
+    if window is None:
+        return extents
+    return tail(tuple(extents), min(window, total(extents)))

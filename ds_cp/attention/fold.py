@@ -32,7 +32,7 @@ def attend(
 
 @lru_cache(maxsize=1024)  # layers ask the same question in turn
 def cut(runs: Runs, lengths: tuple[int, ...]) -> tuple[Runs, ...]:
-    """``runs`` cut into consecutive parts of the given lengths, which add up to the whole."""
+    """Cut ``runs`` into consecutive parts of the given lengths, which sum to the whole."""
     parts: list[list[tuple[int, int]]] = [[] for _ in lengths]
     left, part = list(lengths), 0
     for start, length in runs:

@@ -1,4 +1,4 @@
-"""Mode ``ring``: shards travel around the ranks, each rank folds what passes by.
+"""Mode ``ring``: shards travel around the ranks, each rank folds the shard in hand.
 
 pass-KV (Ring Attention, arXiv 2310.01889): keys and values travel, every rank folds each shard into
 its own queries; a hop hides under the attention of the shard in hand. pass-Q (arXiv 2411.01783,
@@ -141,7 +141,7 @@ class RingPassQ:
         ring = RingExchange(self._group, self._members, SCHEME_Q)
         shard = torch.cat([x.flatten(1).flatten() for x in q]) if ring.size > 1 else None
         queries = list(q)
-        visits: dict[int, list[Partial]] = {}  # whose queries -> my partial per item
+        visits: dict[int, list[Partial]] = {}  # owner of the queries -> my partial per item
         for step in range(ring.size):
             origin = self._members[ring.origin(step)]
             if shard is not None and step + 1 < ring.size:
@@ -161,7 +161,7 @@ class RingPassQ:
 
     def _unpack(self, shard: torch.Tensor, rank: int, spec: LayerSpec) -> list[torch.Tensor]:
         rows = shard.view(-1, spec.num_q_heads, spec.head_dim)
-        return list(rows.split(self._lengths[rank]))
+        return list(torch.split(rows, self._lengths[rank]))
 
     def _bring_back(
         self, visits: dict[int, list[Partial]], q: Sequence[torch.Tensor], spec: LayerSpec
@@ -186,7 +186,9 @@ class RingPassQ:
         self._group.exchange(sends, recvs, SCHEME_Q_BACK).wait()
         arrived = {
             peer: iter(
-                rows.split([n for i, n in enumerate(self._lengths[me]) if self._holds[peer][i]])
+                torch.split(
+                    rows, [n for i, n in enumerate(self._lengths[me]) if self._holds[peer][i]]
+                )
             )
             for peer, rows in recvs
         }

@@ -48,8 +48,11 @@ class Span:
 
 @dataclass(frozen=True, eq=False)
 class Padding:
-    """Which of S keys are there for each of B rows: the first ``lengths`` (``[B]`` int32, at least
-    1). ``mask``: the same as ``[B, 1, 1, S]`` in the queries' dtype, 0 or -inf."""
+    """How many of the S gathered keys belong to each of B rows; the rest is padding.
+
+    Row b reads its first ``lengths[b]`` keys (``[B]`` int32, at least 1). ``mask``: the same as
+    ``[B, 1, 1, S]`` in the queries' dtype, 0 or -inf.
+    """
 
     lengths: torch.Tensor
     mask: torch.Tensor

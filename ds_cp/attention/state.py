@@ -30,6 +30,12 @@ class Partial:
     lse: torch.Tensor
 
 
+def split_heads(q_THD: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
+    """``[T, H, D]`` as ``[T, G, H/G, D]``, a view: the query heads of each KV head side by side."""
+    num_tokens, num_heads, head_dim = q_THD.shape
+    return q_THD.view(num_tokens, num_kv_heads, num_heads // num_kv_heads, head_dim)
+
+
 def empty_partial(
     num_tokens: int, num_heads: int, head_dim: int, device: torch.device | str = "cpu"
 ) -> Partial:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from ds_cp.layout import Runs, total
 
-BAND_ROWS = 256  # rows of a masked tile: its mask and its wasted work stay small
+BAND_ROWS = 256  # rows of a masked tile at most; bounds its mask and the hidden pairs it computes
 
 
 class Tile(NamedTuple):
@@ -118,9 +118,9 @@ def visible_pairs(q_runs: Runs, k_runs: Runs, window: int | None = None) -> int:
 
 
 def check_runs(q_runs: Runs, k_runs: Runs, q_tokens: int, k_tokens: int) -> None:
-    """Raise ``ValueError`` when tensors and positions do not speak of the same tokens."""
+    """Raise ``ValueError`` when positions and tensors differ in their number of tokens."""
     if total(q_runs) != q_tokens or total(k_runs) != k_tokens:
         raise ValueError(
-            f"positions speak of {total(q_runs)} queries and {total(k_runs)} keys, "
-            f"tensors of {q_tokens} and {k_tokens}"
+            f"the span has {total(q_runs)} queries and {total(k_runs)} keys on this rank, "
+            f"the tensors have {q_tokens} and {k_tokens}"
         )

@@ -1,4 +1,4 @@
-"""Mode ``tree``: queries are shared, keys stay where they live, partials fold up to the owners.
+"""Mode ``tree``: queries are shared, keys stay where they are, partials fold up to the owners.
 
 After "Tree Attention" (arXiv 2408.04093): the merge of partials is associative, so it may follow
 the machine. Here it goes straight to the owner of each query, inside each host first and once
@@ -83,11 +83,11 @@ class TreeAttention:
         """One kernel call for all shared queries of an item over the keys held here."""
         me = self._group.rank
         rows = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
-        queries = rows.unflatten(1, (spec.num_q_heads, spec.head_dim))
+        queries = rows.view(-1, spec.num_q_heads, spec.head_dim)
         k_runs = self._items[item].k_runs[me]
         part = attend(kernel, queries, kv, self._runs[item], k_runs, spec)
         counts = self._counts[item]
-        outs, lses = part.out.split(counts), part.lse.split(counts)
+        outs, lses = torch.split(part.out, counts), torch.split(part.lse, counts)
         for key, out, lse in zip(self._blocks[item], outs, lses, strict=True):
             found[key] = [(me, Partial(out, lse))]
 

@@ -1,5 +1,5 @@
-"""Partials as rows of bytes: ``H * (D * e + 4)`` per query, out in the model's dtype and lse in
-fp32."""
+"""Partials as rows of bytes: ``H * (D * e + 4)`` a query for elements of e bytes, out in the
+model's dtype and lse in fp32."""
 
 from __future__ import annotations
 
@@ -29,5 +29,5 @@ def unpack_partial(rows: torch.Tensor, spec: LayerSpec, dtype: torch.dtype) -> P
     out, lse = (
         part.clone(memory_format=torch.contiguous_format) for part in (rows[:, :cut], rows[:, cut:])
     )
-    out = out.view(dtype).unflatten(1, (num_heads, head_dim))
+    out = out.view(dtype).view(-1, num_heads, head_dim)
     return Partial(out.to(torch.float32), lse.view(torch.float32))

@@ -1,4 +1,4 @@
-"""The books of the wire: bytes and exchanges that this rank sent, per scheme and per link."""
+"""The ledger of the wire: bytes and exchanges that this rank sent, per scheme."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Entry:
-    """``bytes``: payload this rank sent; ``inter_host_bytes``: the part of it that left the host;
-    ``exchanges``: rounds in which this rank took part (a round may carry several messages)."""
+    """What this rank sent under one scheme.
+
+    ``bytes``: payload; ``inter_host_bytes``: the part of it for ranks of other hosts;
+    ``exchanges``: rounds in which this rank sent or received (a round may carry several messages).
+    """
 
     bytes: int = 0
     inter_host_bytes: int = 0
@@ -16,12 +19,13 @@ class Entry:
 
 
 class Ledger:
-    """Counts what is sent. Receiving is somebody else's sending, so it is not counted again."""
+    """Counts what this rank sends. What it receives is in the sender's ledger."""
 
     def __init__(self) -> None:
         self._entries: dict[str, Entry] = {}
 
     def add(self, scheme: str, nbytes: int, inter_host_bytes: int, exchanges: int = 1) -> None:
+        """Count one round or more of ``scheme``: payload bytes, those of them between hosts."""
         old = self._entries.get(scheme, Entry())
         self._entries[scheme] = Entry(
             old.bytes + nbytes,
@@ -30,6 +34,7 @@ class Ledger:
         )
 
     def __getitem__(self, scheme: str) -> Entry:
+        """The entry of ``scheme``; zeros when nothing was sent under it."""
         return self._entries.get(scheme, Entry())
 
     def schemes(self) -> dict[str, Entry]:
@@ -37,4 +42,5 @@ class Ledger:
         return dict(self._entries)
 
     def clear(self) -> None:
+        """Forget all entries."""
         self._entries.clear()

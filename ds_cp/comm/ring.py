@@ -1,4 +1,4 @@
-"""One hop of a ring: post what I hold to the next member, receive what the previous one holds."""
+"""One hop of a ring: send the buffer in hand to the next member, receive the previous one's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ds_cp.comm.wire import Group, Pending
 
 
 class RingExchange:
-    """Moves buffers around ``members`` (group indices in ring order, of which I am one).
+    """Moves buffers around ``members`` (group indices in ring order; this rank is among them).
 
     ``post`` starts a hop and ``wait`` ends it; a second post before the wait, or a wait without a
     post, raises. Ring shape after the double buffering of ring attention (arXiv 2310.01889).

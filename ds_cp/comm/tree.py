@@ -1,12 +1,13 @@
 """The tree exchange, level by level: rows go from their owner to every holder, answers come back.
 
-A *row block* (item, owner) is some rows of one item that one rank owns (queries, in attention). A
-rank *holds* an item when it has something to say about it (keys). Over several hosts each row block
-crosses to another host once, to a carrier there (the rank with the owner's own place on its host),
-which spreads it inside; answers are folded inside the host first and cross back once. So the bytes
-between hosts do not grow with the ranks per host. On one host there is one level and no carrier.
+A *row block* (item, owner) is the rows of one item that one rank owns (queries, in attention). A
+rank *holds* an item when it can answer its rows (it has keys of the item). Over several hosts each
+row block crosses to another host once, to a carrier there (the rank with the owner's own place on
+its host), which spreads it inside; answers are folded inside the host first and cross back once. So
+the bytes between hosts do not grow with the ranks per host. On one host there is one level and no
+carrier.
 
-Both ways are decided here from counts that all ranks know, before any layer runs.
+All routes follow from counts that every rank knows, before any layer runs.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ class TreeExchange:
     def share(
         self, rows: Mapping[Key, torch.Tensor], like: torch.Tensor, scheme: str
     ) -> dict[Key, torch.Tensor]:
-        """Owners' rows ``[T, W]`` travel to the holders; returns the blocks of every item I hold.
+        """Send the owners' rows ``[T, W]`` to the holders; returns the blocks that this rank holds.
 
         ``like``: an empty tensor with the width and dtype of a row.
         """
@@ -101,7 +102,7 @@ class TreeExchange:
         return {key: have[key] for key in self.held}
 
     def levels_up(self) -> int:
-        """How many rounds the answers take: one on one host, two over several."""
+        """Rounds that the answers need: one on one host, two over several."""
         return len(self._levels)
 
     def answer(
@@ -137,4 +138,4 @@ class TreeExchange:
         }
         incoming = {peer: like.new_empty(sum(n), like.shape[1]) for peer, n in counts.items()}
         self._group.exchange(outgoing, list(incoming.items()), scheme).wait()
-        return {peer: list(incoming[peer].split(counts[peer])) for peer in incoming}
+        return {peer: list(torch.split(incoming[peer], counts[peer])) for peer in incoming}

@@ -1,8 +1,7 @@
 """The one file that knows deepspeed.comm: joining a job, groups as checked objects, leaving.
 
 Two rules hold everywhere above this file. A group is always an object, never ``None``. And both
-sides of every message derive its size from what all ranks know, so an empty message is simply not
-sent.
+sides of a message derive its size from what all ranks know, so an empty message is not sent.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as torch_dist
@@ -22,6 +21,11 @@ import torch.distributed as torch_dist
 from ds_cp.comm.ledger import Ledger
 from ds_cp.errors import CommError, ConfigError, LaunchError
 from ds_cp.topology.hosts import Topology
+
+if TYPE_CHECKING:  # torch.distributed has these names, but does not declare them as its own
+    from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+else:
+    from torch.distributed import PrefixStore, Store, TCPStore
 
 Message = tuple[int, torch.Tensor]  # (index of the peer within the group, contiguous tensor)
 
@@ -50,7 +54,7 @@ def _lost(what: str, timeout_s: float, err: RuntimeError) -> CommError:
 
 
 class Pending:
-    """An exchange on its way. Wait for it exactly once."""
+    """An exchange that was started. Wait for it exactly once."""
 
     def __init__(self, works: list[Any], what: str, timeout_s: float) -> None:
         self._works: list[Any] | None = works
@@ -70,11 +74,11 @@ class Pending:
 
 
 class Group:
-    """Some ranks of the job that talk to each other.
+    """Some ranks of the job that exchange messages.
 
-    ``ranks``: world ranks in group order; ``rank``: my index in it; ``hosts``: host index of every
-    member; ``ring``: the order (of group indices) in which a ring visits the members so that every
-    host border is crossed once. A group of one does no call and returns the same types.
+    ``ranks``: world ranks in group order; ``rank``: this rank's index in it; ``hosts``: host index
+    of every member; ``ring``: the order (of group indices) in which a ring visits the members so
+    that every host border is crossed once. A group of one does no call and returns the same types.
     """
 
     def __init__(
@@ -105,7 +109,8 @@ class Group:
         """Start one round: send each tensor to its peer, receive into each buffer from its peer.
 
         Tensors are contiguous, any dtype. Between two ranks messages keep their order. Empty
-        tensors are skipped on both sides. The ledger books the payload under ``scheme``.
+        tensors are skipped on both sides. The ledger counts the payload under ``scheme``. Raises
+        ``ValueError`` for a tensor that is not contiguous, ``CommError`` when a peer is gone.
         """
         import deepspeed.comm as ds_comm
 
@@ -185,7 +190,7 @@ class Group:
 
 
 class World:
-    """This process's seat in the job: who am I, where are the others, and the groups we share."""
+    """This process's place in the job: its rank, every rank's host, and the groups it is in."""
 
     def __init__(
         self, rank: int, topology: Topology, device: torch.device, timeout_s: float, joined: bool
@@ -202,7 +207,7 @@ class World:
         self._groups = [self.everybody]
 
     def group(self, name: str, members: Sequence[Sequence[int]]) -> Group:
-        """Make one group out of each list of world ranks and return mine.
+        """Make one group of each list of world ranks and return this rank's.
 
         Collective: every rank calls it, in the same order, with the same lists (a partition).
         """
@@ -224,7 +229,7 @@ class World:
         return mine
 
     def leave(self) -> None:
-        """Leave cleanly: gloo's threads end here, whoever still holds this world.
+        """Leave cleanly: gloo's threads end here, even if this world is still referred to.
 
         ``destroy_process_group`` alone leaves them running as long as any object refers to a
         process group. At exit such a thread may drop a tensor, want the interpreter's lock for it,
@@ -271,7 +276,7 @@ def join(
     return World(rank, Topology.from_hosts(list(hosts or names)), device, timeout_s, joined=True)
 
 
-def _open_store(rank: int, at: Rendezvous, limit: timedelta) -> torch_dist.Store:
+def _open_store(rank: int, at: Rendezvous, limit: timedelta) -> Store:
     if rank == 0 and at.listen_fd is not None:
         try:
             bound = socket.socket(fileno=os.dup(at.listen_fd))
@@ -280,44 +285,42 @@ def _open_store(rank: int, at: Rendezvous, limit: timedelta) -> torch_dist.Store
         port = bound.getsockname()[1]
         # The store takes the socket as it is: bound to loopback, it is not reachable from outside,
         # whereas a store that binds by itself listens on every interface.
-        store = torch_dist.TCPStore(
+        store = TCPStore(
             at.host, port, is_master=True, timeout=limit, wait_for_workers=False,
             master_listen_fd=bound.detach(), use_libuv=True,
         )  # fmt: skip
     else:
-        store = torch_dist.TCPStore(
-            at.host, at.port, is_master=False, timeout=limit, wait_for_workers=False
-        )
-    return torch_dist.PrefixStore(f"ds_cp/{at.prefix}", store)
+        store = TCPStore(at.host, at.port, is_master=False, timeout=limit, wait_for_workers=False)
+    return PrefixStore(f"ds_cp/{at.prefix}", store)
 
 
-def _introduce(rank: int, size: int, host: str, digest: str, store: torch_dist.Store) -> list[str]:
-    """Tell the others my host and what I was started with; every rank's host, rank 0 first."""
+def _introduce(rank: int, size: int, host: str, digest: str, store: Store) -> list[str]:
+    """Publish this rank's host and a digest of its config; returns every rank's host, rank 0
+    first. ``ConfigError`` when the digests differ."""
     mark = hashlib.sha256(digest.encode()).hexdigest()
     store.set(f"hello/{rank}", f"{mark} {host}")
     hellos = [store.get(f"hello/{r}").decode().split(" ", 1) for r in range(size)]
     odd = [r for r, hello in enumerate(hellos) if hello[0] != hellos[0][0]]
     if odd:
-        # Rank 0 is the store: it must not go before the others have read who is at odds.
+        # Rank 0 is the store: it must stay until the others have read every digest.
         store.set(f"read/{rank}", "")
         if rank == 0:
             store.wait([f"read/{r}" for r in range(size)])
         raise ConfigError(
-            f"ranks {odd[:8]} were started with another config than rank 0: start every rank "
-            "with the same "
-            "file and options"
+            f"ranks {odd[:8]} were started with another config than rank 0: "
+            "start every rank with the same file and options"
         )
     return [hello[1] for hello in hellos]
 
 
 def _worth_showing(record: logging.LogRecord) -> bool:
-    """Every rank of a CPU job would warn that it runs on a CPU; the start-up summary says it
-    once."""
+    """False for DeepSpeed's warning, on every rank, that a CPU job runs on CPUs; the start-up
+    summary says it once."""
     return not record.getMessage().startswith("Setting accelerator to CPU")
 
 
 def _init_process_group(
-    rank: int, size: int, store: torch_dist.Store, device: torch.device, limit: timedelta
+    rank: int, size: int, store: Store, device: torch.device, limit: timedelta
 ) -> None:
     """torch joins with our own store; DeepSpeed then adopts the group.
 

@@ -1,4 +1,4 @@
-"""The books of the wire against the formulas of FORMULAS.md, byte by byte.
+"""The ledger of the wire against the formulas of each mode, byte by byte.
 
 Letters: N ranks, M hosts, S keys, T (or B) queries, H query heads, G KV heads, D head dim, e bytes
 per element. The formulas are written out here; none of the code's own size functions is called.
@@ -20,15 +20,15 @@ from ds_cp import SamplingParams
 from ds_cp.attention import KeyValues, LayerSpec, Span, get_kernel, make_mode
 from ds_cp.comm.ledger import Entry
 from ds_cp.comm.wire import Group, World
-from ds_cp.worker.state import WorkerState, check_item
-from ds_cp.plan import Begin, Chunk, Sampling, StepPlan
-from ds_cp.worker.step_context import StepContext
 from ds_cp.kv.pool import KVPool
 from ds_cp.layout import Runs, assign, contiguous, total
+from ds_cp.plan import Begin, Chunk, Sampling, StepPlan
+from ds_cp.worker.state import WorkerState, check_item
+from ds_cp.worker.step_context import StepContext
 from tests.helpers.engines import engine_on, tiny_llama
 from tests.helpers.ranks import run_ranks, world_group
 
-Books = dict[str, Entry]  # scheme -> what one rank sent
+Entries = dict[str, Entry]  # scheme -> what one rank sent
 D = 16
 HEADS = [(4, 2), (9, 3), (4, 1)]
 DTYPES = [(torch.float32, 4), (torch.bfloat16, 2)]
@@ -50,12 +50,12 @@ class Case:
 Batches = Mapping[str, tuple[Sequence[int], Sequence[Case]]]  # name -> members, their cases
 
 
-def run_batches(world: World, batches: Batches) -> dict[str, list[Books]]:
-    """Per batch, what this rank's books say after each case; a rank outside runs nothing.
+def run_batches(world: World, batches: Batches) -> dict[str, list[Entries]]:
+    """Per batch, this rank's ledger after each case; a rank that is no member runs nothing.
 
-    What goes through deepspeed's ``isend`` is weighed beside them and must be the same.
+    The bytes that go through deepspeed's ``isend`` are counted too and must be the same.
     """
-    found: dict[str, list[Books]] = {}
+    found: dict[str, list[Entries]] = {}
     weighed = [0]
     send = ds_comm.isend
 
@@ -91,8 +91,10 @@ def run_case(group: Group, case: Case) -> None:
     assert [part.out.shape for part in out] == [x.shape for x in q]
 
 
-def books_of(size: int, batches: Batches, hosts: str | None = None) -> dict[str, list[list[Books]]]:
-    """Per batch and case, the books of every member."""
+def entries_of(
+    size: int, batches: Batches, hosts: str | None = None
+) -> dict[str, list[list[Entries]]]:
+    """Per batch and case, the entries of every member."""
     ranks = run_ranks(run_batches, size, batches, hosts=list(hosts) if hosts else None)
     return {
         name: [list(rows) for rows in zip(*(ranks[r][name] for r in members), strict=True)]
@@ -100,17 +102,17 @@ def books_of(size: int, batches: Batches, hosts: str | None = None) -> dict[str,
     }
 
 
-def sent(books: Sequence[Books], scheme: str) -> list[int]:
-    return [b[scheme].bytes if scheme in b else 0 for b in books]
+def sent(entries: Sequence[Entries], scheme: str) -> list[int]:
+    return [b[scheme].bytes if scheme in b else 0 for b in entries]
 
 
-def rounds(books: Sequence[Books], scheme: str) -> list[int]:
-    return [b[scheme].exchanges if scheme in b else 0 for b in books]
+def rounds(entries: Sequence[Entries], scheme: str) -> list[int]:
+    return [b[scheme].exchanges if scheme in b else 0 for b in entries]
 
 
-def crossed(books: Sequence[Books], scheme: str) -> int:
+def crossed(entries: Sequence[Entries], scheme: str) -> int:
     """Bytes between hosts, over the job."""
-    return sum(b[scheme].inter_host_bytes for b in books if scheme in b)
+    return sum(b[scheme].inter_host_bytes for b in entries if scheme in b)
 
 
 def prefill(counts: Sequence[int], layout: str = "zigzag") -> Span:
@@ -169,69 +171,70 @@ def one_host_batches() -> Batches:
 
 
 @pytest.fixture(scope="module")
-def one_host() -> dict[str, list[list[Books]]]:
-    return books_of(4, one_host_batches())
+def one_host() -> dict[str, list[list[Entries]]]:
+    return entries_of(4, one_host_batches())
 
 
-def test_local_sends_nothing(one_host: dict[str, list[list[Books]]]) -> None:
+def test_local_sends_nothing(one_host: dict[str, list[list[Entries]]]) -> None:
     assert len(one_host["local"]) == 6
-    for books in one_host["local"]:
-        assert books == [{}, {}, {}]
+    for entries in one_host["local"]:
+        assert entries == [{}, {}, {}]
 
 
-def test_ring_pass_kv(one_host: dict[str, list[list[Books]]]) -> None:
+def test_ring_pass_kv(one_host: dict[str, list[list[Entries]]]) -> None:
     """Even shards: (N-1)/N * 2*S*G*D*e a rank; uneven: (N-1) * 2*S*G*D*e over all of them."""
     cases = iter(one_host["kv"])
     for (_, num_kv), (_, e) in KINDS:
         for _ in EVEN:
-            books = next(cases)
-            assert sent(books, "ring_pass_kv") == [2 * 2 * 42 * num_kv * D * e // 3] * 3
+            entries = next(cases)
+            assert sent(entries, "ring_pass_kv") == [2 * 2 * 42 * num_kv * D * e // 3] * 3
         for _ in UNEVEN:
-            books = next(cases)
-            assert sum(sent(books, "ring_pass_kv")) == 2 * 2 * 14 * num_kv * D * e
-    for books in one_host["kv"]:
-        assert all(set(b) == {"ring_pass_kv"} for b in books)
-        assert rounds(books, "ring_pass_kv") == [2, 2, 2]
+            entries = next(cases)
+            assert sum(sent(entries, "ring_pass_kv")) == 2 * 2 * 14 * num_kv * D * e
+    for entries in one_host["kv"]:
+        assert all(set(b) == {"ring_pass_kv"} for b in entries)
+        assert rounds(entries, "ring_pass_kv") == [2, 2, 2]
     # N = 3, S = 42, G = 2, D = 16, fp32
     assert sent(one_host["kv"][0], "ring_pass_kv") == [7168] * 3
 
 
-def test_ring_pass_q(one_host: dict[str, list[list[Books]]]) -> None:
+def test_ring_pass_q(one_host: dict[str, list[list[Entries]]]) -> None:
     """(N-1)/N * T*H*D*e out in N-1 exchanges, (N-1)/N * T*H*(D*e+4) back in one."""
     cases = iter(one_host["q"])
     for (num_heads, _), (_, e) in KINDS:
         for tokens in (42, 42, 6, 14, 1, 5):
-            books = next(cases)
-            out, back = sent(books, "ring_pass_q"), sent(books, "ring_pass_q_partials")
+            entries = next(cases)
+            out, back = sent(entries, "ring_pass_q"), sent(entries, "ring_pass_q_partials")
             if tokens in (42, 6):
                 assert out == [2 * tokens * num_heads * D * e // 3] * 3
                 assert back == [2 * tokens * num_heads * (D * e + LSE) // 3] * 3
             assert sum(out) == 2 * tokens * num_heads * D * e
             assert sum(back) == 2 * tokens * num_heads * (D * e + LSE)
-            assert max(rounds(books, "ring_pass_q")) == 2
-            assert max(rounds(books, "ring_pass_q_partials")) == 1
-            assert all(set(b) <= {"ring_pass_q", "ring_pass_q_partials"} for b in books)
+            assert max(rounds(entries, "ring_pass_q")) == 2
+            assert max(rounds(entries, "ring_pass_q_partials")) == 1
+            assert all(set(b) <= {"ring_pass_q", "ring_pass_q_partials"} for b in entries)
     # N = 3, T = 42, H = 4, D = 16, fp32
     assert sent(one_host["q"][0], "ring_pass_q") == [7168] * 3
     assert sent(one_host["q"][0], "ring_pass_q_partials") == [7616] * 3
 
 
-def test_tree_on_one_host(one_host: dict[str, list[list[Books]]]) -> None:
+def test_tree_on_one_host(one_host: dict[str, list[list[Entries]]]) -> None:
     """(N-1)/N * B*H*(D*e+4) of partials and (N-1)/N * B*H*D*e of queries, one exchange each."""
     cases = iter(one_host["tree"])
     for (num_heads, _), (_, e) in KINDS:
         for tokens in (6, 42):
-            books = next(cases)
-            assert sent(books, "tree_q") == [2 * tokens * num_heads * D * e // 3] * 3
-            assert sent(books, "tree_partials") == [2 * tokens * num_heads * (D * e + LSE) // 3] * 3
-            assert rounds(books, "tree_q") == rounds(books, "tree_partials") == [1, 1, 1]
-            assert all(set(b) == {"tree_q", "tree_partials"} for b in books)
+            entries = next(cases)
+            assert sent(entries, "tree_q") == [2 * tokens * num_heads * D * e // 3] * 3
+            partials = 2 * tokens * num_heads * (D * e + LSE) // 3
+            assert sent(entries, "tree_partials") == [partials] * 3
+            assert rounds(entries, "tree_q") == rounds(entries, "tree_partials") == [1, 1, 1]
+            assert all(set(b) == {"tree_q", "tree_partials"} for b in entries)
     # N = 3, B = 6, H = 4, D = 16, fp32
     assert sent(one_host["tree"][0], "tree_q") == [1024] * 3
     assert sent(one_host["tree"][0], "tree_partials") == [1088] * 3
 
 
-def test_several_items_share_the_same_exchanges(one_host: dict[str, list[list[Books]]]) -> None:
+def test_several_items_share_the_same_exchanges(one_host: dict[str, list[list[Entries]]]) -> None:
     """Bytes of a step's items add up, rounds do not."""
     keys, tokens, num_heads, num_kv, e = 14 + 14 + 4, 14 + 1 + 1, 4, 2, 2
     kv, q, tree = one_host["mixed"]
@@ -245,12 +248,12 @@ def test_several_items_share_the_same_exchanges(one_host: dict[str, list[list[Bo
     assert rounds(tree, "tree_q") == rounds(tree, "tree_partials") == [1, 1, 1]
 
 
-def test_a_span_smaller_than_the_group(one_host: dict[str, list[list[Books]]]) -> None:
+def test_a_span_smaller_than_the_group(one_host: dict[str, list[list[Entries]]]) -> None:
     """N is the size of the span: of four ranks, 1 has nothing (nor has 3 later) and is silent."""
     num_heads, num_kv, e = 4, 2, 4
     sizes = [(3, 24, 24), (3, 16, 1), (2, 12, 1)]  # N, S, T
-    assert all(books[1] == {} for books in one_host["holes"])
-    assert all(books[3] == {} for books in one_host["holes"][6:])
+    assert all(entries[1] == {} for entries in one_host["holes"])
+    assert all(entries[3] == {} for entries in one_host["holes"][6:])
     for i, (n, keys, tokens) in enumerate(sizes):
         kv, q, tree = one_host["holes"][3 * i : 3 * i + 3]
         queries, partials = tokens * num_heads * D * e, tokens * num_heads * (D * e + LSE)
@@ -264,7 +267,7 @@ def test_a_span_smaller_than_the_group(one_host: dict[str, list[list[Books]]]) -
     assert sent(one_host["holes"][0], "ring_pass_kv") == [4096, 0, 4096, 4096]
 
 
-def test_the_example_of_the_formulas(one_host: dict[str, list[list[Books]]]) -> None:
+def test_the_example_of_the_formulas(one_host: dict[str, list[list[Entries]]]) -> None:
     """H 32, G 8, D 128, bf16, N 4. The example has S = 128K; here it is 1024, an 128th of that, and
     four queries, one a rank, where it has one: so 6.2 KB of partials a rank come four times."""
     kv, q, tree = one_host["example"]
@@ -312,58 +315,59 @@ def host_batches(groups: Mapping[str, tuple[int, ...]]) -> Batches:
 
 
 @pytest.fixture(scope="module")
-def hosts() -> dict[str, list[list[Books]]]:
-    two = books_of(8, host_batches(TWO_HOSTS), "aaaabbbb")
+def hosts() -> dict[str, list[list[Entries]]]:
+    two = entries_of(8, host_batches(TWO_HOSTS), "aaaabbbb")
     everybody = range(6)
     partly = {"partly": (everybody, [Case("tree", "kv", PARTIAL_HOSTS, (4, 2), torch.float32)])}
-    three = books_of(6, {**host_batches(THREE_HOSTS), **partly}, "aabbcc")
+    three = entries_of(6, {**host_batches(THREE_HOSTS), **partly}, "aabbcc")
     return {**two, **three}
 
 
 @pytest.mark.parametrize("name", [*TWO_HOSTS, *THREE_HOSTS])
 def test_tree_bytes_between_hosts_do_not_grow_with_the_ranks(
-    hosts: dict[str, list[list[Books]]], name: str
+    hosts: dict[str, list[list[Entries]]], name: str
 ) -> None:
     """Over the job, whatever the ranks per host: (M-1)*B*H*(D*e+4) of partials and (M-1)*B*H*D*e
     of queries, each query once per other host, in at most two rounds."""
     size, others = len(name), len(set(name)) - 1
     cases = iter(hosts[name])
     for tokens, (num_heads, _), (_, e) in itertools.product((6, 24, 27), HEADS[:2], DTYPES):
-        books = next(cases)
-        assert crossed(books, "tree_partials") == others * tokens * num_heads * (D * e + LSE)
-        assert crossed(books, "tree_q") == others * tokens * num_heads * D * e
+        entries = next(cases)
+        assert crossed(entries, "tree_partials") == others * tokens * num_heads * (D * e + LSE)
+        assert crossed(entries, "tree_q") == others * tokens * num_heads * D * e
         # Over all links every rank but the owner gets each query and answers it, once.
-        assert sum(sent(books, "tree_q")) == (size - 1) * tokens * num_heads * D * e
-        assert sum(sent(books, "tree_partials")) == (size - 1) * tokens * num_heads * (D * e + LSE)
-        assert max(rounds(books, "tree_q")) <= 2 and max(rounds(books, "tree_partials")) <= 2
+        assert sum(sent(entries, "tree_q")) == (size - 1) * tokens * num_heads * D * e
+        partials = (size - 1) * tokens * num_heads * (D * e + LSE)
+        assert sum(sent(entries, "tree_partials")) == partials
+        assert max(rounds(entries, "tree_q")) <= 2 and max(rounds(entries, "tree_partials")) <= 2
 
 
-def test_tree_sends_nothing_to_hosts_without_keys(hosts: dict[str, list[list[Books]]]) -> None:
+def test_tree_sends_nothing_to_hosts_without_keys(hosts: dict[str, list[list[Entries]]]) -> None:
     """Keys on hosts a and b only: host c hears nothing and says nothing."""
-    [books] = hosts["partly"]
-    assert books[4] == books[5] == {}
-    assert crossed(books, "tree_q") == 1 * 2 * 4 * D * 4
-    assert crossed(books, "tree_partials") == 1 * 2 * 4 * (D * 4 + LSE)
+    [entries] = hosts["partly"]
+    assert entries[4] == entries[5] == {}
+    assert crossed(entries, "tree_q") == 1 * 2 * 4 * D * 4
+    assert crossed(entries, "tree_partials") == 1 * 2 * 4 * (D * 4 + LSE)
 
 
 @pytest.mark.parametrize("name", [*TWO_HOSTS, *THREE_HOSTS])
 def test_ring_crosses_each_border_once_a_round(
-    hosts: dict[str, list[list[Books]]], name: str
+    hosts: dict[str, list[list[Entries]]], name: str
 ) -> None:
     """Of a ring's N links M cross a border, and each carries (N-1)/N * 2*S*G*D*e."""
-    [books] = hosts[f"ring {name}"]
+    [entries] = hosts[f"ring {name}"]
     per_rank = (len(name) - 1) * 2 * 6 * 2 * D * 4
-    assert sent(books, "ring_pass_kv") == [per_rank] * len(name)
-    assert crossed(books, "ring_pass_kv") == len(set(name)) * per_rank
+    assert sent(entries, "ring_pass_kv") == [per_rank] * len(name)
+    assert crossed(entries, "ring_pass_kv") == len(set(name)) * per_rank
 
 
 # --- the engine: one step, then whole requests
 
 
-def ship(world: World) -> list[Books]:
+def ship(world: World) -> list[Entries]:
     """Two layers, two requests: 12 new tokens owned 4 / 4 / 4 with homes 12 / 0 / 0, and 9 new ones
     over 5 earlier, owned 3 / 3 / 3 with homes 0 / 5 / 4."""
-    group, books = world_group(world), []
+    group, entries = world_group(world), []
     requests = [
         _shipped(0, [], [4, 4, 4], [12, 0, 0]),
         _shipped(1, [2, 3, 0], [3, 3, 3], [0, 5, 4]),
@@ -384,8 +388,8 @@ def ship(world: World) -> list[Books]:
             q = torch.randn(1, 4, step.num_rows, D).to(dtype)
             k, v = (torch.randn(1, 2, step.num_rows, D).to(dtype) for _ in "kv")
             step.attend(layer, q, k, v)
-        books.append(world.ledger.schemes())
-    return books
+        entries.append(world.ledger.schemes())
+    return entries
 
 
 def _shipped(
@@ -410,11 +414,11 @@ def test_ship_kv_costs_one_kv_per_moved_token() -> None:
     """2*G*D*e per layer for each token whose home is not its owner, in one exchange a layer."""
     # Request 0: ranks 1 and 2 move 4 each. Request 1: positions 5-7, 8-10, 11-13 are owned by ranks
     # 0, 1, 2 and live on rank 1 (5-9) and rank 2 (10-13): rank 0 moves 3, rank 1 moves 1.
-    for (_, e), *books in zip(DTYPES, *run_ranks(ship, 3), strict=True):
+    for (_, e), *entries in zip(DTYPES, *run_ranks(ship, 3), strict=True):
         one = 2 * 2 * D * e  # K and V of a token: 2 KV heads
         layers = 2
-        assert sent(books, "ship_kv") == [layers * 3 * one, layers * 5 * one, layers * 4 * one]
-        assert max(rounds(books, "ship_kv")) <= 2 * layers  # one per request and layer
+        assert sent(entries, "ship_kv") == [layers * 3 * one, layers * 5 * one, layers * 4 * one]
+        assert max(rounds(entries, "ship_kv")) <= 2 * layers  # one per request and layer
 
 
 SHORT = [[1, 2, 3, 4, 5], [7] * 20, list(range(100, 128)), [9]]
@@ -447,8 +451,8 @@ ENGINES: dict[str, tuple[list[list[int]], dict[str, Any]]] = {
 }
 
 
-def generate(world: World) -> dict[str, tuple[list[list[int]], Books]]:
-    """Greedy tokens (rank 0) and this rank's books of each engine."""
+def generate(world: World) -> dict[str, tuple[list[list[int]], Entries]]:
+    """Greedy tokens (rank 0) and this rank's entries of each engine."""
     found = {}
     for name, (prompts, config) in ENGINES.items():
         engine = engine_on(world, tiny_llama(), config)
@@ -472,8 +476,8 @@ def greedy(prompts: list[list[int]]) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def engines() -> dict[str, list[Books]]:
-    """Every engine's books, by rank, once its tokens have been found right."""
+def engines() -> dict[str, list[Entries]]:
+    """Every engine's entries, by rank, once its tokens have been found right."""
     ranks = run_ranks(generate, 3)
     for name, (prompts, _) in ENGINES.items():
         assert ranks[0][name][0] == greedy(prompts), name
@@ -482,39 +486,39 @@ def engines() -> dict[str, list[Books]]:
 
 @pytest.mark.parametrize("name", ["auto", "local"])
 def test_local_requests_put_nothing_on_the_wire_in_attention(
-    engines: dict[str, list[Books]], name: str
+    engines: dict[str, list[Entries]], name: str
 ) -> None:
     """Whichever rank they live on: plans go out, tokens come back, and that is all."""
-    books = engines[name]
-    assert all(set(b) <= {"plan", "result"} for b in books)
-    assert sent(books, "plan")[1:] == [0, 0] and sent(books, "result")[0] == 0
+    entries = engines[name]
+    assert all(set(b) <= {"plan", "result"} for b in entries)
+    assert sent(entries, "plan")[1:] == [0, 0] and sent(entries, "result")[0] == 0
     # Four requests of NEW tokens, token and log-probability in fp64 each; some live elsewhere.
-    back = sum(sent(books, "result"))
+    back = sum(sent(entries, "result"))
     assert 0 < back <= 4 * NEW * 2 * 8 and back % (NEW * 2 * 8) == 0
 
 
 def test_spanning_requests_cost_the_formulas_in_every_layer(
-    engines: dict[str, list[Books]],
+    engines: dict[str, list[Entries]],
 ) -> None:
     """96 tokens in three even shares by ring; then NEW - 1 decode steps by tree."""
-    books, e = engines["spanning"], 4
-    assert sent(books, "ring_pass_kv") == [LAYERS * 2 * 2 * 96 * 2 * D * e // 3] * 3
-    assert rounds(books, "ring_pass_kv") == [LAYERS * 2] * 3
+    entries, e = engines["spanning"], 4
+    assert sent(entries, "ring_pass_kv") == [LAYERS * 2 * 2 * 96 * 2 * D * e // 3] * 3
+    assert rounds(entries, "ring_pass_kv") == [LAYERS * 2] * 3
     steps = NEW - 1
-    assert sum(sent(books, "tree_q")) == steps * LAYERS * 2 * 4 * D * e
-    assert sum(sent(books, "tree_partials")) == steps * LAYERS * 2 * 4 * (D * e + LSE)
-    assert max(rounds(books, "tree_q")) == max(rounds(books, "tree_partials")) == steps * LAYERS
+    assert sum(sent(entries, "tree_q")) == steps * LAYERS * 2 * 4 * D * e
+    assert sum(sent(entries, "tree_partials")) == steps * LAYERS * 2 * 4 * (D * e + LSE)
+    assert max(rounds(entries, "tree_q")) == max(rounds(entries, "tree_partials")) == steps * LAYERS
     attention = {"ring_pass_kv", "tree_q", "tree_partials"}
     # Every token is drawn where the next one is computed, so none of them travels either.
-    assert all(set(b) <= {"plan", "result"} | attention for b in books)
+    assert all(set(b) <= {"plan", "result"} | attention for b in entries)
 
 
-def test_kv_travels_home_once(engines: dict[str, list[Books]]) -> None:
+def test_kv_travels_home_once(engines: dict[str, list[Entries]]) -> None:
     """All 96 live on rank 0 and are computed 32 / 32 / 32: 64 of them travel."""
     one = 2 * 2 * D * 4
     assert sent(engines["unequal"], "ship_kv") == [0, LAYERS * 32 * one, LAYERS * 32 * one]
 
 
-def test_a_drawn_token_travels_to_who_computes_it(engines: dict[str, list[Books]]) -> None:
-    """The prompt's last token is computed on rank 2 and all streams on rank 0: one int64, once."""
+def test_a_drawn_token_travels_to_who_computes_it(engines: dict[str, list[Entries]]) -> None:
+    """The prompt's last token is computed on rank 2, all decoding on rank 0: one int64, once."""
     assert sent(engines["unequal"], "next_token") == [0, 0, 8]

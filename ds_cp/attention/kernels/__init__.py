@@ -5,8 +5,9 @@ positions ``q_runs`` over S keys at ``k_runs``, causal and windowed by position,
 fp32, ``(0, -inf)`` for a query that sees nothing. Sinks are not the kernel's: they enter once, at
 the end.
 
-``kernel.rows(q_BHD, k_BGSD, v_BGSD, padding, spec) -> Partial``: attention of B queries, each over
-keys of its own, at least one, all of which it sees.
+``kernel.rows(q_BHD, k_BGSD, v_BGSD, padding, spec) -> Partial``: attention of B queries, query b
+over the first ``padding.lengths[b]`` keys of its own row (at least one), without any mask by
+position.
 """
 
 from __future__ import annotations

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from ds_cp.attention.spec import LayerSpec, Padding
-from ds_cp.attention.state import NEG_INF, Partial
+from ds_cp.attention.state import NEG_INF, Partial, split_heads
 from ds_cp.layout import Runs
 
-SCORE_BYTES = 64 * 2**20  # scores held at once; rows are taken in slices that fit
+SCORE_BYTES = 64 * 2**20  # bytes of fp32 scores held at once; rows are computed in slices that fit
 
 
 def run_positions(runs: Runs, device: torch.device) -> torch.Tensor:
@@ -35,7 +35,6 @@ def reference_kernel(
     out = torch.zeros(num_tokens, num_heads, head_dim, dtype=compute, device=q_THD.device)
     lse = torch.full((num_tokens, num_heads), NEG_INF, dtype=compute, device=q_THD.device)
     if num_tokens and num_keys:
-        fold = num_heads // num_kv_heads
         k_GDS = k_SGD.to(compute).permute(1, 2, 0)
         v_GSD = v_SGD.to(compute).permute(1, 0, 2)
         q_pos = run_positions(q_runs, q_THD.device)
@@ -43,7 +42,8 @@ def reference_kernel(
         step = max(1, SCORE_BYTES // (num_heads * num_keys * 4))
         for low in range(0, num_tokens, step):
             rows = slice(low, min(low + step, num_tokens))
-            q_GxD = q_THD[rows].to(compute).unflatten(1, (num_kv_heads, fold)).permute(1, 2, 0, 3)
+            grouped = split_heads(q_THD[rows].to(compute), num_kv_heads)
+            q_GxD = grouped.permute(1, 2, 0, 3)
             scores = torch.matmul(q_GxD, k_GDS.unsqueeze(1)) * spec.scale  # [G, H/G, t, S]
             if spec.softcap is not None:
                 scores = spec.softcap * torch.tanh(scores / spec.softcap)
@@ -70,7 +70,7 @@ def reference_rows(
     spec: LayerSpec,
 ) -> Partial:
     """Softmax attention of one query per row over its own keys, computed in fp32."""
-    q_BGFD = q_BHD.float().unflatten(1, (spec.num_kv_heads, -1))
+    q_BGFD = split_heads(q_BHD.float(), spec.num_kv_heads)
     scores = torch.matmul(q_BGFD, k_BGSD.float().transpose(2, 3)) * spec.scale  # [B, G, H/G, S]
     if spec.softcap is not None:
         scores = spec.softcap * torch.tanh(scores / spec.softcap)

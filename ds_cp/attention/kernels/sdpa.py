@@ -1,6 +1,6 @@
-"""torch's own fused attention, the ones that return the log-sum-exp, on CPU and on CUDA.
+"""torch's own fused attention operators that return the log-sum-exp, on CPU and on CUDA.
 
-What is known of these operators, and handled here and nowhere else (torch 2.13):
+Their peculiarities, handled here and nowhere else (torch 2.13):
 - CPU flash: ``is_causal`` is top-left aligned, so it is used for squares only; a row that sees
   nothing gets out 0 and lse **0**, which is set to -inf here; masks must be float.
 - CPU flash reads grouped KV heads without expansion, but with few query rows it is several times
@@ -18,12 +18,12 @@ import torch
 
 from ds_cp.attention.kernels.reference import reference_kernel, reference_rows
 from ds_cp.attention.spec import LayerSpec, Padding
-from ds_cp.attention.state import NEG_INF, Partial, empty_partial, merge_all
+from ds_cp.attention.state import NEG_INF, Partial, empty_partial, merge_all, split_heads
 from ds_cp.attention.tiles import Tile, cover
 from ds_cp.layout import Runs
 
-OP_ROWS = 32  # query rows that the CPU operator takes as one task while there are few
-PART_KEYS = 1536  # keys at least, for a part to be worth the merge
+OP_ROWS = 32  # query rows of one task of the CPU operator, while there are few rows
+PART_KEYS = 1536  # keys of a part at least; with fewer the merge costs more than it saves
 
 
 def sdpa_kernel(
@@ -68,7 +68,7 @@ def sdpa_rows(
     rows."""
     if spec.softcap is not None:
         return reference_rows(q_BHD, k_BGSD, v_BGSD, padding, spec)
-    q_BGFD = q_BHD.unflatten(1, (spec.num_kv_heads, -1))
+    q_BGFD = split_heads(q_BHD, spec.num_kv_heads)
     if q_BHD.device.type == "cpu":
         out, lse = _cpu_op(q_BGFD, k_BGSD, v_BGSD, spec.scale, padding.mask, False)
     else:
@@ -132,7 +132,7 @@ def _folded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: LayerSpec) 
     if num_tokens == 1:  # a decode step: the fold is a view
         rows = q.reshape(spec.num_kv_heads, fold, head_dim)
     else:
-        rows = q.unflatten(1, (spec.num_kv_heads, fold)).permute(1, 2, 0, 3).flatten(1, 2)
+        rows = split_heads(q, spec.num_kv_heads).permute(1, 2, 0, 3).flatten(1, 2)
     parts = _parts(spec.num_kv_heads * -(-rows.shape[1] // OP_ROWS), k) if op is _cpu_op else 1
     if parts > 1:
         out, lse = _in_parts(rows, k, v, spec.scale, parts)
@@ -140,14 +140,15 @@ def _folded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: LayerSpec) 
         out, lse = op(rows.unsqueeze(0), _heads_first(k), _heads_first(v), spec.scale, None, False)
     if num_tokens == 1:
         return Partial(out.reshape(1, num_heads, head_dim), lse.reshape(1, num_heads))
-    out = out[0].unflatten(1, (fold, num_tokens)).permute(2, 0, 1, 3).flatten(1, 2)
-    lse = lse[0].unflatten(1, (fold, num_tokens)).permute(2, 0, 1).flatten(1, 2)
+    by_head = (spec.num_kv_heads, fold, num_tokens)
+    out = out[0].reshape(*by_head, head_dim).permute(2, 0, 1, 3).flatten(1, 2)
+    lse = lse[0].reshape(by_head).permute(2, 0, 1).flatten(1, 2)
     return Partial(out, lse)
 
 
 def _parts(tasks: int, k_SGD: torch.Tensor) -> int:
-    """Into how many parts the CPU operator's keys should be cut. It deals out whole (head, rows)
-    tasks to threads, and a few of them do not divide evenly: 3 KV heads keep 2 threads busy for the
+    """The number of parts to cut the CPU operator's keys into. It deals out whole (head, rows)
+    tasks to threads, and a few tasks do not divide evenly: 3 KV heads keep 2 threads busy for the
     time of 4. Each part of the keys is a task of its own."""
     threads = torch.get_num_threads()
     if tasks >= 8 * threads or tasks % threads == 0:
@@ -161,7 +162,9 @@ def _in_parts(
     """Attention over equal parts of the keys side by side and over the few that are left, merged
     (split-KV, as flash-decoding does it). ``[1, G, R, D]`` fp32 and ``[1, G, R]``."""
     each = k_SGD.shape[0] // parts
-    k, v = (x[: parts * each].unflatten(0, (parts, each)).transpose(1, 2) for x in (k_SGD, v_SGD))
+    k, v = (
+        x[: parts * each].view(parts, each, *x.shape[1:]).transpose(1, 2) for x in (k_SGD, v_SGD)
+    )
     out, lse = _cpu_op(rows_GRD.expand(parts, -1, -1, -1), k, v, scale, None, False)
     if parts * each < k_SGD.shape[0]:
         k, v = (_heads_first(x[parts * each :]) for x in (k_SGD, v_SGD))
@@ -192,9 +195,10 @@ def _cpu_op(
     mask: torch.Tensor | None,
     causal: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, 0.0, causal, attn_mask=mask, scale=scale
     )
+    return out, lse
 
 
 def _cuda_op(

@@ -17,8 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_cp.attention import BatchedDecode, Kernel, LayerSpec, get_kernel
-from ds_cp.attention import batched_decode as streams
+from ds_cp.attention import BatchedDecode, Kernel, LayerSpec, batched_decode, get_kernel
 from ds_cp.attention.kernels.reference import reference_kernel, reference_rows
 from ds_cp.attention.kernels.sdpa import sdpa_kernel, sdpa_rows
 from tests.helpers.oracle import full_attention
@@ -31,7 +30,7 @@ KERNELS = {
 HEADS = [(4, 4), (6, 2), (9, 3), (5, 1)]
 D = 16
 LIMITS = {torch.float32: 2e-6, torch.bfloat16: 2 * 2**-8, torch.float16: 2 * 2**-11}
-HOW = "run `pytest -m gpu tests/unit/test_streams.py` on a machine with a CUDA device"
+HOW = "run `pytest -m gpu tests/unit/attention` on a machine with a CUDA device"
 Extents = list[tuple[int, int]]
 
 
@@ -45,7 +44,7 @@ def check(
     device: torch.device = CPU,
     dim: int = D,
 ) -> BatchedDecode:
-    """Every row against fp64. What no sequence holds is NaN: nobody may read it."""
+    """Every row against fp64. Slots that no sequence holds are NaN and must not be read."""
     gen = torch.Generator().manual_seed(3)
     num_q, num_kv = heads
     slots = max(slot + n for parts in extents for slot, n in parts) + 3
@@ -115,7 +114,7 @@ def test_lengths_are_grouped_within_their_bounds(monkeypatch: pytest.MonkeyPatch
     attention = check(KERNELS["sdpa"], MIXED, (6, 2), torch.float32)
     [groups] = attention._groups.values()
     assert [group.rows.tolist() for group in groups] == [[3], [0], [1, 2, 4]]
-    monkeypatch.setattr(streams, "GATHERED", 400)
+    monkeypatch.setattr(batched_decode, "GATHERED", 400)
     attention = check(KERNELS["sdpa"], MIXED, (6, 2), torch.float32)
     [groups] = attention._groups.values()
     assert [len(group.rows) for group in groups] == [1, 1, 2, 1]

@@ -33,7 +33,7 @@ HEADS = [(4, 4), (6, 2), (9, 3), (5, 1)]
 D = 16
 # Largest error of out, relative to the largest reference value; 2 ulps at that scale for halves.
 LIMITS = {torch.float32: 2e-6, torch.bfloat16: 2 * 2**-8, torch.float16: 2 * 2**-11}
-HOW = "run `pytest -m gpu tests/unit/test_kernels.py` on a machine with a CUDA device"
+HOW = "run `pytest -m gpu tests/unit/attention/test_kernels.py` on a machine with a CUDA device"
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason=f"no CUDA device: {HOW}")
 needs_flash = pytest.mark.skipif(
     importlib.util.find_spec("flash_attn") is None,
