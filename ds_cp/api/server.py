@@ -1,4 +1,4 @@
-"""The listening socket and the server loop. Signals and processes belong to the agent."""
+"""The listening socket and the server loop. Signals and processes belong to the supervisor."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def bind(host: str, port: int) -> socket.socket:
         raise LaunchError(f"cannot listen on {where}: a port is from 0 to 65535; set server.port")
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+    except (OSError, UnicodeError) as err:
+        reason = getattr(err, "strerror", None) or str(err)
         raise LaunchError(
             f"cannot listen on {where}: {reason}; set server.host to an address of this machine, "
             "such as 127.0.0.1"
@@ -52,21 +52,21 @@ def bind(host: str, port: int) -> socket.socket:
         listener.bind(address)
         listener.listen(BACKLOG)
         listener.setblocking(False)
-    except OSError as error:
+    except OSError as err:
         listener.close()
-        raise LaunchError(f"cannot listen on {where}: {_way_out(error, port)}") from None
+        raise LaunchError(f"cannot listen on {where}: {_way_out(err, port)}") from None
     return listener
 
 
-def _way_out(error: OSError, port: int) -> str:
-    code = error.errno
+def _way_out(err: OSError, port: int) -> str:
+    code = err.errno
     if code == errno.EADDRINUSE:
         return f"port {port} is in use; choose another with server.port, or stop what holds it"
     if code == errno.EADDRNOTAVAIL:
         return "it is no address of this machine; set server.host, such as 127.0.0.1"
     if code == errno.EACCES:
         return f"port {port} is not allowed for this user; choose one from 1024 to 65535"
-    return f"{error.strerror}; check server.host and server.port"
+    return f"{err.strerror}; check server.host and server.port"
 
 
 class Connection(H11Protocol):
@@ -143,7 +143,7 @@ class Connection(H11Protocol):
 
 
 class _Server(uvicorn.Server):
-    """uvicorn without signal handlers: the agent owns signals."""
+    """uvicorn without signal handlers: the supervisor owns signals."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -16,9 +16,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
+from ds_cp.batch.asgi_client import Headers
 from ds_cp.batch.files import AnswerFile, ErrorFile, open_answers
-from ds_cp.batch.format import read_requests
-from ds_cp.batch.runner import INTERRUPTED, BatchReport, Headers, Problem, run_batch
+from ds_cp.batch.format import Problem, read_requests
+from ds_cp.batch.runner import INTERRUPTED, BatchReport, run_batch
 from ds_cp.cli.generate import own_stdout
 from ds_cp.cli.job import find_job, job_config, start_ranks, starts_ranks
 from ds_cp.config import Config
@@ -28,17 +29,18 @@ from ds_cp.text import shorten
 from ds_cp.topology.job import Job, peek_rank
 
 STDOUT = "-"
-STOP_S = 15.0  # to cut off what is in flight and let the ranks leave
-MAX_CONCURRENCY = 4096
-ENVELOPE_BYTES = 1 << 16  # what a line may have around its body
-COUNTED_BYTES = 1 << 30  # a larger file is not read through for the sake of the progress line
+# Seconds that ranks get after a signal to cut off what is in flight and leave.
+STOP_S = 15.0
+MAX_CONCURRENCY = 4096  # requests in flight
+ENVELOPE_BYTES = 1 << 16  # bytes of a line around its body, at most
+COUNTED_BYTES = 1 << 30  # bytes of IN whose lines are counted for the progress line, at most
 
 
 def batch(args: argparse.Namespace, env: Mapping[str, str]) -> int:
     """Answer every line of a file. Returns the exit code."""
     config = job_config(args, {}, env)
     concurrency = _concurrency(args.concurrency, config)
-    if peek_rank(env) == 0:  # the other ranks need not have the files on their host
+    if peek_rank(env) == 0:  # only rank 0's host needs the files
         _check_paths(args)
     if starts_ranks(args, env):
         return start_ranks(args, config, env, STOP_S)
@@ -76,8 +78,8 @@ def _check_paths(args: argparse.Namespace) -> None:
             raise LaunchError(f"{source} is not a regular file: to resume, a batch is read again")
         with open(source, "rb"):
             pass
-    except OSError as error:
-        raise LaunchError(f"cannot read {source}: {error.strerror or error}") from None
+    except OSError as err:
+        raise LaunchError(f"cannot read {source}: {err.strerror or err}") from None
     if facts.st_size == 0:
         raise RequestError(f"{source} is empty; give one request a line")
     if target == STDOUT:
@@ -104,7 +106,7 @@ class _Lead:
         self._concurrency = concurrency
         self._out = out
         self._received: list[int] = []
-        self._report = BatchReport()  # the latest
+        self._report = BatchReport()  # of the lines done so far
 
     def run(self) -> int:
         source, target = self._args.input, self._args.output
@@ -197,7 +199,7 @@ class _Lead:
 
 
 def summary(report: BatchReport, source: str, target: str, errors: str | None) -> list[str]:
-    """What became of a batch, for people: the counts, and the first lines that went wrong."""
+    """Lines for people: the counts of a batch, and the first lines that went wrong."""
     rate = report.completion_tokens / report.seconds if report.seconds else 0.0
     counts = [f"{report.answered} answered", f"{report.refused} refused"]
     counts += [f"{report.failed} failed"] if report.failed else []
@@ -226,7 +228,7 @@ def summary(report: BatchReport, source: str, target: str, errors: str | None) -
 
 @contextlib.contextmanager
 def _signals(on_signal: Callable[[int], None]) -> Iterator[None]:
-    """Ctrl-C and SIGTERM call ``on_signal`` in the running loop meanwhile."""
+    """Inside the block, Ctrl-C and SIGTERM call ``on_signal`` in the running loop."""
     loop = asyncio.get_running_loop()
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.getsignal(number) for number in numbers}
@@ -242,7 +244,8 @@ def _signals(on_signal: Callable[[int], None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _progress(source: str) -> Iterator[Callable[[BatchReport], None]]:
-    """What shows a report on one line of stderr, where that is a terminal."""
+    """A function that shows a report on one line of stderr; it does nothing where stderr is no
+    terminal."""
     if not sys.stderr.isatty():
         yield lambda report: None
         return
@@ -268,7 +271,7 @@ def _progress(source: str) -> Iterator[Callable[[BatchReport], None]]:
 
 
 def _count_lines(source: str) -> int | None:
-    """Lines of a file, or None when it is too large to be read for that."""
+    """Lines of a file; ``None`` above ``COUNTED_BYTES``, since counting reads it whole."""
     if os.path.getsize(source) > COUNTED_BYTES:
         return None
     count, last = 0, b"\n"

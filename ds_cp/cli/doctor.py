@@ -1,6 +1,6 @@
 """``ds-cp doctor``: what this machine has, with a mark and a fix for what is missing.
 
-Packages that may be broken are looked at in a child process with a deadline: a torch that does not
+Child processes with a deadline import the packages that may be broken: a torch that does not
 import, or an MPI that hangs, becomes a line of the report.
 """
 
@@ -27,9 +27,9 @@ import psutil
 from ds_cp.cli.config import installed_version
 from ds_cp.version import __version__
 
-PROBE_S = 60.0
-ROUND_TRIPS = 300
-LEAST_DEEPSPEED = (0, 19, 8)
+PROBE_S = 60.0  # seconds that a child process gets to answer
+ROUND_TRIPS = 300  # of one byte each, whose median is reported
+MIN_DEEPSPEED = (0, 19, 8)
 MARKS = {"ok": "[ok]  ", "note": "[note]", "fail": "[FAIL]"}
 
 _TORCH = """
@@ -93,8 +93,8 @@ def run_probe(command: list[str]) -> tuple[bool, str]:
         )
     except subprocess.TimeoutExpired:
         return False, f"no answer within {PROBE_S:g} s"
-    except OSError as error:
-        return False, error.strerror or str(error)
+    except OSError as err:
+        return False, err.strerror or str(err)
     good = done.returncode == 0
     lines = (done.stdout if good else done.stderr or done.stdout).strip().splitlines()
     return good, lines[0 if good else -1].strip() if lines else f"exit code {done.returncode}"
@@ -156,12 +156,12 @@ def _torch(env: Mapping[str, str]) -> list[Check]:
 
 
 def _deepspeed(env: Mapping[str, str]) -> list[Check]:
-    least = ".".join(map(str, LEAST_DEEPSPEED))
+    least = ".".join(map(str, MIN_DEEPSPEED))
     found = installed_version("deepspeed")
     fix = f"pip install 'deepspeed>={least}'"
     if found is None:
         return [Check("deepspeed", "fail", "not installed", fix)]
-    if _release(found) < LEAST_DEEPSPEED:
+    if _release(found) < MIN_DEEPSPEED:
         old = f"{found}, older than {least}: its isend and irecv block"
         return [Check("deepspeed", "fail", old, fix)]
     program = _program("deepspeed", env)
@@ -218,8 +218,8 @@ def _loopback(env: Mapping[str, str]) -> list[Check]:
     fix = "let processes of this user listen and connect on 127.0.0.1"
     try:
         median_us = loopback_round_trip_us()
-    except OSError as error:
-        return [Check("loopback", "fail", error.strerror or str(error), fix)]
+    except OSError as err:
+        return [Check("loopback", "fail", err.strerror or str(err), fix)]
     return [Check("loopback", "ok", f"TCP round trip {median_us:.0f} us (median)", fix)]
 
 

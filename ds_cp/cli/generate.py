@@ -19,13 +19,13 @@ from ds_cp.cli.prompts import Prompts, read_prompts
 from ds_cp.outputs import RequestOutput
 from ds_cp.topology.job import peek_rank
 
-STOP_S = 10.0
+STOP_S = 10.0  # seconds that ranks get after a signal to leave
 
 
 def generate(args: argparse.Namespace, env: Mapping[str, str]) -> int:
     """Complete every prompt and print the results. Returns the exit code."""
     config = job_config(args, {}, env)
-    # The other ranks follow rank 0, and need not have the file on their host.
+    # Only rank 0's host needs the file: the other ranks follow rank 0.
     prompts = read_prompts(args) if peek_rank(env) == 0 else Prompts()
     if starts_ranks(args, env):
         return start_ranks(args, config, env, STOP_S)
@@ -50,8 +50,9 @@ def generate(args: argparse.Namespace, env: Mapping[str, str]) -> int:
 
 @contextmanager
 def _ended_by_ctrl_c() -> Iterator[None]:
-    """Ctrl-C ends this rank at once, also while it waits in a collective, where Python would not
-    look; a tidy way out would meet ranks that have left already. Nothing is lost by it."""
+    """Inside the block, Ctrl-C ends this rank by the signal's default action. Python's own handler
+    would not run while the rank waits in a collective, and results are written only at the end, so
+    nothing is lost."""
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         yield

@@ -1,4 +1,4 @@
-"""What ``serve`` and ``generate`` share: the config of a job, early checks, starting its ranks."""
+"""What ``serve``, ``generate`` and ``batch`` share: a job's config, early checks, its ranks."""
 
 from __future__ import annotations
 
@@ -21,8 +21,11 @@ from ds_cp.topology.mpi import launched_by_mpi
 def job_config(
     args: argparse.Namespace, overrides: Mapping[str, Any], env: Mapping[str, str]
 ) -> Config:
-    """The config with what the command line replaces. On rank 0 the model is there and whole, or is
-    a hub name; the others' models are looked at where one rank can speak for all."""
+    """The config, with the values that the command line replaces.
+
+    On rank 0 a local model is checked here: ``ModelError`` when it is missing or not whole. The
+    other ranks check theirs while they load, where the ranks agree on one error.
+    """
     given = {key: value for key, value in overrides.items() if value is not None}
     if args.model is not None:
         given["model"] = args.model
@@ -50,10 +53,10 @@ def check_address(config: Config) -> None:
         try:
             probe.bind(address)
             probe.listen(1)
-        except OSError as error:
+        except OSError as err:
             raise LaunchError(
-                f"cannot listen on {host} port {port} ({error.strerror or error}); choose another "
-                f"with --port N or server.port, 0 takes any free one"
+                f"cannot listen on {host} port {port} ({err.strerror or err}); "
+                f"choose another with --port N or server.port, 0 takes any free one"
             ) from None
 
 
@@ -65,8 +68,8 @@ def starts_ranks(args: argparse.Namespace, env: Mapping[str, str]) -> bool:
         raise LaunchError(f"--ranks is {args.ranks}; it must be from 1 to {MAX_RANKS}")
     if "RANK" in env or launched_by_mpi(env):
         raise LaunchError(
-            f"--ranks {args.ranks} starts the ranks itself, but a launcher has started this "
-            f"process already; leave --ranks out"
+            f"--ranks {args.ranks} starts the ranks itself, "
+            f"but a launcher has started this process already; leave --ranks out"
         )
     return True
 
@@ -95,7 +98,7 @@ def find_job(config: Config, env: Mapping[str, str]) -> Job:
         resolve_grid(Topology(job.hosts), *sizes)
     elif sizes[0] != "auto" and sizes[0] * sizes[1] != job.world_size:
         raise TopologyError(
-            f"context_parallel.size {sizes[0]} x tensor_parallel.tp_size {sizes[1]} does not make "
-            f"the {job.world_size} ranks of the job"
+            f"context_parallel.size {sizes[0]} x tensor_parallel.tp_size {sizes[1]} "
+            f"does not make the {job.world_size} ranks of the job"
         )
     return job

@@ -16,9 +16,10 @@ from types import FrameType
 from ds_cp.errors import LaunchError
 
 LAUNCHER = "ds-cp"
-POLL_S = 0.05
-# Between SIGTERM and SIGKILL when a rank has failed. Mostly the others have noticed by then; but in
-# one case of some hundred, under load, gloo misses that a peer is gone and waits comm.timeout_s.
+POLL_S = 0.05  # seconds between looks at the ranks
+# Seconds between SIGTERM and SIGKILL when a rank has failed. Most ranks end by themselves within
+# them; about once in a hundred failures under load, gloo misses that a peer is gone and waits
+# comm.timeout_s.
 FAILURE_GRACE_S = 5.0
 _PR_SET_PDEATHSIG = 1
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -27,9 +28,10 @@ _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 def spawn(command: Sequence[str], ranks: int, env: Mapping[str, str], *, grace_s: float) -> int:
     """Run ``command`` on ``ranks`` ranks and wait for all of them; the exit code of the job.
 
-    SIGINT, SIGTERM and SIGHUP go on to every rank, which then has ``grace_s`` seconds to end; a
-    second one ends them at once. When a rank fails the others are ended. A rank dies with this
-    process, and what a rank leaves behind in its own session dies with the rank.
+    SIGINT, SIGTERM and SIGHUP are passed on to every rank, which then has ``grace_s`` seconds to
+    end; a second signal kills them at once. When a rank fails, the others are ended. The kernel
+    kills the ranks when this process dies, and processes that a rank leaves behind in its session
+    are killed with it.
 
     ``LaunchError`` when a process cannot be started.
     """
@@ -75,13 +77,13 @@ class _Ranks:
                     start_new_session=True,
                     preexec_fn=prepare,
                 )
-            except OSError as error:
+            except OSError as err:
                 raise LaunchError(
-                    f"cannot start rank {rank} of {ranks}: {error.strerror or error}"
+                    f"cannot start rank {rank} of {ranks}: {err.strerror or err}"
                 ) from None
 
     def step(self) -> None:
-        """Look once: pass on signals, collect the dead, end the rest where that is due."""
+        """Pass on new signals, reap ranks that have ended, kill the rest past the deadline."""
         for number in self._received[self._handled :]:
             self._handled += 1
             if self._handled > 1:
@@ -95,7 +97,7 @@ class _Ranks:
             self.kill()
 
     def kill(self) -> None:
-        """End everything that is left, now."""
+        """Kill every rank that is left."""
         for rank in list(self.alive):
             self._collect(rank)
 
@@ -119,7 +121,7 @@ class _Ranks:
     def _collect(self, rank: int) -> None:
         """Reap one rank, after killing what is left of its session.
 
-        The order matters: as long as the rank is not reaped, its process group cannot be another's.
+        In this order: until the rank is reaped, no other process group can have its number.
         """
         process = self.alive.pop(rank)
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -133,13 +135,13 @@ class _Ranks:
 
 @contextlib.contextmanager
 def _recorded_signals() -> Iterator[list[int]]:
-    """Signals that arrive meanwhile are noted in the list instead of ending this process."""
+    """Inside the block, signals are appended to the list instead of ending this process."""
     received: list[int] = []
 
-    def note(number: int, frame: FrameType | None) -> None:
+    def record(number: int, frame: FrameType | None) -> None:
         received.append(number)
 
-    before = {number: signal.signal(number, note) for number in _FORWARDED}
+    before = {number: signal.signal(number, record) for number in _FORWARDED}
     try:
         yield received
     finally:

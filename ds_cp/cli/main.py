@@ -1,6 +1,6 @@
 """The ``ds-cp`` command: parse, run one verb, turn errors into one line and an exit code.
 
-No torch here: a bad config, prompt or port is told before anything heavy is imported.
+No torch here: a bad config, prompt or port is refused before anything heavy is imported.
 """
 
 from __future__ import annotations
@@ -11,13 +11,16 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from typing import NoReturn
+from typing import NoReturn, TypeAlias
 
 from ds_cp.errors import DsCpError, LaunchError
 from ds_cp.topology.job import peek_rank
 
 Verb = Callable[[argparse.Namespace, Mapping[str, str]], int]
-HEAD_START_S = 1.0  # rank 0 tells the cause; a launcher that ends the job on the first exit waits
+Verbs: TypeAlias = "argparse._SubParsersAction[_Parser]"  # what add_subparsers gives
+# Seconds that a failing rank other than 0 waits before it exits: rank 0 prints the cause, and some
+# launchers end the job at the first exit.
+HEAD_START_S = 1.0
 INTERRUPTED = 130
 
 
@@ -46,20 +49,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = build_parser().parse_args(argv)
         verb: Verb = args.verb
         return verb(args, env)
-    except DsCpError as error:
+    except DsCpError as err:
         if rank == 0:
-            _say(f"ds_cp: error: {' '.join(str(error).split())}")
+            _say(f"ds_cp: error: {' '.join(str(err).split())}")
         else:
             time.sleep(HEAD_START_S)
-        return error.exit_code
+        return err.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our stdout has left, as in "| head"
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except Exception as error:
+    except Exception as err:
         traceback.print_exc()
-        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        what = f"{type(err).__name__}: {' '.join(str(err).split())}"
         _say(f"ds_cp: error: internal error on rank {rank}, please report it: {what}")
         return 1
 
@@ -101,7 +104,7 @@ def _add_job_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
 
 
-def _add_serve(verbs: argparse._SubParsersAction) -> None:
+def _add_serve(verbs: Verbs) -> None:
     serve = verbs.add_parser("serve", help="serve a model over HTTP", allow_abbrev=False)
     _add_job_options(serve)
     serve.add_argument("--host", help="instead of the config's server.host")
@@ -109,7 +112,7 @@ def _add_serve(verbs: argparse._SubParsersAction) -> None:
     serve.set_defaults(verb=_serve)
 
 
-def _add_generate(verbs: argparse._SubParsersAction) -> None:
+def _add_generate(verbs: Verbs) -> None:
     generate = verbs.add_parser("generate", help="complete prompts", allow_abbrev=False)
     _add_job_options(generate)
     source = generate.add_mutually_exclusive_group(required=True)
@@ -136,7 +139,7 @@ def _add_generate(verbs: argparse._SubParsersAction) -> None:
     generate.set_defaults(verb=_generate)
 
 
-def _add_batch(verbs: argparse._SubParsersAction) -> None:
+def _add_batch(verbs: Verbs) -> None:
     batch = verbs.add_parser(
         "batch",
         help="answer a file of requests",
@@ -144,7 +147,7 @@ def _add_batch(verbs: argparse._SubParsersAction) -> None:
         "code but without a server. Each line of IN is an object with custom_id, method (POST), "
         "url (/v1/chat/completions or /v1/completions) and body; answers are appended to OUT in "
         "the order in which they are ready. The same command again does what is left; answers "
-        "with 5xx or 429 are asked for anew. Broken lines are told by number, and are in "
+        "with 5xx or 429 are asked for anew. Broken lines are named by number, and are in "
         "OUT.errors.jsonl.",
         epilog="Exit code: 0 every line was answered; 2 all was done, but some line was broken or "
         "refused (now or in an earlier run); 1 something on our side failed; 130 Ctrl-C, 143 "
@@ -165,7 +168,7 @@ def _add_batch(verbs: argparse._SubParsersAction) -> None:
     batch.set_defaults(verb=_batch)
 
 
-def _add_config(verbs: argparse._SubParsersAction) -> None:
+def _add_config(verbs: Verbs) -> None:
     config = verbs.add_parser("config", help="check or explain a config file")
     actions = config.add_subparsers(required=True, metavar="action", parser_class=_Parser)
     schema = actions.add_parser("schema", help="print the JSON schema of config files")

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from ds_cp.cli.job import check_address, find_job, job_config, start_ranks, starts_ranks
 from ds_cp.topology.job import peek_rank
 
-STOP_S = 10.0  # on top of the time that running requests get
+STOP_S = 10.0  # seconds beyond server.drain_timeout_s that ranks get after a signal
 
 
 def serve(args: argparse.Namespace, env: Mapping[str, str]) -> int:
-    """Serve until told to stop. Returns the exit code."""
+    """Serve until a signal ends it. Returns the exit code."""
     config = job_config(args, {"server.host": args.host, "server.port": args.port}, env)
     if peek_rank(env) == 0:
         check_address(config)

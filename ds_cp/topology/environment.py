@@ -29,13 +29,13 @@ class Place:
         local = self.size if self.local_size is None else self.local_size
         if not 0 <= self.rank < self.size:
             raise TopologyError(
-                f"{self.launcher} gave rank {self.rank} of {self.size}: ranks are 0 to size - 1, "
-                f"check RANK and WORLD_SIZE"
+                f"{self.launcher} gave rank {self.rank} of {self.size}: "
+                f"ranks are 0 to size - 1, check RANK and WORLD_SIZE"
             )
         if not 0 <= self.local_rank < local <= self.size:
             raise TopologyError(
-                f"{self.launcher} gave local rank {self.local_rank} of {local} in a job of "
-                f"{self.size}: check LOCAL_RANK and the ranks per host"
+                f"{self.launcher} gave local rank {self.local_rank} of {local} "
+                f"in a job of {self.size}: check LOCAL_RANK and the ranks per host"
             )
 
 
@@ -120,8 +120,8 @@ def from_slurm(env: Mapping[str, str]) -> Place:
         address = address or env.get("SLURM_LAUNCH_NODE_IPADDR", "")
         if not address:
             raise TopologyError(
-                "Slurm says neither SLURM_STEP_NODELIST nor SLURM_JOB_NODELIST: export MASTER_ADDR "
-                "(the host of rank 0) before srun"
+                "Slurm says neither SLURM_STEP_NODELIST nor SLURM_JOB_NODELIST: "
+                "export MASTER_ADDR (the host of rank 0) before srun"
             )
     if "MASTER_PORT" in env:
         port = port_number(env, "MASTER_PORT")
@@ -182,8 +182,8 @@ def _int(env: Mapping[str, str], name: str) -> int:
     value = whole_number(env, name)
     if value is None:
         raise TopologyError(
-            f"{name} is not set although this process looks like a rank of a job: launch with "
-            f"deepspeed, torchrun, mpirun or srun, or set it"
+            f"{name} is not set although this process looks like a rank of a job: "
+            f"launch with deepspeed, torchrun, mpirun or srun, or set it"
         )
     return value
 

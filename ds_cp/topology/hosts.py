@@ -155,17 +155,18 @@ class Grid:
         world = self.topology.size
         if self.cp_size < 1 or self.tp_size < 1 or self.cp_size * self.tp_size != world:
             raise TopologyError(
-                f"context_parallel.size {self.cp_size} x tensor_parallel.tp_size {self.tp_size} = "
-                f"{self.cp_size * self.tp_size}, but the job has {_plural(world, 'rank')}: launch "
-                f"that many ranks or set context_parallel.size to auto"
+                f"context_parallel.size {self.cp_size} x tensor_parallel.tp_size {self.tp_size} "
+                f"= {self.cp_size * self.tp_size}, but the job has {_plural(world, 'rank')}: "
+                f"launch that many ranks or set context_parallel.size to auto"
             )
         for group in self.tp_groups():
             if len({self.topology.host_index(rank) for rank in group}) > 1:
                 where = ", ".join(f"rank {r} on {self.topology.hosts[r]}" for r in group)
                 raise TopologyError(
-                    f"a tensor-parallel group must be on one host, but tp_size {self.tp_size} puts "
-                    f"together {where}: choose a tensor_parallel.tp_size that divides the ranks of "
-                    f"each host, and number the ranks host by host (mpirun --map-by slot)"
+                    f"a tensor-parallel group must be on one host, "
+                    f"but tp_size {self.tp_size} puts together {where}: "
+                    f"choose a tensor_parallel.tp_size that divides the ranks of each host, "
+                    f"and number the ranks host by host (mpirun --map-by slot)"
                 )
 
     def coords(self, rank: int) -> tuple[int, int]:
@@ -209,7 +210,7 @@ def resolve_grid(topology: Topology, cp_size: int | Literal["auto"], tp_size: in
         return Grid(topology, cp_size, tp_size)
     if topology.size % tp_size:
         raise TopologyError(
-            f"tensor_parallel.tp_size {tp_size} does not divide the "
-            f"{_plural(topology.size, 'rank')} of the job: launch a multiple of {tp_size}"
+            f"tensor_parallel.tp_size {tp_size} does not divide "
+            f"the {_plural(topology.size, 'rank')} of the job: launch a multiple of {tp_size}"
         )
     return Grid(topology, topology.size // tp_size, tp_size)

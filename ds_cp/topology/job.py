@@ -24,11 +24,11 @@ _ANY_OTHER_PORT = "choose another port with MASTER_PORT=N in the environment"
 class Job:
     """One rank's view of the job, before any rank has talked to another (except through MPI).
 
-    ``hosts`` is the host of each rank, or ``None`` when only an exchange of ``host`` will tell.
+    ``hosts`` is the host of each rank, or ``None`` until the ranks exchange ``host``.
     ``store_shared``: a store listens at ``store_host:store_port`` already, every rank is a client.
     Otherwise rank 0 has ``store_socket``, bound and listening there: on loopback when the job is on
     one host. ``interface``: network interface for the job's own traffic (``lo`` on one host), or
-    ``None`` where it could not be told.
+    ``None`` where no interface has an address.
     """
 
     rank: int
@@ -114,8 +114,8 @@ def _from_mpi(env: Mapping[str, str], interface: str, timeout_s: float) -> Job:
             addresses = net.local_addresses()
             port = _check_mpi_rank(facts, env, interface, addresses, host)
             mine = {"addresses": [[a.interface, a.ip, a.prefix] for a in addresses]}
-        except TopologyError as error:
-            mine = {"error": str(error)}
+        except TopologyError as err:
+            mine = {"error": str(err)}
         everyone = [json.loads(text) for text in session.gather(json.dumps(mine))]
         for entry in everyone:
             if "error" in entry:
@@ -136,8 +136,8 @@ def _from_mpi(env: Mapping[str, str], interface: str, timeout_s: float) -> Job:
                     ip = _mpi_store_ip(env, interface, addresses, others, host)
                 sock = net.listen(ip, port, _ANY_OTHER_PORT)
                 store = {"ip": ip, "port": sock.getsockname()[1]}
-            except (LaunchError, TopologyError) as error:
-                store = {"error": str(error)}
+            except (LaunchError, TopologyError) as err:
+                store = {"error": str(err)}
         store = json.loads(session.broadcast(json.dumps(store)))
         if "error" in store:
             raise LaunchError(str(store["error"]))
@@ -168,8 +168,8 @@ def _check_mpi_rank(
     rank = environment.whole_number(env, "RANK")
     if rank is not None and rank != facts.rank:
         raise TopologyError(
-            f"the environment says RANK={rank} but MPI says rank {facts.rank}: unset RANK and "
-            f"WORLD_SIZE and let mpirun number the ranks"
+            f"the environment says RANK={rank} but MPI says rank {facts.rank}: "
+            f"unset RANK and WORLD_SIZE and let mpirun number the ranks"
         )
     if interface != "auto":
         net.address_of(interface, addresses, host)
@@ -184,12 +184,13 @@ def _check_sizes(mpi_size: int | None, env: Mapping[str, str]) -> None:
         return
     if mpi_size == 1:
         raise TopologyError(
-            f"the job has {size} ranks but MPI sees 1: launch with mpirun -np {size} ..., or set "
-            f"comm.hosts to auto"
+            f"the job has {size} ranks but MPI sees 1: "
+            f"launch with mpirun -np {size} ..., or set comm.hosts to auto"
         )
     raise TopologyError(
-        f"the job has {size} ranks (WORLD_SIZE) but MPI sees {mpi_size}: launch with mpirun -np "
-        f"{size} ..., or unset RANK and WORLD_SIZE, or set comm.hosts to env"
+        f"the job has {size} ranks (WORLD_SIZE) but MPI sees {mpi_size}: "
+        f"launch with mpirun -np {size} ..., or unset RANK and WORLD_SIZE, "
+        f"or set comm.hosts to env"
     )
 
 

@@ -1,8 +1,8 @@
 """What MPI knows about the job. The only file that imports mpi4py, and only inside functions.
 
 MPI is used for discovery alone: a session starts it, asks, and ends it again at once. Ended, it can
-neither hang an exit (``MPI_Finalize`` waits for every rank) nor mind ``os._exit``. When the calling
-script has started MPI itself, it stays as it is.
+neither hang an exit (``MPI_Finalize`` waits for every rank) nor object to ``os._exit``. When the
+calling script has started MPI itself, the session leaves it running.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ds_cp.errors import CommError, TopologyError
 
 # Set by mpirun itself (Open MPI; MPICH's and Intel's Hydra), never by srun.
 _MPIRUN_MARKS = ("OMPI_COMM_WORLD_SIZE", "MPI_LOCALNRANKS", "HYDI_CONTROL_FD")
-# Set by whoever speaks PMI: any mpirun, and srun --mpi=pmi2|pmix.
+# Set by every launcher that speaks PMI: any mpirun, and srun --mpi=pmi2|pmix.
 _PMI_MARKS = ("PMI_SIZE", "PMIX_RANK")
 
 
@@ -99,8 +99,8 @@ class MpiSession:
             if time.monotonic() > deadline:
                 raise CommError(
                     f"MPI discovery: not every rank sent its {what} within {self._timeout_s:g} s; "
-                    f"check that the hosts reach each other (mpirun --mca btl_tcp_if_include NAME "
-                    f"chooses the interface)"
+                    f"check that the hosts reach each other "
+                    f"(mpirun --mca btl_tcp_if_include NAME chooses the interface)"
                 )
             time.sleep(0.0005)
 
@@ -151,16 +151,17 @@ def _start(timeout_s: float) -> tuple[Any, bool]:
         mpi4py.rc.initialize = False
         mpi4py.rc.finalize = False
         from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py found no MPI library
+    except (ImportError, RuntimeError) as err:  # RuntimeError: mpi4py found no MPI library
         raise TopologyError(
-            f"this job was launched by MPI, but mpi4py cannot be used ({_one_line(error)}): "
-            f'pip install "ds_cp[mpi]", or set comm.hosts to env and export MASTER_ADDR and '
-            f"MASTER_PORT"
+            f"this job was launched by MPI, but mpi4py cannot be used ({_one_line(err)}): "
+            f'pip install "ds_cp[mpi]", '
+            f"or set comm.hosts to env and export MASTER_ADDR and MASTER_PORT"
         ) from None
     if MPI.Is_finalized():
         raise TopologyError(
-            "MPI was started and ended before in this process and cannot be started again: import "
-            "mpi4py.MPI first in a script that uses it, or hand over the Job found the first time"
+            "MPI was started and ended before in this process and cannot be started again: "
+            "import mpi4py.MPI first in a script that uses it, "
+            "or hand over the Job found the first time"
         )
     ours = not MPI.Is_initialized()
     if ours:
@@ -175,7 +176,7 @@ def _end(mpi: Any, ours: bool, timeout_s: float) -> None:
             _mpi_finalize_waits_for_every_rank(mpi)
 
 
-# Their names are what is read when a rank never comes: see _exit_after.
+# When a rank never comes, the stack that _exit_after prints names these functions.
 
 
 def _mpi_init_waits_for_every_rank(mpi: Any) -> None:
@@ -201,6 +202,6 @@ def _exit_after(timeout_s: float) -> Iterator[None]:
         faulthandler.cancel_dump_traceback_later()
 
 
-def _one_line(error: BaseException) -> str:
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__
+def _one_line(err: BaseException) -> str:
+    lines = str(err).splitlines()
+    return lines[0] if lines else type(err).__name__

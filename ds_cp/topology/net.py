@@ -29,7 +29,7 @@ class Address:
 
 def local_addresses() -> tuple[Address, ...]:
     """IPv4 addresses of this host's interfaces that are up, loopback included."""
-    import psutil  # type: ignore[import-untyped]  # only launching needs it
+    import psutil  # only launching needs it
 
     stats = psutil.net_if_stats()
     found = []
@@ -66,8 +66,8 @@ def resolve(name: str) -> str:
         infos = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
         raise LaunchError(
-            f"the store's host {name!r} (MASTER_ADDR) cannot be resolved: give an address or a "
-            f"name that every host knows"
+            f"the store's host {name!r} (MASTER_ADDR) cannot be resolved: "
+            f"give an address, or a name that every host knows"
         ) from None
     infos.sort(key=lambda info: info[0] != socket.AF_INET)
     return str(infos[0][4][0])
@@ -109,10 +109,10 @@ def listen(ip: str, port: int, way_out: str) -> socket.socket:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((ip, port))
         sock.listen(1024)
-    except OSError as error:
+    except OSError as err:
         sock.close()
         raise LaunchError(
             f"cannot listen for the job's store on {ip} port {port} "
-            f"({error.strerror or error}): {way_out}"
+            f"({err.strerror or err}): {way_out}"
         ) from None
     return sock

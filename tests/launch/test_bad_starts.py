@@ -1,6 +1,6 @@
 """Everything that a user can get wrong at a start: one line with the cause and the way out, code 2.
 
-The mistakes that need no torch to be seen are told before it is imported, so within seconds.
+Mistakes that can be seen without torch are refused before it is imported, so within seconds.
 """
 
 from __future__ import annotations
@@ -293,7 +293,7 @@ def test_seen_while_loading(name: str, bed: Bed, start: Start) -> None:
 
 @pytest.mark.parametrize("name", WITH_RANKS)
 def test_seen_by_ranks(name: str, bed: Bed, start: Start) -> None:
-    """From rank 0 alone, whoever found it."""
+    """Rank 0 alone prints the error, whichever rank found it."""
     case = WITH_RANKS[name]
     job = start([*ds_cp(), *case.args(bed)], case.env)
     assert job.wait(START_S) == 2, job.story()

@@ -108,7 +108,7 @@ def loading(start: Start, config: Write, launcher: str) -> Job:
     """A server all of whose workers have been started, and none is ready."""
     job = begin(start, config, launcher)
     ranks = 1 if launcher == "python" else 2
-    job.until("workers", lambda: len(job.matching("serve.worker_main")) == ranks, START_S)
+    job.until("workers", lambda: len(job.matching("serve.worker_process")) == ranks, START_S)
     assert "ds_cp ready" not in job.out
     return job
 
@@ -183,7 +183,7 @@ def test_sigkill_to_the_launcher_while_serving(start: Start, config: Write) -> N
 def test_sigkill_to_a_worker(launcher: str, rank: int, start: Start, config: Write) -> None:
     job, url = serving(start, config, launcher)
     stream = Stream(url)
-    (worker,) = job.matching("serve.worker_main", rank)
+    (worker,) = job.matching("serve.worker_process", rank)
     worker.kill()
     job.gone(END_S)
     assert job.process.returncode not in (0, 2), job.story()

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ds_cp.cli import launcher as cli_spawn
+from ds_cp.cli import launcher
 
 ROOT = Path(__file__).resolve().parents[3]
 LAUNCH = """
@@ -193,6 +193,6 @@ def test_command_that_cannot_start() -> None:
 
 def test_ranks_that_fail_in_the_same_moment(monkeypatch: pytest.MonkeyPatch) -> None:
     """All have ended by the time that the launcher looks; the first failure is the job's."""
-    monkeypatch.setattr(cli_spawn, "POLL_S", 1.5)
+    monkeypatch.setattr(launcher, "POLL_S", 1.5)
     command = [sys.executable, "-c", "import os, sys; sys.exit(3 - int(os.environ['RANK']))"]
-    assert cli_spawn.spawn(command, 4, {}, grace_s=5.0) == 3
+    assert launcher.spawn(command, 4, {}, grace_s=5.0) == 3
