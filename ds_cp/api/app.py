@@ -25,10 +25,10 @@ from ds_cp.api.protocol import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
-    ServerSettings,
     TokenizeRequest,
 )
 from ds_cp.api.tokenization import TextCodec
+from ds_cp.config import Server
 from ds_cp.engine.interface import EngineInterface
 from ds_cp.errors import DsCpError
 
@@ -38,7 +38,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def create_app(engine: EngineInterface, server: ServerSettings) -> FastAPI:
+def create_app(engine: EngineInterface, server: Server) -> FastAPI:
     """The application. ``engine`` may still be starting: its info and tokenizer are not touched
     before its state is "ready", and until then every route but /health answers 503 or without its
     numbers.

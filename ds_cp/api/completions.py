@@ -88,10 +88,10 @@ async def completions(context: AppContext, body: CompletionRequest, request: Req
         opening=answer.opening(),
         chunks_of=answer.chunks_of,
         closing=answer.closing,
-        keep_alive_s=context.settings.keep_alive_s,
+        keep_alive_s=context.server.keep_alive_s,
         request_id=request_id_of(request),
     )
-    return EventStream(events, generation, write_timeout_s=context.settings.write_timeout_s)
+    return EventStream(events, generation, write_timeout_s=context.server.write_timeout_s)
 
 
 def _params(body: CompletionRequest) -> tuple[SamplingParams, str]:

@@ -16,8 +16,9 @@ from ds_cp.api.errors import ApiError, not_ready
 from ds_cp.api.generation import Generation, Job
 from ds_cp.api.logprobs import TokenTexts
 from ds_cp.api.metrics import ServerMetrics
-from ds_cp.api.protocol import SamplingRequest, ServerSettings
+from ds_cp.api.protocol import SamplingRequest
 from ds_cp.api.tokenization import TextCodec
+from ds_cp.config import Server
 from ds_cp.engine.interface import EngineInterface
 from ds_cp.errors import RequestError
 from ds_cp.sampling_params import RequestOptions, SamplingParams
@@ -38,14 +39,14 @@ class AppContext:
     """One app's parts. Nothing here touches the engine's info or tokenizer before it is ready."""
 
     engine: EngineInterface
-    settings: ServerSettings
+    server: Server
     metrics: ServerMetrics
     codec: TextCodec
     texts: TokenTexts
 
     def model_name(self) -> str:
         """The name under which the model is served."""
-        return self.settings.served_model_name or self.engine.info.model
+        return self.server.served_model_name or self.engine.info.model
 
     def check_ready(self) -> None:
         """Raises ``ApiError`` 503 while the engine is starting or dead."""

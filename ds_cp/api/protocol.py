@@ -1,4 +1,4 @@
-"""The request bodies of the OpenAI protocol, and what the server is told about itself.
+"""The request bodies of the OpenAI protocol.
 
 Accepted and ignored, because they change nothing about the answer: ``user``, ``store``,
 ``metadata``, ``service_tier``, ``safety_identifier``, ``prompt_cache_key``, ``verbosity``. Any
@@ -16,7 +16,6 @@ the same API key).
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -35,28 +34,6 @@ from ds_cp.sampling_params import MAX_LOGIT_BIAS, MAX_N, MAX_SALT_CHARS
 
 MAX_PROMPTS = 64
 MAX_CHOICES = 128  # prompts times n
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServerSettings:
-    """How the server behaves. Times in seconds, sizes in bytes.
-
-    ``api_keys`` empty means that no key is asked for. ``served_model_name`` None means the engine's
-    own name. ``keep_alive_s`` is the time without a token after which a stream gets a comment line.
-    ``body_timeout_s`` is how long a request body may take, plus one second per 64 KiB received.
-    """
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-    api_keys: tuple[str, ...] = field(default=(), repr=False)
-    served_model_name: str | None = None
-    max_body_bytes: int = 16 * 2**20
-    drain_timeout_s: float = 30.0
-    keep_alive_s: float = 5.0
-    header_timeout_s: float = 10.0
-    body_timeout_s: float = 10.0
-    write_timeout_s: float = 60.0
-    tokenize_timeout_s: float = 30.0
 
 
 class StreamOptions(StrictModel):

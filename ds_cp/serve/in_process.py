@@ -9,7 +9,6 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from ds_cp.api.app import create_app
-from ds_cp.api.settings import server_settings
 from ds_cp.config import Config
 from ds_cp.errors import DsCpError
 from ds_cp.model.loading import load_tokenizer
@@ -70,7 +69,7 @@ async def open_app(config: Config, job: Job) -> AsyncIterator[Any]:
     engine.start()
     try:
         await ready
-        app = create_app(engine, server_settings(config))
+        app = create_app(engine, config.server)
         async with app.router.lifespan_context(app):
             yield app
     finally:

@@ -85,11 +85,10 @@ class _Supervisor:
     ) -> None:
         from ds_cp.api.app import create_app
         from ds_cp.api.server import serve_until
-        from ds_cp.api.settings import server_settings
         from ds_cp.serve.async_engine import AsyncEngine
         from ds_cp.serve.worker_link import ProcessLink, WorkerLostError
 
-        settings = server_settings(self._config)
+        server = self._config.server
         loop = asyncio.get_running_loop()
         address, port = listener.getsockname()[:2]
         shown = f"[{address}]" if ":" in address else address
@@ -114,8 +113,8 @@ class _Supervisor:
             on_death,
         )
         engine.start()
-        app = create_app(engine, settings)
-        serving = asyncio.create_task(serve_until(app, listener, settings, self._stop))
+        app = create_app(engine, server)
+        serving = asyncio.create_task(serve_until(app, listener, server, self._stop))
         hurrying = asyncio.create_task(self._hurry.wait())
         await asyncio.wait({serving, hurrying}, return_when=asyncio.FIRST_COMPLETED)
         hurried = hurrying.done()

@@ -394,7 +394,7 @@ def test_priority_and_salt_reach_the_engine(served: Running) -> None:
 
 
 def test_salts_differ_by_key_and_by_salt(launch: Any) -> None:
-    server = launch(api_keys=("key-a", "key-ab"))
+    server = launch(api_key=("key-a", "key-ab"))
     salts: dict[tuple[str, str | None], str] = {}
     for key in ("key-a", "key-ab"):
         for salt in (None, "c", "bc", "c" * 256):
