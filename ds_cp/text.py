@@ -1,7 +1,8 @@
-"""Text work of the config: strict JSON, sizes, and one-line sentences about what is wrong.
+"""Strict JSON, sizes, and how values and names are shown in one-line messages.
 
-Pure Python. Functions that reject a value raise ``ValueError`` with the sentence; the caller knows
-which file or key it is about and raises the typed error.
+One reader of JSON for the config, batch files and HTTP bodies. Functions that reject a value raise
+``ValueError`` with a sentence; the caller knows which file, key or request it is about and raises
+the typed error.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from __future__ import annotations
 import difflib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from typing import Any
 
+MAX_NAME_CHARS = 100  # of a name that is compared with valid ones
 SIZE_PATTERN = r"^\s*[0-9]{1,18}(\.[0-9]{1,9})?\s*(B|[kKMGT]B|[KMGT]iB)\s*$"
 _UNITS = {"B": 1} | {
     f"{letter}{middle}B": base**power
@@ -21,29 +24,41 @@ _UNITS = {"B": 1} | {
 }
 
 
+class JsonError(ValueError):
+    """Text that is not strict JSON. ``key``: the key that is given twice, if that is the fault."""
+
+    def __init__(self, message: str, key: str | None = None) -> None:
+        super().__init__(message)
+        self.key = key
+
+
 def parse_json(text: str) -> Any:
-    """Strict JSON: no NaN or Infinity, no key given twice. ``ValueError`` says where it breaks."""
+    """Strict JSON: no NaN or Infinity, no key twice in an object. ``JsonError`` says where."""
     try:
         return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}"
+    except JsonError:
+        raise
+    except json.JSONDecodeError as err:
+        raise JsonError(
+            f"not valid JSON at line {err.lineno}, column {err.colno}: {err.msg}"
         ) from None
     except RecursionError:
-        raise ValueError("not usable JSON: nested too deeply") from None
+        raise JsonError("not valid JSON: nested too deeply") from None
+    except ValueError:  # Python's own bound on the digits of an integer
+        raise JsonError("not valid JSON: a number has too many digits") from None
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in result:
-            raise ValueError(f"not usable JSON: key {shorten(json.dumps(key))} is given twice")
-        result[key] = value
-    return result
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        key = counts.most_common(1)[0][0]
+        raise JsonError(f"not usable JSON: key {show(key)} is given twice", key)
+    return found
 
 
 def _no_constant(name: str) -> Any:
-    raise ValueError(f"not valid JSON: {name} is not a JSON number")
+    raise JsonError(f"not valid JSON: {name} is not a JSON number")
 
 
 def parse_size(text: str) -> int:
@@ -73,10 +88,19 @@ def nearest(key: str, siblings: Iterable[str], paths: Iterable[str]) -> str:
     if key in by_leaf:
         return by_leaf[key]
     for names, cutoff in ((beside, 0.6), (by_leaf, 0.75), (beside, 0.0), (by_leaf, 0.0)):
-        found = difflib.get_close_matches(key.lower(), names, n=1, cutoff=cutoff)
-        if found:
-            return names[found[0]]
+        found = closest(key, names, cutoff)
+        if found is not None:
+            return names[found]
     return paths[0]
+
+
+def closest(name: str, valid: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The valid name that is most like ``name``, or None when none is.
+
+    ``cutoff``: the least similarity, from 0 (any name) to 1 (the same letters).
+    """
+    found = difflib.get_close_matches(name[:MAX_NAME_CHARS].lower(), list(valid), 1, cutoff)
+    return found[0] if found else None
 
 
 def shorten(text: str, limit: int = 80) -> str:

@@ -1,7 +1,7 @@
-"""Routes of an operator: empty a rank while requests run, take it back, even out the cache.
+"""Routes for operators: drain a rank while requests run, reopen it, rebalance the cache.
 
-They change placement for everyone. They ask for the API key like every other route; without
-``server.api_key`` they are as open as the rest of the server, which then listens on loopback only.
+They change the placement of all requests. They need the API key like every other route; without
+``server.api_key`` they are open, and the server listens on loopback only.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def rank_routes(context: AppContext) -> APIRouter:
         context.check_ready()
         try:
             context.engine.drain(rank)
-        except RequestError as error:
-            raise _about_rank(error) from None
+        except RequestError as err:
+            raise _about_rank(err) from None
         return {"rank": rank, "drained": True}
 
     @router.post("/ranks/{rank}/reopen")
@@ -37,8 +37,8 @@ def rank_routes(context: AppContext) -> APIRouter:
         context.check_ready()
         try:
             context.engine.reopen(rank)
-        except RequestError as error:
-            raise _about_rank(error) from None
+        except RequestError as err:
+            raise _about_rank(err) from None
         return {"rank": rank, "drained": False}
 
     @router.post("/rebalance")
@@ -50,16 +50,16 @@ def rank_routes(context: AppContext) -> APIRouter:
     return router
 
 
-def _about_rank(error: RequestError) -> ApiError:
-    known = from_engine(error)
-    assert known is not None
-    known.param = "rank"
-    return known
+def _about_rank(err: RequestError) -> ApiError:
+    answer = from_engine(err)
+    assert answer is not None
+    answer.param = "rank"
+    return answer
 
 
 async def _refuse_other_pages(request: Request) -> None:
-    """A web page of another site can make a browser send a POST without a body, unasked; browsers
-    then say where it comes from."""
+    """403 for the web pages of other sites: they can make a browser send a POST without a body, and
+    the browser then names them in ``Origin``."""
     origin = request.headers.get("origin")
     if origin is not None and origin.partition("://")[2] != request.headers.get("host"):
         raise ApiError(403, "this route does not answer to pages of other sites")

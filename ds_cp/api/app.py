@@ -1,4 +1,4 @@
-"""The HTTP application: OpenAI's protocol in front of an ``EngineInterface``."""
+"""The HTTP application: OpenAI's protocol over an ``EngineInterface``."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from ds_cp.api.protocol import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
-    ServerSettings,
     TokenizeRequest,
 )
 from ds_cp.api.tokenization import TextCodec
+from ds_cp.config import Server
 from ds_cp.engine.interface import EngineInterface
 from ds_cp.errors import DsCpError
 
@@ -38,10 +38,11 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def create_app(engine: EngineInterface, server: ServerSettings) -> FastAPI:
-    """The application. ``engine`` may still be starting: its info and tokenizer are not touched
-    before its state is "ready", and until then every route but /health answers 503 or without its
-    numbers.
+def create_app(engine: EngineInterface, server: Server) -> FastAPI:
+    """The ASGI application over ``engine``, with the settings of the config's ``server`` section.
+
+    The engine may still be starting: its info and tokenizer are not read before its state is
+    "ready". Until then every route but /health answers 503, or without the engine's numbers.
     """
 
     def model_name() -> str:
@@ -174,26 +175,26 @@ def _state_routes(context: AppContext) -> APIRouter:
     return router
 
 
-async def _on_validation(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    return from_validation(error.errors()).response()
+async def _on_validation(request: Request, err: Exception) -> Response:
+    assert isinstance(err, RequestValidationError)
+    return from_validation(err.errors()).response()
 
 
-async def _on_http(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    if isinstance(error, ApiError):
-        return error.response()
+async def _on_http(request: Request, err: Exception) -> Response:
+    assert isinstance(err, HTTPException)
+    if isinstance(err, ApiError):
+        return err.response()
     texts = {
         404: f"there is no {request.method} {request.url.path[:200]} here; see /openapi.json",
         405: f"{request.method} is not allowed on {request.url.path[:200]}",
     }
-    message = texts.get(error.status_code, str(error.detail))
-    return ApiError(error.status_code, message, headers=error.headers).response()
+    message = texts.get(err.status_code, str(err.detail))
+    return ApiError(err.status_code, message, headers=err.headers).response()
 
 
-async def _on_typed(request: Request, error: Exception) -> Response:
-    assert isinstance(error, DsCpError)
-    known = from_engine(error)
-    if known is None:
-        raise error  # ours, not the client's: RequestIds logs it and answers 500
-    return known.response()
+async def _on_typed(request: Request, err: Exception) -> Response:
+    assert isinstance(err, DsCpError)
+    answer = from_engine(err)
+    if answer is None:
+        raise err  # not the client's fault: RequestIds logs it and answers 500
+    return answer.response()

@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from time import monotonic
-from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
-from ds_cp.api.completions import CLIENT_LEFT
-from ds_cp.api.context import (
-    ADMISSION_S,
-    AppContext,
-    engine_failure,
-    new_id,
-    now,
-    request_id_of,
-    request_options,
-    sampling_params,
-    usage,
-)
-from ds_cp.api.generation import Generation, unless_disconnected
-from ds_cp.api.logprobs import chat_entries, prompt_entries
+from ds_cp.api.context import AppContext, request_options, sampling_params
+from ds_cp.api.logprobs import chat_entries
 from ds_cp.api.protocol import ChatRequest
-from ds_cp.api.sse import EventStream, stream_events
+from ds_cp.api.respond import Answer, Choice, Json, ending, respond
 from ds_cp.outputs import Delta, TokenLogprob
 
 
@@ -42,7 +29,7 @@ async def chat_completions(context: AppContext, body: ChatRequest, request: Requ
         names={"max_tokens": max_param, "logprobs": "top_logprobs"},
     )
     ids = await context.codec.encode_chat([message.for_template() for message in body.messages])
-    answer = _Answer(context, body, len(ids), params.n)
+    answer = _ChatAnswer(context, body, ids, params.n)
     generation = context.start(
         answer.id,
         [ids],
@@ -52,141 +39,64 @@ async def chat_completions(context: AppContext, body: ChatRequest, request: Requ
         prompt_param="messages",
         max_param=max_param,
     )
-    try:
-        if not body.stream:
-            whole = await unless_disconnected(request.receive, answer.collect(generation))
-            return Response(status_code=CLIENT_LEFT) if whole is None else JSONResponse(whole)
-        await generation.admitted(ADMISSION_S)
-    except BaseException:
-        await generation.close()
-        raise
-    events = stream_events(
-        generation,
-        opening=answer.opening(),
-        chunks_of=answer.chunks_of,
-        closing=answer.closing,
-        keep_alive_s=context.settings.keep_alive_s,
-        request_id=request_id_of(request),
-    )
-    return EventStream(events, generation, write_timeout_s=context.settings.write_timeout_s)
+    return await respond(context, request, answer, generation, stream=bool(body.stream))
 
 
-@dataclass
-class _Choice:
-    """One of the answers, so far."""
+class _ChatAnswer(Answer):
+    """The JSON of one chat request: one prompt, ``n`` messages."""
 
-    text: list[str] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    last: Delta = field(default_factory=lambda: Delta(""))
+    id_prefix = "chatcmpl"
+    whole_kind = "chat.completion"
+    chunk_kind = "chat.completion.chunk"
 
+    def __init__(self, context: AppContext, body: ChatRequest, ids: list[int], n: int) -> None:
+        super().__init__(context, body, [ids], n)
+        self._top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
 
-class _Answer:
-    """Builds the JSON of one chat request."""
+    async def whole(self) -> Json:
+        """The messages, and the prompt's log-probabilities beside them."""
+        choices = [self._message(index, choice) for index, choice in enumerate(self.choices)]
+        return {"choices": choices} | await self.prompt_logprobs(self.prompts[0])
 
-    def __init__(self, context: AppContext, body: ChatRequest, prompt_tokens: int, n: int) -> None:
-        self._context = context
-        self._body = body
-        self._prompt_tokens = prompt_tokens
-        self._cached_tokens = 0
-        self._tokens = 0
-        self._n = n
-        self.id = new_id("chatcmpl")
-        self._created = now()
+    def opening(self) -> list[Json]:
+        """The role of every message."""
+        role = {"role": "assistant", "content": ""}
+        return [self._chunk(index, role) for index in range(self.n)]
 
-    async def collect(self, generation: Generation) -> dict[str, Any]:
-        """The whole answer. Closes the generation on every way out."""
-        choices = [_Choice() for _ in range(self._n)]
-        scores: tuple[TokenLogprob | None, ...] = ()
-        try:
-            async for _, delta in generation.deltas():
-                self._count(delta)
-                choice = choices[delta.index]
-                choice.text.append(delta.text)
-                choice.logprobs.extend(delta.logprobs or ())
-                choice.last = delta
-                scores = delta.prompt_logprobs or scores
-        finally:
-            await generation.close()
-        whole = self._head("chat.completion") | {
-            "choices": [self._choice(index, choice) for index, choice in enumerate(choices)],
-            "usage": self._usage(),
-        }
-        if self._body.prompt_logprobs is not None:
-            if len(scores) != self._prompt_tokens:
-                raise engine_failure()
-            whole["prompt_logprobs"] = await prompt_entries(
-                scores, self._context.texts, self._body.prompt_logprobs
-            )
-        return whole
-
-    def opening(self) -> list[dict[str, Any]]:
-        """The role of every answer."""
-        return [self.chunk(index, {"role": "assistant", "content": ""}) for index in range(self._n)]
-
-    def chunks_of(self, _: int, delta: Delta) -> list[dict[str, Any]]:
-        """The chunks of one delta: its text, then the finish; none while its text is held back."""
-        self._count(delta)
+    def chunks_of(self, prompt: int, delta: Delta) -> list[Json]:
+        """The text of a delta, then the finish."""
+        delta = self.take(prompt, delta)
         chunks = []
         if delta.text or delta.logprobs:
-            text, logprobs = {"content": delta.text}, list(delta.logprobs or ())
-            chunks.append(self.chunk(delta.index, text, logprobs))
+            chunks.append(self._chunk(delta.index, {"content": delta.text}, delta.logprobs))
         if delta.finish_reason is not None:
-            chunks.append(self.chunk(delta.index, {}, last=delta))
+            chunks.append(self._chunk(delta.index, {}, last=delta))
         return chunks
 
-    def closing(self) -> list[dict[str, Any]]:
-        """The usage chunk, if asked for."""
-        if not self._body.include_usage:
-            return []
-        return [self._head("chat.completion.chunk") | {"choices": [], "usage": self._usage()}]
-
-    def chunk(
-        self,
-        index: int,
-        delta: dict[str, str],
-        logprobs: list[TokenLogprob] | None = None,
-        last: Delta | None = None,
-    ) -> dict[str, Any]:
-        """One chunk of a stream."""
-        choice = {
-            "index": index,
-            "delta": delta,
-            "logprobs": self._logprobs(logprobs) if logprobs else None,
-            "finish_reason": last.finish_reason if last else None,
-        }
-        if last is not None:
-            choice["stop_reason"] = last.stop_reason
-        chunk = self._head("chat.completion.chunk") | {"choices": [choice]}
-        return chunk | {"usage": None} if self._body.include_usage else chunk
-
-    def _choice(self, index: int, choice: _Choice) -> dict[str, Any]:
+    def _message(self, index: int, choice: Choice) -> Json:
         return {
             "index": index,
             "message": {"role": "assistant", "content": "".join(choice.text)},
             "logprobs": self._logprobs(choice.logprobs),
-            "finish_reason": choice.last.finish_reason,
-            "stop_reason": choice.last.stop_reason,
+        } | ending(choice.last)
+
+    def _chunk(
+        self,
+        index: int,
+        delta: dict[str, str],
+        logprobs: Sequence[TokenLogprob] | None = None,
+        last: Delta | None = None,
+    ) -> Json:
+        choice: Json = {
+            "index": index,
+            "delta": delta,
+            "logprobs": self._logprobs(logprobs) if logprobs else None,
+            "finish_reason": None,
         }
+        return self.chunk([choice if last is None else choice | ending(last)])
 
-    def _head(self, kind: str) -> dict[str, Any]:
-        return {
-            "id": self.id,
-            "object": kind,
-            "created": self._created,
-            "model": self._context.model_name(),
-        }
-
-    def _count(self, delta: Delta) -> None:
-        if delta.finish_reason == "error":
-            raise engine_failure()
-        self._tokens += len(delta.token_ids)
-        self._cached_tokens += delta.cached_tokens or 0
-
-    def _logprobs(self, logprobs: list[TokenLogprob]) -> dict[str, Any] | None:
-        if not self._body.logprobs:
+    def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> Json | None:
+        top = self._top_logprobs
+        if top is None:
             return None
-        top = self._body.top_logprobs or 0
-        return {"content": chat_entries(logprobs, self._context.texts, top), "refusal": None}
-
-    def _usage(self) -> dict[str, Any]:
-        return usage(self._prompt_tokens, self._tokens, self._cached_tokens)
+        return {"content": chat_entries(logprobs, self.context.texts, top), "refusal": None}

@@ -1,13 +1,11 @@
-"""What the routes share: the engine, the text codec, the metrics, and the checks of one request."""
+"""What all routes share: the engine, the text codec, the metrics, and the checks of a request."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import uuid
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from time import time
 from typing import Any
 
 from starlette.requests import Request
@@ -16,16 +14,15 @@ from ds_cp.api.errors import ApiError, not_ready
 from ds_cp.api.generation import Generation, Job
 from ds_cp.api.logprobs import TokenTexts
 from ds_cp.api.metrics import ServerMetrics
-from ds_cp.api.protocol import SamplingRequest, ServerSettings
+from ds_cp.api.protocol import SamplingRequest
 from ds_cp.api.tokenization import TextCodec
+from ds_cp.config import Server
 from ds_cp.engine.interface import EngineInterface
 from ds_cp.errors import RequestError
 from ds_cp.sampling_params import RequestOptions, SamplingParams
 
-# How long a stream waits for a refusal by the engine before it starts with status 200.
-ADMISSION_S = 1.0
-# Entries of one answer: one per prompt token, alternative and choice. To put a million into JSON
-# keeps the event loop from other streams for half a second.
+# Entries of one answer: one per prompt token, alternative and choice. Writing a million of them as
+# JSON holds up the event loop for half a second.
 MAX_PROMPT_LOGPROBS = 1_000_000
 _COPIED = (
     "n temperature top_p top_k min_p seed stop stop_token_ids min_tokens ignore_eos logit_bias "
@@ -35,17 +32,17 @@ _COPIED = (
 
 @dataclass(frozen=True)
 class AppContext:
-    """One app's parts. Nothing here touches the engine's info or tokenizer before it is ready."""
+    """The parts of one application. The engine's info and tokenizer are read once it is ready."""
 
     engine: EngineInterface
-    settings: ServerSettings
+    server: Server
     metrics: ServerMetrics
     codec: TextCodec
     texts: TokenTexts
 
     def model_name(self) -> str:
         """The name under which the model is served."""
-        return self.settings.served_model_name or self.engine.info.model
+        return self.server.served_model_name or self.engine.info.model
 
     def check_ready(self) -> None:
         """Raises ``ApiError`` 503 while the engine is starting or dead."""
@@ -53,7 +50,7 @@ class AppContext:
             raise not_ready(self.engine.state)
 
     def check(self, model: str | None) -> None:
-        """Raises ``ApiError`` 503 when not ready, 404 when another model is asked for."""
+        """Raises ``ApiError`` 503 when the engine is not ready, 404 for another model's name."""
         self.check_ready()
         name = self.model_name()
         if model is not None and model != name:
@@ -121,9 +118,10 @@ class AppContext:
         if asked > room:
             raise ApiError(
                 400,
-                f"the model's context length is {length} tokens; the prompt has {prompt} and "
-                f"{name} asks for {asked} more: need {prompt + asked}, have {length}; shorten the "
-                "prompt" + (f" or lower {name}" if room > 0 else ""),
+                f"the model's context length is {length} tokens; "
+                f"the prompt has {prompt} and {name} asks for {asked} more: "
+                f"need {prompt + asked}, have {length}; "
+                "shorten the prompt" + (f" or lower {name}" if room > 0 else ""),
                 param=prompt_param if room < 1 else name,
                 code="context_length_exceeded",
             )
@@ -140,7 +138,8 @@ def sampling_params(
 ) -> SamplingParams:
     """The engine's parameters of a request; null fields take the engine's defaults.
 
-    ``names`` says what the client calls a parameter. Raises ``RequestError`` in the client's words.
+    ``names``: the client's name of a parameter, where it differs. Raises ``RequestError`` with the
+    client's names.
     """
     given: dict[str, Any] = {name: getattr(body, name) for name in _COPIED}
     given = {name: value for name, value in given.items() if value is not None}
@@ -148,11 +147,11 @@ def sampling_params(
         return SamplingParams(
             max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs, **given
         )
-    except RequestError as error:
-        ours = error.param
+    except RequestError as err:
+        ours = err.param
         if ours is None or ours not in names:
             raise
-        raise RequestError(str(error).replace(ours, names[ours]), names[ours]) from None
+        raise RequestError(str(err).replace(ours, names[ours]), names[ours]) from None
 
 
 def request_options(body: SamplingRequest, request: Request) -> RequestOptions:
@@ -165,8 +164,10 @@ def request_options(body: SamplingRequest, request: Request) -> RequestOptions:
 
 
 def engine_salt(key_digest: str | None, cache_salt: str) -> str:
-    """What keeps the prefixes of one API key and one ``cache_salt`` from all others: sha256 (hex)
-    of both, "" without either. Neither can be read from it."""
+    """The engine's cache salt: requests share prefixes if both API key and ``cache_salt`` agree.
+
+    It is the sha256 (hex) of both, from which neither can be read; "" without either.
+    """
     if key_digest is None and not cache_salt:
         return ""
     return hashlib.sha256(json.dumps([key_digest, cache_salt]).encode()).hexdigest()
@@ -179,38 +180,14 @@ def _check_prompt_logprobs(tokens: int, params: SamplingParams, prompt_param: st
     count = tokens * each * params.n
     if count > MAX_PROMPT_LOGPROBS:
         raise RequestError(
-            f"log-probabilities of {tokens} prompt tokens, {each} each, in {params.n} choices are "
-            f"{count} entries; at most {MAX_PROMPT_LOGPROBS} per request; shorten the prompt or "
-            "ask for fewer",
+            f"log-probabilities of {tokens} prompt tokens, {each} each, "
+            f"in {params.n} choices are {count} entries; "
+            f"at most {MAX_PROMPT_LOGPROBS} per request; shorten the prompt or ask for fewer",
             prompt_param,
         )
 
 
-def new_id(prefix: str) -> str:
-    """An answer's id, such as ``chatcmpl-...``."""
-    return f"{prefix}-{uuid.uuid4().hex}"
-
-
-def now() -> int:
-    """``created`` of an answer, in seconds since the epoch."""
-    return int(time())
-
-
 def request_id_of(request: Request) -> str:
     """The id that ``RequestIds`` gave this request."""
-    return request.scope["state"]["request_id"]
-
-
-def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
-    """OpenAI's token counts; ``cached_tokens`` of the prompt's were in the prefix cache."""
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": cached_tokens},
-    }
-
-
-def engine_failure() -> ApiError:
-    """The answer when the engine ends a request with ``error``."""
-    return ApiError(500, "the engine could not finish this request", code="engine_error")
+    request_id: str = request.scope["state"]["request_id"]
+    return request_id

@@ -10,10 +10,11 @@ Result = TypeVar("Result")
 
 
 async def within(seconds: float, work: Awaitable[Result]) -> Result:
-    """The result of ``work``; ``asyncio.TimeoutError`` after ``seconds``, with ``work`` cancelled.
+    """The result of ``work``. After ``seconds`` it cancels ``work`` and raises
+    ``asyncio.TimeoutError``.
 
-    ``asyncio.wait_for`` of Python 3.11 and older returns the result and forgets that the caller was
-    cancelled, when both happen close together: a stream would go on for a client that left.
+    ``asyncio.wait_for`` of Python 3.11 and older returns the result and drops the cancellation of
+    the caller when both happen at once: a stream would go on for a client that left.
     """
     task = asyncio.ensure_future(work)
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,8 +10,11 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from ds_cp.errors import CapacityError, DsCpError, EngineDeadError, QueueFullError, RequestError
+from ds_cp.text import shorten
 
-RETRY_AFTER_S = 1
+RETRY_AFTER_S = 1  # seconds that a client is asked to wait when the queue is full
+MAX_MESSAGE_CHARS = 1000
+MAX_VALUE_CHARS = 60  # of a client's value in a message
 INTERNAL_MESSAGE = "internal error; the server's log has the details under request id {request_id}"
 
 
@@ -84,17 +86,17 @@ def error_type(status: int) -> str:
 
 
 def internal_error(request_id: str) -> ApiError:
-    """A fixed text: the reason stays in the log."""
+    """500 with a fixed text; the cause is in the log."""
     return ApiError(500, INTERNAL_MESSAGE.format(request_id=request_id), code="internal_error")
 
 
 def shutting_down() -> ApiError:
-    """The answer to a request that outlives the drain."""
+    """503, for a request that has not finished by the end of the drain."""
     return ApiError(503, "the server is shutting down", code="shutting_down")
 
 
 def not_ready(state: str) -> ApiError:
-    """The answer while the engine is starting or dead."""
+    """503, while the engine is starting or dead."""
     if state == "starting":
         return ApiError(
             503,
@@ -105,20 +107,20 @@ def not_ready(state: str) -> ApiError:
     return ApiError(503, "the engine has stopped; restart the server", code="engine_dead")
 
 
-def from_engine(error: DsCpError) -> ApiError | None:
-    """The answer for a typed error of ours, or None when it is not the client's business."""
-    message = one_line(str(error))
-    if isinstance(error, CapacityError):
-        need, have, largest = error.need, error.have, error.largest
+def from_engine(err: DsCpError) -> ApiError | None:
+    """The answer for a typed error of ds_cp, or None where the client must not see the cause."""
+    message = one_line(str(err))
+    if isinstance(err, CapacityError):
+        need, have, largest = err.need, err.have, err.largest
         if not all(str(number) in message for number in (need, have, largest)):
             message += f" (tokens: need {need}, have {have}, largest possible {largest})"
-        return ApiError(400, message, param=error.param, code="kv_capacity_exceeded")
-    if isinstance(error, RequestError):
-        return ApiError(400, message, param=error.param, code="invalid_value")
-    if isinstance(error, QueueFullError):
+        return ApiError(400, message, param=err.param, code="kv_capacity_exceeded")
+    if isinstance(err, RequestError):
+        return ApiError(400, message, param=err.param, code="invalid_value")
+    if isinstance(err, QueueFullError):
         retry = {"Retry-After": str(RETRY_AFTER_S)}
         return ApiError(429, message, code="queue_full", headers=retry)
-    if isinstance(error, EngineDeadError):
+    if isinstance(err, EngineDeadError):
         return ApiError(503, "the engine has stopped; restart the server", code="engine_dead")
     return None
 
@@ -128,10 +130,6 @@ def from_validation(errors: Sequence[Any]) -> ApiError:
     first = errors[0]
     loc = [part for part in first.get("loc", ()) if part not in ("body", "path")]
     kind = first.get("type")
-    if kind == "json_invalid":
-        reason = first.get("ctx", {}).get("error", "not valid JSON")
-        at = f" at character {loc[0]}" if loc else ""
-        return ApiError(400, f"the body is not valid JSON: {reason}{at}", code="invalid_json")
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, FieldError):
         param = path_of([*loc, *([cause.param] if cause.param else [])])
@@ -143,8 +141,8 @@ def from_validation(errors: Sequence[Any]) -> ApiError:
         return ApiError(400, f"{param} is missing; it is required", param=param, code="missing")
     message = first.get("msg", "not valid").removeprefix("Value error, ")
     value = first.get("input")
-    shown = "" if isinstance(value, dict | list) else f", not {shorten(value)}"
-    return ApiError(400, one_line(f"{param}: {message}{shown}"), param=param, code="invalid_value")
+    given = "" if isinstance(value, dict | list) else f", not {shown(value)}"
+    return ApiError(400, one_line(f"{param}: {message}{given}"), param=param, code="invalid_value")
 
 
 def path_of(parts: Sequence[str | int]) -> str:
@@ -155,12 +153,12 @@ def path_of(parts: Sequence[str | int]) -> str:
     return text
 
 
-def shorten(value: object, limit: int = 60) -> str:
-    """A short printable form of a client's value."""
-    text = repr(value if not isinstance(value, str) else value[: 2 * limit])
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+def shown(value: object) -> str:
+    """A client's value, short, for a message."""
+    cut = value[: 2 * MAX_VALUE_CHARS] if isinstance(value, str) else value
+    return shorten(repr(cut), MAX_VALUE_CHARS)
 
 
-def one_line(text: str) -> str:
-    """Control characters and line breaks to single blanks; at most 1,000 characters."""
-    return re.sub(r"[\s\x00-\x1f\x7f-\x9f]+", " ", text).strip()[:1000]
+def one_line(message: str) -> str:
+    """A message without line breaks or other control characters, at most 1,000 characters."""
+    return shorten(message, MAX_MESSAGE_CHARS)

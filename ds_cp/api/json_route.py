@@ -1,8 +1,7 @@
-"""Routes that read JSON as RFC 8259 has it, sent as JSON, or answer with what is wrong."""
+"""Routes whose bodies are strict JSON, sent as JSON."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -11,33 +10,29 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ds_cp.api.errors import ApiError
+from ds_cp.text import MAX_NAME_CHARS, JsonError, parse_json
 
 
 class StrictJsonRequest(Request):
-    """A request whose ``json()`` refuses NaN and Infinity, and never fails in an untyped way."""
+    """A request whose ``json()`` reads with ``ds_cp.text.parse_json``, as config and batch do."""
 
     async def json(self) -> Any:
-        """The parsed body. Raises ``ApiError`` 400; ``json.JSONDecodeError`` becomes one in the
-        app.
-        """
+        """The parsed body. Raises ``ApiError`` 400, which names a key that is given twice."""
         body = await self.body()
         try:
-            return json.loads(body.decode(), parse_constant=_refuse_constant)
-        except json.JSONDecodeError:
-            raise
-        except UnicodeDecodeError as error:
-            raise _invalid(f"not UTF-8 at byte {error.start}") from None
-        except RecursionError:
-            raise _invalid("nested too deeply") from None
-        except ValueError:  # Python's own bound on the digits of an integer
-            raise _invalid("a number has too many digits") from None
+            return parse_json(body.decode())
+        except UnicodeDecodeError as err:
+            raise _invalid(f"not UTF-8 text (byte {err.start})") from None
+        except JsonError as err:
+            raise _invalid(str(err), err.key) from None
 
 
 class StrictJsonRoute(APIRoute):
-    """A route for POST bodies in JSON; another content type is 415 (a web page cannot forge it)."""
+    """A route for POST bodies in JSON. Another content type is a 415: JSON's own is the one that
+    pages of other sites cannot send unasked."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """FastAPI's handler, given the strict request."""
+        """FastAPI's handler, over a ``StrictJsonRequest``."""
         handler = super().get_route_handler()
 
         async def strict(request: Request) -> Response:
@@ -51,9 +46,6 @@ class StrictJsonRoute(APIRoute):
         return strict
 
 
-def _refuse_constant(name: str) -> Any:
-    raise _invalid(f"{name} is not a JSON number")
-
-
-def _invalid(reason: str) -> ApiError:
-    return ApiError(400, f"the body is not valid JSON: {reason}", code="invalid_json")
+def _invalid(reason: str, key: str | None = None) -> ApiError:
+    param = None if key is None else key[:MAX_NAME_CHARS]
+    return ApiError(400, f"the body is {reason}", param=param, code="invalid_json")

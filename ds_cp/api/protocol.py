@@ -1,4 +1,4 @@
-"""The request bodies of the OpenAI protocol, and what the server is told about itself.
+"""The request bodies of the OpenAI protocol.
 
 Accepted and ignored, because they change nothing about the answer: ``user``, ``store``,
 ``metadata``, ``service_tier``, ``safety_identifier``, ``prompt_cache_key``, ``verbosity``. Any
@@ -16,12 +16,11 @@ the same API key).
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ds_cp.api.errors import FieldError, shorten
+from ds_cp.api.errors import FieldError, shown
 from ds_cp.api.strict_model import (
     BOTH,
     CHAT_ONLY,
@@ -35,28 +34,6 @@ from ds_cp.sampling_params import MAX_LOGIT_BIAS, MAX_N, MAX_SALT_CHARS
 
 MAX_PROMPTS = 64
 MAX_CHOICES = 128  # prompts times n
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServerSettings:
-    """How the server behaves. Times in seconds, sizes in bytes.
-
-    ``api_keys`` empty means that no key is asked for. ``served_model_name`` None means the engine's
-    own name. ``keep_alive_s`` is the time without a token after which a stream gets a comment line.
-    ``body_timeout_s`` is how long a request body may take, plus one second per 64 KiB received.
-    """
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-    api_keys: tuple[str, ...] = field(default=(), repr=False)
-    served_model_name: str | None = None
-    max_body_bytes: int = 16 * 2**20
-    drain_timeout_s: float = 30.0
-    keep_alive_s: float = 5.0
-    header_timeout_s: float = 10.0
-    body_timeout_s: float = 10.0
-    write_timeout_s: float = 60.0
-    tokenize_timeout_s: float = 30.0
 
 
 class StreamOptions(StrictModel):
@@ -123,7 +100,7 @@ class SamplingRequest(StrictModel):
             raise FieldError(f"logit_bias has {len(value)} entries; at most {MAX_LOGIT_BIAS}")
         for key in value:
             if not re.fullmatch(r"[0-9]{1,9}", key):
-                raise FieldError(f"logit_bias: {shorten(key)} is not a token id")
+                raise FieldError(f"logit_bias: {shown(key)} is not a token id")
         return {int(key): bias for key, bias in value.items()}
 
     @model_validator(mode="after")
@@ -168,14 +145,14 @@ class CompletionRequest(SamplingRequest):
         n, prompts = 1 if self.n is None else self.n, len(self.prompt)
         if n <= MAX_N and n * prompts > MAX_CHOICES:
             raise FieldError(
-                f"n is {n} for {prompts} prompts: {n * prompts} answers; at most {MAX_CHOICES} "
-                "per request",
+                f"n is {n} for {prompts} prompts: {n * prompts} answers; "
+                f"at most {MAX_CHOICES} per request",
                 "n",
             )
         if self.best_of is not None and self.best_of != n:
             raise FieldError(
-                f"best_of is {self.best_of} and n is {n}: every answer is returned, so best_of "
-                "must equal n; leave it out",
+                f"best_of is {self.best_of} and n is {n}: "
+                "every answer is returned, so best_of must equal n; leave it out",
                 "best_of",
             )
         return self
@@ -267,12 +244,13 @@ class DetokenizeRequest(StrictModel):
 
 
 def plain_text(text: str, name: str) -> str:
-    """The text itself. JSON can spell half of a surrogate pair; no text, so ``FieldError``."""
+    """The text itself. ``FieldError`` for half a surrogate pair, which JSON can spell but is not
+    text."""
     try:
         text.encode()
-    except UnicodeEncodeError as error:
+    except UnicodeEncodeError as err:
         raise FieldError(
-            f"{name} is not text: half a surrogate pair at character {error.start}"
+            f"{name} is not text: half a surrogate pair at character {err.start}"
         ) from None
     return text
 
@@ -296,7 +274,8 @@ def prompts_of(value: Any) -> list[str | list[int]]:
             raise FieldError("prompt is empty; send at least one token of text")
         if isinstance(item, str):
             plain_text(item, "prompt")
-    return value
+    prompts: list[str | list[int]] = value
+    return prompts
 
 
 def _is_ids(value: Any) -> bool:
@@ -307,7 +286,7 @@ def _text_part(part: Any) -> str:
     if not isinstance(part, dict) or not isinstance(part.get("type"), str):
         raise FieldError('a part of content must be {"type": "text", "text": "..."}')
     if part["type"] != "text":
-        kind = shorten(part["type"])
+        kind = shown(part["type"])
         raise FieldError(f"content of type {kind} is not supported: this server reads text only")
     if set(part) != {"type", "text"} or not isinstance(part["text"], str):
         raise FieldError('a text part must be {"type": "text", "text": "..."}')

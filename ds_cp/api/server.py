@@ -17,7 +17,7 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ds_cp.api.errors import error_type
-from ds_cp.api.protocol import ServerSettings
+from ds_cp.config import Server
 from ds_cp.errors import LaunchError
 
 logger = logging.getLogger("ds_cp.serve")
@@ -153,24 +153,24 @@ class _Server(uvicorn.Server):
 async def serve_until(
     app: FastAPI,
     listener: socket.socket,
-    settings: ServerSettings,
+    server: Server,
     stop: asyncio.Event,
     *,
     access_log: bool = False,
 ) -> None:
     """Serve until ``stop`` is set, then drain: no new connection, running requests may finish.
 
-    Requests still running after ``settings.drain_timeout_s`` are cancelled (their engine requests
+    Requests still running after ``server.drain_timeout_s`` are cancelled (their engine requests
     aborted) and told so. Closes ``listener``. Raises what the server raises if it fails by itself.
     """
-    server = _Server(_config(app, settings, access_log))
-    running = asyncio.create_task(server.serve(sockets=[listener]))
+    http = _Server(_config(app, server, access_log))
+    running = asyncio.create_task(http.serve(sockets=[listener]))
     stopping = asyncio.create_task(stop.wait())
     try:
         await asyncio.wait({running, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        server.should_exit = True
+        http.should_exit = True
         await running
-        left = set(server.server_state.tasks)
+        left = set(http.server_state.tasks)
         if left:
             await asyncio.wait(left, timeout=_AFTER_CANCEL_S)
             await asyncio.sleep(_PAUSE_S)  # let the last bytes reach the sockets
@@ -182,8 +182,8 @@ async def serve_until(
         listener.close()
 
 
-def _config(app: FastAPI, settings: ServerSettings, access_log: bool) -> uvicorn.Config:
-    connection = type("Connection", (Connection,), {"header_timeout_s": settings.header_timeout_s})
+def _config(app: FastAPI, server: Server, access_log: bool) -> uvicorn.Config:
+    connection = type("Connection", (Connection,), {"header_timeout_s": server.header_timeout_s})
     return uvicorn.Config(
         app,
         http=connection,
@@ -196,5 +196,5 @@ def _config(app: FastAPI, settings: ServerSettings, access_log: bool) -> uvicorn
         server_header=False,
         limit_concurrency=MAX_CONNECTIONS,
         timeout_keep_alive=KEEP_ALIVE_CONNECTION_S,
-        timeout_graceful_shutdown=max(1, round(settings.drain_timeout_s)),
+        timeout_graceful_shutdown=max(1, round(server.drain_timeout_s)),
     )

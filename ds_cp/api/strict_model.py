@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
-from ds_cp.api.errors import FieldError, shorten
+from ds_cp.api.errors import FieldError, shown
+from ds_cp.text import MAX_NAME_CHARS, closest
 
 IGNORED = frozenset(
     "user store metadata service_tier safety_identifier prompt_cache_key verbosity".split()
@@ -17,13 +17,16 @@ IGNORED = frozenset(
 
 @dataclass(frozen=True)
 class Unsupported:
-    """A field that clients may send only with a value that changes nothing."""
+    """A field of OpenAI's that is refused unless its value changes nothing.
+
+    ``neutral``: such values, besides null. ``hint``: why the others are refused.
+    """
 
     neutral: tuple[Any, ...]
     hint: str
 
     def accepts(self, value: object) -> bool:
-        """True when the value asks for nothing."""
+        """Whether the value changes nothing."""
         return value is None or any(
             value == plain and isinstance(value, bool) == isinstance(plain, bool)
             for plain in self.neutral
@@ -90,12 +93,12 @@ class StrictModel(BaseModel):
                 if not cls.unsupported[name].accepts(value):
                     raise FieldError(f"{name} is not supported: {cls.unsupported[name].hint}", name)
             elif name not in cls.ignored:
-                raise FieldError(unknown_field(name, list(cls.model_fields)), name[:100])
+                raise FieldError(unknown_field(name, list(cls.model_fields)), name[:MAX_NAME_CHARS])
         return kept
 
 
 def unknown_field(name: str, valid: list[str]) -> str:
-    """One line that names an unknown field and the nearest valid one."""
-    near = difflib.get_close_matches(name[:100], valid, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"valid fields: {', '.join(sorted(valid))}"
-    return f"unknown field {shorten(name)}; {hint}"
+    """A sentence that names an unknown field and the closest valid one."""
+    near = closest(name, valid)
+    hint = f"did you mean {near}?" if near else f"valid fields: {', '.join(sorted(valid))}"
+    return f"unknown field {shown(name)}; {hint}"

@@ -1,4 +1,4 @@
-"""Text to token ids and back, off the event loop, bounded in size and time."""
+"""Text to token ids and back: in threads beside the event loop, bounded in size and time."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from typing import Any, TypeVar
 
 from jinja2.exceptions import TemplateError
 
-from ds_cp.api.errors import ApiError, one_line
+from ds_cp.api.errors import ApiError
 from ds_cp.engine.interface import EngineInterface
+from ds_cp.text import shorten
 
-CHARS_PER_TOKEN = 32  # more text than this per token of the model's length is refused unread
-THREADS = 2
+CHARS_PER_TOKEN = 32  # bounds a text: characters per token of the model's length
+THREADS = 2  # that tokenize at once
+MAX_REASON_CHARS = 200  # of a chat template's refusal in a message
 
 Result = TypeVar("Result")
 
@@ -22,8 +24,8 @@ Result = TypeVar("Result")
 class TextCodec:
     """The tokenizer of an engine behind a small pool of threads.
 
-    Each call ends within ``timeout_s`` (a 503 then); the thread may go on to its end, so that a
-    flood of slow texts occupies this pool and nothing else.
+    Each call ends within ``timeout_s`` seconds, with a 503 if need be. Its thread works on to the
+    end of the text, so slow texts can occupy this pool but nothing else.
     """
 
     def __init__(self, engine: EngineInterface, timeout_s: float) -> None:
@@ -32,11 +34,11 @@ class TextCodec:
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="ds_cp-text")
 
     def close(self) -> None:
-        """Forget waiting work; running work ends by itself."""
+        """Cancel the calls that wait for a thread; those in a thread end by themselves."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a prompt. Raises ``ApiError`` 400 when it is too long to be read."""
+        """Token ids of a prompt. Raises ``ApiError`` 400 when its characters are too many."""
         self._check_length(len(text))
         return await self._run(
             partial(_encode, self._engine.tokenizer, text, add_special_tokens), "the prompt"
@@ -70,8 +72,8 @@ class TextCodec:
         if chars > CHARS_PER_TOKEN * length:
             raise ApiError(
                 400,
-                f"the prompt has {chars} characters; at most {CHARS_PER_TOKEN * length} are read "
-                f"for a model length of {length} tokens",
+                f"the prompt has {chars} characters; at most {CHARS_PER_TOKEN * length} "
+                f"are read for a model length of {length} tokens",
                 code="context_length_exceeded",
             )
 
@@ -101,17 +103,18 @@ def _encode(tokenizer: Any, text: str, add_special_tokens: bool) -> list[int]:
 
 
 def _decode(tokenizer: Any, ids: list[int]) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    text: str = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return text
 
 
 def _render(tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
     try:
-        return tokenizer.apply_chat_template(
+        text: str = tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=add_generation_prompt
         )
-    except TemplateError as error:
-        # The text is the template author's (raise_exception), meant for whoever wrote the messages.
-        reason = one_line(str(error))[:200]
+    except TemplateError as err:  # its text is the template author's, by raise_exception
+        reason = shorten(str(err), MAX_REASON_CHARS)
         raise ApiError(
             400, f"the model's chat template refuses these messages: {reason}", param="messages"
         ) from None
+    return text

@@ -60,6 +60,7 @@ TokenBudget = Annotated[
     Auto | Tokens | Annotated[tuple[Tokens, ...], Field(min_length=1, max_length=MAX_RANKS)],
     BeforeValidator(_tuple),
 ]
+Timeout = Annotated[float, Field(ge=0.1, le=3600)]
 ApiKey = Annotated[str, Field(min_length=1, max_length=512)]
 ApiKeys = Annotated[
     ApiKey | Annotated[tuple[ApiKey, ...], Field(min_length=1, max_length=256)] | None,
@@ -215,7 +216,7 @@ class Comm(_Section):
 
 
 class Server(_Section):
-    """The HTTP front on rank 0."""
+    """The HTTP server on rank 0."""
 
     host: Annotated[str, Field(min_length=1, max_length=253)] = Field(
         default="127.0.0.1", description="address to listen on; beyond loopback api_key must be set"
@@ -237,6 +238,34 @@ class Server(_Section):
     drain_timeout_s: Annotated[float, Field(ge=0, le=3600)] = Field(
         default=30.0,
         description="time that running requests get to finish after SIGTERM",
+        json_schema_extra=_unit("seconds"),
+    )
+    header_timeout_s: Timeout = Field(
+        default=10.0,
+        description="time that a client gets to send the head of a request; the connection is "
+        "closed then",
+        json_schema_extra=_unit("seconds"),
+    )
+    body_timeout_s: Timeout = Field(
+        default=10.0,
+        description="time that a client gets to send a body, and a second more for each 64 KiB of "
+        "it; HTTP 408 then",
+        json_schema_extra=_unit("seconds"),
+    )
+    write_timeout_s: Timeout = Field(
+        default=60.0,
+        description="time that a streamed answer waits for its client to read on; its request is "
+        "aborted then",
+        json_schema_extra=_unit("seconds"),
+    )
+    tokenize_timeout_s: Timeout = Field(
+        default=30.0,
+        description="time to turn one text into tokens, or tokens into text; HTTP 503 then",
+        json_schema_extra=_unit("seconds"),
+    )
+    keep_alive_s: Timeout = Field(
+        default=5.0,
+        description="time without a token after which a streamed answer gets a comment line",
         json_schema_extra=_unit("seconds"),
     )
 
@@ -298,7 +327,7 @@ class Config(_Section):
     scheduler: Scheduler = Field(default_factory=Scheduler, description="requests at once")
     attention: Attention = Field(default_factory=Attention, description="attention kernel")
     comm: Comm = Field(default_factory=Comm, description="communication between ranks")
-    server: Server = Field(default_factory=Server, description="the HTTP front")
+    server: Server = Field(default_factory=Server, description="the HTTP server")
 
     @model_validator(mode="after")
     def _one_budget_per_rank(self) -> Config:

@@ -1,8 +1,9 @@
-"""Rank 0's engine for the HTTP front: a thread that steps, and asyncio streams that listen.
+"""Rank 0's engine for the HTTP application: a thread runs the steps, asyncio iterators yield the
+deltas.
 
-The scheduler lives here, in the front's process; plans go to the worker through a link, the next
-one while a step runs. A long step blocks only that thread: requests are admitted, refused and
-aborted meanwhile.
+The scheduler lives in this process; plans go to the worker through a link, the next one while a
+step runs. A long step blocks only the engine's thread: requests are admitted, refused and aborted
+meanwhile.
 """
 
 from __future__ import annotations
@@ -29,10 +30,12 @@ from ds_cp.serve.worker_link import WorkerLink
 
 
 class AsyncEngine:
-    """Implements ``EngineInterface``. ``load_tokenizer`` runs in the engine's thread meanwhile.
+    """Implements ``EngineInterface`` over a worker.
 
-    ``paced``: clients wait for each token. ``on_ready`` gets the start-up lines, ``on_death`` the
-    error that ended the engine (not called after ``stop``); both run in the engine's thread.
+    ``load_tokenizer`` runs in the engine's thread while the worker starts. ``paced``: clients wait
+    for each token, so prefill is throttled while other requests decode. ``on_ready`` gets the
+    start-up lines; ``on_death`` gets the error that ended the engine and the exit code, and is not
+    called after ``stop``. Both run in the engine's thread.
     """
 
     info: EngineInfo
@@ -59,10 +62,10 @@ class AsyncEngine:
         self._paced = paced
         self._state = "starting"
         self._core: EngineCore | None = None
-        self._lock = threading.Lock()  # guards the core, never held while the ranks work
+        self._lock = threading.Lock()  # guards core and queues; not held during a step
         self._wake = threading.Condition(self._lock)
         self._stopping = False
-        self._streams: dict[str, asyncio.Queue[Delta | DsCpError]] = {}
+        self._queues: dict[str, asyncio.Queue[Delta | DsCpError]] = {}  # by request id
         self._step_seconds = 0.0
         self._thread = threading.Thread(target=self._run, name="ds_cp engine", daemon=True)
 
@@ -82,12 +85,12 @@ class AsyncEngine:
         params: SamplingParams,
         options: RequestOptions | None = None,
     ) -> AsyncIterator[Delta]:
-        """Deltas until the last one of every answer; closing the iterator aborts. Refusals are
-        raised at once."""
+        """Deltas until the last one of every answer; closing the iterator aborts the request. A
+        refusal is raised before the first delta."""
         queue: asyncio.Queue[Delta | DsCpError] = asyncio.Queue()
         with self._wake:
             self._ready_core().add(request_id, prompt_token_ids, params, options)
-            self._streams[request_id] = queue
+            self._queues[request_id] = queue
             self._wake.notify()
         unfinished = params.n
         try:
@@ -101,9 +104,9 @@ class AsyncEngine:
             self.abort(request_id)
 
     def abort(self, request_id: str) -> None:
-        """End a request, if it is still there; its blocks are free before the next step."""
+        """End a request that has not finished; its blocks are free before the next step."""
         with self._lock:
-            self._streams.pop(request_id, None)
+            self._queues.pop(request_id, None)
             if self._core is not None:
                 self._core.abort(request_id)
 
@@ -141,15 +144,17 @@ class AsyncEngine:
             )
 
     async def stop(self, deadline_s: float) -> None:
-        """Tell all ranks to leave after the step in hand, and whoever still listens that it ends.
+        """End the engine: all ranks leave after the current step, and every unfinished request
+        raises ``EngineDeadError``.
 
-        Called in the event loop. Returns when the ranks were told, or past the deadline.
+        Called in the event loop. Returns when the stop plan was sent, at the latest after
+        ``deadline_s``.
         """
         with self._wake:
             self._stopping = True
-            left = list(self._streams.values())
+            unfinished = list(self._queues.values())
             self._wake.notify()
-        for queue in left:
+        for queue in unfinished:
             queue.put_nowait(
                 EngineDeadError("the server is stopping; this request was not finished")
             )
@@ -165,7 +170,7 @@ class AsyncEngine:
             self._loop_steps()
         except DsCpError as err:
             self._die(err, err.exit_code)
-        except Exception as err:  # our own fault: say so rather than hang
+        except Exception as err:  # a fault of ds_cp: report it rather than hang
             self._die(EngineDeadError(f"{type(err).__name__}: {err}"), 1)
 
     def _become_ready(self) -> None:
@@ -206,14 +211,14 @@ class AsyncEngine:
                     idle = not core.has_work
                 if self._stopping:
                     break
-            if idle:  # a sign of life, so that no rank takes silence for death
+            if idle:  # within comm.timeout_s, so that no rank gives rank 0 up
                 self._link.submit(StepPlan(0, "idle"))
                 self._link.outcome()
                 continue
             worked = True
             deltas = loop.advance()
             with self._lock:
-                pairs = [(self._streams.get(delta.request_id), delta) for delta in deltas]
+                pairs = [(self._queues.get(delta.request_id), delta) for delta in deltas]
             self._deliver([(queue, delta) for queue, delta in pairs if queue is not None])
         self._state = "dead"
         loop.settle()
@@ -228,13 +233,13 @@ class AsyncEngine:
                 queue.put_nowait(item)
 
         if items:
-            with contextlib.suppress(RuntimeError):  # the loop has closed: nobody listens any more
+            with contextlib.suppress(RuntimeError):  # the loop has closed
                 self._loop.call_soon_threadsafe(put)
 
     def _die(self, err: DsCpError, exit_code: int) -> None:
         with self._lock:
             self._state = "dead"
-            queues = list(self._streams.values())
+            queues = list(self._queues.values())
             stopping = self._stopping
         self._deliver([(queue, EngineDeadError(str(err))) for queue in queues])
         if not stopping:
@@ -242,15 +247,15 @@ class AsyncEngine:
 
 
 class _Timed:
-    """A runner that tells how long its steps took."""
+    """A runner that reports the seconds of its steps."""
 
-    def __init__(self, link: WorkerLink, note: Callable[[float], None]) -> None:
+    def __init__(self, link: WorkerLink, observe: Callable[[float], None]) -> None:
         self.submit = link.submit
         self._outcome = link.outcome
-        self._note = note
+        self._observe = observe
 
     def outcome(self) -> Outcome:
-        """The next outcome; its seconds are noted."""
+        """The oldest plan's outcome; its seconds are reported first."""
         outcome = self._outcome()
-        self._note(outcome.seconds)
+        self._observe(outcome.seconds)
         return outcome

@@ -12,13 +12,13 @@ from ds_cp.errors import EngineDeadError
 from ds_cp.facts import Facts
 from ds_cp.plan import Outcome, StepPlan
 
-LIMIT = 64 * 2**20  # bytes of one frame
+LIMIT = 64 * 2**20  # largest frame, in bytes
 T = TypeVar("T")
 
 
 class WorkerSpec(msgspec.Struct, frozen=True):
-    """What a worker is told at birth. ``job``: the fields of ``Job`` but its socket; ``listen_fd``:
-    the inherited descriptor of rank 0's store socket, or -1."""
+    """The first message to a worker. ``job``: the fields of ``Job`` without its socket;
+    ``listen_fd``: the inherited descriptor of rank 0's store socket, or -1."""
 
     config: dict[str, Any]
     job: dict[str, Any]
@@ -34,14 +34,14 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
-    """The worker gives up; ``exit_code`` as the command line returns it."""
+    """The worker ends with an error; ``exit_code`` is what the command line returns."""
 
     exit_code: int
     message: str
 
 
 class Result(msgspec.Struct, frozen=True, tag="result"):
-    """What came of one plan, and this rank's books so far: (bytes, exchanges) by scheme."""
+    """The outcome of one plan, and the (bytes, exchanges) that rank 0 has sent by scheme."""
 
     outcome: Outcome
     sent: dict[str, tuple[int, int]]
@@ -57,7 +57,7 @@ class Channel:
     sock: socket.socket
 
     def send(self, message: WorkerSpec | StepPlan | FromWorker) -> None:
-        """Send one message; ``EngineDeadError`` when the other side is gone."""
+        """Send one message. Raises ``EngineDeadError`` when the other process has ended."""
         raw = msgspec.msgpack.encode(message)
         try:
             self.sock.sendall(len(raw).to_bytes(4, "little") + raw)
@@ -67,8 +67,8 @@ class Channel:
             ) from err
 
     def receive(self, kind: Any) -> Any:
-        """The next message, decoded as ``kind``; ``EngineDeadError`` when the other side is
-        gone."""
+        """The next message, decoded as ``kind``. Raises ``EngineDeadError`` when the other process
+        has ended, or the frame is longer than ``LIMIT``."""
         size = int.from_bytes(self._exactly(4), "little")
         if size > LIMIT:
             raise EngineDeadError(f"a frame of {size} bytes is above the limit {LIMIT}")

@@ -1,4 +1,4 @@
-"""The HTTP application over ranks of this very job, without a socket: what ``ds-cp batch`` uses."""
+"""The HTTP application over an engine in this process, without a socket, for ``ds-cp batch``."""
 
 from __future__ import annotations
 
@@ -9,40 +9,39 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from ds_cp.api.app import create_app
-from ds_cp.api.settings import server_settings
 from ds_cp.config import Config
 from ds_cp.errors import DsCpError
 from ds_cp.model.loading import load_tokenizer
 from ds_cp.model.source import find_model
 from ds_cp.serve.async_engine import AsyncEngine
 from ds_cp.serve.channel import Ready
-from ds_cp.serve.worker_link import Books, Lead, LocalLink, Sent
+from ds_cp.serve.worker_link import Lead, LocalLink, ReadSent, Sent
 from ds_cp.startup.build import build_worker
 from ds_cp.startup.join import join_job
 from ds_cp.startup.report import summary
 from ds_cp.topology.job import Job
 
-LEAVE_S = 60.0  # for the step in hand, at the end
+LEAVE_S = 60.0  # seconds for the current step, at the end
 
 
 @asynccontextmanager
 async def open_app(config: Config, job: Job) -> AsyncIterator[Any]:
     """Rank 0: join the job, load the model, and yield the ASGI application over a ready engine.
 
-    The other ranks call ``follow`` meanwhile. Raises the typed errors of a start that fails.
+    The other ranks call ``follow`` meanwhile. Raises the typed error of a start that fails.
     """
     source = find_model(config.model)
-    leaves: list[Callable[[], None]] = []
+    on_exit: list[Callable[[], None]] = []
 
-    def build() -> tuple[Lead, Books, Ready]:
+    def build() -> tuple[Lead, ReadSent, Ready]:
         world, threads = join_job(job, config)
-        leaves.append(world.leave)
+        on_exit.append(world.leave)
         worker, facts = build_worker(world, config, source, threads)
 
-        def books() -> Sent:
+        def sent() -> Sent:
             return {k: (e.bytes, e.exchanges) for k, e in world.ledger.schemes().items()}
 
-        return worker.lead, books, Ready(facts, tuple(summary(config, facts)))
+        return worker.lead, sent, Ready(facts, tuple(summary(config, facts)))
 
     loop = asyncio.get_running_loop()
     ready: asyncio.Future[None] = loop.create_future()
@@ -70,17 +69,17 @@ async def open_app(config: Config, job: Job) -> AsyncIterator[Any]:
     engine.start()
     try:
         await ready
-        app = create_app(engine, server_settings(config))
+        app = create_app(engine, config.server)
         async with app.router.lifespan_context(app):
             yield app
     finally:
         await engine.stop(LEAVE_S)
-        for leave in leaves:
+        for leave in on_exit:
             leave()
 
 
 def follow(config: Config, job: Job) -> int:
-    """Ranks other than 0: take part until rank 0 is done. Returns the exit code."""
+    """A rank other than 0: run the plans of rank 0 up to the stop plan. Returns the exit code."""
     world, threads = join_job(job, config)
     worker, _ = build_worker(world, config, None, threads)
     worker.follow()

@@ -1,8 +1,8 @@
-"""The process that a launcher starts on every rank: thin, owns the worker, ends with its launcher.
+"""The process that a launcher starts on every rank: it owns the worker and ends with its launcher.
 
-Rank 0's supervisor also runs the HTTP front and the engine. Ctrl-C and SIGTERM reach every
-supervisor; rank 0 drains and tells all workers to leave, the other supervisors wait for that and
-end their worker themselves only if it does not come.
+Rank 0's supervisor also runs the HTTP application and the engine. Ctrl-C and SIGTERM reach every
+supervisor: rank 0 drains its requests and sends the stop plan to all workers; the other supervisors
+wait for their worker to end and kill it when it does not.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from ds_cp.serve.channel import Channel, Failed, FromWorker, Ready, WorkerSpec
 from ds_cp.startup.resources import choose_threads, socket_environment
 from ds_cp.topology.job import Job
 
-LEAVE_S = 5.0  # for workers to leave after the stop plan
-POLL_S = 0.1
-HURRY_S = 1.0  # for the step in hand, when requests are not waited for
+LEAVE_S = 5.0  # seconds for workers to end after the stop plan
+POLL_S = 0.1  # seconds between looks at the worker and the launcher
+HURRY_S = 1.0  # seconds for the current step, when requests are not drained
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 LAUNCHERS = ("deepspeed", "torchrun", "torch.distributed", "mpirun", "prterun", "prted", "ds-cp")
 
 
 def serve(config: Config, job: Job) -> int:
-    """Serve until told to stop, or until something ends the job. Returns the exit code.
+    """Serve until a signal, or until a failure ends the job. Returns the exit code.
 
-    Raises ``LaunchError`` or ``ModelError`` before anything is started.
+    Raises ``LaunchError`` or ``ModelError`` before any process is started.
     """
     return asyncio.run(_Supervisor(config, job).run())
 
@@ -51,7 +51,7 @@ class _Supervisor:
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()  # end now rather than drain
         self._loaded = False  # the worker can run plans
-        self._notified = False  # the cause of a failure is known to the user, or to rank 0
+        self._notified = False  # the cause of a failure was printed here, or reported to rank 0
         self._exit_code = 0
         self._ancestors = _launcher_processes()
 
@@ -65,7 +65,7 @@ class _Supervisor:
             watch = asyncio.create_task(self._watch(process))
             try:
                 if found is not None:
-                    await self._front(channel, *found)
+                    await self._serve_http(channel, *found)
                 else:
                     await self._follow(channel)
                 await asyncio.wait({watch}, timeout=LEAVE_S)
@@ -78,16 +78,17 @@ class _Supervisor:
 
         return bind(self._config.server.host, self._config.server.port)
 
-    # --- rank 0: the front
+    # --- rank 0: the HTTP application
 
-    async def _front(self, channel: Channel, source: ModelSource, listener: socket.socket) -> None:
+    async def _serve_http(
+        self, channel: Channel, source: ModelSource, listener: socket.socket
+    ) -> None:
         from ds_cp.api.app import create_app
         from ds_cp.api.server import serve_until
-        from ds_cp.api.settings import server_settings
         from ds_cp.serve.async_engine import AsyncEngine
         from ds_cp.serve.worker_link import ProcessLink, WorkerLostError
 
-        settings = server_settings(self._config)
+        server = self._config.server
         loop = asyncio.get_running_loop()
         address, port = listener.getsockname()[:2]
         shown = f"[{address}]" if ":" in address else address
@@ -99,7 +100,7 @@ class _Supervisor:
             print(f"ds_cp ready: http://{shown}:{port}", flush=True)
 
         def on_death(err: DsCpError, exit_code: int) -> None:
-            if not isinstance(err, WorkerLostError):  # how that one ended, the watch says
+            if not isinstance(err, WorkerLostError):  # _watch reports the exit code
                 loop.call_soon_threadsafe(self._fail, str(err), exit_code)
 
         engine = AsyncEngine(
@@ -112,13 +113,13 @@ class _Supervisor:
             on_death,
         )
         engine.start()
-        app = create_app(engine, settings)
-        serving = asyncio.create_task(serve_until(app, listener, settings, self._stop))
+        app = create_app(engine, server)
+        serving = asyncio.create_task(serve_until(app, listener, server, self._stop))
         hurrying = asyncio.create_task(self._hurry.wait())
         await asyncio.wait({serving, hurrying}, return_when=asyncio.FIRST_COMPLETED)
         hurried = hurrying.done()
         hurrying.cancel()
-        if hurried:  # requests in flight are told so, and the server has not to wait
+        if hurried:  # requests in flight end with an error, so the server need not wait
             await engine.stop(HURRY_S if self._loaded else 0.0)
         await serving
         if not hurried:
@@ -127,7 +128,8 @@ class _Supervisor:
     # --- other ranks
 
     async def _follow(self, channel: Channel) -> None:
-        """Wait until the worker ends: by rank 0's word, or by a failure, which rank 0 reports."""
+        """Wait until the worker ends: after rank 0's stop plan, or by a failure, which rank 0
+        reports."""
         try:
             message = await asyncio.to_thread(channel.receive, FromWorker)
             if isinstance(message, Ready):
@@ -136,7 +138,7 @@ class _Supervisor:
             if isinstance(message, Failed):
                 self._notified, self._exit_code = True, message.exit_code
         except EngineDeadError:
-            pass  # the worker has ended; the watch says how
+            pass  # the worker has ended; _watch reports the exit code
 
     # --- signals and deaths
 
@@ -152,7 +154,7 @@ class _Supervisor:
             self._stop.set()
 
     async def _watch(self, process: subprocess.Popen[bytes]) -> None:
-        """Notice a launcher that is gone, and end a worker that outlives its time."""
+        """Stop when the launcher has ended, and kill a worker that outlives its time."""
         asked: float | None = None
         loop = asyncio.get_running_loop()
         while process.poll() is None:
@@ -164,19 +166,19 @@ class _Supervisor:
                 asked = asked or loop.time()
                 if loop.time() - asked >= self._patience_s():
                     process.kill()
-        self._look_at_end(process.returncode)
+        self._report_end(process.returncode)
 
     def _patience_s(self) -> float:
-        """How long after the stop the worker may go on: there is nothing to drain while it loads,
-        and rank 0's is told to leave by the front."""
+        """Seconds after the stop until the worker is killed: 0 while it loads, since nothing runs
+        that could be drained; no limit on rank 0, where the engine ends it."""
         if not self._loaded:
             return 0.0
         if self._job.rank == 0:
             return math.inf
         return LEAVE_S + (0.0 if self._hurry.is_set() else self._config.server.drain_timeout_s)
 
-    def _look_at_end(self, code: int) -> None:
-        """Tell of a worker that ended without a word of its own."""
+    def _report_end(self, code: int) -> None:
+        """Report a worker that ended without a report of its own."""
         if code == 0 or self._stop.is_set():
             return
         how = f"exit code {code}" if code > 0 else signal.Signals(-code).name
@@ -194,8 +196,7 @@ def _load_tokenizer(source: ModelSource) -> Any:
 
 
 def _launcher_processes() -> list[psutil.Process]:
-    """The launcher above this process, with its helpers: when one goes, the job has lost its owner.
-
+    """The launcher's processes above this one. When one of them ends, the job has lost its owner:
     SIGTERM to ``deepspeed`` ends its first process only and would orphan every rank.
     """
     found = []
@@ -210,9 +211,9 @@ def _launcher_processes() -> list[psutil.Process]:
 
 
 def _is_alive(process: psutil.Process) -> bool:
-    """Whether it runs; one that has ended but was not reaped does not."""
+    """Whether it runs; a zombie does not."""
     try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
 
@@ -225,11 +226,11 @@ def _python_path(env: Mapping[str, str]) -> str:
 
 @contextlib.contextmanager
 def _worker(config: Config, job: Job) -> Iterator[tuple[subprocess.Popen[bytes], Channel]]:
-    """Start this rank's worker and end it in any case."""
+    """Start this rank's worker; on leaving, wait for its end or kill it."""
     ours, theirs = socket.socketpair()
     listen_fd = job.store_socket.fileno() if job.store_socket is not None else -1
     threads = choose_threads(config, job.local_world_size or 1)
-    # The worker is born deaf to these: a terminal's Ctrl-C reaches it too, which is not for it.
+    # The worker starts with these signals blocked: a terminal's Ctrl-C is for the supervisor alone.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""Where the front's engine sends its plans: to a worker process over the channel, or to a worker in
+"""How rank 0's engine reaches its worker: a process at the other end of a channel, or a thread of
 this process."""
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ds_cp.serve.channel import Channel, Failed, FromWorker, Ready, Result
 
 Sent = dict[str, tuple[int, int]]  # scheme -> (bytes, exchanges)
 Lead = Callable[[StepPlan], Outcome]
-Books = Callable[[], Sent]
+ReadSent = Callable[[], Sent]
 
 
 class WorkerLink(Protocol):
@@ -22,24 +22,28 @@ class WorkerLink(Protocol):
 
     @property
     def sent(self) -> Sent:
-        """What rank 0 has sent so far."""
+        """What rank 0 has sent so far, by scheme."""
         ...
 
     def ready(self) -> Ready:
         """Wait until the worker can run plans."""
         ...
 
-    def submit(self, plan: StepPlan) -> None: ...
+    def submit(self, plan: StepPlan) -> None:
+        """Hand over a plan; it runs after the ones before."""
+        ...
 
-    def outcome(self) -> Outcome: ...
+    def outcome(self) -> Outcome:
+        """Wait for the outcome of the oldest plan without one."""
+        ...
 
     def leave(self) -> None:
-        """Tell all ranks to stop, once nothing is under way."""
+        """End all ranks; no outcome is outstanding."""
         ...
 
 
 class WorkerFailedError(EngineDeadError):
-    """The worker's last words, with its exit code."""
+    """The worker reported the error that ended it; ``exit_code`` is the job's."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
@@ -47,7 +51,7 @@ class WorkerFailedError(EngineDeadError):
 
 
 class WorkerLostError(EngineDeadError):
-    """The worker is gone without a word; its supervisor knows how it ended."""
+    """The worker ended without a report; its supervisor knows the exit code or signal."""
 
 
 class ProcessLink:
@@ -59,16 +63,16 @@ class ProcessLink:
 
     @property
     def sent(self) -> Sent:
-        """As of the newest outcome."""
+        """Up to the newest outcome."""
         return self._sent
 
     def ready(self) -> Ready:
-        """The worker's first word."""
+        """Wait for the worker's ``Ready``."""
         ready: Ready = self._expect(Ready)
         return ready
 
     def submit(self, plan: StepPlan) -> None:
-        """Send a plan; the worker takes it when it is done with the one before."""
+        """Send a plan; the worker reads it after the one before."""
         try:
             self._channel.send(plan)
         except EngineDeadError as err:
@@ -81,7 +85,7 @@ class ProcessLink:
         return result.outcome
 
     def leave(self) -> None:
-        """Send the last plan; nobody answers it."""
+        """Send the stop plan, which has no outcome."""
         with contextlib.suppress(EngineDeadError):
             self._channel.send(StepPlan(0, "stop"))
 
@@ -97,25 +101,25 @@ class ProcessLink:
 
 
 class LocalLink:
-    """A worker in this process. It is built, and steps, in a thread of its own, the only one that
-    computes.
+    """A worker in this process. One thread builds it and runs its steps, and computes alone.
 
-    ``build`` gives what runs a plan, what tells what rank 0 has sent, and the first word.
+    ``build`` returns the function that runs a plan, the one that reads what rank 0 has sent, and
+    the ``Ready`` message.
     """
 
-    def __init__(self, build: Callable[[], tuple[Lead, Books, Ready]]) -> None:
+    def __init__(self, build: Callable[[], tuple[Lead, ReadSent, Ready]]) -> None:
         self._runner = ThreadRunner()
         self._building = self._runner.call(build)
-        self._books: Books | None = None
+        self._read_sent: ReadSent | None = None
 
     @property
     def sent(self) -> Sent:
-        """As of now."""
-        return self._books() if self._books is not None else {}
+        """Up to this moment."""
+        return self._read_sent() if self._read_sent is not None else {}
 
     def ready(self) -> Ready:
-        """Once the worker is built. Raises what kept it from that."""
-        self._runner.lead, self._books, ready = self._building.result()
+        """Wait until the worker is built. Raises what ``build`` raised."""
+        self._runner.lead, self._read_sent, ready = self._building.result()
         return ready
 
     def submit(self, plan: StepPlan) -> None:
@@ -127,7 +131,7 @@ class LocalLink:
         return self._runner.outcome()
 
     def leave(self) -> None:
-        """Run the last plan and end the thread."""
+        """Run the stop plan and end the thread."""
         self._runner.submit(StepPlan(0, "stop"))
         self._runner.outcome()
         self._runner.close()

@@ -2,9 +2,8 @@
 
 ``python -m ds_cp.serve.worker_process FD``.
 
-It is told everything over the inherited socket and reads no configuration of its own. Signals are
-the supervisor's business; the worker ends when told to, when its peers are gone, or with its
-supervisor.
+It receives its config over the inherited socket and ignores signals, which are the supervisor's. It
+ends after the stop plan, when its peers are gone, or with its supervisor.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ PR_SET_PDEATHSIG = 1
 
 
 def main(argv: list[str]) -> NoReturn:
-    """Run until told to stop, and exit."""
+    """Run until the stop plan, and exit the process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     channel = Channel(socket.socket(fileno=int(argv[0])))
@@ -65,11 +64,11 @@ def _work(channel: Channel, spec: WorkerSpec) -> None:
         _lead(channel, worker)
     else:
         worker.follow()
-    world.leave()  # not after a failure: it may wait for a peer that is gone
+    world.leave()  # not after a failure: it could wait for a peer that has ended
 
 
 def _lead(channel: Channel, worker: Worker) -> None:
-    """Rank 0: run the plans that the front sends, up to the one that says stop."""
+    """Rank 0: run the plans that the engine sends, up to the stop plan."""
     while True:
         plan: StepPlan = channel.receive(StepPlan)
         outcome = worker.lead(plan)
@@ -86,11 +85,11 @@ def _json(config: dict[str, Any]) -> str:
 
 
 def _give_up(channel: Channel, exit_code: int, message: str) -> NoReturn:
-    """Say why and leave."""
+    """Report the error and exit."""
     try:
         channel.send(Failed(exit_code, message))
     except DsCpError:
-        pass  # the supervisor is gone too; there is nobody left to tell
+        pass  # the supervisor has ended too
     leave_process(exit_code)
 
 

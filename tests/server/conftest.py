@@ -14,8 +14,8 @@ import openai
 import pytest
 
 from ds_cp.api.app import create_app
-from ds_cp.api.protocol import ServerSettings
 from ds_cp.api.server import bind, serve_until
+from ds_cp.config import Server
 from tests.helpers.fake_engine import FakeEngine, make_tokenizer
 
 
@@ -64,10 +64,14 @@ def launch(tokenizer: Any) -> Iterator[Callable[..., Running]]:
     """``launch(engine=None, **settings)`` starts a server; all of them are stopped at the end."""
     servers: list[Running] = []
 
-    def start(engine: FakeEngine | None = None, **settings: Any) -> Running:
+    def start(
+        engine: FakeEngine | None = None,
+        api_key: tuple[str, ...] | None = None,  # unchecked: also what a config may not hold
+        **settings: Any,
+    ) -> Running:
         engine = engine or FakeEngine(tokenizer)
-        values = {"port": 0, "drain_timeout_s": 1.0} | settings
-        server = ServerSettings(**values)
+        values: dict[str, Any] = {"port": 0, "drain_timeout_s": 1.0} | settings
+        server = Server(**values).model_copy(update={"api_key": api_key})
         listener = bind(server.host, server.port)
         port = listener.getsockname()[1]
         loops: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []

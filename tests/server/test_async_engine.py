@@ -1,4 +1,4 @@
-"""The engine's thread over a pretended worker: it balances its books whenever it falls idle."""
+"""The engine's thread over a pretended worker: it checks its block counts whenever it is idle."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ FACTS = Facts(
 )  # fmt: skip
 
 
-class Port:
+class OneRank:
     """One rank that draws token 7."""
 
     sent: dict[str, tuple[int, int]] = {}
 
     def __init__(self) -> None:
         self.plans: deque[StepPlan] = deque()
-        self.mirror = WorkerState(0, BLOCK)
+        self.worker_state = WorkerState(0, BLOCK)
 
     def ready(self) -> Ready:
         return Ready(FACTS, ())
@@ -47,7 +47,7 @@ class Port:
         plan = self.plans.popleft()
         if plan.kind != "run":
             return Outcome(plan.step)
-        draws = self.mirror.apply(plan).draws
+        draws = self.worker_state.apply(plan).draws
         return Outcome(plan.step, tuple(Sampled(d.sequence.number, 7, 0.0) for d in draws))
 
     def leave(self) -> None:
@@ -64,7 +64,7 @@ class Served:
             ready = asyncio.Event()
             loop = asyncio.get_running_loop()
             self.engine = AsyncEngine(
-                load_config({"model": "pretended"}), "pretended", Port(), loop, lambda: None,
+                load_config({"model": "pretended"}), "pretended", OneRank(), loop, lambda: None,
                 lambda _: loop.call_soon_threadsafe(ready.set),  # type: ignore[arg-type, return-value]
                 lambda err, _: self.died.append(err),
             )  # fmt: skip
@@ -86,7 +86,7 @@ async def until(done: Callable[[], bool]) -> None:
         await asyncio.sleep(0.005)
 
 
-def test_books_are_balanced_at_each_idle_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_are_counted_at_each_idle_moment(monkeypatch: pytest.MonkeyPatch) -> None:
     checks: list[bool] = []
     real = EngineCore.check_integrity
 
@@ -107,7 +107,7 @@ def test_books_are_balanced_at_each_idle_moment(monkeypatch: pytest.MonkeyPatch)
     assert not served.died and not any(checks)
 
 
-def test_books_that_do_not_balance_end_the_engine_with_the_numbers() -> None:
+def test_blocks_that_do_not_add_up_end_the_engine_with_the_numbers() -> None:
     async def work(engine: AsyncEngine) -> None:
         assert await ask(engine, "a") == [7] * 9
         core = engine._core

@@ -10,8 +10,7 @@ import httpx
 import openai
 import pytest
 
-from ds_cp.api import context as front
-from ds_cp.api import logprobs
+from ds_cp.api import context, logprobs
 from ds_cp.api.context import engine_salt
 from tests.helpers.fake_engine import FakeEngine, expected_ids, prompt_scores
 from tests.server.conftest import Running, wait_for
@@ -327,7 +326,7 @@ def test_an_engine_without_the_scores_is_an_error(served: Running) -> None:
 
 
 def test_bound_on_prompt_logprobs(served: Running, monkeypatch: Any) -> None:
-    monkeypatch.setattr(front, "MAX_PROMPT_LOGPROBS", 60)
+    monkeypatch.setattr(context, "MAX_PROMPT_LOGPROBS", 60)
     body = {"prompt": [[5] * 6, [5] * 4], "logprobs": 2, "echo": True, "n": 2}
     assert served.post(C, body).status_code == 200
     error = served.post(C, body | {"logprobs": 3}).json()["error"]
@@ -394,7 +393,7 @@ def test_priority_and_salt_reach_the_engine(served: Running) -> None:
 
 
 def test_salts_differ_by_key_and_by_salt(launch: Any) -> None:
-    server = launch(api_keys=("key-a", "key-ab"))
+    server = launch(api_key=("key-a", "key-ab"))
     salts: dict[tuple[str, str | None], str] = {}
     for key in ("key-a", "key-ab"):
         for salt in (None, "c", "bc", "c" * 256):

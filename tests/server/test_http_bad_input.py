@@ -191,6 +191,8 @@ def test_prompt_too_long_has_the_code(served: Running) -> None:
         (b'{"prompt": "x", "seed": ' + b"9" * 5000 + b"}", "digits"),
         (b'{"prompt": "\xff"}', "UTF-8"),
         (b"[" * 100_000, "not valid JSON"),
+        (b'{"prompt": "x", "model": "a", "model": "b"}', 'key "model" is given twice'),
+        (b'{"prompt": "x", "metadata": {"a\\u0062": 1, "ab": 2}}', 'key "ab" is given twice'),
     ],
 )
 def test_malformed_bodies(served: Running, content: bytes, part: str) -> None:
@@ -199,6 +201,24 @@ def test_malformed_bodies(served: Running, content: bytes, part: str) -> None:
         reply = httpx.post(served.url + path, content=content, headers=headers, timeout=20)
         if path == C or part != "temperature":
             assert part in error_of(reply, 400)["message"]
+
+
+def test_a_repeated_key_is_named(served: Running) -> None:
+    """Python's reader would keep the last of them, another reader the first."""
+    headers = {"Content-Type": "application/json"}
+    for path, content, key in (
+        (C, '{"prompt": "x", "max_tokens": 1, "max_tokens": 100}', "max_tokens"),
+        (C, '{"prompt": "x", "logit_bias": {"5": 1, "5": -100}}', "5"),
+        (CHAT, '{"messages": [{"role": "user", "role": "system", "content": "x"}]}', "role"),
+        ("/tokenize", '{"prompt": "x", "prompt": "y"}', "prompt"),
+        ("/detokenize", '{"tokens": [5], "tokens": [6]}', "tokens"),
+        (C, '{"prompt": "x", "' + "k" * 500 + '": 1, "' + "k" * 500 + '": 1}', "k" * 100),
+    ):
+        reply = httpx.post(served.url + path, content=content, headers=headers, timeout=20)
+        error = error_of(reply, 400)
+        assert error["param"] == key and error["code"] == "invalid_json"
+        assert "is given twice" in error["message"] and len(error["message"]) < 200
+    assert served.engine.seen == []
 
 
 def test_other_content_type(served: Running) -> None:

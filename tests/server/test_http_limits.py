@@ -14,6 +14,7 @@ import openai
 import pytest
 
 from ds_cp.api.server import bind
+from ds_cp.config import Server
 from ds_cp.errors import LaunchError
 from tests.server.conftest import Running, wait_for
 
@@ -255,7 +256,7 @@ def test_what_is_no_http(served: Running) -> None:
 
 
 def test_api_keys(launch: Launch) -> None:
-    server = launch(api_keys=("first-key", "second-k\u00e9y"))
+    server = launch(api_key=("first-key", "second-k\u00e9y"))
     paths = ["/v1/models", "/metrics", "/version", "/openapi.json", "/nothing", "/health/"]
     for path in paths:
         reply = server.get(path)
@@ -278,9 +279,7 @@ def test_api_keys(launch: Launch) -> None:
 
 
 def test_keys_are_not_shown() -> None:
-    from ds_cp.api.protocol import ServerSettings
-
-    assert "hush" not in repr(ServerSettings(api_keys=("hush",)))
+    assert "hush" not in repr(Server(api_key=("hush",)))
 
 
 def test_request_ids(served: Running) -> None:

@@ -69,7 +69,7 @@ def test_pages_of_other_sites_are_refused(served: Running, path: str) -> None:
 
 
 def test_the_key_is_asked_for(launch: Any) -> None:
-    server = launch(api_keys=("secret",))
+    server = launch(api_key=("secret",))
     for path in ROUTES:
         error_of(server.post(path), 401)
         reply = server.post(path, headers={"Authorization": "Bearer secret"})

@@ -197,9 +197,9 @@ def test_version_and_openapi(served: Running) -> None:
 
 def test_serving_does_not_import_torch() -> None:
     code = (
-        "import pkgutil, importlib, sys, ds_cp.serve\n"
-        "for m in ('app', 'http', 'protocol', 'metrics', 'chat', 'completions', 'sse', 'text'):\n"
-        "    importlib.import_module('ds_cp.serve.' + m)\n"
+        "import pkgutil, importlib, sys, ds_cp.api\n"
+        "for m in pkgutil.iter_modules(ds_cp.api.__path__, 'ds_cp.api.'):\n"
+        "    importlib.import_module(m.name)\n"
         "print([m for m in ('torch', 'transformers', 'deepspeed', 'mpi4py') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

@@ -18,12 +18,12 @@ from typing import Any
 import pytest
 
 from ds_cp.api.app import create_app
-from ds_cp.api.protocol import ServerSettings
 from ds_cp.batch.asgi_client import ask
 from ds_cp.batch.files import AnswerFile, open_answers
 from ds_cp.batch.format import BatchRequest, Problem, read_requests
 from ds_cp.batch.runner import BatchReport, run_batch
 from ds_cp.cli import main as cli
+from ds_cp.config import Server
 from ds_cp.errors import EngineDeadError, LaunchError, QueueFullError
 from tests.helpers.fake_engine import FakeEngine, expected_ids, make_tokenizer
 
@@ -162,7 +162,7 @@ def engine(tokenizer: Any) -> FakeEngine:
 
 @asynccontextmanager
 async def opened(engine: Any, **settings: Any) -> AsyncIterator[Any]:
-    app = create_app(engine, ServerSettings(**settings))
+    app = create_app(engine, Server(**settings))
     async with app.router.lifespan_context(app):
         yield app
 
@@ -268,7 +268,7 @@ def test_order_is_that_of_completion(engine: FakeEngine, tokenizer: Any) -> None
 
 def test_api_key_goes_along(engine: FakeEngine) -> None:
     sink = Sink()
-    settings = {"api_keys": ("k",)}
+    settings = {"api_key": ("k",)}
     run(engine, requests_of(line("a")), sink, settings=settings)
     given = ((b"authorization", b"Bearer k"),)
     run(engine, requests_of(line("b")), sink, settings=settings, headers=given)
@@ -666,7 +666,7 @@ def bench(tmp_path: Path, engine: FakeEngine, monkeypatch: Any, capfd: Any) -> B
     async def open_app(config: Any, job: Any) -> AsyncIterator[Any]:
         print("noise of a library")
         bench.opened.append((config, job))
-        async with opened(bench.engine, api_keys=config.server.api_keys) as app:
+        async with opened(bench.engine, api_key=config.server.api_key) as app:
             yield app
 
     module = types.ModuleType("ds_cp.serve.in_process")
@@ -807,7 +807,7 @@ def test_failures_are_code_1_and_redone(bench: Bench) -> None:
 def test_cause_of_the_engine_comes_after_the_summary(bench: Bench, monkeypatch: Any) -> None:
     @asynccontextmanager
     async def open_app(config: Any, job: Any) -> AsyncIterator[Any]:
-        async with opened(bench.engine, api_keys=config.server.api_keys) as app:
+        async with opened(bench.engine, api_key=config.server.api_key) as app:
             yield app
         raise EngineDeadError("the worker of rank 1 was ended by SIGKILL")
 

@@ -52,6 +52,11 @@ DEFAULTS = {
     "server.served_model_name": None,
     "server.max_body_bytes": 8 * 1024 * 1024,
     "server.drain_timeout_s": 30,
+    "server.header_timeout_s": 10,
+    "server.body_timeout_s": 10,
+    "server.write_timeout_s": 60,
+    "server.tokenize_timeout_s": 30,
+    "server.keep_alive_s": 5,
 }
 
 
@@ -220,7 +225,7 @@ def test_keys_of_later_are_not_accepted_yet() -> None:
     )
 
 
-INTEGER_BOUNDS = {
+BOUNDS = {
     "max_model_len": (1, None),
     "threads_per_rank": (1, 1024),
     "context_parallel.size": (1, 1024),
@@ -233,13 +238,18 @@ INTEGER_BOUNDS = {
     "server.port": (0, 65535),
     "comm.timeout_s": (5, 86400),
     "server.drain_timeout_s": (0, 3600),
+    "server.header_timeout_s": (0.1, 3600),
+    "server.body_timeout_s": (0.1, 3600),
+    "server.write_timeout_s": (0.1, 3600),
+    "server.tokenize_timeout_s": (0.1, 3600),
+    "server.keep_alive_s": (0.1, 3600),
     "server.max_body_bytes": (1024, 1 << 30),
 }
 
 
-@pytest.mark.parametrize("path", INTEGER_BOUNDS)
+@pytest.mark.parametrize("path", BOUNDS)
 def test_bounds_of_numbers(path: str) -> None:
-    low, high = INTEGER_BOUNDS[path]
+    low, high = BOUNDS[path]
     assert at(load_config(nested(path, low)), path) == low
     wrong: list[Any] = [low - 1, 10**30, True, "7", None, [], {}, float("nan"), float("inf")]
     if high is not None:

@@ -1,0 +1,203 @@
+"""What both completion routes share: count tokens, answer whole or as a stream of events.
+
+An ``Answer`` builds the JSON; its subclasses say how a choice looks in a whole answer and in a
+chunk of a stream.
+"""
+
+from __future__ import annotations
+
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from time import time
+from typing import Any, ClassVar
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from ds_cp.api.context import AppContext, request_id_of
+from ds_cp.api.errors import ApiError
+from ds_cp.api.generation import Generation, unless_disconnected
+from ds_cp.api.logprobs import prompt_entries
+from ds_cp.api.protocol import SamplingRequest
+from ds_cp.api.sse import EventStream, stream_events
+from ds_cp.outputs import Delta, TokenLogprob
+
+ADMISSION_S = 1.0  # seconds that a stream waits for the engine's refusal before it answers 200
+CLIENT_LEFT = 499  # the status of an answer that nobody receives
+
+Json = dict[str, Any]
+
+
+@dataclass
+class Prompt:
+    """One prompt, and what the engine has reported about it."""
+
+    ids: list[int]
+    cached_tokens: int = 0  # of the prefix cache
+    logprobs: tuple[TokenLogprob | None, ...] = ()  # one per token once they are known
+
+
+@dataclass
+class Choice:
+    """One answer to a prompt, as far as it has come."""
+
+    prompt: Prompt
+    text: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    last: Delta = field(default_factory=lambda: Delta(""))
+
+
+class Answer(ABC):
+    """Builds the JSON of one request. Answer i to prompt p is choice ``p * n + i``."""
+
+    id_prefix: ClassVar[str]
+    whole_kind: ClassVar[str]  # ``object`` of a whole answer
+    chunk_kind: ClassVar[str]  # ``object`` of a chunk
+
+    def __init__(
+        self, context: AppContext, body: SamplingRequest, prompts: Sequence[list[int]], n: int
+    ) -> None:
+        self.context = context
+        self.n = n
+        self.id = f"{self.id_prefix}-{uuid.uuid4().hex}"
+        self.prompts = [Prompt(ids) for ids in prompts]
+        self.choices = [Choice(prompt) for prompt in self.prompts for _ in range(n)]
+        self._sampling = body
+        self._created = int(time())  # seconds since the epoch
+        self._completion_tokens = 0
+
+    # --- what the subclasses say
+
+    async def prepare(self) -> None:
+        """Read what the answer begins with. Called once the request is checked, before a delta."""
+        return None
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether the engine must score the prompt."""
+        return self._sampling.prompt_logprobs is not None
+
+    def shown(self, delta: Delta) -> Delta:
+        """The part of a delta that the client gets."""
+        return delta
+
+    @abstractmethod
+    async def whole(self) -> Json:
+        """The fields of a whole answer: ``choices``, each finished, and what the route adds."""
+
+    @abstractmethod
+    def opening(self) -> list[Json]:
+        """The chunks before the first delta."""
+
+    @abstractmethod
+    def chunks_of(self, prompt: int, delta: Delta) -> Iterable[Json]:
+        """The chunks of one delta of the prompt with this index; none while text is held back."""
+
+    # --- what they share
+
+    def take(self, prompt: int, delta: Delta) -> Delta:
+        """Count a delta of the prompt with this index; returns what the client gets of it.
+
+        Raises ``ApiError`` 500 when the engine failed, or left out the prompt's log-probabilities.
+        """
+        if delta.finish_reason == "error":
+            raise engine_failure()
+        state = self.prompts[prompt]
+        state.cached_tokens += delta.cached_tokens or 0
+        state.logprobs = delta.prompt_logprobs or state.logprobs
+        scored = len(state.logprobs) == len(state.ids)
+        if self.wants_prompt_logprobs and delta.index == 0 and not scored:
+            raise engine_failure()
+        delta = self.shown(delta)
+        self._completion_tokens += len(delta.token_ids)
+        return delta
+
+    async def collect(self, generation: Generation) -> Json:
+        """The whole answer. Closes the generation on every way out."""
+        try:
+            async for prompt, delta in generation.deltas():
+                delta = self.take(prompt, delta)
+                choice = self.choices[prompt * self.n + delta.index]
+                choice.text.append(delta.text)
+                choice.logprobs.extend(delta.logprobs or ())
+                choice.last = delta
+        finally:
+            await generation.close()
+        return self._head(self.whole_kind) | await self.whole() | {"usage": self._usage()}
+
+    def chunk(self, choices: list[Json], usage: Json | None = None) -> Json:
+        """One chunk of a stream; it has a usage only where the client asked for one."""
+        chunk = self._head(self.chunk_kind) | {"choices": choices}
+        return chunk | {"usage": usage} if self._sampling.include_usage else chunk
+
+    def closing(self) -> list[Json]:
+        """The chunks after the last delta: the usage, if the client asked for it."""
+        return [self.chunk([], self._usage())] if self._sampling.include_usage else []
+
+    async def prompt_logprobs(self, prompt: Prompt) -> Json:
+        """vLLM's field ``prompt_logprobs``, or nothing when the client did not ask for it."""
+        top = self._sampling.prompt_logprobs
+        if top is None:
+            return {}
+        entries = await prompt_entries(prompt.logprobs, self.context.texts, top)
+        return {"prompt_logprobs": entries}
+
+    def _head(self, kind: str) -> Json:
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self._created,
+            "model": self.context.model_name(),
+        }
+
+    def _usage(self) -> Json:
+        """OpenAI's token counts; cached tokens are those found in the prefix cache."""
+        tokens = sum(len(prompt.ids) for prompt in self.prompts)
+        cached = sum(prompt.cached_tokens for prompt in self.prompts)
+        return {
+            "prompt_tokens": tokens,
+            "completion_tokens": self._completion_tokens,
+            "total_tokens": tokens + self._completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+
+
+async def respond(
+    context: AppContext, request: Request, answer: Answer, generation: Generation, *, stream: bool
+) -> Response:
+    """The response of a started generation, whole or as a stream of events.
+
+    The generation is closed on every way out: an error, a client that leaves, the end.
+    """
+    try:
+        await answer.prepare()
+        if not stream:
+            whole = await unless_disconnected(request.receive, answer.collect(generation))
+            return Response(status_code=CLIENT_LEFT) if whole is None else JSONResponse(whole)
+        await generation.admitted(ADMISSION_S)
+    except BaseException:
+        await generation.close()
+        raise
+    events = stream_events(
+        generation,
+        opening=answer.opening(),
+        chunks_of=answer.chunks_of,
+        closing=answer.closing,
+        keep_alive_s=context.server.keep_alive_s,
+        request_id=request_id_of(request),
+    )
+    return EventStream(events, generation, write_timeout_s=context.server.write_timeout_s)
+
+
+def ending(last: Delta | None) -> Json:
+    """Why a choice ended, from its last delta; both fields are null before that."""
+    if last is None:
+        return {"finish_reason": None, "stop_reason": None}
+    return {"finish_reason": last.finish_reason, "stop_reason": last.stop_reason}
+
+
+def engine_failure() -> ApiError:
+    """The answer when the engine ends a request with ``error``."""
+    return ApiError(500, "the engine could not finish this request", code="engine_error")
