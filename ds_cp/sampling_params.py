@@ -1,4 +1,4 @@
-"""What a caller asks for and what comes back, with vLLM's field names. No torch here."""
+"""How a caller asks for tokens, with vLLM's field names. No torch here."""
 
 from __future__ import annotations
 

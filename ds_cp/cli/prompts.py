@@ -48,9 +48,9 @@ def read_text(file: str) -> str:
     try:
         with Path(file).open("rb") as opened:
             data = opened.read(MAX_FILE_BYTES + 1)
-    except OSError as error:
+    except OSError as err:
         raise RequestError(
-            f"cannot read prompt file {file}: {error.strerror or error}", "prompt"
+            f"cannot read prompt file {file}: {err.strerror or err}", "prompt"
         ) from None
     if len(data) > MAX_FILE_BYTES:
         raise RequestError(f"prompt file {file} is larger than {MAX_FILE_BYTES} bytes", "prompt")
@@ -60,9 +60,9 @@ def read_text(file: str) -> str:
         )
     try:
         return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
+    except UnicodeDecodeError as err:
         raise RequestError(
-            f"prompt file {file} is not UTF-8 text: wrong byte at {error.start}", "prompt"
+            f"prompt file {file} is not UTF-8 text: wrong byte at {err.start}", "prompt"
         ) from None
 
 
@@ -76,8 +76,8 @@ def _read_lines(file: str, defaults: dict[str, Any]) -> Prompts:
             prompt, fields = _parse_line(line)
             texts.append(prompt)
             params.append(SamplingParams(**(defaults | fields)))
-        except RequestError as error:
-            raise RequestError(f"{file} line {number}: {error}", error.param) from None
+        except RequestError as err:
+            raise RequestError(f"{file} line {number}: {err}", err.param) from None
     if not texts:
         raise RequestError(f"prompts file {file} holds no prompt", "prompt")
     return Prompts(tuple(texts), tuple(params))
@@ -86,8 +86,8 @@ def _read_lines(file: str, defaults: dict[str, Any]) -> Prompts:
 def _parse_line(line: str) -> tuple[str | list[int], dict[str, Any]]:
     try:
         value = parse_json(line)
-    except ValueError as error:
-        raise RequestError(str(error).replace("at line 1, column", "at column"), "prompt") from None
+    except ValueError as err:
+        raise RequestError(str(err).replace("at line 1, column", "at column"), "prompt") from None
     fields: dict[str, Any] = {}
     if isinstance(value, dict):
         fields = {name: _checked(name, value[name]) for name in value if name != "prompt"}
