@@ -1,4 +1,4 @@
-"""What a request gives back: deltas while it runs, the whole output at its end. No torch."""
+"""What an engine returns for a request: deltas while it runs, one output at its end. No torch."""
 
 from __future__ import annotations
 

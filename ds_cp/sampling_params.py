@@ -1,10 +1,12 @@
-"""What a caller asks for and what comes back, with vLLM's field names. No torch here."""
+"""How a caller asks for tokens, with vLLM's field names. No torch here."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any
 
 from ds_cp.errors import RequestError
@@ -15,13 +17,33 @@ MAX_STOP_CHARS = 256
 MAX_LOGIT_BIAS = 300
 MAX_N = 64
 MAX_SALT_CHARS = 256
+MAX_INT32 = 2**31 - 1
+# Lowest and highest value, both allowed.
+_INTEGERS = {"n": (1, MAX_N), "top_k": (-1, MAX_INT32), "min_tokens": (0, MAX_INT32)}
+_OPTIONAL_INTEGERS = {
+    "seed": (-(2**63), 2**63 - 1),
+    "max_tokens": (1, MAX_INT32),
+    "logprobs": (0, MAX_LOGPROBS),
+    "prompt_logprobs": (0, MAX_LOGPROBS),
+}
+_NUMBERS = {
+    "temperature": ("at least", 0.0, 2.0),
+    "top_p": ("above", 0.0, 1.0),
+    "min_p": ("at least", 0.0, 1.0),
+    "presence_penalty": ("at least", -2.0, 2.0),
+    "frequency_penalty": ("at least", -2.0, 2.0),
+    "repetition_penalty": ("above", 0.0, 10.0),
+}
+_TOKEN_ID = re.compile(r"[0-9]{1,10}", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How to choose tokens for one request.
 
-    Raises ``RequestError`` naming the field when a value is out of range.
+    Each field holds exactly the type that it declares: integers given for numbers, numpy's scalars,
+    lists and the string keys of a JSON ``logit_bias`` are converted here, once. Raises
+    ``RequestError`` naming the field when a value is of another kind or out of range.
 
     n: answers to the prompt, 1 to 64, drawn independently of each other.
     temperature: 0 to 2; 0 is greedy. At most 2 as in OpenAI's API.
@@ -33,7 +55,8 @@ class SamplingParams:
     stop_token_ids: tokens that end an answer, besides the model's own.
     max_tokens: new tokens at most; None means as many as the model length and the KV capacity
         allow.
-    min_tokens: no end before this many new tokens.
+    min_tokens: at least this many new tokens before an end: until then neither an end token nor a
+        stop string counts.
     ignore_eos: the model's own end tokens are tokens as any other.
     logprobs: k, 0 to 20, returns each chosen token's log-probability and the k most likely ones
         (natural log, of the logits with ``logit_bias``, before penalties and filters).
@@ -66,83 +89,93 @@ class SamplingParams:
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
-        _integer("n", self.n, 1, MAX_N)
-        _number("temperature", self.temperature, 0.0, 2.0)
-        _number("top_p", self.top_p, 0.0, 1.0, open_low=True)
-        _number("min_p", self.min_p, 0.0, 1.0)
-        _integer("top_k", self.top_k, -1, 2**31 - 1)
-        if self.seed is not None:
-            _integer("seed", self.seed, -(2**63), 2**63 - 1)
-        if self.max_tokens is not None:
-            _integer("max_tokens", self.max_tokens, 1, 2**31 - 1)
-        _integer("min_tokens", self.min_tokens, 0, 2**31 - 1)
+        # The one place where values are converted: from here on a field holds exactly the type that
+        # it declares, whichever way the request came.
+        for name, (low, high) in _INTEGERS.items():
+            self._set(name, _integer(name, getattr(self, name), low, high))
+        for name, (low, high) in _OPTIONAL_INTEGERS.items():
+            if getattr(self, name) is not None:
+                self._set(name, _integer(name, getattr(self, name), low, high))
+        for name, (edge, least, most) in _NUMBERS.items():
+            self._set(name, _number(name, getattr(self, name), edge, least, most))
+        for name in ("ignore_eos", "skip_special_tokens"):
+            _boolean(name, getattr(self, name))
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(
                 f"min_tokens is {self.min_tokens}, above max_tokens {self.max_tokens}",
                 "min_tokens",
             )
-        if self.logprobs is not None:
-            _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
-        if self.prompt_logprobs is not None:
-            _integer("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
-        _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _number("repetition_penalty", self.repetition_penalty, 0.0, 10.0, open_low=True)
-        _boolean("ignore_eos", self.ignore_eos)
-        _boolean("skip_special_tokens", self.skip_special_tokens)
-        self._check_stops()
-        self._check_bias()
-
-    def _check_stops(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
-        object.__setattr__(self, "stop", _members("stop", stop, "strings", MAX_STOPS))
-        for text in self.stop:
-            if not isinstance(text, str) or not 1 <= len(text) <= MAX_STOP_CHARS:
-                raise RequestError(
-                    f"stop strings must be 1 to {MAX_STOP_CHARS} characters long", "stop"
-                )
+        self._set("stop", _stops(self.stop))
         ids = _members("stop_token_ids", self.stop_token_ids, "ids", MAX_LOGIT_BIAS)
-        object.__setattr__(self, "stop_token_ids", ids)
-        for token in ids:
-            _integer("stop_token_ids", token, 0, 2**31 - 1)
+        self._set(
+            "stop_token_ids", tuple(_integer("stop_token_ids", id_, 0, MAX_INT32) for id_ in ids)
+        )
+        self._set("logit_bias", _biases(self.logit_bias))
 
-    def _check_bias(self) -> None:
-        given = {} if self.logit_bias is None else self.logit_bias
-        if not isinstance(given, Mapping):
-            raise RequestError(
-                f"logit_bias must map token ids to numbers, not {_shown(given)}", "logit_bias"
-            )
-        bias = {t: given[t] for t in _members("logit_bias", given, "entries", MAX_LOGIT_BIAS)}
-        object.__setattr__(self, "logit_bias", bias)
-        for token, value in bias.items():
-            _integer("logit_bias", token, 0, 2**31 - 1)
-            _number("logit_bias", value, -100.0, 100.0)
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)  # the dataclass is frozen
 
 
-def _number(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
-    finite = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
-    if isinstance(value, bool) or not finite:
+def _number(name: str, value: object, edge: str, low: float, high: float) -> float:
+    """A real number of any type, numpy's included, as a float. ``edge`` "above": not ``low``."""
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise RequestError(f"{name} must be a finite number, not {_shown(value)}", name)
-    if value < low or value > high or (open_low and value == low):
-        edge = "above" if open_low else "at least"
+    try:
+        number = float(value)
+    except OverflowError:  # an integer beyond every float, of either sign
+        number = math.inf
+    if not math.isfinite(number) and isinstance(value, float):
+        raise RequestError(f"{name} must be a finite number, not {_shown(value)}", name)
+    if not low <= number <= high or (edge == "above" and number == low):
         raise RequestError(
             f"{name} is {_shown(value)}; it must be {edge} {low} and at most {high}", name
         )
+    return number
 
 
-def _integer(name: str, value: int, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+def _integer(name: str, value: object, low: int, high: int) -> int:
+    """An integer of any type, numpy's included, as an int."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise RequestError(f"{name} must be an integer, not {_shown(value)}", name)
-    if not low <= value <= high:
-        raise RequestError(f"{name} is {_shown(value)}; it must be from {low} to {high}", name)
+    number = int(value)
+    if not low <= number <= high:
+        raise RequestError(f"{name} is {_shown(number)}; it must be from {low} to {high}", name)
+    return number
 
 
-def _boolean(name: str, value: bool) -> None:
+def _boolean(name: str, value: object) -> None:
     if not isinstance(value, bool):
         raise RequestError(f"{name} must be true or false, not {_shown(value)}", name)
 
 
-def _members(name: str, value: Collection[Any] | None, things: str, most: int) -> tuple[Any, ...]:
+def _stops(given: object) -> tuple[str, ...]:
+    texts = _members("stop", (given,) if isinstance(given, str) else given, "strings", MAX_STOPS)
+    for text in texts:
+        if not isinstance(text, str) or not 1 <= len(text) <= MAX_STOP_CHARS:
+            raise RequestError(
+                f"stop strings must be 1 to {MAX_STOP_CHARS} characters long", "stop"
+            )
+    return tuple(str(text) for text in texts)
+
+
+def _biases(given: object) -> dict[int, float]:
+    """``logit_bias`` with the ids of JSON, whose keys are strings, as integers."""
+    wrong = "logit_bias must be an object from token ids to numbers"
+    if given is not None and not isinstance(given, Mapping):
+        raise RequestError(f"{wrong}, not {_shown(given)}", "logit_bias")
+    biases: dict[int, float] = {}
+    for key in _members("logit_bias", given, "entries", MAX_LOGIT_BIAS):
+        assert given is not None
+        if isinstance(key, str) and not _TOKEN_ID.fullmatch(key):
+            raise RequestError(f"{wrong}; {_shown(key)} is not a token id", "logit_bias")
+        token = _integer("logit_bias", int(key) if isinstance(key, str) else key, 0, MAX_INT32)
+        if token in biases:
+            raise RequestError(f"logit_bias has token id {token} twice", "logit_bias")
+        biases[token] = _number("logit_bias", given[key], "at least", -100.0, 100.0)
+    return biases
+
+
+def _members(name: str, value: object, things: str, most: int) -> tuple[Any, ...]:
     """The members of a collection of at most ``most``; None is an empty one."""
     if value is None:
         return ()
@@ -176,7 +209,8 @@ class RequestOptions:
     cache_salt: str = ""
 
     def __post_init__(self) -> None:
-        _integer("priority", self.priority, -(2**31), 2**31 - 1)
+        priority = _integer("priority", self.priority, -(2**31), MAX_INT32)
+        object.__setattr__(self, "priority", priority)
         if not isinstance(self.cache_salt, str) or len(self.cache_salt) > MAX_SALT_CHARS:
             raise RequestError(
                 f"cache_salt must be a string of at most {MAX_SALT_CHARS} characters", "cache_salt"

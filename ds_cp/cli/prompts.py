@@ -48,9 +48,9 @@ def read_text(file: str) -> str:
     try:
         with Path(file).open("rb") as opened:
             data = opened.read(MAX_FILE_BYTES + 1)
-    except OSError as error:
+    except OSError as err:
         raise RequestError(
-            f"cannot read prompt file {file}: {error.strerror or error}", "prompt"
+            f"cannot read prompt file {file}: {err.strerror or err}", "prompt"
         ) from None
     if len(data) > MAX_FILE_BYTES:
         raise RequestError(f"prompt file {file} is larger than {MAX_FILE_BYTES} bytes", "prompt")
@@ -60,9 +60,9 @@ def read_text(file: str) -> str:
         )
     try:
         return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
+    except UnicodeDecodeError as err:
         raise RequestError(
-            f"prompt file {file} is not UTF-8 text: wrong byte at {error.start}", "prompt"
+            f"prompt file {file} is not UTF-8 text: wrong byte at {err.start}", "prompt"
         ) from None
 
 
@@ -76,8 +76,8 @@ def _read_lines(file: str, defaults: dict[str, Any]) -> Prompts:
             prompt, fields = _parse_line(line)
             texts.append(prompt)
             params.append(SamplingParams(**(defaults | fields)))
-        except RequestError as error:
-            raise RequestError(f"{file} line {number}: {error}", error.param) from None
+        except RequestError as err:
+            raise RequestError(f"{file} line {number}: {err}", err.param) from None
     if not texts:
         raise RequestError(f"prompts file {file} holds no prompt", "prompt")
     return Prompts(tuple(texts), tuple(params))
@@ -86,11 +86,11 @@ def _read_lines(file: str, defaults: dict[str, Any]) -> Prompts:
 def _parse_line(line: str) -> tuple[str | list[int], dict[str, Any]]:
     try:
         value = parse_json(line)
-    except ValueError as error:
-        raise RequestError(str(error).replace("at line 1, column", "at column"), "prompt") from None
+    except ValueError as err:
+        raise RequestError(str(err).replace("at line 1, column", "at column"), "prompt") from None
     fields: dict[str, Any] = {}
     if isinstance(value, dict):
-        fields = {name: _checked(name, value[name]) for name in value if name != "prompt"}
+        fields = {_known(name): value[name] for name in value if name != "prompt"}
         if "prompt" not in value:
             raise RequestError("the object has no prompt", "prompt")
         value = value["prompt"]
@@ -110,25 +110,12 @@ def _is_ids(value: Any) -> bool:
     )
 
 
-def _checked(name: str, value: Any) -> Any:
-    """A sampling field as ``SamplingParams`` takes it; it checks the ranges itself."""
+def _known(name: str) -> str:
+    """The name of a sampling field; ``SamplingParams`` checks and converts its value."""
     if name not in FIELDS:
         raise RequestError(
             f"unknown field {shorten(name)}; the nearest valid one is "
             + nearest(name, FIELDS, FIELDS),
             shorten(name),
         )
-    if name in ("ignore_eos", "skip_special_tokens") and not isinstance(value, bool):
-        raise RequestError(f"{name} must be true or false, not {show(value)}", name)
-    if name == "stop" and not isinstance(value, str | list):
-        raise RequestError(f"stop must be a string or a list of strings, not {show(value)}", name)
-    if name == "stop_token_ids" and not isinstance(value, list):
-        raise RequestError(f"stop_token_ids must be a list, not {show(value)}", name)
-    if name == "logit_bias":
-        try:
-            return {int(token): bias for token, bias in value.items()}
-        except (AttributeError, ValueError):
-            raise RequestError(
-                f"logit_bias must be an object from token ids to numbers, not {show(value)}", name
-            ) from None
-    return value
+    return name

@@ -1,4 +1,4 @@
-"""The engine of rank 0, without processes: requests in, steps out, tokens in, deltas out."""
+"""Rank 0's engine without processes: requests become step plans, step outcomes become deltas."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from ds_cp.scheduler.scheduler import Scheduler
 
 @dataclass(eq=False)
 class _Call:
-    """One call for answers: ``params.n`` requests over one prompt."""
+    """One caller's request: ``params.n`` answers to one prompt."""
 
     request_id: str
     answers: list[_Answer] = field(default_factory=list)
-    cached_notified: bool = False
-    scores: dict[int, TokenLogprob] = field(default_factory=dict)  # position -> of that token
+    sent_prompt: bool = False  # the delta that describes the prompt went out
+    scores: dict[int, TokenLogprob] = field(default_factory=dict)  # by prompt position
 
 
 @dataclass(eq=False)
@@ -35,9 +35,11 @@ class _Answer:
 
 
 class EngineCore:
-    """Owns the scheduler and every live request's text. One thread at a time may call it; between
-    ``plan`` and ``apply``, while the ranks work, requests may come and go, and the next step may be
-    planned."""
+    """Owns the scheduler and every live request's text.
+
+    One thread at a time may call it. Between ``plan`` and ``apply``, while the ranks work, the
+    caller may add and abort requests and plan the next step.
+    """
 
     def __init__(self, scheduler: Scheduler, tokenizer: Any | None) -> None:
         self.scheduler = scheduler
@@ -47,7 +49,7 @@ class EngineCore:
         self._prompt_tokens = 0
         self._generation_tokens = 0
         self._steps = 0
-        self._stuck = 0  # plans asked for in a row, of which nothing came though work waits
+        self._empty_plans = 0  # consecutive empty plans while requests were pending
         self._finished: dict[str, int] = {}
         self._modes: dict[str, int] = {}
 
@@ -99,19 +101,20 @@ class EngineCore:
         return self.scheduler.has_work
 
     def plan(self) -> StepPlan | None:
-        """The next step, or None when there is nothing to run before the steps in flight are
-        known.
+        """The next step, or None when nothing can run before the steps in flight have ended.
 
-        Raises ``IntegrityError`` where work waits for no step: the caller would ask for ever.
+        Raises ``IntegrityError`` when requests are pending, nothing is in flight and the scheduler
+        plans nothing time after time: the caller would ask for ever.
         """
         plan = self.scheduler.schedule()
-        # In a step in which somebody gave way, nothing else may have been possible.
+        # One empty plan proves nothing: a step may only have preempted a request.
         stuck = plan is None and self.has_work and not self.scheduler.num_in_flight
-        self._stuck = self._stuck + 1 if stuck else 0
-        if self._stuck > self.scheduler.limits.max_num_seqs:
+        self._empty_plans = self._empty_plans + 1 if stuck else 0
+        if self._empty_plans > self.scheduler.limits.max_num_seqs:
             raise IntegrityError(
                 f"{len(self.scheduler.running)} requests run and {len(self.scheduler.waiting)} "
-                f"wait, but no step comes of it (this is a fault of ds_cp)"
+                f"wait, but no step comes of it, asked {self._empty_plans} times in a row "
+                "(this is a fault of ds_cp)"
             )
         if plan is not None:
             self._steps += 1
@@ -123,7 +126,7 @@ class EngineCore:
         return plan
 
     def apply(self, outcome: Outcome) -> list[Delta]:
-        """What a step's tokens add: one delta per answer that is still there."""
+        """What a step's tokens add: one delta for each answer that is still live."""
         self.scheduler.observe_step(outcome.step, outcome.seconds)
         for scored in outcome.scored:
             self._record_scores(scored)
@@ -131,7 +134,7 @@ class EngineCore:
         for sampled in outcome.sampled:
             answer = self._answers.get(sampled.request)
             if answer is not None:
-                deltas.append(self._take(answer, sampled))
+                deltas.append(self._extend(answer, sampled))
         return deltas
 
     def _record_scores(self, scored: Scored) -> None:
@@ -141,7 +144,8 @@ class EngineCore:
             for position, (logprob, top) in enumerate(scored.rows, scored.start):
                 answer.call.scores[position] = TokenLogprob(prompt[position], logprob, top)
 
-    def _take(self, answer: _Answer, got: Sampled) -> Delta:
+    def _extend(self, answer: _Answer, got: Sampled) -> Delta:
+        """Add one token to an answer."""
         request, call = answer.request, answer.call
         if got.token < 0:  # logits were not finite: this request ends, the others go on
             self.scheduler.finish(request, "error")
@@ -168,8 +172,8 @@ class EngineCore:
         if request.params.logprobs is not None:
             logprobs = (TokenLogprob(got.token, got.logprob, got.top),)
         cached, scores = None, None
-        if not call.cached_notified and request.index == 0:
-            call.cached_notified = True
+        if not call.sent_prompt and request.index == 0:
+            call.sent_prompt = True
             cached, scores = request.cached_tokens or 0, self._scores(request, call)
         if reason is not None:
             self._forget(answer)
@@ -193,19 +197,20 @@ class EngineCore:
             del self._calls[answer.call.request_id]
 
     def check_integrity(self) -> None:
-        """Balance the books: free + cached + used blocks are all there are, every reference has a
-        holder. Linear in blocks (0.1 s for 100,000), so for idle moments. Raises ``IntegrityError``
-        with what differs."""
+        """Check the KV ledger: free + cached + used blocks are all there are, and every reference
+        has a holder. Linear in blocks (0.1 s for 100,000), so for idle moments.
+
+        Raises ``IntegrityError`` with what differs.
+        """
         try:
             self.scheduler.check_integrity()
         except AssertionError as err:
             raise IntegrityError(
-                f"the KV books do not balance ({err}); restart the engine"
+                f"the KV ledger does not balance ({err}); restart the engine"
             ) from err
 
     def stats(self) -> EngineStats:
-        """A snapshot. What the worker counts (seconds, bytes) is filled in by whoever talks to
-        it."""
+        """A snapshot. The caller adds the seconds and bytes that the workers count."""
         scheduler = self.scheduler
         allocator = scheduler.allocator
         ranks = range(len(allocator.blocks_per_rank))

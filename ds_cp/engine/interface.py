@@ -1,4 +1,4 @@
-"""The border between the HTTP front and the engine: what the server may know about it."""
+"""What the HTTP application may know about an engine: its facts, its counters, its calls."""
 
 from __future__ import annotations
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import fields, replace
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ds_cp.errors import RequestError
-from ds_cp.sampling_params import SamplingParams
+from ds_cp.sampling_params import RequestOptions, SamplingParams
 
 HUGE = 10**5000  # more digits than Python turns into text
 
@@ -105,7 +107,21 @@ BAD: list[tuple[str, Any]] = [
     ("logit_bias", {HUGE: 1.0}),
     ("stop_token_ids", tuple(range(301))),
     ("logit_bias", {-1: 1.0}),
-    ("logit_bias", {"5": 1.0}),
+    ("logit_bias", {"x": 1.0}),
+    ("logit_bias", {"-1": 1.0}),
+    ("logit_bias", {"5.0": 1.0}),
+    ("logit_bias", {" 5": 1.0}),
+    ("logit_bias", {"": 1.0}),
+    ("logit_bias", {"\u0665": 1.0}),  # a digit, but not one of JSON's
+    ("logit_bias", {"5": 1.0, 5: 1.0}),
+    ("logit_bias", {"9999999999": 1.0}),
+    ("logit_bias", {5: np.float32("nan")}),
+    ("logit_bias", {5: np.bool_(True)}),
+    ("temperature", np.float64("inf")),
+    ("temperature", np.bool_(True)),
+    ("top_p", Fraction(1, 10**400)),  # no float but 0
+    ("seed", np.float64(5.0)),
+    ("max_tokens", np.bool_(True)),
     ("logit_bias", {5: 100.5}),
     ("logit_bias", {5: -100.5}),
     ("logit_bias", {5: math.nan}),
@@ -173,6 +189,63 @@ def test_forms_of_stop() -> None:
     assert SamplingParams(stop_token_ids=None).stop_token_ids == ()
 
 
+# What callers have in their hands, and what a field then holds.
+GIVEN: list[tuple[str, Any, Any]] = [
+    *((name, given, want) for name in (
+        "temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty",
+        "repetition_penalty",
+    ) for given, want in (
+        (1, 1.0), (0.5, 0.5), (np.float64(0.5), 0.5), (np.float32(0.5), 0.5), (np.int64(1), 1.0),
+        (np.float16(0.25), 0.25), (np.uint8(1), 1.0),
+    )),
+    *((name, given(7), 7) for name in (
+        "n", "top_k", "seed", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs",
+    ) for given in (int, np.int64, np.int32, np.uint8)),
+    ("logit_bias", {5: -100}, {5: -100.0}),
+    ("logit_bias", {"5": -100, "17": 2.5}, {5: -100.0, 17: 2.5}),
+    ("logit_bias", {np.int64(5): np.float32(1.5), 6: np.int8(3)}, {5: 1.5, 6: 3.0}),
+    ("stop", "end", ("end",)),
+    ("stop", ["a", np.str_("b")], ("a", "b")),
+    ("stop_token_ids", [np.int64(3), 4], (3, 4)),
+    ("stop_token_ids", np.array([3, 4]).tolist(), (3, 4)),
+]  # fmt: skip
+TYPES: dict[str, tuple[type, ...]] = {
+    "n": (int,), "top_k": (int,), "min_tokens": (int,),
+    "seed": (int, type(None)), "max_tokens": (int, type(None)),
+    "logprobs": (int, type(None)), "prompt_logprobs": (int, type(None)),
+    "temperature": (float,), "top_p": (float,), "min_p": (float,),
+    "presence_penalty": (float,), "frequency_penalty": (float,), "repetition_penalty": (float,),
+    "stop": (tuple,), "stop_token_ids": (tuple,), "logit_bias": (dict,),
+    "ignore_eos": (bool,), "skip_special_tokens": (bool,),
+}  # fmt: skip
+
+
+def assert_declared_types(params: SamplingParams) -> None:
+    """Exactly these types, not subclasses: torch and msgspec tell 1 from 1.0."""
+    assert {field.name for field in fields(params)} == set(TYPES)
+    for name, kinds in TYPES.items():
+        assert type(getattr(params, name)) in kinds, name
+    assert {type(text) for text in params.stop} <= {str}
+    assert {type(token) for token in params.stop_token_ids} <= {int}
+    assert {type(token) for token in params.logit_bias} <= {int}
+    assert {type(bias) for bias in params.logit_bias.values()} <= {float}
+
+
+@pytest.mark.parametrize(("field", "given_value", "want"), GIVEN)
+def test_values_are_converted_to_the_declared_types(
+    field: str, given_value: Any, want: Any
+) -> None:
+    params = SamplingParams(**{field: given_value})
+    assert getattr(params, field) == want
+    assert_declared_types(params)
+    assert_declared_types(replace(params, n=2))
+
+
+def test_options_hold_plain_types() -> None:
+    options = RequestOptions(priority=np.int32(-3))
+    assert options.priority == -3 and type(options.priority) is int
+
+
 def test_the_bias_is_a_copy() -> None:
     bias = {3: 1.0}
     params = SamplingParams(logit_bias=bias)
@@ -236,6 +309,7 @@ def test_nothing_but_a_request_error_comes_of_any_value(field: str, value: Any) 
         assert len(str(error)) < 120 and "\n" not in str(error)
     else:
         assert replace(params) == params, "what was taken is taken again"
+        assert_declared_types(params)
 
 
 def test_min_tokens_without_max_tokens() -> None:
