@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
 from ds_cp.errors import ModelError, UnsupportedModelError
+from ds_cp.model.checkpoint import INDEX, WHOLE, Checkpoint, read_checkpoint, read_index
+from ds_cp.model.consumed import Loaded, check_consumed, check_finite
 from ds_cp.model.source import ModelSource
 from ds_cp.model.wiring import Decoder
+from ds_cp.text import shorten
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -56,38 +60,120 @@ def load_config(source: ModelSource) -> Any:
     return config
 
 
-def load_model(source: ModelSource, dtype: torch.dtype, device: torch.device) -> Decoder:
+def load_model(
+    source: ModelSource,
+    dtype: torch.dtype,
+    device: torch.device,
+    note: Callable[[str], None] = lambda line: None,
+) -> Decoder:
     """The decoder with its language-model head, in ``dtype`` on ``device``, ready for inference.
 
     Safetensors of the same dtype are mapped, not copied, so ranks of one host share their pages.
+    ``note`` gets one line on each part of the checkpoint that is not used. Raises ``ModelError``
+    when a tensor is missing, misshaped, not finite or has no place in the model, and
+    ``UnsupportedModelError`` when transformers has no causal decoder for it.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    where, extra = _where(source)
-    safe = source.kind != "gguf" or None
+    checkpoint = None if source.kind == "gguf" else read_checkpoint(_folder(source))
+    stored = checkpoint.tensors if checkpoint else {}
+    if checkpoint:
+        _check_quantization(source.where, checkpoint.config)
+    with _only_the_model(source, checkpoint) as (view, extra):
+        try:
+            with _quiet():
+                loaded: Any = AutoModelForCausalLM.from_pretrained(
+                    view, dtype=dtype, trust_remote_code=False, output_loading_info=True,
+                    use_safetensors=True if checkpoint else None, ignore_mismatched_sizes=True,
+                    **extra,
+                )  # fmt: skip
+        except SafetensorError as err:
+            raise ModelError(f"model {source.where}: damaged weights: {_first_line(err)}") from err
+        except (OSError, ImportError) as err:
+            raise ModelError(
+                f"model {source.where} cannot be loaded: {_first_line(err, view)}"
+            ) from err
+        except (ValueError, KeyError, RuntimeError) as err:
+            raise UnsupportedModelError(
+                f"model {source.where} is not a causal decoder that transformers can build: "
+                f"{_first_line(err, view)}"
+            ) from err
+    model, info = loaded
+    model.config.name_or_path = source.where
+    lines = check_consumed(model, source.where, stored, Loaded.of(info))
+    model = model.eval().to(device)
+    check_finite(model, source.where, stored)
+    for line in [*(checkpoint.notes if checkpoint else ()), *lines]:
+        note(line)
+    return model
+
+
+def _folder(source: ModelSource) -> Path:
+    """The directory that holds the model; for a hub id, its snapshot after fetching the files."""
+    if source.kind == "directory":
+        return Path(source.where)
+    from transformers.utils import cached_file
+
+    optional = {"_raise_exceptions_for_missing_entries": False}
     try:
-        with _quiet():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                where, dtype=dtype, trust_remote_code=False, use_safetensors=safe,
-                output_loading_info=True, **extra,
-            )  # fmt: skip
-    except SafetensorError as err:
-        raise ModelError(f"model {source.where}: damaged weights: {_first_line(err)}") from err
-    except (OSError, ImportError) as err:
+        config = cached_file(source.where, "config.json")
+        cached_file(source.where, "generation_config.json", **optional)
+        index = cached_file(source.where, INDEX, **optional)
+        files = [WHOLE]
+        if index is not None:
+            files = sorted(set(read_index(Path(index)).values()))
+        for name in files:
+            cached_file(source.where, name)
+    except (OSError, ValueError) as err:
         raise ModelError(f"model {source.where} cannot be loaded: {_first_line(err)}") from err
-    except (ValueError, KeyError, RuntimeError) as err:
-        raise UnsupportedModelError(
-            f"model {source.where} is not a causal decoder that transformers can build: "
-            f"{_first_line(err)}"
-        ) from err
-    model, found = loaded
-    if missing := sorted(found["missing_keys"]):  # transformers would make them up at random
-        raise ModelError(
-            f"model {source.where} lacks {len(missing)} of its weights, the first is {missing[0]}: "
-            "fetch the model again, or check that its config.json belongs to its weights"
-        )
-    return model.eval().to(device)
+    return Path(config).parent
+
+
+@contextmanager
+def _only_the_model(
+    source: ModelSource, checkpoint: Checkpoint | None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A directory of links to what was checked, and nothing else, so that this is what transformers
+    loads: it would prefer a whole file to an index, and apply an adapter that lies beside."""
+    with TemporaryDirectory(prefix="ds_cp-model-") as name:
+        view = Path(name)
+        if checkpoint is None:
+            file = Path(source.where)
+            (view / file.name).symlink_to(file.resolve())
+            yield name, {"gguf_file": file.name}
+            return
+        index = [checkpoint.index] if checkpoint.index else []
+        for part in ("config.json", "generation_config.json", *index, *checkpoint.files):
+            if (checkpoint.folder / part).is_file():
+                (view / part).symlink_to((checkpoint.folder / part).resolve())
+        yield name, {}
+
+
+def _check_quantization(where: str, config: Mapping[str, Any]) -> None:
+    """Refuse a quantization that transformers would skip with a warning."""
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    for part in (config, config.get("text_config")):
+        if not isinstance(part, Mapping):
+            continue
+        for key in ("quantization_config", "compression_config"):
+            found = part.get(key)
+            if found is None:
+                continue
+            method = found.get("quant_method") if isinstance(found, Mapping) else None
+            if key == "compression_config":
+                method = method or "compressed-tensors (as compression_config)"
+            elif isinstance(found, Mapping) and (
+                found.get("load_in_8bit") or found.get("load_in_4bit")
+            ):
+                continue  # bitsandbytes, which transformers knows without a quant_method
+            if method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+                raise ModelError(
+                    f"model {where}: config.json's {key} names the method "
+                    f"{shorten(str(method))}, which this transformers does not read: serve an "
+                    "unquantized copy, or one whose quantization transformers knows"
+                )
 
 
 @contextmanager
@@ -118,6 +204,8 @@ def load_tokenizer(source: ModelSource) -> Any:
         ) from err
 
 
-def _first_line(err: BaseException) -> str:
-    lines = str(err).strip().splitlines()
+def _first_line(err: BaseException, view: str | None = None) -> str:
+    """One line of an error's message, without the path of the temporary directory ``view``."""
+    text = str(err) if view is None else str(err).replace(view, "the model's directory")
+    lines = text.strip().splitlines()
     return lines[0][:300] if lines else type(err).__name__
