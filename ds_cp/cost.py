@@ -1,16 +1,16 @@
 """What a step costs by mode and by number of ranks: floating point operations, bytes, exchanges.
 
-Rates are achieved ones, measured at start (see FORMULAS in the design and "Context Parallelism for
-Scalable Million-Token Inference", arXiv 2411.01783, section 3): with peak values the same formulas
-choose wrongly. Pure numbers, no torch.
+Rates are achieved ones, measured at start (see "Context Parallelism for Scalable Million-Token
+Inference", arXiv 2411.01783, section 3): with peak values the same formulas choose wrongly. Pure
+numbers, no torch.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-WORTH = 0.7  # several ranks must bring the predicted time below this share of one rank's
-CLOSE = 1.05  # of the least time is as good: the fewest such ranks are taken
+WORTH = 0.7  # predicted time over one rank's, above which a request stays on one rank
+CLOSE = 1.05  # predicted time over the least one, up to which fewer ranks are as good
 
 
 def attention_share(num_layers: int, num_q_heads: int, head_dim: int, weights: int) -> float:

@@ -81,8 +81,8 @@ def place(
 def place_block(
     policy: str, free_blocks: Sequence[int], last_rank: int, order: Sequence[int]
 ) -> int | None:
-    """The rank that ``place`` gives one more block to, when nothing is open: what streams ask for
-    dozens of times a step. None when no rank has a free one."""
+    """The rank that ``place`` gives one more block to, when nothing is open: the fast path for
+    decoding requests. None when no rank has a free one."""
     first = last_rank if last_rank >= 0 else max(order, key=free_blocks.__getitem__)
     turn = order.index(first)
     ring = [rank for rank in (*order[turn:], *order[:turn]) if free_blocks[rank]]
@@ -171,13 +171,3 @@ POLICIES: Mapping[str, Callable[[_Ask], list[int]]] = MappingProxyType(
         "balanced": _balanced,
     }
 )
-
-
-def largest_request(blocks_per_rank: Sequence[int], block_size: int) -> int:
-    """Tokens that one request can hold when it is alone: every block of every rank."""
-    return sum(blocks_per_rank) * block_size
-
-
-def fits(tokens: int, blocks_per_rank: Sequence[int], block_size: int) -> bool:
-    """Whether a request of ``tokens`` in all (prompt and output) can ever be held here."""
-    return tokens <= largest_request(blocks_per_rank, block_size)

@@ -1,5 +1,5 @@
-"""This rank's keys and values: tensors that do as they are told. Which slot is whose is not its
-business."""
+"""This rank's keys and values as tensors. Callers name the slots; the pool does not know which
+request holds one."""
 
 from __future__ import annotations
 

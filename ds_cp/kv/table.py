@@ -79,14 +79,14 @@ class SequenceTable:
         begin = self.num_tokens
         self.num_tokens += tokens
         if self._parts is not None:
-            self._note(begin, self.num_tokens, self._parts)
+            self._enter(begin, self.num_tokens, self._parts)
 
     def append_one(self) -> None:
-        """Store one more token in an open slot, which the caller knows to be there: the step of a
-        stream, hundreds of times a step."""
+        """Store one more token in an open slot, which the caller knows to be there: the fast path
+        of a decode."""
         self.num_tokens += 1
         if self._parts is not None:
-            self._note(self.num_tokens - 1, self.num_tokens, self._parts)
+            self._enter(self.num_tokens - 1, self.num_tokens, self._parts)
 
     def blocks_for(self, tokens: int) -> int:
         """How many new blocks ``tokens`` more tokens need."""
@@ -106,7 +106,7 @@ class SequenceTable:
         """What ``rank`` holds, by position: runs of positions, and their slots as extents."""
         if self._parts is None:
             self._parts = {}
-            self._note(0, self.num_tokens, self._parts)
+            self._enter(0, self.num_tokens, self._parts)
         runs, extents = self._parts.get(rank, ((), ()))
         return tuple(runs), tuple(extents)
 
@@ -115,7 +115,7 @@ class SequenceTable:
         rank, block = self.homes[position // self.block_size]
         return rank, block * self.block_size + position % self.block_size
 
-    def _note(self, begin: int, end: int, parts: dict[int, tuple[list[Run], list[Run]]]) -> None:
+    def _enter(self, begin: int, end: int, parts: dict[int, tuple[list[Run], list[Run]]]) -> None:
         """Add the positions from ``begin`` to ``end`` to what each rank holds."""
         size = self.block_size
         while begin < end:

@@ -1,5 +1,5 @@
-"""What a request must satisfy to be queued at all: it is acceptable, and can be served here one
-day. No torch."""
+"""The checks of a request before it is queued: it is valid, and can be served here one day. No
+torch."""
 
 from __future__ import annotations
 

@@ -17,9 +17,9 @@ from ds_cp.scheduler.request import Request
 
 @dataclass(frozen=True)
 class Offer:
-    """A way in which a request could start now: cached blocks that hold its first tokens, new
-    blocks per rank, the ranks that compute, and where cached blocks of other ranks are copied to
-    (-1: they are shared where they are)."""
+    """One way to start a request now. ``found``: cached blocks that hold its first tokens; ``new``:
+    blocks to allocate per rank; ``workers``: the ranks that compute; ``copy_to``: the rank to which
+    found blocks of other ranks are copied, -1 to share them where they are."""
 
     found: list[Home]
     new: Sequence[int]
@@ -30,7 +30,8 @@ class Offer:
 class BlockManager:
     """The blocks of all ranks, and the rules by which requests get them.
 
-    ``closed``: ranks that take nothing new (being drained). ``order``: ranks, nearest next.
+    ``closed``: ranks that are being drained, where nothing new is placed. ``order``: ranks, nearest
+    next.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class BlockManager:
         return self._policy.mode == "local"
 
     def gathers(self, request: Request) -> bool:
-        """Whether a spanning stream should be on one rank, and nobody shares its blocks."""
+        """Whether a spanning request that decodes should be on one rank, and shares no block."""
         table = request.table
         if table is None or request.prefilling:
             return False
@@ -84,24 +85,24 @@ class BlockManager:
         )
 
     def room(self) -> list[int]:
-        """Blocks that each rank can give now."""
+        """Blocks that each rank can allocate now; 0 for closed ones."""
         room = self.allocator.available()
         for rank in self.closed:
             room[rank] = 0
         return room
 
     def begin_step(self) -> None:
-        """A new plan is made: all that earlier ones compute can be copied by it."""
+        """Start a new plan: blocks that earlier plans compute can be copied by it."""
         self._fresh.clear()
 
     # --- a request starts
 
     def start(self, request: Request, load: Sequence[int], busy: bool) -> list[Transfer] | None:
-        """Take blocks for every token that the request has; None when there is no room now.
+        """Give the request blocks for every token that it has; None when there is no room now.
 
-        What the prefix cache holds is shared, or copied to where the request will be local (the
-        copies that this takes are returned); the rest is reserved. ``load``: tokens of work waiting
-        on each rank; ``busy``: whether other requests want ranks too.
+        Cached blocks of its prefix are shared, or copied to the rank where it will be local; the
+        rest is reserved. Returns the copies. ``load``: prompt tokens that wait on each rank;
+        ``busy``: whether other requests want ranks too.
         """
         size = self.allocator.block_size
         if request.keys is None and self._caching:
@@ -134,7 +135,7 @@ class BlockManager:
         return copies
 
     def _offers(self, request: Request, load: Sequence[int], busy: bool) -> Iterator[Offer]:
-        """The ways in which the request could start, best first, each of which fits now."""
+        """Ways to start the request, best first; each fits now."""
         size, tokens = self.allocator.block_size, request.num_tokens
         blocks = -(-tokens // size)
         found = self._find(request)
@@ -161,9 +162,9 @@ class BlockManager:
     def _local_offers(
         self, request: Request, found: list[Home], blocks: int, load: Sequence[int]
     ) -> Iterator[Offer]:
-        """On one rank: where the prefix is, unless that rank has more work waiting than the prefix
-        is long; else where least work waits, and what is cached on other ranks is copied there.
-        Ranks that would have no core of their own come last."""
+        """On one rank: the one that holds the prefix, unless more work waits there than the prefix
+        is long; else the one where least work waits, to which blocks cached on other ranks are
+        copied. Ranks that would have no core of their own come last."""
         on = {rank for rank, _ in found}
         open_ranks = [rank for rank in self._order if rank not in self.closed]
         asleep = self._seats.asleep(load) if self._seats is not None else set()
@@ -216,11 +217,11 @@ class BlockManager:
 
     def grow(self, request: Request) -> Home | None:
         """A block for its next token: on the same rank while it is local or the policy fills ranks,
-        else where placement says. None when no rank that may take it has one."""
+        else on the rank that the placement picks. None when no rank that may hold it has one."""
         table = request.table
         assert table is not None
         last, mode = table.last_rank, self._policy.mode
-        if last >= 0 and self._gives(last, last):
+        if last >= 0 and self._may_allocate(last, last):
             local = table.width == 1 and mode in ("auto", "local")
             if local or self._placement == "fill_then_spill":
                 block = table.homes[-1][1]
@@ -239,22 +240,22 @@ class BlockManager:
     def block_on(self, ranks: Sequence[int], beside: Home | None = None) -> Home | None:
         """A block on the first of ``ranks`` that has one, adjacent to ``beside`` where possible."""
         for rank in ranks:
-            if self._gives(rank, beside[0] if beside is not None else -1):
+            if self._may_allocate(rank, beside[0] if beside is not None else -1):
                 extend = beside[1] if beside is not None and beside[0] == rank else None
                 return rank, self.allocator.allocate(rank, 1, extend_from=extend)[0]
         return None
 
-    def _gives(self, rank: int, here: int) -> bool:
-        """Whether ``rank`` gives a block to a request that is on ``here``: a closed one only to who
-        is there, has to be local and so grows there until it moves whole."""
+    def _may_allocate(self, rank: int, here: int) -> bool:
+        """Whether ``rank`` may allocate to a request on ``here``. A draining rank serves only
+        local-mode requests already on it, until they migrate as a whole."""
         open_to = rank not in self.closed or (self.only_local and rank == here)
         return open_to and self.allocator.num_available(rank) > 0
 
-    # --- what was computed can be found
+    # --- the prefix index
 
     def name_blocks(self, request: Request) -> None:
-        """Give the whole blocks that are computed and whose tokens are known to the prefix
-        index."""
+        """Enter in the prefix index the full blocks that are computed and whose tokens are
+        known."""
         table, keys = request.table, request.keys
         if table is None or keys is None:
             return
@@ -273,9 +274,9 @@ class BlockManager:
         request.num_keyed = whole
 
     def _find(self, request: Request, near: int | None = None) -> list[Home]:
-        """The blocks that hold the request's first tokens, from the first on; copies on ``near``
-        rather than others, and of others only what can be copied now. The last token is left to
-        compute, for its logits."""
+        """Cached blocks that hold the request's first tokens, from the first on. Prefers copies on
+        rank ``near``; a block of another rank ends the list there if it cannot be copied in this
+        step. The last token is never among them: it is computed for its logits."""
         if request.keys is None or request.params.prompt_logprobs is not None:
             return []
         most = (request.num_tokens - 1) // self.allocator.block_size
@@ -293,11 +294,12 @@ class BlockManager:
             found.append(home)
         return found
 
-    # --- a request gives back
+    # --- a request leaves
 
     def release(self, request: Request, keep: bool = True) -> None:
-        """Let go of every block. What is named can still be found until it is evicted, the end of
-        the sequence first; ``keep=False`` forgets it at once, and so does a closed rank."""
+        """Release every block. Those in the prefix index can still be found until they are evicted,
+        the end of the sequence first; ``keep=False`` forgets them at once, and so does a closed
+        rank."""
         table = request.table
         assert table is not None
         for home in table.homes:
@@ -309,7 +311,7 @@ class BlockManager:
         request.shares_tail = False
 
     def check_integrity(self, running: Sequence[Request]) -> None:
-        """Balance the books: references are the holders, and nobody else holds anything."""
+        """Assert that the allocator's references are exactly the blocks that requests hold."""
         references: dict[Home, int] = {}
         for request in running:
             assert request.table is not None

@@ -7,11 +7,11 @@ from ds_cp.cost import CostModel, attention_share
 from ds_cp.facts import Facts
 from ds_cp.scheduler.admission import Limits
 from ds_cp.scheduler.mode_policy import ModePolicy, Seats
-from ds_cp.scheduler.pacing import ChunkPacer
+from ds_cp.scheduler.pacing import ChunkPacer, Tuning
 from ds_cp.scheduler.scheduler import Scheduler
 from ds_cp.topology.hosts import Grid, Topology
 
-AUTO_BATCHED_TOKENS = 8192
+AUTO_BATCHED_TOKENS = 8192  # tokens of one rank in one step, where the config says auto
 
 
 def _grid(facts: Facts) -> Grid:
@@ -20,7 +20,7 @@ def _grid(facts: Facts) -> Grid:
 
 def build_scheduler(config: Config, facts: Facts, paced: bool = True) -> Scheduler:
     """Rank 0's scheduler over the budgets that all ranks reported. ``paced``: somebody waits for
-    the next token of a stream, so prompts may not delay it much."""
+    the next token of a decoding request, so prompts may not delay it much."""
     batched = config.scheduler.max_num_batched_tokens
     threshold = config.context_parallel.local_threshold
     topology = _grid(facts).cp_topology()
@@ -53,14 +53,15 @@ def build_scheduler(config: Config, facts: Facts, paced: bool = True) -> Schedul
             attention_share(
                 facts.num_layers, facts.num_q_heads // facts.tp_size, facts.head_dim, facts.weights
             ),
+            Tuning(),
         ),
         seats=Seats(topology.hosts, max(1, facts.ranks_at_once // facts.tp_size)),
     )
 
 
 def cost_model(facts: Facts) -> CostModel | None:
-    """What was measured, as the model that chooses spans; None on one rank, where nothing is to be
-    chosen, and on ranks that measured no link, which choose nothing."""
+    """The measured rates, as the model that chooses spans. None on one rank, where there is
+    nothing to choose, and on ranks other than 0, which measured no link and choose nothing."""
     if not facts.links or not all(link.gb_per_s for link in facts.links):
         return None
     return CostModel(

@@ -1,4 +1,5 @@
-"""The next chunk of a prompt: how long, who computes which tokens, and whose blocks take them."""
+"""The next chunk of a prompt: its length, the rank that computes each token, the block that stores
+it. No torch."""
 
 from __future__ import annotations
 
@@ -11,8 +12,8 @@ from ds_cp.plan import Chunk
 from ds_cp.scheduler.mode_policy import ModePolicy
 from ds_cp.scheduler.request import Request
 
-LEVEL = 1.1  # homes this close to equal shares also own their tokens, so that no KV has to travel
-MIN_SHARE = 16  # new tokens per rank below which spreading the work is not worth moving KV
+LEVEL = 1.1  # largest share over the mean, up to which each home computes its own tokens
+MIN_SHARE = 16  # new tokens per rank, below which spreading the work is not worth moving KV
 
 
 @dataclass(frozen=True)

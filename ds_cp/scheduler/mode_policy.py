@@ -10,16 +10,16 @@ from ds_cp.cost import CostModel
 
 @dataclass(frozen=True)
 class Seats:
-    """Which ranks share a host (``host_of[rank]``), and how many ranks of one host can compute at
-    the same time. Where that is fewer than there are, short requests keep together: each rank at
-    work reads all weights for its step, and would wait for a core with them.
+    """``host_of[rank]``: the host of each rank. ``at_once``: how many ranks of one host have cores
+    to compute at the same time. Where a host has more ranks than that, short requests keep
+    together: each rank at work reads all weights for its step, and would wait for a core.
     """
 
     host_of: tuple[str, ...]
     at_once: int
 
     def asleep(self, load: Sequence[int]) -> set[int]:
-        """The ranks that have no work, on hosts where as many as can compute are at work."""
+        """Ranks without work, on hosts where ``at_once`` ranks or more are at work."""
         working: dict[str, int] = {}
         for host, work in zip(self.host_of, load, strict=True):
             working[host] = working.get(host, 0) + (work > 0)
@@ -56,8 +56,9 @@ class ModePolicy:
     def ranks_that_pay(self, most: int, new: int, past: int, answer: int, busy: bool) -> int:
         """Over how many of ``most`` ranks a prompt should be spread, if that many have room.
 
-        All when it may not be local. Otherwise one while others run or wait, who can use the other
-        ranks; alone, as many as the cost model says make it faster. ``answer``: its output tokens.
+        All when it may not be local. Otherwise one while other requests, which can use the other
+        ranks, run or wait; alone, as many as the cost model says make it faster. ``answer``: its
+        output tokens.
         """
         if self.mode == "local":
             return 1
@@ -68,8 +69,8 @@ class ModePolicy:
         return self.cost.best_ranks(most, new, past, answer)
 
     def gathers(self, ranks: int, tokens: int) -> bool:
-        """Whether a stream of so many tokens over ``ranks`` ranks is better off on one, if one has
-        room for it: exchanges cost more than dividing its attention brings."""
+        """Whether a request that decodes with ``tokens`` tokens over ``ranks`` ranks is faster on
+        one, if one has room for it: exchanges cost more than dividing its attention saves."""
         if self.mode != "auto" or ranks < 2 or not self.may_be_local(tokens):
             return False
         return self.cost is None or self.cost.decode_s(1, tokens) <= self.cost.decode_s(

@@ -1,60 +1,97 @@
-"""How long a prefill chunk may be: bounded in time, because who arrives or streams waits for it.
+"""How long a prefill chunk may be: bounded in time, because requests that arrive or decode wait
+for it.
 
-Beside streams a step takes ``a + b * streams`` seconds without a prompt, and a chunk adds ``f + r *
+Beside decodes a step takes ``a + b * decodes`` seconds without a prompt, and a chunk adds ``f + r *
 work`` to it. *Work* is prompt tokens, each weighted by what it attends to; f is what any chunk
-costs, however short (the keys of a deep prompt are read, ranks exchange). Without streams a step
+costs, however short (the keys of a deep prompt are read, ranks exchange). Without decodes a step
 takes ``pace * work``. All of it is learnt from the steps that were run, so the rule is the same on
-a laptop and on a GPU; the weight follows from the model's shape.
+a laptop and on a GPU; the weight follows from the model's shape. A *quiet* step has decodes and no
+chunk.
 
-A chunk that takes what a step may be lengthened by goes into every step. Where f alone would eat
-most of that, chunks are longer and fewer than half of the steps have one, so that streams are on
-average as fast and the prompt gets on. No torch here.
+Prefill is throttled while other requests decode. A chunk that takes what a step may be lengthened
+by goes into every step. Where f alone would eat most of that, chunks are longer and fewer than half
+of the steps have one, so that decodes are on average as fast and the prompt gets on. No torch here.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
-from ds_cp.scheduler.regression import UNITS, Regression
+from ds_cp.scheduler.regression import Regression
 
-FIRST_CHUNK = 16  # work beside streams, before anything was measured
-LEAST_CHUNK = 4  # tokens; a long prompt always gets on
-FIRST_ALONE = 512  # work without streams, before anything was measured, and at least
-STEP_S = 1.0  # what a step without streams should take at most: a new request waits so long
-WEIGHT = 0.2  # of the newest measurement of the pace
-GROWTH = 2.0  # a chunk is at most so many times the largest work measured so far
-MARGIN = 0.75  # of the allowed lengthening, because steps vary
-MEMORY = 0.97  # what a chunk's measurement still counts one chunk later
-QUIET_MEMORY = 0.85  # the same of quiet steps, which are rarer and change as streams grow
-USEFUL = 1 / 3  # of what a chunk in every step adds, the part that is its tokens' own, at least
-APART = 2.2  # steps per chunk, at least, where they are not in every step
-RARE = 8.0  # steps per chunk at most
-SHORTER = 4  # every so many chunks one of half the length is taken, to learn from
-PATIENCE = 32  # steps without a chunk at most, whatever a chunk costs
-PROBE = 16  # chunks in a row, then a step without one: what quiet is must not be forgotten
-UNKNOWN = 2  # chunks in a row, then a step without one, while quiet is not known
+
+@dataclass(frozen=True)
+class Tuning:
+    """Constants of the pacer. Units: *work* as in this module's head; *share*, a plain ratio;
+    steps; chunks; seconds.
+
+    Before anything was measured:
+    ``first_chunk_work``: a chunk beside decodes. ``first_alone_work``: a chunk without decodes, of
+    which it is also the least.
+
+    Bounds:
+    ``least_chunk_tokens``: prompt tokens of a chunk, so that a long prompt always gets on.
+    ``alone_step_s``: seconds of a step without decodes at most: a new request waits so long.
+    ``growth_share``: a chunk's work over the largest work measured so far, at most.
+    ``margin_share``: the part of the allowed lengthening that is used, because steps vary.
+    ``useful_share``: the part of what a chunk in every step adds that is its tokens' own, at least;
+    below, chunks are made rare. ``apart_steps``, ``rare_steps``: steps per chunk at least and at
+    most while they are rare. ``patience_steps``: steps without a chunk at most, whatever one costs.
+
+    Learning:
+    ``pace_weight``: share of the newest measurement in the pace. ``chunk_memory``,
+    ``quiet_memory``: share that a measurement of a chunk, or of a quiet step, still counts when the
+    next one comes (quiet steps are rarer, and change as sequences grow). ``half_every_chunks``: of
+    these, one chunk has half the length, to tell r from f. ``probe_chunks``: chunks in a row, then
+    a quiet step, so that what quiet is stays known; ``unknown_chunks``: the same until it is known.
+    ``decodes_unit``, ``work_unit``: the regressions divide by them, so that all terms are of one
+    size.
+    """
+
+    first_chunk_work: float = 16.0
+    first_alone_work: float = 512.0
+    least_chunk_tokens: int = 4
+    alone_step_s: float = 1.0
+    growth_share: float = 2.0
+    margin_share: float = 0.75
+    useful_share: float = 1 / 3
+    apart_steps: float = 2.2
+    rare_steps: float = 8.0
+    patience_steps: int = 32
+    pace_weight: float = 0.2
+    chunk_memory: float = 0.97
+    quiet_memory: float = 0.85
+    half_every_chunks: int = 4
+    probe_chunks: int = 16
+    unknown_chunks: int = 2
+    decodes_unit: float = 16.0
+    work_unit: float = 64.0
 
 
 class ChunkPacer:
-    """Bounds the work on prompts so that streams take at most ``slowdown`` times as long for a
-    token as without, and a step at most about a second when nobody streams. ``slowdown`` None:
-    nobody waits for the next token of a stream, so streams are no reason for shorter chunks.
+    """Bounds the work on prompts so that a token of a decoding request takes at most ``slowdown``
+    times as long as without, and a step at most ``alone_step_s`` when nothing decodes. ``slowdown``
+    None: nobody waits for the next token, so decodes are no reason for shorter chunks.
 
     ``attention``: what a prompt token costs for each stored token that it attends to, as a share of
-    what it costs otherwise. Of each step ``allowance`` asks first, ``plan`` says what came of it,
-    and ``note``, some steps later, how long it took.
+    what it costs otherwise. ``allowance`` is asked for each step first, ``plan`` is given what the
+    step became, and ``observe``, some steps later, how long that same step took.
     """
 
-    def __init__(self, slowdown: float | None, attention: float = 0.0) -> None:
+    def __init__(
+        self, slowdown: float | None, attention: float = 0.0, tuning: Tuning | None = None
+    ) -> None:
         if slowdown is not None and slowdown <= 1.0:
             raise ValueError(f"slowdown must be above 1, got {slowdown}")
         self.slowdown = slowdown
         self.attention = attention
-        self.pace: float | None = None  # seconds per work without streams
-        self._quiet = Regression(2, QUIET_MEMORY)  # of (step, streams)
-        self._added = Regression(2, MEMORY)  # of (chunk, work)
-        self._largest = float(FIRST_CHUNK)
-        self._credit = 0.0  # seconds by which streams may still be held up
+        self.tuning = tuning or Tuning()
+        self.pace: float | None = None  # seconds per work without decodes
+        self._quiet = Regression(2, self.tuning.quiet_memory)  # of (step, decodes)
+        self._added = Regression(2, self.tuning.chunk_memory)  # of (chunk, work)
+        self._largest = self.tuning.first_chunk_work
+        self._credit = 0.0  # seconds by which decodes may still be held up
         self._chunks = 0
         self._in_a_row = 0  # steps with a chunk since the last quiet one
         self._waited = 0  # quiet steps since the last chunk
@@ -72,73 +109,78 @@ class ChunkPacer:
         root = math.sqrt(each * each + 2.0 * self.attention * work * ranks)
         return int(2.0 * work * ranks / (each + root) + 1e-6)
 
-    def quiet(self, streams: int) -> float:
-        """Expected seconds of a step of ``streams`` and nothing else."""
-        return max(self._quiet.value((1.0, streams / UNITS[1])), 0.0)
+    def quiet(self, decodes: int) -> float:
+        """Predicted seconds of a step of ``decodes`` and nothing else."""
+        return max(self._quiet.value((1.0, decodes / self.tuning.decodes_unit)), 0.0)
 
     def added(self, work: float) -> float:
-        """Expected seconds that a chunk adds."""
-        return max(self._added.value((1.0, work / UNITS[2])), 0.0) if work else 0.0
+        """Predicted seconds that a chunk adds."""
+        return max(self._added.value((1.0, work / self.tuning.work_unit)), 0.0) if work else 0.0
 
-    def allowance(self, streams: int) -> float:
-        """The work that a rank may do on prompts in the next step, beside ``streams``; 0 in some
-        steps, to spare the streams or to see what a step takes without."""
-        if not streams or self.slowdown is None:
-            return (
-                FIRST_ALONE
-                if self.pace is None
-                else max(FIRST_ALONE, STEP_S / max(self.pace, 1e-9))
-            )
-        if self._in_a_row >= (PROBE if self._quiet.known else UNKNOWN):
+    def allowance(self, decodes: int) -> float:
+        """The work that a rank may do on prompts in the next step, beside ``decodes``; 0 in some
+        steps, to spare the decodes or to see what a step takes without."""
+        tuning = self.tuning
+        if not decodes or self.slowdown is None:
+            if self.pace is None:
+                return tuning.first_alone_work
+            return max(tuning.first_alone_work, tuning.alone_step_s / max(self.pace, 1e-9))
+        if self._in_a_row >= (tuning.probe_chunks if self._quiet.known else tuning.unknown_chunks):
             return 0.0
-        most = GROWTH * self._largest if self._added.known else FIRST_CHUNK
-        each = max(self._added.weights[1] / UNITS[2], 0.0)
-        cost, fixed = self._worth(streams), self._fixed
-        if self._credit < cost > self._allowed(streams) and self._waited < PATIENCE:
+        most = tuning.first_chunk_work
+        if self._added.known:
+            most = tuning.growth_share * self._largest
+        each = max(self._added.weights[1] / tuning.work_unit, 0.0)
+        cost, fixed = self._worth(decodes), self._fixed
+        if self._credit < cost > self._allowed(decodes) and self._waited < tuning.patience_steps:
             return 0.0
         work = (cost - fixed) / each if each * most > cost - fixed else most
-        if self._chunks % SHORTER == SHORTER - 1:  # chunks of one length would not tell r from f
+        if self._chunks % tuning.half_every_chunks == tuning.half_every_chunks - 1:
             work /= 2
-        return max(float(LEAST_CHUNK), work)
+        return max(float(tuning.least_chunk_tokens), work)
 
     @property
     def _fixed(self) -> float:
         return max(self._added.weights[0], 0.0)
 
-    def _allowed(self, streams: int) -> float:
+    def _allowed(self, decodes: int) -> float:
         """Seconds by which a step may be longer, on average."""
         assert self.slowdown is not None
-        return MARGIN * (self.slowdown - 1.0) * self.quiet(streams)
+        return self.tuning.margin_share * (self.slowdown - 1.0) * self.quiet(decodes)
 
-    def _worth(self, streams: int) -> float:
+    def _worth(self, decodes: int) -> float:
         """Seconds that the next chunk should add."""
-        allowed, fixed = self._allowed(streams), self._fixed
-        if fixed <= (1.0 - USEFUL) * allowed:
+        allowed, fixed, tuning = self._allowed(decodes), self._fixed, self.tuning
+        overhead = 1.0 - tuning.useful_share
+        if fixed <= overhead * allowed:
             return allowed
-        return min(max(APART * allowed, fixed / (1.0 - USEFUL)), max(RARE * allowed, APART * fixed))
+        least = max(tuning.apart_steps * allowed, fixed / overhead)
+        return min(least, max(tuning.rare_steps * allowed, tuning.apart_steps * fixed))
 
-    def plan(self, streams: int, work: float) -> None:
-        """The step that was just asked for has so many streams, and ``work`` as the largest of one
-        rank."""
-        if not streams or self.slowdown is None:
+    def plan(self, decodes: int, work: float) -> None:
+        """The step that ``allowance`` was asked for has ``decodes``, and ``work`` as the largest of
+        one rank."""
+        if not decodes or self.slowdown is None:
             return
         if self._quiet.known:
-            most = max(self._worth(streams), self._allowed(streams))
-            credit = self._credit - self.added(work) + self._allowed(streams)
+            most = max(self._worth(decodes), self._allowed(decodes))
+            credit = self._credit - self.added(work) + self._allowed(decodes)
             self._credit = min(max(credit, 0.0), most)
         self._chunks += work > 0
         self._in_a_row = self._in_a_row + 1 if work else 0
         self._waited = 0 if work else self._waited + 1
 
-    def note(self, seconds: float, streams: int, work: float) -> None:
-        """A step took ``seconds``; ``work`` is the largest of one rank."""
-        if not streams:
-            if work >= FIRST_ALONE // 4:  # shorter steps say little about long ones
+    def observe(self, seconds: float, decodes: int, work: float) -> None:
+        """A step that was planned with ``decodes`` and ``work`` took ``seconds``, the maximum over
+        ranks."""
+        tuning = self.tuning
+        if not decodes:
+            if work >= tuning.first_alone_work // 4:  # shorter steps say little about long ones
                 old = seconds / work if self.pace is None else self.pace
-                self.pace = (1 - WEIGHT) * old + WEIGHT * seconds / work
+                self.pace = (1 - tuning.pace_weight) * old + tuning.pace_weight * seconds / work
         elif not work:
-            self._quiet.note((1.0, streams / UNITS[1]), seconds)
+            self._quiet.observe((1.0, decodes / tuning.decodes_unit), seconds)
         elif self._quiet.known:
-            added = max(seconds - self.quiet(streams), 0.0)
-            self._added.note((1.0, work / UNITS[2]), added)
+            added = max(seconds - self.quiet(decodes), 0.0)
+            self._added.observe((1.0, work / tuning.work_unit), added)
             self._largest = max(self._largest, work)

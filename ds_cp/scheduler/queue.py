@@ -10,7 +10,7 @@ from ds_cp.scheduler.request import Request
 
 
 class WaitingQueue:
-    """A heap in ``Request.order``; who leaves early is dropped when it comes up."""
+    """A heap in ``Request.order``; a request that left early is dropped when it comes up."""
 
     def __init__(self) -> None:
         self._heap: list[tuple[tuple[int, int], int, Request]] = []
@@ -18,7 +18,7 @@ class WaitingQueue:
         self._members: dict[int, Request] = {}
 
     def push(self, request: Request) -> None:
-        """Add a request; one that gave way comes back to the place its age gives it."""
+        """Add a request; a preempted one returns to the place that its age gives it."""
         self._members[request.number] = request
         heappush(self._heap, (request.order, next(self._pushes), request))
 
@@ -29,7 +29,7 @@ class WaitingQueue:
         return self._heap[0][2] if self._heap else None
 
     def remove(self, request: Request) -> None:
-        """Take a request out. KeyError when it does not wait."""
+        """Remove a request. KeyError when it does not wait."""
         del self._members[request.number]
         if len(self._heap) > 2 * len(self._members) + 16:
             self._heap = [(r.order, next(self._pushes), r) for r in self._members.values()]

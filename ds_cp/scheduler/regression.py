@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import statistics
 
-OUTLIER = 3.0  # what took more times what was expected is taken for so many times
-FIRST = 5  # measurements before they are believed; of these more times their median is an outlier
-UNITS = (1.0, 16.0, 64.0)  # of the step, its streams and its work: all of one size
-SMALL = 1e-4  # weight of "nothing", against which measurements count
+OUTLIER = 3.0  # times its prediction: a sample is clipped to that
+FIRST = 5  # samples before predictions are believed; of these the clip goes by their median
+SMALL = 1e-4  # weight of the pull towards 0, in squared terms of one sample
 
 
 class Regression:
-    """Least squares with forgetting: ``value(x) = weights . x``. What the measurements say nothing
-    about (all of one number of streams, say) is kept small.
+    """``value(x) = weights . x`` by least squares, each sample counting ``memory`` times what the
+    next one does. Directions that no sample has (all have one value of a term, say) stay near 0.
+    Scale the terms so that usual values are of about one size.
 
-    A measurement that took far longer than expected counts as ``OUTLIER`` times that: a page fault
-    or another process says nothing of the next step. The first ones wait for each other, since only
-    together do they say what to expect; until then a line through 0 is assumed, by their median.
+    Clip a sample to ``OUTLIER`` times its prediction: a page fault or another process says nothing
+    of the next step. The first ``FIRST`` samples are kept until there is a median to clip them by;
+    until then a line through 0 is assumed, by the median of ``y`` over the last term.
     """
 
     def __init__(self, size: int, memory: float) -> None:
@@ -28,15 +28,15 @@ class Regression:
 
     @property
     def known(self) -> bool:
-        """Whether there were measurements enough."""
+        """Whether there were ``FIRST`` samples."""
         return self._first is None
 
     def value(self, x: tuple[float, ...]) -> float:
-        """What is expected at ``x``."""
+        """The prediction at ``x``."""
         return sum(w * each for w, each in zip(self.weights, x, strict=True))
 
-    def note(self, x: tuple[float, ...], y: float) -> None:
-        """``y`` was found at ``x``."""
+    def observe(self, x: tuple[float, ...], y: float) -> None:
+        """Learn from one sample: ``y`` was measured at ``x``."""
         if self._first is None:
             expected = self.value(x)
             self._learn(x, min(y, OUTLIER * expected) if expected > 0.0 else y)

@@ -18,8 +18,8 @@ class Request:
 
     While it runs: ``table``, where its KV is; ``reserved``, blocks per rank for the rest of the
     prompt; ``workers``, the ranks that compute it; ``in_flight``, tokens that are being drawn and
-    whose values rank 0 does not know yet; ``shares_tail``, whether its last block may be another
-    request's too, so that it must be copied before it is written.
+    whose values rank 0 does not know yet; ``shares_tail``, whether another request may hold its
+    last block too, so that it must be copied before it is written.
     """
 
     number: int
@@ -41,9 +41,9 @@ class Request:
     shares_tail: bool = False
     decode_key: tuple[str, str] | None = None  # mode and ring pass of its decode steps
     keys: PrefixKeys | None = None
-    num_keyed: int = 0  # blocks whose content has been named in the prefix index
-    served: int = 0  # the last step of it in which streams had to take turns
-    num_notified: int = 0  # outputs that the ranks have been told of
+    num_keyed: int = 0  # its first blocks, entered in the prefix index
+    served: int = 0  # its last step in which decodes had to take turns
+    num_notified: int = 0  # outputs that the ranks know, for penalties
     cached_tokens: int | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
@@ -60,7 +60,7 @@ class Request:
 
     @property
     def order(self) -> tuple[int, int]:
-        """Who is served first: the lower priority number, then the older."""
+        """Sort key of service: the lower priority number first, then the older."""
         return self.priority, self.number
 
     @property

@@ -1,11 +1,11 @@
-"""A pretended cluster: the real engine core and scheduler, a real mirror per rank, and memories
-that remember what was stored in every slot.
+"""A simulated cluster: the real engine core and scheduler, a real worker state per rank, and
+memories that remember what was stored in every slot.
 
 What KV holds is modelled as the *content* of a position: a hash of all tokens up to and including
 it, for that is what KV depends on. It knows no request, so requests may share blocks, and a block
 that was shared wrongly, copied too late, overwritten, lost in a move or never computed is seen by
-the first request that reads it. The pretended model draws a token from the content of the last
-position and the request's own random stream, so what a request gets alone is known without any
+the first request that reads it. The simulated model draws a token from the content of the last
+position and the request's own random numbers, so what a request gets alone is known without any
 cluster.
 """
 
@@ -23,7 +23,7 @@ from ds_cp.plan import Outcome, Sampled, Scored, StepPlan, Transfer, decode_plan
 from ds_cp.sampling_params import RequestOptions, SamplingParams
 from ds_cp.scheduler.admission import Limits
 from ds_cp.scheduler.mode_policy import ModePolicy, Seats
-from ds_cp.scheduler.pacing import PATIENCE, ChunkPacer
+from ds_cp.scheduler.pacing import ChunkPacer
 from ds_cp.scheduler.request import Request
 from ds_cp.scheduler.scheduler import Scheduler
 from ds_cp.worker.state import Item, RunningSequence, StepWork, WorkerState, check_item
@@ -53,8 +53,7 @@ def contents(tokens: Sequence[int]) -> list[int]:
 
 @dataclass(frozen=True)
 class Model:
-    """What the pretended model says. ``eos_every``: one draw in so many is the end token, 0 for
-    none."""
+    """The simulated model. ``eos_every``: one draw in this many is the end token, 0 for none."""
 
     eos_every: int = 0
 
@@ -99,14 +98,14 @@ def penalizes(params: SamplingParams) -> bool:
 
 
 def score(content: int, token: int) -> float:
-    """The pretended log-probability of ``token`` after ``content``."""
+    """The simulated log-probability of ``token`` after ``content``."""
     return -(follow(content, token) % 1000) / 100
 
 
 @dataclass
 class Life:
     """What the cluster itself knows of one request: every token there is, also those that rank 0
-    has not heard of, and what the caller was told."""
+    does not know yet, and what the caller received."""
 
     request: Request
     tokens: list[int]
@@ -117,8 +116,8 @@ class Life:
     scores: tuple | None = None
     aborted: bool = False
     not_finite_at: int | None = None  # index of the output whose logits are NaN
-    gap: int = 0  # steps since the last token of a stream
-    most_streams: int = 0  # of the steps of that gap
+    gap: int = 0  # steps since the last token, while it decodes
+    most_decodes: int = 0  # of the steps of that gap
     started: bool = False
 
 
@@ -165,7 +164,9 @@ class Cluster:
         self.budget = budget
         self.depth = depth
         self.model = Model(eos_every)
-        self.patience = PATIENCE if pacer is not None else 0  # steps that a prompt may be held
+        self.patience = (
+            pacer.tuning.patience_steps if pacer is not None else 0
+        )  # steps that a prompt may be held
         self.held = 0
         self.first_prompt: int | None = None  # its number
         self.mirrors = [WorkerState(rank, block_size) for rank in range(len(blocks))]
@@ -236,7 +237,7 @@ class Cluster:
     # --- steps
 
     def step(self) -> StepPlan | None:
-        """Plan a step and run it; the oldest outcome is told when enough are under way, or nothing
+        """Plan a step and run it; apply the oldest outcome when enough are under way, or nothing
         could be planned."""
         scheduler = self.scheduler
         queue = [r.order for r in scheduler.running]
@@ -261,18 +262,18 @@ class Cluster:
             if (life := self.lives[number]).request.num_preemptions > n
         ]  # fmt: skip
         if self.mode[0] != "local":
-            assert sorted(gone) == queue[len(queue) - len(gone) :], "not the last gave way"
+            assert sorted(gone) == queue[len(queue) - len(gone) :], "not the last were preempted"
         for number in preempted:
             if self.lives[number].request.table is None:
-                self.lives[number].gap = self.lives[number].most_streams = 0
+                self.lives[number].gap = self.lives[number].most_decodes = 0
         if plan is not None:
             if gone:
-                assert not plan.begins, "who gave way, or another, took the blocks at once"
+                assert not plan.begins, "a request started on blocks freed in the same step"
             self._check_fairness(plan, due, prompts)
             outcome = self._execute(plan)
             self.flying.append(replace_seconds(outcome, self.seconds(plan)))
         if self.flying and (plan is None or len(self.flying) >= self.depth):
-            self._tell(self.flying.popleft())
+            self._apply(self.flying.popleft())
             scheduler.check_integrity()
         return plan
 
@@ -287,7 +288,7 @@ class Cluster:
         silent = 0
         while self.scheduler.has_work or self.flying:
             plan = self.step()
-            # Nothing may come of a step in which those who would have run gave way.
+            # A step in which those that would have run were preempted may be empty.
             silent = 0 if plan or self.flying else silent + 1
             assert silent <= self.scheduler.limits.max_num_seqs, "work waits and nothing runs"
             if plan:
@@ -300,11 +301,11 @@ class Cluster:
         assert self.mirrors[0].sequences.keys() <= set(scheduler._ended)
         return plans
 
-    def _tell(self, outcome: Outcome) -> None:
+    def _apply(self, outcome: Outcome) -> None:
         for delta in self.core.apply(outcome):
-            self._note(delta)
+            self._receive(delta)
 
-    def _note(self, delta: Delta) -> None:
+    def _receive(self, delta: Delta) -> None:
         life = self._answers[delta.request_id][delta.index]
         assert life.reason is None and not life.aborted, "a token after the end"
         life.received += delta.token_ids
@@ -316,7 +317,7 @@ class Cluster:
     # --- what came of it
 
     def check_output(self, request: Request) -> None:
-        """Every token, and the end, as the request alone gets them; the caller was told so."""
+        """Every token, and the end, as the request alone gets them; the caller received them."""
         life = self.lives[request.number]
         want, reason, stop = self.model.alone(
             request.prompt, request.params, request.seed, request.max_tokens
@@ -339,18 +340,18 @@ class Cluster:
     def _check_fairness(
         self, plan: StepPlan, due: Sequence[Request], prompts: Sequence[Request]
     ) -> None:
-        """Streams get their tokens, the first prompt gets on, and those who wait start in order."""
+        """Decodes get their tokens, the first prompt gets on, requests start in order."""
         decoding = {number for decodes in plan.decodes for number in decodes.requests}
         # A quarter of the budget, at least one token, is for prompts.
         share = max(self.budget - max(self.budget // 4, 1), 1)
         for request in due:
             life = self.lives[request.number]
-            life.most_streams = max(life.most_streams, len(due))
+            life.most_decodes = max(life.most_decodes, len(due))
             life.gap += 1
             if request.number in decoding or request.table is None:
-                life.gap = life.most_streams = 0
-            limit = -(-life.most_streams // share) + 1
-            assert life.gap <= limit, f"stream {request.number} got nothing in {life.gap} steps"
+                life.gap = life.most_decodes = 0
+            limit = -(-life.most_decodes // share) + 1
+            assert life.gap <= limit, f"decode {request.number} got nothing in {life.gap} steps"
         first = prompts[0].number if prompts else None
         if first != self.first_prompt:
             self.first_prompt, self.held = first, 0
@@ -399,7 +400,7 @@ class Cluster:
         return Outcome(plan.step, tuple(sampled), tuple(scored))
 
     def _check_agreement(self, works: Sequence[StepWork]) -> None:
-        """All ranks have the same books, those of the scheduler."""
+        """All ranks have the same state, that of the scheduler."""
         views = [
             (
                 [(d.sequence.number, d.rank, d.index) for d in work.draws],
@@ -444,7 +445,7 @@ class Cluster:
         run()
 
     def _hand_over(self, works: Sequence[StepWork]) -> None:
-        """Each rank knows of a drawn token only what it drew or was told."""
+        """Each rank knows only the tokens that it drew or was handed."""
         pairs = list(zip(*(work.handoffs for work in works), strict=True))
         values = [views[views[0].source].sequence.last for views in pairs]
         for views, value in zip(pairs, values, strict=True):
@@ -493,7 +494,9 @@ class Cluster:
             for sequence in work.streams:
                 position = sequence.table.num_tokens - 1
                 home, slot = sequence.table.slot(position)
-                assert home == rank and sequence.table.span == (rank,), "a stream is not local"
+                assert home == rank and sequence.table.span == (rank,), (
+                    "a local decode is not local"
+                )
                 self._write(written, rank, slot, self.lives[sequence.number].contents[position])
         for item in items.values():
             for shard in item.shards:

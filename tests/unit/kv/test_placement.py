@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds_cp.kv import POLICIES, BlockAllocator, SequenceTable, place, place_block
-from ds_cp.kv.placement import fits, largest_request
 from ds_cp.layout import LAYOUTS, assign, positions, total
 
 
@@ -229,12 +228,6 @@ def test_one_decode_token_by_round_robin_does_not_walk_the_blocks() -> None:
     assert counts == (1, 0, 0, 0)
 
 
-def test_fits_and_largest_request() -> None:
-    assert largest_request([3, 0, 9], 64) == 12 * 64
-    assert fits(12 * 64, [3, 0, 9], 64)
-    assert not fits(12 * 64 + 1, [3, 0, 9], 64)
-
-
 def grow(
     allocator: BlockAllocator, table: SequenceTable, policy: str, layout: str, tokens: int
 ) -> bool:
@@ -274,8 +267,8 @@ def test_a_prompt_of_exactly_the_whole_capacity_is_held(
 ) -> None:
     allocator = BlockAllocator(budgets, block_size=8)
     table = SequenceTable(8)
-    capacity = largest_request(budgets, 8)
-    assert capacity == sum(budgets) * 8 == allocator.capacity_tokens
+    capacity = sum(budgets) * 8
+    assert capacity == allocator.capacity_tokens
     assert grow(allocator, table, policy, layout, capacity)
     assert allocator.available() == [0] * len(budgets)
     assert stored(table, len(budgets)) == [n * 8 for n in budgets]

@@ -8,17 +8,9 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from ds_cp.scheduler.pacing import (
-    FIRST_ALONE,
-    FIRST_CHUNK,
-    GROWTH,
-    LEAST_CHUNK,
-    MARGIN,
-    PATIENCE,
-    PROBE,
-    STEP_S,
-    ChunkPacer,
-)
+from ds_cp.scheduler.pacing import ChunkPacer, Tuning
+
+T = Tuning()
 
 
 @dataclass
@@ -53,7 +45,7 @@ class Machine:
         self.quiets += work == 0
         self.late.append((shown, streams, work))
         if len(self.late) > 2:
-            self.pacer.note(*self.late.pop(0))
+            self.pacer.observe(*self.late.pop(0))
         return seconds
 
     def warm(self, streams: int = 4, steps: int = 20) -> None:
@@ -78,14 +70,14 @@ def test_a_step_with_a_chunk_takes_at_most_so_many_times_a_quiet_one(
     machine = Machine(ChunkPacer(slowdown), step=step, token=token, noise=noise)
     machine.warm()
     found = machine.prompt(200)
-    assert found[0][0] == FIRST_CHUNK
+    assert found[0][0] == T.first_chunk_work
     settled = found[40:]
     for work, seconds in settled:
-        assert seconds <= (1 + 0.15 * (noise > 0)) * slowdown * step or work == LEAST_CHUNK
+        assert seconds <= (1 + 0.15 * (noise > 0)) * slowdown * step or work == T.least_chunk_tokens
     # and the allowance is used, as far as whole tokens and the least chunk allow
-    allowed = MARGIN * (slowdown - 1) * step / token
+    allowed = T.margin_share * (slowdown - 1) * step / token
     usual = statistics.median(work for work, _ in settled)
-    assert usual >= max(LEAST_CHUNK, 0.75 * allowed - 1)
+    assert usual >= max(T.least_chunk_tokens, 0.75 * allowed - 1)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -99,7 +91,7 @@ def test_a_long_prompt_whose_tokens_grow_dearer(seed: int) -> None:
     while past < 7000:
         machine.chunk, machine.token = 0.012 + past * 4.2e-6, 0.0013
         allowed = pacer.allowance(4)
-        tokens = max(pacer.tokens(allowed, past), LEAST_CHUNK) if allowed else 0
+        tokens = max(pacer.tokens(allowed, past), T.least_chunk_tokens) if allowed else 0
         seconds = machine.run(4, pacer.work(tokens, tokens, past))
         past += tokens
         ratios.append(seconds / 0.055)
@@ -124,19 +116,22 @@ def test_where_any_chunk_costs_more_than_allowed_chunks_are_rare_and_long() -> N
 def test_it_grows_to_a_large_chunk_by_doubling_at_most() -> None:
     machine = Machine(ChunkPacer(2.0), token=0.0001)
     machine.warm()
-    largest = float(FIRST_CHUNK)
+    largest = float(T.first_chunk_work)
     for work, _ in machine.prompt(100):
-        assert work <= GROWTH * largest
+        assert work <= T.growth_share * largest
         largest = max(largest, work)
-    assert largest > 10 * FIRST_CHUNK
+    assert largest > 10 * T.first_chunk_work
 
 
 def test_a_long_prompt_always_gets_on() -> None:
     machine = Machine(ChunkPacer(1.01), step=0.001, token=1.0)
     machine.warm()
     found = [work for work, _ in machine.prompt(2000)][100:]
-    assert {work for work in found if work} == {LEAST_CHUNK}
-    assert max(map(len, "".join("x" if work else "." for work in found).split("x"))) <= PATIENCE
+    assert {work for work in found if work} == {T.least_chunk_tokens}
+    assert (
+        max(map(len, "".join("x" if work else "." for work in found).split("x")))
+        <= T.patience_steps
+    )
 
 
 @pytest.mark.parametrize("token", [0.004, 0.0005, 0.001])
@@ -147,7 +142,7 @@ def test_it_follows_a_machine_that_becomes_slower_or_faster(token: float) -> Non
     def usual(steps: int) -> float:
         return statistics.median(work for work, _ in machine.prompt(steps)[-40:])
 
-    first, want = MARGIN * 0.1 / 0.001, MARGIN * 0.1 / token
+    first, want = T.margin_share * 0.1 / 0.001, T.margin_share * 0.1 / token
     assert abs(usual(100) - first) <= 2
     machine.token = token
     assert abs(usual(250) - want) <= 0.1 * want
@@ -161,9 +156,9 @@ def test_steps_that_become_slower_are_noticed_in_the_midst_of_a_prompt() -> None
     machine.warm()
     found = machine.prompt(100)
     rows = "".join("x" if work else "." for work, _ in found).split(".")
-    assert max(map(len, rows)) <= PROBE
+    assert max(map(len, rows)) <= T.probe_chunks
     machine.step = 0.3
-    machine.prompt(50 * PROBE)
+    machine.prompt(50 * T.probe_chunks)
     assert machine.pacer.quiet(4) == pytest.approx(0.3, rel=0.3)
 
 
@@ -180,7 +175,7 @@ def test_a_step_of_more_streams_may_have_a_longer_chunk() -> None:
         assert pacer.quiet(streams) == pytest.approx(quiet, rel=0.01)
         machine.run(streams, 0.0)
         machine.run(streams, 0.0)
-        want = MARGIN * quiet / 0.0005  # or half, of a chunk to learn from
+        want = T.margin_share * quiet / 0.0005  # or half, of a chunk to learn from
         assert pacer.allowance(streams) / want in (pytest.approx(1, 0.02), pytest.approx(0.5, 0.02))
 
 
@@ -189,8 +184,8 @@ def test_one_slow_step_changes_little() -> None:
     machine = Machine(ChunkPacer(2.0))
     machine.warm()
     before = statistics.median(work for work, _ in machine.prompt(100)[-40:])
-    machine.pacer.note(10.0, 4, before)
-    machine.pacer.note(10.0, 4, 0.0)
+    machine.pacer.observe(10.0, 4, before)
+    machine.pacer.observe(10.0, 4, 0.0)
     after = statistics.median(work for work, _ in machine.prompt(20))
     assert 0.5 * before <= after <= 2.0 * before
 
@@ -219,7 +214,7 @@ def test_nobody_waits_for_a_token_of_a_batch() -> None:
     machine = Machine(ChunkPacer(None))
     machine.warm()
     machine.prompt(20)
-    assert machine.pacer.allowance(4) == machine.pacer.allowance(0) == FIRST_ALONE
+    assert machine.pacer.allowance(4) == machine.pacer.allowance(0) == T.first_alone_work
 
 
 def test_free_tokens_do_not_divide_by_zero() -> None:
@@ -227,34 +222,36 @@ def test_free_tokens_do_not_divide_by_zero() -> None:
     for token in (0.0, -0.0001):
         machine = Machine(ChunkPacer(2.0), token=token)
         machine.warm()
-        largest = float(FIRST_CHUNK)
+        largest = float(T.first_chunk_work)
         for work, _ in machine.prompt(20):
-            assert work <= GROWTH * largest
+            assert work <= T.growth_share * largest
             largest = max(largest, work)
-        assert largest > FIRST_CHUNK
+        assert largest > T.first_chunk_work
     machine = Machine(ChunkPacer(2.0), step=0.0, token=0.0)
     machine.warm()
-    assert max(work for work, _ in machine.prompt(40)) >= LEAST_CHUNK
+    assert max(work for work, _ in machine.prompt(40)) >= T.least_chunk_tokens
 
 
 def test_chunks_without_streams_last_about_a_second() -> None:
     machine = Machine(ChunkPacer(2.0), step=0.0, token=0.0001)
-    assert machine.pacer.allowance(0) == FIRST_ALONE
+    assert machine.pacer.allowance(0) == T.first_alone_work
     machine.prompt(50, streams=0)
-    assert machine.pacer.allowance(0) * 0.0001 == pytest.approx(STEP_S, abs=0.01)
+    assert machine.pacer.allowance(0) * 0.0001 == pytest.approx(T.alone_step_s, abs=0.01)
     machine.token = 1.0
     machine.prompt(50, streams=0)
-    assert machine.pacer.allowance(0) == FIRST_ALONE, "never less than can be afforded anyway"
+    assert machine.pacer.allowance(0) == T.first_alone_work, (
+        "never less than can be afforded anyway"
+    )
 
 
 def test_what_is_not_comparable_is_not_learnt_from() -> None:
     pacer = ChunkPacer(2.0)
-    pacer.note(9.0, 0, 3)  # a short prompt alone says nothing of long ones
-    assert pacer.pace is None and pacer.allowance(0) == FIRST_ALONE
-    pacer.note(0.1, 0, 1000)
+    pacer.observe(9.0, 0, 3)  # a short prompt alone says nothing of long ones
+    assert pacer.pace is None and pacer.allowance(0) == T.first_alone_work
+    pacer.observe(0.1, 0, 1000)
     assert abs(pacer.allowance(0) - 10_000) <= 1
-    pacer.note(9.0, 4, 16)  # one step beside streams, and nothing to compare it with
-    assert pacer.allowance(4) == FIRST_CHUNK
+    pacer.observe(9.0, 4, 16)  # one step beside streams, and nothing to compare it with
+    assert pacer.allowance(4) == T.first_chunk_work
 
 
 @pytest.mark.parametrize("attention", [0.0, 2.6e-4, 0.1])

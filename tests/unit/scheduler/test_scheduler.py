@@ -22,9 +22,9 @@ from ds_cp.layout import LAYOUTS, Runs, total
 from ds_cp.plan import Chunk, Outcome, Sampled, StepPlan
 from ds_cp.sampling_params import SamplingParams
 from ds_cp.scheduler.mode_policy import Seats
-from ds_cp.scheduler.pacing import FIRST_CHUNK, LEAST_CHUNK, ChunkPacer
+from ds_cp.scheduler.pacing import ChunkPacer
+from ds_cp.scheduler.prefill import SCORED_TOKENS
 from ds_cp.scheduler.request import Request
-from ds_cp.scheduler.scheduler import SCORED_TOKENS
 from tests.helpers.cluster import (
     EOS,
     MODES,
@@ -245,9 +245,9 @@ def test_chunks_beside_streams_are_paced_and_alone_they_are_not() -> None:
         plans.append(stepped(cluster))
         assert decoding(plans[-1]) == [stream.number]
     sizes = chunks_of(plans, long)
-    assert sizes[0] <= 2 * FIRST_CHUNK, "before anything is measured"
+    assert sizes[0] <= 2 * pacer.tuning.first_chunk_work, "before anything is measured"
     settled = sizes[3:-1]  # every fourth is half as long, or the least, to learn from
-    assert all(LEAST_CHUNK <= n <= 10 for n in settled)
+    assert all(pacer.tuning.least_chunk_tokens <= n <= 10 for n in settled)
     assert sum(n >= 7 for n in settled) >= 0.7 * len(settled), "the allowance is used"
     cluster.settle()
     cluster.check_outputs()
@@ -1042,7 +1042,7 @@ def test_the_engines_own_loop() -> None:
     most = 0
     while cluster.scheduler.has_work or loop.num_in_flight:
         for delta in loop.advance():
-            cluster._note(delta)
+            cluster._receive(delta)
         most = max(most, loop.num_in_flight)
         cluster.scheduler.check_integrity()
     assert most == 1, "the other one has just been waited for"

@@ -1,0 +1,114 @@
+"""The plan of one step while it is being made, with the budgets that bound it. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ds_cp.layout import Home
+from ds_cp.plan import Begin, Chunk, Decodes, Fork, Sampling, StepPlan, Transfer
+from ds_cp.scheduler.chunking import Cut
+from ds_cp.scheduler.pacing import ChunkPacer
+from ds_cp.scheduler.request import Request
+
+
+class Draft:
+    """Collects what the next step does; ``plan`` makes the frozen plan of it.
+
+    ``step``: its number. ``budget``: tokens that each rank may compute in it. ``pacer``: bounds
+    the time that prompts may add; None for no such bound.
+    """
+
+    def __init__(self, step: int, budget: Sequence[int], pacer: ChunkPacer | None) -> None:
+        self.step = step
+        self.left = list(budget)  # tokens that each rank may still compute
+        self.work = [0.0] * len(budget)  # on prompts, of each rank, in the pacer's unit
+        self.num_decodes = 0
+        self.transfers: list[Transfer] = []
+        self.grown: list[tuple[int, Home]] = []
+        self.begins: list[Begin] = []
+        self.forks: list[Fork] = []
+        self.looking_back: list[Request] = []  # begun or forked, and their draws need old tokens
+        self._pacer = pacer
+        self._allowance = 0.0  # what ``work`` of a rank may become
+        self._chunks: list[Chunk] = []
+        self._decodes: dict[tuple[str, str], list[int]] = {}
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self._decodes or self._chunks or self.transfers or self.begins)
+
+    @property
+    def largest_work(self) -> float:
+        """The most work on prompts that one rank has in this step."""
+        return max(self.work)
+
+    # --- decodes
+
+    def decode(self, request: Request, key: tuple[str, str], rank: int) -> None:
+        """One token of ``request``, computed on ``rank``; ``key``: its mode and ring pass."""
+        numbers = self._decodes.get(key)
+        if numbers is None:
+            self._decodes[key] = [request.number]
+        else:
+            numbers.append(request.number)
+        self.left[rank] -= 1
+        self.num_decodes += 1
+        request.in_flight += 1
+
+    # --- prompts
+
+    def allow_prompts(self) -> None:
+        """Ask the pacer, once all decodes are entered, for how much work on prompts there is
+        time."""
+        if self._pacer is None:
+            return
+        self._allowance = self._pacer.allowance(self.num_decodes)
+        if not self._allowance:
+            self.left = [0] * len(self.left)
+
+    def tokens_in_time(self, request: Request) -> int | None:
+        """How many prompt tokens of ``request`` there is time for; None for no such bound."""
+        if self._pacer is None:
+            return None
+        done = max(self.work[rank] for rank in request.workers)
+        most = self._pacer.tokens(
+            self._allowance - done, request.num_computed, len(request.workers)
+        )
+        return most if done else max(most, self._pacer.tuning.least_chunk_tokens)
+
+    def chunk(self, cut: Cut, past: int) -> None:
+        """Enter a chunk that comes after ``past`` stored tokens, and charge the ranks for it."""
+        self._chunks.append(cut.chunk)
+        for rank, count in enumerate(cut.owned):
+            self.left[rank] -= count
+            if self._pacer is not None and count:
+                self.work[rank] += self._pacer.work(count, sum(cut.owned), past)
+                if self.work[rank] + 1.0 > self._allowance:
+                    self.left[rank] = 0
+
+    def begin(self, request: Request, sampling: Sampling) -> None:
+        """``request`` starts on the blocks that its table holds."""
+        assert request.table is not None
+        self.begins.append(Begin(
+            request.number, tuple(request.tokens), len(request.prompt),
+            tuple(request.table.homes), request.table.num_tokens, sampling,
+        ))  # fmt: skip
+        if sampling.looks_back:
+            self.looking_back.append(request)
+
+    def fork(self, parent: Request, child: Request, sampling: Sampling) -> None:
+        """``child`` starts as another answer to the prompt of ``parent``."""
+        self.forks.append(Fork(parent.number, child.number, sampling))
+        if sampling.looks_back:
+            self.looking_back.append(child)
+
+    # --- the plan
+
+    def plan(self, ended: Sequence[int], seen: Sequence[tuple[int, int, int]]) -> StepPlan:
+        """The step as the ranks get it; ``ended`` and ``seen`` as in ``StepPlan``."""
+        return StepPlan(
+            self.step, "run", tuple(ended), tuple(seen), tuple(self.transfers),
+            tuple(self.begins), tuple(self.grown), tuple(self._chunks),
+            tuple(Decodes(*key, tuple(numbers)) for key, numbers in self._decodes.items()),
+            tuple(self.forks),
+        )  # fmt: skip

@@ -1,0 +1,155 @@
+"""Prompts: which waiting requests start in a step, and the next chunk of each. No torch."""
+
+from __future__ import annotations
+
+import time
+from bisect import insort
+
+from ds_cp.kv.table import SequenceTable
+from ds_cp.plan import Sampling
+from ds_cp.scheduler.admission import Limits
+from ds_cp.scheduler.block_manager import BlockManager
+from ds_cp.scheduler.chunking import cut_chunk
+from ds_cp.scheduler.draft import Draft
+from ds_cp.scheduler.mode_policy import ModePolicy
+from ds_cp.scheduler.queue import WaitingQueue
+from ds_cp.scheduler.request import Request
+
+DECODE_LOAD = 64  # prompt tokens: what one running request adds to the load of its rank
+SCORED_TOKENS = 256  # prompt tokens of one step whose logits are all wanted
+
+
+class PrefillPlanner:
+    """Enters starts and chunks into a draft. ``running`` and ``waiting`` are the scheduler's own.
+
+    ``layout``: how a chunk's tokens are dealt out to ranks, as in ``ds_cp.layout.assign``.
+    """
+
+    def __init__(
+        self,
+        limits: Limits,
+        blocks: BlockManager,
+        policy: ModePolicy,
+        layout: str,
+        running: list[Request],
+        waiting: WaitingQueue,
+    ) -> None:
+        self._limits = limits
+        self._blocks = blocks
+        self._allocator = blocks.allocator
+        self._policy = policy
+        self._layout = layout
+        self._running = running
+        self._waiting = waiting
+
+    def add(self, draft: Draft, may_start: bool) -> None:
+        """The next chunks of running prompts, in order, and with ``may_start`` the first chunks of
+        waiting requests: each before the running prompts of a later priority."""
+        for request in [r for r in self._running if r.prefilling]:
+            if may_start:
+                self._start_waiting(draft, request.priority)
+            self._advance(request, draft)
+        if may_start:
+            self._start_waiting(draft)
+
+    def _advance(self, request: Request, draft: Draft) -> None:
+        """The next chunk of a prompt, in what the budgets and the time leave."""
+        past = request.num_computed
+        most = draft.tokens_in_time(request)
+        if request.params.prompt_logprobs is not None:
+            most = SCORED_TOKENS if most is None else min(most, SCORED_TOKENS)
+        cut = cut_chunk(request, draft.left, self._layout, self._policy, most)
+        if cut is None:
+            return
+        draft.chunk(cut, past)
+        if cut.chunk.mode not in request.modes:
+            request.modes.append(cut.chunk.mode)
+        self._blocks.name_blocks(request)
+        if cut.chunk.samples:
+            request.prefilling = False
+            request.decode_key = None
+            request.in_flight += 1
+            request.served = draft.step  # or newcomers would always go first
+            for sibling in request.siblings:
+                if sibling.finish_reason is None:
+                    self._fork(request, sibling, draft)
+            request.siblings = []
+
+    def _fork(self, parent: Request, child: Request, draft: Draft) -> None:
+        """Another answer to the same prompt: it shares the blocks of all but the last token."""
+        assert parent.table is not None
+        size, known = self._allocator.block_size, len(parent.prompt) - 1
+        shared = parent.table.homes[: -(-known // size)]
+        for home in shared:
+            self._allocator.share(home)
+        child.table = SequenceTable(size, shared, known)
+        child.prefilling, child.served = False, parent.served
+        child.workers, child.num_keyed = parent.workers, known // size
+        if parent.keys is not None:  # the same up to there, its own from there on
+            child.keys = parent.keys.fork(known // size)
+        child.first_scheduled_time = time.time()
+        if known % size:
+            parent.shares_tail = child.shares_tail = True
+        insort(self._running, child, key=lambda r: r.order)
+        draft.fork(parent, child, self._sampling(child))
+
+    def _start_waiting(self, draft: Draft, above: int | None = None) -> None:
+        """Start waiting requests, in order, while there are seats, blocks and budget; with
+        ``above`` only those of an earlier priority."""
+        seats = self._limits.max_num_seqs - len(self._running)
+        seats -= sum(s.finish_reason is None for r in self._running for s in r.siblings)
+        load: list[int] | None = None
+        while max(draft.left) > 0 and (request := self._waiting.first()) is not None:
+            if above is not None and request.priority >= above:
+                return
+            load = self._load() if load is None else load
+            busy = len(self._running) > 0 or len(self._waiting) > 1
+            if 1 + len(request.siblings) > seats or request.in_flight:
+                return
+            copies = self._blocks.start(request, load, busy)
+            if copies is None:
+                return
+            draft.transfers += copies
+            self._waiting.remove(request)
+            insort(self._running, request, key=lambda r: r.order)
+            seats -= 1 + len(request.siblings)
+            request.prefilling = True
+            request.first_scheduled_time = request.first_scheduled_time or time.time()
+            request.num_notified = len(request.output)
+            draft.begin(request, self._sampling(request))
+            self._add_load(request, load)
+            self._advance(request, draft)
+
+    def _load(self) -> list[int]:
+        """The work that waits on each rank, in prompt tokens."""
+        load = [0] * self._blocks.num_ranks
+        for request in self._running:
+            assert request.table is not None
+            if request.prefilling:
+                self._add_load(request, load)
+            elif request.table.homes:  # a fork of one token has none yet
+                load[request.table.last_rank] += DECODE_LOAD
+        return load
+
+    @staticmethod
+    def _add_load(request: Request, load: list[int]) -> None:
+        """Add the work of a prompt to the ranks that compute it."""
+        work = request.num_tokens - request.num_computed
+        for rank in request.workers:
+            load[rank] += DECODE_LOAD + work // len(request.workers)
+
+    def _sampling(self, request: Request) -> Sampling:
+        """How the ranks choose its tokens."""
+        params = request.params
+        eos = () if params.ignore_eos else self._limits.eos_token_ids
+        return Sampling(
+            temperature=params.temperature, top_p=params.top_p, top_k=params.top_k,
+            min_p=params.min_p, seed=request.seed,
+            logprobs=-1 if params.logprobs is None else params.logprobs,
+            prompt_logprobs=-1 if params.prompt_logprobs is None else params.prompt_logprobs,
+            logit_bias=tuple(sorted(params.logit_bias.items())),
+            min_tokens=params.min_tokens,
+            early_banned=tuple(sorted({*eos, *params.stop_token_ids})) if params.min_tokens else (),
+            presence_penalty=params.presence_penalty, frequency_penalty=params.frequency_penalty,
+            repetition_penalty=params.repetition_penalty,
+        )  # fmt: skip
