@@ -17,7 +17,7 @@ from ds_cp.layout import Home, Runs
 class Sampling(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     """How to choose one request's tokens; sent once. ``seed`` and a token's index name the random
     number to use, so that a request's stream depends on nothing else. ``early_banned``: ids that
-    may not be chosen while fewer than ``min_tokens`` tokens would come of it. ``logprobs`` and
+    may not be chosen before ``min_tokens`` others were. ``logprobs`` and
     ``prompt_logprobs``: how many alternatives, -1 for none at all."""
 
     temperature: float = 1.0

@@ -10,6 +10,8 @@ from ds_cp.scheduler.chunking import Cut
 from ds_cp.scheduler.pacing import ChunkPacer
 from ds_cp.scheduler.request import Request
 
+SCORED_ROWS = 256  # rows of logits of one step, over all ranks, that score prompt tokens
+
 
 class Draft:
     """Collects what the next step does; ``plan`` makes the frozen plan of it.
@@ -22,6 +24,7 @@ class Draft:
         self.step = step
         self.left = list(budget)  # tokens that each rank may still compute
         self.work = [0.0] * len(budget)  # on prompts, of each rank, in the pacer's unit
+        self.rows_left = SCORED_ROWS  # rows of logits that may still score prompt tokens
         self.num_decodes = 0
         self.transfers: list[Transfer] = []
         self.grown: list[tuple[int, Home]] = []

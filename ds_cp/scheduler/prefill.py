@@ -16,7 +16,6 @@ from ds_cp.scheduler.queue import WaitingQueue
 from ds_cp.scheduler.request import Request
 
 DECODE_LOAD = 64  # prompt tokens: what one running request adds to the load of its rank
-SCORED_TOKENS = 256  # prompt tokens of one step whose logits are all wanted
 
 
 class PrefillPlanner:
@@ -56,12 +55,16 @@ class PrefillPlanner:
         """The next chunk of a prompt, in what the budgets and the time leave."""
         past = request.num_computed
         most = draft.tokens_in_time(request)
-        if request.params.prompt_logprobs is not None:
-            most = SCORED_TOKENS if most is None else min(most, SCORED_TOKENS)
+        scores = request.params.prompt_logprobs is not None
+        if scores:
+            most = draft.rows_left if most is None else min(most, draft.rows_left)
         cut = cut_chunk(request, draft.left, self._layout, self._policy, most)
         if cut is None:
             return
         draft.chunk(cut, past)
+        if scores:  # a row scores the token after it, so the prompt's last one has none
+            end = min(request.num_computed, len(request.prompt) - 1)
+            draft.rows_left -= max(end - past, 0)
         if cut.chunk.mode not in request.modes:
             request.modes.append(cut.chunk.mode)
         self._blocks.name_blocks(request)
@@ -139,9 +142,10 @@ class PrefillPlanner:
             load[rank] += DECODE_LOAD + work // len(request.workers)
 
     def _sampling(self, request: Request) -> Sampling:
-        """How the ranks choose its tokens."""
+        """How the ranks choose its tokens. End tokens are banned early also under ``ignore_eos``,
+        as in vLLM and transformers."""
         params = request.params
-        eos = () if params.ignore_eos else self._limits.eos_token_ids
+        ends = {*self._limits.eos_token_ids, *params.stop_token_ids}
         return Sampling(
             temperature=params.temperature, top_p=params.top_p, top_k=params.top_k,
             min_p=params.min_p, seed=request.seed,
@@ -149,7 +153,7 @@ class PrefillPlanner:
             prompt_logprobs=-1 if params.prompt_logprobs is None else params.prompt_logprobs,
             logit_bias=tuple(sorted(params.logit_bias.items())),
             min_tokens=params.min_tokens,
-            early_banned=tuple(sorted({*eos, *params.stop_token_ids})) if params.min_tokens else (),
+            early_banned=tuple(sorted(ends)) if params.min_tokens else (),
             presence_penalty=params.presence_penalty, frequency_penalty=params.frequency_penalty,
             repetition_penalty=params.repetition_penalty,
         )  # fmt: skip

@@ -197,7 +197,7 @@ class Scheduler:
             request.first_token_time = time.time()
         if request.table is not None and len(request.tokens) % self.allocator.block_size <= 1:
             self.block_manager.name_blocks(request)
-        if length >= params.min_tokens:
+        if length > params.min_tokens:  # that many come before an end, as in vLLM
             if params.stop_token_ids and token in params.stop_token_ids:
                 self.finish(request, "stop", token)
             elif token in self.limits.eos_token_ids and not params.ignore_eos:

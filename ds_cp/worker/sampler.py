@@ -98,7 +98,7 @@ def _best(scores_RV: torch.Tensor) -> list[int]:
 
 
 def _bans(row: Row) -> bool:
-    return bool(row.how.early_banned) and row.index + 1 < row.how.min_tokens
+    return bool(row.how.early_banned) and row.index < row.how.min_tokens
 
 
 def _is_plain(row: Row) -> bool:

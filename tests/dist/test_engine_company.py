@@ -119,20 +119,20 @@ def alone(model: PreTrainedModel, case: Case, index: int) -> Answer | None:
     """Answer ``index`` of a request, or None where rounding could decide."""
     params, ids, output = case.params, list(case.prompt), []
     cache = DynamicCache(config=model.config)
-    eos = () if params.ignore_eos else (model.config.eos_token_id,)
-    ends = {*params.stop_token_ids, *(token for token in eos if token is not None)}
+    eos = {model.config.eos_token_id} - {None}
+    ends = {*params.stop_token_ids, *(() if params.ignore_eos else eos)}
     assert params.max_tokens is not None
     while len(output) < params.max_tokens:
         new = torch.tensor([ids[cache.get_seq_length() :]])
         logits = model(new, past_key_values=cache, logits_to_keep=1).logits[0, -1]
-        banned = ends if len(output) + 1 < params.min_tokens else set()
+        banned = ends | eos if len(output) < params.min_tokens else set()
         choose = greedy_token if params.temperature == 0 else sampled_token
         token = choose(logits, case, index, output, banned)
         if token is None:
             return None
         ids.append(token)
         output.append(token)
-        if token in ends and len(output) >= params.min_tokens:
+        if token in ends and len(output) > params.min_tokens:
             return tuple(output), "stop"
     return tuple(output), "length"
 

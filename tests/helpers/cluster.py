@@ -62,7 +62,7 @@ class Model:
         earlier tokens that penalties count; ``banned``: what may not be drawn."""
         x = hash((content, stream, index if stream else 0, looked_at))
         while True:
-            ends = self.eos_every and x % self.eos_every == 0
+            ends = self.eos_every and EOS not in banned and x % self.eos_every == 0
             token = EOS if ends else x // 64 % EOS
             if token not in banned:
                 return token
@@ -74,19 +74,20 @@ class Model:
         """What a request gets with nobody else around: (tokens, finish reason, stop reason)."""
         content = contents(prompt)[-1]
         ends = () if params.ignore_eos else (EOS,)
+        banned = (EOS, *params.stop_token_ids)
         output: list[int] = []
         while True:
-            early = len(output) + 1 < params.min_tokens
+            early = len(output) < params.min_tokens
             token = self.token(
                 content, seed if params.temperature else 0, len(output),
                 (tuple(prompt), tuple(output)) if penalizes(params) else (),
-                (*ends, *params.stop_token_ids) if early else (),
+                banned if early else (),
             )  # fmt: skip
             output.append(token)
             content = follow(content, token)
-            if len(output) >= params.min_tokens and token in params.stop_token_ids:
+            if not early and token in params.stop_token_ids:
                 return output, "stop", token
-            if len(output) >= params.min_tokens and token in ends:
+            if not early and token in ends:
                 return output, "stop", None
             if len(output) == max_tokens:
                 return output, "length", None
@@ -577,7 +578,7 @@ class Cluster:
         token = self.model.token(
             life.contents[len(life.tokens) - 1], how.seed if how.temperature else 0, index,
             (tuple(prompt), tuple(output)) if how.looks_back else (),
-            how.early_banned if index + 1 < how.min_tokens else (),
+            how.early_banned if index < how.min_tokens else (),
         )  # fmt: skip
         if life.not_finite_at == index:
             token = -1

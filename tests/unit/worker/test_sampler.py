@@ -14,7 +14,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import RepetitionPenaltyLogitsProcessor
+from transformers import (
+    MinNewTokensLengthLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+)
 
 from ds_cp.plan import Sampled, Sampling
 from ds_cp.worker.sampler import Row, sample_rows, score_prompt
@@ -384,13 +387,25 @@ def test_extreme_values_still_give_a_token() -> None:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("min_tokens", [0, 1, 2, 5])
 def test_early_bans_end_with_min_tokens(temperature: float, min_tokens: int) -> None:
-    """The token that makes it ``min_tokens`` may be an end; none before it."""
+    """The token after ``min_tokens`` others may be an end; none before it."""
     logits = torch.full((VOCAB,), -20.0)
     logits[9], logits[4] = 20.0, 10.0
     way = how(temperature=temperature, min_tokens=min_tokens, early_banned=(9, 11))
     tokens = [sample(0, logits, way, i).token for i in range(7)]
-    early = max(min_tokens - 1, 0)
-    assert tokens == [4] * early + [9] * (7 - early)
+    assert tokens == [4] * min_tokens + [9] * (7 - min_tokens)
+
+
+@pytest.mark.parametrize("min_tokens", [0, 1, 3])
+def test_early_bans_are_those_of_transformers(min_tokens: int) -> None:
+    """The same ids are out of reach after each number of new tokens."""
+    prompt, ends = [5, 6], [9, 11]
+    theirs = MinNewTokensLengthLogitsProcessor(len(prompt), min_tokens, ends, "cpu")
+    way = how(temperature=0.0, min_tokens=min_tokens, early_banned=tuple(ends))
+    for count in range(5):
+        logits = some_logits(count)
+        logits[9], logits[11] = 50.0, 40.0
+        scores = theirs(torch.tensor([[*prompt, *[1] * count]]), logits[None].clone())
+        assert sample(0, logits, way, count).token == int(scores.argmax())
 
 
 @pytest.mark.parametrize(
