@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,10 @@ class LinkFacts:
 
 @dataclass(frozen=True)
 class Facts:
-    """The same on every rank. Sizes in tokens unless the name says bytes."""
+    """The same on every rank. Sizes in tokens unless the name says bytes.
+
+    ``notes``: lines on what start-up read past, as parts of the checkpoint that are not used.
+    """
 
     hosts: tuple[str, ...]  # of every world rank
     cp_size: int
@@ -40,3 +44,23 @@ class Facts:
     flops_per_s: float  # of a linear layer on rank 0, while all ranks compute
     weights: int  # parameters on one rank that every token passes
     head_dim: int
+    notes: tuple[str, ...] = ()
+
+    def with_tokenizer(self, end_tokens: Iterable[int], size: int | None) -> Facts:
+        """These facts beside a tokenizer of ``size`` tokens (``None``: not known) that names
+        ``end_tokens``: its end tokens end an answer too, and a note says which ids of it the model
+        does not know."""
+        notes = list(self.notes)
+        ends = sorted({*self.eos_token_ids, *end_tokens})
+        if outside := [i for i in ends if not 0 <= i < self.vocab_size]:
+            notes.append(
+                f"end tokens {', '.join(map(str, outside))} are ignored: the model's vocabulary "
+                f"has {self.vocab_size} tokens"
+            )
+        if size is not None and size > self.vocab_size:
+            notes.append(
+                f"the tokenizer has {size} tokens, the model's vocabulary {self.vocab_size}: a "
+                "prompt with a token beyond it is refused"
+            )
+        kept = tuple(i for i in ends if i not in outside)
+        return replace(self, eos_token_ids=kept, notes=tuple(notes))

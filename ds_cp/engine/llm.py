@@ -20,6 +20,7 @@ from ds_cp.engine.core import EngineCore
 from ds_cp.engine.loop import InlineLoop
 from ds_cp.errors import EngineDeadError, RequestError
 from ds_cp.facts import Facts
+from ds_cp.model.end_tokens import describe_tokenizer
 from ds_cp.model.loading import load_tokenizer
 from ds_cp.model.source import ModelSource, find_model
 from ds_cp.model.wiring import Decoder
@@ -93,7 +94,7 @@ class LLMEngine:
         tokenizer: Any | None,
         attention_before: str | None = None,
     ) -> None:
-        self.facts = facts
+        self.facts = facts = facts.with_tokenizer(*describe_tokenizer(tokenizer))
         self.tokenizer = tokenizer
         self._world: World | None = world
         self._worker = worker

@@ -30,6 +30,8 @@ SUMMABLE = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat1
 BUFFER = re.compile(r"(rotary_emb\.inv_freq|(^|\.)position_ids|attn\.masked_bias)$")
 # Ranges of an 8-bit KV cache; ds_cp keeps KV in the model's dtype.
 KV_RANGE = re.compile(r"(^|\.)([kv]_scale|[kv]_zero_point|[kv]_proj\.(output_scale|[kv]_scale))$")
+# Ranges of 8-bit activations, which are not quantized where transformers decodes the weights.
+ACTIVATION_RANGE = re.compile(r"\.(input|activation)_scale$")
 # Parts beside the decoder, by the first component of the name that the model does not have.
 OTHER_PART = re.compile(
     r"vision|visual|image|video|audio|speech|multi_?modal|^mm_|projector|connector|aligner"
@@ -58,20 +60,27 @@ class Loaded:
 
 
 def check_consumed(
-    model: Decoder, where: str, stored: Mapping[str, StoredTensor], loaded: Loaded
+    model: Decoder,
+    where: str,
+    stored: Mapping[str, StoredTensor],
+    loaded: Loaded,
+    quantized: bool,
 ) -> list[str]:
     """Refuse a load that left out, made up or misread a tensor; lines on what may stay unread.
 
     ``where``: the model's path or hub id. ``stored``: the files' headers; empty for GGUF, which
-    transformers decodes block by block. Raises ``ModelError`` that names the first tensors.
+    transformers decodes block by block. ``quantized``: the config names a quantization that
+    transformers reads. Raises ``ModelError`` that names the first tensors.
     """
     _check_shapes(model, where, stored, loaded)
-    if getattr(model, "hf_quantizer", None) is None:
+    if not quantized:
         _check_plain(model, where, stored)
     unread: Counter[str] = Counter()
     refused = []
     for name in _ordered(loaded.unexpected):
         part = _unread_part(model, name)
+        if part is None and quantized and ACTIVATION_RANGE.search(name):
+            part = "ranges of 8-bit activations"
         if part is None:
             refused.append(name)
         else:
@@ -213,7 +222,8 @@ def _untied_note(model: Decoder) -> list[str]:
     """transformers keeps a head of its own where the weights hold one, whatever the config says."""
     if not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
         return []
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    parts: Any = model  # the first of these two methods states no types
+    head, embedding = parts.get_output_embeddings(), parts.get_input_embeddings()
     if head is None or embedding is None or head.weight is embedding.weight:
         return []
     return [

@@ -78,8 +78,7 @@ def load_model(
 
     checkpoint = None if source.kind == "gguf" else read_checkpoint(_folder(source))
     stored = checkpoint.tensors if checkpoint else {}
-    if checkpoint:
-        _check_quantization(source.where, checkpoint.config)
+    quantized = checkpoint is not None and _is_quantized(source.where, checkpoint.config)
     with _only_the_model(source, checkpoint) as (view, extra):
         try:
             with _quiet():
@@ -99,10 +98,10 @@ def load_model(
                 f"model {source.where} is not a causal decoder that transformers can build: "
                 f"{_first_line(err, view)}"
             ) from err
-    model, info = loaded
-    model.config.name_or_path = source.where
-    lines = check_consumed(model, source.where, stored, Loaded.of(info))
-    model = model.eval().to(device)
+    built, info = loaded
+    built.config.name_or_path = source.where
+    lines = check_consumed(built, source.where, stored, Loaded.of(info), quantized)
+    model: Decoder = built.eval().to(device)
     check_finite(model, source.where, stored)
     for line in [*(checkpoint.notes if checkpoint else ()), *lines]:
         note(line)
@@ -113,7 +112,7 @@ def _folder(source: ModelSource) -> Path:
     """The directory that holds the model; for a hub id, its snapshot after fetching the files."""
     if source.kind == "directory":
         return Path(source.where)
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     optional = {"_raise_exceptions_for_missing_entries": False}
     try:
@@ -127,6 +126,7 @@ def _folder(source: ModelSource) -> Path:
             cached_file(source.where, name)
     except (OSError, ValueError) as err:
         raise ModelError(f"model {source.where} cannot be loaded: {_first_line(err)}") from err
+    assert config is not None  # its absence is an OSError
     return Path(config).parent
 
 
@@ -150,37 +150,39 @@ def _only_the_model(
         yield name, {}
 
 
-def _check_quantization(where: str, config: Mapping[str, Any]) -> None:
-    """Refuse a quantization that transformers would skip with a warning."""
+def _is_quantized(where: str, config: Mapping[str, Any]) -> bool:
+    """Whether config.json names a quantization; ``ModelError`` for one that transformers would skip
+    with a warning."""
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
+    quantized = False
     for part in (config, config.get("text_config")):
-        if not isinstance(part, Mapping):
-            continue
         for key in ("quantization_config", "compression_config"):
-            found = part.get(key)
+            found = part.get(key) if isinstance(part, Mapping) else None
             if found is None:
                 continue
-            method = found.get("quant_method") if isinstance(found, Mapping) else None
-            if key == "compression_config":
-                method = method or "compressed-tensors (as compression_config)"
-            elif isinstance(found, Mapping) and (
-                found.get("load_in_8bit") or found.get("load_in_4bit")
-            ):
-                continue  # bitsandbytes, which transformers knows without a quant_method
+            stated = found if isinstance(found, Mapping) else {}
+            method = stated.get("quant_method")
+            if stated.get("load_in_8bit") or stated.get("load_in_4bit"):
+                method = "bitsandbytes_8bit"
+            if key == "compression_config":  # an old name, which transformers does not look at
+                method = "compressed-tensors by an old key"
             if method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
                 raise ModelError(
                     f"model {where}: config.json's {key} names the method "
                     f"{shorten(str(method))}, which this transformers does not read: serve an "
                     "unquantized copy, or one whose quantization transformers knows"
                 )
+            quantized = True
+    return quantized
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
     """What transformers would log while loading is in our own errors, or does not matter."""
-    from transformers.utils import logging as hf_logging
+    from transformers.utils import logging
 
+    hf_logging: Any = logging  # its functions state no types
     before = hf_logging.get_verbosity()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()

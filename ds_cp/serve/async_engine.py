@@ -21,6 +21,7 @@ from ds_cp.engine.core import EngineCore
 from ds_cp.engine.interface import EngineInfo, EngineStats
 from ds_cp.engine.loop import PipelinedLoop
 from ds_cp.errors import DsCpError, EngineDeadError
+from ds_cp.model.end_tokens import describe_tokenizer
 from ds_cp.outputs import Delta
 from ds_cp.plan import Outcome, StepPlan
 from ds_cp.sampling_params import RequestOptions, SamplingParams
@@ -176,7 +177,10 @@ class AsyncEngine:
     def _become_ready(self) -> None:
         tokenizer = self._load_tokenizer()
         ready = self._link.ready()
-        scheduler = build_scheduler(self._config, ready.facts, self._paced)
+        facts = ready.facts.with_tokenizer(*describe_tokenizer(tokenizer))
+        said = facts.notes[len(ready.facts.notes) :]
+        ready = Ready(facts, (*ready.summary, *said))
+        scheduler = build_scheduler(self._config, facts, self._paced)
         with self._lock:
             self._core = EngineCore(scheduler, tokenizer)
             self.tokenizer = tokenizer

@@ -7,6 +7,7 @@ hang.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from ds_cp.errors import (
 )
 from ds_cp.facts import Facts, LinkFacts
 from ds_cp.kv.pool import KVPool, bytes_per_token
+from ds_cp.model.end_tokens import model_end_tokens
 from ds_cp.model.loading import choose_dtype, load_config, load_model
 from ds_cp.model.shard import shard_model
 from ds_cp.model.source import ModelSource, find_model
@@ -46,9 +48,11 @@ def build_worker(
     cp = world.group("cp", grid.cp_groups())
     tp = world.group("tp", grid.tp_groups())
 
+    notes: list[str] = []
+
     def load() -> tuple[Decoder, list[LayerSpec], Any, str, int, float]:
         source = find_model(config.model) if model is None else model
-        decoder = _load(config, source, world.device)
+        decoder = _load(config, source, world.device, notes.append)
         text = decoder.config.get_text_config()
         kernel_name, kernel = get_kernel(config.attention.backend, world.device, decoder.dtype)
         shard_model(decoder, tp)
@@ -80,7 +84,7 @@ def build_worker(
         kernel=kernel_name,
         max_model_len=length,
         vocab_size=text.vocab_size,
-        eos_token_ids=_eos_ids(decoder),
+        eos_token_ids=model_end_tokens(decoder),
         num_q_heads=layers[0].num_q_heads * tp.size,
         num_kv_heads=layers[0].num_kv_heads * tp.size,
         block_size=size,
@@ -94,16 +98,22 @@ def build_worker(
         flops_per_s=flops,
         weights=sum(p.numel() for p in decoder.parameters()),
         head_dim=layers[0].head_dim,
+        notes=tuple(notes),
     )
     return Worker(world, cp, tp, decoder, layers, pool, kernel, size), facts
 
 
-def _load(config: Config, model: Decoder | ModelSource, device: torch.device) -> Decoder:
+def _load(
+    config: Config,
+    model: Decoder | ModelSource,
+    device: torch.device,
+    note: Callable[[str], None],
+) -> Decoder:
     if isinstance(model, Decoder):
         return model.eval()
     found = load_config(model)
     dtype = choose_dtype(config.dtype, getattr(found, "dtype", None), device)
-    return load_model(model, dtype, device)
+    return load_model(model, dtype, device, note)
 
 
 def _max_model_len(config: Config, limit: int | None) -> int:
@@ -133,12 +143,3 @@ def _check_heads(text: Any, layers: list[LayerSpec], tp_size: int) -> None:
             "not make the "
             f"model's {want}; set tp_size to 1"
         )
-
-
-def _eos_ids(model: Decoder) -> tuple[int, ...]:
-    found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    if found is None:
-        found = model.config.get_text_config().eos_token_id
-    if found is None:
-        return ()
-    return (found,) if isinstance(found, int) else tuple(found)

@@ -36,6 +36,7 @@ def summary(config: Config, facts: Facts) -> list[str]:
         f"KV: {sum(tokens)} tokens = {per_rank} per rank (up to {mib:.0f} MiB), blocks of "
         f"{facts.block_size}, {config.kv_cache.placement}; one request: up to "
         f"{min(sum(tokens) + 1, facts.max_model_len)} tokens (model length {facts.max_model_len})",
+        *facts.notes,
     ]
 
 
