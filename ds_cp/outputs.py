@@ -7,12 +7,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """Log-probability (natural log) of one emitted token and of the most likely ones, best
-    first."""
+    """Log-probability (natural log) of one token and of the most likely ones, best first.
+
+    ``text_offset``: characters of the answer's text before this token, or before the character that
+    it goes on with; 0 for a token of the prompt.
+    """
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    text_offset: int = 0
 
 
 @dataclass(frozen=True)

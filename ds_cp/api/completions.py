@@ -74,7 +74,6 @@ class _CompletionAnswer(Answer):
         super().__init__(context, body, prompts, n)
         self._body = body
         self._echoes = [""] * len(prompts)  # the text that the choices of a prompt begin with
-        self._offsets = [0] * len(self.choices)  # characters before the next token: text_offset
         # Deltas of a stream that must wait for the log-probabilities of their prompt.
         self._held: list[list[Delta] | None] = [[] if body.scores_prompt else None for _ in prompts]
 
@@ -85,8 +84,6 @@ class _CompletionAnswer(Answer):
         for index, item in enumerate(self._body.prompt):
             text = item if isinstance(item, str) else await self.context.codec.decode(item)
             self._echoes[index] = text
-            for choice in self._choices_of(index):
-                self._offsets[choice] = len(text)
 
     @property
     def wants_prompt_logprobs(self) -> bool:
@@ -166,10 +163,8 @@ class _CompletionAnswer(Answer):
     def _block(self, choice: int, logprobs: Sequence[TokenLogprob]) -> Json | None:
         if self._body.logprobs is None:
             return None
-        block, self._offsets[choice] = legacy_block(
-            logprobs, self.context.texts, self._body.logprobs, self._offsets[choice]
-        )
-        return block
+        begins = len(self._echoes[choice // self.n])
+        return legacy_block(logprobs, self.context.texts, self._body.logprobs, begins)
 
     def _chunk(self, choice: int, text: str, block: Json | None, last: Delta | None = None) -> Json:
         return self.chunk([self._choice(choice, text, block, last)])

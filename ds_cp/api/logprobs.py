@@ -12,8 +12,8 @@ from ds_cp.engine.interface import EngineInterface
 from ds_cp.outputs import TokenLogprob
 
 LOWEST = -9999.0  # JSON has no infinity
-PIECE = 1024  # prompt tokens that are worked on at a time: some milliseconds
-_CACHED_PIECES = 65536
+PIECE = 1024  # prompt tokens between two turns of the event loop: some milliseconds of work
+_CACHED_PIECES = 65536  # tokens whose text is kept
 _NEAR = 16  # bytes that a tokenizer's normalization may have dropped before a token
 
 
@@ -65,16 +65,14 @@ def chat_entries(
 
 def legacy_block(
     logprobs: Sequence[TokenLogprob], texts: TokenTexts, top: int, offset: int
-) -> tuple[dict[str, Any], int]:
-    """``choices[].logprobs`` of a completion, and the text offset after it (characters).
+) -> dict[str, Any]:
+    """``choices[].logprobs`` of a completion whose new text begins at character ``offset``.
 
     The chosen token is always among ``top_logprobs``, so there are up to ``top`` + 1 entries.
     """
-    ids, offsets = [item.token_id for item in logprobs], []
-    for token_id in ids:
-        offsets.append(offset)
-        offset += len(texts.piece(token_id)[0])
-    return _legacy(ids, logprobs, offsets, texts, top), offset
+    ids = [item.token_id for item in logprobs]
+    offsets = [offset + item.text_offset for item in logprobs]
+    return _legacy(ids, logprobs, offsets, texts, top)
 
 
 def echo_blocks(
@@ -145,7 +143,7 @@ def _legacy(
 class _Walk:
     """Finds tokens, one after the other, in the text that they spell.
 
-    ``offset`` is how many characters are behind. A token that the text does not have, such as one
+    ``offset``: characters before the next token. A token that the text does not have, such as one
     that begins every prompt of a model, has no width.
     """
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ds_cp.engine.detokenize import IncrementalDetokenizer
+from ds_cp.engine.detokenize import Detokenizer, IncrementalDetokenizer
 from ds_cp.engine.interface import EngineStats
 from ds_cp.errors import IntegrityError, RequestError
 from ds_cp.outputs import Delta, TokenLogprob
@@ -15,6 +16,8 @@ from ds_cp.plan import Outcome, Sampled, Scored, StepPlan
 from ds_cp.sampling_params import RequestOptions, SamplingParams
 from ds_cp.scheduler.request import Request
 from ds_cp.scheduler.scheduler import Scheduler
+
+logger = logging.getLogger("ds_cp.engine")
 
 
 @dataclass(eq=False)
@@ -43,7 +46,7 @@ class EngineCore:
 
     def __init__(self, scheduler: Scheduler, tokenizer: Any | None) -> None:
         self.scheduler = scheduler
-        self._tokenizer = tokenizer
+        self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
         self._calls: dict[str, _Call] = {}
         self._answers: dict[int, _Answer] = {}
         self._prompt_tokens = 0
@@ -65,15 +68,11 @@ class EngineCore:
         if request_id in self._calls:
             raise RequestError(f"a request with id {request_id!r} is already running")
         self.check(prompt, params)
+        texts = [self._start_text(prompt, params) for _ in range(params.n)]
         seed = params.seed if params.seed is not None else secrets.randbits(62)
         first = self.scheduler.admit(request_id, prompt, params, seed, options)
         call = self._calls[request_id] = _Call(request_id)
-        for request in (first, *first.siblings):
-            text = None
-            if self._tokenizer is not None:
-                text = IncrementalDetokenizer(
-                    self._tokenizer, params.stop, params.skip_special_tokens
-                )
+        for request, text in zip((first, *first.siblings), texts, strict=True):
             answer = self._answers[request.number] = _Answer(call, request, text)
             call.answers.append(answer)
         self._prompt_tokens += len(prompt)
@@ -81,9 +80,21 @@ class EngineCore:
 
     def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
         """Raise what ``add`` would, were there room in the queue."""
-        if params.stop and self._tokenizer is None:
+        if params.stop and self._detokenizer is None:
             raise RequestError("stop strings need a tokenizer; this engine has none", "stop")
         self.scheduler.check(prompt, params)
+
+    def _start_text(
+        self, prompt: Sequence[int], params: SamplingParams
+    ) -> IncrementalDetokenizer | None:
+        if self._detokenizer is None:
+            return None
+        try:
+            return self._detokenizer.start(prompt, params.stop, params.skip_special_tokens)
+        except Exception as err:  # whatever a tokenizer raises concerns this request alone
+            raise RequestError(
+                f"the tokenizer cannot decode the prompt ({type(err).__name__}: {err})", "prompt"
+            ) from err
 
     def abort(self, request_id: str) -> bool:
         """End a request, all its answers, and free its blocks; False when there is no such request
@@ -148,19 +159,20 @@ class EngineCore:
         """Add one token to an answer."""
         request, call = answer.request, answer.call
         if got.token < 0:  # logits were not finite: this request ends, the others go on
-            self.scheduler.finish(request, "error")
-            self._forget(answer)
-            return Delta(request.request_id, finish_reason="error", index=request.index)
+            return self._fail(answer)
         self._generation_tokens += 1
+        offset = answer.text.length if answer.text is not None else 0
         reason = self.scheduler.record_token(request, got.token)
         text, stop_reason = "", request.stop_reason
         if answer.text is not None:
-            may_stop = len(request.output) >= request.params.min_tokens
-            # The token that ended the request is not part of the text.
-            if reason != "stop":
-                text = answer.text.push(got.token, may_stop)
-            if reason is not None:
-                text += answer.text.flush(may_stop)
+            try:
+                text = self._decode(answer, answer.text, got.token, reason)
+            except Exception as err:  # whatever a tokenizer raises ends this request alone
+                logger.error(
+                    "request %s: the tokenizer cannot decode token %d (%s: %s)",
+                    request.request_id, got.token, type(err).__name__, err,
+                )  # fmt: skip
+                return self._fail(answer)
             if answer.text.stopped_by is not None and reason != "stop":
                 stop_reason = answer.text.stopped_by
                 if reason is None:
@@ -170,7 +182,7 @@ class EngineCore:
                 reason = "stop"
         logprobs = None
         if request.params.logprobs is not None:
-            logprobs = (TokenLogprob(got.token, got.logprob, got.top),)
+            logprobs = (TokenLogprob(got.token, got.logprob, got.top, offset),)
         cached, scores = None, None
         if not call.sent_prompt and request.index == 0:
             call.sent_prompt = True
@@ -181,6 +193,26 @@ class EngineCore:
             request.request_id, (got.token,), text, logprobs, reason, stop_reason,
             request.index, cached, scores,
         )  # fmt: skip
+
+    @staticmethod
+    def _decode(
+        answer: _Answer, text: IncrementalDetokenizer, token: int, reason: str | None
+    ) -> str:
+        """What a token adds to the text; all that is left when ``reason`` says that it is the last.
+        The token that ended the request is no part of the text."""
+        params = answer.request.params
+        # As vLLM has it: a stop string counts once min_tokens tokens came before its last one.
+        may_stop = len(answer.request.output) > params.min_tokens
+        added = text.push(token, may_stop) if reason != "stop" else ""
+        return added + text.flush(may_stop) if reason is not None else added
+
+    def _fail(self, answer: _Answer) -> Delta:
+        """End one answer with ``error``."""
+        request = answer.request
+        self.scheduler.finish(request, "error")
+        request.finish_reason, request.stop_reason = "error", None  # also where it had ended
+        self._forget(answer)
+        return Delta(request.request_id, finish_reason="error", index=request.index)
 
     @staticmethod
     def _scores(request: Request, call: _Call) -> tuple[TokenLogprob | None, ...] | None:

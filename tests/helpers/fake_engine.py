@@ -127,7 +127,9 @@ class FakeEngine:
                 if self.break_after is not None and step == self.break_after[0]:
                     raise self.break_after[1]
                 for index in sorted(left, reverse=self.backwards):
-                    delta = self._delta(request_id, walks[index][step], params, step + 1 == count)
+                    behind = sum(len(self.tokenizer.decode([i])) for i in walks[index][:step])
+                    last = step + 1 == count
+                    delta = self._delta(request_id, walks[index][step], params, behind, last)
                     if self.short.get(index) == step + 1:
                         delta = replace(delta, finish_reason="stop")
                     if step == 0 and index == 0:
@@ -148,12 +150,14 @@ class FakeEngine:
             scores = prompt_scores(prompt, params.prompt_logprobs)
         return replace(delta, cached_tokens=self.cached, prompt_logprobs=scores)
 
-    def _delta(self, request_id: str, token_id: int, params: SamplingParams, last: bool) -> Delta:
+    def _delta(
+        self, request_id: str, token_id: int, params: SamplingParams, behind: int, last: bool
+    ) -> Delta:
         text = self.tokenizer.decode([token_id])
         logprobs = None
         if params.logprobs is not None:
             others = tuple((i, -1.0 - i) for i in range(params.logprobs))
-            logprobs = (TokenLogprob(token_id, -0.5, others),)
+            logprobs = (TokenLogprob(token_id, -0.5, others, behind),)
         reason = (self.end or "length") if last else None
         for stop in params.stop:
             if stop in text:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from ds_cp.engine.detokenize import REPLACEMENT, IncrementalDetokenizer
+from ds_cp.engine.detokenize import REPLACEMENT, Detokenizer
 
 TEXTS = [
     "plain words, twice: plain words.",
@@ -58,7 +58,7 @@ def stream(
 ) -> tuple[list[str], str | None]:
     """Pieces up to the end or to a stop string, the flush last; and what stopped it. No stop string
     counts before the token number ``min_tokens``."""
-    text = IncrementalDetokenizer(tokenizer, stop, skip)
+    text = Detokenizer(tokenizer).start((), stop, skip)
     pieces = []
     may_stop = True
     for count, token in enumerate(ids, 1):
@@ -177,7 +177,7 @@ def test_stop_strings_like_a_search_character_by_character(
 
 
 def test_nothing_comes_after_a_stop(byte_tokenizer: Any) -> None:
-    text = IncrementalDetokenizer(byte_tokenizer, ("b",), True)
+    text = Detokenizer(byte_tokenizer).start((), ("b",), True)
     assert [text.push(t) for t in encode(byte_tokenizer, "abcd")] == ["a", "", "", ""]
     assert text.stopped_by == "b" and text.flush() == ""
 
