@@ -105,6 +105,10 @@ class BlockAllocator:
             blocks.references[block] = 1
         return taken
 
+    def room_after(self, home: Home) -> int:
+        """Free blocks of the same rank right after ``home``."""
+        return self._of(home[0]).free.room_after(home[1])
+
     def share(self, home: Home) -> None:
         """One more reference to a used or cached block, which is then used."""
         rank, block = home

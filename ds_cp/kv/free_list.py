@@ -63,6 +63,10 @@ class FreeList:
                 self._insert_fused(pending[first], i + 1 - first)
                 first = i + 1
 
+    def room_after(self, block: int) -> int:
+        """Free blocks in the run right after ``block``."""
+        return self._length_at.get(block + 1, 0)
+
     def runs(self) -> list[tuple[int, int]]:
         """All free runs as (start, length), ascending. Linear in runs: for checks only."""
         return sorted(self._length_at.items())

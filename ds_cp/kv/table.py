@@ -9,11 +9,14 @@ length)``, a run of adjacent slots that a dense kernel can read at once.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import islice
 
 from ds_cp.layout import Home, Run, Runs
 
 Extents = tuple[tuple[int, int], ...]
 Part = tuple[Runs, Extents]
+
+NEAR = 64  # blocks at the end of a sequence that ``newest_on`` looks at
 
 
 class SequenceTable:
@@ -57,6 +60,14 @@ class SequenceTable:
     def last_rank(self) -> int:
         """The rank of the newest block, -1 while there is none."""
         return self.homes[-1][0] if self.homes else -1
+
+    def newest_on(self, rank: int) -> Home | None:
+        """The newest block on ``rank``; None when none of the last ``NEAR`` blocks is there."""
+        if rank in self._on:
+            for home in islice(reversed(self.homes), NEAR):
+                if home[0] == rank:
+                    return home
+        return None
 
     def num_blocks(self, rank: int) -> int:
         """Blocks held on ``rank``."""

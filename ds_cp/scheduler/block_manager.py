@@ -216,10 +216,14 @@ class BlockManager:
     # --- a request grows
 
     def grow(self, request: Request) -> Home | None:
-        """A block for its next token: on the same rank while it is local or the policy fills ranks,
-        else on the rank that the placement picks. None when no rank that may hold it has one."""
+        """A block for its next token: where its last block is about to move, else on the same rank
+        while it is local or the policy fills ranks, else on the rank that the placement picks. None
+        when no rank that may hold it has one."""
         table = request.table
         assert table is not None
+        _, ahead = request.moving.get(len(table.homes) - 1, (None, None))
+        if ahead is not None and self._may_allocate(ahead[0], -1):
+            return ahead[0], self.run_on(ahead[0], 1, ahead, grows=True)[0]
         last, mode = table.last_rank, self._policy.mode
         if last >= 0 and self._may_allocate(last, last):
             local = table.width == 1 and mode in ("auto", "local")
@@ -235,7 +239,15 @@ class BlockManager:
         rank = place_block(self._placement, room, last, self._order)
         if rank is None:
             return None
-        return rank, self.allocator.allocate(rank, 1)[0]
+        return rank, self.run_on(rank, 1, table.newest_on(rank), grows=True)[0]
+
+    def run_on(self, rank: int, count: int, before: Home | None, grows: bool) -> tuple[int, ...]:
+        """``count`` blocks of ``rank`` in as few runs as its free ones allow: those right after
+        ``before``, a block on ``rank``, then the rest. ``grows``: the request ends with them, so
+        that where none is free after ``before`` they leave room to grow on."""
+        extend = before is not None and (grows or self.allocator.room_after(before) > 0)
+        after = before[1] if before is not None and extend else None
+        return self.allocator.allocate(rank, count, extend_from=after)
 
     def block_on(self, ranks: Sequence[int], beside: Home | None = None) -> Home | None:
         """A block on the first of ``ranks`` that has one, adjacent to ``beside`` where possible."""
@@ -305,9 +317,8 @@ class BlockManager:
         for home in table.homes:
             if not keep or home[0] in self.closed:
                 self.allocator.forget(home)
-        held = [(rank, block) for rank, blocks in request.reserved.items() for block in blocks]
-        self.allocator.release([*held, *reversed(table.homes)])
-        request.table, request.reserved, request.num_keyed = None, {}, 0
+        self.allocator.release([*request.held, *reversed(table.homes)])
+        request.table, request.reserved, request.moving, request.num_keyed = None, {}, {}, 0
         request.shares_tail = False
 
     def check_integrity(self, running: Sequence[Request]) -> None:
@@ -315,8 +326,7 @@ class BlockManager:
         references: dict[Home, int] = {}
         for request in running:
             assert request.table is not None
-            held = [(rank, block) for rank, blocks in request.reserved.items() for block in blocks]
-            own = [*held, *request.table.homes]
+            own = [*request.held, *request.table.homes]
             assert len(own) == len(set(own)), f"request {request.number} holds a block twice"
             for home in own:
                 references[home] = references.get(home, 0) + 1

@@ -1,4 +1,5 @@
-"""Blocks that change their home on purpose: a rank is drained, or the ranks are made level."""
+"""Blocks that change their home on purpose: a rank is drained, or the ranks are made level. No
+torch."""
 
 from __future__ import annotations
 
@@ -12,29 +13,33 @@ from ds_cp.plan import Transfer
 from ds_cp.scheduler.block_manager import BlockManager
 from ds_cp.scheduler.request import Request
 
-MOVES_PER_STEP = 8  # blocks, so that streams go on while a rank is emptied
-LOPSIDED = 0.1  # difference in the share of used blocks that is left alone
+MOVES_PER_STEP = 8  # blocks, so that decodes go on while a rank is emptied
+LOPSIDED = 0.1  # difference of two ranks' shares of used blocks that is left alone
 
 
 @dataclass
 class _Move:
-    """``blocks`` of a request that should leave ``source`` for ``target``; ``whole``: all that it
-    has there by then, as it is or becomes local."""
+    """``blocks`` of a request that should leave ``sources`` for ``target``; ``whole``: all that it
+    has there when the move is made, since it is or becomes local."""
 
     request: Request
-    source: int
+    sources: tuple[int, ...]
     target: int
     blocks: int
     whole: bool
 
 
 class Migration:
-    """Turns the wish to empty or level ranks into a few transfers per step."""
+    """Turns the wish to empty or level ranks into a few transfers per step.
+
+    All blocks of a request that are to move get their new homes in one allocation, so that they are
+    adjacent there, and are then moved a few per step (``Request.moving``).
+    """
 
     def __init__(self, blocks: BlockManager) -> None:
         self._blocks = blocks
         self._wishes: deque[_Move] = deque()
-        self._targets: dict[int, int] = {}  # request -> where all its blocks go, to stay local
+        self._moving: deque[Request] = deque()  # requests with new homes reserved, in order
         self.num_moved = 0
 
     def drain(self, rank: int, live: Sequence[Request]) -> None:
@@ -61,14 +66,17 @@ class Migration:
         blocks.allocator.drop_cached(rank)
 
     def reopen(self, rank: int) -> None:
-        """Let ``rank`` take blocks again."""
+        """Let ``rank`` hold new blocks again; what has not moved away yet stays."""
         self._check(rank)
         self._blocks.closed.discard(rank)
+        for request in self._moving:
+            staying = [i for i, (source, _) in request.moving.items() if source[0] == rank]
+            self._blocks.allocator.release([request.moving.pop(i)[1] for i in staying])
 
     def rebalance(self, running: Sequence[Request]) -> int:
-        """Wish for moves: streams that span without need become local, then from the fullest rank
-        to the emptiest until they are level. Returns how many blocks. Local requests move whole or
-        not at all."""
+        """Wish for moves: decoding requests that span without need become local, then blocks go
+        from the fullest rank to the emptiest until they are level. Returns how many blocks. Local
+        requests move whole or not at all."""
         blocks = self._blocks
         capacity = blocks.open_blocks
         used = [blocks.allocator.num_used(r) for r in range(blocks.num_ranks)]
@@ -118,13 +126,12 @@ class Migration:
             else:
                 continue
             room[target] -= rest
-            for source in table.span:
-                if source != target:
-                    count = table.num_blocks(source)
-                    self._wishes.append(_Move(request, source, target, count, True))
-                    used[source] -= count
-                    used[target] += count
-                    moving += count
+            sources = tuple(rank for rank in table.span if rank != target)
+            self._wishes.append(_Move(request, sources, target, rest, True))
+            for source in sources:
+                used[source] -= table.num_blocks(source)
+            used[target] += rest
+            moving += rest
         return moving
 
     def _best(self, requests: list[Request], source: int, target: int, level: int) -> _Move | None:
@@ -139,119 +146,162 @@ class Migration:
             if not whole:
                 count = min(count, level)
             if 0 < count <= level and (best is None or count > best.blocks):
-                best = _Move(request, source, target, count, whole)
+                best = _Move(request, (source,), target, count, whole)
         return best
 
     @property
     def is_moving(self) -> bool:
         """Whether there may be something to move."""
-        return bool(self._blocks.closed or self._wishes)
+        return bool(self._blocks.closed or self._wishes or self._moving)
 
     def transfers(self, running: Sequence[Request]) -> tuple[list[Transfer], bool]:
-        """The next few moves, done in the books, and whether one is stuck for want of room."""
+        """The next few moves, entered in tables and allocator, and whether one is stuck for want
+        of room."""
         moves: list[Transfer] = []
+        self._carry(running, moves)
         for rank in self._blocks.closed:
             for request in running:
-                if not self._empty(request, rank, running, moves):
-                    return moves, True
                 if len(moves) >= MOVES_PER_STEP:
                     return moves, False
+                fits = self._empty(request, rank)
+                self._carry(running, moves)
+                if not fits:
+                    return moves, True
         while self._wishes and len(moves) < MOVES_PER_STEP:
-            self._grant(self._wishes[0], running, moves)
+            self._grant(self._wishes[0], running)
+            self._carry(running, moves)
         return moves, False
 
-    def _empty(
-        self, request: Request, rank: int, running: Sequence[Request], moves: list[Transfer]
-    ) -> bool:
-        """Move what a request has on a closed rank, as far as this step may; False for no room."""
+    def _carry(self, running: Sequence[Request], moves: list[Transfer]) -> None:
+        """Move blocks whose new homes are reserved, as many as this step may."""
+        blocks = self._blocks
+        while self._moving:
+            request = self._moving[0]
+            table = request.table
+            assert table is not None
+            for index in sorted(request.moving):
+                if len(moves) >= MOVES_PER_STEP and not blocks.only_local:
+                    return
+                source, target = request.moving.pop(index)
+                if table.homes[index] == source and target[0] not in blocks.closed:
+                    moves.append(self._move(request, index, target, running))
+                else:  # it was copied on write, or moved with another request that shares it
+                    blocks.allocator.release([target])
+            self._moving.popleft()
+
+    def _empty(self, request: Request, rank: int) -> bool:
+        """Reserve new homes for all that a request has on a closed rank; False for no room."""
         table, blocks = request.table, self._blocks
         assert table is not None
-        here = table.num_blocks(rank) or rank in request.reserved or rank in request.workers
-        if here and not self._ranks(request):
+        if not (table.num_blocks(rank) or rank in request.reserved or rank in request.workers):
+            return True
+        ranks = self._ranks(request)
+        if not ranks:
             return False
-        if rank in request.reserved and not self._reserve_elsewhere(request, rank):
+        indexes = [
+            i for i, home in enumerate(table.homes) if home[0] == rank and i not in request.moving
+        ]
+        rest = len(request.reserved.get(rank, ()))
+        room = blocks.room()
+        if sum(room[r] for r in ranks) < rest:
             return False
+        held = request.reserved.pop(rank, [])
+        blocks.allocator.release([(rank, block) for block in held])
+        together = len(indexes) + rest <= room[ranks[0]]
+        if not together:
+            self._reserve(request, (), ranks, rest)
         if rank in request.workers:
             left = {r for r in request.workers if r != rank} | set(request.reserved)
-            request.workers = tuple(sorted(left - blocks.closed)) or (self._ranks(request)[0],)
-        if not table.num_blocks(rank):
-            return True
-        for index in [i for i, home in enumerate(table.homes) if home[0] == rank]:
-            if len(moves) >= MOVES_PER_STEP and not blocks.only_local:
-                return True
-            beside = table.homes[index - 1] if index else None
-            target = blocks.block_on(self._ranks(request), beside)
-            if target is None:
-                return False
-            moves.append(self._move(request, index, target, running))
-        return True
-
-    def _reserve_elsewhere(self, request: Request, rank: int) -> bool:
-        blocks = request.reserved[rank]
-        wanted: list[Home] = []
-        ranks = self._ranks(request)  # once: what is taken below counts as room no more
-        for _ in blocks:
-            home = self._blocks.block_on(ranks)
-            if home is None:
-                self._blocks.allocator.release(wanted)
-                return False
-            wanted.append(home)
-        self._blocks.allocator.release([(rank, block) for block in blocks])
-        del request.reserved[rank]
-        for target, block in wanted:
-            request.reserved.setdefault(target, []).append(block)
-        return True
+            request.workers = tuple(sorted(left - blocks.closed)) or (ranks[0],)
+        return self._reserve(request, indexes, ranks, rest if together else 0)
 
     def _ranks(self, request: Request) -> list[int]:
-        """Where a request's blocks should go: all to one rank if that can hold them, else first to
-        ranks that it is on."""
+        """The ranks to which a request's blocks should go, best first: one that can hold all of
+        them, then those that it is on."""
         blocks, table = self._blocks, request.table
         assert table is not None
         room = blocks.room()
+        there = [
+            table.num_blocks(rank) + len(request.reserved.get(rank, ()))
+            for rank in range(blocks.num_ranks)
+        ]
+        for _, target in request.moving.values():
+            there[target[0]] += 1
         all_blocks = len(table.homes) + sum(map(len, request.reserved.values()))
-
-        def holds(rank: int) -> bool:
-            there = table.num_blocks(rank) + len(request.reserved.get(rank, ()))
-            return rank not in blocks.closed and room[rank] >= all_blocks - there
-
-        target = self._targets.pop(request.number, None)
-        if target is None or not holds(target):
-            fits = [rank for rank in range(blocks.num_ranks) if holds(rank)]
-            target = max(fits, key=room.__getitem__, default=None)
-        if target is not None:
-            self._targets[request.number] = target
+        fits = [
+            rank for rank in range(blocks.num_ranks)
+            if rank not in blocks.closed and room[rank] >= all_blocks - there[rank]
+        ]  # fmt: skip
+        best = max(fits, key=lambda rank: (there[rank], room[rank]), default=None)
         if blocks.only_local:  # whole or not at all, and in one step
-            return [] if target is None else [target]
+            return [] if best is None else [best]
         ranked = sorted(range(blocks.num_ranks), key=lambda r: (not table.num_blocks(r), -room[r]))
-        return ranked if target is None else [target, *(r for r in ranked if r != target)]
+        return ranked if best is None else [best, *(r for r in ranked if r != best)]
 
-    def _grant(self, wish: _Move, running: Sequence[Request], moves: list[Transfer]) -> None:
-        """Do a part of the first wish; drop it when it is done or has become impossible."""
-        request, table, blocks = wish.request, wish.request.table, self._blocks
-        gone = request not in running or table is None or wish.target in blocks.closed
-        if not gone and table is not None:
-            here = [i for i, home in enumerate(table.homes) if home[0] == wish.source]
-            wish.blocks = len(here) if wish.whole else min(wish.blocks, len(here))
-            at_once = MOVES_PER_STEP - len(moves)
-            if blocks.only_local:  # whole or not at all, and in one step
-                fits = not request.prefilling and wish.blocks <= blocks.room()[wish.target]
-                at_once = wish.blocks if fits else 0
-                gone = not fits
-            for index in here[: min(at_once, wish.blocks)]:
-                target = blocks.block_on([wish.target])
-                if target is None:
-                    gone = True
-                    break
-                moves.append(self._move(request, index, target, running))
-                wish.blocks -= 1
-        if gone or not wish.blocks:
+    def _reserve(
+        self, request: Request, indexes: Sequence[int], ranks: Sequence[int], rest: int
+    ) -> bool:
+        """Allocate new homes for the blocks ``indexes`` and for ``rest`` more of its prompt, on the
+        first of ``ranks`` as far as that has room, then on the next. False when not all fit."""
+        room = self._blocks.room()
+        left = list(indexes)
+        for rank in ranks:
+            here, left = left[: room[rank]], left[room[rank] :]
+            more = min(rest, room[rank] - len(here)) if not left else 0
+            rest -= more
+            if here or more:
+                self._reserve_on(request, rank, here, more)
+        return not left and not rest
+
+    def _reserve_on(self, request: Request, rank: int, indexes: Sequence[int], rest: int) -> None:
+        """New homes on ``rank``: one run for blocks between which the request has none there."""
+        table = request.table
+        assert table is not None
+        moving, end = set(indexes), len(table.homes)
+        runs: list[tuple[Home | None, list[int]]] = []  # the block before it there, its indexes
+        before: Home | None = None
+        follows = False  # whether the last block on ``rank`` so far is a new one
+        places: list[Home | None] = [*table.homes, *[None] * rest]
+        for index, home in enumerate(places):
+            if index in moving or home is None:
+                if not follows:
+                    runs.append((before, []))
+                runs[-1][1].append(index)
+                follows = True
+            elif home[0] == rank:
+                before, follows = home, False
+        for beside, run in sorted(runs, key=lambda found: -len(found[1])):
+            taken = self._blocks.run_on(rank, len(run), beside, grows=run[-1] == end + rest - 1)
+            for index, block in zip(run, taken, strict=True):
+                if index < end:
+                    request.moving[index] = table.homes[index], (rank, block)
+                else:
+                    request.reserved.setdefault(rank, []).append(block)
+        if indexes and request not in self._moving:
+            self._moving.append(request)
+
+    def _grant(self, wish: _Move, running: Sequence[Request]) -> None:
+        """Reserve new homes for the first wish; drop it when it is done or has become
+        impossible."""
+        request, table, target = wish.request, wish.request.table, wish.target
+        count = 0
+        if request in running and table is not None:
+            here = [i for i, home in enumerate(table.homes) if home[0] in wish.sources]
+            room = self._blocks.room()[target]  # 0 when it was closed meanwhile
+            if not wish.whole:
+                count = min(wish.blocks, len(here), room)
+            elif not request.prefilling and len(here) <= room:
+                count = len(here)
+            self._reserve(request, here[:count], [target], 0)
+            wish.blocks -= count
+        if not count or (wish.blocks <= 0 and not wish.whole):
             self._wishes.popleft()
 
     def _move(
         self, request: Request, index: int, target: Home, running: Sequence[Request]
     ) -> Transfer:
-        """Block ``index`` of a request, and of all who share it, is at ``target`` from now on.
-        Where all must be local, those who share it keep theirs: the rest of them is there."""
+        """Block ``index`` of a request, and of all that share it, is at ``target`` from now on.
+        Where all must be local, the others keep theirs: the rest of them is there."""
         assert request.table is not None
         allocator = self._blocks.allocator
         source = request.table.homes[index]
@@ -273,8 +323,9 @@ class Migration:
         return Transfer(tuple(r.number for r in holders), index, source, target)
 
     def forget(self, request: Request) -> None:
-        """The request is gone."""
-        self._targets.pop(request.number, None)
+        """The request has left its blocks."""
+        if request in self._moving:
+            self._moving.remove(request)
 
     def _check(self, rank: int) -> None:
         if not 0 <= rank < self._blocks.num_ranks:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from ds_cp.kv.prefix import PrefixKeys
 from ds_cp.kv.table import SequenceTable
+from ds_cp.layout import Home
 from ds_cp.outputs import RequestMetrics
 from ds_cp.sampling_params import SamplingParams
 
@@ -17,8 +18,9 @@ class Request:
     None). ``siblings``: other answers to the same prompt that start when it has been computed.
 
     While it runs: ``table``, where its KV is; ``reserved``, blocks per rank for the rest of the
-    prompt; ``workers``, the ranks that compute it; ``in_flight``, tokens that are being drawn and
-    whose values rank 0 does not know yet; ``shares_tail``, whether another request may hold its
+    prompt; ``moving``, for the index of each block that is to move, (its home, its next home, which
+    is reserved); ``workers``, the ranks that compute it; ``in_flight``, tokens that are being drawn
+    and whose values rank 0 does not know yet; ``shares_tail``, whether another request may hold its
     last block too, so that it must be copied before it is written.
     """
 
@@ -35,6 +37,7 @@ class Request:
     output: list[int] = field(default_factory=list)
     table: SequenceTable | None = None
     reserved: dict[int, list[int]] = field(default_factory=dict)
+    moving: dict[int, tuple[Home, Home]] = field(default_factory=dict)
     workers: tuple[int, ...] = ()
     prefilling: bool = True
     in_flight: int = 0
@@ -72,6 +75,12 @@ class Request:
     def num_computed(self) -> int:
         """Tokens whose KV is stored, or will be when the steps in flight are done."""
         return self.table.num_tokens if self.table else 0
+
+    @property
+    def held(self) -> list[Home]:
+        """Blocks that it holds beside those of its table."""
+        held = [(rank, block) for rank, blocks in self.reserved.items() for block in blocks]
+        return [*held, *(target for _, target in self.moving.values())]
 
     def metrics(self) -> RequestMetrics:
         """Times and modes so far."""

@@ -298,7 +298,7 @@ class Cluster:
         scheduler = self.scheduler
         assert not any(self.used()), "blocks leaked"
         assert not scheduler._in_flight and not scheduler._looking_back, "the scheduler remembers"
-        assert not scheduler.migration._targets and not self.core._calls and not self.core._answers
+        assert not scheduler.migration._moving and not self.core._calls and not self.core._answers
         assert self.mirrors[0].sequences.keys() <= set(scheduler._ended)
         return plans
 

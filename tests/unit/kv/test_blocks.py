@@ -436,6 +436,17 @@ def test_a_short_run_after_the_last_block_is_used_before_others() -> None:
     assert allocator.allocate(0, 4, extend_from=1) == (2, 3, 10, 11)  # 10: the best fit for two
 
 
+def test_room_after_is_the_free_run_right_after_a_block() -> None:
+    allocator = BlockAllocator([10, 4], 16)
+    first = allocator.allocate(0, 10)
+    assert [allocator.room_after((0, block)) for block in (0, 9)] == [0, 0]
+    allocator.release([(0, block) for block in first[3:6]])
+    assert [allocator.room_after((0, block)) for block in (1, 2, 6)] == [0, 3, 0]
+    assert allocator.room_after((1, 1)) == 0, "in the midst of a free run: none begins there"
+    with pytest.raises(ValueError, match="no rank 2"):
+        allocator.room_after((2, 0))
+
+
 def test_the_shortest_run_that_holds_the_request_is_taken() -> None:
     for lengths in [(7, 6), (6, 7), (9, 6), (15, 8)]:
         allocator = BlockAllocator([40], block_size=16)

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds_cp.kv import SequenceTable
+from ds_cp.kv.table import NEAR
 
 Pairs = tuple[tuple[int, int], ...]
 Home = tuple[int, int]
@@ -35,6 +36,8 @@ def check(table: SequenceTable, homes: list[Home], tokens: int, ranks: int) -> N
     assert [table.slot(p) for p in range(tokens)] == places
     for rank in range(ranks):
         assert table.num_blocks(rank) == sum(r == rank for r, _ in homes)
+        there = [home for home in homes[-NEAR:] if home[0] == rank]
+        assert table.newest_on(rank) == (there[-1] if there else None)
         mine = [p for p in range(tokens) if places[p][0] == rank]
         runs, extents = table.part(rank)
         assert runs == maximal_runs(mine)

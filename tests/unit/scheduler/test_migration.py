@@ -530,3 +530,169 @@ def test_a_span_that_is_wanted_stays(mode: tuple[str, str], threshold: int | Non
     assert cluster.scheduler.rebalance() == 0
     cluster.settle()
     cluster.check_outputs()
+
+
+# --- what moves stays adjacent
+
+
+def perforated(blocks: list[int], **more: object) -> Cluster:
+    """Ranks with 20 short free runs each before a long one, as after hours of short requests.
+    What runs there opens no block in the next 14 steps."""
+    cluster = Cluster(blocks, 16, prefix_caching=False, max_num_seqs=200, **more)  # type: ignore[arg-type]
+    short = [cluster.add(prompt(17, i), greedy(400)) for i in range(40 * len(blocks))]
+    cluster.step()
+    for request in short:
+        assert request.table is not None and not request.prefilling
+        if request.table.homes[0][1] % 4 == 0:
+            cluster.abort(request)
+    return cluster
+
+
+def free_runs(cluster: Cluster, rank: int) -> list[int]:
+    """Lengths of the runs of blocks that nobody holds."""
+    allocator = cluster.scheduler.allocator
+    free = [not allocator.references((rank, b)) for b in range(cluster.blocks[rank])]
+    return [len(run) for run in "".join("x" if f else "." for f in free).split(".") if run]
+
+
+def fewest(runs: list[int], count: int) -> int:
+    """How many of these free runs it takes at least to hold ``count`` blocks."""
+    taken = 0
+    for length in sorted(runs, reverse=True):
+        if count > 0:
+            count, taken = count - length, taken + 1
+    assert count <= 0
+    return taken
+
+
+def extents(request: Request, rank: int) -> int:
+    assert request.table is not None
+    return len(request.table.part(rank)[1])
+
+
+def abort_all(cluster: Cluster) -> None:
+    for life in cluster.lives.values():
+        if life.reason is None and not life.aborted:
+            cluster.abort(life.request)
+    cluster.settle()
+
+
+def spanning(cluster: Cluster) -> tuple[Request, int]:
+    """A request of 70 blocks on one rank and 30 on the other, and the rank of the 70, on which
+    everything else has ended but a few short requests."""
+    blockers = [cluster.add(prompt(16 * 50, 97 + i), greedy(1000)) for i in range(2)]
+    request = cluster.add(prompt(16 * 100 - 4, 99), greedy(1000))
+    cluster.step()
+    table = request.table
+    assert table is not None and not request.prefilling
+    assert sorted(map(ranks_of, blockers), key=min) == [{0}, {1}]
+    target = max((0, 1), key=table.num_blocks)
+    assert [table.num_blocks(target), table.num_blocks(1 - target)] == [70, 30]
+    for life in cluster.lives.values():
+        other = life.request
+        if other is not request and not life.aborted and target in ranks_of(other):
+            if other in blockers or other.table.homes[0][1] % 8:
+                cluster.abort(other)
+    return request, target
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_gathered_request_has_few_extents(depth: int) -> None:
+    """Each block went alone to the shortest free run, which made fifty extents of two."""
+    cluster = perforated([160, 160], depth=depth)
+    request, target = spanning(cluster)
+    table = request.table
+    assert table is not None
+    before, runs = extents(request, target), free_runs(cluster, target)
+    assert len(runs) >= 10
+    assert cluster.scheduler.rebalance() >= 30
+    steps = 0
+    while table.width == 2:
+        cluster.step()
+        steps += 1
+    assert table.span == (target,) and steps <= 5
+    # one more where the gathered blocks come between two of the request's own
+    assert extents(request, target) <= before + fewest(runs, 30) + 1
+    abort_all(cluster)
+
+
+def test_a_part_that_is_levelled_stays_adjacent() -> None:
+    cluster = perforated([160, 160], mode=("tree", "auto"))
+    request, roomy = spanning(cluster)
+    table = request.table
+    assert table is not None
+    before, runs, had = extents(request, roomy), free_runs(cluster, roomy), table.num_blocks(roomy)
+    assert cluster.scheduler.rebalance() >= 16
+    while cluster.scheduler.migration.is_moving:
+        cluster.step()
+    count = table.num_blocks(roomy) - had
+    assert count >= 16 and len(runs) >= 10
+    assert extents(request, roomy) <= before + fewest(runs, count) + 1
+    abort_all(cluster)
+
+
+def leave_alone(cluster: Cluster, request: Request) -> None:
+    """End all others on the request's rank."""
+    for life in cluster.lives.values():
+        if life.request is not request and not life.aborted:
+            if ranks_of(life.request) & ranks_of(request):
+                cluster.abort(life.request)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_drained_request_has_few_extents(mode: tuple[str, str], depth: int) -> None:
+    cluster = perforated([160, 160], mode=mode, depth=depth)
+    request = cluster.add(prompt(16 * 30, 99), greedy(100))
+    cluster.step()
+    assert ranks_of(request) == {0} and not request.prefilling
+    leave_alone(cluster, request)
+    assert len(free_runs(cluster, 1)) == 21
+    cluster.scheduler.drain(0)
+    while not cluster.scheduler.is_drained(0):
+        cluster.step()
+    assert (ranks_of(request), extents(request, 1)) == ({1}, 1)
+    abort_all(cluster)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_drained_prompt_has_few_extents(depth: int) -> None:
+    """The blocks that it has, and those reserved for the rest of it, are one run elsewhere."""
+    cluster = perforated([160, 160], depth=depth, budget=900)
+    request = cluster.add(prompt(16 * 78, 99), greedy(100))
+    cluster.step()
+    assert ranks_of(request) == {0} and 800 < request.num_computed < 1200
+    leave_alone(cluster, request)
+    cluster.scheduler.drain(0)
+    while request.prefilling or 0 in ranks_of(request):
+        cluster.step()
+    assert (ranks_of(request), extents(request, 1)) == ({1}, 1)
+    abort_all(cluster)
+
+
+@pytest.mark.parametrize("how", ["abort", "preempt", "reopen", "drain the target"])
+def test_reserved_homes_are_given_back(how: str) -> None:
+    """Twenty blocks are to move, eight have: then something else happens. ``Cluster`` checks after
+    each step that every reference has a holder."""
+    cluster = Cluster([60, 60, 60], 4, mode=("tree", "auto"))
+    request = cluster.add(prompt(80), greedy(30))
+    cluster.step()
+    (source,) = ranks_of(request)
+    cluster.scheduler.drain(source)
+    cluster.step()
+    assert len(request.moving) == 12 and sum(cluster.used()) == 21 + 12
+    if how == "abort":
+        cluster.abort(request)
+    elif how == "preempt":
+        cluster.scheduler._preempt(request)
+    elif how == "reopen":
+        cluster.scheduler.reopen(source)
+    else:
+        cluster.scheduler.reopen(source)
+        (target,) = ranks_of(request) - {source}
+        cluster.scheduler.drain(target)
+    cluster.step()
+    assert not [i for i, (home, _) in request.moving.items() if how != "drain the target"]
+    cluster.settle()
+    cluster.check_outputs()
+    assert cluster.used() == [0, 0, 0]
