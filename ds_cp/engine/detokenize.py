@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 REPLACEMENT = "\ufffd"  # what a tokenizer shows for bytes that are not a character yet
-KEPT = 8  # tokens before the next one that are decoded with it
-WINDOW = 16  # tokens that are decoded at once, at most, before the window shrinks to KEPT
-CUTS = 4  # places where a window may be cut: a UTF-8 character spans at most 4 tokens
+KEPT = 4  # tokens before the next one that are decoded with it; a character spans at most 4
+WINDOW = 8  # tokens that are decoded at once, at most, before the window shrinks to KEPT
+CUTS = 4  # places where a window may be cut: one of 4 neighbours is where a character begins
 
 
 class Detokenizer:
