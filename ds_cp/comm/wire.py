@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,8 +18,9 @@ import torch
 import torch.distributed as torch_dist
 
 from ds_cp.comm.ledger import Ledger
-from ds_cp.errors import CommError, ConfigError, LaunchError
-from ds_cp.topology.hosts import Topology
+from ds_cp.errors import CommError, ConfigError
+from ds_cp.topology.hosts import Topology, name_hosts
+from ds_cp.topology.net import host_key, listening_address
 
 if TYPE_CHECKING:  # torch.distributed has these names, but does not declare them as its own
     from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
@@ -257,7 +257,8 @@ def join(
     """Join the job and learn its hosts.
 
     ``host`` is this process's host name; ``hosts`` the host of every rank when the launch code
-    knows it (MPI), else ``None`` and the names are exchanged through the store. ``digest``: what
+    knows it (MPI), else ``None`` and the names are exchanged through the store, where two hosts of
+    one name are told apart. ``digest``: what
     all ranks must have in common (their config). Raises ``CommError`` when not all ranks arrive in
     time, ``LaunchError`` when the store cannot listen, ``ConfigError`` when ranks were started
     differently.
@@ -268,26 +269,26 @@ def join(
         names = _introduce(rank, world_size, host, digest, store)
         _init_process_group(rank, world_size, store, device, limit)
     except (RuntimeError, torch_dist.DistError) as err:
+        where = f"{rendezvous.host} port {rendezvous.port}"
+        if rank == 0 and rendezvous.listen_fd is not None:
+            where += f" (it listens on {listening_address(rendezvous.listen_fd)[0]})"
         raise CommError(
-            f"rank {rank} of {world_size} could not join the others at "
-            f"{rendezvous.host}:{rendezvous.port} within {timeout_s:g} s: "
-            f"{str(err).splitlines()[0][:200]}"
+            f"rank {rank} of {world_size} could not join the others at {where} "
+            f"within {timeout_s:g} s: {str(err).splitlines()[0][:200]}"
         ) from err
     return World(rank, Topology.from_hosts(list(hosts or names)), device, timeout_s, joined=True)
 
 
 def _open_store(rank: int, at: Rendezvous, limit: timedelta) -> Store:
     if rank == 0 and at.listen_fd is not None:
-        try:
-            bound = socket.socket(fileno=os.dup(at.listen_fd))
-        except OSError as err:
-            raise LaunchError(f"the store's socket is not usable: {err}") from err
-        port = bound.getsockname()[1]
+        # Rank 0 is a client of its own store, at the address that listens: ``at.host`` is for the
+        # others, and may lead elsewhere here (a host's own name is often a loopback address).
+        ip, port = listening_address(at.listen_fd)
         # The store takes the socket as it is: bound to loopback, it is not reachable from outside,
         # whereas a store that binds by itself listens on every interface.
         store = TCPStore(
-            at.host, port, is_master=True, timeout=limit, wait_for_workers=False,
-            master_listen_fd=bound.detach(), use_libuv=True,
+            ip, port, is_master=True, timeout=limit, wait_for_workers=False,
+            master_listen_fd=os.dup(at.listen_fd), use_libuv=True,
         )  # fmt: skip
     else:
         store = TCPStore(at.host, at.port, is_master=False, timeout=limit, wait_for_workers=False)
@@ -298,8 +299,8 @@ def _introduce(rank: int, size: int, host: str, digest: str, store: Store) -> li
     """Publish this rank's host and a digest of its config; returns every rank's host, rank 0
     first. ``ConfigError`` when the digests differ."""
     mark = hashlib.sha256(digest.encode()).hexdigest()
-    store.set(f"hello/{rank}", f"{mark} {host}")
-    hellos = [store.get(f"hello/{r}").decode().split(" ", 1) for r in range(size)]
+    store.set(f"hello/{rank}", f"{mark} {host_key()} {host}")
+    hellos = [store.get(f"hello/{r}").decode().split(" ", 2) for r in range(size)]
     odd = [r for r, hello in enumerate(hellos) if hello[0] != hellos[0][0]]
     if odd:
         # Rank 0 is the store: it must stay until the others have read every digest.
@@ -310,7 +311,8 @@ def _introduce(rank: int, size: int, host: str, digest: str, store: Store) -> li
             f"ranks {odd[:8]} were started with another config than rank 0: "
             "start every rank with the same file and options"
         )
-    return [hello[1] for hello in hellos]
+    hosts = [(name, key) for _, key, name in hellos]
+    return list(name_hosts([hosts.index(own) for own in hosts], [name for name, _ in hosts]))
 
 
 def _worth_showing(record: logging.LogRecord) -> bool:

@@ -7,14 +7,16 @@ from dataclasses import dataclass, replace
 
 from ds_cp.errors import TopologyError
 from ds_cp.topology import slurm
-
-LOOPBACK = "127.0.0.1"
+from ds_cp.topology.net import LOOPBACK, names_loopback
 
 
 @dataclass(frozen=True)
 class Place:
-    """A rank as its launcher describes it, and the store's address; ``local_size`` is ``None``
-    where the launcher does not say how many ranks share the host."""
+    """A rank as its launcher describes it, and the store's address.
+
+    ``local_size`` is ``None`` where the launcher does not say how many ranks share the host.
+    ``peers``: names or addresses of hosts on the job's network, where the launcher lists them.
+    """
 
     rank: int
     size: int
@@ -24,6 +26,7 @@ class Place:
     store_host: str = LOOPBACK
     store_port: int = 0  # any free one
     store_shared: bool = False
+    peers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         local = self.size if self.local_size is None else self.local_size
@@ -55,22 +58,43 @@ def from_rank_variables(env: Mapping[str, str]) -> Place:
             "RANK is set but LOCAL_RANK is not: set it to the rank's number on its host "
             "(0 with one rank per host)"
         )
-    if env.get("DS_CP_LAUNCHER") == "ds-cp":
-        launcher = "ds-cp"
-    elif any(name.startswith("TORCHELASTIC_") for name in env):
-        launcher = "torchrun"
-    else:
+    launcher = launcher_by_rank(env)
+    if launcher is None:
         launcher = "deepspeed" if "LOCAL_SIZE" in env or "CROSS_SIZE" in env else "python"
     place = Place(rank, size, local_rank, local_size, launcher)
     if size == 1:  # nobody else has to find the store
         return place
     shared = env.get("TORCHELASTIC_USE_AGENT_STORE", "").lower() in ("true", "1")
-    return replace(
+    place = replace(
         place,
         store_host=_master_addr(env),
         store_port=port_number(env, "MASTER_PORT"),
         store_shared=shared,
     )
+    return place if shared else _settle_loopback(place)  # torchrun's agents have met there
+
+
+def _settle_loopback(place: Place) -> Place:
+    """The place, of one host where the store is on a loopback address. ``TopologyError`` when the
+    launcher counts ranks on other hosts: they would look for the store on their own host."""
+    if not names_loopback(place.store_host) or place.local_size == place.size:
+        return place
+    if place.local_size is None and not place.peers:
+        return replace(place, local_size=place.size)
+    here = "some" if place.local_size is None else str(place.local_size)
+    raise TopologyError(
+        f"MASTER_ADDR is {place.store_host}, which every host takes for itself, "
+        f"but of the job's {place.size} ranks {place.launcher} puts {here} on this host: "
+        f"set MASTER_ADDR to an address of rank 0's host that the other hosts reach "
+        f"(with all ranks on one host, set LOCAL_WORLD_SIZE to {place.size})"
+    )
+
+
+def launcher_by_rank(env: Mapping[str, str]) -> str | None:
+    """The launcher that certainly set ``RANK``: ds-cp or torchrun, also inside mpirun or srun."""
+    if env.get("DS_CP_LAUNCHER") == "ds-cp":
+        return "ds-cp"
+    return "torchrun" if any(name.startswith("TORCHELASTIC_") for name in env) else None
 
 
 def in_slurm_step(env: Mapping[str, str]) -> bool:
@@ -110,14 +134,16 @@ def from_slurm(env: Mapping[str, str]) -> Place:
     place = Place(_int(env, "SLURM_PROCID"), size, _int(env, "SLURM_LOCALID"), local_size, "slurm")
     if size == 1:
         return place
+    listed = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST")
+    names = slurm.expand_nodelist(listed) if listed else ()
+    if local_size is None and len(names) == 1:
+        place = replace(place, local_size=size)
     if "MASTER_ADDR" in env:
         address = _master_addr(env)
     else:
         # Task 0 is on the first node. SLURM_LAUNCH_NODE_IPADDR is where srun was typed, which
         # may be a login node, so it comes last.
-        names = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST")
-        address = slurm.expand_nodelist(names)[0] if names else ""
-        address = address or env.get("SLURM_LAUNCH_NODE_IPADDR", "")
+        address = names[0] if names else env.get("SLURM_LAUNCH_NODE_IPADDR", "")
         if not address:
             raise TopologyError(
                 "Slurm says neither SLURM_STEP_NODELIST nor SLURM_JOB_NODELIST: "
@@ -127,7 +153,7 @@ def from_slurm(env: Mapping[str, str]) -> Place:
         port = port_number(env, "MASTER_PORT")
     else:
         port = slurm.step_port(_int(env, "SLURM_JOB_ID"), _int(env, "SLURM_STEP_ID"))
-    return replace(place, store_host=address, store_port=port)
+    return _settle_loopback(replace(place, store_host=address, store_port=port, peers=names[1:]))
 
 
 def mpirun_size(env: Mapping[str, str]) -> int | None:
@@ -153,7 +179,8 @@ def from_mpirun_variables(env: Mapping[str, str]) -> Place:
         _int(env, local_size),
         "mpi",
     )
-    return replace(place, store_host=_master_addr(env), store_port=port_number(env, "MASTER_PORT"))
+    place = replace(place, store_host=_master_addr(env), store_port=port_number(env, "MASTER_PORT"))
+    return _settle_loopback(place)
 
 
 def peek_rank(env: Mapping[str, str]) -> int:
@@ -197,7 +224,7 @@ def port_number(env: Mapping[str, str], name: str) -> int:
 
 
 def _master_addr(env: Mapping[str, str]) -> str:
-    address = env.get("MASTER_ADDR", "").strip()
+    address = env.get("MASTER_ADDR", "").strip().removeprefix("[").removesuffix("]")
     if not address:
         raise TopologyError("MASTER_ADDR is not set: set it to the address of rank 0's host")
     return address

@@ -23,6 +23,19 @@ def rank_text(ranks: Sequence[int]) -> str:
     return ",".join(parts)
 
 
+def name_hosts(leaders: Sequence[int], names: Sequence[str]) -> tuple[str, ...]:
+    """A name for each rank's host, from ``leaders[rank]``, the first rank on the same host, and
+    from the name that each host gives itself; ``#2`` and so on tell namesakes apart."""
+    chosen: dict[int, str] = {}
+    for leader in sorted(set(leaders)):
+        name, n = names[leader], 1
+        while name in chosen.values():
+            n += 1
+            name = f"{names[leader]}#{n}"
+        chosen[leader] = name
+    return tuple(chosen[leader] for leader in leaders)
+
+
 def _plural(count: int, word: str) -> str:
     return f"{count} {word}" if count == 1 else f"{count} {word}s"
 

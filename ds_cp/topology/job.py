@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 
 from ds_cp.errors import LaunchError, TopologyError
 from ds_cp.topology import environment, mpi, net
-from ds_cp.topology.environment import LOOPBACK, Place, peek_rank
+from ds_cp.topology.environment import Place, peek_rank
+from ds_cp.topology.net import LOOPBACK, Address
 
 __all__ = ["Job", "detect", "open_store_socket", "peek_rank"]
 
@@ -74,7 +75,8 @@ def detect(
         raise TopologyError(f"comm.hosts must be auto, mpi or env (got {hosts!r})")
     if hosts == "mpi":
         return _from_mpi(env, interface, timeout_s)
-    if hosts == "auto" and env.get("DS_CP_LAUNCHER") != "ds-cp" and mpi.launched_by_mpirun(env):
+    by_rank = environment.launcher_by_rank(env) is not None
+    if hosts == "auto" and not by_rank and mpi.launched_by_mpirun(env):
         # Before MPI starts: it would wait for ranks that are not there.
         _check_sizes(environment.mpirun_size(env), env)
         return _from_mpi(env, interface, timeout_s)
@@ -95,7 +97,11 @@ def open_store_socket(job: Job, *, port: int | None = None) -> socket.socket:
     Bound to loopback for a job on one host, else to the one address that the other hosts use.
     ``LaunchError`` when the port is in use or the address is not this host's.
     """
-    ip = LOOPBACK if job.one_host else _own_ip(job.store_host, job.interface, job.host)
+    ip = LOOPBACK
+    if not job.one_host:
+        addresses = net.local_addresses()
+        named = _named(job.interface or "auto", addresses, job.host)
+        ip = _own_ip(job.store_host, named, addresses, job.host)
     way_out = _OTHER_PORT.get(job.launcher, _ANY_OTHER_PORT)
     return net.listen(ip, job.store_port if port is None else port, way_out)
 
@@ -129,7 +135,7 @@ def _from_mpi(env: Mapping[str, str], interface: str, timeout_s: float) -> Job:
                 ip = LOOPBACK
                 if not one_host:
                     others = [
-                        [net.Address(*entry) for entry in everyone[rank]["addresses"]]
+                        [Address(*entry) for entry in everyone[rank]["addresses"]]
                         for rank in range(facts.size)
                         if facts.hosts[rank] != host
                     ]
@@ -160,7 +166,7 @@ def _check_mpi_rank(
     facts: mpi.MpiFacts,
     env: Mapping[str, str],
     interface: str,
-    addresses: tuple[net.Address, ...],
+    addresses: tuple[Address, ...],
     host: str,
 ) -> int:
     """Compare MPI with the environment; the port asked for (0: any) when they agree."""
@@ -197,19 +203,19 @@ def _check_sizes(mpi_size: int | None, env: Mapping[str, str]) -> None:
 def _mpi_store_ip(
     env: Mapping[str, str],
     interface: str,
-    mine: tuple[net.Address, ...],
-    others: list[list[net.Address]],
+    mine: tuple[Address, ...],
+    others: list[list[Address]],
     host: str,
 ) -> str:
-    if "MASTER_ADDR" in env:
-        return _own_ip(env["MASTER_ADDR"], None if interface == "auto" else interface, host)
-    if interface != "auto":
-        return net.address_of(interface, mine, host).ip
-    found = net.shared_address(mine, others)
+    named = _named(interface, mine, host)
+    asked = env.get("MASTER_ADDR", "").strip()
+    if asked and not all(map(net.is_loopback, net.resolve(asked))):
+        return _own_ip(asked, named, mine, host)
+    found = named or net.shared_address(mine, others)
     if found is None:
         raise LaunchError(
-            f"host {host} has no IPv4 address that the other hosts could reach: name its interface "
-            f"in comm.interface"
+            f"host {host} has no address that the other hosts could reach: "
+            f"name its interface in comm.interface"
         )
     return found.ip
 
@@ -222,7 +228,7 @@ def _complete(place: Place, interface: str) -> Job:
     host = socket.gethostname()
     one_host = place.local_size == place.size
     addresses = net.local_addresses()
-    store_host = LOOPBACK if one_host and not place.store_shared else place.store_host
+    store_host, way = _meeting(place, one_host, interface, addresses, host)
     job = Job(
         rank=place.rank,
         world_size=place.size,
@@ -234,7 +240,7 @@ def _complete(place: Place, interface: str) -> Job:
         store_host=store_host,
         store_port=place.store_port,
         store_shared=place.store_shared,
-        interface=_interface(interface, one_host, store_host, addresses, host),
+        interface=way,
     )
     if job.rank != 0 or job.store_shared:
         return job
@@ -242,29 +248,84 @@ def _complete(place: Place, interface: str) -> Job:
     return replace(job, store_port=sock.getsockname()[1], store_socket=sock)
 
 
+def _meeting(
+    place: Place, one_host: bool, chosen: str, addresses: tuple[Address, ...], host: str
+) -> tuple[str, str | None]:
+    """The store's host as this rank connects to it, and the interface of the job's traffic.
+
+    On rank 0's own host its name may lead to a loopback address (Debian and Ubuntu give the host's
+    name 127.0.1.1), where rank 0 does not listen. Each rank there finds the address that rank 0
+    listens on by the same steps as rank 0. The ranks of other hosts connect to the name.
+    """
+    store_host = place.store_host
+    if one_host:
+        if not (place.store_shared and _resolves(store_host)):
+            store_host = LOOPBACK
+        return store_host, _interface(chosen, one_host, store_host, addresses, host)
+    named = _named(chosen, addresses, host)
+    ips = () if _is_own_name(store_host, host) else net.resolve(store_host)
+    if ips and not any(map(net.is_loopback, ips)):
+        return store_host, _interface(chosen, one_host, ips[0], addresses, host)
+    own = _own_ip(store_host, named, addresses, host, place.peers)
+    if not (place.store_shared and ips):  # torchrun's store listens on every address
+        store_host = own
+    if net.is_loopback(own):
+        return store_host, net.loopback_interface(addresses)
+    return store_host, _interface(chosen, one_host, own, addresses, host)
+
+
+def _named(chosen: str, addresses: tuple[Address, ...], host: str) -> Address | None:
+    """The first address of the interface that ``comm.interface`` names; ``None`` for auto."""
+    return None if chosen == "auto" else net.address_of(chosen, addresses, host)
+
+
 def _interface(
-    chosen: str, one_host: bool, store_host: str, addresses: tuple[net.Address, ...], host: str
+    chosen: str, one_host: bool, store_ip: str, addresses: tuple[Address, ...], host: str
 ) -> str | None:
-    if chosen != "auto":
-        return net.address_of(chosen, addresses, host).interface
+    named = _named(chosen, addresses, host)
+    if named is not None:
+        return named.interface
     if one_host:
         return net.loopback_interface(addresses)
-    towards = net.route_to(net.resolve(store_host), addresses)
-    if towards is None or towards.is_loopback:  # Debian gives a host's own name 127.0.1.1
-        towards = next((a for a in addresses if not a.is_loopback), None)
+    towards = net.route_to(store_ip, addresses) or net.outward_address(addresses)
     return None if towards is None else towards.interface
 
 
-def _own_ip(store_host: str, interface: str | None, host: str) -> str:
-    """The address of this host to listen on, for others who connect to ``store_host``."""
-    addresses = net.local_addresses()
-    ip = net.resolve(store_host)
-    if any(a.ip == ip and not a.is_loopback for a in addresses) or ":" in ip:
-        return ip
-    if ip.startswith("127.") and interface is not None:
-        return net.address_of(interface, addresses, host).ip
-    there = ", ".join(f"{a.interface} {a.ip}" for a in addresses if not a.is_loopback) or "none"
+def _own_ip(
+    store_host: str,
+    named: Address | None,
+    addresses: tuple[Address, ...],
+    host: str,
+    peers: tuple[str, ...] = (),
+) -> str:
+    """The address of this host on which rank 0 listens, for others who connect to ``store_host``.
+
+    Where that leads to loopback: the first address of the interface ``named`` in the config, or the
+    outward one (see ``net.outward_address``); 127.0.0.1 on a host that has no other.
+    """
+    ips = () if _is_own_name(store_host, host) else net.resolve(store_host)
+    outward = [a for a in addresses if not a.is_loopback]
+    for ip in ips:
+        if any(a.ip == ip for a in outward) or ip.startswith("fe80:"):
+            return ip
+    if not ips or any(map(net.is_loopback, ips)):
+        found = named or net.outward_address(addresses, peers)
+        return LOOPBACK if found is None else found.ip
+    there = ", ".join(f"{a.interface} {a.ip}" for a in outward) or "none"
     raise LaunchError(
-        f"rank 0 runs on host {host}, but the store's host {store_host} ({ip}) is not an address "
-        f"that it shows to others (there: {there}): set MASTER_ADDR to one of those"
+        f"rank 0 runs on host {host}, but the store's host {store_host} ({ips[0]}) "
+        f"is not an address that it shows to others (there: {there}): "
+        f"set MASTER_ADDR to one of those"
     )
+
+
+def _is_own_name(name: str, host: str) -> bool:
+    """Whether ``name`` is this host's, and leads nowhere: this host need not know itself."""
+    return name.partition(".")[0] == host.partition(".")[0] and not _resolves(name)
+
+
+def _resolves(name: str) -> bool:
+    try:
+        return bool(net.resolve(name))
+    except LaunchError:
+        return False

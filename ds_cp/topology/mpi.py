@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ds_cp.errors import CommError, TopologyError
+from ds_cp.topology.hosts import name_hosts
 
 # Set by mpirun itself (Open MPI; MPICH's and Intel's Hydra), never by srun.
 _MPIRUN_MARKS = ("OMPI_COMM_WORLD_SIZE", "MPI_LOCALNRANKS", "HYDI_CONTROL_FD")
@@ -103,18 +104,6 @@ class MpiSession:
                     f"(mpirun --mca btl_tcp_if_include NAME chooses the interface)"
                 )
             time.sleep(0.0005)
-
-
-def name_hosts(leaders: list[int], names: list[str]) -> tuple[str, ...]:
-    """Host name of each rank from ``leaders[rank]``, the first rank on the same host."""
-    chosen: dict[int, str] = {}
-    for leader in sorted(set(leaders)):
-        name, n = names[leader], 1
-        while name in chosen.values():
-            n += 1
-            name = f"{names[leader]}#{n}"
-        chosen[leader] = name
-    return tuple(chosen[leader] for leader in leaders)
 
 
 @contextmanager

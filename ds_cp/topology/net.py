@@ -3,32 +3,57 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ds_cp.errors import LaunchError, TopologyError
 
+LOOPBACK = "127.0.0.1"
+_LOOPBACK_NAMES = ("localhost", "localhost.localdomain", "ip6-localhost", "ip6-loopback")
+# Addresses that nobody has (RFC 5737, RFC 3849): the route to them is the default route.
+_ELSEWHERE = ("192.0.2.1", "2001:db8::1")
+_MAX_LOOKUPS = 4  # names of other hosts that are looked up for a route, at most
+
 
 @dataclass(frozen=True)
 class Address:
-    """One IPv4 address of an interface that is up."""
+    """One address of an interface that is up."""
 
     interface: str
     ip: str
     prefix: int
 
     @property
-    def network(self) -> ipaddress.IPv4Network:
-        return ipaddress.ip_network(f"{self.ip}/{self.prefix}", strict=False)  # type: ignore[return-value]
+    def network(self) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
+        return ipaddress.ip_network(f"{self.ip}/{self.prefix}", strict=False)
 
     @property
     def is_loopback(self) -> bool:
-        return ipaddress.ip_address(self.ip).is_loopback
+        return is_loopback(self.ip)
+
+
+def is_loopback(ip: str) -> bool:
+    """Whether an IP address is every host's own."""
+    return ipaddress.ip_address(ip).is_loopback
+
+
+def names_loopback(host: str) -> bool:
+    """Whether ``host`` is a name or an address that means "this host" wherever it is used."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host.lower().rstrip(".") in _LOOPBACK_NAMES
+    return address.is_loopback or address.is_unspecified
 
 
 def local_addresses() -> tuple[Address, ...]:
-    """IPv4 addresses of this host's interfaces that are up, loopback included."""
+    """Addresses of this host's interfaces that are up, loopback included, IPv4 first.
+
+    IPv6 addresses that are valid on one link only (``fe80::``) are left out: other hosts would need
+    the name of their own interface with them.
+    """
     import psutil  # only launching needs it
 
     stats = psutil.net_if_stats()
@@ -37,15 +62,28 @@ def local_addresses() -> tuple[Address, ...]:
         if name not in stats or not stats[name].isup:
             continue
         for entry in entries:
-            if entry.family == socket.AF_INET:
-                mask = ipaddress.ip_network(f"0.0.0.0/{entry.netmask or '255.255.255.255'}")
-                found.append(Address(name, entry.address, mask.prefixlen))
-    return tuple(found)
+            if entry.family not in (socket.AF_INET, socket.AF_INET6):
+                continue
+            address = ipaddress.ip_address(entry.address.partition("%")[0])
+            if not address.is_link_local or address.version == 4:
+                mask = ipaddress.ip_address(entry.netmask or 2**address.max_prefixlen - 1)
+                found.append(Address(name, str(address), int(mask).bit_count()))
+    return tuple(sorted(found, key=lambda entry: ":" in entry.ip))
+
+
+def host_key() -> str:
+    """A word that two processes share when they run on one host: the same kernel since its start,
+    and the same network. Where the system does not say (no /proc), it is ``-`` everywhere."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            return f"{file.read().strip()}/{os.stat('/proc/self/ns/net').st_ino}"
+    except OSError:
+        return "-"
 
 
 def loopback_interface(addresses: Sequence[Address]) -> str | None:
     """Name of the interface that has 127.0.0.1 (``lo``; ``lo0`` on macOS), ``None`` without one."""
-    return next((a.interface for a in addresses if a.ip == "127.0.0.1"), None)
+    return next((a.interface for a in addresses if a.ip == LOOPBACK), None)
 
 
 def address_of(interface: str, addresses: Sequence[Address], host: str) -> Address:
@@ -55,13 +93,13 @@ def address_of(interface: str, addresses: Sequence[Address], host: str) -> Addre
             return address
     there = ", ".join(f"{a.interface} {a.ip}" for a in addresses) or "none"
     raise TopologyError(
-        f"comm.interface {interface!r} is not up with an IPv4 address on host {host} "
+        f"comm.interface {interface!r} is not up with an address on host {host} "
         f"(there: {there}); name one of those or set it to auto"
     )
 
 
-def resolve(name: str) -> str:
-    """IP address of a host name, IPv4 where it has one. ``LaunchError`` when it has none."""
+def resolve(name: str) -> tuple[str, ...]:
+    """IP addresses of a host name, IPv4 first. ``LaunchError`` when it has none."""
     try:
         infos = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
@@ -70,7 +108,7 @@ def resolve(name: str) -> str:
             f"give an address, or a name that every host knows"
         ) from None
     infos.sort(key=lambda info: info[0] != socket.AF_INET)
-    return str(infos[0][4][0])
+    return tuple(dict.fromkeys(str(info[4][0]) for info in infos))
 
 
 def shared_address(mine: Sequence[Address], others: Sequence[Sequence[Address]]) -> Address | None:
@@ -84,6 +122,31 @@ def shared_address(mine: Sequence[Address], others: Sequence[Sequence[Address]])
     for address in usable:
         if all(any(a.network == address.network for a in host) for host in others):
             return address
+    return usable[0] if usable else None
+
+
+def outward_address(addresses: Sequence[Address], peers: Iterable[str] = ()) -> Address | None:
+    """The address of this host that other hosts most likely reach; ``None`` without any.
+
+    In this order: the one that leads to one of ``peers`` (names or addresses of other hosts), the
+    one of the default route, the first that is not a bridge's (a container bridge has the same
+    address on every host), the first.
+    """
+    usable = [a for a in addresses if not a.is_loopback]
+    for peer in list(peers)[:_MAX_LOOKUPS]:
+        try:
+            ips = resolve(peer)
+        except LaunchError:
+            continue
+        for ip in ips:
+            found = None if is_loopback(ip) else route_to(ip, usable)
+            if found is not None:
+                return found
+    for ip in _ELSEWHERE:
+        found = route_to(ip, usable)
+        if found is not None:
+            return found
+    usable.sort(key=lambda a: os.path.isdir(f"/sys/class/net/{a.interface}/bridge"))
     return usable[0] if usable else None
 
 
@@ -116,3 +179,16 @@ def listen(ip: str, port: int, way_out: str) -> socket.socket:
             f"({err.strerror or err}): {way_out}"
         ) from None
     return sock
+
+
+def listening_address(fd: int) -> tuple[str, int]:
+    """The address and port by which this host reaches its own listening socket.
+
+    ``LaunchError`` when ``fd`` is no open socket.
+    """
+    try:
+        with socket.socket(fileno=os.dup(fd)) as bound:
+            ip, port = bound.getsockname()[:2]
+    except OSError as err:
+        raise LaunchError(f"the store's socket is not usable: {err}") from err
+    return {"0.0.0.0": LOOPBACK, "::": "::1"}.get(ip, ip), port

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from ds_cp.errors import LaunchError, TopologyError
-from ds_cp.topology import Job, detect, mpi, net, open_store_socket, peek_rank
+from ds_cp.topology import Job, detect, hosts, mpi, net, open_store_socket, peek_rank
 from ds_cp.topology.net import Address
 from ds_cp.topology.slurm import expand_nodelist, expand_tasks_per_node, step_port
 
@@ -165,7 +165,7 @@ def test_deepspeed_over_two_hosts(listened: list[tuple[str, int]]) -> None:
 def test_own_name_that_resolves_to_loopback(
     listened: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(net, "resolve", lambda name: "127.0.1.1")
+    monkeypatch.setattr(net, "resolve", lambda name: ("127.0.1.1",))
     with detected(deepspeed_env(0, 4, 2, MASTER_ADDR="nodea"), interface="eth0") as job:
         assert listened == [("192.0.2.5", 29500)] and job.interface == "eth0"
 
@@ -211,7 +211,7 @@ def slurm_env(rank: int, **more: str) -> dict[str, str]:
 def test_slurm_over_three_nodes(
     listened: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(net, "resolve", lambda name: {"node01": "192.0.2.5"}[name])
+    monkeypatch.setattr(net, "resolve", lambda name: {"node01": ("192.0.2.5",)}[name])
     ports = set()
     for rank, local_size in enumerate([2, 2, 2, 2, 1]):
         with detected(slurm_env(rank)) as job:
@@ -265,7 +265,7 @@ def test_expand_nodelist() -> None:
 
 
 def test_slurm_local_size_from_the_nodes() -> None:
-    env = slurm_env(1, SLURM_NTASKS="4", MASTER_ADDR="127.0.0.1", MASTER_PORT="4000")
+    env = slurm_env(1, SLURM_NTASKS="4", MASTER_ADDR="192.0.2.5", MASTER_PORT="4000")
     del env["SLURM_STEP_TASKS_PER_NODE"]
     for more, local_size in (
         ({}, None),
@@ -391,8 +391,8 @@ def test_mpirun_s_variables_without_mpi() -> None:
 
 
 def test_hosts_from_shared_memory_groups() -> None:
-    assert mpi.name_hosts([0, 0, 2, 2], ["a", "lie", "b", "b"]) == ("a", "a", "b", "b")
-    assert mpi.name_hosts([0, 1, 0, 3], ["c", "c", "c", "c"]) == ("c", "c#2", "c", "c#3")
+    assert hosts.name_hosts([0, 0, 2, 2], ["a", "lie", "b", "b"]) == ("a", "a", "b", "b")
+    assert hosts.name_hosts([0, 1, 0, 3], ["c", "c", "c", "c"]) == ("c", "c#2", "c", "c#3")
 
 
 # --- bad input
