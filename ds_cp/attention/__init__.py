@@ -101,12 +101,37 @@ def attention(
 
     ``q_THD``: this rank's queries at ``span.q_runs[group.rank]``; ``k_SGD`` and ``v_SGD``: this
     rank's keys and values at ``span.k_runs[group.rank]``, rotary embedding applied. Returns ``[T,
-    H, D]`` in q's dtype. Raises ``ValueError`` when tensors and positions disagree, ``CommError``
-    when a peer does not answer.
+    H, D]`` in q's dtype. The tensors may have any strides. Raises ``ValueError`` when tensors,
+    positions and spec disagree, ``CommError`` when a peer does not answer.
     """
     me = group.rank
+    _check_tensors(q_THD, k_SGD, v_SGD, spec)
     check_runs(span.q_runs[me], span.k_runs[me], q_THD.shape[0], k_SGD.shape[0])
     _, chosen = get_kernel(kernel, q_THD.device, q_THD.dtype)
     kv = KeyValues(((k_SGD, v_SGD),))
     [part] = make_mode(mode, ring_pass, [span], group)([q_THD], [kv], chosen, spec)
     return finish(part, spec, q_THD.dtype)
+
+
+def _check_tensors(
+    q_THD: torch.Tensor, k_SGD: torch.Tensor, v_SGD: torch.Tensor, spec: LayerSpec
+) -> None:
+    """Raise ``ValueError`` for shapes, dtypes or devices that do not fit together: the fused
+    operators do not check them and would read beyond the tensors."""
+    want_q = (*q_THD.shape[:1], spec.num_q_heads, spec.head_dim)
+    want_kv = (*k_SGD.shape[:1], spec.num_kv_heads, spec.head_dim)
+    if not (q_THD.shape == want_q and k_SGD.shape == v_SGD.shape == want_kv):
+        raise ValueError(
+            f"q {list(q_THD.shape)}, k {list(k_SGD.shape)} and v {list(v_SGD.shape)} do not fit "
+            f"the layer: q must be [T, {spec.num_q_heads}, {spec.head_dim}], "
+            f"k and v [S, {spec.num_kv_heads}, {spec.head_dim}]"
+        )
+    if not q_THD.dtype == k_SGD.dtype == v_SGD.dtype:
+        raise ValueError(
+            f"q, k and v must have one dtype, got {q_THD.dtype}, {k_SGD.dtype} and {v_SGD.dtype}"
+        )
+    if not q_THD.device == k_SGD.device == v_SGD.device:
+        raise ValueError(
+            f"q, k and v must be on one device, got {q_THD.device}, {k_SGD.device} "
+            f"and {v_SGD.device}"
+        )

@@ -30,6 +30,16 @@ class Partial:
     lse: torch.Tensor
 
 
+def dense(x: torch.Tensor) -> torch.Tensor:
+    """``x`` itself when its last dimension has stride 1, else a contiguous copy.
+
+    Operators that read raw storage (fused attention, reinterpreting casts) take stride 1 for
+    granted or refuse anything else. ``contiguous()`` is not enough: it leaves a last dimension of
+    size 1 with whatever stride it has.
+    """
+    return x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
+
+
 def split_heads(q_THD: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
     """``[T, H, D]`` as ``[T, G, H/G, D]``, a view: the query heads of each KV head side by side."""
     num_tokens, num_heads, head_dim = q_THD.shape
@@ -84,11 +94,17 @@ def _fold(a: Partial, b: Partial) -> Partial:
     lse = torch.logaddexp(a.lse, b.lse)
     weight = torch.sigmoid(b.lse - a.lse).masked_fill_(b_empty, 0.0)
     a_out, b_out = a.out, b.out.to(torch.float32)
-    if bool(a_empty.any()):
+    if _may_hold(a_empty):
         a_out = a_out.masked_fill_(a_empty.unsqueeze(-1), 0.0)
-    if bool(b_empty.any()):
+    if _may_hold(b_empty):
         b_out = b_out.masked_fill(b_empty.unsqueeze(-1), 0.0)
     return Partial(a_out.lerp_(b_out, weight.unsqueeze(-1)), lse)
+
+
+def _may_hold(flags: torch.Tensor) -> bool:
+    """False when no flag is set, where that is cheap to know. On a CPU the look saves a pass over
+    the output; on other devices it would stop the host at every merge until the device is done."""
+    return flags.device.type != "cpu" or bool(flags.any())
 
 
 def add_sinks(part: Partial, sinks_H: torch.Tensor) -> Partial:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 
 from ds_cp.attention.spec import LayerSpec
-from ds_cp.attention.state import Partial
+from ds_cp.attention.state import Partial, dense
 
 
 def row_bytes(spec: LayerSpec, dtype: torch.dtype) -> int:
@@ -16,8 +16,8 @@ def row_bytes(spec: LayerSpec, dtype: torch.dtype) -> int:
 
 def pack_partial(part: Partial, dtype: torch.dtype) -> torch.Tensor:
     """``[T, row_bytes]`` uint8. One rounding to the model's dtype, nothing in fp32."""
-    out = part.out.to(dtype).flatten(1).contiguous().view(torch.uint8)
-    lse = part.lse.to(torch.float32).contiguous().view(torch.uint8)
+    out = dense(part.out.to(dtype).flatten(1)).view(torch.uint8)
+    lse = dense(part.lse.to(torch.float32)).view(torch.uint8)
     return torch.cat([out, lse], dim=1)
 
 

@@ -152,8 +152,11 @@ class Group:
         return tensor
 
     def all_reduce(self, tensor: torch.Tensor, scheme: str) -> None:
-        """Sum ``tensor`` over the group in place. It must be contiguous: a reduced temporary is
-        lost."""
+        """Sum ``tensor`` over the group in place.
+
+        Raises ``ValueError`` for a tensor that is not contiguous (what was reduced would be a
+        temporary, and lost), ``CommError`` when a peer is gone.
+        """
         if self.size == 1:
             return
         import deepspeed.comm as ds_comm
@@ -169,11 +172,14 @@ class Group:
             raise _lost(f"{scheme} in group {self.name}", self._timeout_s, err) from err
 
     def broadcast(self, tensor: torch.Tensor, scheme: str) -> None:
-        """Give member 0's ``tensor`` (contiguous, same shape everywhere) to all, in place."""
+        """Give member 0's ``tensor`` (same shape everywhere) to all, in place. Raises as
+        ``all_reduce``."""
         if self.size == 1:
             return
         import deepspeed.comm as ds_comm
 
+        if not tensor.is_contiguous():
+            raise ValueError(f"group {self.name}: broadcast of a non-contiguous tensor")
         if self.rank == 0:
             nbytes = tensor.numel() * tensor.element_size()
             away = sum(host != self.hosts[0] for host in self.hosts)

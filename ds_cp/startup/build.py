@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ds_cp.attention import LayerSpec, get_kernel
+from ds_cp.attention.kernels import kernel_notes
 from ds_cp.comm.links import measure_links
 from ds_cp.comm.wire import World
 from ds_cp.config import Config
@@ -98,7 +99,7 @@ def build_worker(
         flops_per_s=flops,
         weights=sum(p.numel() for p in decoder.parameters()),
         head_dim=layers[0].head_dim,
-        notes=tuple(notes),
+        notes=(*notes, *kernel_notes(kernel_name, kernel, layers)),
     )
     return Worker(world, cp, tp, decoder, layers, pool, kernel, size), facts
 

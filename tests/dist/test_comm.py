@@ -96,6 +96,7 @@ def refused_messages(world: World, group: Group) -> None:
         text = refusal(ValueError, group.exchange, sends, recvs, "bad")
         assert "must be contiguous" in text
     assert "non-contiguous" in refusal(ValueError, group.all_reduce, strided, "bad")
+    assert "non-contiguous" in refusal(ValueError, group.broadcast, strided, "bad")
     assert strided.tolist() == [1.0] * 4
     assert world.ledger.schemes() == {}
 

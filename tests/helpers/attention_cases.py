@@ -49,6 +49,20 @@ def tensors(
     return q, k, v, sinks
 
 
+def laid_out(x: torch.Tensor, how: str) -> torch.Tensor:
+    """The values of ``x [..., D]`` in memory whose last dimension is not dense.
+
+    "swapped": the last two dimensions lie the other way round; "every_other": one of two numbers,
+    NaN between them; "expanded": the first number of each row, D times (other values than x's).
+    """
+    if how == "swapped":
+        return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    if how == "every_other":
+        return torch.stack([x, torch.full_like(x, torch.nan)], dim=-1).flatten(-2)[..., ::2]
+    assert how == "expanded"
+    return x[..., :1].expand_as(x)
+
+
 def at(x: torch.Tensor, runs: Runs) -> torch.Tensor:
     """The rows of ``x`` at the positions of ``runs``, in storage order."""
     return x[torch.tensor(positions(runs), dtype=torch.int64)]
@@ -58,14 +72,24 @@ def one_case(group: Any, case: dict[str, Any], dtype: torch.dtype, mode: str, pa
     """Largest error of this rank's rows, relative to the largest reference value."""
     q, k, v, sinks = tensors(case)
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    strided = case.get("strided", "")
+    if case.get("how") == "expanded":
+        q, k, v = (
+            laid_out(x, "expanded") if n in strided else x
+            for n, x in zip("qkv", (q, k, v), strict=True)
+        )
     span = make_span(case, group.size)
     q_runs, k_runs = span.q_runs[group.rank], span.k_runs[group.rank]
     num_heads, num_kv_heads = case["heads"]
     spec = LayerSpec(
         num_heads, num_kv_heads, 16, 0.25, case.get("window"), case.get("softcap"), sinks
     )
+    mine_q, mine_k, mine_v = (
+        laid_out(x, case["how"]) if name in strided else x
+        for name, x in zip("qkv", (at(q, q_runs), at(k, k_runs), at(v, k_runs)), strict=True)
+    )
     out = attention(
-        at(q, q_runs), at(k, k_runs), at(v, k_runs), span, group, spec,
+        mine_q, mine_k, mine_v, span, group, spec,
         mode=mode, ring_pass=pass_, kernel=case.get("kernel", "auto"),
     )  # fmt: skip
     assert out.dtype == dtype and out.shape == (total(q_runs), num_heads, 16)
@@ -98,3 +122,20 @@ def cases(size: int) -> list[dict[str, Any]]:
     ]
     out += [{**base, "unit": 8}, {**base, "counts": split_even(45, size)[::-1], "unit": 4}]
     return out
+
+
+def strided_cases(size: int) -> list[dict[str, Any]]:
+    """Memory whose last dimension is not dense, for q, k, v and all of them: a prompt with earlier
+    KV, a decode step with a window, and by the plain kernel."""
+    base = {"new": 29, "past": 8, "layout": "zigzag", "heads": (6, 2)}
+    kinds: list[dict[str, Any]] = [
+        base,
+        {**base, "new": 1, "past": 40, "home": size - 1, "window": 17},
+        {**base, "heads": (2, 2), "kernel": "reference"},
+    ]
+    return [
+        {**kind, "how": how, "strided": strided}
+        for kind in kinds
+        for how in ("swapped", "every_other", "expanded")
+        for strided in ("q", "k", "v", "qkv")
+    ]

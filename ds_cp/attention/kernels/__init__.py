@@ -13,7 +13,7 @@ position.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -32,10 +32,11 @@ Rows = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Padding, LayerSpec], 
 @dataclass(frozen=True)
 class Kernel:
     """One implementation: ``block`` (what a call does) over positions, ``rows`` over padded keys of
-    many sequences."""
+    many sequences. ``note``: one line for the user when another kernel would have been chosen."""
 
     block: Block
     rows: Rows
+    note: str = ""
 
     def __call__(
         self,
@@ -50,13 +51,20 @@ class Kernel:
 
 
 def get_kernel(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, Kernel]:
-    """The kernel called ``name`` ("auto" picks) and the name it goes by.
+    """The kernel called ``name`` ("auto" picks) and its own name.
 
-    Raises ``ConfigError`` when it cannot run on this device, dtype or installation.
+    "auto" is flash_attn for fp16 and bf16 on CUDA where that package works, else sdpa; a package
+    that is there and does not work is named in the kernel's ``note``. Raises ``ConfigError`` when
+    a kernel asked for by name cannot run on this device, dtype or installation.
     """
     half_on_gpu = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
     if name == "auto":
-        name = "flash_attn" if half_on_gpu and _has_flash_attn() else "sdpa"
+        if half_on_gpu and _has_flash_attn():
+            flash, problem = _flash_attn()
+            if flash is not None:
+                return "flash_attn", flash
+            return "sdpa", Kernel(sdpa_kernel, sdpa_rows, f"flash-attn is not used: {problem}")
+        return "sdpa", Kernel(sdpa_kernel, sdpa_rows)
     if name == "reference":
         return name, Kernel(reference_kernel, reference_rows)
     if name == "sdpa":
@@ -69,17 +77,48 @@ def get_kernel(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str
             )
         if not half_on_gpu:
             raise ConfigError(
-                "attention.backend flash_attn needs a CUDA device with fp16 or bf16, not "
-                f"{device.type} "
-                f"with {dtype}: set dtype to bf16, or attention.backend to sdpa"
+                "attention.backend flash_attn needs a CUDA device with fp16 or bf16, "
+                f"not {device.type} with {dtype}: "
+                "set dtype to bf16, or attention.backend to sdpa"
             )
-        from ds_cp.attention.kernels.flash import flash_kernel, flash_rows
-
-        return name, Kernel(flash_kernel, flash_rows)
+        flash, problem = _flash_attn()
+        if flash is None:
+            raise ConfigError(
+                f"attention.backend is flash_attn, but {problem}: "
+                "install a flash-attn 2.x built for this torch, or set attention.backend to auto"
+            )
+        return name, flash
     raise ConfigError(
         f"attention.backend {name!r} is unknown; choose auto, reference, sdpa or flash_attn"
     )
 
 
+def kernel_notes(name: str, kernel: Kernel, layers: Iterable[LayerSpec]) -> list[str]:
+    """Lines for the user: why another kernel than the one asked for or expected computes some or
+    all of ``layers``."""
+    notes = [kernel.note] if kernel.note else []
+    if name != "flash_attn":
+        return notes
+    from ds_cp.attention.kernels.flash import HEAD_DIM, HEAD_DIM_STEP, takes_head_dim
+
+    odd = sorted({spec.head_dim for spec in layers if not takes_head_dim(spec.head_dim)})
+    if odd:
+        notes.append(
+            f"layers with head_dim {', '.join(map(str, odd))} use torch's attention: "
+            f"flash-attn has multiples of {HEAD_DIM_STEP} up to {HEAD_DIM}"
+        )
+    return notes
+
+
 def _has_flash_attn() -> bool:
     return importlib.util.find_spec("flash_attn") is not None
+
+
+def _flash_attn() -> tuple[Kernel | None, str]:
+    """The kernel over the installed flash-attn package; None and the reason when it cannot be."""
+    try:
+        from ds_cp.attention.kernels.flash import flash_kernel, flash_rows
+    except Exception as err:  # a build for another torch may raise anything at import
+        first = (str(err).splitlines() or [""])[0][:200]
+        return None, f"the installed package cannot be imported ({type(err).__name__}: {first})"
+    return Kernel(flash_kernel, flash_rows), ""

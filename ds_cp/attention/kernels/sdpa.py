@@ -5,8 +5,12 @@ Their peculiarities, handled here and nowhere else (torch 2.13):
   nothing gets out 0 and lse **0**, which is set to -inf here; masks must be float.
 - CPU flash reads grouped KV heads without expansion, but with few query rows it is several times
   faster when the query heads of one KV head are folded into rows; without a mask that is exact.
-- CUDA flash wants fp16 or bf16 and no mask; the memory-efficient one takes a mask and fp32 and pads
-  the lse. Both want K and V expanded to the query heads unless heads are folded.
+- All of them read the last dimension with stride 1 whatever it is, on CPU without a check; q, k and
+  v are made dense first.
+- CUDA flash wants fp16 or bf16, no mask and at most 256 dims a head; the memory-efficient one takes
+  a mask and fp32 and pads the lse. Both want K and V expanded to the query heads unless heads are
+  folded, and head dims that are multiples of 8: others are padded with zeros, which changes no
+  score.
 - No operator knows a soft cap: those layers take the reference kernel.
 """
 
@@ -18,11 +22,20 @@ import torch
 
 from ds_cp.attention.kernels.reference import reference_kernel, reference_rows
 from ds_cp.attention.spec import LayerSpec, Padding
-from ds_cp.attention.state import NEG_INF, Partial, empty_partial, merge_all, split_heads
+from ds_cp.attention.state import (
+    NEG_INF,
+    Partial,
+    dense,
+    empty_partial,
+    merge_all,
+    split_heads,
+)
 from ds_cp.attention.tiles import Tile, cover
 from ds_cp.layout import Runs
 
 OP_ROWS = 32  # query rows of one task of the CPU operator, while there are few rows
+CUDA_DIM = 8  # dims a head of CUDA's operators are a multiple of it
+FLASH_DIM = 256  # dims a head at most of CUDA's flash operator
 PART_KEYS = 1536  # keys of a part at least; with fewer the merge costs more than it saves
 
 
@@ -41,6 +54,7 @@ def sdpa_kernel(
     """
     if spec.softcap is not None:
         return reference_kernel(q_THD, k_SGD, v_SGD, q_runs, k_runs, spec)
+    q_THD, k_SGD, v_SGD = dense(q_THD), dense(k_SGD), dense(v_SGD)
     num_tokens = q_THD.shape[0]
     tiles = cover(q_runs, k_runs, spec.window) if num_tokens and k_SGD.shape[0] else ()
     if len(tiles) == 1 and tiles[0].rows == num_tokens:
@@ -68,7 +82,8 @@ def sdpa_rows(
     rows."""
     if spec.softcap is not None:
         return reference_rows(q_BHD, k_BGSD, v_BGSD, padding, spec)
-    q_BGFD = split_heads(q_BHD, spec.num_kv_heads)
+    q_BGFD = split_heads(dense(q_BHD), spec.num_kv_heads)
+    k_BGSD, v_BGSD = dense(k_BGSD), dense(v_BGSD)
     if q_BHD.device.type == "cpu":
         out, lse = _cpu_op(q_BGFD, k_BGSD, v_BGSD, spec.scale, padding.mask, False)
     else:
@@ -212,15 +227,14 @@ def _cuda_op(
     if k.shape[1] != q.shape[1]:
         fold = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(fold, dim=1), v.repeat_interleave(fold, dim=1)
-    if mask is None and q.dtype in (torch.float16, torch.bfloat16):
-        found = torch.ops.aten._scaled_dot_product_flash_attention(
-            q, k, v, 0.0, causal, False, scale=scale
-        )
-        return found[0], found[1]
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    if mask is None and half and q.shape[3] <= FLASH_DIM:
+        out, lse = _cuda_flash(_padded(q), _padded(k), _padded(v), scale, causal)
+        return out[..., : q.shape[3]], lse
     if mask is not None:
         # The operator reads the mask in aligned strides: pad the last dim, then cut the view.
-        padded = -(-mask.shape[1] // 16) * 16
-        room = mask.new_zeros(mask.shape[0], padded)
+        width = -(-mask.shape[1] // 16) * 16
+        room = mask.new_zeros(mask.shape[0], width)
         room[:, : mask.shape[1]] = mask
         mask = room[:, : mask.shape[1]].expand(1, q.shape[1], -1, -1)
     return _cuda_masked(q, k, v, scale, mask, causal)
@@ -234,7 +248,34 @@ def _cuda_masked(
     mask: torch.Tensor | None,
     causal: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse = _cuda_efficient(_padded(q), _padded(k), _padded(v), scale, mask, causal)
+    return out[..., : q.shape[3]], lse[:, :, : q.shape[2]]
+
+
+def _padded(x: torch.Tensor) -> torch.Tensor:
+    """``x`` with zeros up to the next multiple of ``CUDA_DIM`` dims a head."""
+    missing = -x.shape[3] % CUDA_DIM
+    return torch.nn.functional.pad(x, (0, missing)) if missing else x
+
+
+def _cuda_flash(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    found = torch.ops.aten._scaled_dot_product_flash_attention(
+        q, k, v, 0.0, causal, False, scale=scale
+    )
+    return found[0], found[1]
+
+
+def _cuda_efficient(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    mask: torch.Tensor | None,
+    causal: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
     found = torch.ops.aten._scaled_dot_product_efficient_attention(
         q, k, v, mask, True, 0.0, causal, scale=scale
     )
-    return found[0], found[1][:, :, : q.shape[2]]
+    return found[0], found[1]

@@ -1,16 +1,12 @@
 """Many sequences' newest tokens in one kernel call, against fp64 attention of each alone.
 
-flash-attn's decode kernel runs here over a stand-in written from that package's documentation, and
-for real under the ``gpu`` marker.
+flash-attn's decode kernel runs here over an emulation of that package's rules, and for real under
+the ``gpu`` marker.
 """
 
 from __future__ import annotations
 
-import importlib
-import sys
-import types
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -20,6 +16,7 @@ from hypothesis import strategies as st
 from ds_cp.attention import BatchedDecode, Kernel, LayerSpec, batched_decode, get_kernel
 from ds_cp.attention.kernels.reference import reference_kernel, reference_rows
 from ds_cp.attention.kernels.sdpa import sdpa_kernel, sdpa_rows
+from tests.helpers import flash_attn
 from tests.helpers.oracle import full_attention
 
 CPU = torch.device("cpu")
@@ -138,48 +135,11 @@ def test_layers_of_different_widths_share_one_object() -> None:
 # --- flash-attn's adapter
 
 
-def stand_in(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    *,
-    cache_seqlens: torch.Tensor,
-    softmax_scale: float,
-    softcap: float,
-    return_softmax_lse: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``flash_attn_with_kvcache`` as its documentation says: ``q [B, T, H, D]``, caches ``[B, S, G,
-    D]`` of which the first ``cache_seqlens`` (int32) are there; lse is ``[B, H, T]``."""
-    assert return_softmax_lse and cache_seqlens.dtype == torch.int32
-    assert q.stride(-1) == k_cache.stride(-1) == v_cache.stride(-1) == 1
-    outs, lses = [], []
-    for row, length in enumerate(cache_seqlens.tolist()):
-        k, v = k_cache[row, :length], v_cache[row, :length]
-        at = torch.arange(length)
-        out, lse = full_attention(
-            q[row], k, v, at[-1:], at, scale=softmax_scale, softcap=softcap or None
-        )
-        outs.append(out.to(q.dtype))
-        lses.append(lse.T.float())
-    return torch.stack(outs), torch.stack(lses)
-
-
 @pytest.fixture
 def flash() -> Iterator[Kernel]:
-    """The adapter, with the stand-in where the package would be."""
-    name = "ds_cp.attention.kernels.flash"
-    fake: Any = types.ModuleType("flash_attn")
-    fake.flash_attn_func, fake.flash_attn_with_kvcache = None, stand_in
-    kept = {key: sys.modules.pop(key, None) for key in ("flash_attn", name)}
-    sys.modules["flash_attn"] = fake
-    try:
-        module = importlib.import_module(name)
-        yield Kernel(module.flash_kernel, module.flash_rows)
-    finally:
-        for key, found in kept.items():
-            sys.modules.pop(key, None)
-            if found is not None:
-                sys.modules[key] = found
+    """The adapter, over the emulation of the package."""
+    with flash_attn.emulated() as adapter:
+        yield Kernel(adapter.flash_kernel, adapter.flash_rows)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

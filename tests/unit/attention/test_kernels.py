@@ -1,15 +1,13 @@
 """The kernels against fp64, for any runs, windows, head counts and dtypes.
 
-flash-attn is not installed on a CPU machine: its adapter runs here over a stand-in written from
-that package's documentation (end-aligned masks, ``[B, H, T]`` lse, +inf for nothing seen), and on
-the real one under the ``gpu`` marker.
+flash-attn is not installed on a CPU machine: its adapter runs here over an emulation of that
+package's rules (tests/helpers/flash_attn.py), and on the real one under the ``gpu`` marker.
 """
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
-import sys
+import random
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -20,12 +18,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds_cp.attention import Kernel, LayerSpec, get_kernel, kernels
-from ds_cp.attention.kernels import Block, reference, sdpa
+from ds_cp.attention.kernels import Block, kernel_notes, reference, sdpa
 from ds_cp.attention.kernels.reference import reference_kernel, reference_rows
 from ds_cp.attention.kernels.sdpa import sdpa_kernel, sdpa_rows
+from ds_cp.attention.spec import Padding
+from ds_cp.attention.tiles import cover
 from ds_cp.errors import ConfigError
 from ds_cp.kv.pool import KVPool
-from ds_cp.layout import Runs
+from ds_cp.layout import Runs, join
+from tests.helpers import flash_attn
+from tests.helpers.attention_cases import laid_out
 from tests.helpers.oracle import full_attention
 
 CPU = torch.device("cpu")
@@ -69,14 +71,15 @@ def check(
     """Out and lse against fp64 over the same (rounded) inputs; a query that sees nothing gives
     exactly (0, -inf)."""
     q, k, v = inputs(q_runs, k_runs, heads, dtype, dim)
-    spec = LayerSpec(*heads, dim, 0.3, window, softcap)
+    scale = 0.3 if dim <= 64 else 0.05
+    spec = LayerSpec(*heads, dim, scale, window, softcap)
     part = kernel(q.to(device), k.to(device), v.to(device), q_runs, k_runs, spec)
     assert part.out.shape == q.shape and part.lse.shape == q.shape[:2]
     assert part.lse.dtype == torch.float32
     assert part.out.dtype in (dtype, torch.float32)
     got_out, got_lse = part.out.cpu().double(), part.lse.cpu().double()
     out, lse = full_attention(
-        q, k, v, places(q_runs), places(k_runs), scale=0.3, window=window, softcap=softcap
+        q, k, v, places(q_runs), places(k_runs), scale=scale, window=window, softcap=softcap
     )
     blind = torch.isneginf(lse)
     assert torch.equal(torch.isneginf(got_lse), blind)
@@ -202,6 +205,48 @@ def test_strided_inputs(dtype: torch.dtype, window: int | None) -> None:
             assert all(torch.equal(a, b) for a, b in zip((x, y, z), kept, strict=True))
 
 
+@pytest.mark.parametrize("how", ["swapped", "every_other", "expanded"])
+@pytest.mark.parametrize("strided", ["q", "k", "v", "qkv"])
+def test_a_last_dimension_that_is_not_dense(how: str, strided: str) -> None:
+    """Against fp64 of the same values: every case by every kernel, and rows of padded keys."""
+
+    def spread(**named: torch.Tensor) -> list[torch.Tensor]:
+        return [laid_out(x, how) if name in strided else x for name, x in named.items()]
+
+    with flash_attn.emulated() as adapter:
+        for kernel in (reference_kernel, sdpa_kernel, adapter.flash_kernel):
+            for _, q_runs, k_runs, window, softcap in CASES:
+                q, k, v = inputs(q_runs, k_runs, (6, 2), torch.float32)
+                q, k, v = spread(q=q, k=k, v=v)
+                spec = LayerSpec(6, 2, D, 0.3, window, softcap)
+                part = kernel(q, k, v, q_runs, k_runs, spec)
+                out, lse = full_attention(
+                    q, k, v, places(q_runs), places(k_runs),
+                    scale=0.3, window=window, softcap=softcap,
+                )  # fmt: skip
+                seen = ~torch.isneginf(lse)
+                assert torch.equal(~torch.isneginf(part.lse), seen)
+                if seen.any():
+                    assert float((part.out - out).abs().max()) <= 2e-6 * float(out.abs().max())
+                    assert float((part.lse - lse)[seen].abs().max()) <= 1e-5
+        lengths = torch.tensor([5, 16, 1], dtype=torch.int32)
+        mask = torch.zeros(3, 1, 1, 16).masked_fill_(
+            (torch.arange(16) >= lengths[:, None])[:, None, None], -torch.inf
+        )
+        q, k, v = spread(
+            q=torch.randn(3, 6, D), k=torch.randn(3, 2, 16, D), v=torch.randn(3, 2, 16, D)
+        )
+        for rows in (reference_rows, sdpa_rows, adapter.flash_rows):
+            part = rows(q, k, v, Padding(lengths, mask), LayerSpec(6, 2, D, 0.3))
+            for row, n in enumerate(lengths.tolist()):
+                keys, values = k[row, :, :n].transpose(0, 1), v[row, :, :n].transpose(0, 1)
+                at = torch.arange(n)
+                out, _ = full_attention(q[row : row + 1], keys, values, at[-1:], at, scale=0.3)
+                assert float((part.out[row] - out[0]).abs().max()) <= 2e-6 * float(
+                    values.abs().max()
+                )
+
+
 def test_reference_in_slices_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """The slices that bound its memory are not seen in the result."""
     monkeypatch.setattr(reference, "SCORE_BYTES", 6 * 70 * 4 * 7)  # seven rows at a time
@@ -268,63 +313,148 @@ def test_flash_attn_that_cannot_run_here(monkeypatch: pytest.MonkeyPatch) -> Non
         assert get_kernel("auto", device, dtype)[0] == "sdpa"
 
 
-# --- flash-attn's adapter
+def wrong_arguments(q: Any, k: Any, v: Any, softmax_scale: Any = None, causal: Any = False) -> None:
+    """``flash_attn_func`` of a version without windows."""
 
 
-def stand_in(
+class Broken(types.ModuleType):
+    """A package that raises when a name of it is imported, as one built for another torch does."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError(f"undefined symbol: {name}\nand a second line")
+
+
+def broken() -> types.ModuleType:
+    module = Broken("flash_attn")
+    module.__spec__ = flash_attn.package().__spec__
+    module.__path__ = []
+    return module
+
+
+INSTALLATIONS = {
+    "a newer one without the function": (
+        lambda: flash_attn.package(flash_attn_varlen_func=None),
+        "cannot import name 'flash_attn_func'",
+    ),
+    "one without an argument": (
+        lambda: flash_attn.package(
+            flash_attn_func=wrong_arguments,
+            flash_attn_with_kvcache=flash_attn.flash_attn_with_kvcache,
+        ),
+        "wrong_arguments has no argument window_size, softcap, return_attn_probs",
+    ),
+    "one for another torch": (broken, "RuntimeError: undefined symbol: flash_attn_func"),
+}
+
+
+@pytest.mark.parametrize("name", INSTALLATIONS)
+def test_flash_attn_that_is_broken(name: str) -> None:
+    """auto goes on with torch's attention and says why in a line; asked for by name it is the
+    user's error."""
+    make, why = INSTALLATIONS[name]
+    cuda = torch.device("cuda", 0)
+    with flash_attn.installed(make()):
+        found, kernel = get_kernel("auto", cuda, torch.bfloat16)
+        assert (found, kernel.block, kernel.rows) == ("sdpa", sdpa_kernel, sdpa_rows)
+        assert why in kernel.note and "\n" not in kernel.note
+        assert kernel_notes(found, kernel, []) == [kernel.note]
+        with pytest.raises(ConfigError, match="attention.backend is flash_attn, but") as caught:
+            get_kernel("flash_attn", cuda, torch.float16)
+        assert why in str(caught.value) and "\n" not in str(caught.value)
+        assert get_kernel("auto", CPU, torch.bfloat16)[1].note == ""
+
+
+def test_flash_attn_that_works_is_chosen_and_says_what_it_cannot() -> None:
+    cuda = torch.device("cuda", 0)
+    with flash_attn.emulated() as adapter:
+        name, kernel = get_kernel("auto", cuda, torch.bfloat16)
+        assert (name, kernel.block) == ("flash_attn", adapter.flash_kernel)
+        fits = [LayerSpec(4, 2, dim, 1.0) for dim in (64, 80, 128, 256)]
+        assert kernel_notes(name, kernel, fits) == [] and kernel.note == ""
+        odd = [*fits, LayerSpec(4, 2, 320, 1.0), LayerSpec(4, 2, 100, 1.0)]
+        [note] = kernel_notes(name, kernel, odd)
+        assert note.startswith("layers with head_dim 100, 320 use torch's attention: ")
+        assert kernel_notes("sdpa", Kernel(sdpa_kernel, sdpa_rows), odd) == []
+
+
+# --- torch's operators on CUDA, over an emulation of what they check
+
+
+def cuda_flash(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``_scaled_dot_product_flash_attention``: halves, dense, dims a multiple of 8 up to 256."""
+    assert q.dtype in (torch.float16, torch.bfloat16) and q.shape[3] <= 256
+    rows, keys = q.shape[2], k.shape[2]
+    assert not causal or rows == keys
+    mask = torch.ones(rows, keys).tril() if causal else torch.ones(rows, keys)
+    return in_fp64(q, k, v, scale, mask.log())
+
+
+def cuda_efficient(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    *,
-    softmax_scale: float,
+    scale: float,
+    mask: torch.Tensor | None,
     causal: bool,
-    window_size: tuple[int, int],
-    softcap: float,
-    return_attn_probs: bool,
-) -> tuple[torch.Tensor, torch.Tensor, None]:
-    """``flash_attn_func`` as its documentation says: the mask is aligned to the bottom right, row i
-    sees keys ``[i + S - T - left, i + S - T + right]``, -1 means no limit; lse is ``[B, H, T]``."""
-    assert return_attn_probs and q.dim() == k.dim() == v.dim() == 4
-    num_rows, num_heads, num_keys = q.shape[1], q.shape[2], k.shape[1]
-    assert num_rows and num_keys
-    left, right = window_size
-    right = 0 if causal else right
-    assert left >= -1 and right >= -1
-    at = torch.arange(num_rows)[:, None] + num_keys - num_rows
-    key = torch.arange(num_keys)[None, :]
-    seen = torch.ones(num_rows, num_keys, dtype=torch.bool)
-    if left >= 0:
-        seen &= key >= at - left
-    if right >= 0:
-        seen &= key <= at + right
-    fold = num_heads // k.shape[2]
-    k_all, v_all = (x[0].double().repeat_interleave(fold, dim=1) for x in (k, v))
-    scores = torch.einsum("thd,shd->hts", q[0].double(), k_all) * softmax_scale
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~seen, -torch.inf)
-    lse = torch.logsumexp(scores, dim=-1)
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``_scaled_dot_product_efficient_attention``: a mask of q's dtype in aligned strides, over all
+    heads; the lse of more rows than there are."""
+    rows, keys = q.shape[2], k.shape[2]
+    assert not (causal and (mask is not None or rows != keys))
+    if mask is None:
+        mask = torch.ones(rows, keys).tril().log() if causal else torch.zeros(rows, keys)
+    else:
+        assert mask.dtype == q.dtype and mask.shape == (*q.shape[:3], keys)
+        assert mask.stride(-1) == 1 and mask.stride(-2) % 8 == 0
+    out, lse = in_fp64(q, k, v, scale, mask)
+    room = torch.full((*lse.shape[:2], -(-rows // 32) * 32), torch.nan)
+    room[:, :, :rows] = lse
+    return out, room
+
+
+def in_fp64(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    assert q.shape[:2] == k.shape[:2] == v.shape[:2] and q.shape[3] % 8 == 0
+    assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
+    scores = torch.matmul(q.double(), k.double().transpose(2, 3)) * scale + mask.double()
     weights = torch.softmax(scores, dim=-1).nan_to_num(0.0)
-    out = torch.einsum("hts,shd->thd", weights, v_all)
-    lse = lse.masked_fill(torch.isneginf(lse), torch.inf)
-    return out[None].to(q.dtype), lse[None].float(), None
+    return torch.matmul(weights, v.double()).to(q.dtype), torch.logsumexp(scores, -1).float()
+
+
+@pytest.mark.parametrize("dim", [16, 20, 100, 264])
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+def test_what_cuda_operators_are_given(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, dim: int
+) -> None:
+    """Any head_dim: padded to what the operators take, and to the one that takes so many."""
+    monkeypatch.setattr(sdpa, "_cuda_flash", cuda_flash)
+    monkeypatch.setattr(sdpa, "_cuda_efficient", cuda_efficient)
+    monkeypatch.setattr(sdpa, "_cpu_op", sdpa._cuda_op)
+    for _, q_runs, k_runs, window, softcap in CASES:
+        check(sdpa_kernel, q_runs, k_runs, (6, 2), dtype, window, softcap, dim=dim)
+    q, k, v = torch.randn(3, 2, 2, dim), torch.randn(3, 2, 32, dim), torch.randn(3, 2, 32, dim)
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    mask = torch.zeros(3, 2, 2, 32, dtype=dtype)
+    mask[..., 20:] = -torch.inf
+    out, lse = sdpa._cuda_masked(q, k, v, 0.3, mask)
+    want = torch.matmul(q.double(), k.double().transpose(2, 3)) * 0.3 + mask.double()
+    exact = torch.matmul(want.softmax(-1), v.double())
+    assert out.shape == q.shape and lse.shape == q.shape[:3]
+    assert float((out.double() - exact).abs().max()) <= LIMITS[dtype] * float(v.abs().max())
+    assert float((lse - want.logsumexp(-1)).abs().max()) <= 1e-5
+
+
+# --- flash-attn's adapter
 
 
 @pytest.fixture(scope="module")
 def flash_kernel() -> Iterator[Block]:
-    """The adapter, with the stand-in where the package would be."""
-    name = "ds_cp.attention.kernels.flash"
-    fake: Any = types.ModuleType("flash_attn")
-    fake.flash_attn_func, fake.flash_attn_with_kvcache = stand_in, None
-    kept = {key: sys.modules.pop(key, None) for key in ("flash_attn", name)}
-    sys.modules["flash_attn"] = fake
-    try:
-        yield importlib.import_module(name).flash_kernel
-    finally:
-        for key, module in kept.items():
-            sys.modules.pop(key, None)
-            if module is not None:
-                sys.modules[key] = module
+    """The adapter, over the emulation of the package."""
+    with flash_attn.emulated() as adapter:
+        yield adapter.flash_kernel
 
 
 @settings(max_examples=50)
@@ -342,6 +472,38 @@ def test_named_cases_of_the_flash_adapter(
     _, q_runs, k_runs, window, softcap = case
     for dtype in (torch.float32, torch.bfloat16):
         check(flash_kernel, q_runs, k_runs, (6, 2), dtype, window, softcap)
+
+
+def block_layout(rng: random.Random) -> tuple[Runs, Runs, int]:
+    """A rank's blocks of a sequence dealt out over ranks, and a later chunk of queries: bands with
+    fewer keys than rows and with more."""
+    size, window = rng.choice([16, 64]), rng.choice([64, 100, 128, 300, 512, 1024])
+    blocks = rng.choice([6, 10, 14])
+    held = sorted(rng.sample(range(blocks), rng.randint(1, blocks // 2)))
+    queries = (rng.randrange(blocks) * size, rng.choice([1, 64, 256, 300]))
+    return (queries,), join((block * size, size) for block in held), window
+
+
+def test_windows_of_the_flash_adapter_over_300_block_layouts(flash_kernel: Block) -> None:
+    """The package drops a window side that is longer than the keys: with fewer keys than rows it
+    would hide keys that a row sees, in 13 of these layouts."""
+    rng, narrow = random.Random(1), 0
+    for _ in range(300):
+        q_runs, k_runs, window = block_layout(rng)
+        bands = [tile for tile in cover(q_runs, k_runs, window) if tile.kind == "band"]
+        narrow += any(tile.keys < tile.rows for tile in bands)
+        check(flash_kernel, q_runs, k_runs, (2, 1), torch.float32, window, dim=8)
+    assert narrow > 50
+    check(flash_kernel, ((704, 256),), ((193, 63),), (4, 2), torch.float32, 512)
+
+
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("dim", [4, 20, 100, 264])
+def test_head_dims_that_flash_attn_does_not_have(
+    flash_kernel: Block, dim: int, window: int | None
+) -> None:
+    """The emulation refuses them, as the package does; torch's operators compute the layer."""
+    check(flash_kernel, ((40, 30),), ((0, 70),), (6, 2), torch.float32, window, dim=dim)
 
 
 @pytest.mark.gpu

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_cp.attention import Partial, add_sinks, empty_partial, merge, merge_all
+from ds_cp.attention import Partial, add_sinks, empty_partial, merge, merge_all, state
 
 NAN, INF = float("nan"), float("inf")
 T, H, D = 5, 3, 8
@@ -267,6 +267,33 @@ def test_sinks_over_no_keys_and_no_sinks_over_keys() -> None:
     part = some_partial()
     assert_same_bits(add_sinks(part, torch.full((H,), -INF)), part)
     assert torch.all(torch.isfinite(add_sinks(part, torch.full((H,), 3e38)).out))
+
+
+# --- what the host waits for
+
+
+def test_a_merge_does_not_wait_for_the_device() -> None:
+    """On the meta device no value can be read: whatever asks for one raises."""
+    part, empty = empty_partial(T, H, D, "meta"), empty_partial(T, H, D, "meta")
+    for merged in (merge(part, empty), merge_all([empty, part, part, empty])):
+        assert merged.out.shape == (T, H, D) and merged.lse.shape == (T, H)
+    assert add_sinks(part, torch.zeros(H, device="meta")).out.shape == (T, H, D)
+
+
+@pytest.mark.parametrize("junk", [NAN, INF, 0.0])
+def test_the_path_without_a_look_gives_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch, junk: float
+) -> None:
+    """What other devices compute, here on the CPU: rows empty on neither side, one, or both."""
+    scores, values = scores_and_values(12)
+    parts = [partial_over(scores, values, range(4 * i, 4 * i + 4)) for i in range(3)]
+    for part, row in zip(parts, (0, 1, 1), strict=True):
+        part.out[row], part.lse[row] = junk, -INF
+    parts[0].out[1], parts[0].lse[1] = junk, -INF
+    want = merge_all(parts)
+    monkeypatch.setattr(state, "_may_hold", lambda flags: True)
+    assert_same_bits(merge_all(parts), want)
+    assert torch.all(want.out[1] == 0) and torch.all(want.lse[1] == -INF)
 
 
 # --- order, ownership

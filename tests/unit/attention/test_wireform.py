@@ -10,6 +10,7 @@ import torch
 from ds_cp.attention.spec import LayerSpec
 from ds_cp.attention.state import NEG_INF, Partial
 from ds_cp.attention.wireform import pack_partial, row_bytes, unpack_partial
+from tests.helpers.attention_cases import laid_out
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -102,3 +103,19 @@ def test_unpacking_copies() -> None:
     back = unpack_partial(rows, spec, torch.float32)
     rows.zero_()
     assert torch.equal(back.out, part.out) and torch.equal(back.lse, part.lse)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_heads", [1, 3])
+def test_any_strides(num_heads: int, dtype: torch.dtype) -> None:
+    """As kernels return them: heads first, one head (a column that counts as contiguous, whose
+    stride is not 1), numbers apart."""
+    part = partial_of(4, num_heads, 6)
+    want = pack_partial(part, dtype)
+    heads_first = Partial(
+        part.out.transpose(0, 1).contiguous().transpose(0, 1), part.lse.t().contiguous().t()
+    )
+    apart = Partial(laid_out(part.out, "every_other"), laid_out(part.lse, "every_other"))
+    swapped = Partial(laid_out(part.out, "swapped"), part.lse.expand(2, -1, -1)[1])
+    for odd in (heads_first, apart, swapped, Partial(part.out, part.lse[:, :].t().clone().t())):
+        assert torch.equal(pack_partial(odd, dtype), want)
