@@ -1,4 +1,4 @@
-"""Several engine requests answered as one, and the race of an answer with a client that leaves."""
+"""The engine requests of one HTTP request, run as one, and aborted when its client leaves."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ds_cp.errors import EngineDeadError
 from ds_cp.outputs import Delta
 from ds_cp.sampling_params import RequestOptions, SamplingParams
 
-_BUFFERED = 64  # deltas waiting for a slow client before its requests are held back
+_BUFFERED = 64  # deltas that wait for a slow client before its engine requests are held back
 
 Result = TypeVar("Result")
 
@@ -30,14 +30,14 @@ class Job:
 
 
 class Generation:
-    """Runs the jobs of one HTTP request; ``close`` aborts whatever has not finished."""
+    """Runs the jobs of one HTTP request; ``close`` aborts those that have not finished."""
 
     def __init__(
         self, engine: EngineInterface, metrics: ServerMetrics, jobs: Sequence[Job], arrival: float
     ) -> None:
         self._engine = engine
         self._metrics = metrics
-        self._arrival = arrival  # time.monotonic() when the HTTP request came
+        self._arrival = arrival  # of the HTTP request, in seconds of time.monotonic()
         self._queue: asyncio.Queue[tuple[int, Delta | Exception]] = asyncio.Queue(_BUFFERED)
         self._unfinished = sum(job.params.n for job in jobs)  # answers
         self._waiting: asyncio.Task[tuple[int, Delta | Exception]] | None = None
@@ -48,10 +48,10 @@ class Generation:
         ]
 
     async def admitted(self, timeout_s: float) -> None:
-        """Wait until every job has answered once, or for ``timeout_s``; raises the engine's
-        refusal.
+        """Wait until every job has its first delta, at most ``timeout_s``. Raises the engine's
+        refusal of a job.
 
-        It lets a refusal become an HTTP status; a stream that has started can only carry an event.
+        So a refusal becomes an HTTP status; in a stream that has begun it can only be an event.
         """
         done, _ = await asyncio.wait(
             self._answered, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION
@@ -60,9 +60,9 @@ class Generation:
             future.result()
 
     async def next(self, timeout_s: float | None = None) -> tuple[int, Delta] | None:
-        """The next delta and the index of its job, or None after ``timeout_s`` without one.
+        """The next delta and the index of its job; None after ``timeout_s`` seconds without one.
 
-        Raises what the engine raised for any of the jobs.
+        Raises what the engine raised for any job.
         """
         if self._waiting is None:
             self._waiting = asyncio.create_task(self._queue.get())
@@ -79,18 +79,19 @@ class Generation:
 
     @property
     def finished(self) -> bool:
-        """True once the last delta of every answer of every job was taken."""
+        """Whether the last delta of every answer of every job has been returned."""
         return self._unfinished == 0
 
     async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
-        """All deltas of all jobs as they come."""
+        """All deltas of all jobs in the order of their arrival, each with the index of its job."""
         while not self.finished:
             item = await self.next()
             assert item is not None
             yield item
 
     async def close(self) -> None:
-        """Abort what runs and wait until the engine's iterators are closed. May be called twice."""
+        """Abort the unfinished jobs and wait until the engine's iterators are closed. May be called
+        twice."""
         tasks = [*self._tasks, *([self._waiting] if self._waiting else [])]
         for task in tasks:
             task.cancel()
@@ -99,7 +100,7 @@ class Generation:
             if not future.done():
                 future.cancel()
             elif not future.cancelled():
-                future.exception()  # taken, so that asyncio does not report it as lost
+                future.exception()  # read, so that asyncio does not report it as never retrieved
 
     async def _pump(self, index: int, job: Job) -> None:
         stream = self._engine.generate(
@@ -112,18 +113,18 @@ class Generation:
             async for delta in stream:
                 left -= delta.finish_reason is not None
                 ended = left == 0
-                times.note(delta, ended)
+                times.observe(delta, ended)
                 if not self._answered[index].done():
                     self._answered[index].set_result(None)
                 await self._queue.put((index, delta))
                 if ended:
                     return
             raise EngineDeadError(f"request {job.request_id} ended without a finish reason")
-        except Exception as error:
+        except Exception as err:
             ended = True
             if not self._answered[index].done():
-                self._answered[index].set_exception(error)
-            await self._queue.put((index, error))
+                self._answered[index].set_exception(err)
+            await self._queue.put((index, err))
         finally:
             if not ended:
                 self._engine.abort(job.request_id)
@@ -133,17 +134,18 @@ class Generation:
 
 
 class _Times:
-    """The latencies of one engine request: to the first token of any answer, between the tokens of
-    each answer, and to the end of the last answer, unless one was aborted."""
+    """The latencies of one engine request: from its arrival to the first token of any answer,
+    between the tokens of each answer, and from the arrival to the end of the last answer (not where
+    an answer was aborted)."""
 
     def __init__(self, metrics: ServerMetrics, arrival: float) -> None:
         self._metrics = metrics
         self._arrival = arrival
-        self._last: dict[int, float] = {}  # by index, when its latest tokens came
-        self._whole = True
+        self._last: dict[int, float] = {}  # answer index -> time of its latest tokens
+        self._whole = True  # no answer was aborted
 
-    def note(self, delta: Delta, ended: bool) -> None:
-        """Take one delta; ``ended`` with the last one of the request."""
+    def observe(self, delta: Delta, ended: bool) -> None:
+        """Record the latencies of one delta; ``ended``: it is the last one of the request."""
         now = monotonic()
         if delta.token_ids:
             if delta.index in self._last:
@@ -162,7 +164,7 @@ async def unless_disconnected(
 ) -> Result | None:
     """The result of ``work``, or None when the client left first (``work`` is cancelled then).
 
-    ``receive`` must be the server's own: the body has been read, so that all it can still say is
+    ``receive`` is the ASGI server's own, after the whole body: its next message is
     ``http.disconnect``.
     """
     answer = asyncio.create_task(work)
@@ -177,6 +179,6 @@ async def unless_disconnected(
 
 
 async def until_disconnect(receive: Callable[[], Awaitable[Any]]) -> None:
-    """Returns when the client is gone."""
+    """Return when the client has disconnected."""
     while (await receive())["type"] != "http.disconnect":
         pass

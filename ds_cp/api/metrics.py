@@ -1,4 +1,4 @@
-"""What /metrics says: vLLM's metric suffixes under ``ds_cp:``, so known dashboards carry over."""
+"""The metrics of /metrics: vLLM's suffixes under ``ds_cp:``, so that its dashboards can be used."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from prometheus_client.exposition import choose_encoder
 
 from ds_cp.engine.interface import EngineInterface, EngineStats
 
-# Seconds. The upper ends are for prompts of many minutes.
+# Bucket borders in seconds; the upper ones are for prompts that take many minutes.
 _TTFT = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
 _TTFT_BUCKETS = (*_TTFT, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0)
 _ITL = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
@@ -20,10 +20,10 @@ _E2E_BUCKETS = (*_E2E, 240.0, 480.0, 960.0, 1920.0, 7680.0)
 
 
 class ServerMetrics:
-    """One registry per app: the engine's snapshot, read at scrape time, and latencies fed by
-    routes.
+    """One registry per application: the engine's numbers, read at scrape time, and the latencies
+    that the routes observe.
 
-    ``model_name`` is called at scrape and observation time, because the name may come from an
+    ``model_name`` is called at each scrape and observation, because the name may come from an
     engine that is still starting.
     """
 
@@ -80,7 +80,7 @@ class EngineCollector:
         self._name = model_name
 
     def describe(self) -> Iterable[Metric]:
-        """No families in advance: registering must not touch an engine that is not there yet."""
+        """No families in advance: registering must not read an engine that is still starting."""
         return ()
 
     def collect(self) -> Iterable[Metric]:

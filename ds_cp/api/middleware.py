@@ -1,6 +1,6 @@
-"""Plain ASGI layers: request ids and the last guard, API keys, and limits on what is read.
+"""ASGI layers: request ids and the answer to unexpected errors, API keys, limits on reading.
 
-None of them is starlette's ``BaseHTTPMiddleware``: that one hides ``http.disconnect`` from the
+They are plain ASGI because starlette's ``BaseHTTPMiddleware`` hides ``http.disconnect`` from the
 routes.
 """
 
@@ -20,21 +20,22 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ds_cp.api.deadline import within
 from ds_cp.api.errors import ApiError, internal_error, shutting_down
 
-logger = logging.getLogger("ds_cp.serve")
+logger = logging.getLogger("ds_cp.api")
 
 MAX_HEADER_BYTES = 32 * 1024
 MAX_TARGET_BYTES = 8 * 1024
-BODY_BYTES_PER_S = 64 * 1024  # a body that keeps this pace is never cut off
+BODY_BYTES_PER_S = 64 * 1024  # a body that arrives at this rate is never cut off
 _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_LINGER_S = 1.0
-_LINGER_BYTES = 4 * 2**20
+_LINGER_S = 1.0  # seconds of reading on after an early refusal
+_LINGER_BYTES = 4 * 2**20  # bytes read on after an early refusal
 
 
 class RequestIds:
-    """Names every request (``X-Request-Id``) and answers for whatever nobody else caught.
+    """Gives every request an id (``X-Request-Id``) and answers 500 for exceptions nothing caught.
 
     The id is the client's if it is 1 to 64 characters of ``[A-Za-z0-9._-]``, else a new one; it
-    stands in ``scope["state"]["request_id"]``. A cancelled request (the end of a drain) is a 503.
+    is put into ``scope["state"]["request_id"]``. A request cancelled at the end of a drain gets a
+    503.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -72,9 +73,8 @@ class RequestIds:
 class ApiKeys:
     """Asks for ``Authorization: Bearer KEY`` on every path but /health.
 
-    The sha256 (hex) of the key that was used stands in ``scope["state"]["key_digest"]``.
-    The sha256 of what was sent is compared with that of every key, without an early exit, so that
-    the time taken tells nothing about a key.
+    The sha256 (hex) of the sent key is put into ``scope["state"]["key_digest"]``. It is compared
+    with that of every key, without an early exit, so that the duration reveals nothing about a key.
     """
 
     def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
@@ -105,12 +105,11 @@ class ApiKeys:
 
 
 class ReadLimits:
-    """Bounds what one request may send: header bytes, target bytes, body bytes, and the body's
-    time.
+    """Bounds the bytes of a request's headers, target and body, and the seconds of its body.
 
-    Chunked bodies are counted as they come. The body may take ``timeout_s`` plus the time that
-    ``BODY_BYTES_PER_S`` needs for what has arrived (408 then). An answer given before the whole
-    body was read closes the connection, so that an endless body ends there.
+    Chunked bodies are counted as they arrive. A body may take ``timeout_s`` seconds plus one for
+    each ``BODY_BYTES_PER_S`` received; then the answer is 408. An answer before the whole body was
+    read closes the connection, so that an endless body ends there.
     """
 
     def __init__(self, app: ASGIApp, max_body_bytes: int, timeout_s: float) -> None:
@@ -160,7 +159,7 @@ class _Body:
         self._waits = headers.get("expect", "").lower() == "100-continue"
 
     async def receive(self) -> Message:
-        """The server's ``receive`` until the body is whole, with its limits; then untouched."""
+        """The server's ``receive``, with the limits until the body is whole."""
         if self._whole:
             return await self._receive()
         left = self._begun + self._timeout_s + self._size / BODY_BYTES_PER_S
@@ -173,7 +172,7 @@ class _Body:
                 f"the body was not received in time ({self._size} bytes so far); send it faster",
                 code="body_timeout",
             ) from None
-        self._note(message)
+        self._count(message)
         if self._size > self._max:
             raise too_large(f"more than {self._max} bytes", self._max)
         return message
@@ -187,21 +186,22 @@ class _Body:
         await self._send(message)
 
     async def _linger(self) -> None:
-        """Read on a little: closing with unread data resets what the client has yet to read."""
+        """Read on for a while: closing with unread data could reset the connection before the
+        client has read the answer."""
         end = asyncio.get_running_loop().time() + _LINGER_S
         most = self._size + _LINGER_BYTES
         while not self._whole and self._size < most:
             left = end - asyncio.get_running_loop().time()
             try:
-                self._note(await within(left, self._receive()))
+                self._count(await within(left, self._receive()))
             except asyncio.TimeoutError:
                 return
 
-    def _note(self, message: Message) -> None:
+    def _count(self, message: Message) -> None:
         self._size += len(message.get("body", b""))
         self._whole = message["type"] == "http.disconnect" or not message.get("more_body", False)
 
 
 def too_large(size: str, limit: int) -> ApiError:
-    """413 with the numbers."""
+    """413, with the size and the limit."""
     return ApiError(413, f"the body has {size}; at most {limit} are read", code="request_too_large")

@@ -1,16 +1,16 @@
 """The request bodies of the OpenAI protocol.
 
-Accepted and ignored, because they change nothing about the answer: ``user``, ``store``,
-``metadata``, ``service_tier``, ``safety_identifier``, ``prompt_cache_key``, ``verbosity``. Any
-other field that is not listed on the models below is a 400 that names it; a field of OpenAI's that
-is known but not supported is accepted with its neutral value (``tools`` [], ``response_format``
-text, null ...) and refused with any other. ``best_of`` must equal ``n``.
+Accepted and ignored, because they do not change the answer: ``user``, ``store``, ``metadata``,
+``service_tier``, ``safety_identifier``, ``prompt_cache_key``, ``verbosity``. A field of OpenAI's
+that is not supported is accepted with a value that changes nothing (``tools`` [],
+``response_format`` text, null) and refused with any other. All other fields outside the models
+below are a 400 that names the field. ``best_of`` must equal ``n``.
 
 From vLLM: ``top_k``, ``min_p``, ``min_tokens``, ``stop_token_ids``, ``ignore_eos``,
-``repetition_penalty``, ``skip_special_tokens``, ``prompt_logprobs`` (answered where vLLM has it: on
+``repetition_penalty``, ``skip_special_tokens``, ``prompt_logprobs`` (answered where vLLM has it: in
 each choice of a completion, beside the choices of a chat; not in streams), ``priority`` (lower
-numbers first) and ``cache_salt`` (cached prefixes are shared only by requests with the same one and
-the same API key).
+numbers first) and ``cache_salt`` (requests share cached prefixes only if their salts and API keys
+are equal).
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ class CompletionRequest(SamplingRequest):
 
     @property
     def only_prompt(self) -> bool:
-        """Whether no new token is wanted: evaluation harnesses ask so for a prompt's scores."""
+        """Whether no new token is wanted, as when a harness asks for a prompt's scores."""
         return bool(self.echo) and self.max_tokens == 0
 
 

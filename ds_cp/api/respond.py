@@ -25,7 +25,7 @@ from ds_cp.api.sse import EventStream, stream_events
 from ds_cp.outputs import Delta, TokenLogprob
 
 ADMISSION_S = 1.0  # seconds that a stream waits for the engine's refusal before it answers 200
-CLIENT_LEFT = 499  # the status of an answer that nobody receives
+CLIENT_LEFT = 499  # the status of an answer whose client has disconnected
 
 Json = dict[str, Any]
 

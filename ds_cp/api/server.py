@@ -20,13 +20,13 @@ from ds_cp.api.errors import error_type
 from ds_cp.config import Server
 from ds_cp.errors import LaunchError
 
-logger = logging.getLogger("ds_cp.serve")
+logger = logging.getLogger("ds_cp.api")
 
-BACKLOG = 1024
-MAX_CONNECTIONS = 1024
-KEEP_ALIVE_CONNECTION_S = 30
-_AFTER_CANCEL_S = 2.0  # for requests cancelled at the end of a drain to say so
-_PAUSE_S = 0.1
+BACKLOG = 1024  # connections that wait to be accepted
+MAX_CONNECTIONS = 1024  # open at once; more are answered 503
+KEEP_ALIVE_CONNECTION_S = 30  # seconds that a connection may be idle between requests
+_AFTER_CANCEL_S = 2.0  # seconds for requests cancelled at the end of a drain to answer
+_PAUSE_S = 0.1  # seconds for the last bytes to reach the sockets
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -42,8 +42,8 @@ def bind(host: str, port: int) -> socket.socket:
     except (OSError, UnicodeError) as err:
         reason = getattr(err, "strerror", None) or str(err)
         raise LaunchError(
-            f"cannot listen on {where}: {reason}; set server.host to an address of this machine, "
-            "such as 127.0.0.1"
+            f"cannot listen on {where}: {reason}; "
+            "set server.host to an address of this machine, such as 127.0.0.1"
         ) from None
     family, kind, protocol, _, address = found[0]
     listener = socket.socket(family, kind, protocol)
@@ -59,20 +59,19 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def _way_out(err: OSError, port: int) -> str:
-    code = err.errno
-    if code == errno.EADDRINUSE:
+    if err.errno == errno.EADDRINUSE:
         return f"port {port} is in use; choose another with server.port, or stop what holds it"
-    if code == errno.EADDRNOTAVAIL:
+    if err.errno == errno.EADDRNOTAVAIL:
         return "it is no address of this machine; set server.host, such as 127.0.0.1"
-    if code == errno.EACCES:
+    if err.errno == errno.EACCES:
         return f"port {port} is not allowed for this user; choose one from 1024 to 65535"
     return f"{err.strerror}; check server.host and server.port"
 
 
 class Connection(H11Protocol):
-    """One connection, with a deadline for the head of each request and our error shape.
+    """One connection: heads have a deadline, and what is not HTTP is refused in OpenAI's shape.
 
-    uvicorn itself waits for ever for the rest of a half-sent head.
+    uvicorn itself waits for the rest of a half-sent head without a limit.
     """
 
     header_timeout_s = 10.0
@@ -89,7 +88,7 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """A head that began keeps its deadline; one that is whole has met it."""
+        """A head that has begun keeps its deadline; a whole one has met it."""
         super().data_received(data)
         if self.conn.their_state is not h11.IDLE:
             self._forget_head()
@@ -97,12 +96,12 @@ class Connection(H11Protocol):
             self._watch_head()
 
     def on_response_complete(self) -> None:
-        """After an answer, uvicorn's idle limit of the connection counts until the next byte."""
+        """After an answer, uvicorn's limit for idle connections counts until the next byte."""
         self._forget_head()
         super().on_response_complete()
 
     def send_400_response(self, msg: str) -> None:
-        """What is no HTTP gets a 400 in OpenAI's shape, if an answer has not begun already."""
+        """Answer 400 in OpenAI's shape, unless an answer has begun."""
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             self.transport.abort()
             return
@@ -160,8 +159,9 @@ async def serve_until(
 ) -> None:
     """Serve until ``stop`` is set, then drain: no new connection, running requests may finish.
 
-    Requests still running after ``server.drain_timeout_s`` are cancelled (their engine requests
-    aborted) and told so. Closes ``listener``. Raises what the server raises if it fails by itself.
+    Requests that run on after ``server.drain_timeout_s`` seconds are cancelled: their engine
+    requests are aborted, their clients get a 503 or an error event. Closes ``listener``. Raises
+    what the server raises if it fails by itself.
     """
     http = _Server(_config(app, server, access_log))
     running = asyncio.create_task(http.serve(sockets=[listener]))

@@ -1,4 +1,4 @@
-"""Server-sent events: framing, keep-alive comments, errors inside a stream, clients that leave."""
+"""Server-sent events: framing, keep-alive comments, errors in a stream, clients that leave."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from ds_cp.api.generation import Generation, until_disconnect
 from ds_cp.errors import DsCpError
 from ds_cp.outputs import Delta
 
-logger = logging.getLogger("ds_cp.serve")
+logger = logging.getLogger("ds_cp.api")
 
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
-_LAST_WORDS_S = 1.0  # for telling the client of a stream that the server goes away
+_LAST_EVENT_S = 1.0  # seconds to send the event that the server is shutting down
 
 
 def event(data: Any) -> bytes:
@@ -52,28 +52,28 @@ async def stream_events(
                 yield event(chunk)
         for chunk in closing():
             yield event(chunk)
-    except Exception as error:
-        yield event(stream_error(error, request_id).body())
+    except Exception as err:
+        yield event(stream_error(err, request_id).body())
     yield DONE
 
 
-def stream_error(error: Exception, request_id: str) -> ApiError:
-    """What a client may know of an error; anything unexpected is logged with the request id."""
-    known = from_engine(error) if isinstance(error, DsCpError) else None
-    if isinstance(error, ApiError):
-        known = error
-    if known is None:
-        logger.error("request %s failed", request_id, exc_info=error)
-        return internal_error(request_id)
-    return known
+def stream_error(err: Exception, request_id: str) -> ApiError:
+    """The part of an error that a client may see; an unexpected one is logged."""
+    if isinstance(err, ApiError):
+        return err
+    known = from_engine(err) if isinstance(err, DsCpError) else None
+    if known is not None:
+        return known
+    logger.error("request %s failed", request_id, exc_info=err)
+    return internal_error(request_id)
 
 
 class EventStream(Response):
-    """Sends events while it listens for the client to leave; either way the generation is closed.
+    """Sends events until the last one, or until the client leaves; then closes the generation.
 
-    Unlike starlette's ``StreamingResponse`` it closes the iterator itself (not the garbage
-    collector), gives up on a client that does not read for ``write_timeout_s``, and tells the
-    client when the server cancels it at the end of a drain.
+    Unlike starlette's ``StreamingResponse`` it closes the iterator itself, instead of the garbage
+    collector; it gives up on a client that does not read for ``write_timeout_s`` seconds; and it
+    sends an error event when the server cancels it at the end of a drain.
     """
 
     media_type = "text/event-stream"
@@ -98,7 +98,7 @@ class EventStream(Response):
                 writing.result()
         except asyncio.CancelledError:
             await _stop(writing)
-            await self._last_words(send)
+            await self._send_shutting_down(send)
         finally:
             await _stop(writing, leaving)
             await self._generation.close()
@@ -112,13 +112,13 @@ class EventStream(Response):
                 await within(self._write_timeout_s, send(body))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _last_words(self, send: Send) -> None:
+    async def _send_shutting_down(self, send: Send) -> None:
         data = event(shutting_down().body()) + DONE
         body = {"type": "http.response.body", "body": data, "more_body": False}
         try:
-            await within(_LAST_WORDS_S, send(body))
+            await within(_LAST_EVENT_S, send(body))
         except (asyncio.TimeoutError, RuntimeError, OSError):
-            logger.info("a stream ended before the client could be told of the shutdown")
+            logger.info("a stream ended before the event of the shutdown was sent")
 
 
 async def _stop(*tasks: asyncio.Task[Any]) -> None:

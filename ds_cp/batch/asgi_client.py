@@ -18,7 +18,8 @@ Headers = tuple[tuple[bytes, bytes], ...]
 
 @dataclass(frozen=True)
 class Answer:
-    """What the application said. ``busy``: it would rather be asked again later."""
+    """The application's answer. ``busy``: the request may be sent again later (429, or 503 with a
+    time to retry)."""
 
     status: int
     request_id: str
@@ -27,7 +28,7 @@ class Answer:
 
 
 async def ask(app: App, url: str, body: bytes, headers: Headers = ()) -> Answer:
-    """POST a JSON body to an ASGI application and take the whole answer.
+    """POST a JSON body to an ASGI application and wait for the whole answer.
 
     Raises what the application raises, and ``ValueError`` when its answer is not JSON.
     """
@@ -56,14 +57,14 @@ async def ask(app: App, url: str, body: bytes, headers: Headers = ()) -> Answer:
         await app(scope, exchange.receive, exchange.send)
     finally:
         exchange.over.set()
-    said = {name.lower(): value.decode("latin-1") for name, value in exchange.headers}
-    busy = exchange.status == 429 or (exchange.status == 503 and b"retry-after" in said)
+    answered = {name.lower(): value.decode("latin-1") for name, value in exchange.headers}
+    busy = exchange.status == 429 or (exchange.status == 503 and b"retry-after" in answered)
     whole = json.loads(b"".join(exchange.parts))
-    return Answer(exchange.status, said.get(b"x-request-id", ""), whole, busy)
+    return Answer(exchange.status, answered.get(b"x-request-id", ""), whole, busy)
 
 
 class _Exchange:
-    """The server's side of one request: a client that stays until it has the answer."""
+    """The ASGI server of one request, for a client that stays until it has the answer."""
 
     def __init__(self, body: bytes) -> None:
         self._body: bytes | None = body

@@ -1,4 +1,4 @@
-"""The files of a batch: answers, continued after an interruption, and errors."""
+"""The files that a batch writes: answers, which a later run continues, and broken lines."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-from ds_cp.batch.runner import Problem
+from ds_cp.batch.format import Problem
 from ds_cp.errors import DsCpError, LaunchError
 from ds_cp.text import parse_json
 
-MAX_ANSWER_BYTES = 1 << 30
-NOT_FINAL = (408, 425, 429, 499)  # 4xx that say nothing about the request
-_BEGINS = b'{"id": "batch_req_'
+MAX_ANSWER_BYTES = 1 << 30  # of one line
+NOT_FINAL = (408, 425, 429, 499)  # 4xx that do not depend on the request: asked again
+_BEGINS = b'{"id": "batch_req_'  # every line
 
 
 class AnswerFile:
-    """Where answers go, a whole line a write.
+    """Appends answers, a whole line at a time.
 
-    ``done``: the ids whose answers stand already, with whether they were refused; ``again``: how
-    many answers were taken out to be asked for again.
+    ``done``: the ids that have a final answer, and whether it is a refusal. ``again``: the number
+    of answers that were removed because their requests have to be asked again.
     """
 
     def __init__(
@@ -45,25 +45,25 @@ class AnswerFile:
         self._held = held
 
     def append(self, line: bytes) -> None:
-        """Write a line. ``LaunchError`` when it cannot be written; then no part of it is there."""
+        """Write a line. Raises ``LaunchError`` when that fails, and leaves no part of it."""
         left = memoryview(line)
         try:
             while left:
                 left = left[os.write(self._fd, left) :]
         except BrokenPipeError:
             raise
-        except OSError as error:
+        except OSError as err:
             if self._size is not None:
                 os.ftruncate(self._fd, self._size)
             raise LaunchError(
-                f"cannot write {self._name}: {error.strerror or error}; the answers so far are in "
-                f"it, run the same command again to do the rest"
+                f"cannot write {self._name}: {err.strerror or err}; "
+                "the answers so far are in it, run the same command again to do the rest"
             ) from None
         if self._size is not None:
             self._size += len(line)
 
     def close(self) -> None:
-        """Bring the file to the disk. Stdout stays open."""
+        """Sync the file to the disk and close it. Stdout stays open."""
         if self._size is not None:
             with contextlib.suppress(OSError):
                 os.fsync(self._fd)
@@ -73,11 +73,11 @@ class AnswerFile:
 
 
 def open_answers(path: str) -> AnswerFile:
-    """A file for answers, resumed when it is there: the start of a line that an earlier run was
-    killed in is cut off, and answers that say nothing about their request are taken out.
+    """The file for answers at ``path``, new or continued.
 
-    Raises ``LaunchError`` when it cannot be written, is in use by another batch, or holds something
-    else than answers (nothing is changed then).
+    Of a file that exists, an unfinished last line (its run was killed) is cut off, and answers that
+    are not final are removed. Raises ``LaunchError`` when the file cannot be written, is in use by
+    another batch, or has a line that is not an answer; such a file is not changed.
     """
     try:
         file = open(path, "a+b", buffering=1 << 20)
@@ -88,23 +88,24 @@ def open_answers(path: str) -> AnswerFile:
         except BaseException:
             file.close()
             raise
-    except OSError as error:
-        raise LaunchError(f"cannot write {path}: {error.strerror or error}") from None
+    except OSError as err:
+        raise LaunchError(f"cannot write {path}: {err.strerror or err}") from None
     return AnswerFile(fd, path, os.fstat(fd).st_size, done, again, held=file)
 
 
 def _lock(file: BinaryIO, path: str) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+    except OSError as err:
+        if err.errno in (errno.EWOULDBLOCK, errno.EACCES):
             raise LaunchError(
                 f"{path} is being written by another ds-cp batch; wait for it, or name another file"
-            ) from None  # a file system without locks goes without
+            ) from None  # other errors: the file system has no locks
 
 
 def _scan(file: BinaryIO, path: str) -> tuple[dict[str, bool], int, int]:
-    """The ids that are done with, where the whole lines end, and how many are to be done again."""
+    """The ids with a final answer, the byte where the whole lines end, and the number of answers
+    that are not final."""
     done: dict[str, bool] = {}
     again = 0
     end = 0
@@ -117,8 +118,8 @@ def _scan(file: BinaryIO, path: str) -> tuple[dict[str, bool], int, int]:
             if torn and (line.startswith(_BEGINS) or _BEGINS.startswith(line)):
                 break
             raise LaunchError(
-                f"{path} line {number} is not an answer of a batch; name another file for the "
-                f"answers, or remove the line"
+                f"{path} line {number} is not an answer of a batch; "
+                "name another file for the answers, or remove the line"
             ) from None
         end += len(line)
         if _is_final(status):
@@ -129,7 +130,7 @@ def _scan(file: BinaryIO, path: str) -> tuple[dict[str, bool], int, int]:
 
 
 def _continued(file: BinaryIO, end: int) -> int:
-    """A descriptor to append at the end of the whole lines."""
+    """A descriptor that appends after the whole lines."""
     fd = os.dup(file.fileno())
     os.ftruncate(fd, end)
     if end and os.pread(fd, 1, end - 1) != b"\n":
@@ -138,8 +139,8 @@ def _continued(file: BinaryIO, end: int) -> int:
 
 
 def _replaced(file: BinaryIO, path: str, end: int) -> int:
-    """A descriptor of the file that takes its place, with the final answers alone. Until that is
-    whole and on the disk, the old one stays as it is."""
+    """A descriptor of a new file in its place, with the final answers only. The old file stays
+    until the new one is whole and on the disk."""
     place = os.path.realpath(path)
     beside = f"{place}.{os.getpid()}.tmp"
     fd = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
@@ -171,8 +172,8 @@ def _lines(file: BinaryIO) -> Iterator[bytes]:
 
 
 def _answer_of(line: bytes) -> tuple[str, int]:
-    """Id and status of a line of answers; 500 where there was none. ``ValueError`` when it is
-    something else."""
+    """Id and HTTP status of an answer; 500 for a request without one. Raises ``ValueError`` for any
+    other line."""
     if not line.startswith(b"{"):
         raise ValueError("not an object")
     value: Any = parse_json(line.decode())
@@ -190,7 +191,7 @@ def _is_final(status: int) -> bool:
 
 
 class ErrorFile:
-    """The broken lines of this run, one JSON object each; without any there is no file."""
+    """The broken lines of this run, one JSON object each; the file is made for the first one."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -198,11 +199,11 @@ class ErrorFile:
         self._file: TextIO | None = None
         try:
             Path(path).unlink(missing_ok=True)  # of an earlier run
-        except OSError as error:
-            raise self._cannot(error) from None
+        except OSError as err:
+            raise self._cannot(err) from None
 
     def add(self, problem: Problem) -> None:
-        """Note one. ``LaunchError`` when that cannot be written."""
+        """Write a line about one. Raises ``LaunchError`` when that fails."""
         error = {"message": problem.message, "code": problem.code}
         line = {"line": problem.line, "custom_id": problem.custom_id, "error": error}
         try:
@@ -210,8 +211,8 @@ class ErrorFile:
                 self._file = open(self.path, "w", encoding="utf-8", buffering=1)
                 self.used = True
             self._file.write(json.dumps(line) + "\n")
-        except OSError as error_of_system:
-            raise self._cannot(error_of_system) from None
+        except OSError as err:
+            raise self._cannot(err) from None
 
     def close(self) -> None:
         """Close the file, if there is one."""
@@ -219,5 +220,5 @@ class ErrorFile:
             with contextlib.suppress(OSError):
                 self._file.close()
 
-    def _cannot(self, error: OSError) -> DsCpError:
-        return LaunchError(f"cannot write {self.path}: {error.strerror or error}")
+    def _cannot(self, err: OSError) -> DsCpError:
+        return LaunchError(f"cannot write {self.path}: {err.strerror or err}")

@@ -1,4 +1,4 @@
-"""OpenAI's batch format: one request a line, and what may be wrong with a line."""
+"""OpenAI's batch format: reads one request from each line, or the problem of the line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MAX_ID_CHARS = 512
 
 @dataclass(frozen=True)
 class BatchRequest:
-    """One good line. ``body`` is JSON, for the server to judge."""
+    """A valid line. ``body`` is JSON, which only the server checks."""
 
     line: int
     custom_id: str
@@ -26,7 +26,7 @@ class BatchRequest:
 
 @dataclass(frozen=True)
 class Problem:
-    """A line that is no request, or a request that was refused, and why."""
+    """A line that is not a request, or a request that the server refused, and the reason."""
 
     line: int
     custom_id: str | None
@@ -35,10 +35,10 @@ class Problem:
 
 
 def read_requests(file: BinaryIO, max_line_bytes: int) -> Iterator[BatchRequest | Problem]:
-    """The lines of a batch file as they are asked for; empty ones are left out.
+    """The lines of a batch file, read one by one as the caller asks; empty ones are left out.
 
     Of two requests with one ``custom_id`` the second is a ``Problem``. A line of more than
-    ``max_line_bytes`` is never held whole.
+    ``max_line_bytes`` is never in memory as a whole.
     """
     lines_of: dict[str, int] = {}
     number = 0
@@ -72,10 +72,10 @@ def parse_line(line: int, raw: bytes) -> BatchRequest | Problem:
     """One line, checked up to its body."""
     try:
         value = parse_json(raw.decode())
-    except UnicodeDecodeError as error:
-        return Problem(line, None, "invalid_json", f"not UTF-8 text: wrong byte at {error.start}")
-    except ValueError as error:
-        message = str(error).replace("at line 1, column", "at column")
+    except UnicodeDecodeError as err:
+        return Problem(line, None, "invalid_json", f"not UTF-8 text: wrong byte at {err.start}")
+    except ValueError as err:
+        message = str(err).replace("at line 1, column", "at column")
         return Problem(line, None, "invalid_json", message)
     if not isinstance(value, dict):
         form = '{"custom_id", "method", "url", "body"}'
@@ -93,7 +93,8 @@ def parse_line(line: int, raw: bytes) -> BatchRequest | Problem:
 
 
 def _envelope_problem(value: dict[str, Any], custom_id: str | None) -> tuple[str, str] | None:
-    """Code and message of what is wrong around a body, or with it having to be answered whole."""
+    """Code and message of the first fault in the fields of a line, or None. Of the body it checks
+    only that the answer is not a stream."""
     for key in value:
         if key not in KEYS:
             return "unknown_field", f"unknown field {show(key)}; a line has {', '.join(KEYS)}"
@@ -102,8 +103,8 @@ def _envelope_problem(value: dict[str, Any], custom_id: str | None) -> tuple[str
             return f"missing_{key}", f"{key} is missing; a line has {', '.join(KEYS)}"
     if custom_id is None:
         return "invalid_custom_id", (
-            f"custom_id must be a string of 1 to {MAX_ID_CHARS} characters, not "
-            f"{show(value['custom_id'])}"
+            f"custom_id must be a string of 1 to {MAX_ID_CHARS} characters, "
+            f"not {show(value['custom_id'])}"
         )
     if value["method"] != "POST":
         return "invalid_method", f"method must be POST, not {show(value['method'])}"
@@ -118,10 +119,10 @@ def _envelope_problem(value: dict[str, Any], custom_id: str | None) -> tuple[str
 
 
 def _encode(body: dict[str, Any]) -> bytes:
-    """A body as a client would send it, in UTF-8, which the server's bound on its size means."""
+    """A body in UTF-8, as a client would send it: the server's limit counts these bytes."""
     try:
         return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
-    except UnicodeEncodeError:  # half a surrogate pair, which the server refuses in its own words
+    except UnicodeEncodeError:  # half a surrogate pair: the server refuses it with its own message
         return json.dumps(body, separators=(",", ":")).encode()
 
 

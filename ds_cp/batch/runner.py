@@ -1,7 +1,7 @@
-"""A file of requests through the HTTP application itself, without a socket: OpenAI's batch format.
+"""Runs a batch: sends its requests to the HTTP application itself, without a socket.
 
-Every body goes the server's own way, so what is valid, how a prompt is made of messages and what
-an answer looks like cannot differ from it.
+So a batch accepts the same bodies, builds the same prompts and writes the same answers as the
+server.
 """
 
 from __future__ import annotations
@@ -19,21 +19,22 @@ from ds_cp.batch.asgi_client import Answer, App, Headers, ask
 from ds_cp.batch.format import BatchRequest, Problem
 from ds_cp.text import shorten, show
 
-INTERRUPTED = "interrupted"  # how a report says that ``stop`` ended the run
+INTERRUPTED = "interrupted"  # ``BatchReport.stopped`` of a run that ``stop`` ended
 SHOWN = 5  # problems of each kind that a report names
-# Between the tries of a request that the server is too busy for, when nothing else of the batch is
-# being answered; after the last one its refusal stands.
+# Seconds between the tries of a request that the server is too busy for, while it answers nothing
+# else of the batch; after the last one the refusal is final.
 PAUSES_S = (0.1, 0.2, 0.5, 1.0, 2.0, 4.0)
-LEAVE_S = 5.0  # for requests that were cut off to leave the engine
+MAX_REASON_CHARS = 300  # of a refusal in a report
+LEAVE_S = 5.0  # seconds for cancelled requests to leave the engine
 
 
 @dataclass(frozen=True)
 class BatchReport:
-    """What became of the lines so far: each is counted once.
+    """Counts of the lines so far; each line is counted once.
 
-    ``refused``: answered with 4xx; ``failed``: with 5xx; ``broken``: no request at all;
-    ``skipped``: answered by an earlier run, ``skipped_refused`` of them with 4xx. Tokens are of
-    this run's answers. ``stopped`` says why the rest was not done, or is None.
+    ``refused``: answered with 4xx. ``failed``: answered with 5xx. ``broken``: not a request.
+    ``skipped``: answered by an earlier run; ``skipped_refused`` of them with 4xx. Tokens are those
+    of this run's answers. ``stopped``: the reason why lines are left, or None.
     """
 
     answered: int = 0
@@ -51,7 +52,7 @@ class BatchReport:
 
     @property
     def lines(self) -> int:
-        """Lines that are done with."""
+        """All lines counted so far."""
         return self.answered + self.refused + self.failed + self.broken + self.skipped
 
 
@@ -68,16 +69,16 @@ async def run_batch(
     on_progress: Callable[[BatchReport], None] | None = None,
     pauses_s: tuple[float, ...] = PAUSES_S,
 ) -> BatchReport:
-    """Ask for every request, at most ``concurrency`` at once, and write answers as they come.
+    """Send every request, at most ``concurrency`` at once, and write the answers as they come.
 
-    ``requests`` is read no further than it is worked on. ``write`` gets one whole line of JSON a
-    call; ``on_broken`` gets every ``Problem`` among the requests. ``done``: ids to leave out, with
-    whether they were refused. ``stop`` ends it early: what is in flight is cut off and not written.
-    A request that the server is too busy for (429, or 503 with a time to come back) waits for
-    others to finish; alone, it is tried again after each of ``pauses_s``. A server that has stopped
-    (any other 503) ends the run, unwritten.
+    ``requests`` is read only as workers become free. ``write`` gets one whole line of JSON a call;
+    ``on_broken`` gets every ``Problem`` among the requests. ``done``: ids to leave out, and whether
+    they were refused. ``stop`` ends the run early: requests in flight are cancelled and not
+    written. A request that the server is too busy for (429, or 503 with a time to retry) waits for
+    others to finish; alone, it is sent again after each of ``pauses_s`` (seconds). A server that
+    has stopped (any other 503) ends the run, and that answer is not written.
 
-    Raises what ``requests`` and ``write`` raise, with the rest cut off.
+    Raises what ``requests`` and ``write`` raise, with the requests in flight cancelled.
     """
     run = _Run(app, iter(requests), write, on_broken, done or {}, headers, on_progress, pauses_s)
     stop = stop or asyncio.Event()
@@ -95,8 +96,8 @@ async def run_batch(
     if not working.cancelled():
         try:
             working.result()
-        except _StoppedError as error:
-            stopped = str(error)
+        except _StoppedError as err:
+            stopped = str(err)
     return replace(run.report, stopped=stopped, seconds=monotonic() - run.began)
 
 
@@ -125,8 +126,8 @@ class _Run:
         self._on_progress = on_progress
         self._pauses_s = pauses_s
         self._in_app = 0
-        self._freed = asyncio.Event()  # there may be room, or nobody left to wait for
-        self._retrying = asyncio.Lock()  # one at a time, or a full queue would be stormed
+        self._freed = asyncio.Event()  # the server has room again, or nothing is in flight
+        self._retrying = asyncio.Lock()  # one retry at a time, or all would refill the queue
         self.halted = False
         self.began = monotonic()
         self.report = BatchReport()
@@ -142,23 +143,24 @@ class _Run:
             await asyncio.wait(workers, timeout=LEAVE_S)
             for worker in workers:
                 if worker.done() and not worker.cancelled():
-                    worker.exception()  # taken, so that asyncio does not report it as lost
+                    worker.exception()  # read, or asyncio reports it as never retrieved
 
     async def _worker(self) -> None:
         while (request := await self._next()) is not None:
             try:
                 answer = await self._patient_ask(request)
-            except Exception as error:
-                self._take_none(request, error)
+            except Exception as err:
+                self._write_failure(request, err)
                 continue
             if answer.status == 503 and not answer.busy:
                 if not self.halted:
                     raise _StoppedError("the engine has stopped")
             elif not (self.halted and (answer.busy or answer.status >= 500)):
-                self._take(request, answer)
+                self._write_answer(request, answer)
 
     async def _next(self) -> BatchRequest | None:
-        """The next request that has to be asked; what else is found on the way is noted."""
+        """The next request to send, or None at the end. Broken and skipped lines before it are
+        counted."""
         while not self.halted:
             item = next(self._requests, None)
             if isinstance(item, Problem):
@@ -169,7 +171,7 @@ class _Run:
                 self._count(skipped=1, skipped_refused=int(self._done[item.custom_id]))
             else:
                 return item
-            await asyncio.sleep(0)  # a million such lines in a row must not hold up the rest
+            await asyncio.sleep(0)  # a million such lines in a row must not hold up the answers
         return None
 
     async def _patient_ask(self, request: BatchRequest) -> Answer:
@@ -194,13 +196,13 @@ class _Run:
             answer = await ask(self._app, request.url, request.body, self._headers)
         finally:
             self._in_app -= 1
-            if self._in_app == 0:  # whoever waits for others waits for nobody any more
+            if self._in_app == 0:  # a request that waits for others must try by itself
                 self._freed.set()
         if not answer.busy:
             self._freed.set()
         return answer
 
-    def _take(self, request: BatchRequest, answer: Answer) -> None:
+    def _write_answer(self, request: BatchRequest, answer: Answer) -> None:
         response = {
             "status_code": answer.status,
             "request_id": answer.request_id,
@@ -221,10 +223,10 @@ class _Run:
         else:
             self._count(failed=1)
 
-    def _take_none(self, request: BatchRequest, error: Exception) -> None:
-        """The application broke off: the request's error stands for its answer."""
+    def _write_failure(self, request: BatchRequest, err: Exception) -> None:
+        """Write that the application raised instead of answering."""
         if not self.halted:
-            message = shorten(f"no answer: {type(error).__name__}: {error}", 300)
+            message = shorten(f"no answer: {type(err).__name__}: {err}", MAX_REASON_CHARS)
             self._put(request, None, {"code": "no_answer", "message": message})
             self._count(failed=1)
 
@@ -254,5 +256,5 @@ def _error_of(body: Any) -> tuple[str, str]:
     """Code and message of an answer in OpenAI's error shape."""
     error = body.get("error") if isinstance(body, dict) else None
     if not isinstance(error, dict):
-        return "unknown", shorten(f"no reason given: {show(body)}", 300)
-    return str(error.get("code")), shorten(str(error.get("message")), 300)
+        return "unknown", shorten(f"no reason given: {show(body)}", MAX_REASON_CHARS)
+    return str(error.get("code")), shorten(str(error.get("message")), MAX_REASON_CHARS)

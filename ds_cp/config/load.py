@@ -1,6 +1,6 @@
 """The JSON config: read it, check it, describe it.
 
-``load_config`` is the way in; whatever is wrong becomes one ``ConfigError`` of one line.
+``load_config`` reads and checks a file or a mapping; a mistake raises ``ConfigError``, in one line.
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from ds_cp.config.models import (
-    Config,
-)
+from ds_cp.config.models import Config
 from ds_cp.errors import ConfigError
 from ds_cp.text import allowed, nearest, parse_json, shorten, show
 
@@ -48,8 +46,8 @@ def load_config(
         raw = _replaced(raw, key.split("."), value)
     try:
         config = Config.model_validate(raw)
-    except ValidationError as error:
-        raise ConfigError(f"{where}: {_sentence(error, raw)}") from None
+    except ValidationError as err:
+        raise ConfigError(f"{where}: {_sentence(err, raw)}") from None
     return config.model_copy(update={"model": _resolved(config.model, folder)})
 
 
@@ -86,16 +84,16 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             data = file.read(MAX_CONFIG_BYTES + 1)
-    except OSError as error:
-        raise ConfigError(f"cannot read config {path}: {error.strerror or error}") from None
+    except OSError as err:
+        raise ConfigError(f"cannot read config {path}: {err.strerror or err}") from None
     if len(data) > MAX_CONFIG_BYTES:
         raise ConfigError(f"config {path} is larger than {MAX_CONFIG_BYTES} bytes")
     try:
         raw = parse_json(data.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"config {path} is not UTF-8 text (byte {error.start})") from None
-    except ValueError as error:
-        raise ConfigError(f"config {path} is {error}") from None
+    except UnicodeDecodeError as err:
+        raise ConfigError(f"config {path} is not UTF-8 text (byte {err.start})") from None
+    except ValueError as err:
+        raise ConfigError(f"config {path} is {err}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"config {path} must hold a JSON object, not {show(raw)}")
     return raw
@@ -135,9 +133,9 @@ def _all_paths() -> list[str]:
     return paths
 
 
-def _sentence(error: ValidationError, raw: Mapping[str, Any]) -> str:
-    """The first problem, unknown keys before others (a misspelt key also looks missing)."""
-    details = error.errors(include_url=False, include_context=False, include_input=False)
+def _sentence(err: ValidationError, raw: Mapping[str, Any]) -> str:
+    """One sentence on the first mistake, unknown keys first: a misspelt key also looks missing."""
+    details = err.errors(include_url=False, include_context=False, include_input=False)
     first = min(details, key=lambda detail: detail["type"] != "extra_forbidden")
     loc = first["loc"]
     path, model, schema = _walk(loc)
@@ -146,9 +144,8 @@ def _sentence(error: ValidationError, raw: Mapping[str, Any]) -> str:
         siblings = [f"{prefix}.{key}" if prefix else key for key, _ in _keys_of(model)]
         unknown = str(loc[-1])
         full = shorten(".".join([*path, unknown]))
-        return f"unknown key {full}; the nearest valid one is " + nearest(
-            unknown, siblings, _all_paths()
-        )
+        near = nearest(unknown, siblings, _all_paths())
+        return f"unknown key {full}; the nearest valid one is {near}"
     name = ".".join(path)
     if first["type"] == "value_error" and first["msg"].startswith("Value error, " + (name or "")):
         message = first["msg"].removeprefix("Value error, ")
@@ -166,7 +163,8 @@ def _sentence(error: ValidationError, raw: Mapping[str, Any]) -> str:
 
 
 def _walk(loc: tuple[int | str, ...]) -> tuple[list[str], type[BaseModel], dict[str, Any]]:
-    """The keys of ``loc`` that are ours (pydantic adds the union's branch), and the last schema."""
+    """The keys of ``loc`` that the config has (pydantic adds a union's branch), the model that
+    holds the last of them, and its schema."""
     path: list[str] = []
     model: type[BaseModel] = Config
     schema: dict[str, Any] = {}

@@ -98,7 +98,7 @@ class ContextParallel(_Section):
     local_threshold: Auto | Annotated[int, Field(ge=0, le=MAX_TOKENS)] = Field(
         default="auto",
         description="prompts up to this length stay on one rank when mode is auto; "
-        "auto: whatever fits on one rank",
+        "auto: all that fit on one rank",
         json_schema_extra=_unit("tokens"),
     )
 
@@ -173,7 +173,7 @@ class Scheduler(_Section):
     )
     decode_slowdown: Annotated[float, Field(gt=1.0, le=1000.0)] = Field(
         default=2.0,
-        description="how much longer a step of running streams may take because of a prompt that "
+        description="how much longer a step of decoding requests may take because of a prompt that "
         "is prefilled beside them; its chunks are sized by measured step times",
         json_schema_extra=_unit("times"),
     )

@@ -11,7 +11,6 @@ import openai
 import pytest
 
 from ds_cp.api import context, logprobs
-from ds_cp.api.context import engine_salt
 from tests.helpers.fake_engine import FakeEngine, expected_ids, prompt_scores
 from tests.server.conftest import Running, wait_for
 
@@ -260,22 +259,6 @@ def test_every_answer_begins_with_the_prompt(
         assert block["token_logprobs"][0] is None and len(block["tokens"]) == len(ids) + count
 
 
-def test_offsets_with_tokens_that_the_text_has_not() -> None:
-    """Added tokens, dropped blanks, and blanks that a tokenizer adds have no width."""
-    from types import SimpleNamespace
-
-    from ds_cp.outputs import TokenLogprob
-
-    pieces = {1: "<s>", 2: " foo", 3: " foo", 4: "bar"}
-    texts: Any = SimpleNamespace(
-        piece=lambda i: (pieces[i], pieces[i].encode()), label=lambda i: pieces[i]
-    )
-    scores = [None, *(TokenLogprob(i, -1.0) for i in (2, 3, 4))]
-    parts = list(logprobs.echo_blocks([1, 2, 3, 4], scores, "foo foo   bar", texts, 0))
-    assert [text for text, _ in parts] == ["foo foo   bar"]
-    assert parts[0][1]["text_offset"] == [0, 0, 3, 7]
-
-
 def test_prompt_logprobs_as_vllm_has_them(served: Running, tokenizer: Any) -> None:
     ids = tokenizer("one two three")["input_ids"]
     reply = served.client().completions.create(
@@ -408,12 +391,3 @@ def test_salts_differ_by_key_and_by_salt(launch: Any) -> None:
     with pytest.raises(openai.AuthenticationError):
         server.client("key-x").completions.create(model=MODEL, prompt=[5])
     assert len(server.engine.options) == 16
-
-
-def test_engine_salt_keeps_its_parts_apart() -> None:
-    salts = [
-        engine_salt(key, salt)
-        for key in (None, "", "a", "ab", 'a", "b')
-        for salt in ("", "b", "ab", '", "b')
-    ]
-    assert salts[0] == "" and len(set(salts)) == len(salts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import httpx
@@ -328,15 +327,3 @@ def test_slow_tokenizer_has_a_deadline(launch: Any, tokenizer: Any) -> None:
         assert error_of(server.post(path, body), 503)["code"] == "tokenize_timeout"
         assert time.monotonic() - begun < 0.9
     assert server.get("/health").status_code == 200
-
-
-def test_nan_logprob_is_not_sent_as_nan() -> None:
-    from types import SimpleNamespace
-
-    from ds_cp.api.logprobs import TokenTexts, chat_entries
-    from ds_cp.outputs import TokenLogprob
-
-    tokenizer = SimpleNamespace(convert_ids_to_tokens=lambda i: "a", decode=lambda ids, **_: "a")
-    texts = TokenTexts(SimpleNamespace(tokenizer=tokenizer))  # type: ignore[arg-type]
-    entry = chat_entries([TokenLogprob(1, -math.inf, ((2, -math.inf),))], texts, 1)[0]
-    assert entry["logprob"] == -9999.0 and entry["top_logprobs"][0]["logprob"] == -9999.0

@@ -13,9 +13,6 @@ import httpx
 import openai
 import pytest
 
-from ds_cp.api.server import bind
-from ds_cp.config import Server
-from ds_cp.errors import LaunchError
 from tests.server.conftest import Running, wait_for
 
 C = "/v1/completions"
@@ -278,10 +275,6 @@ def test_api_keys(launch: Launch) -> None:
     assert server.post(C, body, headers={"Authorization": "bearer first-key"}).status_code == 200
 
 
-def test_keys_are_not_shown() -> None:
-    assert "hush" not in repr(Server(api_key=("hush",)))
-
-
 def test_request_ids(served: Running) -> None:
     given = {"X-Request-Id": "abc-1.2_3"}
     assert served.get("/health", headers=given).headers["x-request-id"] == "abc-1.2_3"
@@ -293,24 +286,6 @@ def test_request_ids(served: Running) -> None:
 
 
 # -- start and end -----------------------------------------------------------------------------
-
-
-def test_bind_says_what_is_wrong() -> None:
-    first = bind("127.0.0.1", 0)
-    port = first.getsockname()[1]
-    with pytest.raises(LaunchError, match=f"port {port} is in use; choose another") as error:
-        bind("127.0.0.1", port)
-    assert "\n" not in str(error.value)
-    first.close()
-    again = bind("127.0.0.1", port)
-    again.close()
-    with pytest.raises(LaunchError, match="no address of this machine"):
-        bind("192.0.2.1", 0)
-    for port in (70_000, -1):
-        with pytest.raises(LaunchError, match="0 to 65535"):
-            bind("127.0.0.1", port)
-    with pytest.raises(LaunchError, match="server.host"):
-        bind("not a host", 8000)
 
 
 def test_drain_lets_requests_finish(launch: Launch) -> None:
