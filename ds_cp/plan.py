@@ -13,6 +13,8 @@ import msgspec
 
 from ds_cp.layout import Home, Runs
 
+MAX_PLAN_BYTES = 64 * 2**20  # of one plan as msgpack: what every channel to the ranks carries
+
 
 class Sampling(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     """How to choose one request's tokens; sent once. ``seed`` and a token's index name the random

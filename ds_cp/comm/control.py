@@ -8,6 +8,7 @@ import torch
 
 from ds_cp.comm.wire import Message, World
 from ds_cp.errors import CommError
+from ds_cp.plan import MAX_PLAN_BYTES
 
 PLAN, RESULT = "plan", "result"
 
@@ -16,7 +17,7 @@ class Control:
     """Rank 0's channel to everybody. A plan is raw bytes (msgpack), at most ``LIMIT`` long."""
 
     FRAME = 4096  # one broadcast carries this much, which nearly every plan fits
-    LIMIT = 64 * 2**20
+    LIMIT = MAX_PLAN_BYTES
 
     def __init__(self, world: World) -> None:
         self._group = world.everybody

@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ds_cp.errors import CapacityError, RequestError
+from ds_cp.plan import MAX_PLAN_BYTES
 from ds_cp.sampling_params import SamplingParams
 from ds_cp.scheduler.block_manager import BlockManager
+
+BEGIN_BYTES = MAX_PLAN_BYTES - 8 * 2**20  # of all begins of one plan; the rest is for its chunks
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,24 @@ class Limits:
     max_queue: int
     vocab_size: int
     eos_token_ids: tuple[int, ...]
+
+    def begin_bytes(self, tokens: int, block_size: int, params: SamplingParams) -> int:
+        """At most this many bytes of msgpack is a ``Begin`` of ``tokens`` known tokens."""
+        home = 9  # a list of a rank below 2**16 and a block below 2**32
+        ends = len(self.eos_token_ids) + len(params.stop_token_ids)
+        sampling = 256 + 16 * len(params.logit_bias) + 5 * ends
+        return sampling + self._token_bytes * tokens + home * (tokens // block_size)
+
+    def begin_tokens(self, block_size: int, params: SamplingParams) -> int:
+        """The most known tokens with which a request fits in a plan."""
+        fixed = self.begin_bytes(0, block_size, params)
+        return (BEGIN_BYTES - fixed) * block_size // (self._token_bytes * block_size + 9)
+
+    @property
+    def _token_bytes(self) -> int:
+        """Bytes of the largest token id in msgpack."""
+        largest = self.vocab_size - 1
+        return next((n for n, top in ((1, 0x7F), (2, 0xFF), (3, 0xFFFF)) if largest <= top), 5)
 
 
 def check_request(
@@ -59,6 +80,13 @@ def check_request(
             f"{largest} tokens{why}; shorten it, raise kv_cache, or {more}",
             need=need, have=have, largest=largest,
         )  # fmt: skip
+    sendable = limits.begin_tokens(blocks.allocator.block_size, params)
+    if need > sendable:
+        raise RequestError(
+            f"the request has {need} tokens ({length} prompt + {want} new - 1), but the plan that "
+            f"starts it carries at most {sendable} to the ranks ({BEGIN_BYTES} bytes); shorten it",
+            "prompt" if length > sendable else "max_tokens",
+        )
     if length + want > model_len:
         raise RequestError(
             f"the request has {length} prompt + {want} new tokens, above the model's length "
@@ -71,4 +99,6 @@ def check_request(
                 f"token id {token} is outside the vocabulary, 0 to {limits.vocab_size - 1}",
                 "logit_bias" if token in params.logit_bias else "stop_token_ids",
             )
-    return min(model_len - length, largest - length + 1) if params.max_tokens is None else want
+    if params.max_tokens is not None:
+        return want
+    return min(model_len, largest + 1, sendable + 1) - length

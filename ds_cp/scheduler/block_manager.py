@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ds_cp.kv.blocks import BlockAllocator
 from ds_cp.kv.placement import place, place_block
@@ -12,7 +12,8 @@ from ds_cp.kv.table import SequenceTable
 from ds_cp.layout import Home
 from ds_cp.plan import Transfer
 from ds_cp.scheduler.mode_policy import ModePolicy, Seats
-from ds_cp.scheduler.request import Request
+from ds_cp.scheduler.prefix_index import PrefixIndex
+from ds_cp.scheduler.request import Refusal, Request
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ class BlockManager:
         seats: Seats | None = None,
     ) -> None:
         self.allocator = BlockAllocator(blocks_per_rank, block_size)
+        self.prefix = PrefixIndex(self.allocator)
         self.closed: set[int] = set()
-        self._fresh: set[Home] = set()  # blocks whose content is computed in the step in the making
         self.queries = 0  # prompt tokens looked up in the prefix index
         self.hits = 0
         self._placement = placement
@@ -91,10 +92,6 @@ class BlockManager:
             room[rank] = 0
         return room
 
-    def begin_step(self) -> None:
-        """Start a new plan: blocks that earlier plans compute can be copied by it."""
-        self._fresh.clear()
-
     # --- a request starts
 
     def start(self, request: Request, load: Sequence[int], busy: bool) -> list[Transfer] | None:
@@ -107,8 +104,20 @@ class BlockManager:
         size = self.allocator.block_size
         if request.keys is None and self._caching:
             request.keys = PrefixKeys(size, request.salt)
+        room = tuple(self.room())
+        now = Refusal(room, None, self.prefix.copies, request.num_tokens, len(self.closed), busy)
+        old = request.refusal
+        if any(load) and old is not None and now.follows_from(old):
+            if old.next_key is None or self.allocator.find(old.next_key) is None:
+                return None
+        self.prefix.skipped_fresh = False
         offer = next(self._offers(request, load, busy), None)
-        return None if offer is None else self._take(request, offer)
+        request.refusal = None
+        if offer is not None:
+            return self._take(request, offer)
+        if not self.prefix.skipped_fresh:
+            request.refusal = replace(now, next_key=self.prefix.next_key(request))
+        return None
 
     def _take(self, request: Request, offer: Offer) -> list[Transfer]:
         size, found, target = self.allocator.block_size, offer.found, offer.copy_to
@@ -138,7 +147,7 @@ class BlockManager:
         """Ways to start the request, best first; each fits now."""
         size, tokens = self.allocator.block_size, request.num_tokens
         blocks = -(-tokens // size)
-        found = self._find(request)
+        found = self.prefix.find(request)
         past = len(found) * size
         answer = request.max_tokens - len(request.output)
         most = self.num_ranks - len(self.closed)
@@ -178,8 +187,12 @@ class BlockManager:
         by_load = sorted(open_ranks, key=lambda r: (
             r in asleep, load[r], -self.allocator.num_available(r), -self.allocator.num_free(r),
         ))  # fmt: skip
+        room = self.room()
         for rank in by_load:
-            chain = self._find(request, rank)
+            # Blocks that others use there are all that it can have beside what is free or cached.
+            if room[rank] + self.allocator.num_used(rank) < blocks:
+                continue
+            chain = self.prefix.find(request, rank)
             here = [home for home in chain if home[0] == rank]
             if self._room_beside(here)[rank] >= blocks - len(here):
                 yield Offer(chain, self._only(rank, blocks - len(chain)), (rank,), rank)
@@ -263,49 +276,6 @@ class BlockManager:
         open_to = rank not in self.closed or (self.only_local and rank == here)
         return open_to and self.allocator.num_available(rank) > 0
 
-    # --- the prefix index
-
-    def name_blocks(self, request: Request) -> None:
-        """Enter in the prefix index the full blocks that are computed and whose tokens are
-        known."""
-        table, keys = request.table, request.keys
-        if table is None or keys is None:
-            return
-        whole = min(table.num_tokens, len(request.tokens)) // table.block_size
-        if whole <= request.num_keyed:
-            return
-        names = keys.upto(request.tokens, whole)
-        for index in range(request.num_keyed, whole):
-            rank, block = home = table.homes[index]
-            first = self.allocator.find(names[index])
-            self._fresh.add(home)
-            if first is None:
-                self.allocator.put(names[index], home)
-            elif first[0] != rank:  # a second copy, for requests that stay on this rank
-                self.allocator.put(_on_rank(names[index], rank), home)
-        request.num_keyed = whole
-
-    def _find(self, request: Request, near: int | None = None) -> list[Home]:
-        """Cached blocks that hold the request's first tokens, from the first on. Prefers copies on
-        rank ``near``; a block of another rank ends the list there if it cannot be copied in this
-        step. The last token is never among them: it is computed for its logits."""
-        if request.keys is None or request.params.prompt_logprobs is not None:
-            return []
-        most = (request.num_tokens - 1) // self.allocator.block_size
-        found: list[Home] = []
-        for name in request.keys.upto(request.tokens, most):
-            home = self.allocator.find(name)
-            if near is not None and (home is None or home[0] != near):
-                second = self.allocator.find(_on_rank(name, near))
-                if second is not None and second[0] == near:  # it may have moved
-                    home = second
-                elif home in self._fresh:
-                    break
-            if home is None:
-                break
-            found.append(home)
-        return found
-
     # --- a request leaves
 
     def release(self, request: Request, keep: bool = True) -> None:
@@ -331,7 +301,3 @@ class BlockManager:
             for home in own:
                 references[home] = references.get(home, 0) + 1
         self.allocator.check_integrity(references)
-
-
-def _on_rank(name: bytes, rank: int) -> bytes:
-    return name + rank.to_bytes(4, "little")

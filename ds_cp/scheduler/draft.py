@@ -29,6 +29,7 @@ class Draft:
         self.transfers: list[Transfer] = []
         self.grown: list[tuple[int, Home]] = []
         self.begins: list[Begin] = []
+        self.begin_bytes = 0  # at most, of the begins as msgpack
         self.forks: list[Fork] = []
         self.looking_back: list[Request] = []  # begun or forked, and their draws need old tokens
         self._pacer = pacer
@@ -93,7 +94,7 @@ class Draft:
         """``request`` starts on the blocks that its table holds."""
         assert request.table is not None
         self.begins.append(Begin(
-            request.number, tuple(request.tokens), len(request.prompt),
+            request.number, (*request.prompt, *request.output), len(request.prompt),
             tuple(request.table.homes), request.table.num_tokens, sampling,
         ))  # fmt: skip
         if sampling.looks_back:

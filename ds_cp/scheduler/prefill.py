@@ -7,7 +7,7 @@ from bisect import insort
 
 from ds_cp.kv.table import SequenceTable
 from ds_cp.plan import Sampling
-from ds_cp.scheduler.admission import Limits
+from ds_cp.scheduler.admission import BEGIN_BYTES, Limits
 from ds_cp.scheduler.block_manager import BlockManager
 from ds_cp.scheduler.chunking import cut_chunk
 from ds_cp.scheduler.draft import Draft
@@ -67,7 +67,7 @@ class PrefillPlanner:
             draft.rows_left -= max(end - past, 0)
         if cut.chunk.mode not in request.modes:
             request.modes.append(cut.chunk.mode)
-        self._blocks.name_blocks(request)
+        self._blocks.prefix.enter(request)
         if cut.chunk.samples:
             request.prefilling = False
             request.decode_key = None
@@ -109,9 +109,15 @@ class PrefillPlanner:
             busy = len(self._running) > 0 or len(self._waiting) > 1
             if 1 + len(request.siblings) > seats or request.in_flight:
                 return
+            size = self._limits.begin_bytes(
+                request.num_tokens, self._allocator.block_size, request.params
+            )
+            if draft.begins and draft.begin_bytes + size > BEGIN_BYTES:
+                return
             copies = self._blocks.start(request, load, busy)
             if copies is None:
                 return
+            draft.begin_bytes += size
             draft.transfers += copies
             self._waiting.remove(request)
             insort(self._running, request, key=lambda r: r.order)

@@ -3,13 +3,76 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
+from typing import overload
 
 from ds_cp.kv.prefix import PrefixKeys
 from ds_cp.kv.table import SequenceTable
 from ds_cp.layout import Home
 from ds_cp.outputs import RequestMetrics
 from ds_cp.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class KnownTokens(Sequence[int]):
+    """``prompt`` followed by ``output``, without a copy of either: the answers to one prompt share
+    it, and a prompt may have millions of tokens."""
+
+    prompt: tuple[int, ...]
+    output: list[int]
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.output)
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[int]: ...
+
+    def __getitem__(self, index: int | slice) -> int | Sequence[int]:
+        length = len(self.prompt)
+        if isinstance(index, slice):
+            start, stop, step = index.indices(len(self))
+            if stop <= length and step == 1:
+                return self.prompt[start:stop]
+            return [self[i] for i in range(start, stop, step)]
+        if index < 0:
+            index += len(self)
+        if not 0 <= index < len(self):
+            raise IndexError(f"token {index} of {len(self)}")
+        return self.prompt[index] if index < length else self.output[index - length]
+
+    def __iter__(self) -> Iterator[int]:
+        return chain(self.prompt, self.output)
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """What an attempt to start depended on that found no room: while a later one depends on no
+    more, it need not look up the request's beginning, which may be long, to find none either.
+
+    ``room``: blocks that each rank could allocate; ``next_key``: of the first block of its prefix
+    that was not in the index; ``copies``: second copies ever entered there; ``tokens``: those of
+    the request; ``closed``: ranks being drained; ``busy``: whether other requests wanted ranks.
+    """
+
+    room: tuple[int, ...]
+    next_key: bytes | None
+    copies: int
+    tokens: int
+    closed: int
+    busy: bool
+
+    def follows_from(self, old: Refusal) -> bool:
+        """Whether ``old`` was refused under conditions at least as good, ``next_key`` apart: blocks
+        evicted since then only take away."""
+        same = (self.copies, self.tokens, self.closed, self.busy) == (
+            old.copies, old.tokens, old.closed, old.busy,
+        )  # fmt: skip
+        return same and all(now <= then for now, then in zip(self.room, old.room, strict=True))
 
 
 @dataclass(eq=False, slots=True)
@@ -44,6 +107,7 @@ class Request:
     shares_tail: bool = False
     decode_key: tuple[str, str] | None = None  # mode and ring pass of its decode steps
     keys: PrefixKeys | None = None
+    refusal: Refusal | None = None  # why it could not start when that was last tried
     num_keyed: int = 0  # its first blocks, entered in the prefix index
     served: int = 0  # its last step in which decodes had to take turns
     num_notified: int = 0  # outputs that the ranks know, for penalties
@@ -56,10 +120,11 @@ class Request:
     finished_time: float | None = None
     modes: list[str] = field(default_factory=list)
     num_preemptions: int = 0
-    tokens: list[int] = field(init=False)  # known ones, of prompt and output
 
-    def __post_init__(self) -> None:
-        self.tokens = [*self.prompt, *self.output]
+    @property
+    def tokens(self) -> KnownTokens:
+        """The known tokens: the prompt, then the output."""
+        return KnownTokens(self.prompt, self.output)
 
     @property
     def order(self) -> tuple[int, int]:
@@ -69,7 +134,7 @@ class Request:
     @property
     def num_tokens(self) -> int:
         """Known tokens, of prompt and output."""
-        return len(self.tokens)
+        return len(self.prompt) + len(self.output)
 
     @property
     def num_computed(self) -> int:

@@ -93,11 +93,11 @@ class Scheduler:
                 "try later"
             )
         options = options or RequestOptions()
-        answers = []
+        known, answers = tuple(prompt), []
         for index in range(params.n):
             self._numbers += 1
             answers.append(Request(
-                self._numbers, request_id, tuple(prompt), params, max_tokens,
+                self._numbers, request_id, known, params, max_tokens,
                 (seed + index + 2**63) % 2**64 - 2**63, options.priority, options.cache_salt, index,
             ))  # fmt: skip
         first, first.siblings = answers[0], answers[1:]
@@ -161,7 +161,7 @@ class Scheduler:
         budget = [self.limits.max_num_batched_tokens] * self.block_manager.num_ranks
         draft = Draft(self._steps + 1, budget, self._pacer)
         before = self.num_preemptions
-        self.block_manager.begin_step()
+        self.block_manager.prefix.begin_step()
         if self.migration.is_moving:
             self._move(draft)
         self._decode.add(draft)
@@ -191,12 +191,11 @@ class Scheduler:
         apart)."""
         request.in_flight -= 1
         request.output.append(token)
-        request.tokens.append(token)
         params, length = request.params, len(request.output)
         if length == 1:
             request.first_token_time = time.time()
-        if request.table is not None and len(request.tokens) % self.allocator.block_size <= 1:
-            self.block_manager.name_blocks(request)
+        if request.table is not None and request.num_tokens % self.allocator.block_size <= 1:
+            self.block_manager.prefix.enter(request)
         if length > params.min_tokens:  # that many come before an end, as in vLLM
             if params.stop_token_ids and token in params.stop_token_ids:
                 self.finish(request, "stop", token)

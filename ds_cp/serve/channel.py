@@ -10,9 +10,9 @@ import msgspec
 
 from ds_cp.errors import EngineDeadError
 from ds_cp.facts import Facts
-from ds_cp.plan import Outcome, StepPlan
+from ds_cp.plan import MAX_PLAN_BYTES, Outcome, StepPlan
 
-LIMIT = 64 * 2**20  # largest frame, in bytes
+LIMIT = MAX_PLAN_BYTES  # largest frame, in bytes
 T = TypeVar("T")
 
 
