@@ -73,6 +73,7 @@ class _Probe:
     def __init__(self, architecture: str) -> None:
         self._architecture = architecture
         self.layers: dict[int, LayerSpec] = {}
+        self.modules: dict[int, nn.Module] = {}
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(q).transpose(1, 2)
@@ -111,6 +112,7 @@ class _Probe:
             raise UnsupportedModelError(
                 f"{where} runs attention twice; ds_cp stores one KV a layer"
             )
+        self.modules[module.layer_idx] = module
         self.layers[module.layer_idx] = LayerSpec(
             num_q_heads=q.shape[1],
             num_kv_heads=k.shape[1],
@@ -123,7 +125,14 @@ class _Probe:
 
 
 def probe_layers(model: Decoder) -> list[LayerSpec]:
-    """What each layer's attention asks for, by layer index. Leaves the model wired.
+    """What each layer's attention asks for, by layer index (see ``probe``)."""
+    return [spec for spec, _ in probe(model)]
+
+
+def probe(model: Decoder) -> list[tuple[LayerSpec, nn.Module]]:
+    """What each layer's attention asks for, and the module that asks, by layer index.
+
+    Runs one token, and leaves the model wired.
 
     Raises ``UnsupportedModelError``, naming the architecture, when some layer is not plain softmax
     attention through the interface (state-space and linear layers, chunked masks, several KV
@@ -140,28 +149,28 @@ def probe_layers(model: Decoder) -> list[LayerSpec]:
         )
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{name} is an encoder-decoder; ds_cp serves decoders only")
-    probe = _Probe(name)
+    seen = _Probe(name)
     token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
     try:
         wire(model)
         with torch.inference_mode():
-            model(input_ids=token, position_ids=token, use_cache=False, **{CONTEXT: probe})
+            model(input_ids=token, position_ids=token, use_cache=False, **{CONTEXT: seen})
     except (TypeError, ValueError, KeyError, AttributeError) as err:
         raise UnsupportedModelError(
             f"{name} does not run through transformers' attention interface: "
             f"{str(err).splitlines()[0]}"
         ) from err
     want = list(range(text.num_hidden_layers))
-    if sorted(probe.layers) != want:
-        missing = sorted(set(want) - set(probe.layers))
+    if sorted(seen.layers) != want:
+        missing = sorted(set(want) - set(seen.layers))
         raise UnsupportedModelError(
             f"{name}: layers {missing[:8]} of {len(want)} do not use softmax attention "
             "through the attention interface, so their state cannot be spread over ranks"
         )
     if sliding := [i for i, kind in enumerate(getattr(text, "layer_types", None) or ())
-                   if kind == "sliding_attention" and probe.layers[i].window is None]:  # fmt: skip
+                   if kind == "sliding_attention" and seen.layers[i].window is None]:  # fmt: skip
         raise UnsupportedModelError(f"{name}: layers {sliding[:8]} slide but do not state a window")
-    return [probe.layers[i] for i in want]
+    return [(seen.layers[i], seen.modules[i]) for i in want]
 
 
 def check_positions(model: Decoder, max_model_len: int) -> None:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+from torch import nn
+
 from ds_cp.attention import Kernel, LayerSpec, get_kernel
 from ds_cp.attention.kernels import kernel_notes
 from ds_cp.comm.links import measure_links
@@ -22,12 +24,13 @@ from ds_cp.model.end_tokens import model_end_tokens
 from ds_cp.model.loading import choose_dtype, load_config, load_model
 from ds_cp.model.shard import RowSums, shard_model
 from ds_cp.model.source import ModelSource, find_model
-from ds_cp.model.wiring import Decoder, check_positions, probe_layers
+from ds_cp.model.wiring import Decoder, check_positions, probe, probe_layers
 from ds_cp.startup.agreement import gather_blocks, joint_phase, local_phase
-from ds_cp.startup.exactness import Reference, compare, reference_logits, served_logits
+from ds_cp.startup.exactness import Reference, Step, compare, reference_logits, served_logits
 from ds_cp.startup.fingerprint import Fingerprint, agree_on_model, fingerprint
 from ds_cp.startup.flops import achieved_flops
 from ds_cp.startup.kv_budget import allocate_pool, decide_budget
+from ds_cp.startup.layerwise import AttentionRecord
 from ds_cp.startup.resources import ranks_at_once
 from ds_cp.startup.weights import active_weights
 from ds_cp.topology.hosts import resolve_grid
@@ -125,23 +128,24 @@ def _serve(
     """Load, compare with the other ranks, shard, wire, and compare with transformers. ``note``
     gets lines on what was read past."""
 
-    def load() -> tuple[Decoder, str, Kernel, int, Fingerprint]:
+    def load() -> tuple[Decoder, list[nn.Module], str, Kernel, int, Fingerprint]:
         source = find_model(config.model) if model is None else model
         decoder = _load(config, source, world, note)
-        probe_layers(decoder)  # refuses an architecture by its name before anything else is tried
+        # Refuses an architecture by its name before anything else is tried with it.
+        modules = [module for _, module in probe(decoder)]
         name, kernel = get_kernel(config.attention.backend, world.device, decoder.dtype)
         text = decoder.config.get_text_config()
         length = _max_model_len(config, getattr(text, "max_position_embeddings", None))
         check_positions(decoder, length)
         found = fingerprint(decoder, source if isinstance(source, ModelSource) else None)
-        return decoder, name, kernel, length, found
+        return decoder, modules, name, kernel, length, found
 
-    decoder, name, kernel, length, found = local_phase(world, load)
+    decoder, modules, name, kernel, length, found = local_phase(world, load)
     agree_on_model(world, found)
     sums = RowSums(tp)
 
     def prepare() -> tuple[list[LayerSpec], Reference]:
-        reference = reference_logits(decoder)
+        reference = reference_logits(decoder, modules)
         shard_model(decoder, sums)
         with sums.recording():
             layers = probe_layers(decoder)
@@ -149,9 +153,17 @@ def _serve(
         return layers, reference
 
     layers, reference = local_phase(world, prepare)
-    steps = joint_phase(world, lambda: served_logits(decoder, layers, kernel, cp, sums))
+
+    def serve(record: AttentionRecord | None) -> list[Step]:
+        return served_logits(decoder, layers, kernel, cp, sums, record)
+
+    steps = joint_phase(world, lambda: serve(None))
+    # The same models have the same record on all ranks, so all of them replay or none.
+    replayed = joint_phase(world, lambda: serve(reference.record)) if reference.record else []
     architecture = type(decoder).__name__
-    error = local_phase(world, lambda: compare(architecture, decoder.dtype, reference, steps))
+    error = local_phase(
+        world, lambda: compare(architecture, decoder.dtype, reference, steps, replayed)
+    )
     return Served(decoder, layers, kernel, name, length, error, reference.rounding)
 
 

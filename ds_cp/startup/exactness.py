@@ -2,16 +2,19 @@
 
 The reference is transformers alone on the whole model, before it is sharded, called as its own
 ``generate`` calls it. Ours goes through the real step, KV pool and kernel: a prompt in two chunks
-beside a shorter prompt, then one decode step of both, with blocks out of order.
+beside a shorter prompt, then one decode step of both, with blocks out of order. In 16 bits a second
+run compares layer by layer (see ``layerwise``).
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from ds_cp.attention import Kernel, LayerSpec
 from ds_cp.comm.wire import Group
@@ -20,6 +23,7 @@ from ds_cp.kv.pool import KVPool
 from ds_cp.model.shard import RowSums
 from ds_cp.model.wiring import CONTEXT, Decoder
 from ds_cp.plan import Begin, Chunk, Decodes, Sampling, StepPlan
+from ds_cp.startup.layerwise import AttentionRecord
 from ds_cp.worker.state import WorkerState
 from ds_cp.worker.step_context import StepContext
 
@@ -31,7 +35,7 @@ BLOCK = 8  # tokens of a block of KV in the check
 BLOCKS_OF_LONG, BLOCKS_OF_SHORT = (3, 0, 2), (1,)
 
 FLOOR_FP32 = 1e-4  # least limit of the error, as a share of the largest logit
-FLOOR_HALF = 5e-2  # the same for bf16 and fp16
+FLOOR_HALF = 5e-2  # the same for bf16 and fp16, also of one layer's attention
 ROUNDING = 3.0  # times transformers' own difference between two of its kernels
 CEILING = 0.45  # most that rounding may excuse: logits of unrelated tokens differ by 0.6 and more
 
@@ -39,10 +43,12 @@ CEILING = 0.45  # most that rounding may excuse: logits of unrelated tokens diff
 @dataclass(frozen=True)
 class Reference:
     """``logits``: fp32 ``[LENGTH, V]`` of transformers' eager attention; ``rounding``: the relative
-    difference of its sdpa attention to them."""
+    difference of its sdpa attention to them; ``record``: its attention layer by layer, in 16 bits
+    and where its modules can be followed."""
 
     logits: torch.Tensor
     rounding: float
+    record: AttentionRecord | None = None
 
 
 @dataclass(frozen=True)
@@ -54,30 +60,42 @@ class Step:
     logits: torch.Tensor
 
 
-def reference_logits(model: Decoder) -> Reference:
-    """What transformers alone computes with the whole ``model``; local to this rank."""
+def reference_logits(model: Decoder, modules: Sequence[nn.Module]) -> Reference:
+    """What transformers alone computes with the whole ``model``; local to this rank. ``modules``:
+    the attention modules by layer."""
     ids = torch.tensor([_tokens(model)], device=model.device)
     inputs = {"input_ids": ids, "use_cache": False}
     if "position_ids" in inspect.signature(model.forward).parameters:  # as ``generate`` does
         inputs["position_ids"] = torch.arange(LENGTH, device=model.device)[None]
+    record = AttentionRecord(modules, LENGTH)
     with torch.inference_mode():
         model.set_attn_implementation("eager")
-        logits = model(**inputs).logits[0].float()
+        with record.recording():
+            logits = model(**inputs).logits[0].float()
+        rounding = 0.0
         try:
             model.set_attn_implementation("sdpa")
         except ValueError:  # the architecture has no such attention
-            return Reference(logits, 0.0)
-        rounding = relative_error(model(**inputs).logits[0].float(), logits)
-    return Reference(logits, rounding)
+            pass
+        else:
+            rounding = relative_error(model(**inputs).logits[0].float(), logits)
+    layerwise = model.dtype != torch.float32 and record.complete
+    return Reference(logits, rounding, record if layerwise else None)
 
 
 def served_logits(
-    model: Decoder, layers: Sequence[LayerSpec], kernel: Kernel, cp: Group, sums: RowSums
+    model: Decoder,
+    layers: Sequence[LayerSpec],
+    kernel: Kernel,
+    cp: Group,
+    sums: RowSums,
+    record: AttentionRecord | None = None,
 ) -> list[Step]:
     """Our logits of the same tokens, step by step, in a small KV pool of its own.
 
     Every rank runs requests of its own, so that only tensor-parallel sums are exchanged; these are
-    carried out even if this rank fails.
+    carried out even if this rank fails. With a ``record`` every layer's attention gets the
+    reference's inputs; its errors are then in the record, and logits show everything else.
     """
     with sums.expected(STEPS), torch.inference_mode():
         pool = KVPool(layers, 4 * BLOCK, model.dtype, cp.device)
@@ -87,34 +105,48 @@ def served_logits(
             step = StepContext(state.apply(plan), cp, layers, pool, kernel)
             ids = torch.tensor([step.token_ids], device=cp.device)
             positions = torch.tensor([step.positions], device=cp.device)
-            out = model(
-                input_ids=ids, position_ids=positions, use_cache=False, **{CONTEXT: step}
-            )  # fmt: skip
+            with record.replaying(name, step.positions) if record else nullcontext():
+                out = model(
+                    input_ids=ids, position_ids=positions, use_cache=False, **{CONTEXT: step}
+                )
             steps.append(Step(name, tuple(step.positions), out.logits[0].float()))
         return steps
 
 
-def compare(name: str, dtype: torch.dtype, reference: Reference, steps: Sequence[Step]) -> float:
+def compare(
+    name: str,
+    dtype: torch.dtype,
+    reference: Reference,
+    steps: Sequence[Step],
+    replayed: Sequence[Step] = (),
+) -> float:
     """The largest relative difference of our logits to transformers' own.
 
-    Raises ``UnsupportedModelError``, naming the architecture and the step, when it is not rounding:
-    the model does something that ds_cp does not see, or the kernel is wrong on this device.
+    Where ``replayed`` steps compared layer by layer, these are judged, else the logits. Raises
+    ``UnsupportedModelError``, naming the architecture and the place, when it is not rounding: the
+    model does something that ds_cp does not see, or the kernel is wrong on this device.
     """
     floor = FLOOR_FP32 if dtype == torch.float32 else FLOOR_HALF
     limit = max(floor, min(ROUNDING * reference.rounding, CEILING))
-    worst = 0.0
-    for step in steps:
-        want = reference.logits[list(step.positions)]
-        error = relative_error(step.logits, want)
-        if not error <= limit:  # also when it is not a number
-            raise UnsupportedModelError(
-                f"{name}: logits of the {step.name} differ from transformers' own by {error:.1e} "
-                f"of their scale (limit {limit:.1e}): "
-                "its attention does something that ds_cp does not see, or attention.backend is "
-                "wrong on this device; try another backend, or serve another model"
-            )
-        worst = max(worst, error)
-    return worst
+    if reference.record is not None:
+        for (step, layer), error in reference.record.errors.items():
+            _judge(error, floor, f"{name}: attention of layer {layer} in the {step} differs")
+    for one in replayed or steps:
+        _judge(_error_of(one, reference), limit, f"{name}: logits of the {one.name} differ")
+    return max(_error_of(step, reference) for step in steps)
+
+
+def _error_of(step: Step, reference: Reference) -> float:
+    return relative_error(step.logits, reference.logits[list(step.positions)])
+
+
+def _judge(error: float, limit: float, what: str) -> None:
+    if not error <= limit:  # also when it is not a number
+        raise UnsupportedModelError(
+            f"{what} from transformers' own by {error:.1e} of the scale (limit {limit:.1e}): "
+            "the model's attention or positions do something that ds_cp does not see, "
+            "or attention.backend is wrong on this device; try another backend or model"
+        )
 
 
 def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
