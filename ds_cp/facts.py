@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class LinkFacts:
-    """One class of link: one-way latency in microseconds of 1 KiB, 1e9 bytes/s of 2 MiB."""
+    """One class of link: one-way latency of 1 KiB in microseconds, rate of 2 MiB in 1e9 bytes/s."""
 
     name: str
     latency_us: float
@@ -42,9 +42,11 @@ class Facts:
     exactness: float  # largest relative logit difference to transformers in the check at start
     links: tuple[LinkFacts, ...]
     flops_per_s: float  # of a linear layer on rank 0, while all ranks compute
-    weights: int  # parameters on one rank that every token passes
+    weights: int  # parameters on one rank that a token passes: of experts, those it is routed to
     head_dim: int
     notes: tuple[str, ...] = ()
+    rounding: float = 0.0  # as exactness, of transformers' own sdpa attention to its eager one
+    kv_reason: str = ""  # what decided rank 0's KV budget
 
     def with_tokenizer(self, end_tokens: Iterable[int], size: int | None) -> Facts:
         """These facts beside a tokenizer of ``size`` tokens (``None``: not known) that names

@@ -9,7 +9,10 @@ import torch
 
 from ds_cp.comm.wire import Group, World
 
-SMALL, LARGE = 1024, 2 * 2**20  # bytes
+SMALL = 1024  # bytes of a message that shows the latency
+LARGE = 2 * 2**20  # bytes of a message that shows the rate
+SMALL_ROUNDS = 20  # round trips of which the fastest counts
+LARGE_ROUNDS = 4
 SCHEME = "link_probe"
 
 
@@ -26,12 +29,11 @@ class LinkSpeed:
 def measure_links(world: World) -> tuple[LinkSpeed, ...]:
     """Ping-pong from rank 0 to a rank of its host and to one of the next host, where they exist.
 
-    Collective; takes milliseconds. Rank 0's figures, which is where they are printed; the other
-    ranks return what they saw themselves, or zeros when they took no part.
+    Collective; takes milliseconds, over the group of all ranks, so nothing is left to be freed.
+    Rank 0 and its peers return what they measured, the other ranks zeros.
     """
     if world.size == 1:
         return ()
-    group = world.group("links", [list(range(world.size))])
     topology = world.topology
     pairs = []
     same = [r for r in topology.ranks_on(topology.host_index(0)) if r != 0]
@@ -41,17 +43,21 @@ def measure_links(world: World) -> tuple[LinkSpeed, ...]:
         pairs.append(("between hosts", topology.ranks_on(1)[0]))
     found = []
     for name, peer in pairs:
-        small = _one_way(group, peer, SMALL, rounds=20)
-        large = _one_way(group, peer, LARGE, rounds=4)
+        small = _one_way(world.everybody, peer, SMALL, SMALL_ROUNDS)
+        large = _one_way(world.everybody, peer, LARGE, LARGE_ROUNDS)
         rate = LARGE / large / 1e9 if large else 0.0
         found.append(LinkSpeed(name, small * 1e6, rate))
-    group.barrier()
-    world.ledger.clear()  # the books start with the first step
+    world.everybody.barrier()
+    world.ledger.clear()  # it counts from the first step on
     return tuple(found)
 
 
 def _one_way(group: Group, peer: int, nbytes: int, rounds: int) -> float:
-    """Half of the fastest round trip in seconds, on rank 0 and on ``peer``."""
+    """Half of the fastest round trip in seconds, on rank 0 and on ``peer``; 0 on other ranks.
+
+    A message counts once it is in the device's memory: NCCL's ``wait`` only orders streams, so the
+    device is waited for before the clock is read.
+    """
     if group.rank not in (0, peer):
         return 0.0
     other = peer if group.rank == 0 else 0
@@ -59,6 +65,7 @@ def _one_way(group: Group, peer: int, nbytes: int, rounds: int) -> float:
     back = torch.empty_like(data)
     best = float("inf")
     for _ in range(rounds):
+        synchronize(group.device)
         began = time.perf_counter()
         if group.rank == 0:
             group.exchange([(other, data)], [], SCHEME).wait()
@@ -66,5 +73,12 @@ def _one_way(group: Group, peer: int, nbytes: int, rounds: int) -> float:
         else:
             group.exchange([], [(other, back)], SCHEME).wait()
             group.exchange([(other, data)], [], SCHEME).wait()
+        synchronize(group.device)
         best = min(best, time.perf_counter() - began)
     return best / 2
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what was queued on it; on CPU nothing is."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from ds_cp.comm.wire import Group, Pending
+from ds_cp.comm.pending import Pending
+from ds_cp.comm.wire import Group
 
 
 class RingExchange:

@@ -18,6 +18,8 @@ import torch
 import torch.distributed as torch_dist
 
 from ds_cp.comm.ledger import Ledger
+from ds_cp.comm.local_work import LocalWork
+from ds_cp.comm.pending import Pending, lost_peer
 from ds_cp.errors import CommError, ConfigError
 from ds_cp.topology.hosts import Topology, name_hosts
 from ds_cp.topology.net import host_key, listening_address
@@ -45,34 +47,6 @@ class Rendezvous:
     prefix: str = "gen0"
 
 
-def _lost(what: str, timeout_s: float, err: RuntimeError) -> CommError:
-    cause = (str(err).splitlines() or [type(err).__name__])[0][:200]
-    return CommError(
-        f"{what}: a peer is gone or silent for {timeout_s:g} s ({cause}); see the other ranks' "
-        "logs, or raise comm.timeout_s"
-    )
-
-
-class Pending:
-    """An exchange that was started. Wait for it exactly once."""
-
-    def __init__(self, works: list[Any], what: str, timeout_s: float) -> None:
-        self._works: list[Any] | None = works
-        self._what = what
-        self._timeout_s = timeout_s
-
-    def wait(self) -> None:
-        """Block until every message has arrived; ``CommError`` after the job's time limit."""
-        if self._works is None:
-            raise RuntimeError(f"{self._what}: waited for twice")
-        works, self._works = self._works, None
-        try:
-            for work in works:
-                work.wait()
-        except RuntimeError as err:
-            raise _lost(self._what, self._timeout_s, err) from err
-
-
 class Group:
     """Some ranks of the job that exchange messages.
 
@@ -95,6 +69,7 @@ class Group:
         self.ring = sub.ring_order()
         self.device = world.device
         self.ledger = world.ledger
+        self._local_work = world.local_work
         self._timeout_s = world.timeout_s
         self._handle = handle
 
@@ -114,6 +89,7 @@ class Group:
         """
         import deepspeed.comm as ds_comm
 
+        self._local_work.refuse(scheme, self.name)
         nbytes = inter = 0
         ops: list[tuple[Any, torch.Tensor, int]] = []
         for peer, buffer in recvs:
@@ -141,7 +117,7 @@ class Group:
             else:
                 works = [op(t, self.ranks[peer], group=self._handle) for op, t, peer in ops]
         except RuntimeError as err:
-            raise _lost(what, self._timeout_s, err) from err
+            raise lost_peer(what, self._timeout_s, err) from err
         return Pending(works, what, self._timeout_s)
 
     def _checked(self, peer: int, tensor: torch.Tensor) -> torch.Tensor:
@@ -157,6 +133,7 @@ class Group:
         Raises ``ValueError`` for a tensor that is not contiguous (what was reduced would be a
         temporary, and lost), ``CommError`` when a peer is gone.
         """
+        self._local_work.refuse(scheme, self.name)
         if self.size == 1:
             return
         import deepspeed.comm as ds_comm
@@ -169,11 +146,12 @@ class Group:
         try:
             ds_comm.all_reduce(tensor, group=self._handle)
         except RuntimeError as err:
-            raise _lost(f"{scheme} in group {self.name}", self._timeout_s, err) from err
+            raise lost_peer(f"{scheme} in group {self.name}", self._timeout_s, err) from err
 
     def broadcast(self, tensor: torch.Tensor, scheme: str) -> None:
         """Give member 0's ``tensor`` (same shape everywhere) to all, in place. Raises as
         ``all_reduce``."""
+        self._local_work.refuse(scheme, self.name)
         if self.size == 1:
             return
         import deepspeed.comm as ds_comm
@@ -187,7 +165,9 @@ class Group:
         try:
             ds_comm.broadcast(tensor, src=self.ranks[0], group=self._handle)
         except RuntimeError as err:
-            raise _lost(f"{scheme} broadcast in group {self.name}", self._timeout_s, err) from err
+            raise lost_peer(
+                f"{scheme} broadcast in group {self.name}", self._timeout_s, err
+            ) from err
 
     def barrier(self) -> None:
         """Wait until every member is here."""
@@ -207,6 +187,7 @@ class World:
         self.device = device
         self.timeout_s = timeout_s
         self.ledger = Ledger()
+        self.local_work = LocalWork()
         self._joined = joined
         handle = torch_dist.group.WORLD if self.size > 1 else None
         self.everybody = Group("world", range(self.size), self, handle)

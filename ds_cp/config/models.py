@@ -124,7 +124,9 @@ class KvCache(_Section):
     memory_per_rank: MemoryBudget = Field(
         default="auto",
         description='KV memory of a rank: "512MiB", "1.5GB" or bytes, or a list with one for each '
-        "context-parallel rank; auto: from tokens_per_rank, else from free memory",
+        "context-parallel rank; auto: from tokens_per_rank, else 85 % of the free memory of a CUDA "
+        "device, or on CPU 40 % of the host's free memory shared by its ranks, but no more than "
+        "max_num_seqs requests of max_model_len tokens can use",
         json_schema_extra=_unit("bytes"),
     )
     tokens_per_rank: TokenBudget = Field(

@@ -3,6 +3,8 @@ request holds one."""
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Sequence
 
 import torch
@@ -20,8 +22,9 @@ def bytes_per_token(layers: Sequence[LayerSpec], dtype: torch.dtype) -> int:
 
 class KVPool:
     """``num_slots`` token slots per layer, stored heads first ``[G, slots, D]`` so that an extent
-    of one head is one stretch of memory. Allocated and touched at once: the memory is there or the
-    start fails.
+    of one head is one stretch of memory. All zero at first: an unwritten slot may be read under
+    a mask, where NaN would count. Allocated and touched at once, so that the memory is there or the
+    start fails; with ``lazy``, on CPU, pages are claimed as slots are first written.
     """
 
     def __init__(
@@ -30,14 +33,13 @@ class KVPool:
         num_slots: int,
         dtype: torch.dtype,
         device: torch.device,
+        lazy: bool = False,
     ) -> None:
         self.num_slots = num_slots
         self.dtype = dtype
         self.nbytes = num_slots * bytes_per_token(layers, dtype)
         self._kv = [
-            torch.empty(
-                2, spec.num_kv_heads, num_slots, spec.head_dim, dtype=dtype, device=device
-            ).zero_()
+            _zeros((2, spec.num_kv_heads, num_slots, spec.head_dim), dtype, device, lazy)
             for spec in layers
         ]
 
@@ -98,3 +100,14 @@ class KVPool:
     def block_elements(self, block_size: int) -> int:
         """Elements of one block over all layers."""
         return sum(2 * kv.shape[1] * block_size * kv.shape[3] for kv in self._kv)
+
+
+def _zeros(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, lazy: bool
+) -> torch.Tensor:
+    if not lazy or device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device).zero_()
+    # torch.zeros writes every page; fresh pages of the system read as zeros until they are written.
+    nbytes = math.prod(shape) * dtype.itemsize
+    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)

@@ -12,11 +12,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers import PreTrainedModel as Decoder
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from ds_cp.attention.spec import LayerSpec
 from ds_cp.errors import UnsupportedModelError
+
+Decoder = PreTrainedModel  # a causal decoder with its language-model head
 
 NAME = "ds_cp"
 CONTEXT = "ds_cp_context"
@@ -47,8 +48,8 @@ def _attention(
     context = said.pop(CONTEXT, None)
     if context is None:
         raise UnsupportedModelError(
-            f"{type(module).__name__} does not get the keywords of the forward call, which "
-            "carry the step"
+            f"{type(module).__name__} does not get the keywords of the forward call, "
+            "which carry the step"
         )
     if isinstance(context, _Probe):
         context.record(module, query, key, value, attention_mask, said)
@@ -67,11 +68,12 @@ def wire(model: Decoder) -> None:
 
 
 class _Probe:
-    """Runs one token through the model and writes down what each layer asks for."""
+    """The context of a forward call of one token that records what each layer asks for."""
 
     def __init__(self, architecture: str) -> None:
         self._architecture = architecture
         self.layers: dict[int, LayerSpec] = {}
+        self.modules: dict[int, nn.Module] = {}
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(q).transpose(1, 2)
@@ -102,8 +104,7 @@ class _Probe:
         if not q.shape[3] == k.shape[3] == v.shape[3]:
             raise UnsupportedModelError(
                 f"{where} has head dims {q.shape[3]}, {k.shape[3]}, {v.shape[3]} for q, k, v; "
-                "ds_cp needs "
-                "them equal (latent attention is not served)"
+                "ds_cp needs them equal (latent attention is not served)"
             )
         if mask is not None:
             raise UnsupportedModelError(f"{where} builds its own attention mask")
@@ -111,6 +112,7 @@ class _Probe:
             raise UnsupportedModelError(
                 f"{where} runs attention twice; ds_cp stores one KV a layer"
             )
+        self.modules[module.layer_idx] = module
         self.layers[module.layer_idx] = LayerSpec(
             num_q_heads=q.shape[1],
             num_kv_heads=k.shape[1],
@@ -123,7 +125,14 @@ class _Probe:
 
 
 def probe_layers(model: Decoder) -> list[LayerSpec]:
-    """What each layer's attention asks for, by layer index.
+    """What each layer's attention asks for, by layer index (see ``probe``)."""
+    return [spec for spec, _ in probe(model)]
+
+
+def probe(model: Decoder) -> list[tuple[LayerSpec, nn.Module]]:
+    """What each layer's attention asks for, and the module that asks, by layer index.
+
+    Runs one token, and leaves the model wired.
 
     Raises ``UnsupportedModelError``, naming the architecture, when some layer is not plain softmax
     attention through the interface (state-space and linear layers, chunked masks, several KV
@@ -135,89 +144,40 @@ def probe_layers(model: Decoder) -> list[LayerSpec]:
     kinds = set(getattr(text, "layer_types", None) or ()) - KNOWN_LAYER_TYPES
     if kinds:
         raise UnsupportedModelError(
-            f"{name} has layers of type {', '.join(sorted(kinds))}; ds_cp serves decoders whose "
-            "layers "
-            "are all full or sliding-window softmax attention"
+            f"{name} has layers of type {', '.join(sorted(kinds))}; "
+            "ds_cp serves decoders whose layers are all full or sliding-window softmax attention"
         )
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{name} is an encoder-decoder; ds_cp serves decoders only")
-    probe = _Probe(name)
+    seen = _Probe(name)
     token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
     try:
         wire(model)
         with torch.inference_mode():
-            model(input_ids=token, position_ids=token, use_cache=False, **{CONTEXT: probe})
+            model(input_ids=token, position_ids=token, use_cache=False, **{CONTEXT: seen})
     except (TypeError, ValueError, KeyError, AttributeError) as err:
         raise UnsupportedModelError(
             f"{name} does not run through transformers' attention interface: "
             f"{str(err).splitlines()[0]}"
         ) from err
     want = list(range(text.num_hidden_layers))
-    if sorted(probe.layers) != want:
-        missing = sorted(set(want) - set(probe.layers))
+    if sorted(seen.layers) != want:
+        missing = sorted(set(want) - set(seen.layers))
         raise UnsupportedModelError(
-            f"{name}: layers {missing[:8]} of {len(want)} do not use softmax attention through the "
-            "attention interface, so their state cannot be spread over ranks"
+            f"{name}: layers {missing[:8]} of {len(want)} do not use softmax attention "
+            "through the attention interface, so their state cannot be spread over ranks"
         )
     if sliding := [i for i, kind in enumerate(getattr(text, "layer_types", None) or ())
-                   if kind == "sliding_attention" and probe.layers[i].window is None]:  # fmt: skip
+                   if kind == "sliding_attention" and seen.layers[i].window is None]:  # fmt: skip
         raise UnsupportedModelError(f"{name}: layers {sliding[:8]} slide but do not state a window")
-    return [probe.layers[i] for i in want]
-
-
-class WholeSequence:
-    """Attention of one sequence that is all here and new: the check that a model is served
-    exactly."""
-
-    def __init__(self, layers: list[LayerSpec], kernel: Any) -> None:
-        self._layers = layers
-        self._kernel = kernel
-
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        from ds_cp.attention import finish
-
-        spec = self._layers[layer]
-        runs = ((0, q.shape[2]),)
-        q_THD, k_SGD, v_SGD = (x[0].transpose(0, 1) for x in (q, k, v))
-        part = self._kernel(q_THD, k_SGD, v_SGD, runs, runs, spec)
-        return finish(part, spec, q.dtype).unsqueeze(0)
-
-
-def check_exact(
-    model: Decoder, layers: list[LayerSpec], kernel: Any, num_tokens: int = 24
-) -> float:
-    """Largest logit difference to transformers' own eager attention on a few tokens, relative.
-
-    Raises ``UnsupportedModelError`` when it is not rounding: the model does something that ds_cp
-    does not see. Leaves the model wired.
-    """
-    vocab = model.config.get_text_config().vocab_size
-    ids = torch.arange(1, num_tokens + 1, device=model.device).mul_(7919).remainder_(vocab)[None]
-    positions = torch.arange(num_tokens, device=model.device)[None]
-    with torch.inference_mode():
-        model.set_attn_implementation("eager")
-        want = model(input_ids=ids, position_ids=positions, use_cache=False).logits.float()
-        wire(model)
-        context = {CONTEXT: WholeSequence(layers, kernel)}
-        got = model(
-            input_ids=ids, position_ids=positions, use_cache=False, **context
-        ).logits.float()
-    error = float((got - want).abs().max() / want.abs().max().clamp_min(1e-6))
-    limit = 1e-4 if model.dtype == torch.float32 else 5e-2
-    if not error <= limit:
-        raise UnsupportedModelError(
-            f"{type(model).__name__}: logits differ from transformers' own by {error:.1e} of "
-            "their scale "
-            f"(limit {limit:g}); its attention does something that ds_cp does not see"
-        )
-    return error
+    return [(seen.layers[i], seen.modules[i]) for i in want]
 
 
 def check_positions(model: Decoder, max_model_len: int) -> None:
     """Refuse rotary embeddings that depend on how long the sequence has become.
 
-    Such a rank would have to know every other rank's positions, and earlier keys keep the angles of
-    their time, so only lengths at which the rule never switches are exact.
+    With these the angles of all keys change when a sequence outgrows a limit, but keys are stored
+    rotated. So only lengths up to that limit are exact: ``UnsupportedModelError`` beyond.
     """
     found = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     nested = [v for v in found.values() if isinstance(v, dict)] or [found]
@@ -227,7 +187,6 @@ def check_positions(model: Decoder, max_model_len: int) -> None:
         limit = rope.get("original_max_position_embeddings") or config.max_position_embeddings
         if kind in ("dynamic", "longrope") and max_model_len > limit:
             raise UnsupportedModelError(
-                f"{type(model).__name__} uses {kind} rotary embeddings, which change beyond "
-                f"{limit} tokens: "
-                f"set max_model_len to at most {limit}"
+                f"{type(model).__name__} uses {kind} rotary embeddings, "
+                f"which change beyond {limit} tokens: set max_model_len to at most {limit}"
             )

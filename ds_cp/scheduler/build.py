@@ -14,7 +14,8 @@ from ds_cp.topology.hosts import Grid, Topology
 AUTO_BATCHED_TOKENS = 8192  # tokens of one rank in one step, where the config says auto
 
 
-def _grid(facts: Facts) -> Grid:
+def grid_of(facts: Facts) -> Grid:
+    """Ranks and hosts as cp x tp."""
     return Grid(Topology(facts.hosts), facts.cp_size, facts.tp_size)
 
 
@@ -23,7 +24,7 @@ def build_scheduler(config: Config, facts: Facts, paced: bool = True) -> Schedul
     the next token of a decoding request, so prompts may not delay it much."""
     batched = config.scheduler.max_num_batched_tokens
     threshold = config.context_parallel.local_threshold
-    topology = _grid(facts).cp_topology()
+    topology = grid_of(facts).cp_topology()
     return Scheduler(
         Limits(
             max_model_len=facts.max_model_len,

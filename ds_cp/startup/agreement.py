@@ -1,10 +1,17 @@
-"""A phase that can fail on one rank alone ends with an agreement: all ranks learn of all."""
+"""Start-up runs in phases; each ends with an agreement, so that all ranks go on or all raise.
+
+A phase is one of two kinds. ``local_phase`` runs work that may fail on one rank alone; the groups
+refuse every exchange within it, since a peer would wait in it for the rank that failed.
+``joint_phase`` runs work that exchanges messages; that work must carry out its exchanges even when
+it fails in between (``RowSums.expected`` does), so that its peers reach the agreement as well.
+"""
 
 from __future__ import annotations
 
+import errno
 import traceback
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import msgspec
 import torch
@@ -30,39 +37,36 @@ KINDS: tuple[type[DsCpError], ...] = (
 
 
 class Report(msgspec.Struct, array_like=True):
-    exit_code: int  # 0: all is well
+    """What one rank says at the end of a phase. ``exit_code`` 0: all is well; ``kind``: the class
+    of the error. ``kv_blocks`` and ``digests``: values that all ranks need, in some phases."""
+
+    exit_code: int
     message: str
     kv_blocks: int = 0
-    kind: str = ""  # class of the error
+    kind: str = ""
+    digests: tuple[str, ...] = ()
 
 
-def agreed(world: World, work: Callable[[], T]) -> T:
-    """Do ``work`` here; raise on every rank if it failed on any, with the first one's reason."""
-    mine, result = Report(0, ""), None
-    failure: DsCpError | None = None
-    try:
-        result = work()
-    except DsCpError as err:
-        failure, mine = err, Report(err.exit_code, str(err), kind=type(err).__name__)
-    except MemoryError:
-        failure = UserError("not enough memory; lower kv_cache or use fewer ranks a host")
-        mine = Report(2, str(failure))
-    except Exception as err:  # our own fault: say it on every rank rather than hang the others
-        traceback.print_exc()
-        failure = DsCpError(f"{type(err).__name__}: {err} (this is a fault of ds_cp)")
-        mine = Report(1, str(failure))
-    reports = exchange_reports(world, mine)
-    for rank, report in enumerate(reports):
-        if report.exit_code:
-            if failure is not None and rank == world.rank:
-                raise failure
-            host = world.topology.hosts[rank]
-            other = UserError if report.exit_code == 2 else DsCpError
-            kind = next((k for k in KINDS if k.__name__ == report.kind), other)
-            where = f"rank {rank} on {host}: " if rank else ""
-            raise kind(f"{where}{report.message}")
-    assert result is not None
-    return result
+def local_phase(world: World, work: Callable[[], T]) -> T:
+    """Run ``work``, which exchanges nothing; raise on every rank if it failed on any.
+
+    The error is that of the first rank that failed, with its rank and host unless all ranks say
+    the same.
+    """
+    with world.local_work():
+        result, failure = _attempt(work)
+    return _agree(world, result, failure)
+
+
+def joint_phase(world: World, work: Callable[[], T]) -> T:
+    """As ``local_phase``, for work whose exchanges all ranks carry out even if one fails.
+
+    Where the exchange itself broke (``CommError``) no other follows: that error is raised at once.
+    """
+    result, failure = _attempt(work)
+    if isinstance(failure, CommError):
+        raise failure
+    return _agree(world, result, failure)
 
 
 def exchange_reports(world: World, mine: Report) -> list[Report]:
@@ -88,4 +92,54 @@ def exchange_reports(world: World, mine: Report) -> list[Report]:
 
 
 def gather_blocks(world: World, mine: int) -> list[int]:
+    """Every rank's number of KV blocks, on every rank."""
     return [report.kv_blocks for report in exchange_reports(world, Report(0, "", mine))]
+
+
+def is_out_of_memory(err: BaseException) -> bool:
+    """Whether an allocation failed: torch says so with a RuntimeError on CPU."""
+    if isinstance(err, MemoryError | torch.OutOfMemoryError):
+        return True
+    if isinstance(err, OSError):
+        return err.errno == errno.ENOMEM
+    return isinstance(err, RuntimeError) and "can't allocate memory" in str(err)
+
+
+def _attempt(work: Callable[[], T]) -> tuple[T | None, DsCpError | None]:
+    """What came of ``work``: its result, or the error to report."""
+    try:
+        return work(), None
+    except DsCpError as err:
+        return None, err
+    except Exception as err:
+        if is_out_of_memory(err):
+            first = (str(err).splitlines() or [""])[0][:200]
+            cause = f" ({first})" if first else ""
+            return None, UserError(
+                f"not enough memory{cause}: lower kv_cache or use fewer ranks a host"
+            )
+        # A fault of ds_cp: reported on every rank rather than hang the others.
+        traceback.print_exc()
+        return None, DsCpError(f"{type(err).__name__}: {err} (this is a fault of ds_cp)")
+
+
+def _agree(world: World, result: T | None, failure: DsCpError | None) -> T:
+    mine = Report(0, "")
+    if failure is not None:
+        mine = Report(failure.exit_code, str(failure), kind=type(failure).__name__)
+    reports = exchange_reports(world, mine)
+    failed = [rank for rank, report in enumerate(reports) if report.exit_code]
+    if failed:
+        first = reports[failed[0]]
+        everywhere = len({(r.exit_code, r.message) for r in reports}) == 1
+        if failure is not None and everywhere:
+            raise failure
+        where = f"rank {failed[0]} on {world.topology.hosts[failed[0]]}: "
+        raise _kind(first)(where + first.message) from failure
+    return cast(T, result)  # nothing failed, so this is what ``work`` returned
+
+
+def _kind(report: Report) -> type[DsCpError]:
+    """The class of error that a rank reported, or the nearest one that has its exit code."""
+    other = UserError if report.exit_code == 2 else DsCpError
+    return next((kind for kind in KINDS if kind.__name__ == report.kind), other)

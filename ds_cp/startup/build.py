@@ -1,38 +1,58 @@
-"""From a place in the job to a worker that can run plans.
+"""From a joined world to a worker that can run plans, phase by phase (see ``agreement``).
 
-Every phase that can fail on one rank alone ends with an agreement: all ranks report to rank 0,
-which speaks for them, and all leave together. So a missing file on one host is one line, not a
-hang.
+What can fail on one rank alone is local to it and ends with an agreement: so a missing file on one
+host is one line on every rank, not a hang.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
 
-import torch
+from torch import nn
 
-from ds_cp.attention import LayerSpec, get_kernel
+from ds_cp.attention import Kernel, LayerSpec, get_kernel
 from ds_cp.attention.kernels import kernel_notes
 from ds_cp.comm.links import measure_links
-from ds_cp.comm.wire import World
+from ds_cp.comm.wire import Group, World
 from ds_cp.config import Config
-from ds_cp.errors import (
-    ConfigError,
-)
+from ds_cp.errors import ConfigError
 from ds_cp.facts import Facts, LinkFacts
-from ds_cp.kv.pool import KVPool, bytes_per_token
+from ds_cp.kv.pool import bytes_per_token
 from ds_cp.model.end_tokens import model_end_tokens
 from ds_cp.model.loading import choose_dtype, load_config, load_model
-from ds_cp.model.shard import shard_model
+from ds_cp.model.shard import RowSums, shard_model
 from ds_cp.model.source import ModelSource, find_model
-from ds_cp.model.wiring import Decoder, check_exact, check_positions, probe_layers
-from ds_cp.startup.agreement import agreed, gather_blocks
+from ds_cp.model.wiring import Decoder, check_positions, probe, probe_layers
+from ds_cp.startup.agreement import gather_blocks, joint_phase, local_phase
+from ds_cp.startup.exactness import Reference, Step, compare, reference_logits, served_logits
+from ds_cp.startup.fingerprint import Fingerprint, agree_on_model, fingerprint
 from ds_cp.startup.flops import achieved_flops
-from ds_cp.startup.kv_budget import tokens_of_rank
+from ds_cp.startup.kv_budget import allocate_pool, decide_budget
+from ds_cp.startup.layerwise import AttentionRecord
 from ds_cp.startup.resources import ranks_at_once
+from ds_cp.startup.weights import active_weights
 from ds_cp.topology.hosts import resolve_grid
 from ds_cp.worker.worker import Worker
+
+
+@dataclass(frozen=True)
+class Served:
+    """The model as this rank serves it: sharded, wired and compared with transformers.
+
+    ``layers``: what each layer asks of attention, with this rank's head counts; ``max_model_len``:
+    in tokens; ``exactness``, ``rounding``: largest relative logit difference of ours, and of
+    transformers' own sdpa attention, to its eager attention.
+    """
+
+    decoder: Decoder
+    layers: Sequence[LayerSpec]
+    kernel: Kernel
+    kernel_name: str
+    max_model_len: int
+    exactness: float
+    rounding: float
 
 
 def build_worker(
@@ -41,7 +61,8 @@ def build_worker(
     """Load, shard, check and wire the model, and allocate this rank's KV. Collective.
 
     ``model``: ``None`` for the config's, looked up here, so that a rank that does not find it can
-    say so.
+    say so. Raises the typed errors of ``ds_cp.errors``, on every rank, with the rank and host of
+    the first that failed.
     """
     grid = resolve_grid(
         world.topology, config.context_parallel.size, config.tensor_parallel.tp_size
@@ -50,40 +71,30 @@ def build_worker(
     tp = world.group("tp", grid.tp_groups())
 
     notes: list[str] = []
-
-    def load() -> tuple[Decoder, list[LayerSpec], Any, str, int, float]:
-        source = find_model(config.model) if model is None else model
-        decoder = _load(config, source, world.device, notes.append)
-        text = decoder.config.get_text_config()
-        kernel_name, kernel = get_kernel(config.attention.backend, world.device, decoder.dtype)
-        shard_model(decoder, tp)
-        layers = probe_layers(decoder)
-        _check_heads(text, layers, tp.size)
-        length = _max_model_len(config, getattr(text, "max_position_embeddings", None))
-        check_positions(decoder, length)
-        error = check_exact(decoder, layers, kernel)
-        return decoder, layers, kernel, kernel_name, length, error
-
-    decoder, layers, kernel, kernel_name, length, error = agreed(world, load)
-    per_token = bytes_per_token(layers, decoder.dtype)
-
-    def allocate() -> KVPool:
-        tokens = tokens_of_rank(config, world, grid, cp.rank, per_token, length)
-        return KVPool(layers, tokens, decoder.dtype, world.device)
-
-    size = config.kv_cache.block_size
-    pool = agreed(world, allocate)
-    blocks = gather_blocks(world, pool.num_slots // size)
+    served = _serve(world, config, model, cp, tp, notes.append)
+    decoder, layers = served.decoder, served.layers
     text = decoder.config.get_text_config()
-    flops = achieved_flops(text.hidden_size, decoder.dtype, world.device)
+    per_token, size = bytes_per_token(layers, decoder.dtype), config.kv_cache.block_size
+
+    # All ranks of a host look at its free memory before any of them takes some.
+    budget = local_phase(
+        world,
+        lambda: decide_budget(config, world, grid, cp.rank, per_token, served.max_model_len),
+    )
+    pool = local_phase(world, lambda: allocate_pool(budget, layers, decoder.dtype, world, cp.rank))
+    blocks = gather_blocks(world, pool.num_slots // size)
+    flops = local_phase(
+        world, lambda: achieved_flops(text.hidden_size, decoder.dtype, world.device)
+    )
+    links = measure_links(world)
     facts = Facts(
         hosts=world.topology.hosts,
         cp_size=cp.size,
         tp_size=tp.size,
         device=str(world.device.type),
         dtype=str(decoder.dtype).removeprefix("torch."),
-        kernel=kernel_name,
-        max_model_len=length,
+        kernel=served.kernel_name,
+        max_model_len=served.max_model_len,
         vocab_size=text.vocab_size,
         eos_token_ids=model_end_tokens(decoder),
         num_q_heads=layers[0].num_q_heads * tp.size,
@@ -94,53 +105,101 @@ def build_worker(
         num_layers=len(layers),
         threads=threads,
         ranks_at_once=ranks_at_once(world.device.type, threads, world.size),
-        exactness=error,
-        links=tuple(LinkFacts(x.name, x.latency_us, x.gb_per_s) for x in measure_links(world)),
+        exactness=served.exactness,
+        links=tuple(LinkFacts(x.name, x.latency_us, x.gb_per_s) for x in links),
         flops_per_s=flops,
-        weights=sum(p.numel() for p in decoder.parameters()),
+        weights=active_weights(decoder),
         head_dim=layers[0].head_dim,
-        notes=(*notes, *kernel_notes(kernel_name, kernel, layers)),
+        notes=(*notes, *kernel_notes(served.kernel_name, served.kernel, layers)),
+        rounding=served.rounding,
+        kv_reason=budget.reason,
     )
-    return Worker(world, cp, tp, decoder, layers, pool, kernel, size), facts
+    return Worker(world, cp, tp, decoder, layers, pool, served.kernel, size), facts
+
+
+def _serve(
+    world: World,
+    config: Config,
+    model: Decoder | ModelSource | None,
+    cp: Group,
+    tp: Group,
+    note: Callable[[str], None],
+) -> Served:
+    """Load, compare with the other ranks, shard, wire, and compare with transformers. ``note``
+    gets lines on what was read past."""
+
+    def load() -> tuple[Decoder, list[nn.Module], str, Kernel, int, Fingerprint]:
+        source = find_model(config.model) if model is None else model
+        decoder = _load(config, source, world, note)
+        # Refuses an architecture by its name before anything else is tried with it.
+        modules = [module for _, module in probe(decoder)]
+        name, kernel = get_kernel(config.attention.backend, world.device, decoder.dtype)
+        text = decoder.config.get_text_config()
+        length = _max_model_len(config, getattr(text, "max_position_embeddings", None))
+        check_positions(decoder, length)
+        found = fingerprint(decoder, source if isinstance(source, ModelSource) else None)
+        return decoder, modules, name, kernel, length, found
+
+    decoder, modules, name, kernel, length, found = local_phase(world, load)
+    agree_on_model(world, found)
+    sums = RowSums(tp)
+
+    def prepare() -> tuple[list[LayerSpec], Reference]:
+        reference = reference_logits(decoder, modules)
+        shard_model(decoder, sums)
+        with sums.recording():
+            layers = probe_layers(decoder)
+        _check_heads(decoder.config.get_text_config(), layers, tp.size)
+        return layers, reference
+
+    layers, reference = local_phase(world, prepare)
+
+    def serve(record: AttentionRecord | None) -> list[Step]:
+        return served_logits(decoder, layers, kernel, cp, sums, record)
+
+    steps = joint_phase(world, lambda: serve(None))
+    # The same models have the same record on all ranks, so all of them replay or none.
+    replayed = joint_phase(world, lambda: serve(reference.record)) if reference.record else []
+    architecture = type(decoder).__name__
+    error = local_phase(
+        world, lambda: compare(architecture, decoder.dtype, reference, steps, replayed)
+    )
+    return Served(decoder, layers, kernel, name, length, error, reference.rounding)
 
 
 def _load(
-    config: Config,
-    model: Decoder | ModelSource,
-    device: torch.device,
-    note: Callable[[str], None],
+    config: Config, model: Decoder | ModelSource, world: World, note: Callable[[str], None]
 ) -> Decoder:
     if isinstance(model, Decoder):
-        return model.eval()
+        return cast(Decoder, model.train(False))
     found = load_config(model)
-    dtype = choose_dtype(config.dtype, getattr(found, "dtype", None), device)
-    return load_model(model, dtype, device, note)
+    dtype = choose_dtype(config.dtype, getattr(found, "dtype", None), world.device)
+    return load_model(model, dtype, world.device, note)
 
 
 def _max_model_len(config: Config, limit: int | None) -> int:
     if config.max_model_len == "auto":
         if limit is None:
             raise ConfigError(
-                "the model's config.json has no max_position_embeddings, so max_model_len cannot "
-                "be auto: set it to the number of tokens that the model was made for"
+                "the model's config.json has no max_position_embeddings, "
+                "so max_model_len cannot be auto: "
+                "set it to the number of tokens that the model was made for"
             )
         return limit
     if limit is not None and config.max_model_len > limit:
         raise ConfigError(
-            f"max_model_len is {config.max_model_len}, but the model was made for {limit} "
-            "positions; "
-            f"set it to at most {limit} or to auto"
+            f"max_model_len is {config.max_model_len}, "
+            f"but the model was made for {limit} positions; set it to at most {limit} or to auto"
         )
     return config.max_model_len
 
 
-def _check_heads(text: Any, layers: list[LayerSpec], tp_size: int) -> None:
+def _check_heads(text: Any, layers: Sequence[LayerSpec], tp_size: int) -> None:
     """Sharding that silently left a model whole would double every head: look at what came out."""
     want = text.num_attention_heads
     got = layers[0].num_q_heads * tp_size
     if tp_size > 1 and got != want:
         raise ConfigError(
-            f"tensor_parallel.tp_size {tp_size}: {layers[0].num_q_heads} local query heads do "
-            "not make the "
-            f"model's {want}; set tp_size to 1"
+            f"tensor_parallel.tp_size {tp_size}: {layers[0].num_q_heads} local query heads "
+            f"do not make the model's {want}; set tp_size to 1"
         )

@@ -1,15 +1,15 @@
-"""The lines that say what start-up found and decided. No torch here."""
+"""The lines that say what start-up measured and decided. No torch here."""
 
 from __future__ import annotations
 
 from ds_cp.config import Config
 from ds_cp.facts import Facts
-from ds_cp.scheduler.build import _grid, cost_model
+from ds_cp.scheduler.build import cost_model, grid_of
 
 
 def summary(config: Config, facts: Facts) -> list[str]:
     """What start-up decided and why, a line each."""
-    grid, cp = _grid(facts), config.context_parallel
+    grid, cp = grid_of(facts), config.context_parallel
     tokens = [n * facts.block_size for n in facts.blocks_per_rank]
     even = len(set(tokens)) == 1
     per_rank = f"{len(tokens)} x {tokens[0]}" if even else " + ".join(map(str, tokens))
@@ -28,20 +28,25 @@ def summary(config: Config, facts: Facts) -> list[str]:
             for link in facts.links
         ),
         f"model: {facts.num_layers} layers, {facts.num_q_heads} query and {facts.num_kv_heads} "
-        "KV heads, "
-        f"{facts.dtype}; logits agree with transformers to {facts.exactness:.0e}",
+        f"KV heads, {facts.dtype}; {_exactness(facts)}",
         f"attention: {facts.kernel} kernel; mode {cp.mode}: {rule}",
         *_rates(facts),
         *_crowded(facts),
         f"KV: {sum(tokens)} tokens = {per_rank} per rank (up to {mib:.0f} MiB), blocks of "
-        f"{facts.block_size}, {config.kv_cache.placement}; one request: up to "
+        f"{facts.block_size}, {config.kv_cache.placement} ({facts.kv_reason}); one request: up to "
         f"{min(sum(tokens) + 1, facts.max_model_len)} tokens (model length {facts.max_model_len})",
         *facts.notes,
     ]
 
 
+def _exactness(facts: Facts) -> str:
+    """How far logits are from transformers' own, beside how far two of its own kernels are."""
+    own = f"; its own kernels: {facts.rounding:.0e}" if facts.dtype != "float32" else ""
+    return f"logits agree with transformers to {facts.exactness:.0e}{own}"
+
+
 def _crowded(facts: Facts) -> list[str]:
-    """Said where ranks have to share cores."""
+    """A line where ranks have to share cores, else none."""
     most = max(facts.hosts.count(host) for host in facts.hosts)
     if facts.ranks_at_once >= most:
         return []
@@ -52,7 +57,7 @@ def _crowded(facts: Facts) -> list[str]:
 
 
 def _rates(facts: Facts) -> list[str]:
-    """What the cost model goes by."""
+    """A line with the rates that the cost model uses; none where nothing was measured."""
     cost = cost_model(facts)
     if cost is None:
         return []

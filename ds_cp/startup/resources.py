@@ -9,15 +9,16 @@ from ds_cp.topology.job import Job
 
 
 def choose_threads(config: Config, local_size: int) -> int:
-    """The config's number, or the cores of this process shared evenly among the host's ranks."""
+    """CPU threads of one rank: the config's number, or the cores of this process shared evenly
+    among the ``local_size`` ranks of the host."""
     if config.threads_per_rank != "auto":
         return config.threads_per_rank
     return max(1, len(os.sched_getaffinity(0)) // max(local_size, 1))
 
 
 def ranks_at_once(device: str, threads: int, ranks: int) -> int:
-    """How many ranks of a host like this one can compute at the same time: on CPU as many as have
-    their threads on cores of their own, else all."""
+    """How many ranks of a host like this one can compute at the same time: on CPU as many as the
+    cores give ``threads`` each, else all ``ranks``."""
     return max(1, len(os.sched_getaffinity(0)) // threads) if device == "cpu" else ranks
 
 

@@ -22,7 +22,8 @@ from ds_cp.attention import LayerSpec, Span, attention
 from ds_cp.comm.control import Control
 from ds_cp.comm.ring import RingExchange
 from ds_cp.comm.tree import TreeExchange
-from ds_cp.comm.wire import Group, Pending, Rendezvous, World, join
+from ds_cp.comm.pending import Pending
+from ds_cp.comm.wire import Group, Rendezvous, World, join
 from ds_cp.errors import CommError, ConfigError, LaunchError
 from tests.helpers.oracle import full_attention
 from tests.helpers.ranks import RankError, run_ranks, world_group
