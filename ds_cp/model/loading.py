@@ -12,7 +12,8 @@ import torch
 
 from ds_cp.errors import ModelError, UnsupportedModelError
 from ds_cp.model.checkpoint import INDEX, WHOLE, Checkpoint, read_checkpoint, read_index
-from ds_cp.model.consumed import Loaded, check_consumed, check_finite
+from ds_cp.model.consumed import Loaded, check_consumed, check_finite, count_elements
+from ds_cp.model.gguf import check_gguf_consumed, read_gguf
 from ds_cp.model.source import ModelSource
 from ds_cp.model.wiring import Decoder
 from ds_cp.text import shorten
@@ -78,6 +79,7 @@ def load_model(
 
     checkpoint = None if source.kind == "gguf" else read_checkpoint(_folder(source))
     stored = checkpoint.tensors if checkpoint else {}
+    packed = read_gguf(Path(source.where)) if checkpoint is None else {}
     quantized = checkpoint is not None and _is_quantized(source.where, checkpoint.config)
     with _only_the_model(source, checkpoint) as (view, extra):
         try:
@@ -101,6 +103,8 @@ def load_model(
     built, info = loaded
     built.config.name_or_path = source.where
     lines = check_consumed(built, source.where, stored, Loaded.of(info), quantized)
+    if packed:
+        check_gguf_consumed(Path(source.where), packed, count_elements(built))
     model: Decoder = built.eval().to(device)
     check_finite(model, source.where, stored)
     for line in [*(checkpoint.notes if checkpoint else ()), *lines]:
