@@ -32,7 +32,11 @@ class ModelSource:
 
 
 def find_model(model: str) -> ModelSource:
-    """Resolve the config's ``model``; ``ModelError`` says what is missing and what would do."""
+    """Resolve the config's ``model``: a directory, a GGUF file or a hub id.
+
+    Raises ``ModelError``, which says what is missing or damaged and what would do. A hub id is not
+    looked up here.
+    """
     path = Path(model).expanduser()
     if path.is_dir():
         read_checkpoint(path)
@@ -57,6 +61,5 @@ def _check_gguf(path: Path) -> None:
         magic = file.read(4)
     if magic != b"GGUF":
         raise ModelError(
-            f"model {path} is not a GGUF file; a directory of safetensors or a hub id would do "
-            "as well"
+            f"model {path} is not a GGUF file: give one, a directory of safetensors or a hub id"
         )
