@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from ds_cp.errors import ModelError
 from ds_cp.model.checkpoint import read_checkpoint
@@ -17,9 +18,9 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 @dataclass(frozen=True)
 class ModelSource:
-    """``kind``: "directory", "gguf" or "hub"; ``where``: the directory, the file, or the hub id."""
+    """``where``: the directory, the file, or the hub id."""
 
-    kind: str
+    kind: Literal["directory", "gguf", "hub"]
     where: str
 
     @property
