@@ -1,1 +1,1 @@
-"""Loading a Hugging Face decoder, wiring it into the attention interface, sampling."""
+"""Loading a Hugging Face decoder and wiring it into the attention interface."""

