@@ -24,7 +24,7 @@ from ds_cp.model.loading import load_tokenizer
 from ds_cp.model.source import ModelSource, find_model
 from ds_cp.model.wiring import Decoder
 from ds_cp.outputs import RequestOutput
-from ds_cp.plan import StepPlan
+from ds_cp.plan import Stop
 from ds_cp.sampling_params import RequestOptions, SamplingParams
 from ds_cp.scheduler.build import build_scheduler
 from ds_cp.startup.build import build_worker
@@ -226,7 +226,7 @@ class LLMEngine:
                 loop.settle()
             finally:
                 self._state = "failed" if loop.failed else "ready"
-                self._worker.lead(StepPlan(0, "stop"))
+                self._worker.lead(Stop())
 
     def _drive(
         self,

@@ -199,7 +199,7 @@ class Scheduler:
         if self._pacer is not None:
             self._pacer.plan(streams, max(draft.work))
         plan = StepPlan(
-            self._steps, "run", tuple(self._ended), self._news(), tuple(draft.transfers),
+            self._steps, tuple(self._ended), self._news(), tuple(draft.transfers),
             tuple(draft.begins), tuple(draft.grown), tuple(draft.chunks),
             tuple(Decodes(*key, tuple(numbers)) for key, numbers in draft.decodes.items()),
             tuple(draft.forks),

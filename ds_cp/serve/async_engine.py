@@ -21,7 +21,7 @@ from ds_cp.engine.interface import EngineInfo, EngineStats
 from ds_cp.engine.loop import PipelinedLoop
 from ds_cp.errors import DsCpError, EngineDeadError
 from ds_cp.outputs import Delta
-from ds_cp.plan import Outcome, StepPlan
+from ds_cp.plan import Idle, Outcome
 from ds_cp.sampling_params import RequestOptions, SamplingParams
 from ds_cp.scheduler.build import build_scheduler
 from ds_cp.serve.channel import Ready
@@ -207,7 +207,7 @@ class AsyncEngine:
                 if self._stopping:
                     break
             if idle:  # a sign of life, so that no rank takes silence for death
-                self._link.submit(StepPlan(0, "idle"))
+                self._link.submit(Idle())
                 self._link.outcome()
                 continue
             worked = True

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import socket
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 
 from ds_cp.errors import EngineDeadError
 from ds_cp.facts import Facts
-from ds_cp.plan import Outcome, StepPlan
+from ds_cp.plan import Outcome, Plan
 
 LIMIT = 64 * 2**20  # bytes of one frame
-T = TypeVar("T")
 
 
 class WorkerSpec(msgspec.Struct, frozen=True):
-    """What a worker is told at birth. ``job``: the fields of ``Job`` but its socket; ``listen_fd``:
+    """The first message to a worker. ``job``: the fields of ``Job`` but its socket; ``listen_fd``:
     the inherited descriptor of rank 0's store socket, or -1."""
 
     config: dict[str, Any]
@@ -41,7 +40,7 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
 
 
 class Result(msgspec.Struct, frozen=True, tag="result"):
-    """What came of one plan, and this rank's books so far: (bytes, exchanges) by scheme."""
+    """The outcome of one plan, and what this rank has sent so far: (bytes, exchanges) by scheme."""
 
     outcome: Outcome
     sent: dict[str, tuple[int, int]]
@@ -56,7 +55,7 @@ class Channel:
 
     sock: socket.socket
 
-    def send(self, message: WorkerSpec | StepPlan | FromWorker) -> None:
+    def send(self, message: WorkerSpec | Plan | FromWorker) -> None:
         """Send one message; ``EngineDeadError`` when the other side is gone."""
         raw = msgspec.msgpack.encode(message)
         try:
@@ -69,10 +68,14 @@ class Channel:
     def receive(self, kind: Any) -> Any:
         """The next message, decoded as ``kind``; ``EngineDeadError`` when the other side is
         gone."""
+        return msgspec.msgpack.decode(self.receive_bytes(), type=kind)
+
+    def receive_bytes(self) -> bytes:
+        """The next message as it was sent, to be decoded elsewhere; errors as in ``receive``."""
         size = int.from_bytes(self._exactly(4), "little")
         if size > LIMIT:
             raise EngineDeadError(f"a frame of {size} bytes is above the limit {LIMIT}")
-        return msgspec.msgpack.decode(self._exactly(size), type=kind)
+        return self._exactly(size)
 
     def _exactly(self, size: int) -> bytes:
         parts = bytearray()

@@ -16,7 +16,7 @@ from ds_cp.model.loading import load_tokenizer
 from ds_cp.model.source import find_model
 from ds_cp.serve.async_engine import AsyncEngine
 from ds_cp.serve.channel import Ready
-from ds_cp.serve.worker_link import Books, Lead, LocalLink, Sent
+from ds_cp.serve.worker_link import Lead, LocalLink, ReadSent, Sent
 from ds_cp.startup.build import build_worker
 from ds_cp.startup.join import join_job
 from ds_cp.startup.report import summary
@@ -29,20 +29,21 @@ LEAVE_S = 60.0  # for the step in hand, at the end
 async def open_app(config: Config, job: Job) -> AsyncIterator[Any]:
     """Rank 0: join the job, load the model, and yield the ASGI application over a ready engine.
 
-    The other ranks call ``follow`` meanwhile. Raises the typed errors of a start that fails.
+    The other ranks call ``follow`` at the same time. Raises the typed errors of a start that
+    fails.
     """
     source = find_model(config.model)
     leaves: list[Callable[[], None]] = []
 
-    def build() -> tuple[Lead, Books, Ready]:
+    def build() -> tuple[Lead, ReadSent, Ready]:
         world, threads = join_job(job, config)
         leaves.append(world.leave)
         worker, facts = build_worker(world, config, source, threads)
 
-        def books() -> Sent:
+        def read_sent() -> Sent:
             return {k: (e.bytes, e.exchanges) for k, e in world.ledger.schemes().items()}
 
-        return worker.lead, books, Ready(facts, tuple(summary(config, facts)))
+        return worker.lead, read_sent, Ready(facts, tuple(summary(config, facts)))
 
     loop = asyncio.get_running_loop()
     ready: asyncio.Future[None] = loop.create_future()

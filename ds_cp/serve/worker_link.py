@@ -1,5 +1,5 @@
-"""Where the front's engine sends its plans: to a worker process over the channel, or to a worker in
-this process."""
+"""How the front's engine reaches rank 0's worker: in a process of its own, over the channel, or in
+a thread of this process."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any, Protocol
 
 from ds_cp.engine.loop import ThreadRunner
 from ds_cp.errors import EngineDeadError
-from ds_cp.plan import Outcome, StepPlan
+from ds_cp.plan import Outcome, Plan, Stop
 from ds_cp.serve.channel import Channel, Failed, FromWorker, Ready, Result
 
 Sent = dict[str, tuple[int, int]]  # scheme -> (bytes, exchanges)
-Lead = Callable[[StepPlan], Outcome]
-Books = Callable[[], Sent]
+Lead = Callable[[Plan], Outcome]
+ReadSent = Callable[[], Sent]
 
 
 class WorkerLink(Protocol):
@@ -29,7 +29,7 @@ class WorkerLink(Protocol):
         """Wait until the worker can run plans."""
         ...
 
-    def submit(self, plan: StepPlan) -> None: ...
+    def submit(self, plan: Plan) -> None: ...
 
     def outcome(self) -> Outcome: ...
 
@@ -39,7 +39,7 @@ class WorkerLink(Protocol):
 
 
 class WorkerFailedError(EngineDeadError):
-    """The worker's last words, with its exit code."""
+    """The worker has reported its failure, with its exit code."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
@@ -47,7 +47,7 @@ class WorkerFailedError(EngineDeadError):
 
 
 class WorkerLostError(EngineDeadError):
-    """The worker is gone without a word; its supervisor knows how it ended."""
+    """The worker is gone and has reported nothing; its supervisor knows how it ended."""
 
 
 class ProcessLink:
@@ -63,12 +63,12 @@ class ProcessLink:
         return self._sent
 
     def ready(self) -> Ready:
-        """The worker's first word."""
+        """The worker's first message."""
         ready: Ready = self._expect(Ready)
         return ready
 
-    def submit(self, plan: StepPlan) -> None:
-        """Send a plan; the worker takes it when it is done with the one before."""
+    def submit(self, plan: Plan) -> None:
+        """Send a plan; the worker runs it when it is done with the one before."""
         try:
             self._channel.send(plan)
         except EngineDeadError as err:
@@ -81,9 +81,9 @@ class ProcessLink:
         return result.outcome
 
     def leave(self) -> None:
-        """Send the last plan; nobody answers it."""
+        """Send the last plan, which gets no answer."""
         with contextlib.suppress(EngineDeadError):
-            self._channel.send(StepPlan(0, "stop"))
+            self._channel.send(Stop())
 
     def _expect(self, kind: type) -> Any:
         try:
@@ -100,25 +100,26 @@ class LocalLink:
     """A worker in this process. It is built, and steps, in a thread of its own, the only one that
     computes.
 
-    ``build`` gives what runs a plan, what tells what rank 0 has sent, and the first word.
+    ``build`` returns three things: the function that runs a plan, the one that reads the bytes that
+    rank 0 has sent, and the worker's ``Ready`` message.
     """
 
-    def __init__(self, build: Callable[[], tuple[Lead, Books, Ready]]) -> None:
+    def __init__(self, build: Callable[[], tuple[Lead, ReadSent, Ready]]) -> None:
         self._runner = ThreadRunner()
         self._building = self._runner.call(build)
-        self._books: Books | None = None
+        self._read_sent: ReadSent | None = None
 
     @property
     def sent(self) -> Sent:
         """As of now."""
-        return self._books() if self._books is not None else {}
+        return self._read_sent() if self._read_sent is not None else {}
 
     def ready(self) -> Ready:
-        """Once the worker is built. Raises what kept it from that."""
-        self._runner.lead, self._books, ready = self._building.result()
+        """The message of a worker that is built. Raises the error of its start."""
+        self._runner.lead, self._read_sent, ready = self._building.result()
         return ready
 
-    def submit(self, plan: StepPlan) -> None:
+    def submit(self, plan: Plan) -> None:
         """Queue a plan for the thread."""
         self._runner.submit(plan)
 
@@ -128,6 +129,6 @@ class LocalLink:
 
     def leave(self) -> None:
         """Run the last plan and end the thread."""
-        self._runner.submit(StepPlan(0, "stop"))
+        self._runner.submit(Stop())
         self._runner.outcome()
         self._runner.close()

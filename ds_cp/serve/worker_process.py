@@ -9,8 +9,6 @@ supervisor.
 
 from __future__ import annotations
 
-import ctypes
-import os
 import signal
 import socket
 import sys
@@ -18,14 +16,11 @@ import traceback
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ds_cp.errors import DsCpError
-from ds_cp.plan import StepPlan
-from ds_cp.process import leave_process
+from ds_cp.process import die_with_parent, leave_process
 from ds_cp.serve.channel import Channel, Failed, Ready, Result, WorkerSpec
 
 if TYPE_CHECKING:
     from ds_cp.worker.worker import Worker
-
-PR_SET_PDEATHSIG = 1
 
 
 def main(argv: list[str]) -> NoReturn:
@@ -35,7 +30,7 @@ def main(argv: list[str]) -> NoReturn:
     channel = Channel(socket.socket(fileno=int(argv[0])))
     try:
         spec: WorkerSpec = channel.receive(WorkerSpec)
-        _die_with(spec.supervisor_pid)
+        die_with_parent(spec.supervisor_pid)()
         _work(channel, spec)
     except DsCpError as err:
         _give_up(channel, err.exit_code, str(err))
@@ -69,12 +64,8 @@ def _work(channel: Channel, spec: WorkerSpec) -> None:
 
 
 def _lead(channel: Channel, worker: Worker) -> None:
-    """Rank 0: run the plans that the front sends, up to the one that says stop."""
-    while True:
-        plan: StepPlan = channel.receive(StepPlan)
-        outcome = worker.lead(plan)
-        if plan.kind == "stop":
-            return
+    """Rank 0: forward the plans that the front sends to all ranks, up to ``Stop``."""
+    while (outcome := worker.forward(channel.receive_bytes())) is not None:
         sent = {k: (e.bytes, e.exchanges) for k, e in worker.world.ledger.schemes().items()}
         channel.send(Result(outcome, sent))
 
@@ -92,13 +83,6 @@ def _give_up(channel: Channel, exit_code: int, message: str) -> NoReturn:
     except DsCpError:
         pass  # the supervisor is gone too; there is nobody left to tell
     leave_process(exit_code)
-
-
-def _die_with(supervisor_pid: int) -> None:
-    """Ask the kernel to end this process with its supervisor."""
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != supervisor_pid:
-        os._exit(1)
 
 
 if __name__ == "__main__":

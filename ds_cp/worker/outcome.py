@@ -1,7 +1,7 @@
-"""What ranks tell rank 0 after a step: drawn tokens and scored prompts, as rows of fp64.
+"""What ranks send to rank 0 after a step: drawn tokens and scored prompts, as rows of fp64.
 
-A row is ``[token, logprob, ids of the best .., their logprobs ..]``, as wide as the widest wish of
-the step, which every rank knows.
+A row is ``[token, logprob, ids of the best .., their logprobs ..]``. All rows of a step have the
+width of the one that wants the most alternatives, which every rank knows.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ Top = tuple[tuple[int, float], ...]
 
 
 def width_of(work: StepWork) -> int:
-    """How many alternatives a row of this step has room for."""
+    """The number of alternatives that a row of this step has room for."""
     wishes = [draw.sequence.sampling.logprobs for draw in work.draws]
     wishes += [stretch[0].sampling.prompt_logprobs for stretch in work.scored]
     return max(0, *wishes) if wishes else 0
 
 
 def rows_of(work: StepWork, rank: int) -> int:
-    """How many rows ``rank`` has to tell."""
+    """The number of rows that ``rank`` sends."""
     return sum(draw.rank == rank for draw in work.draws) + sum(
         count for _, _, count, owner in work.scored if owner == rank
     )
@@ -40,7 +40,7 @@ def pack(drawn: Sequence[Sampled], scored: Sequence[tuple[float, Top]], width: i
 def unpack(
     work: StepWork, width: int, rows_by_rank: dict[int, list[list[float]]]
 ) -> tuple[tuple[Sampled, ...], tuple[Scored, ...]]:
-    """Everybody's rows in the order of the plan."""
+    """The rows of all ranks in the order of the plan."""
     ahead = {rank: iter(rows) for rank, rows in rows_by_rank.items()}
     sampled = []
     for draw in work.draws:

@@ -1,4 +1,4 @@
-"""What every rank knows of the running requests, kept up by the plans alone. No torch.
+"""What every rank knows of the running requests, updated by the plans alone. No torch.
 
 The scheduler's plans say what changes; applying them in order gives each rank the same block
 tables, positions and owners, from which it derives what it has to do in the step. Token values are
@@ -20,9 +20,9 @@ NO_TOKEN = -1
 
 @dataclass(eq=False, slots=True)
 class RunningSequence:
-    """One running request. ``tokens``: known to all ranks, the prompt first. ``drawn``: outputs
-    drawn so far, on all ranks the same number; ``sampler``: the rank that drew the last one, and
-    ``last``: its value, on that rank. ``outputs``: values of the output as far as known here.
+    """One running request. ``tokens``: known to all ranks, the prompt first. ``drawn``: the number
+    of outputs drawn so far, the same on all ranks; ``sampler``: the rank that drew the last one,
+    and ``last``: its value, on that rank. ``outputs``: values of the output as far as known here.
     ``resting``: the shards of ranks that add nothing in decode steps, until their part changes.
     """
 
@@ -112,13 +112,13 @@ class Draw(NamedTuple):
 class StepWork:
     """What a plan means for one rank.
 
-    ``streams``: requests that decode here, alone, with KV on this rank only; ``items``: everything
-    else that this rank has a part in. ``draws``: of all ranks, in the order in which each rank
+    ``decodes``: requests that decode here, with KV on this rank only; ``items``: everything else
+    that this rank has a part in. ``draws``: of all ranks, in the order in which each rank
     draws. ``handoffs``: of all ranks. ``scored``: (sequence, first position, count, owner) of
     prompt tokens whose log-probabilities are wanted, of all ranks.
     """
 
-    streams: list[RunningSequence] = field(default_factory=list)
+    decodes: list[RunningSequence] = field(default_factory=list)
     items: list[Item] = field(default_factory=list)
     draws: list[Draw] = field(default_factory=list)
     handoffs: list[Handoff] = field(default_factory=list)
@@ -126,7 +126,7 @@ class StepWork:
 
 
 class WorkerState:
-    """The books of one rank. ``apply`` takes every plan, in order."""
+    """The state of one rank's requests. ``apply`` gets every plan, in order."""
 
     def __init__(self, rank: int, block_size: int) -> None:
         self.rank = rank
@@ -134,8 +134,8 @@ class WorkerState:
         self.sequences: dict[int, RunningSequence] = {}
 
     def apply(self, plan: StepPlan) -> StepWork:
-        """Enter a plan into the books and say what this rank has to do. Transfers are entered here;
-        moving the content is the caller's business, before anything else."""
+        """Update the state by a plan and return what this rank has to do. Transfers change tables
+        here; the caller moves the content, before anything else."""
         for number in plan.ended:
             self.sequences.pop(number, None)
         for number, index, token in plan.seen:
@@ -145,7 +145,7 @@ class WorkerState:
         for transfer in plan.transfers:
             for number in transfer.requests:
                 sequence = self.sequences.get(number)
-                if sequence is not None:  # or it gave way after this was decided
+                if sequence is not None:  # or it was preempted after this was decided
                     sequence.table.replace(transfer.index, transfer.target)
                     sequence.resting.clear()
         for begin in plan.begins:
@@ -218,7 +218,7 @@ class WorkerState:
             work.handoffs.append(Handoff(sequence, sequence.sampler, owner))
         if mode == "local":
             if owner == self.rank:
-                work.streams.append(sequence)
+                work.decodes.append(sequence)
         else:
             q_runs: Runs = ((start, 1),)
             resting = sequence.resting

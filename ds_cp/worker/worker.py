@@ -1,4 +1,4 @@
-"""One rank's hands: executes one plan. No policy here."""
+"""One rank's hands: executes plans. No policy here."""
 
 from __future__ import annotations
 
@@ -12,7 +12,16 @@ from ds_cp.comm.control import Control
 from ds_cp.comm.wire import Group, World
 from ds_cp.kv.pool import KVPool
 from ds_cp.model.wiring import CONTEXT, Decoder
-from ds_cp.plan import Outcome, Sampled, StepPlan, Transfer, decode_plan, encode_plan
+from ds_cp.plan import (
+    Outcome,
+    Plan,
+    Sampled,
+    StepPlan,
+    Stop,
+    Transfer,
+    decode_plan,
+    encode_plan,
+)
 from ds_cp.worker.outcome import Top, pack, rows_of, unpack, width_of
 from ds_cp.worker.sampler import Row, sample_rows, score_prompt
 from ds_cp.worker.state import Handoff, StepWork, WorkerState
@@ -23,8 +32,8 @@ SCHEME_MOVE = "move_kv"
 
 
 class Worker:
-    """Everything one rank needs to run plans: its seat, its groups, the model, its KV and its
-    books.
+    """Everything one rank needs to run plans: its seat, its groups, the model, its KV and the state
+    of its requests.
 
     ``tp_rank`` 0 of each cp rank draws; all tensor-parallel ranks compute the same logits.
     """
@@ -48,35 +57,43 @@ class Worker:
         self.layers = list(layers)
         self.pool = pool
         self.kernel = kernel
-        self.mirror = WorkerState(cp.rank, block_size)
+        self.state = WorkerState(cp.rank, block_size)
         self.model_seconds = 0.0  # in the model's forward call, attention included
 
-    def lead(self, plan: StepPlan) -> Outcome:
-        """Rank 0: give the plan to everybody, run my part, and return what all ranks drew."""
+    def lead(self, plan: Plan) -> Outcome:
+        """Rank 0: ``forward`` of a plan that was made in this process."""
+        return self.forward(encode_plan(plan)) or Outcome()
+
+    def forward(self, payload: bytes) -> Outcome | None:
+        """Rank 0: give an encoded plan to all ranks as it is, run my part, and return the tokens
+        that all ranks drew; None after ``Stop``. All ranks run the same decoded plan."""
         began, before = time.perf_counter(), self.model_seconds
-        self.control.broadcast(encode_plan(plan))
+        self.control.broadcast(payload)
+        plan = decode_plan(payload)
         outcome = self.run(plan)
+        if isinstance(plan, Stop):
+            return None
         return Outcome(
-            plan.step, outcome.sampled, outcome.scored, time.perf_counter() - began,
+            outcome.step, outcome.sampled, outcome.scored, time.perf_counter() - began,
             self.model_seconds - before,
         )  # fmt: skip
 
     def follow(self) -> None:
-        """Other ranks: run plans until the one that says stop."""
+        """Other ranks: run plans up to ``Stop``."""
         while True:
             plan = decode_plan(self.control.broadcast(None))
             self.run(plan)
-            if plan.kind == "stop":
+            if isinstance(plan, Stop):
                 return
 
-    def run(self, plan: StepPlan) -> Outcome:
+    def run(self, plan: Plan) -> Outcome:
         """Run my part of a plan. Rank 0 gets all drawn tokens in the plan's order, others none."""
-        if plan.kind == "stop":
-            self.mirror = WorkerState(self.cp.rank, self.mirror.block_size)
-        if plan.kind != "run":
-            return Outcome(plan.step)
+        if isinstance(plan, Stop):
+            self.state = WorkerState(self.cp.rank, self.state.block_size)
+        if not isinstance(plan, StepPlan):
+            return Outcome()
         with torch.inference_mode():
-            work = self.mirror.apply(plan)
+            work = self.state.apply(plan)
             self._transfer(plan.transfers)
             self._hand_over(work.handoffs)
             step = StepContext(work, self.cp, self.layers, self.pool, self.kernel)
@@ -169,7 +186,7 @@ class Worker:
             self._transfer_batch(batch)
 
     def _transfer_batch(self, batch: Sequence[Transfer]) -> None:
-        me, size, pool = self.cp.rank, self.mirror.block_size, self.pool
+        me, size, pool = self.cp.rank, self.state.block_size, self.pool
         pairs: dict[tuple[int, int], list[tuple[int, int]]] = {}
         for transfer in batch:
             (source, from_block), (target, to_block) = transfer.source, transfer.target
@@ -201,7 +218,7 @@ class Worker:
         drawn: Sequence[Sampled],
         scores: Sequence[tuple[float, Top]],
     ) -> Outcome:
-        """Bring what was drawn to world rank 0."""
+        """Bring the drawn tokens and the scores to world rank 0."""
         if not work.draws and not work.scored:
             return Outcome(plan.step)
         width = width_of(work)

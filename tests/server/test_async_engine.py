@@ -35,7 +35,7 @@ class Port:
 
     def __init__(self) -> None:
         self.plans: deque[StepPlan] = deque()
-        self.mirror = WorkerState(0, BLOCK)
+        self.state = WorkerState(0, BLOCK)
 
     def ready(self) -> Ready:
         return Ready(FACTS, ())
@@ -45,9 +45,9 @@ class Port:
 
     def outcome(self) -> Outcome:
         plan = self.plans.popleft()
-        if plan.kind != "run":
-            return Outcome(plan.step)
-        draws = self.mirror.apply(plan).draws
+        if not isinstance(plan, StepPlan):
+            return Outcome()
+        draws = self.state.apply(plan).draws
         return Outcome(plan.step, tuple(Sampled(d.sequence.number, 7, 0.0) for d in draws))
 
     def leave(self) -> None:
