@@ -158,13 +158,15 @@ class Scored(msgspec.Struct, frozen=True, array_like=True):
 class Outcome(msgspec.Struct, frozen=True, array_like=True, tag="outcome"):
     """What rank 0 learns from one plan (``step`` 0: from one that is no step).
 
-    The tokens drawn and the prompts scored. ``seconds``: the longest time that a rank worked on the
-    step, and ``model_seconds`` within it, in the model's forward call.
+    The tokens drawn and the prompts scored. ``failed``: requests of which a prompt token could not
+    be scored; they end with an error. ``seconds``: the longest time that a rank worked on the step,
+    and ``model_seconds`` the same in the model's forward call.
     """
 
     step: int = 0
     sampled: tuple[Sampled, ...] = ()
     scored: tuple[Scored, ...] = ()
+    failed: tuple[int, ...] = ()
     seconds: float = 0.0
     model_seconds: float = 0.0
 

@@ -188,14 +188,17 @@ class World:
     """This process's seat in the job: who am I, where are the others, and the groups we share."""
 
     def __init__(
-        self, rank: int, topology: Topology, device: torch.device, timeout_s: float, joined: bool
-    ) -> None:
+        self, rank: int, topology: Topology, device: torch.device, timeout_s: float, joined: bool,
+        store: Any = None,
+    ) -> None:  # fmt: skip
         self.rank = rank
         self.size = topology.size
         self.topology = topology
         self.device = device
         self.timeout_s = timeout_s
         self.ledger = Ledger()
+        self.store = store  # of the ranks that joined: keys and values, also after ``leave``
+        self.failure: BaseException | None = None  # why this world is of no use any more
         self._joined = joined
         handle = torch_dist.group.WORLD if self.size > 1 else None
         self.everybody = Group("world", range(self.size), self, handle)
@@ -268,7 +271,8 @@ def join(
             f"{rendezvous.host}:{rendezvous.port} within {timeout_s:g} s: "
             f"{str(err).splitlines()[0][:200]}"
         ) from err
-    return World(rank, Topology.from_hosts(list(hosts or names)), device, timeout_s, joined=True)
+    topology = Topology.from_hosts(list(hosts or names))
+    return World(rank, topology, device, timeout_s, joined=True, store=store)
 
 
 def _open_store(rank: int, at: Rendezvous, limit: timedelta) -> torch_dist.Store:

@@ -128,6 +128,10 @@ class EngineCore:
         for scored in outcome.scored:
             self._record_scores(scored)
         deltas = []
+        for number in outcome.failed:
+            answer = self._answers.get(number)
+            if answer is not None:
+                deltas.append(self._end_with_error(answer))
         for sampled in outcome.sampled:
             answer = self._answers.get(sampled.request)
             if answer is not None:
@@ -143,10 +147,8 @@ class EngineCore:
 
     def _take(self, answer: _Answer, got: Sampled) -> Delta:
         request, call = answer.request, answer.call
-        if got.token < 0:  # logits were not finite: this request ends, the others go on
-            self.scheduler.finish(request, "error")
-            self._forget(answer)
-            return Delta(request.request_id, finish_reason="error", index=request.index)
+        if got.token < 0:  # nothing could be drawn
+            return self._end_with_error(answer)
         self._generation_tokens += 1
         reason = self.scheduler.record_token(request, got.token)
         text, stop_reason = "", request.stop_reason
@@ -177,6 +179,13 @@ class EngineCore:
             request.request_id, (got.token,), text, logprobs, reason, stop_reason,
             request.index, cached, scores,
         )  # fmt: skip
+
+    def _end_with_error(self, answer: _Answer) -> Delta:
+        """This request ends, the others go on."""
+        request = answer.request
+        self.scheduler.finish(request, "error")
+        self._forget(answer)
+        return Delta(request.request_id, finish_reason="error", index=request.index)
 
     @staticmethod
     def _scores(request: Request, call: _Call) -> tuple[TokenLogprob | None, ...] | None:

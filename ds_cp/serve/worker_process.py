@@ -33,6 +33,8 @@ def main(argv: list[str]) -> NoReturn:
         die_with_parent(spec.supervisor_pid)()
         _work(channel, spec)
     except DsCpError as err:
+        if err.__cause__ is not None and not isinstance(err.__cause__, DsCpError):
+            traceback.print_exception(err.__cause__)  # raised on this rank
         _give_up(channel, err.exit_code, str(err))
     except BaseException as err:
         traceback.print_exc()
@@ -56,11 +58,12 @@ def _work(channel: Channel, spec: WorkerSpec) -> None:
     world, threads = join_job(job, config)
     worker, facts = build_worker(world, config, None, threads)
     channel.send(Ready(facts, tuple(summary(config, facts))))
-    if world.rank == 0:
-        _lead(channel, worker)
-    else:
-        worker.follow()
-    world.leave()  # not after a failure: it may wait for a peer that is gone
+    with worker.failing():  # the end of the channel too
+        if world.rank == 0:
+            _lead(channel, worker)
+        else:
+            worker.follow()
+    world.leave()
 
 
 def _lead(channel: Channel, worker: Worker) -> None:

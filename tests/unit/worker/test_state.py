@@ -171,7 +171,8 @@ def test_a_fork_shares_what_is_before_the_last_token() -> None:
         parent, child = mirror.sequences[1], mirror.sequences[2]
         assert (child.table.homes, child.table.num_tokens) == (parent.table.homes[:2], 5)
         assert parent.table.num_tokens == 7, "the parent goes on in the same step"
-        assert (child.tokens, child.prompt_length, child.drawn) == (list(range(6)), 6, 0)
+        assert (child.tokens, child.prompt_length, child.drawn) == (tuple(range(6)), 6, 0)
+        assert child.tokens is parent.tokens, "a long prompt is kept once, for all its answers"
         assert child.sampling is how and child.last == NO_TOKEN and child.outputs == []
     copy = Transfer((2,), 1, (0, 11), (1, 3))
     works = ranks.decode(1, 2, mode="tree", transfers=(copy,))
