@@ -40,7 +40,7 @@ from ds_cp.engine.loop import PipelinedLoop, ThreadRunner
 from ds_cp.facts import Facts
 from ds_cp.layout import total
 from ds_cp.outputs import Delta
-from ds_cp.plan import Outcome, StepPlan
+from ds_cp.plan import Outcome, StepPlan, Stop
 from ds_cp.sampling_params import SamplingParams
 from ds_cp.scheduler.build import build_scheduler
 from ds_cp.startup.build import build_worker
@@ -111,7 +111,7 @@ class Driver:
         for name in self._live:
             self.core.abort(name)
         self._loop.settle()
-        self._runner.call(lambda: self._worker.lead(StepPlan(0, "stop"))).result()
+        self._runner.call(lambda: self._worker.lead(Stop())).result()
 
 
 class Sessions:

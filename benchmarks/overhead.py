@@ -45,7 +45,7 @@ from ds_cp.engine.loop import PipelinedLoop, ThreadRunner
 from ds_cp.facts import Facts
 from ds_cp.model.loading import load_model, load_tokenizer
 from ds_cp.model.source import find_model
-from ds_cp.plan import Outcome, StepPlan
+from ds_cp.plan import Outcome, Stop
 from ds_cp.sampling_params import SamplingParams
 from ds_cp.scheduler.build import build_scheduler
 from ds_cp.startup.build import build_worker
@@ -145,7 +145,7 @@ class Streams:
         for request_id in range(len(self.tokens)):
             self.core.abort(str(request_id))
         self._loop.settle()
-        self.runner.done(partial(self.worker.lead, StepPlan(0, "stop")))
+        self.runner.done(partial(self.worker.lead, Stop()))
 
 
 class Clock:
@@ -174,7 +174,7 @@ def clocks(worker: Worker) -> Iterator[Clock]:
     with ExitStack() as stack:
         for owner, attribute, name in (
             (worker_module, "encode_plan", "encode plan"),
-            (worker.mirror, "apply", "mirror"),
+            (worker.state, "apply", "mirror"),
             (worker_module, "StepContext", "step context"),
             (worker, "_forward", "forward"),
             (worker, "_draw", "sample"),

@@ -71,6 +71,11 @@ class CommError(DsCpError):
     limit."""
 
 
+class RankFailedError(DsCpError):
+    """A step failed on one rank. The message names the rank, its host and the cause; every rank
+    raises it."""
+
+
 class EngineDeadError(DsCpError):
     """The engine has stopped; no request can be served any more."""
 

@@ -1,10 +1,14 @@
-"""One step, as plain integers: what rank 0 decides and every rank derives its shapes and messages
-from.
+"""The contract between the scheduler and the workers: plans go out, outcomes come back.
 
-A plan says what changes: requests that begin or end, blocks that are added or moved, and which
-requests run. Every rank keeps the same books of it (``mirror``), so that a step of hundreds of
-running requests is a few bytes each, and a token sampled in one step can enter the next one without
-rank 0 having seen it. Typed and bounded on the wire (msgspec), never pickled. No torch here.
+One tagged union. ``StepPlan`` is one step, ``Idle`` a sign of life, ``Stop`` the end of a run;
+``Outcome`` is the answer to each. A plan is plain integers, from which every rank derives its
+shapes and messages. It says what changes: requests that begin or end, blocks that are added or
+moved, and the requests that run. Every rank keeps the same state of them (``worker.state``).
+So a step of hundreds of running requests is a few bytes each, and a token sampled in one step can
+enter the next one before rank 0 has seen it.
+
+Typed and bounded on the wire (msgspec), never pickled. A plan is encoded once: the worker of rank 0
+broadcasts the bytes that it received, and every rank decodes them. No torch here.
 """
 
 from __future__ import annotations
@@ -17,10 +21,12 @@ MAX_PLAN_BYTES = 64 * 2**20  # of one plan as msgpack: what every channel to the
 
 
 class Sampling(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
-    """How to choose one request's tokens; sent once. ``seed`` and a token's index name the random
-    number to use, so that a request's stream depends on nothing else. ``early_banned``: ids that
-    may not be chosen before ``min_tokens`` others were. ``logprobs`` and
-    ``prompt_logprobs``: how many alternatives, -1 for none at all."""
+    """How to choose one request's tokens; sent once.
+
+    ``seed`` and a token's index name the random number to use, so that a request's tokens depend on
+    nothing else. ``early_banned``: ids that may not be chosen before ``min_tokens`` tokens were.
+    ``logprobs`` and ``prompt_logprobs``: the number of alternatives, or -1 for none at all.
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -47,7 +53,7 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
 
 
 class Begin(msgspec.Struct, frozen=True, array_like=True):
-    """A request starts, or starts again after it gave way. ``tokens``: all that are known, the
+    """A request starts, or starts again after it was preempted. ``tokens``: all known ones, the
     prompt and then ``len(tokens) - prompt_length`` of the output. ``homes``: the blocks that hold
     its first ``computed`` tokens already (a prefix that was found)."""
 
@@ -99,16 +105,14 @@ class Transfer(msgspec.Struct, frozen=True, array_like=True):
     target: Home
 
 
-class StepPlan(msgspec.Struct, frozen=True, array_like=True):
+class StepPlan(msgspec.Struct, frozen=True, array_like=True, tag="run"):
     """What all ranks do next, in the order of the fields; the forks come into being at the end.
 
-    ``kind``: "run", "idle" (a sign of life) or "stop". ``ended``: requests to forget. ``seen``:
-    (request, index, token) of outputs, for requests whose sampling looks back. ``grown``: a block
-    for the next token of a request.
+    ``ended``: requests to forget. ``seen``: (request, index, token) of outputs, for requests whose
+    sampling looks back. ``grown``: a block for the next token of a request.
     """
 
     step: int
-    kind: str
     ended: tuple[int, ...] = ()
     seen: tuple[tuple[int, int, int], ...] = ()
     transfers: tuple[Transfer, ...] = ()
@@ -119,10 +123,22 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True):
     forks: tuple[Fork, ...] = ()
 
 
+class Idle(msgspec.Struct, frozen=True, array_like=True, tag="idle"):
+    """A sign of life, so that no rank takes silence for the end of rank 0. Changes nothing."""
+
+
+class Stop(msgspec.Struct, frozen=True, array_like=True, tag="stop"):
+    """Every rank forgets its requests and leaves ``Worker.follow``."""
+
+
+Plan = StepPlan | Idle | Stop
+
+
 class Sampled(msgspec.Struct, frozen=True, array_like=True):
     """The token chosen for a request, its log-probability and the most likely ones, best first.
 
-    ``token`` is -1 when the logits were not finite; the request then ends with an error.
+    ``token`` is -1 when the logits were not finite or could not be drawn from; the request then
+    ends with an error.
     """
 
     request: int
@@ -139,26 +155,31 @@ class Scored(msgspec.Struct, frozen=True, array_like=True):
     rows: tuple[tuple[float, tuple[tuple[int, float], ...]], ...]
 
 
-class Outcome(msgspec.Struct, frozen=True, array_like=True):
-    """What rank 0 learns from one step: the tokens drawn, prompts scored, and the seconds that the
-    step and, within it, the model's forward call took on rank 0."""
+class Outcome(msgspec.Struct, frozen=True, array_like=True, tag="outcome"):
+    """What rank 0 learns from one plan (``step`` 0: from one that is no step).
 
-    step: int
+    The tokens drawn and the prompts scored. ``failed``: requests of which a prompt token could not
+    be scored; they end with an error. ``seconds``: the longest time that a rank worked on the step,
+    and ``model_seconds`` the same in the model's forward call.
+    """
+
+    step: int = 0
     sampled: tuple[Sampled, ...] = ()
     scored: tuple[Scored, ...] = ()
+    failed: tuple[int, ...] = ()
     seconds: float = 0.0
     model_seconds: float = 0.0
 
 
 _encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(StepPlan)
+_decoder: msgspec.msgpack.Decoder[Plan] = msgspec.msgpack.Decoder(Plan)
 
 
-def encode_plan(plan: StepPlan) -> bytes:
+def encode_plan(plan: Plan) -> bytes:
     """The plan as msgpack."""
     return _encoder.encode(plan)
 
 
-def decode_plan(payload: bytes) -> StepPlan:
-    """The plan from msgpack; ``msgspec.ValidationError`` when it is not one."""
+def decode_plan(payload: bytes) -> Plan:
+    """The plan from msgpack; ``msgspec.ValidationError`` when it is none."""
     return _decoder.decode(payload)

@@ -1,10 +1,15 @@
-"""How a process of ours ends. No torch here."""
+"""How a process of ours ends: at once, or with its parent. No torch here."""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import sys
+from collections.abc import Callable
 from typing import NoReturn
+
+_PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
 def leave_process(code: int) -> NoReturn:
@@ -17,3 +22,20 @@ def leave_process(code: int) -> NoReturn:
     except OSError:  # the reader has left, or the disk is full
         code = code or 1
     os._exit(code)
+
+
+def die_with_parent(parent: int) -> Callable[[], None]:
+    """What a child calls so that the kernel kills it when process ``parent`` dies.
+
+    Made before the fork where there is one (it is a ``preexec_fn``), because loading a library is
+    not safe after it. Elsewhere than on Linux the child only looks once whether its parent lives.
+    """
+    libc = ctypes.CDLL(None, use_errno=True) if sys.platform.startswith("linux") else None
+
+    def ask() -> None:
+        if libc is not None:
+            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before the request
+            os._exit(1)
+
+    return ask

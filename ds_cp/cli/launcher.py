@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType
 
 from ds_cp.errors import LaunchError
+from ds_cp.process import die_with_parent
 
 LAUNCHER = "ds-cp"
 POLL_S = 0.05  # seconds between looks at the ranks
@@ -21,7 +21,6 @@ POLL_S = 0.05  # seconds between looks at the ranks
 # them; about once in a hundred failures under load, gloo misses that a peer is gone and waits
 # comm.timeout_s.
 FAILURE_GRACE_S = 5.0
-_PR_SET_PDEATHSIG = 1
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -58,7 +57,7 @@ class _Ranks:
 
     def start(self, command: Sequence[str], ranks: int, env: Mapping[str, str]) -> None:
         port = _free_port()
-        prepare = _die_with_parent()
+        prepare = die_with_parent(os.getpid())
         for rank in range(ranks):
             place = {
                 "RANK": rank,
@@ -153,21 +152,6 @@ def _has_ended(process: subprocess.Popen[bytes]) -> bool:
     """Whether a child has ended, without reaping it."""
     found = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     return found is not None
-
-
-def _die_with_parent() -> Callable[[], None] | None:
-    """What a child runs before the command: ask the kernel to kill it when this process dies."""
-    if not sys.platform.startswith("linux"):
-        return None
-    libc = ctypes.CDLL(None, use_errno=True)
-    parent = os.getpid()
-
-    def prepare() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died between the fork and the request
-            os._exit(1)
-
-    return prepare
 
 
 def _free_port() -> int:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ds_cp.comm.wire import Message, World
+from ds_cp.comm.wire import Message, Pending, World
 from ds_cp.errors import CommError
 from ds_cp.plan import MAX_PLAN_BYTES
 
@@ -49,6 +49,15 @@ class Control:
         if size > self.FRAME - 8:
             rest = torch.frombuffer(bytearray(payload[self.FRAME - 8 :]), dtype=torch.uint8)
             self._group.broadcast(rest, PLAN)
+
+    def expect(self, others: Sequence[Message]) -> Pending:
+        """Rank 0: start to receive into the buffers of ``others``, (rank, buffer) of the ranks that
+        ``report``. CPU tensors, contiguous."""
+        return self._group.exchange([], others, RESULT)
+
+    def report(self, mine: torch.Tensor) -> None:
+        """Another rank: send ``mine`` to rank 0, which expects it."""
+        self._group.exchange([(0, mine)], [], RESULT).wait()
 
     def collect(self, mine: torch.Tensor, others: Sequence[Message]) -> None:
         """Each rank but 0 sends ``mine`` (CPU, contiguous; empty sends nothing) to rank 0, which

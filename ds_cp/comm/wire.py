@@ -179,8 +179,9 @@ class World:
     """This process's place in the job: its rank, every rank's host, and the groups it is in."""
 
     def __init__(
-        self, rank: int, topology: Topology, device: torch.device, timeout_s: float, joined: bool
-    ) -> None:
+        self, rank: int, topology: Topology, device: torch.device, timeout_s: float, joined: bool,
+        store: Any = None,
+    ) -> None:  # fmt: skip
         self.rank = rank
         self.size = topology.size
         self.topology = topology
@@ -188,6 +189,8 @@ class World:
         self.timeout_s = timeout_s
         self.ledger = Ledger()
         self.local_work = LocalWork()
+        self.store = store  # of the ranks that joined: keys and values, also after ``leave``
+        self.failure: BaseException | None = None  # why this world is of no use any more
         self._joined = joined
         handle = torch_dist.group.WORLD if self.size > 1 else None
         self.everybody = Group("world", range(self.size), self, handle)
@@ -263,7 +266,8 @@ def join(
             f"rank {rank} of {world_size} could not join the others at {where} "
             f"within {timeout_s:g} s: {str(err).splitlines()[0][:200]}"
         ) from err
-    return World(rank, Topology.from_hosts(list(hosts or names)), device, timeout_s, joined=True)
+    topology = Topology.from_hosts(list(hosts or names))
+    return World(rank, topology, device, timeout_s, joined=True, store=store)
 
 
 def _open_store(rank: int, at: Rendezvous, limit: timedelta) -> Store:

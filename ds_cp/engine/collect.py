@@ -1,9 +1,11 @@
-"""What the library's callers get: deltas gathered into outputs, and requests that were refused."""
+"""At the edge of the library: prompts as its callers give them, deltas gathered into outputs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar, cast
 
 from ds_cp.errors import RequestError
 from ds_cp.outputs import CompletionOutput, Delta, RequestOutput, TokenLogprob
@@ -11,6 +13,7 @@ from ds_cp.sampling_params import RequestOptions, SamplingParams
 from ds_cp.scheduler.request import Request
 
 Prompt = str | Sequence[int]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ class RequestFailure:
 
 @dataclass(frozen=True)
 class ReadyRequest:
+    """A request whose prompt is token ids. ``text``: the prompt as it was given, if as text."""
+
     request_id: str
     text: str | None
     tokens: list[int]
@@ -51,13 +56,16 @@ class OutputCollector:
 
     @property
     def is_done(self) -> bool:
+        """Whether every answer has ended."""
         return self._running == 0
 
-    def take(self, delta: Delta) -> None:
+    def add(self, delta: Delta) -> None:
+        """One more delta of an answer."""
         self._deltas[delta.index].append(delta)
         self._running -= delta.finish_reason is not None
 
     def output(self) -> RequestOutput:
+        """The output, once ``is_done``."""
         first = self._answers[0]
         return RequestOutput(
             first.request_id, self._prompt, first.prompt,
@@ -77,3 +85,30 @@ class OutputCollector:
             stop_reason=request.stop_reason,
             logprobs=tuple(logprobs) if request.params.logprobs is not None else None,
         )
+
+
+def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt, or several, as a list."""
+    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+        return [cast(Prompt, prompts)]
+    return list(cast(Sequence[Prompt], prompts))
+
+
+def one_each(given: T | Sequence[T] | None, default: T, count: int, what: str) -> list[T]:
+    """``given`` as a list of ``count``, one for each prompt: itself, or one value for all."""
+    if given is None or isinstance(given, type(default)):
+        return [default if given is None else given] * count
+    listed = list(cast(Sequence[T], given))
+    if len(listed) != count:
+        raise RequestError(f"{count} prompts but {len(listed)} {what}: give one or as many")
+    return listed
+
+
+def progress_line(total: int) -> Callable[[int], None]:
+    """A function that shows on stderr that so many of ``total`` requests are done."""
+
+    def show(done: int) -> None:
+        end = "\n" if done == total else ""
+        print(f"\r{done}/{total} requests", end=end, file=sys.stderr, flush=True)
+
+    return show

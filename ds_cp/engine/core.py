@@ -142,6 +142,10 @@ class EngineCore:
         for scored in outcome.scored:
             self._record_scores(scored)
         deltas = []
+        for number in outcome.failed:
+            answer = self._answers.get(number)
+            if answer is not None:
+                deltas.append(self._fail(answer))
         for sampled in outcome.sampled:
             answer = self._answers.get(sampled.request)
             if answer is not None:

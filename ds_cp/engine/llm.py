@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
+from ds_cp.comm.failure import fail
 from ds_cp.comm.wire import World
 from ds_cp.config import Config, load_config
 from ds_cp.engine.collect import (
@@ -15,17 +16,21 @@ from ds_cp.engine.collect import (
     PromptRequest,
     ReadyRequest,
     RequestFailure,
+    as_list,
+    one_each,
+    progress_line,
 )
 from ds_cp.engine.core import EngineCore
 from ds_cp.engine.loop import InlineLoop
-from ds_cp.errors import EngineDeadError, RequestError
+from ds_cp.engine.sign_of_life import SignOfLife
+from ds_cp.errors import ConfigError, EngineDeadError, RequestError
 from ds_cp.facts import Facts
 from ds_cp.model.end_tokens import describe_tokenizer
 from ds_cp.model.loading import load_tokenizer
 from ds_cp.model.source import ModelSource, find_model
 from ds_cp.model.wiring import Decoder
 from ds_cp.outputs import RequestOutput
-from ds_cp.plan import StepPlan
+from ds_cp.plan import Stop
 from ds_cp.sampling_params import RequestOptions, SamplingParams
 from ds_cp.scheduler.build import build_scheduler
 from ds_cp.startup.build import build_worker
@@ -36,10 +41,11 @@ from ds_cp.topology.job import Job, detect
 from ds_cp.worker.worker import Worker
 
 T = TypeVar("T")
+IDLE_S = 20.0  # seconds without a plan after which the other ranks get an idle one, at most
 
 
 def init_inference(
-    model: Decoder | str | os.PathLike[str],
+    model: Decoder | str | os.PathLike[str] | None = None,
     config: Config | Mapping[str, Any] | str | os.PathLike[str] | None = None,
     *,
     tokenizer: Any | None = None,
@@ -49,18 +55,15 @@ def init_inference(
     """An engine over all ranks of the job; every rank calls this with the same arguments.
 
     ``model``: a loaded transformers decoder (used as it is, weights and dtype), a directory of
-    safetensors, a GGUF file or a hub id. ``config``: the JSON config as a path, mapping or
-    ``Config``; its ``model`` gives way to the argument. ``tokenizer``: for a loaded model, when
-    prompts are text. ``job``: this process's place, found from the launcher's environment when not
-    given.
+    safetensors, a GGUF file or a hub id; the config's when not given. ``config``: the JSON config
+    as a path, mapping or ``Config``; an argument ``model`` replaces its own. ``tokenizer``: for a
+    loaded model, when prompts are text. ``job``: this process's place, found from the launcher's
+    environment when not given.
 
-    Raises the typed errors of ``ds_cp.errors``, on every rank, when the job cannot start.
+    Raises the typed errors of ``ds_cp.errors``, on every rank, when the job cannot start;
+    ``ConfigError`` when neither ``model`` nor ``config`` names a model.
     """
-    name = model.config.name_or_path if isinstance(model, Decoder) else os.fspath(model)
-    if isinstance(config, Config):
-        config = config.model_copy(update={"model": name}) if name else config
-    else:
-        config = load_config(config or {}, {"model": name or "a loaded model"})
+    config = _with_model(config, model)
     if job is None:
         job = detect(os.environ if env is None else env, hosts=config.comm.hosts,
                      interface=config.comm.interface, timeout_s=config.comm.timeout_s)  # fmt: skip
@@ -130,12 +133,12 @@ class LLMEngine:
         """
 
         def requests() -> list[PromptRequest]:
-            texts = _as_list(prompts)
+            texts = as_list(prompts)
             return [
                 PromptRequest(str(n), prompt, how, more)
                 for n, (prompt, how, more) in enumerate(zip(
-                    texts, _each(params, SamplingParams(), len(texts), "sampling params"),
-                    _each(options, RequestOptions(), len(texts), "options"), strict=True,
+                    texts, one_each(params, SamplingParams(), len(texts), "sampling params"),
+                    one_each(options, RequestOptions(), len(texts), "options"), strict=True,
                 ))
             ]  # fmt: skip
 
@@ -150,7 +153,7 @@ class LLMEngine:
             order.extend(one.request_id for one in ready)
             nonlocal show
             if progress and sys.stderr.isatty():
-                show = _progress(len(ready))
+                show = progress_line(len(ready))
             yield from ready
 
         for output in self._run(checked()):
@@ -166,8 +169,9 @@ class LLMEngine:
         ``RequestFailure`` and the others go on.
 
         Every rank iterates over it; on ranks other than 0 ``requests`` is not read and nothing is
-        yielded. Stopping early ends what still runs. Between two outputs ``drain``, ``reopen`` and
-        ``rebalance`` may be called on rank 0.
+        yielded. Stopping early ends the requests that still run. The caller may take any time
+        between two outputs, and ``requests`` to give the next one. Between two outputs ``drain``,
+        ``reopen`` and ``rebalance`` may be called on rank 0.
         """
 
         def prepared() -> Iterator[ReadyRequest | RequestFailure]:
@@ -202,60 +206,89 @@ class LLMEngine:
     ) -> Iterator[RequestOutput | RequestFailure]:
         if self._world is None:
             raise RuntimeError("generate after shutdown")
-        if not self.is_driver:
-            self._worker.follow()
-            return
         if self._state == "running":
             raise RequestError(
                 "another generate or stream of this engine is under way; finish or close it first"
             )
         if self._state == "failed":
             raise EngineDeadError(
-                "a step of an earlier call failed, so the KV may not hold what the books say; "
-                "shut this engine down and make a new one"
+                "a step of an earlier call failed, so not all KV that counts as computed may be "
+                "there; shut this engine down and make a new one"
             )
-        core = self._driver
-        loop = InlineLoop(core, self._worker.lead)
-        live: dict[str, OutputCollector] = {}
         self._state = "running"
+        if not self.is_driver:
+            try:
+                self._worker.follow()
+            finally:
+                self._state = "ready" if self._world.failure is None else "failed"
+            return
+        limit_s = self._config.comm.timeout_s
+        alive = SignOfLife(
+            self._worker.lead, min(limit_s / 3, IDLE_S) if self._world.size > 1 else None
+        )
+        loop = InlineLoop(self._driver, alive.lead)
+        live: dict[str, OutputCollector] = {}
+        failure: BaseException | None = None
         try:
-            yield from self._drive(iter(requests), loop, live)
+            yield from self._drive(iter(requests), loop, live, alive)
+        except BaseException as err:
+            failure = err
+            raise
         finally:
             for name in live:
-                core.abort(name)
-            try:
-                loop.settle()
-            finally:
-                self._state = "failed" if loop.failed else "ready"
-                self._worker.lead(StepPlan(0, "stop"))
+                self._driver.abort(name)
+            self._end(loop, alive, failure)
+
+    def _end(self, loop: InlineLoop, alive: SignOfLife, failure: BaseException | None) -> None:
+        """After a run: release the other ranks, or after a failed step give them its cause. No
+        collective follows a failure."""
+        world = self._worker.world
+        try:
+            loop.settle()
+        except BaseException as err:
+            failure = err
+            raise
+        finally:
+            alive.close()
+            if loop.failed or isinstance(failure, EngineDeadError) or world.failure is not None:
+                self._state = "failed"
+                fail(world, failure or EngineDeadError("a step failed"))
+            else:
+                self._worker.lead(Stop())
+                self._state = "ready"
 
     def _drive(
         self,
         requests: Iterator[ReadyRequest | RequestFailure],
         loop: InlineLoop,
         live: dict[str, OutputCollector],
+        alive: SignOfLife,
     ) -> Iterator[RequestOutput | RequestFailure]:
         core, room = self._driver, self._config.scheduler.max_queue
         more = True
         while more or core.has_work or loop.num_in_flight:
             while more and len(core.scheduler.waiting) < room:
-                one = next(requests, None)
+                with alive.away():
+                    one = next(requests, None)
                 if one is None:
                     more = False
                 elif isinstance(one, RequestFailure):
-                    yield one
+                    with alive.away():
+                        yield one
                 else:
                     try:
                         answers = core.add(one.request_id, one.tokens, one.params, one.options)
                         live[one.request_id] = OutputCollector(answers, one.text)
                     except RequestError as err:
-                        yield RequestFailure(one.request_id, err)
+                        with alive.away():
+                            yield RequestFailure(one.request_id, err)
             for delta in loop.advance():
                 collector = live[delta.request_id]
-                collector.take(delta)
+                collector.add(delta)
                 if collector.is_done:
                     del live[delta.request_id]
-                    yield collector.output()
+                    with alive.away():
+                        yield collector.output()
         core.check_integrity()
 
     def _prepare(self, request: PromptRequest) -> ReadyRequest:
@@ -284,31 +317,22 @@ class LLMEngine:
             self._world = None
 
 
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
-        return [cast(Prompt, prompts)]
-    return list(cast(Sequence[Prompt], prompts))
-
-
-def _each(given: T | Sequence[T] | None, default: T, count: int, what: str) -> list[T]:
-    """One for each of ``count`` prompts."""
-    if given is None or isinstance(given, type(default)):
-        return [default if given is None else given] * count
-    listed = list(cast(Sequence[T], given))
-    if len(listed) != count:
-        raise RequestError(f"{count} prompts but {len(listed)} {what}: give one or as many")
-    return listed
+def _with_model(
+    config: Config | Mapping[str, Any] | str | os.PathLike[str] | None,
+    model: Decoder | str | os.PathLike[str] | None,
+) -> Config:
+    """The checked config, its ``model`` replaced by the name of ``model`` where that has one."""
+    if model is None and (not config or isinstance(config, Mapping) and not config.get("model")):
+        raise ConfigError(
+            "no model: give init_inference a model, or a config whose model names one"
+        )
+    name = model.config.name_or_path if isinstance(model, Decoder) else os.fspath(model or "")
+    if isinstance(config, Config):
+        return config.model_copy(update={"model": name}) if name else config
+    return load_config(config or {}, {"model": name or "a loaded model"} if model else {})
 
 
 def _token(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise RequestError(f"a prompt is text or token ids, not {value!r}", "prompt")
     return value
-
-
-def _progress(total: int) -> Callable[[int], None]:
-    def show(done: int) -> None:
-        end = "\n" if done == total else ""
-        print(f"\r{done}/{total} requests", end=end, file=sys.stderr, flush=True)
-
-    return show

@@ -1,5 +1,5 @@
-"""One step runs while the next one is planned: for the server, whose ranks are elsewhere, and for
-scripts, which are a rank themselves."""
+"""One step runs while the next one is planned: for the server, whose ranks are other processes, and
+for scripts, which are a rank themselves."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Protocol, TypeVar
 
 from ds_cp.engine.core import EngineCore
 from ds_cp.outputs import Delta
-from ds_cp.plan import Outcome, StepPlan
+from ds_cp.plan import Outcome, Plan, StepPlan
 
 T = TypeVar("T")
 DEPTH = 2  # steps under way: one runs, one is ready
 
 
 class Runner(Protocol):
-    """Whoever executes plans, in order."""
+    """Executes plans, in order."""
 
-    def submit(self, plan: StepPlan) -> None:
-        """Give a plan; returns at once."""
+    def submit(self, plan: Plan) -> None:
+        """Queue a plan; returns at once."""
         ...
 
     def outcome(self) -> Outcome:
@@ -32,28 +32,30 @@ class ThreadRunner:
     """Runs plans in a thread of this process; torch lets go of the interpreter while it
     computes.
 
-    Whatever computes in this process belongs in that thread (``call``): torch keeps a pool of CPU
+    All that computes in this process belongs in that thread (``call``): torch keeps a pool of CPU
     threads for each thread that computes, and two pools slow each other down by half.
     """
 
-    def __init__(self, lead: Callable[[StepPlan], Outcome] | None = None) -> None:
+    def __init__(self, lead: Callable[[Plan], Outcome] | None = None) -> None:
         self.lead = lead
         self._thread = ThreadPoolExecutor(1, "ds_cp steps")
         self._in_flight: list[Future[Outcome]] = []
 
     def call(self, work: Callable[[], T]) -> Future[T]:
-        """Do something else there."""
+        """Run ``work`` in the thread."""
         return self._thread.submit(work)
 
-    def submit(self, plan: StepPlan) -> None:
+    def submit(self, plan: Plan) -> None:
+        """Queue a plan for the thread."""
         assert self.lead is not None
         self._in_flight.append(self._thread.submit(self.lead, plan))
 
     def outcome(self) -> Outcome:
+        """Wait for the oldest plan's outcome; raises what its execution raised."""
         return self._in_flight.pop(0).result()
 
     def close(self) -> None:
-        """Wait for what runs, and end the thread."""
+        """Wait for the plan that runs, and end the thread."""
         self._thread.shutdown(wait=True)
 
 
@@ -85,7 +87,7 @@ class PipelinedLoop:
             return self._core.apply(outcome)
 
     def settle(self) -> None:
-        """Wait for the steps under way; what they bring is for requests that are gone."""
+        """Wait for the steps under way; their tokens belong to requests that are gone."""
         while self.num_in_flight:
             self.num_in_flight -= 1
             outcome = self._runner.outcome()
@@ -95,8 +97,8 @@ class PipelinedLoop:
 
 class InlineLoop:
     """Drives a core over ``lead``, which runs a plan in the caller's own thread: the one in which
-    torch has its pool of CPU threads already (see ``ThreadRunner``). Meanwhile a helper notes the
-    tokens of the step before and plans the one after."""
+    torch has its pool of CPU threads already (see ``ThreadRunner``). Meanwhile a helper thread
+    applies the outcome of the step before and plans the step after."""
 
     def __init__(self, core: EngineCore, lead: Callable[[StepPlan], Outcome]) -> None:
         self._core = core
@@ -104,16 +106,18 @@ class InlineLoop:
         self._helper = ThreadPoolExecutor(1, "ds_cp plans")
         self._planned: StepPlan | None = None
         self._outcome: Outcome | None = None
-        self.failed = False  # a step did not end: what the books say is computed may not be
+        self.failed = (
+            False  # a step did not end: KV that the scheduler counts as computed may not be
+        )
 
     @property
     def num_in_flight(self) -> int:
-        """Steps that are planned or whose tokens are not noted yet."""
+        """Steps that are planned, or whose outcome is not applied yet."""
         return (self._planned is not None) + (self._outcome is not None)
 
     def advance(self) -> list[Delta]:
-        """Run the next step and return what the one before it adds; once nothing more can be
-        planned, what the last one adds."""
+        """Run the next step and return the deltas of the one before it; once nothing more can be
+        planned, those of the last one."""
         plan = self._planned or self._core.plan()
         self._planned = None
         if plan is None:
@@ -136,8 +140,8 @@ class InlineLoop:
         return [] if outcome is None else self._core.apply(outcome)
 
     def settle(self) -> None:
-        """Run what is planned, so that ranks and books agree; what it brings is for requests that
-        are gone. Then end the helper."""
+        """Run the step that is planned, so that workers and scheduler agree; its tokens belong to
+        requests that are gone. Then end the helper thread."""
         try:
             self._apply_last()
             if self._planned is not None:
@@ -150,8 +154,8 @@ class InlineLoop:
 
 
 def _ended(future: Future[T]) -> T:
-    """The result, of something short. It has ended also when Ctrl-C comes meanwhile: what follows
-    must not meet another thread."""
+    """The result of something short. After Ctrl-C too it returns only when the work has ended: the
+    code that follows must not meet another thread."""
     try:
         return future.result()
     except KeyboardInterrupt:

@@ -111,7 +111,7 @@ class Draft:
     def plan(self, ended: Sequence[int], seen: Sequence[tuple[int, int, int]]) -> StepPlan:
         """The step as the ranks get it; ``ended`` and ``seen`` as in ``StepPlan``."""
         return StepPlan(
-            self.step, "run", tuple(ended), tuple(seen), tuple(self.transfers),
+            self.step, tuple(ended), tuple(seen), tuple(self.transfers),
             tuple(self.begins), tuple(self.grown), tuple(self._chunks),
             tuple(Decodes(*key, tuple(numbers)) for key, numbers in self._decodes.items()),
             tuple(self.forks),

@@ -23,7 +23,7 @@ from ds_cp.engine.loop import PipelinedLoop
 from ds_cp.errors import DsCpError, EngineDeadError
 from ds_cp.model.end_tokens import describe_tokenizer
 from ds_cp.outputs import Delta
-from ds_cp.plan import Outcome, StepPlan
+from ds_cp.plan import Idle, Outcome
 from ds_cp.sampling_params import RequestOptions, SamplingParams
 from ds_cp.scheduler.build import build_scheduler
 from ds_cp.serve.channel import Ready
@@ -216,7 +216,7 @@ class AsyncEngine:
                 if self._stopping:
                     break
             if idle:  # within comm.timeout_s, so that no rank gives rank 0 up
-                self._link.submit(StepPlan(0, "idle"))
+                self._link.submit(Idle())
                 self._link.outcome()
                 continue
             worked = True

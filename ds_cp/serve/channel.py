@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import socket
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 
 from ds_cp.errors import EngineDeadError
 from ds_cp.facts import Facts
-from ds_cp.plan import MAX_PLAN_BYTES, Outcome, StepPlan
+from ds_cp.plan import MAX_PLAN_BYTES, Outcome, Plan
 
 LIMIT = MAX_PLAN_BYTES  # largest frame, in bytes
-T = TypeVar("T")
 
 
 class WorkerSpec(msgspec.Struct, frozen=True):
@@ -41,7 +40,7 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
 
 
 class Result(msgspec.Struct, frozen=True, tag="result"):
-    """The outcome of one plan, and the (bytes, exchanges) that rank 0 has sent by scheme."""
+    """The outcome of one plan, and what this rank has sent so far: (bytes, exchanges) by scheme."""
 
     outcome: Outcome
     sent: dict[str, tuple[int, int]]
@@ -56,7 +55,7 @@ class Channel:
 
     sock: socket.socket
 
-    def send(self, message: WorkerSpec | StepPlan | FromWorker) -> None:
+    def send(self, message: WorkerSpec | Plan | FromWorker) -> None:
         """Send one message. Raises ``EngineDeadError`` when the other process has ended."""
         raw = msgspec.msgpack.encode(message)
         try:
@@ -69,10 +68,14 @@ class Channel:
     def receive(self, kind: Any) -> Any:
         """The next message, decoded as ``kind``. Raises ``EngineDeadError`` when the other process
         has ended, or the frame is longer than ``LIMIT``."""
+        return msgspec.msgpack.decode(self.receive_bytes(), type=kind)
+
+    def receive_bytes(self) -> bytes:
+        """The next message as it was sent, to be decoded elsewhere; errors as in ``receive``."""
         size = int.from_bytes(self._exactly(4), "little")
         if size > LIMIT:
             raise EngineDeadError(f"a frame of {size} bytes is above the limit {LIMIT}")
-        return msgspec.msgpack.decode(self._exactly(size), type=kind)
+        return self._exactly(size)
 
     def _exactly(self, size: int) -> bytes:
         parts = bytearray()

@@ -38,10 +38,10 @@ async def open_app(config: Config, job: Job) -> AsyncIterator[Any]:
         on_exit.append(world.leave)
         worker, facts = build_worker(world, config, source, threads)
 
-        def sent() -> Sent:
+        def read_sent() -> Sent:
             return {k: (e.bytes, e.exchanges) for k, e in world.ledger.schemes().items()}
 
-        return worker.lead, sent, Ready(facts, tuple(summary(config, facts)))
+        return worker.lead, read_sent, Ready(facts, tuple(summary(config, facts)))
 
     loop = asyncio.get_running_loop()
     ready: asyncio.Future[None] = loop.create_future()

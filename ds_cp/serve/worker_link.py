@@ -9,11 +9,11 @@ from typing import Any, Protocol
 
 from ds_cp.engine.loop import ThreadRunner
 from ds_cp.errors import EngineDeadError
-from ds_cp.plan import Outcome, StepPlan
+from ds_cp.plan import Outcome, Plan, Stop
 from ds_cp.serve.channel import Channel, Failed, FromWorker, Ready, Result
 
 Sent = dict[str, tuple[int, int]]  # scheme -> (bytes, exchanges)
-Lead = Callable[[StepPlan], Outcome]
+Lead = Callable[[Plan], Outcome]
 ReadSent = Callable[[], Sent]
 
 
@@ -29,7 +29,7 @@ class WorkerLink(Protocol):
         """Wait until the worker can run plans."""
         ...
 
-    def submit(self, plan: StepPlan) -> None:
+    def submit(self, plan: Plan) -> None:
         """Hand over a plan; it runs after the ones before."""
         ...
 
@@ -43,7 +43,7 @@ class WorkerLink(Protocol):
 
 
 class WorkerFailedError(EngineDeadError):
-    """The worker reported the error that ended it; ``exit_code`` is the job's."""
+    """The worker has reported its failure, with its exit code."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
@@ -71,7 +71,7 @@ class ProcessLink:
         ready: Ready = self._expect(Ready)
         return ready
 
-    def submit(self, plan: StepPlan) -> None:
+    def submit(self, plan: Plan) -> None:
         """Send a plan; the worker reads it after the one before."""
         try:
             self._channel.send(plan)
@@ -87,7 +87,7 @@ class ProcessLink:
     def leave(self) -> None:
         """Send the stop plan, which has no outcome."""
         with contextlib.suppress(EngineDeadError):
-            self._channel.send(StepPlan(0, "stop"))
+            self._channel.send(Stop())
 
     def _expect(self, kind: type) -> Any:
         try:
@@ -122,7 +122,7 @@ class LocalLink:
         self._runner.lead, self._read_sent, ready = self._building.result()
         return ready
 
-    def submit(self, plan: StepPlan) -> None:
+    def submit(self, plan: Plan) -> None:
         """Queue a plan for the thread."""
         self._runner.submit(plan)
 
@@ -132,6 +132,6 @@ class LocalLink:
 
     def leave(self) -> None:
         """Run the stop plan and end the thread."""
-        self._runner.submit(StepPlan(0, "stop"))
+        self._runner.submit(Stop())
         self._runner.outcome()
         self._runner.close()

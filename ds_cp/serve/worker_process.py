@@ -8,8 +8,6 @@ ends after the stop plan, when its peers are gone, or with its supervisor.
 
 from __future__ import annotations
 
-import ctypes
-import os
 import signal
 import socket
 import sys
@@ -17,14 +15,11 @@ import traceback
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ds_cp.errors import DsCpError
-from ds_cp.plan import StepPlan
-from ds_cp.process import leave_process
+from ds_cp.process import die_with_parent, leave_process
 from ds_cp.serve.channel import Channel, Failed, Ready, Result, WorkerSpec
 
 if TYPE_CHECKING:
     from ds_cp.worker.worker import Worker
-
-PR_SET_PDEATHSIG = 1
 
 
 def main(argv: list[str]) -> NoReturn:
@@ -34,9 +29,11 @@ def main(argv: list[str]) -> NoReturn:
     channel = Channel(socket.socket(fileno=int(argv[0])))
     try:
         spec: WorkerSpec = channel.receive(WorkerSpec)
-        _die_with(spec.supervisor_pid)
+        die_with_parent(spec.supervisor_pid)()
         _work(channel, spec)
     except DsCpError as err:
+        if err.__cause__ is not None and not isinstance(err.__cause__, DsCpError):
+            traceback.print_exception(err.__cause__)  # raised on this rank
         _give_up(channel, err.exit_code, str(err))
     except BaseException as err:
         traceback.print_exc()
@@ -60,20 +57,17 @@ def _work(channel: Channel, spec: WorkerSpec) -> None:
     world, threads = join_job(job, config)
     worker, facts = build_worker(world, config, None, threads)
     channel.send(Ready(facts, tuple(summary(config, facts))))
-    if world.rank == 0:
-        _lead(channel, worker)
-    else:
-        worker.follow()
-    world.leave()  # not after a failure: it could wait for a peer that has ended
+    with worker.failing():  # the end of the channel too
+        if world.rank == 0:
+            _lead(channel, worker)
+        else:
+            worker.follow()
+    world.leave()
 
 
 def _lead(channel: Channel, worker: Worker) -> None:
-    """Rank 0: run the plans that the engine sends, up to the stop plan."""
-    while True:
-        plan: StepPlan = channel.receive(StepPlan)
-        outcome = worker.lead(plan)
-        if plan.kind == "stop":
-            return
+    """Rank 0: forward the plans that the front sends to all ranks, up to ``Stop``."""
+    while (outcome := worker.forward(channel.receive_bytes())) is not None:
         sent = {k: (e.bytes, e.exchanges) for k, e in worker.world.ledger.schemes().items()}
         channel.send(Result(outcome, sent))
 
@@ -91,13 +85,6 @@ def _give_up(channel: Channel, exit_code: int, message: str) -> NoReturn:
     except DsCpError:
         pass  # the supervisor has ended too
     leave_process(exit_code)
-
-
-def _die_with(supervisor_pid: int) -> None:
-    """Ask the kernel to end this process with its supervisor."""
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != supervisor_pid:
-        os._exit(1)
 
 
 if __name__ == "__main__":

@@ -182,10 +182,10 @@ def _plans(rank: int, tokens: Sequence[int]) -> list[tuple[str, StepPlan]]:
         return Chunk(request, "local", "kv", ((rank, ((start, count),)),), homes, last)
 
     first = StepPlan(
-        0, "run",
+        0,
         begins=(begin(1, LENGTH), begin(2, SHORT + 1)),
         chunks=(chunk(1, 0, FIRST, BLOCKS_OF_LONG[:2]), chunk(2, 0, SHORT, BLOCKS_OF_SHORT)),
     )  # fmt: skip
-    second = StepPlan(1, "run", chunks=(chunk(1, FIRST, SECOND, BLOCKS_OF_LONG[2:]),))
-    third = StepPlan(2, "run", decodes=(Decodes("local", "kv", (1, 2)),))
+    second = StepPlan(1, chunks=(chunk(1, FIRST, SECOND, BLOCKS_OF_LONG[2:]),))
+    third = StepPlan(2, decodes=(Decodes("local", "kv", (1, 2)),))
     return [("first chunk", first), ("second chunk", second), ("decode step", third)]

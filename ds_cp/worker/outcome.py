@@ -1,48 +1,68 @@
-"""What ranks tell rank 0 after a step: drawn tokens and scored prompts, as rows of fp64.
+"""What ranks send to rank 0 after a step: drawn tokens and scored prompts, as rows of fp64.
 
-A row is ``[token, logprob, ids of the best .., their logprobs ..]``, as wide as the widest wish of
-the step, which every rank knows.
+The first row is ``[seconds, seconds in the model]``. The others are ``[token, logprob, ids of the
+best .., their logprobs ..]``; token -1 says that the row could not be drawn or scored. All rows of
+a step have the width of the one that wants the most alternatives, which every rank knows.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
-from ds_cp.plan import Sampled, Scored
+from ds_cp.plan import Outcome, Sampled, Scored
+from ds_cp.worker.sampler import Score
 from ds_cp.worker.state import StepWork
 
 Top = tuple[tuple[int, float], ...]
 
 
+class Times(NamedTuple):
+    """Seconds that a rank worked on a step, and of these in the model's forward call."""
+
+    seconds: float
+    model_seconds: float
+
+
 def width_of(work: StepWork) -> int:
-    """How many alternatives a row of this step has room for."""
+    """The number of alternatives that a row of this step has room for."""
     wishes = [draw.sequence.sampling.logprobs for draw in work.draws]
     wishes += [stretch[0].sampling.prompt_logprobs for stretch in work.scored]
     return max(0, *wishes) if wishes else 0
 
 
 def rows_of(work: StepWork, rank: int) -> int:
-    """How many rows ``rank`` has to tell."""
-    return sum(draw.rank == rank for draw in work.draws) + sum(
-        count for _, _, count, owner in work.scored if owner == rank
+    """The number of rows that ``rank`` sends: 0, or one more than it draws and scores."""
+    if rank not in work.ranks:
+        return 0
+    return (
+        1
+        + sum(draw.rank == rank for draw in work.draws)
+        + sum(count for _, _, count, owner in work.scored if owner == rank)
     )
 
 
-def pack(drawn: Sequence[Sampled], scored: Sequence[tuple[float, Top]], width: int) -> torch.Tensor:
-    """My rows, ``[rows, 2 + 2 width]``: of the draws, then of the scored tokens."""
-    rows = [_row(s.token, s.logprob, s.top, width) for s in drawn]
-    rows += [_row(0, logprob, top, width) for logprob, top in scored]
-    return torch.tensor(rows, dtype=torch.float64).view(len(rows), 2 + 2 * width)
+def pack(
+    times: Times, drawn: Sequence[Sampled], scored: Sequence[Score | None], width: int
+) -> torch.Tensor:
+    """My rows, fp64 ``[rows, 2 + 2 width]``: the times, the draws, then the scored tokens (None:
+    one that could not be scored)."""
+    rows = [[times.seconds, times.model_seconds] + [0.0] * (2 * width)]
+    rows += [_row(s.token, s.logprob, s.top, width) for s in drawn]
+    rows += [_row(0, *s, width) if s else _row(-1, math.nan, (), width) for s in scored]
+    return torch.tensor(rows, dtype=torch.float64)
 
 
 def unpack(
-    work: StepWork, width: int, rows_by_rank: dict[int, list[list[float]]]
-) -> tuple[tuple[Sampled, ...], tuple[Scored, ...]]:
-    """Everybody's rows in the order of the plan."""
+    step: int, work: StepWork, width: int, rows_by_rank: dict[int, list[list[float]]]
+) -> Outcome:
+    """The rows of all ranks in the order of the plan; the times are those of the slowest rank."""
     ahead = {rank: iter(rows) for rank, rows in rows_by_rank.items()}
-    sampled = []
+    times = [next(rows) for rows in ahead.values()]
+    sampled, failed = [], []
     for draw in work.draws:
         row = next(ahead[draw.rank])
         top = _top(row, width, draw.sequence.sampling.logprobs)
@@ -52,8 +72,14 @@ def unpack(
         rows = [next(ahead[rank]) for _ in range(count)]
         wish = sequence.sampling.prompt_logprobs
         lines = tuple((row[1], _top(row, width, wish)) for row in rows)
-        scored.append(Scored(sequence.number, first + 1, lines))
-    return tuple(sampled), tuple(scored)
+        if any(row[0] < 0 for row in rows):
+            failed.append(sequence.number)
+        else:
+            scored.append(Scored(sequence.number, first + 1, lines))
+    return Outcome(
+        step, tuple(sampled), tuple(scored), tuple(failed),
+        max(row[0] for row in times), max(row[1] for row in times),
+    )  # fmt: skip
 
 
 def _row(token: int, logprob: float, top: Top, width: int) -> list[float]:

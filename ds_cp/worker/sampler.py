@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -18,17 +20,58 @@ BLOCK = 256  # ids among which the best is looked for at once
 SCORE_ROWS = 64  # prompt rows whose log-probabilities are held in fp32 at a time
 
 
+class History:
+    """The tokens of one request as penalties count them, kept on the device from draw to draw: the
+    distinct ids of the prompt, and of the output those with the number of times each came."""
+
+    def __init__(self, prompt: Sequence[int], output: Sequence[int] = ()) -> None:
+        self._prompt = prompt
+        self._prompt_ids: torch.Tensor | None = None
+        self._places: dict[int, int] = {}  # output id -> its place in the two tensors
+        self._ids = torch.empty(0, dtype=torch.int64)
+        self._counts = torch.empty(0)
+        self._coming: list[int] = []  # output that the tensors do not have yet
+        self.num_output = 0
+        self.append(output)
+
+    def append(self, tokens: Sequence[int]) -> None:
+        """More output, in its order."""
+        self._coming += tokens
+        self.num_output += len(tokens)
+
+    def prompt_ids(self, device: torch.device) -> torch.Tensor:
+        """Distinct ids of the prompt, int64 ``[P]``."""
+        if self._prompt_ids is None:
+            ids = torch.tensor(self._prompt, dtype=torch.int64).unique()
+            self._prompt_ids = ids.to(device)
+        return self._prompt_ids
+
+    def output(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Distinct ids of the output, int64 ``[O]``, and the count of each, fp32 ``[O]``."""
+        coming, self._coming = self._coming, []
+        for token in coming:
+            place = self._places.setdefault(token, len(self._places))
+            if place == self._ids.numel():  # room for twice as many
+                room = torch.zeros(max(place, 64))
+                self._ids = torch.cat((self._ids, room.long()))
+                self._counts = torch.cat((self._counts, room))
+            if self._ids.device != device:
+                self._ids, self._counts = self._ids.to(device), self._counts.to(device)
+            self._ids[place] = token
+            self._counts[place] += 1
+        size = len(self._places)
+        return self._ids[:size], self._counts[:size]
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One token to draw. ``index``: how many output tokens came before it. ``prompt`` and
-    ``output``: the tokens so far, read only when ``how.looks_back``; of the prompt the distinct ids
-    are enough."""
+    """One token to draw. ``index``: the number of output tokens before it. ``history``: the tokens
+    so far, needed only when ``how.looks_back``."""
 
     request: int
     index: int
     how: Sampling
-    prompt: Sequence[int] = ()
-    output: Sequence[int] = ()
+    history: History | None = None
 
 
 class Score(NamedTuple):
@@ -41,10 +84,11 @@ class Score(NamedTuple):
 def sample_rows(logits_RV: torch.Tensor, rows: Sequence[Row]) -> list[Sampled]:
     """Choose the next token of each row of ``logits_RV`` ``[R, V]``.
 
-    What comes of a row depends on nothing but the row: not on its company, and its random number
-    on (seed, index) alone. Temperature 0 is greedy, the lowest id of equals. Log-probabilities are
-    of the logits with ``logit_bias``, before penalties, bans and filters. Logits that are not
-    finite, or of which nothing is allowed, give token -1. ``logits_RV`` is left as it is.
+    A row's token depends on nothing but the row: not on its company, and its random number on
+    (seed, index) alone. Temperature 0 is greedy, the lowest id of equals. Log-probabilities are of
+    the logits with ``logit_bias``, before penalties, bans and filters. A row gets token -1 when its
+    logits are not finite, when nothing is allowed, or when drawing it raises (the traceback goes to
+    stderr): it must not end the others. ``logits_RV`` is not changed.
     """
     if len(rows) != logits_RV.shape[0]:
         raise ValueError(f"{logits_RV.shape[0]} rows of logits for {len(rows)} tokens to draw")
@@ -52,16 +96,14 @@ def sample_rows(logits_RV: torch.Tensor, rows: Sequence[Row]) -> list[Sampled]:
         return []
     tokens = _best(logits_RV)
     return [
-        Sampled(row.request, token, 0.0)
-        if token < 0 or _is_plain(row)
-        else _sample_one(logits_V.float(), row)
+        Sampled(row.request, token, 0.0) if token < 0 or _is_plain(row) else _guarded(logits_V, row)
         for row, token, logits_V in zip(rows, tokens, logits_RV, strict=True)
     ]
 
 
 def score_prompt(logits_TV: torch.Tensor, tokens: Sequence[int], top: int) -> list[Score]:
     """Log-probabilities (natural log, in fp32) of ``tokens``, token t by row t of ``logits_TV``
-    ``[T, V]``, each with the ``top`` most likely ids. A row that is not finite gives NaN."""
+    ``[T, V]``, each with the ``top`` most likely ids. NaN where a row is not finite."""
     if len(tokens) != logits_TV.shape[0]:
         raise ValueError(f"{logits_TV.shape[0]} rows of logits for {len(tokens)} prompt tokens")
     scores: list[Score] = []
@@ -86,7 +128,7 @@ def _best(scores_RV: torch.Tensor) -> list[int]:
     V = scores_RV.shape[1]
     width = min(BLOCK, V)
     whole = V - V % width
-    peaks_RB = scores_RV[:, :whole].unflatten(1, (-1, width)).amax(dim=2)
+    peaks_RB = scores_RV[:, :whole].reshape(-1, whole // width, width).amax(dim=2)
     if whole < V:
         rest = scores_RV[:, whole:].amax(dim=1, keepdim=True)
         peaks_RB = torch.cat((peaks_RB, rest), dim=1)
@@ -94,7 +136,17 @@ def _best(scores_RV: torch.Tensor) -> list[int]:
     start = (peak.indices * width).clamp(max=V - width)
     block = start[:, None] + torch.arange(width, device=start.device)
     tokens = start + scores_RV.gather(1, block).max(dim=1).indices
-    return tokens.masked_fill(~torch.isfinite(peak.values), -1).tolist()
+    found: list[int] = tokens.masked_fill(~torch.isfinite(peak.values), -1).tolist()
+    return found
+
+
+def _guarded(logits_V: torch.Tensor, row: Row) -> Sampled:
+    try:
+        return _sample_one(logits_V.float(), row)
+    except Exception:
+        print(f"ds_cp: error: request {row.request} cannot be drawn from", file=sys.stderr)
+        traceback.print_exc()
+        return Sampled(row.request, -1, 0.0)
 
 
 def _bans(row: Row) -> bool:
@@ -141,17 +193,17 @@ def _penalized(logits_V: torch.Tensor, row: Row) -> torch.Tensor:
     """Logits ``[V]`` with repetition_penalty on tokens of the prompt and the output, then
     frequency_penalty (per occurrence) and presence_penalty (once) on tokens of the output."""
     how = row.how
+    assert row.history is not None, "penalties need the tokens so far"
     scores_V = logits_V.clone()
-    output = torch.tensor(row.output, dtype=torch.int64, device=logits_V.device)
+    output_ids, counts = row.history.output(logits_V.device)
     if how.repetition_penalty != 1.0:
-        prompt = torch.tensor(row.prompt, dtype=torch.int64, device=logits_V.device)
-        ids = torch.cat((prompt, output))  # an id that comes twice is written twice, not changed
+        # an id that is in both is written twice, with the same score
+        ids = torch.cat((row.history.prompt_ids(logits_V.device), output_ids))
         seen = logits_V[ids]
         penalty = max(how.repetition_penalty, LEAST)
         scores_V[ids] = torch.where(seen > 0, seen / penalty, seen * penalty).clamp(max=HIGHEST)
     if how.frequency_penalty != 0.0 or how.presence_penalty != 0.0:
-        ids, counts = torch.unique(output, return_counts=True)
-        scores_V[ids] -= how.frequency_penalty * counts.float() + how.presence_penalty
+        scores_V[output_ids] -= how.frequency_penalty * counts + how.presence_penalty
     return scores_V
 
 

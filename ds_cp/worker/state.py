@@ -1,4 +1,4 @@
-"""What every rank knows of the running requests, kept up by the plans alone. No torch.
+"""What every rank knows of the running requests, updated by the plans alone. No torch.
 
 The scheduler's plans say what changes; applying them in order gives each rank the same block
 tables, positions and owners, from which it derives what it has to do in the step. Token values are
@@ -20,14 +20,15 @@ NO_TOKEN = -1
 
 @dataclass(eq=False, slots=True)
 class RunningSequence:
-    """One running request. ``tokens``: known to all ranks, the prompt first. ``drawn``: outputs
-    drawn so far, on all ranks the same number; ``sampler``: the rank that drew the last one, and
-    ``last``: its value, on that rank. ``outputs``: values of the output as far as known here.
+    """One running request. ``tokens``: known to all ranks, the prompt first; never changed, and
+    shared by all answers to a prompt. ``drawn``: the number
+    of outputs drawn so far, the same on all ranks; ``sampler``: the rank that drew the last one,
+    and ``last``: its value, on that rank. ``outputs``: values of the output as far as known here.
     ``resting``: the shards of ranks that add nothing in decode steps, until their part changes.
     """
 
     number: int
-    tokens: list[int]
+    tokens: tuple[int, ...]
     prompt_length: int
     table: SequenceTable
     sampling: Sampling
@@ -38,7 +39,8 @@ class RunningSequence:
     resting: dict[int, Shard] = field(default_factory=dict)
 
     @property
-    def prompt(self) -> list[int]:
+    def prompt(self) -> tuple[int, ...]:
+        """The prompt's tokens: ``tokens`` itself when no output is among them."""
         return self.tokens[: self.prompt_length]
 
 
@@ -112,21 +114,23 @@ class Draw(NamedTuple):
 class StepWork:
     """What a plan means for one rank.
 
-    ``streams``: requests that decode here, alone, with KV on this rank only; ``items``: everything
-    else that this rank has a part in. ``draws``: of all ranks, in the order in which each rank
-    draws. ``handoffs``: of all ranks. ``scored``: (sequence, first position, count, owner) of
-    prompt tokens whose log-probabilities are wanted, of all ranks.
+    ``decodes``: requests that decode here, with KV on this rank only; ``items``: everything else
+    that this rank has a part in. Of all ranks: ``draws``, in the order in which each rank draws;
+    ``handoffs``; ``scored``, (sequence, first position, count, owner) of prompt tokens whose
+    log-probabilities are wanted; ``ranks``, those with work in this step (tokens, a part in
+    spanning attention, blocks to copy), each of which reports to rank 0.
     """
 
-    streams: list[RunningSequence] = field(default_factory=list)
+    decodes: list[RunningSequence] = field(default_factory=list)
     items: list[Item] = field(default_factory=list)
     draws: list[Draw] = field(default_factory=list)
+    ranks: set[int] = field(default_factory=set)
     handoffs: list[Handoff] = field(default_factory=list)
     scored: list[tuple[RunningSequence, int, int, int]] = field(default_factory=list)
 
 
 class WorkerState:
-    """The books of one rank. ``apply`` takes every plan, in order."""
+    """The state of one rank's requests. ``apply`` gets every plan, in order."""
 
     def __init__(self, rank: int, block_size: int) -> None:
         self.rank = rank
@@ -134,23 +138,24 @@ class WorkerState:
         self.sequences: dict[int, RunningSequence] = {}
 
     def apply(self, plan: StepPlan) -> StepWork:
-        """Enter a plan into the books and say what this rank has to do. Transfers are entered here;
-        moving the content is the caller's business, before anything else."""
+        """Update the state by a plan and return what this rank has to do. Transfers change tables
+        here; the caller moves the content, before anything else."""
         for number in plan.ended:
             self.sequences.pop(number, None)
         for number, index, token in plan.seen:
             sequence = self.sequences.get(number)
             if sequence is not None and index == len(sequence.outputs):
                 sequence.outputs.append(token)
+        work = StepWork()
         for transfer in plan.transfers:
+            work.ranks.update((transfer.source[0], transfer.target[0]))
             for number in transfer.requests:
                 sequence = self.sequences.get(number)
-                if sequence is not None:  # or it gave way after this was decided
+                if sequence is not None:  # or it was preempted after this was decided
                     sequence.table.replace(transfer.index, transfer.target)
                     sequence.resting.clear()
         for begin in plan.begins:
             self._begin(begin)
-        work = StepWork()
         grown: dict[int, Home] = dict(plan.grown)
         for chunk in plan.chunks:
             self._chunk(chunk, work)
@@ -166,7 +171,7 @@ class WorkerState:
         table = SequenceTable(self.block_size, begin.homes, begin.computed)
         outputs = list(begin.tokens[begin.prompt_length :])
         self.sequences[begin.request] = RunningSequence(
-            begin.request, list(begin.tokens), begin.prompt_length, table, begin.sampling,
+            begin.request, begin.tokens, begin.prompt_length, table, begin.sampling,
             len(outputs), outputs=outputs,
         )  # fmt: skip
 
@@ -186,6 +191,7 @@ class WorkerState:
         table.append(chunk.homes, count)
         owners = dict(chunk.owners)
         ranks = sorted({*owners, *table.span})
+        work.ranks.update(ranks)
         last_owner = _owner(chunk.owners, start + count - 1)
         if chunk.mode != "local" or self.rank in ranks:
             shards = tuple(self._shard(table, r, owners.get(r, ()), start) for r in ranks)
@@ -217,8 +223,9 @@ class WorkerState:
         if owner != sequence.sampler and start >= len(sequence.tokens):
             work.handoffs.append(Handoff(sequence, sequence.sampler, owner))
         if mode == "local":
+            work.ranks.add(owner)
             if owner == self.rank:
-                work.streams.append(sequence)
+                work.decodes.append(sequence)
         else:
             q_runs: Runs = ((start, 1),)
             resting = sequence.resting
@@ -230,6 +237,7 @@ class WorkerState:
                     resting[rank] = shard
                 shards.append(shard)
             resting.pop(owner, None)
+            work.ranks.update(table.span)
             work.items.append(Item(sequence, mode, ring_pass, start, 1, tuple(shards), True))
         self._draw(sequence, owner, work)
 

@@ -72,10 +72,10 @@ class StepContext:
         self._modes: list[tuple[Mode, list[_Part]]] = []
         write_rows: list[int] = []
         write_extents: list[tuple[int, int]] = []
-        self._streams: BatchedDecode | None = None
-        if work.streams:
-            self._add_streams(work.streams, write_extents)
-            write_rows += range(len(work.streams))
+        self._batched: BatchedDecode | None = None
+        if work.decodes:
+            self._add_decodes(work.decodes, write_extents)
+            write_rows += range(len(work.decodes))
         batches: dict[tuple[str, str, tuple[int, ...]], list[tuple[Span, _Part]]] = {}
         for item in work.items:
             part = self._add(item, me)
@@ -109,15 +109,16 @@ class StepContext:
             at = begin + mine.index(first)
             self.logit_rows += range(at, at + count)
 
-    def _add_streams(
-        self, streams: Sequence[RunningSequence], write_extents: list[tuple[int, int]]
+    def _add_decodes(
+        self, decodes: Sequence[RunningSequence], write_extents: list[tuple[int, int]]
     ) -> None:
-        """One new token each of requests that are all here: short ones are attended together."""
+        """One new token each of requests that are whole on this rank: short ones are attended
+        together."""
         me = self._group.rank
-        short = [s for s in streams if s.table.num_tokens <= LONGEST]
+        short = [s for s in decodes if s.table.num_tokens <= LONGEST]
         if len(short) == 1:
             short = []
-        long = [s for s in streams if not short or s.table.num_tokens > LONGEST]
+        long = [s for s in decodes if not short or s.table.num_tokens > LONGEST]
         gathered: list[Extents] = []
         runs: list[tuple[Runs, Runs]] = []
         parts: list[_Part] = []
@@ -134,7 +135,7 @@ class StepContext:
                 runs.append((((position, 1),), k_runs))
                 parts.append(_Part((row, row + 1), extents, False))
         if gathered:
-            self._streams = BatchedDecode(gathered, self._pool.dtype, self._group.device)
+            self._batched = BatchedDecode(gathered, self._pool.dtype, self._group.device)
         if parts:
             self._modes.append((LocalAttention(runs), parts))
 
@@ -159,8 +160,8 @@ class StepContext:
         return _Part((begin, len(self.token_ids)), resident, item.ships)
 
     def _span(self, item: Item) -> Span:
-        """Who owns which queries and holds which keys. When KV ships, new keys are still with
-        owners."""
+        """The owner of each query and the holder of each key. When KV ships, new keys are still
+        with their owners."""
         q_runs: list[Runs] = [EMPTY] * self._group.size
         k_runs: list[Runs] = [EMPTY] * self._group.size
         for shard in item.shards:
@@ -180,9 +181,9 @@ class StepContext:
         self._store(layer, k[0], v[0])
         q_THD, k_TGD, v_TGD = (x[0].transpose(0, 1) for x in (q, k, v))
         out = torch.empty(q_THD.shape, dtype=q.dtype, device=q.device)
-        if self._streams is not None:
-            first = slice(0, self._streams.num_rows)
-            partial = self._streams(q_THD[first], self._pool.of_layer(layer), self._kernel, spec)
+        if self._batched is not None:
+            first = slice(0, self._batched.num_rows)
+            partial = self._batched(q_THD[first], self._pool.of_layer(layer), self._kernel, spec)
             out[first] = finish(partial, spec, q.dtype)
         for mode, parts in self._modes:
             queries, kv = [], []

@@ -1,30 +1,53 @@
-"""One rank's hands: executes one plan. No policy here."""
+"""One rank's hands: executes plans. No policy here."""
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
 from ds_cp.attention import Kernel, LayerSpec
 from ds_cp.comm.control import Control
-from ds_cp.comm.wire import Group, World
+from ds_cp.comm.failure import fail
+from ds_cp.comm.wire import Group, Pending, World
 from ds_cp.kv.pool import KVPool
 from ds_cp.model.wiring import CONTEXT, Decoder
-from ds_cp.plan import Outcome, Sampled, StepPlan, Transfer, decode_plan, encode_plan
-from ds_cp.worker.outcome import Top, pack, rows_of, unpack, width_of
-from ds_cp.worker.sampler import Row, sample_rows, score_prompt
-from ds_cp.worker.state import Handoff, StepWork, WorkerState
+from ds_cp.plan import (
+    Outcome,
+    Plan,
+    Sampled,
+    StepPlan,
+    Stop,
+    Transfer,
+    decode_plan,
+    encode_plan,
+)
+from ds_cp.worker.outcome import Times, pack, rows_of, unpack, width_of
+from ds_cp.worker.sampler import History, Row, Score, sample_rows, score_prompt
+from ds_cp.worker.state import Draw, Handoff, StepWork, WorkerState
 from ds_cp.worker.step_context import StepContext
 
 SCHEME_TOKEN = "next_token"
 SCHEME_MOVE = "move_kv"
 
 
+@dataclass(frozen=True)
+class _Coming:
+    """Rows of the other ranks on their way to rank 0: per cp rank, fp64 ``[rows, 2 + 2 width]``."""
+
+    pending: Pending
+    rows: dict[int, torch.Tensor]
+    width: int
+
+
 class Worker:
-    """Everything one rank needs to run plans: its seat, its groups, the model, its KV and its
-    books.
+    """Everything one rank needs to run plans: its seat, its groups, the model, its KV and the state
+    of its requests.
 
     ``tp_rank`` 0 of each cp rank draws; all tensor-parallel ranks compute the same logits.
     """
@@ -48,53 +71,89 @@ class Worker:
         self.layers = list(layers)
         self.pool = pool
         self.kernel = kernel
-        self.mirror = WorkerState(cp.rank, block_size)
+        self.state = WorkerState(cp.rank, block_size)
         self.model_seconds = 0.0  # in the model's forward call, attention included
+        self._histories: dict[int, History] = {}  # of requests that looked back here
 
-    def lead(self, plan: StepPlan) -> Outcome:
-        """Rank 0: give the plan to everybody, run my part, and return what all ranks drew."""
-        began, before = time.perf_counter(), self.model_seconds
-        self.control.broadcast(encode_plan(plan))
-        outcome = self.run(plan)
-        return Outcome(
-            plan.step, outcome.sampled, outcome.scored, time.perf_counter() - began,
-            self.model_seconds - before,
-        )  # fmt: skip
+    def lead(self, plan: Plan) -> Outcome:
+        """Rank 0: ``forward`` of a plan that was made in this process."""
+        return self.forward(encode_plan(plan)) or Outcome()
+
+    def forward(self, payload: bytes) -> Outcome | None:
+        """Rank 0: give an encoded plan to all ranks as it is, run my part, and return the tokens
+        that all ranks drew; None after ``Stop``. All ranks run the same decoded plan."""
+        with self.failing():
+            began = time.perf_counter()
+            self.control.broadcast(payload)
+            plan = decode_plan(payload)
+            outcome = self.run(plan, began)
+            return None if isinstance(plan, Stop) else outcome
 
     def follow(self) -> None:
-        """Other ranks: run plans until the one that says stop."""
-        while True:
-            plan = decode_plan(self.control.broadcast(None))
-            self.run(plan)
-            if plan.kind == "stop":
-                return
+        """Other ranks: run plans up to ``Stop``."""
+        with self.failing():
+            while True:
+                plan = decode_plan(self.control.broadcast(None))
+                self.run(plan)
+                if isinstance(plan, Stop):
+                    return
 
-    def run(self, plan: StepPlan) -> Outcome:
-        """Run my part of a plan. Rank 0 gets all drawn tokens in the plan's order, others none."""
-        if plan.kind == "stop":
-            self.mirror = WorkerState(self.cp.rank, self.mirror.block_size)
-        if plan.kind != "run":
-            return Outcome(plan.step)
+    @contextmanager
+    def failing(self) -> Iterator[None]:
+        """Around code whose failure, or another rank's meanwhile, ends the job: it is raised by its
+        cause, on every rank."""
+        try:
+            yield
+        except BaseException as err:
+            cause = fail(self.world, err)
+            if cause is err:
+                raise
+            raise cause from err
+
+    def run(self, plan: Plan, began: float | None = None) -> Outcome:
+        """Run my part of a plan, which ``began`` at that ``time.perf_counter()``, or now.
+
+        Rank 0 waits for all ranks that work in the step. It gets their tokens in the plan's order
+        and the times of the slowest one; the other ranks get nothing.
+        """
+        if isinstance(plan, Stop):
+            self.state = WorkerState(self.cp.rank, self.state.block_size)
+            self._histories.clear()
+        if not isinstance(plan, StepPlan):
+            return Outcome()
+        began = time.perf_counter() if began is None else began
+        before = self.model_seconds
+        for number in plan.ended:
+            self._histories.pop(number, None)
         with torch.inference_mode():
-            work = self.mirror.apply(plan)
+            work = self.state.apply(plan)
+            width = width_of(work)
+            coming = self._expect(work, width)
             self._transfer(plan.transfers)
             self._hand_over(work.handoffs)
             step = StepContext(work, self.cp, self.layers, self.pool, self.kernel)
             drawn: list[Sampled] = []
-            scores: list[tuple[float, Top]] = []
+            scores: list[Score | None] = []
             if step.num_rows:
-                began = time.perf_counter()
                 logits = self._forward(step)
-                self.model_seconds += time.perf_counter() - began
                 drawn = self._draw(step, logits)
                 scores = _score(step, logits)
             elif step.spans:
                 step.attend_without_tokens(self.model.dtype, self.cp.device)
-            return self._collect(plan, work, drawn, scores)
+            self._synchronize()
+            times = Times(time.perf_counter() - began, self.model_seconds - before)
+            return self._collect(plan, work, coming, pack(times, drawn, scores, width))
+
+    def _synchronize(self) -> None:
+        """Wait for the device, without which a time is that of launching kernels."""
+        if self.cp.device.type == "cuda":
+            torch.cuda.synchronize(self.cp.device)
 
     def _forward(self, step: StepContext) -> torch.Tensor:
         """Logits ``[rows wanted, V]`` of the flat batch ``[1, T]``."""
         device = self.cp.device
+        self._synchronize()
+        began = time.perf_counter()
         ids = torch.tensor([step.token_ids], dtype=torch.int64, device=device)
         positions = torch.tensor([step.positions], dtype=torch.int64, device=device)
         rows = torch.tensor(step.logit_rows, dtype=torch.int64, device=device)
@@ -102,7 +161,10 @@ class Worker:
             input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=rows,
             **{CONTEXT: step},
         )  # fmt: skip
-        return out.logits[0]
+        logits: torch.Tensor = out.logits[0]
+        self._synchronize()
+        self.model_seconds += time.perf_counter() - began
+        return logits
 
     def _draw(self, step: StepContext, logits_RV: torch.Tensor) -> list[Sampled]:
         """Draw my requests' next tokens; the same on every tensor-parallel rank."""
@@ -110,16 +172,10 @@ class Worker:
             return []
         drawn: list[Sampled] = []
         if self.tp.rank == 0:
-            rows = []
-            for draw in step.draws:
-                sequence, how = draw.sequence, draw.sequence.sampling
-                prompt: Sequence[int] = ()
-                output: Sequence[int] = ()
-                if how.looks_back:
-                    known = sequence.outputs[: draw.index]
-                    output = known if len(known) == draw.index else [*known, sequence.last]
-                    prompt = sequence.prompt
-                rows.append(Row(sequence.number, draw.index, how, prompt, output))
+            rows = [
+                Row(d.sequence.number, d.index, d.sequence.sampling, self._history(d))
+                for d in step.draws
+            ]
             drawn = sample_rows(logits_RV[: len(rows)], rows)
         tokens = [s.token for s in drawn]
         if self.tp.size > 1:
@@ -129,6 +185,19 @@ class Worker:
         for draw, token in zip(step.draws, tokens, strict=True):
             draw.sequence.last = token
         return drawn
+
+    def _history(self, draw: Draw) -> History | None:
+        """The tokens before ``draw``, where its sampling looks back at them."""
+        sequence = draw.sequence
+        if not sequence.sampling.looks_back:
+            return None
+        history = self._histories.get(sequence.number)
+        if history is None:
+            history = self._histories[sequence.number] = History(sequence.prompt)
+        history.append(sequence.outputs[history.num_output : draw.index])
+        if history.num_output < draw.index:  # drawn in the step before, and not announced yet
+            history.append((sequence.last,))
+        return history
 
     def _hand_over(self, handoffs: Sequence[Handoff]) -> None:
         """Tokens drawn on one rank that this step computes on another, one message per pair."""
@@ -169,7 +238,7 @@ class Worker:
             self._transfer_batch(batch)
 
     def _transfer_batch(self, batch: Sequence[Transfer]) -> None:
-        me, size, pool = self.cp.rank, self.mirror.block_size, self.pool
+        me, size, pool = self.cp.rank, self.state.block_size, self.pool
         pairs: dict[tuple[int, int], list[tuple[int, int]]] = {}
         for transfer in batch:
             (source, from_block), (target, to_block) = transfer.source, transfer.target
@@ -194,40 +263,47 @@ class Worker:
             if target == me:
                 pool.put_blocks([b for _, b in pairs[source, target]], size, data)
 
-    def _collect(
-        self,
-        plan: StepPlan,
-        work: StepWork,
-        drawn: Sequence[Sampled],
-        scores: Sequence[tuple[float, Top]],
-    ) -> Outcome:
-        """Bring what was drawn to world rank 0."""
-        if not work.draws and not work.scored:
-            return Outcome(plan.step)
-        width = width_of(work)
-        mine = pack(drawn, scores, width) if self.tp.rank == 0 else torch.empty(0)
+    def _expect(self, work: StepWork, width: int) -> _Coming | None:
+        """Rank 0: start to receive the rows of the other ranks, before my own part, so that none of
+        them waits for me."""
         if self.world.rank != 0:
-            self.control.collect(mine, [])
-            return Outcome(plan.step)
-        counts = {rank: rows_of(work, rank) for rank in range(self.cp.size)}
-        buffers = {
+            return None
+        counts = {rank: rows_of(work, rank) for rank in work.ranks if rank != 0}
+        rows = {
             rank: torch.empty(count, 2 + 2 * width, dtype=torch.float64)
-            for rank, count in counts.items()
-            if rank != 0 and count
+            for rank, count in sorted(counts.items())
         }
-        self.control.collect(mine, [(r * self.tp.size, b) for r, b in buffers.items()])
-        rows = {0: mine.tolist(), **{rank: buffer.tolist() for rank, buffer in buffers.items()}}
-        return Outcome(plan.step, *unpack(work, width, rows))
+        pending = self.control.expect([(r * self.tp.size, b) for r, b in rows.items()])
+        return _Coming(pending, rows, width)
+
+    def _collect(
+        self, plan: StepPlan, work: StepWork, coming: _Coming | None, mine: torch.Tensor
+    ) -> Outcome:
+        """Bring times, drawn tokens and scores to world rank 0. Tensor-parallel ranks work in step,
+        so that the first of them speaks for all."""
+        if coming is None:
+            if self.tp.rank == 0 and self.cp.rank in work.ranks:
+                self.control.report(mine)
+            return Outcome(plan.step)
+        coming.pending.wait()
+        rows = {0: mine.tolist(), **{rank: rows.tolist() for rank, rows in coming.rows.items()}}
+        return unpack(plan.step, work, coming.width, rows)
 
 
-def _score(step: StepContext, logits_RV: torch.Tensor) -> list[tuple[float, Top]]:
-    """Log-probabilities of the prompt tokens that are wanted, of my rows, in order."""
-    scores: list[tuple[float, Top]] = []
+def _score(step: StepContext, logits_RV: torch.Tensor) -> list[Score | None]:
+    """Log-probabilities of my prompt tokens that are to be scored, in order; None for those of a
+    request whose scoring raises (the traceback goes to stderr): it must not end the others."""
+    scores: list[Score | None] = []
     at = len(step.draws)
     for sequence, first, count, _ in step.scored:
         following = sequence.tokens[first + 1 : first + 1 + count]
-        scores += score_prompt(
-            logits_RV[at : at + count], following, sequence.sampling.prompt_logprobs
-        )
+        try:
+            scores += score_prompt(
+                logits_RV[at : at + count], following, sequence.sampling.prompt_logprobs
+            )
+        except Exception:
+            print(f"ds_cp: error: request {sequence.number} cannot be scored", file=sys.stderr)
+            traceback.print_exc()
+            scores += [None] * count
         at += count
     return scores

@@ -23,8 +23,8 @@ def failing_step(world: World) -> None:
 
     def lead(plan: StepPlan) -> Outcome:
         nonlocal count
-        count += plan.kind == "run"
-        if count == 2 and plan.kind == "run":
+        count += isinstance(plan, StepPlan)
+        if count == 2 and isinstance(plan, StepPlan):
             raise MemoryError("out of memory")
         return whole(plan)
 

@@ -28,7 +28,7 @@ from ds_cp.engine.llm import LLMEngine, PromptRequest
 from ds_cp.sampling_params import RequestOptions, SamplingParams
 from ds_cp.outputs import RequestOutput, TokenLogprob
 from ds_cp.plan import Sampling
-from ds_cp.worker.sampler import Row, sample_rows
+from ds_cp.worker.sampler import History, Row, sample_rows
 from tests.helpers.engines import engine_on, tiny_llama
 from tests.helpers.ranks import run_ranks
 
@@ -167,7 +167,7 @@ def sampled_token(
         presence_penalty=params.presence_penalty, frequency_penalty=params.frequency_penalty,
         repetition_penalty=params.repetition_penalty,
     )  # fmt: skip
-    row = Row(0, len(output), how, case.prompt, output)
+    row = Row(0, len(output), how, History(case.prompt, output))
     generator = torch.Generator().manual_seed(len(output))
     noise = NOISE * torch.randn(9, len(logits), generator=generator)
     noise[0] = 0.0

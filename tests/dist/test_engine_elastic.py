@@ -497,7 +497,7 @@ def copy_blocks(world: World, plans: list[Copies]) -> list[list[int]]:
         whole = torch.arange(BLOCKS, dtype=torch.float32) + 100 * world.rank
         worker.pool.put_blocks(range(BLOCKS), SIZE, whole[:, None].expand(-1, elements))
         moves = tuple(Transfer((), 0, source, target) for source, target in copies)
-        worker.run(StepPlan(step, "run", transfers=moves))
+        worker.run(StepPlan(step, transfers=moves))
         held = worker.pool.get_blocks(range(BLOCKS), SIZE)
         assert torch.equal(held, held[:, :1].expand(-1, elements)), "blocks are copied whole"
         found.append([int(value) for value in held[:, 0]])

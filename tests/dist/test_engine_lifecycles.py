@@ -23,7 +23,7 @@ from ds_cp.engine.llm import LLMEngine
 from ds_cp.outputs import Delta
 from ds_cp.sampling_params import RequestOptions
 from ds_cp.layout import Home
-from ds_cp.plan import Outcome, StepPlan
+from ds_cp.plan import Outcome, StepPlan, Stop
 from ds_cp.scheduler.request import Request
 from ds_cp.scheduler.scheduler import Scheduler
 from ds_cp.worker.worker import Worker
@@ -56,7 +56,7 @@ class _Recorder(ThreadRunner):
 
     def _lead(self, plan: StepPlan) -> Outcome:
         outcome = self._worker.lead(plan)
-        sequences = self._worker.mirror.sequences
+        sequences = self._worker.state.sequences
         mine = {n: (tuple(s.table.homes), s.table.num_tokens) for n, s in sequences.items()}
         assert mine == self.books[plan.step - 1], f"books differ after step {plan.step}"
         return outcome
@@ -127,7 +127,7 @@ class Driver:
         """Let the other ranks go."""
         self._loop.settle()
         self._runner.close()
-        self._worker.lead(StepPlan(0, "stop"))
+        self._worker.lead(Stop())
 
     @property
     def used(self) -> list[int]:

@@ -373,7 +373,7 @@ def ship(world: World) -> list[Entries]:
         _shipped(1, [2, 3, 0], [3, 3, 3], [0, 5, 4]),
     ]
     begins, chunks = zip(*requests, strict=True)
-    plan = StepPlan(1, "run", begins=begins, chunks=chunks)
+    plan = StepPlan(1, begins=begins, chunks=chunks)
     for dtype, _ in DTYPES:
         layers = [LayerSpec(4, 2, D, 0.25)] * 2
         pool = KVPool(layers, 64, dtype, group.device)

@@ -376,7 +376,7 @@ class Cluster:
         assert decode_plan(encode_plan(plan)) == plan
         plan = decode_plan(encode_plan(plan))
         self._steps += 1
-        assert (plan.step, plan.kind) == (self._steps, "run")
+        assert isinstance(plan, StepPlan) and plan.step == self._steps
         running = [c.request for c in plan.chunks]
         running += [n for decodes in plan.decodes for n in decodes.requests]
         assert len(running) == len(set(running)), "a request twice in one step"
@@ -459,7 +459,7 @@ class Cluster:
         items: dict[int, Item] = {}
         tokens: dict[tuple[int, int], int] = {}  # (request, position) -> what its owner computes
         for rank, work in enumerate(works):
-            for sequence in work.streams:
+            for sequence in work.decodes:
                 position = sequence.table.num_tokens - 1
                 tokens[sequence.number, position] = token_at(sequence, position)
                 owned[rank] += 1
@@ -492,7 +492,7 @@ class Cluster:
                 for position, slot in new:
                     self._write(written, shard.rank, slot, known[position])
         for rank, work in enumerate(works):
-            for sequence in work.streams:
+            for sequence in work.decodes:
                 position = sequence.table.num_tokens - 1
                 home, slot = sequence.table.slot(position)
                 assert home == rank and sequence.table.span == (rank,), (
@@ -503,7 +503,7 @@ class Cluster:
             for shard in item.shards:
                 self._read(item.sequence.number, shard.rank, shard.k_runs, shard.extents)
         for rank, work in enumerate(works):
-            for sequence in work.streams:
+            for sequence in work.decodes:
                 runs, extents = sequence.table.part(rank)
                 assert runs == ((0, sequence.table.num_tokens),)
                 self._read(sequence.number, rank, runs, extents)

@@ -45,8 +45,8 @@ class OneRank:
 
     def outcome(self) -> Outcome:
         plan = self.plans.popleft()
-        if plan.kind != "run":
-            return Outcome(plan.step)
+        if not isinstance(plan, StepPlan):
+            return Outcome()
         draws = self.worker_state.apply(plan).draws
         return Outcome(plan.step, tuple(Sampled(d.sequence.number, 7, 0.0) for d in draws))
 

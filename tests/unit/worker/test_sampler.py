@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from ds_cp.plan import Sampled, Sampling
-from ds_cp.worker.sampler import Row, sample_rows, score_prompt
+from ds_cp.worker.sampler import History, Row, sample_rows, score_prompt
 
 VOCAB = 50
 
@@ -38,7 +38,7 @@ def sample(
     output: Sequence[int] = (),
 ) -> Sampled:
     """One row alone."""
-    (sampled,) = sample_rows(logits_V[None], [Row(request, index, way, prompt, output)])
+    (sampled,) = sample_rows(logits_V[None], [Row(request, index, way, History(prompt, output))])
     return sampled
 
 
@@ -440,7 +440,7 @@ def mixed(seed: int, vocab: int, copies: int) -> tuple[torch.Tensor, list[Row]]:
     for number in range(len(KINDS) * copies):
         output = [rng.randrange(vocab) for _ in range(rng.randrange(30))]
         way = how(**KINDS[number % len(KINDS)], seed=rng.randrange(-(2**63), 2**63))
-        rows.append(Row(number, len(output), way, [rng.randrange(vocab)] * 3, output))
+        rows.append(Row(number, len(output), way, History([rng.randrange(vocab)] * 3, output)))
     rng.shuffle(rows)
     logits = torch.randn(len(rows), vocab, generator=torch.Generator().manual_seed(seed)) * 3
     return logits, rows
@@ -474,7 +474,7 @@ def test_streams_are_the_same_in_any_company() -> None:
     ways = [how(seed=s, temperature=0.9, top_p=0.95, presence_penalty=0.4) for s in range(5)]
     together: list[list[int]] = [[] for _ in ways]
     for index in range(50):
-        rows = [Row(r, index, way, (), together[r]) for r, way in enumerate(ways)]
+        rows = [Row(r, index, way, History((), together[r])) for r, way in enumerate(ways)]
         for got in sample_rows(table[index], rows):
             together[got.request].append(got.token)
     for r, way in enumerate(ways):

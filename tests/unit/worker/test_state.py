@@ -22,7 +22,7 @@ class Ranks:
 
     def run(self, **parts: tuple) -> list[StepWork]:
         self.steps += 1
-        plan = StepPlan(self.steps, "run", **parts)
+        plan = StepPlan(self.steps, **parts)
         return [mirror.apply(plan) for mirror in self.mirrors]
 
     def begin(self, number: int, length: int, rank: int = 0, **more: object) -> list[StepWork]:
@@ -128,7 +128,7 @@ def test_a_local_request_concerns_its_rank_alone_but_all_know_of_it() -> None:
     assert [draws(work) for work in works] == [[(1, 1, 0)]] * 3
     for index in (1, 2):
         works = ranks.decode(1)
-        assert [[s.number for s in work.streams] for work in works] == [[], [1], []]
+        assert [[s.number for s in work.decodes] for work in works] == [[], [1], []]
         assert not any(work.items for work in works)
         assert [draws(work) for work in works] == [[(1, 1, index)]] * 3
         assert not any(map(handoffs, works)), "the rank that drew it computes it"
@@ -158,7 +158,7 @@ def test_several_requests_draw_in_the_order_of_the_plan() -> None:
     parts = (Decodes("local", "kv", (3, 1)), Decodes("tree", "kv", (2,)))
     works = ranks.run(decodes=parts)
     assert [draws(work) for work in works] == [[(3, 2, 1), (1, 0, 1), (2, 1, 1)]] * 3
-    assert [[s.number for s in work.streams] for work in works] == [[1], [], [3]]
+    assert [[s.number for s in work.decodes] for work in works] == [[1], [], [3]]
     assert [[i.sequence.number for i in work.items] for work in works] == [[2]] * 3
 
 
@@ -171,7 +171,8 @@ def test_a_fork_shares_what_is_before_the_last_token() -> None:
         parent, child = mirror.sequences[1], mirror.sequences[2]
         assert (child.table.homes, child.table.num_tokens) == (parent.table.homes[:2], 5)
         assert parent.table.num_tokens == 7, "the parent goes on in the same step"
-        assert (child.tokens, child.prompt_length, child.drawn) == (list(range(6)), 6, 0)
+        assert (child.tokens, child.prompt_length, child.drawn) == (tuple(range(6)), 6, 0)
+        assert child.tokens is parent.tokens, "a long prompt is kept once, for all its answers"
         assert child.sampling is how and child.last == NO_TOKEN and child.outputs == []
     copy = Transfer((2,), 1, (0, 11), (1, 3))
     works = ranks.decode(1, 2, mode="tree", transfers=(copy,))

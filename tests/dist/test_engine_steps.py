@@ -1,0 +1,172 @@
+"""What rank 0 learns of a step: its time wherever the work was, and rows that failed. And a caller
+of ``stream`` that takes its time."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from ds_cp.comm.wire import World
+from ds_cp.engine.core import EngineCore
+from ds_cp.engine.llm import LLMEngine, PromptRequest
+from ds_cp.engine.loop import InlineLoop
+from ds_cp.outputs import RequestOutput
+from ds_cp.plan import Outcome, Plan, StepPlan, Stop
+from ds_cp.sampling_params import SamplingParams
+from ds_cp.scheduler.build import build_scheduler
+from ds_cp.worker import sampler
+from ds_cp.worker import worker as worker_module
+from ds_cp.worker.worker import Worker
+from tests.helpers.engines import engine_on, tiny_llama
+from tests.helpers.ranks import run_ranks
+
+GREEDY = SamplingParams(max_tokens=4, temperature=0.0)
+SLEEP_S = 0.25  # of each forward call of the slow rank
+NEAR_S = 0.1
+
+
+def kv(tokens: int, **more: Any) -> dict[str, Any]:
+    return {"kv_cache": {"tokens_per_rank": tokens, "block_size": 16}, **more}
+
+
+# --- a step's time
+
+
+def timed_steps(world: World, slow: int, mode: str) -> dict[int, tuple[float, float, int]]:
+    """By step: seconds that rank 0 reports, or that this rank itself worked; the same in the model;
+    and the tokens that were drawn. Rank ``slow`` sleeps in its forward calls."""
+    sections: dict[str, Any] = {
+        "context_parallel": {"mode": mode}, "scheduler": {"max_num_batched_tokens": 24}
+    }  # fmt: skip
+    engine = engine_on(world, tiny_llama(), kv(128, **sections))
+    found: dict[int, tuple[float, float, int]] = {}
+    run, lead, forward = Worker.run, Worker.lead, Worker._forward
+
+    def timed_run(self: Worker, plan: Plan, *rest: Any) -> Outcome:
+        began, before = time.perf_counter(), self.model_seconds
+        outcome = run(self, plan, *rest)
+        if isinstance(plan, StepPlan) and world.rank != 0:
+            took = time.perf_counter() - began
+            found[plan.step] = took, self.model_seconds - before, 0
+        return outcome
+
+    def recorded_lead(self: Worker, plan: Plan) -> Outcome:
+        outcome = lead(self, plan)
+        if isinstance(plan, StepPlan):
+            drawn = len(outcome.sampled)
+            found[plan.step] = outcome.seconds, outcome.model_seconds, drawn
+        return outcome
+
+    def slow_forward(self: Worker, *rest: Any) -> torch.Tensor:
+        if world.rank == slow:
+            handle = self.model.register_forward_pre_hook(lambda *_: time.sleep(SLEEP_S))
+        try:
+            return forward(self, *rest)
+        finally:
+            if world.rank == slow:
+                handle.remove()
+
+    Worker.run = timed_run  # type: ignore[method-assign]
+    Worker.lead = recorded_lead  # type: ignore[method-assign]
+    Worker._forward = slow_forward  # type: ignore[method-assign]
+    if world.rank == 0 and mode == "local":
+        engine._driver.scheduler.block_manager.closed.add(1 - slow)
+    engine.generate([[1] * 60], GREEDY)
+    return found
+
+
+@pytest.mark.parametrize(("slow", "mode"), [(1, "local"), (0, "local"), (1, "tree"), (1, "ring")])
+def test_the_time_of_a_step_is_that_of_the_slowest_rank(slow: int, mode: str) -> None:
+    reported, own = run_ranks(timed_steps, 2, slow, mode)
+    drawn = [number for _, _, number in reported.values()]
+    assert drawn.count(0) >= 1 and drawn.count(1) == 4, "chunks without and with a draw"
+    for step, (seconds, model_seconds, number) in reported.items():
+        works = slow == 0 or own[step][1] > 0
+        if mode == "local" or not number or works:
+            assert SLEEP_S <= model_seconds <= seconds < SLEEP_S + NEAR_S * 5, (step, reported)
+        if slow == 1 and works:
+            assert abs(seconds - own[step][0]) < NEAR_S, (step, seconds, own[step])
+            assert abs(model_seconds - own[step][1]) < NEAR_S
+
+
+# --- one row does not end the engine
+
+
+def failing_rows(world: World) -> list[tuple[str, int, bool]]:
+    """(finish reason, number of tokens, whether it has scores) of four requests in one batch: the
+    second cannot be drawn after two tokens, the third cannot be scored."""
+    engine = engine_on(world, tiny_llama(), kv(256))
+    draw, score = sampler._sample_one, sampler.score_prompt
+
+    def bad_draw(logits_V: torch.Tensor, row: sampler.Row) -> Any:
+        if row.how.seed == 22 and row.index == 2:
+            raise RuntimeError("a row that cannot be drawn (pretended)")
+        return draw(logits_V, row)
+
+    def bad_score(logits_TV: torch.Tensor, tokens: Any, top: int) -> Any:
+        if top == 3:
+            raise RuntimeError("a row that cannot be scored (pretended)")
+        return score(logits_TV, tokens, top)
+
+    sampler._sample_one = bad_draw
+    worker_module.score_prompt = bad_score  # type: ignore[attr-defined]
+    params = [
+        SamplingParams(max_tokens=5, seed=11),
+        SamplingParams(max_tokens=5, seed=22),
+        SamplingParams(max_tokens=5, seed=33, prompt_logprobs=3),
+        SamplingParams(max_tokens=5, seed=44, prompt_logprobs=2),
+    ]
+    prompts = [[i, 2 * i, 3 * i] for i in range(1, 5)]
+    outputs = engine.generate(prompts, params)
+    again = engine.generate(prompts[0], params[0])
+    if world.rank == 0:
+        assert again[0].outputs[0].token_ids == outputs[0].outputs[0].token_ids
+    return [
+        (out.outputs[0].finish_reason or "", len(out.outputs[0].token_ids),
+         out.prompt_logprobs is not None)
+        for out in outputs
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_row_that_fails_ends_its_request_alone(size: int) -> None:
+    found = run_ranks(failing_rows, size)
+    assert found[0] == [
+        ("length", 5, False), ("error", 2, False), ("error", 0, False), ("length", 5, True)
+    ]  # fmt: skip
+
+
+# --- a caller that takes its time
+
+
+def slow_caller(world: World, asks_slowly: bool) -> list[str]:
+    """Seconds pass between two outputs, or before the next request; ``comm.timeout_s`` is 6."""
+    config = kv(512, comm={"timeout_s": 6})
+    engine = engine_on(world, tiny_llama(), config)
+
+    def requests() -> Iterator[PromptRequest]:
+        for i in range(3):
+            if asks_slowly and i:
+                time.sleep(8)
+            params = SamplingParams(max_tokens=4 + 30 * i, temperature=0.0)
+            yield PromptRequest(str(i), [1 + i] * 20, params)
+
+    names = []
+    for output in engine.stream(requests()):
+        names.append(output.request_id)
+        if not asks_slowly and output.request_id == "0":
+            time.sleep(9)
+    again = engine.generate([[7] * 5], GREEDY)
+    assert world.rank != 0 or len(again[0].outputs[0].token_ids) == 4
+    return names
+
+
+@pytest.mark.parametrize("asks_slowly", [False, True])
+def test_a_slow_caller_does_not_end_the_job(asks_slowly: bool) -> None:
+    found = run_ranks(slow_caller, 2, asks_slowly, comm_timeout=6.0)
+    assert found == [["0", "1", "2"], []]
