@@ -142,7 +142,7 @@ def test_prompts_of_all_ranks_run_in_one_step() -> None:
         plan = stepped(cluster)
         assert len(plan.chunks) == 2 * ranks
         assert cluster.owned[0] == [20] * ranks
-        assert [len(m.sequences) for m in cluster.mirrors] == [2 * ranks] * ranks
+        assert [len(m.sequences) for m in cluster.ranks.states] == [2 * ranks] * ranks
         cluster.settle()
         cluster.check_outputs()
 
@@ -433,7 +433,7 @@ def test_a_local_request_grows_in_place(placement: str) -> None:
     while cluster.scheduler.has_work:
         plan = stepped(cluster)
         assert not plan.transfers
-        table = cluster.mirrors[0].sequences[request.number].table
+        table = cluster.ranks.states[0].sequences[request.number].table
         spans.append(table.width)
         homes.append(list(table.homes))
     assert spans == [1] * 8 + [2] * 12, "12 tokens fill a rank of three blocks"
@@ -448,7 +448,7 @@ def test_a_growing_request_spans_no_wider_than_it_must() -> None:
     cluster = Cluster([2, 4, 9], 4, placement="balanced")
     wide = cluster.add(prompt(33), greedy(1))
     assert stepped(cluster).chunks
-    assert cluster.mirrors[0].sequences[wide.number].table.width == 1
+    assert cluster.ranks.states[0].sequences[wide.number].table.width == 1
     cluster = Cluster([2, 2, 2], 4, placement="balanced")
     request = cluster.add(prompt(5), greedy(12))
     cluster.settle()
@@ -1064,7 +1064,7 @@ def test_abort_in_every_state(state: str, depth: int) -> None:
     assert request.finish_reason == "abort", "a second end changes nothing"
     assert not cluster.abort(request)
     stepped(cluster)
-    assert list(cluster.mirrors[0].sequences) == [other.number]
+    assert list(cluster.ranks.states[0].sequences) == [other.number]
     cluster.settle()
     assert cluster.check_outputs() == 1
     assert not cluster.core.abort("never existed")
