@@ -15,6 +15,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
+import msgspec
+
 from ds_cp.cost import CostModel
 from ds_cp.engine.core import EngineCore
 from ds_cp.layout import positions
@@ -631,7 +633,7 @@ def item_of(work: StepWork, item: Item) -> Item | None:
 
 
 def replace_seconds(outcome: Outcome, seconds: float) -> Outcome:
-    return Outcome(outcome.step, outcome.sampled, outcome.scored, seconds, seconds)
+    return msgspec.structs.replace(outcome, seconds=seconds, model_seconds=seconds)
 
 
 def prompt(length: int, first: int = 1) -> list[int]:
