@@ -1,4 +1,5 @@
-"""KV as integers: who gets which block, and where a request's tokens live. Needs no torch."""
+"""KV as integers: which request has which block, and where its tokens are stored. Needs no
+torch."""
 
 from __future__ import annotations
 

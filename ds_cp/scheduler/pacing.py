@@ -33,7 +33,9 @@ class Tuning:
     Bounds:
     ``least_chunk_tokens``: prompt tokens of a chunk, so that a long prompt always gets on.
     ``alone_step_s``: seconds of a step without decodes at most: a new request waits so long.
-    ``growth_share``: a chunk's work over the largest work measured so far, at most.
+    ``growth_share``: a chunk's work beside decodes over the largest work measured so far, at most;
+    also the time of a chunk over its allowance above which it was *late*: the next one then has its
+    work divided by this. ``alone_growth_share``: the same bound of work without decodes.
     ``margin_share``: the part of the allowed lengthening that is used, because steps vary.
     ``useful_share``: the part of what a chunk in every step adds that is its tokens' own, at least;
     below, chunks are made rare. ``apart_steps``, ``rare_steps``: steps per chunk at least and at
@@ -54,6 +56,7 @@ class Tuning:
     least_chunk_tokens: int = 4
     alone_step_s: float = 1.0
     growth_share: float = 2.0
+    alone_growth_share: float = 4.0
     margin_share: float = 0.75
     useful_share: float = 1 / 3
     apart_steps: float = 2.2
@@ -90,7 +93,9 @@ class ChunkPacer:
         self.pace: float | None = None  # seconds per work without decodes
         self._quiet = Regression(2, self.tuning.quiet_memory)  # of (step, decodes)
         self._added = Regression(2, self.tuning.chunk_memory)  # of (chunk, work)
-        self._largest = self.tuning.first_chunk_work
+        # What measured chunks allow, beside decodes and without, whatever the predictions say.
+        self._most = self.tuning.growth_share * self.tuning.first_chunk_work
+        self._most_alone = self.tuning.first_alone_work
         self._credit = 0.0  # seconds by which decodes may still be held up
         self._chunks = 0
         self._in_a_row = 0  # steps with a chunk since the last quiet one
@@ -124,12 +129,11 @@ class ChunkPacer:
         if not decodes or self.slowdown is None:
             if self.pace is None:
                 return tuning.first_alone_work
-            return max(tuning.first_alone_work, tuning.alone_step_s / max(self.pace, 1e-9))
+            work = max(tuning.first_alone_work, tuning.alone_step_s / max(self.pace, 1e-9))
+            return min(work, self._most_alone)
         if self._in_a_row >= (tuning.probe_chunks if self._quiet.known else tuning.unknown_chunks):
             return 0.0
-        most = tuning.first_chunk_work
-        if self._added.known:
-            most = tuning.growth_share * self._largest
+        most = self._most if self._added.known else tuning.first_chunk_work
         each = max(self._added.weights[1] / tuning.work_unit, 0.0)
         cost, fixed = self._worth(decodes), self._fixed
         if self._credit < cost > self._allowed(decodes) and self._waited < tuning.patience_steps:
@@ -174,13 +178,27 @@ class ChunkPacer:
         """A step that was planned with ``decodes`` and ``work`` took ``seconds``, the maximum over
         ranks."""
         tuning = self.tuning
-        if not decodes:
-            if work >= tuning.first_alone_work // 4:  # shorter steps say little about long ones
-                old = seconds / work if self.pace is None else self.pace
-                self.pace = (1 - tuning.pace_weight) * old + tuning.pace_weight * seconds / work
+        if not decodes or self.slowdown is None:
+            self._observe_alone(seconds, decodes, work)
         elif not work:
             self._quiet.observe((1.0, decodes / tuning.decodes_unit), seconds)
         elif self._quiet.known:
             added = max(seconds - self.quiet(decodes), 0.0)
+            if not self._added.known or added <= tuning.growth_share * self._worth(decodes):
+                self._most = max(self._most, tuning.growth_share * work)
+            else:  # late: the prediction, which learns slowly, is not waited for
+                self._most = min(self._most, work / tuning.growth_share)
             self._added.observe((1.0, work / tuning.work_unit), added)
-            self._largest = max(self._largest, work)
+
+    def _observe_alone(self, seconds: float, decodes: int, work: float) -> None:
+        """A step for whose decodes, if there were any, nobody waited."""
+        tuning = self.tuning
+        if seconds <= tuning.growth_share * tuning.alone_step_s:
+            self._most_alone = max(self._most_alone, tuning.alone_growth_share * work)
+        else:
+            most = min(self._most_alone, work / tuning.growth_share)
+            self._most_alone = max(most, tuning.first_alone_work)
+        # Decodes are not prompt work, and shorter steps say little about long ones.
+        if not decodes and work >= tuning.first_alone_work // 4:
+            old = seconds / work if self.pace is None else self.pace
+            self.pace = (1 - tuning.pace_weight) * old + tuning.pace_weight * seconds / work

@@ -12,8 +12,10 @@ cluster.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+
+import msgspec
 
 from ds_cp.cost import CostModel
 from ds_cp.engine.core import EngineCore
@@ -122,6 +124,20 @@ class Life:
     started: bool = False
 
 
+class SimulatedRanks:
+    """The worker states of ``ranks``, kept up by plans as they arrive over the wire. For whatever
+    simulates ranks: it knows no scheduler."""
+
+    def __init__(self, ranks: Iterable[int], block_size: int) -> None:
+        self.states = [WorkerState(rank, block_size) for rank in ranks]
+
+    def apply(self, plan: StepPlan) -> list[StepWork]:
+        """What the plan means for each rank."""
+        received = decode_plan(encode_plan(plan))
+        assert received == plan, "the wire form loses something"
+        return [state.apply(received) for state in self.states]
+
+
 class Cluster:
     """Executes plans, checking all that every plan must satisfy.
 
@@ -170,7 +186,7 @@ class Cluster:
         )  # steps that a prompt may be held
         self.held = 0
         self.first_prompt: int | None = None  # its number
-        self.mirrors = [WorkerState(rank, block_size) for rank in range(len(blocks))]
+        self.ranks = SimulatedRanks(range(len(blocks)), block_size)
         self.memory: list[list[int | None]] = [[None] * (n * block_size) for n in blocks]
         self.lives: dict[int, Life] = {}  # by request number
         self.started: list[int] = []  # request numbers in the order of their first step
@@ -211,7 +227,7 @@ class Cluster:
         return self.ask(prompt, params, **options)[0]  # type: ignore[arg-type]
 
     def abort(self, request: Request) -> bool:
-        """As a caller who goes away: all answers end."""
+        """As when the caller goes away: all answers end."""
         for life in self._answers[request.request_id]:
             life.aborted = life.aborted or life.reason is None
         return self.core.abort(request.request_id)
@@ -299,7 +315,7 @@ class Cluster:
         assert not any(self.used()), "blocks leaked"
         assert not scheduler._in_flight and not scheduler._looking_back, "the scheduler remembers"
         assert not scheduler.migration._moving and not self.core._calls and not self.core._answers
-        assert self.mirrors[0].sequences.keys() <= set(scheduler._ended)
+        assert self.ranks.states[0].sequences.keys() <= set(scheduler._ended)
         return plans
 
     def _apply(self, outcome: Outcome) -> None:
@@ -373,8 +389,6 @@ class Cluster:
 
     def _execute(self, plan: StepPlan) -> Outcome:
         """Run a plan on all ranks as ``Worker.run`` does, and check what each rank sees."""
-        assert decode_plan(encode_plan(plan)) == plan
-        plan = decode_plan(encode_plan(plan))
         self._steps += 1
         assert isinstance(plan, StepPlan) and plan.step == self._steps
         running = [c.request for c in plan.chunks]
@@ -387,7 +401,7 @@ class Cluster:
             if not life.started:
                 life.started = True
                 self.started.append(begin.request)
-        works = [mirror.apply(plan) for mirror in self.mirrors]
+        works = self.ranks.apply(plan)
         self._check_agreement(works)
         self._transfer(plan.transfers)
         self._hand_over(works)
@@ -412,10 +426,10 @@ class Cluster:
         ]
         assert all(view == views[0] for view in views), "ranks disagree"
         running = {r.number: r for r in self.scheduler.running}
-        for mirror in self.mirrors:
-            assert mirror.sequences.keys() == running.keys()
+        for state in self.ranks.states:
+            assert state.sequences.keys() == running.keys()
             for number, request in running.items():
-                table = mirror.sequences[number].table
+                table = state.sequences[number].table
                 assert request.table is not None
                 assert table.homes == request.table.homes
                 assert table.num_tokens == request.table.num_tokens
@@ -559,14 +573,16 @@ class Cluster:
 
     def _draw(self, number: int, rank: int, index: int, items: dict[int, Item]) -> Sampled:
         """What the rank that computed a request's last token draws, from what this rank knows."""
-        life, sequence = self.lives[number], self.mirrors[rank].sequences[number]
+        life, sequence = self.lives[number], self.ranks.states[rank].sequences[number]
         how, prompt = sequence.sampling, life.request.prompt
         assert index == len(life.tokens) - len(prompt), "a draw is missing or was made twice"
         assert sequence.table.num_tokens == len(life.tokens), "drawn before all is computed"
         if number in items:
             shard = items[number].shard(rank)
             assert items[number].draws and shard is not None
-            assert len(life.tokens) - 1 in positions(shard.q_runs), "drawn by who has no logits"
+            assert len(life.tokens) - 1 in positions(shard.q_runs), (
+                "drawn on a rank without its logits"
+            )
         else:
             assert sequence.table.span == (rank,)
         output: list[int] = []
@@ -617,7 +633,7 @@ def item_of(work: StepWork, item: Item) -> Item | None:
 
 
 def replace_seconds(outcome: Outcome, seconds: float) -> Outcome:
-    return Outcome(outcome.step, outcome.sampled, outcome.scored, seconds, seconds)
+    return msgspec.structs.replace(outcome, seconds=seconds, model_seconds=seconds)
 
 
 def prompt(length: int, first: int = 1) -> list[int]:

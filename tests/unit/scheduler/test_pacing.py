@@ -249,6 +249,8 @@ def test_what_is_not_comparable_is_not_learnt_from() -> None:
     pacer.observe(9.0, 0, 3)  # a short prompt alone says nothing of long ones
     assert pacer.pace is None and pacer.allowance(0) == T.first_alone_work
     pacer.observe(0.1, 0, 1000)
+    assert pacer.allowance(0) == T.alone_growth_share * 1000 == 4000
+    pacer.observe(0.4, 0, 4000)
     assert abs(pacer.allowance(0) - 10_000) <= 1
     pacer.observe(9.0, 4, 16)  # one step beside streams, and nothing to compare it with
     assert pacer.allowance(4) == T.first_chunk_work
@@ -273,3 +275,51 @@ def test_tokens_are_as_many_as_the_work_allows(attention: float, ranks: int, pas
 def test_a_slowdown_of_one_leaves_no_room(slowdown: float) -> None:
     with pytest.raises(ValueError, match="slowdown must be above 1"):
         ChunkPacer(slowdown)
+
+
+# --- growth goes by what was measured
+
+
+@pytest.mark.parametrize("late", [1, 2, 3])
+@pytest.mark.parametrize("slower", [20.0, 100.0])
+def test_late_chunks_are_halved_before_the_prediction_has_learnt(slower: float, late: int) -> None:
+    """A machine that becomes much slower in the midst of a prompt, which the pacer sees ``late``
+    steps afterwards. Only chunks that were planned before that are longer than half of what they
+    were; a clipped measurement teaches the regression so little that there were nine, and then
+    longer ones than ever."""
+    machine = Machine(ChunkPacer(2.0), token=0.0005)
+    machine.warm()
+    before = machine.prompt(150)[-1][0]
+    shown: list[tuple[float, int, float]] = []
+    works = []
+    for _ in range(60):
+        work = float(int(machine.pacer.allowance(4)))
+        machine.pacer.plan(4, work)
+        works.append(work)
+        shown.append((0.1 + slower * 0.0005 * work, 4, work))
+        if len(shown) > late:
+            machine.pacer.observe(*shown.pop(0))
+    assert max(works[: late + 1]) >= before > 100
+    assert max(works[late + 1 : 25]) <= max(works[: late + 1]) / T.growth_share
+    assert len([work for work in works if work]) >= 9, "and the prompt gets on"
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.001, 0.1])
+def test_one_measurement_that_is_far_too_short_does_not_make_a_chunk_long(factor: float) -> None:
+    """Without decodes: a first chunk that seemed to take no time made the next one 8,192 tokens,
+    of 32 seconds."""
+    machine = Machine(ChunkPacer(2.0), step=0.0, token=0.004)
+    pacer = machine.pacer
+    pacer.observe(factor * 0.004 * T.first_alone_work, 0, T.first_alone_work)
+    assert pacer.allowance(0) <= T.alone_growth_share * T.first_alone_work
+    found = machine.prompt(30, streams=0)
+    assert max(seconds for _, seconds in found) <= 0.004 * 4 * T.first_alone_work
+    assert all(seconds <= 2.1 * T.alone_step_s for _, seconds in found[6:])
+
+
+def test_a_batch_grows_its_chunks_beside_decodes_too() -> None:
+    pacer = ChunkPacer(None)
+    pacer.observe(0.05, 0, 512.0)
+    for _ in range(4):
+        pacer.observe(0.2, 64, pacer.allowance(64))
+    assert pacer.allowance(64) == pytest.approx(T.alone_step_s / (0.05 / 512))

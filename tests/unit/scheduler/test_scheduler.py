@@ -142,7 +142,7 @@ def test_prompts_of_all_ranks_run_in_one_step() -> None:
         plan = stepped(cluster)
         assert len(plan.chunks) == 2 * ranks
         assert cluster.owned[0] == [20] * ranks
-        assert [len(m.sequences) for m in cluster.mirrors] == [2 * ranks] * ranks
+        assert [len(m.sequences) for m in cluster.ranks.states] == [2 * ranks] * ranks
         cluster.settle()
         cluster.check_outputs()
 
@@ -433,7 +433,7 @@ def test_a_local_request_grows_in_place(placement: str) -> None:
     while cluster.scheduler.has_work:
         plan = stepped(cluster)
         assert not plan.transfers
-        table = cluster.mirrors[0].sequences[request.number].table
+        table = cluster.ranks.states[0].sequences[request.number].table
         spans.append(table.width)
         homes.append(list(table.homes))
     assert spans == [1] * 8 + [2] * 12, "12 tokens fill a rank of three blocks"
@@ -448,7 +448,7 @@ def test_a_growing_request_spans_no_wider_than_it_must() -> None:
     cluster = Cluster([2, 4, 9], 4, placement="balanced")
     wide = cluster.add(prompt(33), greedy(1))
     assert stepped(cluster).chunks
-    assert cluster.mirrors[0].sequences[wide.number].table.width == 1
+    assert cluster.ranks.states[0].sequences[wide.number].table.width == 1
     cluster = Cluster([2, 2, 2], 4, placement="balanced")
     request = cluster.add(prompt(5), greedy(12))
     cluster.settle()
@@ -1064,7 +1064,7 @@ def test_abort_in_every_state(state: str, depth: int) -> None:
     assert request.finish_reason == "abort", "a second end changes nothing"
     assert not cluster.abort(request)
     stepped(cluster)
-    assert list(cluster.mirrors[0].sequences) == [other.number]
+    assert list(cluster.ranks.states[0].sequences) == [other.number]
     cluster.settle()
     assert cluster.check_outputs() == 1
     assert not cluster.core.abort("never existed")
@@ -1294,3 +1294,81 @@ def test_work_of_which_no_step_comes_is_an_error_not_a_wait() -> None:
     with pytest.raises(IntegrityError, match="0 requests run and 1 wait, but no step comes of it"):
         for _ in range(cluster.scheduler.limits.max_num_seqs + 2):
             cluster.core.plan()
+
+
+# --- pacing learns from each step what that step took
+
+
+class WatchedPacer(ChunkPacer):
+    """Remembers what it observes."""
+
+    def __init__(self) -> None:
+        super().__init__(2.0)
+        self.observed: list[tuple[float, int, float]] = []
+
+    def observe(self, seconds: float, decodes: int, work: float) -> None:
+        self.observed.append((seconds, decodes, work))
+        super().observe(seconds, decodes, work)
+
+
+def work_of(plan: StepPlan, pacer: ChunkPacer, ranks: int) -> float:
+    """The work on prompts of the rank that has most, from the plan alone."""
+    work = [0.0] * ranks
+    for chunk in plan.chunks:
+        tokens = sum(total(runs) for _, runs in chunk.owners)
+        past = min(start for _, runs in chunk.owners for start, _ in runs)
+        for rank, runs in chunk.owners:
+            work[rank] += pacer.work(total(runs), tokens, past)
+    return max(work)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_seconds_of_a_step_are_charged_to_that_steps_plan(depth: int) -> None:
+    """Prompts on both ranks beside decodes, steps planned ahead, and each step's own time."""
+    pacer = WatchedPacer()
+    cluster = Cluster([300, 300], depth=depth, pacer=pacer)
+    cluster.seconds = lambda plan: 0.01 + plan.step / 1000
+    for i in range(4):
+        cluster.add(prompt(4, i), sampled(80))
+    for _ in range(10):
+        cluster.step()
+    for i in range(3):
+        cluster.add(prompt(90 + i, 10 + i), sampled(9))
+    plans = [plan for _ in range(60) if (plan := cluster.step())]
+    plans += cluster.settle()
+    assert len({len(plan.chunks) for plan in plans}) >= 2
+    seen = {seconds: (decodes, work) for seconds, decodes, work in pacer.observed}
+    assert len(seen) == len(pacer.observed) == plans[-1].step, "each step once"
+    for plan in plans:
+        want = sum(len(decodes.requests) for decodes in plan.decodes), work_of(plan, pacer, 2)
+        assert seen[0.01 + plan.step / 1000] == want
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_decode_is_slowed_alike_by_a_prompt_on_any_rank(rank: int, depth: int) -> None:
+    """It was slowed 1.6 times by a prompt on its own rank, 4.3 times by one on another. A step
+    takes as long as its slowest rank: 10 ms, and 1 ms a prompt token."""
+    pacer = ChunkPacer(2.0)
+    cluster = Cluster([300, 300], depth=depth, pacer=pacer, prefix_caching=False)
+
+    def seconds(plan: StepPlan) -> float:
+        return 0.010 + 0.001 * work_of(plan, pacer, 2) if plan.chunks else 0.010
+
+    cluster.seconds = seconds
+    decode = cluster.add(prompt(4), sampled(300))
+    for _ in range(20):
+        stepped(cluster)
+    assert decode.table is not None and decode.table.span == (0,)
+    long = cluster.add(prompt(700, 5), greedy(1))
+    if rank == 0:
+        cluster.scheduler.drain(1)
+    times = []
+    while long.finish_reason is None:
+        plan = stepped(cluster)
+        times.append(seconds(plan))
+        for chunk in plan.chunks:
+            assert [owner for owner, _ in chunk.owners] == [rank]
+    settled = sorted(times[10:])
+    assert settled[len(settled) // 2] <= 2.1 * 0.010 and max(settled) <= 3 * 0.010
+    assert len(times) <= 300, "and the prompt gets on"
