@@ -87,7 +87,7 @@ def check_consumed(
             unread[part] += 1
     if refused:
         raise ModelError(
-            f"model {where} holds {len(refused)} tensors that {type(model).__name__} does not "
+            f"model {where} holds {_tensors(len(refused))} that {type(model).__name__} does not "
             f"read, the first {_are(refused)}: config.json does not describe these weights, or "
             "they are quantized in a way that this transformers does not know"
         )
@@ -121,8 +121,8 @@ def check_finite(model: Decoder, where: str, stored: Mapping[str, StoredTensor])
                 else "fetch the model again"
             )
             raise ModelError(
-                f"model {where}: {name}{file} holds {count} values that are NaN or infinite in "
-                f"{dtype}: {way_out}"
+                f"model {where}: {name}{file} holds {count} NaN or infinite "
+                f"value{'s' * (count != 1)} in {dtype}: {way_out}"
             )
 
 
@@ -148,7 +148,7 @@ def _check_shapes(
         hint = f"; config.json's vocab_size is {vocab}, the weights have {there[0]} tokens"
     raise ModelError(
         f"model {where}: {first} has shape {list(there)}{file}, but config.json makes it "
-        f"{list(here)} ({len(shapes)} such tensors){hint}: config.json does not belong to these "
+        f"{list(here)} ({len(shapes)} such){hint}: config.json does not belong to these "
         "weights"
     )
 
@@ -167,7 +167,7 @@ def _check_plain(model: Decoder, where: str, stored: Mapping[str, StoredTensor])
     if packed:
         kinds = ", ".join(sorted({stored[name].dtype for name in packed}))
         raise ModelError(
-            f"model {where} stores {len(packed)} tensors in {kinds}, the first {_are(packed)}, "
+            f"model {where} stores {_tensors(len(packed))} in {kinds}, the first {_are(packed)}, "
             "but its config.json names no quantization that says how to read them: serve an "
             "unquantized copy, or one whose quantization_config transformers knows"
         )
@@ -243,6 +243,10 @@ def _ordered(names: Iterable[str]) -> list[str]:
     """Names in the order of their layers: 2 before 10."""
     return sorted(names, key=lambda name: [(p.isdigit(), int(p) if p.isdigit() else 0, p)
                                            for p in name.split(".")])  # fmt: skip
+
+
+def _tensors(count: int) -> str:
+    return f"{count} tensor{'s' * (count != 1)}"
 
 
 def _are(names: list[str]) -> str:

@@ -203,30 +203,49 @@ def test_a_directory_of_gguf_files(tmp_path: Path) -> None:
     assert "has no config.json" in message and "q4.gguf, q8.gguf" in message
 
 
-def test_a_hub_id_is_its_snapshot_checked_the_same(
-    shards: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """From the cache of the hub, without a network: files of the index, not the stray whole one."""
+@pytest.fixture
+def snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the snapshot of owner/name lies in the hub's cache. There is no network."""
     from huggingface_hub import constants
     from transformers.utils import hub
 
-    want = load_file(whole / WHOLE)
     store = tmp_path / "hub" / "models--owner--name"
-    shutil.copytree(shards, store / "snapshots" / ("0" * 40))
-    (store / "refs").mkdir()
+    (store / "refs").mkdir(parents=True)
     (store / "refs" / "main").write_text("0" * 40)
-    other = tiny_llama(seed=2, **SIZES).state_dict()
-    save_file({k: v.contiguous() for k, v in other.items()},
-              store / "snapshots" / ("0" * 40) / WHOLE, metadata=META)  # fmt: skip
+    (store / "snapshots").mkdir()
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
     assert hub.is_offline_mode()
+    return store / "snapshots" / ("0" * 40)
+
+
+def test_a_hub_id_is_its_snapshot_checked_the_same(
+    shards: Path, whole: Path, snapshot: Path
+) -> None:
+    """The files of the index, not the stray whole one."""
+    want = load_file(whole / WHOLE)
+    shutil.copytree(shards, snapshot)
+    other = tiny_llama(seed=2, **SIZES).state_dict()
+    save_file({k: v.contiguous() for k, v in other.items()}, snapshot / WHOLE, metadata=META)
     source = find_model("owner/name")
     assert source.kind == "hub" and load_config(source).model_type == "llama"
     notes: list[str] = []
     model = load_model(source, torch.float32, CPU, notes.append)
     assert same(model.state_dict(), want) and len(notes) == 1
-    (store / "snapshots" / ("0" * 40) / SHARDS[1]).unlink()
+    (snapshot / SHARDS[1]).unlink()
     with pytest.raises(ModelError, match="owner/name cannot be loaded"):
         load_model(source, torch.float32, CPU)
+
+
+def test_a_hub_id_with_one_whole_file(whole: Path, snapshot: Path) -> None:
+    """Without an index and without a generation_config, neither of which it has to have."""
+    shutil.copytree(whole, snapshot)
+    (snapshot / "generation_config.json").unlink()
+    model = load_model(find_model("owner/name"), torch.float32, CPU)
+    assert same(model.state_dict(), load_file(whole / WHOLE))
+    assert model.config.name_or_path == "owner/name"
+    (snapshot / WHOLE).unlink()
+    with pytest.raises(ModelError, match="owner/name cannot be loaded") as caught:
+        load_model(find_model("owner/name"), torch.float32, CPU)
+    assert "\n" not in str(caught.value)

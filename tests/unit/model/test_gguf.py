@@ -128,7 +128,7 @@ def test_a_weight_that_is_not_finite(tmp_path: Path) -> None:
     with torch.no_grad():
         model.model.norm.weight[3] = float("nan")
     write(file, model)
-    assert "model.norm.weight holds 1 values that are NaN or infinite" in refusal(file)
+    assert "model.norm.weight holds 1 NaN or infinite value" in refusal(file)
 
 
 def test_a_part_of_a_split_file(tmp_path: Path) -> None:
