@@ -166,9 +166,9 @@ class Outcome(msgspec.Struct, frozen=True, array_like=True, tag="outcome"):
     step: int = 0
     sampled: tuple[Sampled, ...] = ()
     scored: tuple[Scored, ...] = ()
-    failed: tuple[int, ...] = ()
     seconds: float = 0.0
     model_seconds: float = 0.0
+    failed: tuple[int, ...] = ()
 
 
 _encoder = msgspec.msgpack.Encoder()

@@ -77,8 +77,8 @@ def unpack(
         else:
             scored.append(Scored(sequence.number, first + 1, lines))
     return Outcome(
-        step, tuple(sampled), tuple(scored), tuple(failed),
-        max(row[0] for row in times), max(row[1] for row in times),
+        step, tuple(sampled), tuple(scored),
+        max(row[0] for row in times), max(row[1] for row in times), tuple(failed),
     )  # fmt: skip
 
 

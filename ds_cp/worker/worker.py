@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import msgspec
 import torch
 
 from ds_cp.attention import Kernel, LayerSpec
@@ -142,7 +143,10 @@ class Worker:
                 step.attend_without_tokens(self.model.dtype, self.cp.device)
             self._synchronize()
             times = Times(time.perf_counter() - began, self.model_seconds - before)
-            return self._collect(plan, work, coming, pack(times, drawn, scores, width))
+            outcome = self._collect(plan, work, coming, pack(times, drawn, scores, width))
+        # Rank 0's own time ends when all rows are in: the step did not end before.
+        seconds = max(outcome.seconds, time.perf_counter() - began)
+        return msgspec.structs.replace(outcome, seconds=seconds)
 
     def _synchronize(self) -> None:
         """Wait for the device, without which a time is that of launching kernels."""

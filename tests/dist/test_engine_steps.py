@@ -21,6 +21,7 @@ from ds_cp.sampling_params import SamplingParams
 from ds_cp.scheduler.build import build_scheduler
 from ds_cp.worker import sampler
 from ds_cp.worker import worker as worker_module
+from ds_cp.worker.step_context import StepContext
 from ds_cp.worker.worker import Worker
 from tests.helpers.engines import engine_on, tiny_llama
 from tests.helpers.ranks import run_ranks
@@ -28,6 +29,7 @@ from tests.helpers.ranks import run_ranks
 GREEDY = SamplingParams(max_tokens=4, temperature=0.0)
 SLEEP_S = 0.25  # of each forward call of the slow rank
 NEAR_S = 0.1
+QUIET_S, TOKEN_S = 0.03, 0.0005  # of a sleepy forward call: at least, and for each further token
 
 
 def kv(tokens: int, **more: Any) -> dict[str, Any]:
@@ -170,3 +172,58 @@ def slow_caller(world: World, asks_slowly: bool) -> list[str]:
 def test_a_slow_caller_does_not_end_the_job(asks_slowly: bool) -> None:
     found = run_ranks(slow_caller, 2, asks_slowly, comm_timeout=6.0)
     assert found == [["0", "1", "2"], []]
+
+
+# --- pacing, measured
+
+
+def slowed(world: World, far: bool) -> float:
+    """How much longer a decode's step takes, on average over the second half of a prompt of 7,500
+    tokens on its own rank, or on the other one. Forward calls sleep, so that a busy machine does
+    not matter much."""
+    engine = engine_on(
+        world,
+        tiny_llama(max_position_embeddings=8192),
+        kv(8192, context_parallel={"mode": "local"}),
+    )
+    forward = Worker._forward
+
+    def sleepy_forward(self: Worker, step: StepContext) -> torch.Tensor:
+        time.sleep(QUIET_S + TOKEN_S * (step.num_rows - 1))
+        return forward(self, step)
+
+    Worker._forward = sleepy_forward  # type: ignore[method-assign]
+    if world.rank != 0:
+        engine._worker.follow()
+        return 0.0
+    core = EngineCore(build_scheduler(engine._config, engine.facts, paced=True), None)
+    loop = InlineLoop(core, engine._worker.lead)
+    decode = SamplingParams(max_tokens=1500, temperature=0.0)
+    core.add("decode", [1] * 20, decode)
+    if not far:
+        core.scheduler.block_manager.closed.add(1)
+    where: set[int] = set()
+    times: dict[bool, list[float]] = {False: [], True: []}
+    prompted, last, done = False, time.perf_counter(), False
+    while not done:
+        names = {delta.request_id for delta in loop.advance()}
+        if "decode" in names:
+            times[prompted].append(time.perf_counter() - last)
+            last = time.perf_counter()
+            where.update(o for r in core.scheduler.running[1:] for o in r.workers)
+        done = "prompt" in names
+        if not prompted and len(times[False]) == 40:
+            prompted = True
+            core.add("prompt", [i % 120 + 1 for i in range(7500)], SamplingParams(max_tokens=1))
+    for name in ("decode", "prompt"):
+        core.abort(name)
+    loop.settle()
+    engine._worker.lead(Stop())
+    assert where == {int(far)}
+    beside = times[True][len(times[True]) // 2 :]
+    return statistics.mean(beside) / statistics.median(times[False][10:])
+
+
+@pytest.mark.parametrize("far", [False, True])
+def test_decodes_are_slowed_alike_by_a_prompt_on_any_rank(far: bool) -> None:
+    assert run_ranks(slowed, 2, far)[0] <= 2.1

@@ -222,7 +222,7 @@ def test_who_gave_way_begins_again_where_it_was() -> None:
     assert [draws(work) for work in works] == [[(1, 1, 2)]] * 3
     for mirror in ranks.mirrors:
         sequence = mirror.sequences[1]
-        assert (sequence.outputs, sequence.prompt, sequence.drawn) == ([50, 51], [0, 1, 2, 3], 3)
+        assert (sequence.outputs, sequence.prompt, sequence.drawn) == ([50, 51], (0, 1, 2, 3), 3)
     works = ranks.decode(1)
     assert draws(works[0]) == [(1, 1, 3)] and not works[0].handoffs
     ranks.run(ended=(1,))
