@@ -11,7 +11,7 @@ from typing import Any
 from starlette.requests import Request
 
 from ds_cp.api.errors import ApiError, not_ready
-from ds_cp.api.generation import Generation, Job
+from ds_cp.api.generation import Generation, Job, in_client_names
 from ds_cp.api.logprobs import TokenTexts
 from ds_cp.api.metrics import ServerMetrics
 from ds_cp.api.protocol import SamplingRequest
@@ -87,21 +87,18 @@ class AppContext:
         """Hand the prompts to the engine. ``clamp`` lowers ``max_tokens`` to what fits.
 
         Raises ``ApiError`` 400 (``context_length_exceeded``) when a prompt and its new tokens are
-        longer than the model, ``RequestError`` for ids outside the vocabulary.
+        longer than the model, ``RequestError`` with the client's name of a field for what
+        ``EngineInterface.check`` refuses.
         """
-        self.check_ids(params.stop_token_ids, "stop_token_ids")
-        self.check_ids(params.logit_bias, "logit_bias")
+        names = {"prompt": prompt_param, "max_tokens": max_param}
         _check_prompt_logprobs(sum(map(len, prompts)), params, prompt_param)
         jobs = []
         for index, ids in enumerate(prompts):
-            if not ids:
-                raise RequestError(
-                    f"{prompt_param} is empty; send at least one token", prompt_param
-                )
-            self.check_ids(ids, prompt_param)
             fitting = self._fit(len(ids), params, prompt_param, max_param, clamp)
+            with in_client_names(names):
+                self.engine.check(ids, fitting)
             jobs.append(Job(f"{answer_id}-{index}", ids, fitting, options))
-        return Generation(self.engine, self.metrics, jobs, arrival)
+        return Generation(self.engine, self.metrics, jobs, arrival, names)
 
     def _fit(
         self, prompt: int, params: SamplingParams, prompt_param: str, max_param: str, clamp: bool

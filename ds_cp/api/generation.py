@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from contextlib import contextmanager
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any, TypeVar
 
 from ds_cp.api.metrics import ServerMetrics
 from ds_cp.engine.interface import EngineInterface
-from ds_cp.errors import EngineDeadError
+from ds_cp.errors import EngineDeadError, RequestError
 from ds_cp.outputs import Delta
 from ds_cp.sampling_params import RequestOptions, SamplingParams
 
@@ -29,13 +38,31 @@ class Job:
     options: RequestOptions
 
 
+@contextmanager
+def in_client_names(names: Mapping[str, str]) -> Iterator[None]:
+    """Let a ``RequestError`` of the engine name the field as the client does: ``names`` maps the
+    engine's names to the client's where they differ."""
+    try:
+        yield
+    except RequestError as err:
+        if err.param is not None:
+            err.param = names.get(err.param, err.param)
+        raise
+
+
 class Generation:
     """Runs the jobs of one HTTP request; ``close`` aborts those that have not finished."""
 
     def __init__(
-        self, engine: EngineInterface, metrics: ServerMetrics, jobs: Sequence[Job], arrival: float
+        self,
+        engine: EngineInterface,
+        metrics: ServerMetrics,
+        jobs: Sequence[Job],
+        arrival: float,
+        names: Mapping[str, str],
     ) -> None:
         self._engine = engine
+        self._names = names  # the client's name of a parameter, where it differs
         self._metrics = metrics
         self._arrival = arrival  # of the HTTP request, in seconds of time.monotonic()
         self._queue: asyncio.Queue[tuple[int, Delta | Exception]] = asyncio.Queue(_BUFFERED)
@@ -110,15 +137,16 @@ class Generation:
         left = job.params.n  # answers without their last delta
         times = _Times(self._metrics, self._arrival)
         try:
-            async for delta in stream:
-                left -= delta.finish_reason is not None
-                ended = left == 0
-                times.observe(delta, ended)
-                if not self._answered[index].done():
-                    self._answered[index].set_result(None)
-                await self._queue.put((index, delta))
-                if ended:
-                    return
+            with in_client_names(self._names):
+                async for delta in stream:
+                    left -= delta.finish_reason is not None
+                    ended = left == 0
+                    times.observe(delta, ended)
+                    if not self._answered[index].done():
+                        self._answered[index].set_result(None)
+                    await self._queue.put((index, delta))
+                    if ended:
+                        return
             raise EngineDeadError(f"request {job.request_id} ended without a finish reason")
         except Exception as err:
             ended = True

@@ -63,11 +63,14 @@ class EngineCore:
         params: SamplingParams,
         options: RequestOptions | None = None,
     ) -> list[Request]:
-        """Queue a request; refusals as in ``Scheduler.admit``. A seed is drawn when none is
-        given. Returns its ``params.n`` answers."""
+        """Queue a request that ``check`` has accepted. Draws a seed when none is given. Returns its
+        ``params.n`` answers.
+
+        Raises ``CapacityError``, ``QueueFullError``, or ``RequestError`` for an id in use and for a
+        prompt that the tokenizer cannot decode.
+        """
         if request_id in self._calls:
             raise RequestError(f"a request with id {request_id!r} is already running")
-        self.check(prompt, params)
         texts = [self._start_text(prompt, params) for _ in range(params.n)]
         seed = params.seed if params.seed is not None else secrets.randbits(62)
         first = self.scheduler.admit(request_id, prompt, params, seed, options)
@@ -79,7 +82,8 @@ class EngineCore:
         return [answer.request for answer in call.answers]
 
     def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
-        """Raise what ``add`` would, were there room in the queue."""
+        """Raise ``RequestError``, with its field, for a request that is not acceptable. Linear in
+        the prompt; reads nothing that changes, so it needs no lock."""
         if params.stop and self._detokenizer is None:
             raise RequestError("stop strings need a tokenizer; this engine has none", "stop")
         self.scheduler.check(prompt, params)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -56,6 +56,11 @@ class EngineInterface(Protocol):
 
     info: EngineInfo
     tokenizer: Any  # a transformers tokenizer
+
+    def check(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
+        """Raise ``RequestError``, with its field, for a request that is not acceptable whatever the
+        engine does at the moment. To be called once, before ``generate``."""
+        ...
 
     @property
     def state(self) -> str:

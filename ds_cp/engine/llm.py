@@ -149,7 +149,7 @@ class LLMEngine:
         def checked() -> Iterator[ReadyRequest]:
             ready = [self._prepare(request) for request in requests()]
             for one in ready:
-                self._driver.check(one.tokens, one.params)
+                self._driver.scheduler.fit_max_tokens(len(one.tokens), one.params)
             order.extend(one.request_id for one in ready)
             nonlocal show
             if progress and sys.stderr.isatty():
@@ -303,8 +303,7 @@ class LLMEngine:
             text, tokens = prompt, list(self.tokenizer(prompt)["input_ids"])
         else:
             tokens = [_token(t) for t in prompt]
-        if not tokens:
-            raise RequestError("the prompt is empty; give at least one token", "prompt")
+        self._driver.check(tokens, request.params)
         return ReadyRequest(request.request_id, text, tokens, request.params, request.options)
 
     def shutdown(self) -> None:

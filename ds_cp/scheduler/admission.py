@@ -45,30 +45,57 @@ class Limits:
         return next((n for n, top in ((1, 0x7F), (2, 0xFF), (3, 0xFFFF)) if largest <= top), 5)
 
 
-def check_request(
-    limits: Limits, blocks: BlockManager, prompt: Sequence[int], params: SamplingParams
-) -> int:
-    """The request's ``max_tokens``, resolved, if it can ever be served here.
+def check_request(limits: Limits, prompt: Sequence[int], params: SamplingParams) -> None:
+    """Whether a request is acceptable at all. Linear in the prompt; reads nothing that changes, so
+    a caller needs no lock.
 
-    The last token drawn needs no KV, so ``prompt + max_tokens - 1`` is what must fit. Raises
-    ``RequestError``, or ``CapacityError`` with the numbers.
+    Raises ``RequestError`` that names the field.
     """
-    length, largest = len(prompt), blocks.largest_tokens
+    length = len(prompt)
     if not length:
         raise RequestError("the prompt is empty; give at least one token", "prompt")
     if min(prompt) < 0 or max(prompt) >= limits.vocab_size:
+        wrong = next(token for token in prompt if not 0 <= token < limits.vocab_size)
         raise RequestError(
-            f"the prompt has a token id outside the vocabulary, 0 to {limits.vocab_size - 1}",
+            f"token id {str(wrong)[:24]} of the prompt is outside the vocabulary, "
+            f"0 to {limits.vocab_size - 1}",
             "prompt",
         )
     if params.n > limits.max_num_seqs:
         raise RequestError(
-            f"n is {params.n}, but at most scheduler.max_num_seqs = "
-            f"{limits.max_num_seqs} requests run at once; lower n", "n",
-        )  # fmt: skip
+            f"n is {params.n}, but at most scheduler.max_num_seqs = {limits.max_num_seqs} "
+            "requests run at once; lower n",
+            "n",
+        )
+    for name, tokens in (
+        ("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias),
+    ):  # fmt: skip
+        for token in tokens:
+            if token >= limits.vocab_size:
+                raise RequestError(
+                    f"{name}: token id {token} is outside the vocabulary, "
+                    f"0 to {limits.vocab_size - 1}",
+                    name,
+                )
     want = params.max_tokens if params.max_tokens is not None else 1
-    model_len = limits.max_model_len
-    need = length + want - 1
+    if length + want > limits.max_model_len:
+        raise RequestError(
+            f"the request has {length} prompt + {want} new tokens, "
+            f"above the model's length {limits.max_model_len}; shorten it or lower max_tokens",
+            "prompt" if length >= limits.max_model_len else "max_tokens",
+        )
+
+
+def fit_max_tokens(
+    limits: Limits, blocks: BlockManager, length: int, params: SamplingParams
+) -> int:
+    """``max_tokens`` of an acceptable request, resolved, if its KV and its plan can ever fit here.
+
+    The last token drawn needs no KV, so ``length + max_tokens - 1`` is what must fit. Raises
+    ``CapacityError`` or ``RequestError`` with the numbers.
+    """
+    want = params.max_tokens if params.max_tokens is not None else 1
+    need, largest = length + want - 1, blocks.largest_tokens
     if need > largest:
         have = sum(blocks.open_blocks) * blocks.allocator.block_size
         local = blocks.only_local
@@ -87,18 +114,6 @@ def check_request(
             f"starts it carries at most {sendable} to the ranks ({BEGIN_BYTES} bytes); shorten it",
             "prompt" if length > sendable else "max_tokens",
         )
-    if length + want > model_len:
-        raise RequestError(
-            f"the request has {length} prompt + {want} new tokens, above the model's length "
-            f"{model_len}; shorten it or lower max_tokens", "prompt" if length >= model_len
-            else "max_tokens",
-        )  # fmt: skip
-    for token in (*params.stop_token_ids, *params.logit_bias):
-        if token >= limits.vocab_size:
-            raise RequestError(
-                f"token id {token} is outside the vocabulary, 0 to {limits.vocab_size - 1}",
-                "logit_bias" if token in params.logit_bias else "stop_token_ids",
-            )
     if params.max_tokens is not None:
         return want
-    return min(model_len, largest + 1, sendable + 1) - length
+    return min(limits.max_model_len, largest + 1, sendable + 1) - length

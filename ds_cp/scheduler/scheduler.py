@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from ds_cp.errors import QueueFullError
 from ds_cp.plan import StepPlan
 from ds_cp.sampling_params import RequestOptions, SamplingParams
-from ds_cp.scheduler.admission import Limits, check_request
+from ds_cp.scheduler.admission import Limits, check_request, fit_max_tokens
 from ds_cp.scheduler.block_manager import BlockManager
 from ds_cp.scheduler.decode import DecodePlanner
 from ds_cp.scheduler.draft import Draft
@@ -81,12 +81,13 @@ class Scheduler:
         seed: int,
         options: RequestOptions | None = None,
     ) -> Request:
-        """Queue a request, or refuse it at once: as ``check`` does, or with ``QueueFullError``.
+        """Queue a request that ``check`` has accepted, or refuse it at once: as ``fit_max_tokens``
+        does, or with ``QueueFullError``.
 
         With ``params.n`` above 1 its ``siblings`` answer the same prompt with the seeds that
         follow.
         """
-        max_tokens = self.check(prompt, params)
+        max_tokens = self.fit_max_tokens(len(prompt), params)
         if len(self.waiting) >= self.limits.max_queue:
             raise QueueFullError(
                 f"{len(self.waiting)} requests are waiting, the limit of scheduler.max_queue; "
@@ -104,10 +105,13 @@ class Scheduler:
         self.waiting.push(first)
         return first
 
-    def check(self, prompt: Sequence[int], params: SamplingParams) -> int:
-        """The request's ``max_tokens``, resolved, if it can ever be served here; see
-        ``check_request`` for what it raises."""
-        return check_request(self.limits, self.block_manager, prompt, params)
+    def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
+        """Raise ``RequestError`` for a request that is not acceptable; see ``check_request``."""
+        check_request(self.limits, prompt, params)
+
+    def fit_max_tokens(self, length: int, params: SamplingParams) -> int:
+        """The request's ``max_tokens``, resolved; ``CapacityError`` if it can never fit here."""
+        return fit_max_tokens(self.limits, self.block_manager, length, params)
 
     def finish(self, request: Request, reason: str, stop_reason: int | str | None = None) -> None:
         """End a request in whatever state and free its blocks."""

@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -79,6 +79,10 @@ class AsyncEngine:
         """ "starting", "ready" or "dead"."""
         return self._state
 
+    def check(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
+        """Raise ``RequestError`` for a request that is not acceptable. Takes no lock."""
+        self._ready_core().check(prompt_token_ids, params)
+
     async def generate(
         self,
         request_id: str,
@@ -89,8 +93,9 @@ class AsyncEngine:
         """Deltas until the last one of every answer; closing the iterator aborts the request. A
         refusal is raised before the first delta."""
         queue: asyncio.Queue[Delta | DsCpError] = asyncio.Queue()
+        prompt = tuple(prompt_token_ids)  # copied before the lock is taken
         with self._wake:
-            self._ready_core().add(request_id, prompt_token_ids, params, options)
+            self._ready_core().add(request_id, prompt, params, options)
             self._queues[request_id] = queue
             self._wake.notify()
         unfinished = params.n

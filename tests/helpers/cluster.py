@@ -214,6 +214,7 @@ class Cluster:
             params = replace(params, seed=SEED)
         self._asked += 1
         options = RequestOptions(priority=priority, cache_salt=salt)
+        self.core.check(prompt, params)
         answers = self.core.add(f"r{self._asked}", prompt, params, options)
         for request in answers:
             self.lives[request.number] = Life(request, list(prompt), contents(prompt))

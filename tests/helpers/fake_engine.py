@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from ds_cp.engine.interface import EngineInfo, EngineStats
 from ds_cp.errors import CapacityError, RequestError
 from ds_cp.outputs import Delta, TokenLogprob
 from ds_cp.sampling_params import RequestOptions, SamplingParams
+from ds_cp.scheduler.admission import Limits, check_request
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}"
@@ -103,6 +104,11 @@ class FakeEngine:
         self.options: list[RequestOptions] = []
         self.live: set[str] = set()
         self.aborted: list[str] = []
+
+    def check(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
+        info = self.info
+        limits = Limits(info.max_model_len, 64, 8192, 1000, info.vocab_size, ())
+        check_request(limits, prompt_token_ids, params)
 
     async def generate(
         self,

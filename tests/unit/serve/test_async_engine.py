@@ -11,7 +11,7 @@ import pytest
 
 from ds_cp.config import load_config
 from ds_cp.engine.core import EngineCore
-from ds_cp.errors import DsCpError, EngineDeadError
+from ds_cp.errors import DsCpError, EngineDeadError, RequestError
 from ds_cp.facts import Facts
 from ds_cp.plan import Outcome, Sampled, StepPlan
 from ds_cp.sampling_params import SamplingParams
@@ -121,5 +121,21 @@ def test_blocks_that_do_not_add_up_end_the_engine_with_the_numbers() -> None:
     served = Served()
     served.run(work)
     [err] = served.died
-    assert "ledger does not balance (1 blocks: (references, holders) differ: {(0, " in str(err)
+    assert "KV ledger does not balance (1 blocks: (references, holders) differ: {(0, " in str(err)
     assert "\n" not in str(err)
+
+
+def test_a_check_waits_for_no_step() -> None:
+    """A long prompt is looked through while the engine's thread holds the lock."""
+
+    async def work(engine: AsyncEngine) -> None:
+        loop, params = asyncio.get_running_loop(), SamplingParams()
+        with engine._lock:
+            done = loop.run_in_executor(None, engine.check, [1, 2, 3], params)
+            await asyncio.wait_for(done, 5)
+            wrong = loop.run_in_executor(None, engine.check, [1, 50], params)
+            with pytest.raises(RequestError, match="token id 50 of the prompt") as caught:
+                await asyncio.wait_for(wrong, 5)
+        assert caught.value.param == "prompt"
+
+    Served().run(work)
