@@ -121,5 +121,5 @@ def test_blocks_that_do_not_add_up_end_the_engine_with_the_numbers() -> None:
     served = Served()
     served.run(work)
     [err] = served.died
-    assert "books do not balance (1 blocks: (references, holders) differ: {(0, " in str(err)
+    assert "KV ledger does not balance (1 blocks: (references, holders) differ: {(0, " in str(err)
     assert "\n" not in str(err)

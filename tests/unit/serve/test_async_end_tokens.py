@@ -13,7 +13,7 @@ from ds_cp.config import load_config
 from ds_cp.sampling_params import SamplingParams
 from ds_cp.serve.async_engine import AsyncEngine
 from ds_cp.serve.channel import Ready
-from tests.server.test_async_engine import Port
+from tests.unit.serve.test_async_engine import OneRank
 
 
 def tokenizer(size: int, end: str) -> Any:
@@ -35,7 +35,7 @@ def answer(ends_with: Any) -> tuple[list[int], str | None, tuple[str, ...]]:
             loop.call_soon_threadsafe(ready.set)
 
         engine = AsyncEngine(
-            load_config({"model": "pretended"}), "pretended", Port(), loop,  # type: ignore[arg-type]
+            load_config({"model": "pretended"}), "pretended", OneRank(), loop,  # type: ignore[arg-type]
             lambda: ends_with, on_ready, lambda err, code: None,
         )  # fmt: skip
         engine.start()
