@@ -101,8 +101,9 @@ class KvCache(Section):
         least: Any = min(budget) if isinstance(budget, tuple) else budget
         if isinstance(least, int) and least < self.block_size:
             raise ValueError(
-                f"kv_cache.tokens_per_rank is {least}, less than one block of "
-                f"{self.block_size} tokens; raise it or lower kv_cache.block_size"
+                f"kv_cache.tokens_per_rank is {least}, "
+                f"less than one block of {self.block_size} tokens; "
+                "raise it or lower kv_cache.block_size"
             )
         return self
 
@@ -284,8 +285,9 @@ class Config(Section):
             budget = getattr(self.kv_cache, name)
             if isinstance(budget, tuple) and isinstance(size, int) and len(budget) != size:
                 raise ValueError(
-                    f"kv_cache.{name} lists {len(budget)} ranks but context_parallel.size is "
-                    f"{size}; give one number for all, or {size} of them"
+                    f"kv_cache.{name} lists {len(budget)} ranks "
+                    f"but context_parallel.size is {size}; "
+                    f"give one number for all, or {size} of them"
                 )
         return self
 
