@@ -14,7 +14,8 @@ from ds_cp.version import __version__
 
 if TYPE_CHECKING:
     from ds_cp.config import load_config
-    from ds_cp.engine.llm import LLMEngine, PromptRequest, RequestFailure, init_inference
+    from ds_cp.engine.collect import PromptRequest, RequestFailure
+    from ds_cp.engine.llm import LLMEngine, init_inference
     from ds_cp.outputs import RequestOutput
     from ds_cp.sampling_params import RequestOptions, SamplingParams
 

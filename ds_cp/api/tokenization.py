@@ -72,8 +72,8 @@ class TextCodec:
         if chars > CHARS_PER_TOKEN * length:
             raise ApiError(
                 400,
-                f"the prompt has {chars} characters; at most {CHARS_PER_TOKEN * length} "
-                f"are read for a model length of {length} tokens",
+                f"the prompt has {chars} characters; for a model length of {length} tokens "
+                f"at most {CHARS_PER_TOKEN * length} are read",
                 code="context_length_exceeded",
             )
 

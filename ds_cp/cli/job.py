@@ -11,7 +11,7 @@ from typing import Any
 
 from ds_cp.cli.launcher import LAUNCHER, spawn
 from ds_cp.config import Config, load_config, looks_like_path
-from ds_cp.config.models import MAX_RANKS
+from ds_cp.config.fields import MAX_RANKS
 from ds_cp.errors import LaunchError, ModelError, TopologyError
 from ds_cp.model.source import find_model
 from ds_cp.topology import Job, Topology, detect, peek_rank, resolve_grid

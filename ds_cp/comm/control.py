@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from ds_cp.comm.wire import Message, Pending, World
+from ds_cp.comm.pending import Pending
+from ds_cp.comm.wire import Message, World
 from ds_cp.errors import CommError
 from ds_cp.plan import MAX_PLAN_BYTES
 

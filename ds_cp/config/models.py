@@ -5,84 +5,30 @@ from __future__ import annotations
 import ipaddress
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    WithJsonSchema,
-    field_validator,
-    model_validator,
+from pydantic import Field, field_validator, model_validator
+
+from ds_cp.config.fields import (
+    MAX_RANKS,
+    MAX_TOKENS,
+    ApiKeys,
+    Auto,
+    MemoryBudget,
+    Section,
+    Timeout,
+    TokenBudget,
+    Tokens,
+    unit_of,
 )
-
-from ds_cp.text import SIZE_PATTERN, parse_size, show
-
-MAX_RANKS = 1024
-MAX_TOKENS = 1 << 31
-MAX_MEMORY = 1 << 50
-
-Auto = Literal["auto"]
+from ds_cp.text import show
 
 
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _bytes(value: Any) -> Any:
-    if isinstance(value, list | tuple):
-        return tuple(_bytes(item) for item in value)
-    return parse_size(value) if isinstance(value, str) and value != "auto" else value
-
-
-Tokens = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
-_SIZE_SCHEMA: dict[str, Any] = {
-    "anyOf": [
-        {"type": "string", "pattern": SIZE_PATTERN, "examples": ["512MiB"]},
-        {"type": "integer", "minimum": 1, "maximum": MAX_MEMORY},
-    ]
-}
-_BUDGET_SCHEMA: dict[str, Any] = {
-    "anyOf": [
-        {"const": "auto", "type": "string"},
-        *_SIZE_SCHEMA["anyOf"],
-        {"type": "array", "items": _SIZE_SCHEMA, "minItems": 1, "maxItems": MAX_RANKS},
-    ]
-}
-_OneBudget = Annotated[int, Field(ge=1, le=MAX_MEMORY)]
-MemoryBudget = Annotated[
-    Auto
-    | _OneBudget
-    | Annotated[tuple[_OneBudget, ...], Field(min_length=1, max_length=MAX_RANKS)],
-    BeforeValidator(_bytes),
-    WithJsonSchema(_BUDGET_SCHEMA),
-]
-TokenBudget = Annotated[
-    Auto | Tokens | Annotated[tuple[Tokens, ...], Field(min_length=1, max_length=MAX_RANKS)],
-    BeforeValidator(_tuple),
-]
-Timeout = Annotated[float, Field(ge=0.1, le=3600)]
-ApiKey = Annotated[str, Field(min_length=1, max_length=512)]
-ApiKeys = Annotated[
-    ApiKey | Annotated[tuple[ApiKey, ...], Field(min_length=1, max_length=256)] | None,
-    BeforeValidator(_tuple),
-]
-
-
-def _unit(unit: str) -> dict[str, Any]:
-    return {"unit": unit}
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class ContextParallel(_Section):
+class ContextParallel(Section):
     """How one sequence is split over ranks."""
 
     size: Auto | Annotated[int, Field(ge=1, le=MAX_RANKS)] = Field(
         default="auto",
         description="ranks that share a sequence; auto: all ranks of the job / tp_size",
-        json_schema_extra=_unit("ranks"),
+        json_schema_extra=unit_of("ranks"),
     )
     mode: Literal["auto", "local", "ring", "tree"] = Field(
         default="auto",
@@ -99,39 +45,47 @@ class ContextParallel(_Section):
         default="auto",
         description="prompts up to this length stay on one rank when mode is auto; "
         "auto: all that fit on one rank",
-        json_schema_extra=_unit("tokens"),
+        json_schema_extra=unit_of("tokens"),
     )
 
 
-class TensorParallel(_Section):
+class TensorParallel(Section):
     """How the heads of each layer are split over ranks."""
 
     tp_size: Annotated[int, Field(ge=1, le=64)] = Field(
         default=1,
         description="ranks that share a layer's heads; these are neighbouring ranks of one host",
-        json_schema_extra=_unit("ranks"),
+        json_schema_extra=unit_of("ranks"),
     )
 
 
-class KvCache(_Section):
+class KvCache(Section):
     """Room for keys and values. Give bytes or tokens, not both."""
 
     block_size: Annotated[int, Field(ge=1, le=4096)] = Field(
         default=64,
         description="tokens of one request in one block",
-        json_schema_extra=_unit("tokens"),
+        json_schema_extra=unit_of("tokens"),
     )
     memory_per_rank: MemoryBudget = Field(
         default="auto",
+<<<<<<< HEAD
         description='KV memory of a rank ("512MiB", bytes), or a list, one for each cp rank; auto: '
         "85 % of what is free, on CPU 40 % / ranks, at most max_num_seqs x max_model_len tokens",
         json_schema_extra=_unit("bytes"),
+=======
+        description='KV memory of a rank: "512MiB", "1.5GB" or bytes, or a list with one for each '
+        "context-parallel rank; auto: from tokens_per_rank, else 85 % of the free memory of a CUDA "
+        "device, or on CPU 40 % of the host's free memory shared by its ranks, but no more than "
+        "max_num_seqs requests of max_model_len tokens can use",
+        json_schema_extra=unit_of("bytes"),
+>>>>>>> api
     )
     tokens_per_rank: TokenBudget = Field(
         default="auto",
         description="tokens whose KV a rank holds, or a list with one number for each "
         "context-parallel rank; auto: from memory_per_rank",
-        json_schema_extra=_unit("tokens"),
+        json_schema_extra=unit_of("tokens"),
     )
     placement: Literal["fill_then_spill", "round_robin", "balanced"] = Field(
         default="fill_then_spill", description="which rank a request's next block is placed on"
@@ -153,38 +107,39 @@ class KvCache(_Section):
         least: Any = min(budget) if isinstance(budget, tuple) else budget
         if isinstance(least, int) and least < self.block_size:
             raise ValueError(
-                f"kv_cache.tokens_per_rank is {least}, less than one block of "
-                f"{self.block_size} tokens; raise it or lower kv_cache.block_size"
+                f"kv_cache.tokens_per_rank is {least}, "
+                f"less than one block of {self.block_size} tokens; "
+                "raise it or lower kv_cache.block_size"
             )
         return self
 
 
-class Scheduler(_Section):
+class Scheduler(Section):
     """How many requests run and wait."""
 
     max_num_seqs: Annotated[int, Field(ge=1, le=4096)] = Field(
-        default=64, description="requests that run at once", json_schema_extra=_unit("requests")
+        default=64, description="requests that run at once", json_schema_extra=unit_of("requests")
     )
     max_num_batched_tokens: Auto | Annotated[int, Field(ge=2, le=MAX_TOKENS)] = Field(
         default="auto",
         description="most tokens that one rank computes in one step; a longer prompt is prefilled "
         "in chunks",
-        json_schema_extra=_unit("tokens"),
+        json_schema_extra=unit_of("tokens"),
     )
     decode_slowdown: Annotated[float, Field(gt=1.0, le=1000.0)] = Field(
         default=2.0,
         description="how much longer a step of decoding requests may take because of a prompt that "
         "is prefilled beside them; its chunks are sized by measured step times",
-        json_schema_extra=_unit("times"),
+        json_schema_extra=unit_of("times"),
     )
     max_queue: Annotated[int, Field(ge=1, le=1 << 20)] = Field(
         default=256,
         description="requests that may wait; more are refused with HTTP 429",
-        json_schema_extra=_unit("requests"),
+        json_schema_extra=unit_of("requests"),
     )
 
 
-class Attention(_Section):
+class Attention(Section):
     """The block kernel."""
 
     backend: Literal["auto", "reference", "sdpa", "flash_attn"] = Field(
@@ -192,7 +147,7 @@ class Attention(_Section):
     )
 
 
-class Comm(_Section):
+class Comm(Section):
     """How ranks find and talk to each other."""
 
     backend: Literal["auto", "gloo", "nccl"] = Field(
@@ -201,7 +156,7 @@ class Comm(_Section):
     timeout_s: Annotated[float, Field(ge=5, le=86400)] = Field(
         default=300.0,
         description="longest wait for another rank before the job ends with an error",
-        json_schema_extra=_unit("seconds"),
+        json_schema_extra=unit_of("seconds"),
     )
     interface: Annotated[str, Field(min_length=1, max_length=64)] = Field(
         default="auto",
@@ -215,7 +170,7 @@ class Comm(_Section):
     )
 
 
-class Server(_Section):
+class Server(Section):
     """The HTTP server on rank 0."""
 
     host: Annotated[str, Field(min_length=1, max_length=253)] = Field(
@@ -233,40 +188,40 @@ class Server(_Section):
         default=None, description="model name in the API; null: the last part of model"
     )
     max_body_bytes: Annotated[int, Field(ge=1024, le=1 << 30)] = Field(
-        default=8 << 20, description="largest HTTP request body", json_schema_extra=_unit("bytes")
+        default=8 << 20, description="largest HTTP request body", json_schema_extra=unit_of("bytes")
     )
     drain_timeout_s: Annotated[float, Field(ge=0, le=3600)] = Field(
         default=30.0,
         description="time that running requests get to finish after SIGTERM",
-        json_schema_extra=_unit("seconds"),
+        json_schema_extra=unit_of("seconds"),
     )
     header_timeout_s: Timeout = Field(
         default=10.0,
         description="time that a client gets to send the head of a request; the connection is "
         "closed then",
-        json_schema_extra=_unit("seconds"),
+        json_schema_extra=unit_of("seconds"),
     )
     body_timeout_s: Timeout = Field(
         default=10.0,
         description="time that a client gets to send a body, and a second more for each 64 KiB of "
         "it; HTTP 408 then",
-        json_schema_extra=_unit("seconds"),
+        json_schema_extra=unit_of("seconds"),
     )
     write_timeout_s: Timeout = Field(
         default=60.0,
         description="time that a streamed answer waits for its client to read on; its request is "
         "aborted then",
-        json_schema_extra=_unit("seconds"),
+        json_schema_extra=unit_of("seconds"),
     )
     tokenize_timeout_s: Timeout = Field(
         default=30.0,
         description="time to turn one text into tokens, or tokens into text; HTTP 503 then",
-        json_schema_extra=_unit("seconds"),
+        json_schema_extra=unit_of("seconds"),
     )
     keep_alive_s: Timeout = Field(
         default=5.0,
         description="time without a token after which a streamed answer gets a comment line",
-        json_schema_extra=_unit("seconds"),
+        json_schema_extra=unit_of("seconds"),
     )
 
     @property
@@ -294,7 +249,7 @@ class Server(_Section):
         return self
 
 
-class Config(_Section):
+class Config(Section):
     """Everything that one job needs to know. Frozen; see ``load_config``."""
 
     schema_: Annotated[str, Field(max_length=4096)] | None = Field(
@@ -310,12 +265,12 @@ class Config(_Section):
     max_model_len: Auto | Tokens = Field(
         default="auto",
         description="longest prompt plus answer; auto: the model's own limit",
-        json_schema_extra=_unit("tokens"),
+        json_schema_extra=unit_of("tokens"),
     )
     threads_per_rank: Auto | Annotated[int, Field(ge=1, le=1024)] = Field(
         default="auto",
         description="CPU threads of one rank; auto: the host's cores / its ranks, at least 1",
-        json_schema_extra=_unit("threads"),
+        json_schema_extra=unit_of("threads"),
     )
     context_parallel: ContextParallel = Field(
         default_factory=ContextParallel, description="splitting sequences over ranks"
@@ -336,8 +291,9 @@ class Config(_Section):
             budget = getattr(self.kv_cache, name)
             if isinstance(budget, tuple) and isinstance(size, int) and len(budget) != size:
                 raise ValueError(
-                    f"kv_cache.{name} lists {len(budget)} ranks but context_parallel.size is "
-                    f"{size}; give one number for all, or {size} of them"
+                    f"kv_cache.{name} lists {len(budget)} ranks "
+                    f"but context_parallel.size is {size}; "
+                    f"give one number for all, or {size} of them"
                 )
         return self
 

@@ -188,9 +188,8 @@ class _Supervisor:
 
 
 def _load_tokenizer(source: ModelSource) -> Any:
-    from ds_cp.model.loading import (
-        load_tokenizer,  # the supervisors of other ranks go without torch
-    )
+    """Rank 0 alone imports it: the supervisors of other ranks go without torch."""
+    from ds_cp.model.loading import load_tokenizer
 
     return load_tokenizer(source)
 

@@ -42,7 +42,7 @@ class History:
     def prompt_ids(self, device: torch.device) -> torch.Tensor:
         """Distinct ids of the prompt, int64 ``[P]``."""
         if self._prompt_ids is None:
-            ids = torch.tensor(self._prompt, dtype=torch.int64).unique()
+            ids: torch.Tensor = torch.unique(torch.tensor(self._prompt, dtype=torch.int64))
             self._prompt_ids = ids.to(device)
         return self._prompt_ids
 

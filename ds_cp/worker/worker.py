@@ -15,7 +15,8 @@ import torch
 from ds_cp.attention import Kernel, LayerSpec
 from ds_cp.comm.control import Control
 from ds_cp.comm.failure import fail
-from ds_cp.comm.wire import Group, Pending, World
+from ds_cp.comm.pending import Pending
+from ds_cp.comm.wire import Group, World
 from ds_cp.kv.pool import KVPool
 from ds_cp.model.wiring import CONTEXT, Decoder
 from ds_cp.plan import (

@@ -46,8 +46,8 @@ def make_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> Any:
 
 
 def expected_ids(prompt: list[int], count: int, vocab: int, index: int = 0) -> list[int]:
-    """What the fake engine answers: a walk over the ordinary tokens; the prompt and the answer's
-    index say where it starts."""
+    """The fake engine's answer: a walk over the ordinary tokens, from a start that depends on the
+    prompt and the answer's index."""
     first = len(SPECIAL)
     span = vocab - first
     start = (sum(prompt) + 31 * index) % span
@@ -55,8 +55,8 @@ def expected_ids(prompt: list[int], count: int, vocab: int, index: int = 0) -> l
 
 
 def prompt_scores(prompt: list[int], top: int) -> tuple[TokenLogprob | None, ...]:
-    """What the fake engine says of a prompt's tokens: -0.25 times the position, and ``top`` others
-    of which the first is the token itself."""
+    """The fake engine's log-probabilities of a prompt: -0.25 times the position for each token, and
+    the ``top`` most likely ones, the token itself first."""
     scores: list[TokenLogprob | None] = [None]
     for position, token_id in enumerate(prompt[1:], 1):
         others = ((token_id, -0.25 * position), *((i, -50.0 - i) for i in range(top)))
@@ -65,7 +65,7 @@ def prompt_scores(prompt: list[int], top: int) -> tuple[TokenLogprob | None, ...
 
 
 class FakeEngine:
-    """An ``EngineInterface`` whose speed, failures and stops a test sets before it sends requests.
+    """An ``EngineInterface``; a test sets its speed, failures and stops before it sends requests.
 
     ``delay_s`` comes before every token, ``first_delay_s`` before the first. ``refuse`` is raised
     before the first delta, ``break_after`` (n, error) after n tokens. ``end`` replaces the last
@@ -128,14 +128,15 @@ class FakeEngine:
             count = min(room, params.max_tokens or room)
             vocab = self.info.vocab_size
             walks = [expected_ids(prompt_token_ids, count, vocab, i) for i in range(params.n)]
+            offsets = [0] * params.n  # characters of each answer before its next token
             for step in range(count):
                 await asyncio.sleep(self.delay_s + (self.first_delay_s if step == 0 else 0.0))
                 if self.break_after is not None and step == self.break_after[0]:
                     raise self.break_after[1]
                 for index in sorted(left, reverse=self.backwards):
-                    behind = sum(len(self.tokenizer.decode([i])) for i in walks[index][:step])
-                    last = step + 1 == count
-                    delta = self._delta(request_id, walks[index][step], params, behind, last)
+                    token_id, last = walks[index][step], step + 1 == count
+                    delta = self._delta(request_id, token_id, params, offsets[index], last)
+                    offsets[index] += len(self.tokenizer.decode([token_id]))
                     if self.short.get(index) == step + 1:
                         delta = replace(delta, finish_reason="stop")
                     if step == 0 and index == 0:
@@ -157,13 +158,13 @@ class FakeEngine:
         return replace(delta, cached_tokens=self.cached, prompt_logprobs=scores)
 
     def _delta(
-        self, request_id: str, token_id: int, params: SamplingParams, behind: int, last: bool
+        self, request_id: str, token_id: int, params: SamplingParams, offset: int, last: bool
     ) -> Delta:
         text = self.tokenizer.decode([token_id])
         logprobs = None
         if params.logprobs is not None:
             others = tuple((i, -1.0 - i) for i in range(params.logprobs))
-            logprobs = (TokenLogprob(token_id, -0.5, others, behind),)
+            logprobs = (TokenLogprob(token_id, -0.5, others, offset),)
         reason = (self.end or "length") if last else None
         for stop in params.stop:
             if stop in text:

@@ -1,4 +1,4 @@
-"""A real uvicorn on a free loopback port, in a thread, in front of the fake engine."""
+"""A real uvicorn on a free loopback port, in a thread, over the fake engine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 from ds_cp.api.app import create_app
 from ds_cp.api.server import bind, serve_until
 from ds_cp.config import Server
-from tests.helpers.fake_engine import FakeEngine, make_tokenizer
+from tests.helpers.fake_engine import FakeEngine, expected_ids, make_tokenizer
 
 
 @dataclass
@@ -42,6 +42,23 @@ class Running:
 
     def get(self, path: str, **rest: Any) -> httpx.Response:
         return httpx.get(self.url + path, timeout=20.0, **rest)
+
+
+def error_of(reply: httpx.Response, status: int) -> dict[str, Any]:
+    """The error of an answer in OpenAI's shape, with one line as its message."""
+    assert reply.status_code == status, reply.text
+    assert set(reply.json()) == {"error"}
+    error: dict[str, Any] = reply.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"] and "\n" not in error["message"]
+    assert reply.headers["x-request-id"]
+    return error
+
+
+def answer_text(engine: FakeEngine, prompt: list[int], count: int, index: int = 0) -> str:
+    """The text of the fake engine's answer with this index."""
+    ids = expected_ids(prompt, count, engine.info.vocab_size, index)
+    return "".join(engine.tokenizer.decode([i]) for i in ids)
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 5.0) -> bool:

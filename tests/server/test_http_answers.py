@@ -12,17 +12,12 @@ import pytest
 
 from ds_cp.api import context, logprobs
 from tests.helpers.fake_engine import FakeEngine, expected_ids, prompt_scores
-from tests.server.conftest import Running, wait_for
+from tests.server.conftest import Running, answer_text, wait_for
 
 MODEL = "fake-model"
 C = "/v1/completions"
 CHAT = "/v1/chat/completions"
 HELLO: list[Any] = [{"role": "user", "content": "hi"}]
-
-
-def answer_text(engine: FakeEngine, prompt: list[int], count: int, index: int) -> str:
-    ids = expected_ids(prompt, count, engine.info.vocab_size, index)
-    return "".join(engine.tokenizer.decode([i]) for i in ids)
 
 
 def events_of(reply: httpx.Response) -> list[Any]:

@@ -9,21 +9,11 @@ import openai
 import pytest
 
 from ds_cp.errors import CapacityError, CommError, EngineDeadError, QueueFullError, RequestError
-from tests.server.conftest import Running
+from tests.server.conftest import Running, error_of
 
 C = "/v1/completions"
 CHAT = "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "hi"}]
-
-
-def error_of(reply: httpx.Response, status: int) -> dict[str, Any]:
-    assert reply.status_code == status, reply.text
-    assert set(reply.json()) == {"error"}
-    error = reply.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    assert error["message"] and "\n" not in error["message"]
-    assert reply.headers["x-request-id"]
-    return error
 
 
 FIELDS: list[tuple[str, dict[str, Any], str | None, str]] = [

@@ -12,14 +12,9 @@ import pytest
 
 from ds_cp.sampling_params import RequestOptions, SamplingParams
 from tests.helpers.fake_engine import FakeEngine, expected_ids, make_tokenizer
-from tests.server.conftest import Running
+from tests.server.conftest import Running, answer_text
 
 MODEL = "fake-model"
-
-
-def answer_text(engine: FakeEngine, prompt: list[int], count: int) -> str:
-    ids = expected_ids(prompt, count, engine.info.vocab_size)
-    return "".join(engine.tokenizer.decode([i]) for i in ids)
 
 
 def test_completion_of_text(served: Running, tokenizer: Any) -> None:

@@ -1,4 +1,4 @@
-"""Limits, keys, clients that leave or dawdle, draining; at the level of sockets."""
+"""Limits, keys, clients that leave or are slow, draining; at the level of sockets."""
 
 from __future__ import annotations
 
@@ -312,7 +312,7 @@ def test_drain_lets_requests_finish(launch: Launch) -> None:
     assert server.engine.aborted == []
 
 
-def test_end_of_the_drain_is_told(launch: Launch) -> None:
+def test_clients_hear_of_the_end_of_the_drain(launch: Launch) -> None:
     server = launch(drain_timeout_s=1.0)
     server.engine.delay_s = 0.2
     replies: dict[bool, httpx.Response] = {}

@@ -8,16 +8,9 @@ import httpx
 import pytest
 
 from ds_cp.errors import EngineDeadError
-from tests.server.conftest import Running
+from tests.server.conftest import Running, error_of
 
 ROUTES = ("/ranks/0/drain", "/ranks/0/reopen", "/rebalance")
-
-
-def error_of(reply: httpx.Response, status: int) -> dict[str, Any]:
-    assert reply.status_code == status, reply.text
-    error = reply.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"} and "\n" not in error["message"]
-    return error
 
 
 def test_drain_reopen_rebalance(served: Running) -> None:

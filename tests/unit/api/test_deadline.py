@@ -26,7 +26,7 @@ def test_result_error_and_limit() -> None:
 
 @pytest.mark.parametrize("turns", range(8))
 def test_cancellation_is_never_lost(turns: int) -> None:
-    """The caller is cancelled so many turns of the loop after the work was let go on."""
+    """The caller is cancelled ``turns`` turns of the event loop after its work may go on."""
 
     async def main() -> None:
         gate = asyncio.Event()

@@ -53,7 +53,9 @@ from tests.helpers.batches import LIMIT, TEXT, line, parsed, requests_of
         (line("first"), "duplicate_custom_id", 'custom_id "first" is that of line 1 already'),
     ],
 )
-def test_broken_line_is_told_and_the_rest_is_read(text: str | bytes, code: str, part: str) -> None:
+def test_a_broken_line_is_reported_and_the_rest_is_read(
+    text: str | bytes, code: str, part: str
+) -> None:
     first, problem, last = parsed(line("first"), text, line("last", stream=False))
     assert isinstance(first, BatchRequest) and isinstance(last, BatchRequest)
     assert isinstance(problem, Problem)

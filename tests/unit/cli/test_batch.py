@@ -149,7 +149,7 @@ def test_ctrl_c_leaves_whole_lines(bench: Bench) -> None:
 
 
 def interrupt_when(reached: Callable[[int], bool], bench: Bench, number: int) -> None:
-    """Send the signal once so many requests have come to the engine."""
+    """Send the signal once ``reached`` is true of the number of requests to the engine."""
     generate, count = FakeEngine.generate, 0
 
     def counting(*args: Any, **rest: Any) -> Any:
@@ -234,7 +234,7 @@ def test_other_ranks_follow_without_the_files(bench: Bench, monkeypatch: Any) ->
     assert not bench.output.exists() and bench.opened == []
 
 
-def test_what_cannot_be_worked_with_is_told_at_once(bench: Bench) -> None:
+def test_unusable_files_are_refused_at_once(bench: Bench) -> None:
     def refused(source: Path | str, target: Path | str, *argv: str) -> str:
         argv = ("batch", str(source), str(target), "--config", str(bench.config), *argv)
         assert cli.main(argv) == 2

@@ -1,0 +1,70 @@
+"""The types of the config's values, with their bounds, and the base of its sections."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+
+from ds_cp.text import SIZE_PATTERN, parse_size
+
+MAX_RANKS = 1024
+MAX_TOKENS = 1 << 31
+MAX_MEMORY = 1 << 50  # bytes
+
+Auto = Literal["auto"]
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _bytes(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return tuple(_bytes(item) for item in value)
+    return parse_size(value) if isinstance(value, str) and value != "auto" else value
+
+
+Tokens = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
+_SIZE_SCHEMA: dict[str, Any] = {
+    "anyOf": [
+        {"type": "string", "pattern": SIZE_PATTERN, "examples": ["512MiB"]},
+        {"type": "integer", "minimum": 1, "maximum": MAX_MEMORY},
+    ]
+}
+_BUDGET_SCHEMA: dict[str, Any] = {
+    "anyOf": [
+        {"const": "auto", "type": "string"},
+        *_SIZE_SCHEMA["anyOf"],
+        {"type": "array", "items": _SIZE_SCHEMA, "minItems": 1, "maxItems": MAX_RANKS},
+    ]
+}
+_OneBudget = Annotated[int, Field(ge=1, le=MAX_MEMORY)]
+MemoryBudget = Annotated[
+    Auto
+    | _OneBudget
+    | Annotated[tuple[_OneBudget, ...], Field(min_length=1, max_length=MAX_RANKS)],
+    BeforeValidator(_bytes),
+    WithJsonSchema(_BUDGET_SCHEMA),
+]
+TokenBudget = Annotated[
+    Auto | Tokens | Annotated[tuple[Tokens, ...], Field(min_length=1, max_length=MAX_RANKS)],
+    BeforeValidator(_tuple),
+]
+Timeout = Annotated[float, Field(ge=0.1, le=3600)]  # seconds
+_ApiKey = Annotated[str, Field(min_length=1, max_length=512)]
+ApiKeys = Annotated[
+    _ApiKey | Annotated[tuple[_ApiKey, ...], Field(min_length=1, max_length=256)] | None,
+    BeforeValidator(_tuple),
+]
+
+
+def unit_of(unit: str) -> dict[str, Any]:
+    """The entry of a field's JSON schema that names its unit."""
+    return {"unit": unit}
+
+
+class Section(BaseModel):
+    """A frozen object of the config, without unknown keys; no value is converted silently."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
