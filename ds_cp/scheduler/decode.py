@@ -43,7 +43,7 @@ class DecodePlanner:
 
     def add(self, draft: Draft) -> None:
         """One token of every request that is due, or of those whose turn it is."""
-        size = self._allocator.block_size
+        size, left, decodes = self._allocator.block_size, draft.left, draft.decodes
         for request in self._due(draft.step):
             table = request.table
             if table is None:  # preempted a moment ago, for an older one
@@ -54,7 +54,12 @@ class DecodePlanner:
             else:
                 table.append_one()
             key = request.decode_key or self._choose_mode(request)
-            draft.decode(request, key, table.homes[-1][0])
+            if key in decodes:
+                decodes[key].append(request.number)
+            else:
+                decodes[key] = [request.number]
+            left[table.homes[-1][0]] -= 1
+            request.in_flight += 1
 
     def _due(self, step: int) -> list[Request]:
         """Requests whose next token is due: all of them, or when a rank's budget is too small for

@@ -25,7 +25,7 @@ class Draft:
         self.left = list(budget)  # tokens that each rank may still compute
         self.work = [0.0] * len(budget)  # on prompts, of each rank, in the pacer's unit
         self.rows_left = SCORED_ROWS  # rows of logits that may still score prompt tokens
-        self.num_decodes = 0
+        self.decodes: dict[tuple[str, str], list[int]] = {}  # (mode, ring pass) -> requests
         self.transfers: list[Transfer] = []
         self.grown: list[tuple[int, Home]] = []
         self.begins: list[Begin] = []
@@ -35,29 +35,19 @@ class Draft:
         self._pacer = pacer
         self._allowance = 0.0  # what ``work`` of a rank may become
         self._chunks: list[Chunk] = []
-        self._decodes: dict[tuple[str, str], list[int]] = {}
 
     @property
     def is_empty(self) -> bool:
-        return not (self._decodes or self._chunks or self.transfers or self.begins)
+        return not (self.decodes or self._chunks or self.transfers or self.begins)
+
+    @property
+    def num_decodes(self) -> int:
+        return sum(map(len, self.decodes.values()))
 
     @property
     def largest_work(self) -> float:
         """The most work on prompts that one rank has in this step."""
         return max(self.work)
-
-    # --- decodes
-
-    def decode(self, request: Request, key: tuple[str, str], rank: int) -> None:
-        """One token of ``request``, computed on ``rank``; ``key``: its mode and ring pass."""
-        numbers = self._decodes.get(key)
-        if numbers is None:
-            self._decodes[key] = [request.number]
-        else:
-            numbers.append(request.number)
-        self.left[rank] -= 1
-        self.num_decodes += 1
-        request.in_flight += 1
 
     # --- prompts
 
@@ -113,6 +103,6 @@ class Draft:
         return StepPlan(
             self.step, tuple(ended), tuple(seen), tuple(self.transfers),
             tuple(self.begins), tuple(self.grown), tuple(self._chunks),
-            tuple(Decodes(*key, tuple(numbers)) for key, numbers in self._decodes.items()),
+            tuple(Decodes(*key, tuple(numbers)) for key, numbers in self.decodes.items()),
             tuple(self.forks),
         )  # fmt: skip
