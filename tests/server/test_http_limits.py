@@ -13,7 +13,7 @@ import httpx
 import openai
 import pytest
 
-from ds_cp.api.server import bind
+from ds_cp.api.listen import bind
 from ds_cp.config import Server
 from ds_cp.errors import LaunchError
 from tests.server.conftest import Running, wait_for
@@ -296,13 +296,13 @@ def test_request_ids(served: Running) -> None:
 
 
 def test_bind_says_what_is_wrong() -> None:
-    first = bind("127.0.0.1", 0)
+    (first,) = bind("127.0.0.1", 0)
     port = first.getsockname()[1]
     with pytest.raises(LaunchError, match=f"port {port} is in use; choose another") as error:
         bind("127.0.0.1", port)
     assert "\n" not in str(error.value)
     first.close()
-    again = bind("127.0.0.1", port)
+    (again,) = bind("127.0.0.1", port)
     again.close()
     with pytest.raises(LaunchError, match="no address of this machine"):
         bind("192.0.2.1", 0)
