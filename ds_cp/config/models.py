@@ -69,17 +69,11 @@ class KvCache(Section):
     )
     memory_per_rank: MemoryBudget = Field(
         default="auto",
-<<<<<<< HEAD
-        description='KV memory of a rank ("512MiB", bytes), or a list, one for each cp rank; auto: '
-        "85 % of what is free, on CPU 40 % / ranks, at most max_num_seqs x max_model_len tokens",
-        json_schema_extra=_unit("bytes"),
-=======
         description='KV memory of a rank: "512MiB", "1.5GB" or bytes, or a list with one for each '
         "context-parallel rank; auto: from tokens_per_rank, else 85 % of the free memory of a CUDA "
         "device, or on CPU 40 % of the host's free memory shared by its ranks, but no more than "
         "max_num_seqs requests of max_model_len tokens can use",
         json_schema_extra=unit_of("bytes"),
->>>>>>> api
     )
     tokens_per_rank: TokenBudget = Field(
         default="auto",

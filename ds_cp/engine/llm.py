@@ -33,6 +33,7 @@ from ds_cp.outputs import RequestOutput
 from ds_cp.plan import Stop
 from ds_cp.sampling_params import RequestOptions, SamplingParams
 from ds_cp.scheduler.build import build_scheduler
+from ds_cp.startup.agreement import local_phase
 from ds_cp.startup.build import build_worker
 from ds_cp.startup.join import join_job
 from ds_cp.startup.report import summary
@@ -70,14 +71,17 @@ def init_inference(
     source: Decoder | ModelSource | None = None  # looked up where its absence can be reported
     if isinstance(model, Decoder):
         source = model
-    elif job.rank == 0:
-        source = find_model(config.model)
-        tokenizer = load_tokenizer(source) if tokenizer is None else tokenizer
     for variable, value in socket_environment(job).items():
         os.environ.setdefault(variable, value)
     before = model.config._attn_implementation if isinstance(model, Decoder) else None
     world, threads = join_job(job, config)
     try:
+        if source is None:  # only rank 0 needs a tokenizer, and all learn if it has none
+            wanted = world.rank == 0 and tokenizer is None
+            found = local_phase(
+                world, lambda: load_tokenizer(find_model(config.model)) if wanted else None
+            )
+            tokenizer = tokenizer if found is None else found
         worker, facts = build_worker(world, config, source, threads)
     except BaseException:
         world.leave()

@@ -111,6 +111,7 @@ def _free_bytes(world: World) -> tuple[int, int]:
     """Free bytes for one rank, and how many ranks share that memory: a CUDA device is one rank's,
     the memory of a host is all its ranks'."""
     if world.device.type == "cuda":
+        torch.cuda.empty_cache()  # what sharding freed, torch's allocator would keep
         free, _ = torch.cuda.mem_get_info(world.device)
         return int(free), 1
     sharing = world.topology.local_size(world.rank)

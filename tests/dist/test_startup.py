@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from ds_cp.comm.wire import World
+from ds_cp.engine import llm
 from ds_cp.errors import DsCpError, ModelError, UserError
 from ds_cp.startup import build, exactness
 from tests.dist.test_engine import greedy, hf_greedy, make_prompt, tokens_of
@@ -139,6 +141,20 @@ def no_memory(world: World) -> None:
 
 def test_memory_that_cannot_be_had() -> None:
     run_ranks(no_memory, 2, timeout=120)
+
+
+def no_tokenizer(world: World, folder: str) -> None:
+    """Only rank 0 reads the tokenizer; the others must not wait for it to join."""
+    with replaced(llm, "join_job", lambda _: lambda *_: (world, 1)):
+        began = time.monotonic()
+        with pytest.raises(ModelError, match="rank 0 on localhost: .* no usable tokenizer"):
+            llm.init_inference(folder, {"kv_cache": KV}, env={})
+        assert time.monotonic() - began < SOON
+
+
+def test_a_tokenizer_that_is_missing(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path)
+    run_ranks(no_tokenizer, 2, str(tmp_path), timeout=60)
 
 
 # --- ranks hold the same model
