@@ -78,8 +78,13 @@ def check_gguf_consumed(path: Path, tensors: Mapping[str, GgufTensor], read: int
 
 
 def _bytes_of(tensor: GgufTensor) -> int:
-    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-
+    try:
+        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+    except ImportError as err:
+        raise ModelError(
+            "a GGUF file needs the packages gguf and accelerate: pip install 'ds_cp[gguf]', "
+            "or serve the model's safetensors"
+        ) from err
     try:
         block, width = GGML_QUANT_SIZES[GGMLQuantizationType(tensor.kind)]
     except (ValueError, KeyError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -164,3 +165,13 @@ def test_a_damaged_header(tmp_path: Path, tail: bytes) -> None:
     file = tmp_path / "bad.gguf"
     file.write_bytes(b"GGUF" + tail)
     assert "damaged GGUF header" in refusal(file)
+
+
+def test_the_package_that_gguf_needs_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "tiny.gguf"
+    write(file, tiny_llama(**SIZES))
+    monkeypatch.setitem(sys.modules, "gguf.constants", None)
+    with pytest.raises(ModelError, match="needs the packages gguf and accelerate"):
+        read_gguf(file)
