@@ -158,9 +158,10 @@ class Scored(msgspec.Struct, frozen=True, array_like=True):
 class Outcome(msgspec.Struct, frozen=True, array_like=True, tag="outcome"):
     """What rank 0 learns from one plan (``step`` 0: from one that is no step).
 
-    The tokens drawn and the prompts scored. ``failed``: requests of which a prompt token could not
-    be scored; they end with an error. ``seconds``: the longest time that a rank worked on the step,
-    and ``model_seconds`` the same in the model's forward call.
+    The tokens drawn and the prompts scored. ``seconds``: the longest time that a rank worked on the
+    step, where rank 0's ends when it has heard of all; ``model_seconds``: the longest in the
+    model's forward call. ``failed``: requests of which a prompt token could not be scored; they end
+    with an error.
     """
 
     step: int = 0
@@ -181,5 +182,8 @@ def encode_plan(plan: Plan) -> bytes:
 
 
 def decode_plan(payload: bytes) -> Plan:
-    """The plan from msgpack; ``msgspec.ValidationError`` when it is none."""
-    return _decoder.decode(payload)
+    """The plan from msgpack; ``msgspec.DecodeError`` (or its ``ValidationError``) when it is none."""
+    try:
+        return _decoder.decode(payload)
+    except UnicodeDecodeError as err:  # a tag that is no text
+        raise msgspec.DecodeError(f"a plan's tag is not UTF-8: {err}") from err

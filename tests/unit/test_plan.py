@@ -7,7 +7,7 @@ import pickle
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ds_cp.plan import (
@@ -83,6 +83,7 @@ def test_roundtrip(plan: Plan) -> None:
 
 
 @given(st.binary(max_size=200))
+@example(b"\x91\xa1\x80")  # a tag that is not UTF-8
 def test_garbage_is_refused(payload: bytes) -> None:
     """Bytes that decode must spell a plan back; nearly all do not decode."""
     try:

@@ -6,7 +6,19 @@ from dataclasses import replace
 
 import pytest
 
-from ds_cp.plan import Begin, Chunk, Decodes, Fork, Sampling, StepPlan, Transfer
+from ds_cp.plan import (
+    Begin,
+    Chunk,
+    Decodes,
+    Fork,
+    Outcome,
+    Sampled,
+    Sampling,
+    StepPlan,
+    Transfer,
+)
+from ds_cp.worker.outcome import Times, pack, rows_of, unpack, width_of
+from ds_cp.worker.sampler import Score
 from ds_cp.worker.state import NO_TOKEN, Item, StepWork, WorkerState, check_item
 from tests.helpers.cluster import MODES, PLACEMENTS, Cluster, prompt, sampled
 
@@ -278,3 +290,50 @@ def test_shards_that_rest_are_the_shards_made_anew(placement: str) -> None:
         items += len(one.items)
         assert draws(one) == draws(other) and handoffs(one) == handoffs(other)
     assert kept > 50 and items > 100
+
+
+def test_all_ranks_know_which_ranks_work() -> None:
+    """Each of these reports its time, and rank 0 waits for all of them: tokens, a part in spanning
+    attention, blocks to copy. A request that only decodes on one rank concerns no other."""
+    ranks = Ranks()
+    assert [work.ranks for work in ranks.begin(1, 6, rank=1)] == [{1}] * 3
+    assert [work.ranks for work in ranks.begin(2, 3, rank=2)] == [{2}] * 3
+    assert [work.ranks for work in ranks.decode(1)] == [{1}] * 3
+    assert [work.ranks for work in ranks.run()] == [set()] * 3
+    move = Transfer((1,), 0, (1, 10), (0, 5))
+    assert [work.ranks for work in ranks.run(transfers=(move,))] == [{0, 1}] * 3
+    works = ranks.decode(1, mode="tree")
+    assert [work.ranks for work in works] == [{0, 1}] * 3, "its KV is on two ranks now"
+    chunk = Chunk(3, "ring", "kv", ((0, ((0, 2),)), (2, ((2, 2),))), ((1, 30),), False)
+    works = ranks.run(begins=(Begin(3, tuple(range(9)), 9, (), 0, PLAIN),), chunks=(chunk,))
+    assert [work.ranks for work in works] == [{0, 1, 2}] * 3, "owners, and the home of the KV"
+
+
+def test_the_slowest_rank_gives_the_time_of_a_step() -> None:
+    """Rows of three ranks, of which the middle one draws nothing and works longest."""
+    ranks = Ranks()
+    ranks.begin(1, 4, rank=0)
+    chunk = Chunk(2, "local", "kv", ((1, ((0, 4),)),), ((1, 20),), False)
+    begin = Begin(2, tuple(range(9)), 9, (), 0, PLAIN)
+    works = ranks.run(
+        begins=(begin,), chunks=(chunk,), grown=((1, (0, 30)),),
+        decodes=(Decodes("local", "kv", (1,)),),
+    )  # fmt: skip
+    assert [rows_of(works[0], rank) for rank in range(3)] == [2, 1, 0]
+    rows = {
+        0: pack(Times(0.25, 0.125), [Sampled(1, 7, 0.0)], [], 0).tolist(),
+        1: pack(Times(3.0, 2.5), [], [], 0).tolist(),
+    }
+    assert unpack(5, works[0], 0, rows) == Outcome(5, (Sampled(1, 7, 0.0),), (), 3.0, 2.5)
+
+
+def test_a_prompt_that_cannot_be_scored_is_named() -> None:
+    ranks = Ranks()
+    [work, *_] = ranks.begin(1, 4, rank=0, prompt_logprobs=1)
+    scores = [Score(-0.5, ((3, -0.5),)), None, Score(-1.5, ((4, -1.0),))]
+    rows = pack(Times(1.0, 0.5), [Sampled(1, 7, 0.0)], scores, width_of(work))
+    outcome = unpack(1, work, 1, {0: rows.tolist()})
+    assert (outcome.failed, outcome.scored) == ((1,), ())
+    rows = pack(Times(1.0, 0.5), [Sampled(1, 7, 0.0)], [scores[0]] * 3, width_of(work))
+    outcome = unpack(1, work, 1, {0: rows.tolist()})
+    assert (outcome.failed, outcome.scored[0].rows) == ((), ((-0.5, ((3, -0.5),)),) * 3)
