@@ -1,6 +1,6 @@
 """What the engine adds to the model's own forward call, step by step, and transformers beside it.
 
-    python benchmarks/overhead.py [--batches 1,4,16,64] [--rounds 5] [--steps 10] [--out FILE]
+    python -m benchmarks.overhead [--batches 1,4,16,64] [--rounds 5] [--steps 10] [--out FILE]
 
 One rank, 2 threads, SmolLM2, fp32, greedy. For each batch size as many streams decode after prompts
 of 200 tokens. *step*: from one delta to the next as a caller sees them, the next step planned while
@@ -17,18 +17,13 @@ step. The last line is one JSON object.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import random
-import shlex
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import wait
 from contextlib import ExitStack, contextmanager
-from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +32,7 @@ from unittest.mock import patch
 import torch
 
 import ds_cp.worker.worker as worker_module
+from benchmarks.common import MODEL, command, finish, machine, parser
 from ds_cp.attention import Kernel
 from ds_cp.comm.wire import World
 from ds_cp.config import Config, load_config
@@ -53,7 +49,6 @@ from ds_cp.topology.hosts import Topology
 from ds_cp.worker.step_context import StepContext
 from ds_cp.worker.worker import Worker
 
-MODEL = ".cache/smollm2-135m-instruct"
 BLOCK = 64  # tokens
 TARGET_BATCH, TARGET = 16, 0.05  # overhead at most
 # Parts of a step, in its order; indented ones are within the one above.
@@ -190,7 +185,8 @@ def clocks(worker: Worker) -> Iterator[Clock]:
         attend = StepContext.attend
 
         def timed_attend(self: StepContext, *args: Any) -> torch.Tensor:
-            return clock.time("attend", attend, self, *args)
+            found: torch.Tensor = clock.time("attend", attend, self, *args)
+            return found
 
         stack.enter_context(patch.object(StepContext, "attend", timed_attend))
         yield clock
@@ -291,14 +287,15 @@ def show(row: dict[str, Any]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batches", default="1,4,16,64")
-    parser.add_argument("--context", type=int, default=200, help="tokens of each prompt")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=10, help="per round")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args(argv)
+    arguments = parser(__doc__)
+    arguments.add_argument("--batches", default="1,4,16,64")
+    arguments.add_argument("--context", type=int, default=200, help="tokens of each prompt")
+    arguments.add_argument("--rounds", type=int, default=5)
+    arguments.add_argument("--steps", type=int, default=10, help="per round")
+    arguments.add_argument("--threads", type=int, default=2)
+    arguments.add_argument("--out", type=Path)
+    args = arguments.parse_args(argv)
+    about = machine()
     batches = [int(n) for n in args.batches.split(",")]
     new = (args.rounds + 1) * (args.steps + 3) + 16
     config = load_config(
@@ -333,22 +330,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows.append(measure(make, model, batch, args))
         show(rows[-1])
     result = {
-        "command": shlex.join(
-            ["python", "benchmarks/overhead.py", *(sys.argv[1:] if argv is None else argv)]
-        ),
-        "date": date.today().isoformat(),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
-        "load": os.getloadavg()[0],
-        "torch": torch.__version__,
+        "command": command("overhead", sys.argv[1:] if argv is None else argv),
+        **about,
         "threads": args.threads,
         "context": args.context,
         "target": {"batch": TARGET_BATCH, "overhead": TARGET},
         "batches": rows,
     }
     runner.close()
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    finish(result, args.out)
 
 
 if __name__ == "__main__":

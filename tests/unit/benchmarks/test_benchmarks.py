@@ -12,8 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import placement, scheduler_time
-from benchmarks.placement import BLOCK, LAYERS, POLICIES, Cell, Run, Session, Wire
+from benchmarks import scheduler_time
+from benchmarks.placement import report
+from benchmarks.placement.simulate import POLICIES, Run, compare
+from benchmarks.placement.traces import BLOCK, Cell, Session, make_trace
+from benchmarks.placement.wire import LAYERS, Wire
 from ds_cp.attention import LayerSpec, get_kernel
 from ds_cp.comm.tree import TreeExchange
 from ds_cp.kv.pool import KVPool
@@ -33,7 +36,7 @@ TINY = (
 def tiny_trace(cell: Cell) -> list[Session]:
     """Chats, conversations, a document of more than one rank, two that are refused."""
     ranks = len(cell.blocks)
-    return placement.make_trace(ranks, sum(cell.blocks) // ranks, 90, 1)
+    return make_trace(ranks, sum(cell.blocks) // ranks, 90, 1)
 
 
 # --- placement: what is on the wire
@@ -180,8 +183,8 @@ def test_placement_files_are_the_same_twice(tmp_path: Path) -> None:
     cells = TINY[::2]
     for name, processes in (("one", 1), ("two", 2)):
         (tmp_path / name).mkdir()
-        result = placement.compare(cells, (1, 2), processes, steps=40)
-        placement.write(result, tmp_path / name, (1, 2), [])
+        result = compare(cells, (1, 2), processes, steps=40)
+        report.write(result, tmp_path / name, (1, 2), [])
     names = {path.name for path in (tmp_path / "one").iterdir()}
     assert names == {"placement.json", "placement.md", "placement.svg"}
     for name in names:
@@ -191,8 +194,8 @@ def test_placement_files_are_the_same_twice(tmp_path: Path) -> None:
     for row in found["means"]:
         of = [r for r in found["rows"] if (r["cell"], r["policy"]) == (row["cell"], row["policy"])]
         assert row["steps"] == sum(r["steps"] for r in of) / 2
-    for figure, _, sign in placement.BEST:
-        wins = placement.wins(found["rows"], figure, sign)
+    for figure, _, sign in report.BEST:
+        wins = report.wins(found["rows"], figure, sign)
         assert sum(wins.values()) >= len(cells) * 2, "each trace has a best policy"
     fills = {(r["cell"], r["policy"], r["mode"], r["seed"]): r for r in found["filling"]}
     for (cell, policy, mode, seed), row in fills.items():
