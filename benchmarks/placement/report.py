@@ -50,10 +50,10 @@ EXPLAINED = """\
 
 1. Each row is a mean over {seeds} seeded traces; every policy gets the same arrivals, prompts and answers, in mode auto, blocks of 16 tokens, {budget} tokens of budget a rank and step. Command: `{command}`; no clock, no device, the same files each time.
 2. *Stored at first wait*, *at first preemption*: tokens whose KV is stored, as a share of what all ranks hold, when for the first time a request waits that needs more blocks than are available, and when one has to give its blocks back. Blocks promised to a prompt that is being computed are not counted, so a document that waits or has just begun makes these small; the table *Filling* shows the same without documents that come late. A dash: it did not happen.
-3. *Refused*: prompts longer than all ranks together hold. *Preempted*: requests that gave way and were computed again.
-4. *Decode KB a token*: what all ranks send for attention in decode steps, in 1,000 bytes by token of an answer, local ones included: (N-1) * L*H*D*e of queries and (N-1) * L*H*(D*e+4) of partials for a stream over N ranks (FORMULAS: all-to-all of partials to their owners, plus sharing Q; between hosts once per other host), SmolLM2-135M in fp32: L 30, H 9, G 3, D 64, e 4.
-5. *Exchanges a decode step*: rounds one after the other, over the 30 layers: 60 when some stream spans one host, 120 when some stream spans two, 0 when none spans; all streams of a step share them.
-6. *Prefill KV shipped*: new KV computed on another rank than it is stored on, 2*L*G*D*e a token; *prefix KV copied*: cached blocks copied to the rank of a request that stays local. *Longest KV on a rank*: the most tokens of one stream that one rank reads in a decode step, which bounds how much spanning helps.
+3. *Refused*: prompts longer than all ranks together hold. *Preempted*: requests whose blocks were taken back, computed again later.
+4. *Decode KB a token*: what all ranks send for attention in decode steps, in 1,000 bytes by token of an answer, local ones included: (N-1) * L*H*D*e of queries and (N-1) * L*H*(D*e+4) of partials for a request over N ranks (an all-to-all of partials to their owners, plus sharing Q; between hosts once per other host), SmolLM2-135M in fp32: L 30, H 9, G 3, D 64, e 4.
+5. *Exchanges a decode step*: rounds one after the other, over the 30 layers: 60 when some request spans one host, 120 when some request spans two, 0 when none spans; all requests of a step share them.
+6. *Prefill KV shipped*: new KV computed on another rank than it is stored on, 2*L*G*D*e a token; *prefix KV copied*: cached blocks copied to the rank of a request that stays local. *Longest KV on a rank*: the most tokens of one request that one rank reads in a decode step, which bounds how much spanning helps.
 7. *Stayed local*: answers that were on one rank from first to last token. *Prefix hits*: prompt tokens that were found instead of computed; *evicted*: cached blocks given away for new ones.
 8. *Max / mean*: used share of the fullest rank by that of all ranks, each summed over the steps; 1 is level. *Steps*: to serve the whole trace, new sessions arrive until step {steps}."""  # noqa: E501
 
@@ -106,8 +106,8 @@ def markdown(result: Result, seeds: Sequence[int], command: str) -> str:
 
 FILLING = """\
 One document of 1.5 average ranks, then every other step a request of 64 to 768 tokens, none ends: \
-stored share when the first has to wait, and after that (nobody new) when the first has to give \
-way; in brackets, over the seeds, how often the document was refused. The row *mode local* cannot \
+stored share when the first has to wait, and after that (nobody new) when the first is \
+preempted; in brackets, over the seeds, how often the document was refused. The row *mode local* cannot \
 span."""
 
 

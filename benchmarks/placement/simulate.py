@@ -85,7 +85,7 @@ class Run:
             limits, cell.blocks, BLOCK, placement, "zigzag", policy, topology.ring_order(),
             pacer=None,
         )  # fmt: skip
-        self.mirrors = [WorkerState(rank, BLOCK) for rank in watched or (0, len(cell.blocks) - 1)]
+        self.states = [WorkerState(rank, BLOCK) for rank in watched or (0, len(cell.blocks) - 1)]
         self.coming: dict[int, list[tuple[Session, int]]] = {}  # step -> sessions, turn
         for session in trace:
             self.coming.setdefault(session.arrival, []).append((session, 0))
@@ -93,7 +93,7 @@ class Run:
         self.works: list[StepWork] = []  # what the last step means for the watched ranks
 
     def all_steps(self, limit: int = 100_000) -> Tally:
-        """Step until everybody has been served."""
+        """Step until every request has ended."""
         while self.coming or self.live:
             assert self.tally.steps < limit, "the trace does not end"
             self.step()
@@ -113,7 +113,7 @@ class Run:
         self.works = []
         if plan is not None:
             plan = decode_plan(encode_plan(plan))
-            works = self.works = [mirror.apply(plan) for mirror in self.mirrors]
+            works = self.works = [state.apply(plan) for state in self.states]
             spanning = [item for item in works[0].items if item.mode != "local"]
             for item in spanning:
                 check_item(item)
@@ -123,7 +123,7 @@ class Run:
         tally.steps += 1
         if plan is not None:
             for draw in works[0].draws:
-                self._took(draw.sequence.number)
+                self._record(draw.sequence.number)
         return spanning
 
     def _arrive(self, session: Session, turn: int) -> None:
@@ -135,7 +135,7 @@ class Run:
             return
         self.live[request.number] = request, session, turn
 
-    def _took(self, number: int) -> None:
+    def _record(self, number: int) -> None:
         request, session, turn = self.live[number]
         token = session.token(turn, len(request.output))
         self.tally.answered += 1
@@ -149,7 +149,7 @@ class Run:
             self.coming.setdefault(at, []).append((session, turn + 1))
 
     def _resident(self) -> float:
-        """Tokens whose KV is stored for somebody who runs, as a share of what all ranks hold."""
+        """Tokens whose KV is stored for running requests, as a share of what all ranks hold."""
         allocator, running = self.scheduler.allocator, self.scheduler.running
         blocks = sum(allocator.num_used(rank) for rank in range(len(self.cell.blocks)))
         blocks -= sum(len(held) for r in running for held in r.reserved.values())
@@ -244,8 +244,8 @@ def _rounded(share: float | None) -> float | None:
 
 
 def fill(cell: Cell, placement: str, mode: str, seed: int) -> dict[str, Any]:
-    """How full the ranks get before the first request has to wait and, when nobody new comes, until
-    the first one has to give way."""
+    """How full the ranks get until the first request has to wait and, without new ones, until the
+    first one is preempted."""
     run = Run(cell, placement, make_filling(cell, seed), mode, budget=10**6)
     while run.tally.at_queue is None:
         run.step()
@@ -280,7 +280,7 @@ def run_trace(
 def compare(
     some: Sequence[Cell], seeds: Sequence[int], processes: int, steps: int = STEPS
 ) -> Result:
-    """Every policy on every cell and trace, in an order that does not depend on who is done
+    """Every policy on every cell and trace, in an order that does not depend on which run ends
     first."""
     asks = [(cell, policy, seed, steps) for cell in some for policy in POLICIES for seed in seeds]
     fills = [

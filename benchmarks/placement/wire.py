@@ -24,11 +24,10 @@ def rates(num_hosts: int) -> CostModel:
 class Wire:
     """What attention sends, over all ranks and layers, for the items of one step.
 
-    Tree, of B = 1 query row with its owner and N - 1 other ranks that hold keys (FORMULAS.md,
-    "all-to-all of partials to their owners (plus sharing Q)", times N): (N-1) * H*D*e out and
-    (N-1) * H*(D*e+4) back, per layer. Over M hosts (the "host tree" row) each crosses a border
-    once per other host, to the rank there that stands for the owner; when that one holds no keys
-    it counts as one more receiver. Rounds: one out and one back, and the same again between hosts.
+    Tree, of one query row with its owner and N - 1 other ranks that hold keys: (N-1) * H*D*e out
+    and (N-1) * H*(D*e+4) back, per layer. Over several hosts each row crosses a border once per
+    other host, to the rank there that carries it for the owner; a carrier without keys counts as
+    one more receiver. Rounds: one out and one back, and the same again between hosts.
     Ring pass-KV over n ranks: (n-1) * S * 2*G*D*e; pass-Q: (n-1) * T * H*D*e out, and
     T * H*(D*e+4) back from every other holder. KV whose home is not its owner: 2*G*D*e a token.
     """

@@ -48,7 +48,7 @@ class _Done:
 
 
 class RecordingGroup:
-    """A rank's seat in a job of which nobody else is there: what it sends is weighed."""
+    """A rank's place in a job without its other ranks: the bytes that it sends are counted."""
 
     def __init__(self, hosts: str, rank: int) -> None:
         topology = Topology.from_hosts(hosts)
@@ -152,7 +152,7 @@ def test_placement_figures_add_up(policy: str) -> None:
         assert all(len(work.draws) == len(run.works[0].draws) for work in run.works)
         assert max(streams.values(), default=0) <= 1
         for request in run.scheduler.running:
-            sequences = [mirror.sequences[request.number] for mirror in run.mirrors]
+            sequences = [state.sequences[request.number] for state in run.states]
             assert request.table is not None
             assert all(s.table.homes == request.table.homes for s in sequences)
         sent += run.tally.decode_bytes - before
@@ -231,9 +231,8 @@ def test_scheduler_time_on_tiny_sizes(tmp_path: Path) -> None:
     assert (tmp_path / "scheduler_time.svg").read_text().count("<svg") == 1
 
 
-def test_scheduler_time_keeps_the_books() -> None:
-    """Whole blocks change hands: after many steps the allocator still balances, and what was noted
-    is what ran."""
+def test_scheduler_time_keeps_blocks_in_balance() -> None:
+    """After many steps the allocator still balances, and every step that ran was timed."""
     load = scheduler_time.Load(5, 300, 2, prompt=(20, 60), answer=(10, 40))
     bench = scheduler_time.Bench(load)
     row = bench.measure(100, warm=5)
