@@ -9,12 +9,12 @@ SmolLM2, fp32, greedy, random tokens. Times are taken on rank 0 where deltas com
 first, the miss, and of the other 19, the hits, each alone; then of 19 new ones all at once. Every
 round has another prefix; min and median over rounds.
 
-*Prompt beside streams*: 4 streams run, first quietly, then while a prompt of 7,000 tokens is
+*Prompt beside decodes*: 4 requests decode, first quietly, then while a prompt of 7,000 tokens is
 computed beside them in chunks of the engine's own choice, then quietly again. Milliseconds from one
-token of a stream to its next: median, p90, p99, max, and their ratio to the quiet median before;
-of the median also to the mean of before and after, since the streams grow meanwhile. The same
+token of a request to its next: median, p90, p99, max, and their ratio to the quiet median before;
+of the median also to the mean of before and after, since their contexts grow meanwhile. The same
 with other values of ``scheduler.decode_slowdown`` and a shorter prompt. Seconds to the first token
-of the prompt beside the streams, and alone. The last line is one JSON object.
+of the prompt beside them, and alone. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from ds_cp.worker.worker import Worker
 
 BLOCK = 64  # tokens
 STREAM_PROMPT = 200  # tokens
-SETTLE = 10  # steps of the streams that nobody times
+SETTLE = 10  # decode steps that are not timed
 MISS_TARGET, STREAM_TARGET = 0.15, 2.0  # hit / miss; median beside a prompt / quiet
 
 
@@ -122,13 +122,13 @@ def one_prefix(driver: Driver, number: int, args: argparse.Namespace) -> dict[st
     return found
 
 
-# --- a prompt beside streams
+# --- a prompt beside decoding requests
 
 
 def beside(
     sessions: Sessions, slowdown: float, prompt: int, args: argparse.Namespace
 ) -> dict[str, Any]:
-    """One prompt of ``prompt`` tokens beside the streams; alone first, in an engine of its own."""
+    """One prompt of ``prompt`` tokens beside decoding requests; first alone in its own engine."""
     rng = random.Random(prompt)  # the engines share no cache, so the prompts may be the same
     long, alone = text(rng, prompt), 0.0
     with sessions.open(slowdown) as driver:
@@ -141,7 +141,7 @@ def beside(
                 driver.add(name, text(rng, STREAM_PROMPT), args.stream_tokens)
 
             def run(count: int) -> None:
-                """``count`` more tokens of every stream."""
+                """``count`` more tokens of every decoding request."""
                 want = {name: len(driver.stamps[name]) + count for name in streams}
                 driver.until(lambda: all(len(driver.stamps[n]) >= want[n] for n in streams))
 
@@ -165,7 +165,7 @@ def beside(
 
 
 def gaps(driver: Driver, streams: Sequence[str], begin: float, end: float) -> list[float]:
-    """Milliseconds from one token to the next, of all streams, where both came in the interval;
+    """Milliseconds from one token to the next, of all requests, where both came in the interval;
     the step under way when it began counts."""
     found = []
     for name in streams:
@@ -241,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments.add_argument("--rounds", type=int, default=2, help="of the shared prefix")
     arguments.add_argument("--prompt", type=int, default=7000, help="tokens; 0: not this part")
     arguments.add_argument("--streams", type=int, default=4)
-    arguments.add_argument("--quiet", type=int, default=40, help="quiet tokens of each stream")
+    arguments.add_argument("--quiet", type=int, default=40, help="quiet tokens of each request")
     arguments.add_argument("--slowdowns", default="1.5,4", help="decode_slowdown, besides 2")
     arguments.add_argument("--shorter", type=int, default=2500, help="tokens of the prompt there")
     arguments.add_argument("--out", type=Path)

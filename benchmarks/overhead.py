@@ -2,10 +2,10 @@
 
     python -m benchmarks.overhead [--batches 1,4,16,64] [--rounds 5] [--steps 10] [--out FILE]
 
-One rank, 2 threads, SmolLM2, fp32, greedy. For each batch size as many streams decode after prompts
-of 200 tokens. *step*: from one delta to the next as a caller sees them, the next step planned while
+One rank, 2 threads, SmolLM2, fp32, greedy. For each batch size as many requests decode after
+prompts of 200 tokens. *step*: from one delta to the next as a caller sees them, the next step planned while
 one runs; *forward*: within it, the model's forward call with the engine's attention. Overhead =
-step / forward - 1. *transformers*: the same model and streams in one batch of equal lengths with
+step / forward - 1. *transformers*: the same model and prompts in one batch of equal lengths with
 its own cache, sdpa attention and an argmax, in the same thread. Engine and transformers take turns;
 per round the median of its steps, then min and median over rounds.
 
@@ -77,15 +77,15 @@ class Runner(ThreadRunner):
         return self.call(work).result()
 
 
-class Streams:
-    """Requests of one engine that all stream, stepped when asked and still in between."""
+class Decodes:
+    """Decoding requests of one engine, stepped when asked and still in between."""
 
     def __init__(
         self, worker: Worker, runner: Runner, facts: Facts, config: Config, tokenizer: Any,
         prompts: Sequence[Sequence[int]], new: int,
     ) -> None:  # fmt: skip
         scheduler = build_scheduler(config, facts)
-        scheduler._pacer = None  # all prompts as soon as possible, so that streams are as long
+        scheduler._pacer = None  # all prompts as soon as possible, so that answers are as long
         self.worker = worker
         self.core = EngineCore(scheduler, tokenizer)
         self.runner = runner
@@ -193,7 +193,7 @@ def clocks(worker: Worker) -> Iterator[Clock]:
 
 
 class Transformers:
-    """The same streams through transformers alone: one batch, equal lengths, no mask needed."""
+    """The same requests through transformers alone: one batch, equal lengths, no mask needed."""
 
     def __init__(self, model: Any, prompts: Sequence[Sequence[int]]) -> None:
         from transformers import DynamicCache
@@ -227,25 +227,25 @@ class Transformers:
 
 
 def measure(
-    make: Callable[[Sequence[Sequence[int]]], Streams], model: Any, batch: int,
+    make: Callable[[Sequence[Sequence[int]]], Decodes], model: Any, batch: int,
     args: argparse.Namespace,
 ) -> dict[str, Any]:  # fmt: skip
     """One batch size: rounds in turn, then the parts."""
     rng = random.Random(batch)
     prompts = [[rng.randrange(100, 40_000) for _ in range(args.context)] for _ in range(batch)]
-    streams = make(prompts)
+    decodes = make(prompts)
     try:
-        other = streams.runner.done(lambda: Transformers(model, prompts))
+        other = decodes.runner.done(lambda: Transformers(model, prompts))
         rounds: dict[str, list[float]] = {n: [] for n in ("step", "forward", "lead", "other")}
         for _ in range(args.rounds):
-            step, forward, lead = streams.steps(args.steps)
-            beside = streams.runner.done(lambda: other.steps(args.steps + 2))[2:]
+            step, forward, lead = decodes.steps(args.steps)
+            beside = decodes.runner.done(lambda: other.steps(args.steps + 2))[2:]
             for name, seconds in zip(rounds, (step, forward, lead, beside), strict=True):
                 rounds[name].append(statistics.median(seconds))
-        parts = streams.parts(args.steps)
+        parts = decodes.parts(args.steps)
     finally:
-        streams.close()
-    pairs = list(zip(streams.tokens, other.tokens, strict=True))
+        decodes.close()
+    pairs = list(zip(decodes.tokens, other.tokens, strict=True))
     return {
         "batch": batch,
         "ms": {name: [round(1e3 * s, 3) for s in seconds] for name, seconds in rounds.items()},
@@ -322,8 +322,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     runner.lead = worker.lead
     tokenizer = load_tokenizer(source)
 
-    def make(prompts: Sequence[Sequence[int]]) -> Streams:
-        return Streams(worker, runner, facts, config, tokenizer, prompts, new)
+    def make(prompts: Sequence[Sequence[int]]) -> Decodes:
+        return Decodes(worker, runner, facts, config, tokenizer, prompts, new)
 
     rows = []
     for batch in batches:

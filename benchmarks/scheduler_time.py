@@ -2,7 +2,7 @@
 
     python -m benchmarks.scheduler_time [--out DIR] [--profile]
 
-256 requests stream over 100,000 blocks of 16 tokens, on 1 and 4 ranks, two steps under way as in
+256 requests decode over 100,000 blocks of 16 tokens, on 1 and 4 ranks, two steps under way as in
 the engine. Each request opens a block every 16 tokens; when one ends the next arrives, half of them
 with one of eight system prompts. Pools: *evicting*, prefix caching on and every block that no
 request holds cached, in random order, so that each allocation evicts; *fragmented*, half of the
@@ -86,7 +86,7 @@ class Bench:
             range(load.ranks), prefix_caching=load.pool == "evicting",
         )  # fmt: skip
         self._fill()
-        self.mirror = WorkerState(0, load.block_size)
+        self.state = WorkerState(0, load.block_size)
         self.live: dict[int, Request] = {}
         self.flying: deque[tuple[StepPlan, list[tuple[int, int]]]] = deque()
         self.times: dict[str, list[float]] = {}
@@ -139,7 +139,7 @@ class Bench:
         self._evictions = self.scheduler.allocator.evictions
 
     def step(self) -> None:
-        """Plan one step, and note the tokens of the one before the last."""
+        """Plan one step, and record the tokens of the one before the last."""
         scheduler, times, clock = self.scheduler, self.times, time.perf_counter
         while len(self.live) < self.load.requests:
             self._arrive()
@@ -157,8 +157,9 @@ class Bench:
         payload = encode_plan(plan)
         marks.append(clock())
         received = decode_plan(payload)
+        assert isinstance(received, StepPlan)
         marks.append(clock())
-        work = self.mirror.apply(received)
+        work = self.state.apply(received)
         marks.append(clock())
         drawn = [(d.sequence.number, self.random.randrange(1, VOCAB)) for d in work.draws]
         self.flying.append((plan, drawn))

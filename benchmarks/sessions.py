@@ -13,7 +13,7 @@ from ds_cp.engine.loop import PipelinedLoop, ThreadRunner
 from ds_cp.facts import Facts
 from ds_cp.layout import total
 from ds_cp.outputs import Delta
-from ds_cp.plan import Outcome, StepPlan, Stop
+from ds_cp.plan import Outcome, Plan, StepPlan, Stop
 from ds_cp.sampling_params import SamplingParams
 from ds_cp.scheduler.build import build_scheduler
 from ds_cp.worker.worker import Worker
@@ -57,15 +57,15 @@ class Driver:
                 raise RuntimeError("all requests ended before what was waited for")
 
     def first_tokens(self, requests: dict[str, list[int]], new: int) -> list[float]:
-        """Seconds to the first token of each request when all come at once and nobody else runs."""
+        """Seconds to the first token of each request when all come at once and no other runs."""
         began = time.perf_counter()
         for name, prompt in requests.items():
             self.add(name, prompt, new)
         self.until(lambda: not self._live)
         return [self.stamps[name][0] - began for name in requests]
 
-    def _lead(self, plan: StepPlan) -> Outcome:
-        for chunk in plan.chunks:
+    def _lead(self, plan: Plan) -> Outcome:
+        for chunk in plan.chunks if isinstance(plan, StepPlan) else ():
             tokens = sum(total(runs) for _, runs in chunk.owners)
             self.chunks.setdefault(chunk.request, []).append((time.perf_counter(), tokens))
         return self._worker.lead(plan)

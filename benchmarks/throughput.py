@@ -40,7 +40,7 @@ from ds_cp.engine.llm import LLMEngine
 from ds_cp.model.loading import load_model
 from ds_cp.model.source import find_model
 from ds_cp.outputs import RequestOutput
-from ds_cp.plan import Outcome, StepPlan
+from ds_cp.plan import Outcome, Plan, StepPlan
 from ds_cp.sampling_params import SamplingParams
 from ds_cp.startup.build import build_worker
 from ds_cp.startup.join import join_job
@@ -137,13 +137,13 @@ class Watch:
     def __exit__(self, *_: object) -> None:
         self._worker.run = self._run  # type: ignore[method-assign]
 
-    def _timed(self, plan: StepPlan) -> Outcome:
-        if plan.kind != "run":
-            return self._run(plan)
+    def _timed(self, plan: Plan, began: float | None = None) -> Outcome:
+        if not isinstance(plan, StepPlan):
+            return self._run(plan, began)
         self.began.append(time.perf_counter())
         self.prompts.append(bool(plan.chunks))
         before = self._worker.model_seconds
-        outcome = self._run(plan)
+        outcome = self._run(plan, began)
         self.model.append(self._worker.model_seconds - before)
         return outcome
 

@@ -107,8 +107,8 @@ def markdown(result: Result, seeds: Sequence[int], command: str) -> str:
 FILLING = """\
 One document of 1.5 average ranks, then every other step a request of 64 to 768 tokens, none ends: \
 stored share when the first has to wait, and after that (nobody new) when the first is \
-preempted; in brackets, over the seeds, how often the document was refused. The row *mode local* cannot \
-span."""
+preempted; in brackets, over the seeds, how often the document was refused. The row *mode local* \
+cannot span."""
 
 
 def _filling(fills: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:

@@ -19,14 +19,15 @@ from benchmarks.placement.traces import (
 from benchmarks.placement.wire import KV_HEADS, Q_HEADS, Wire, rates
 from ds_cp.errors import CapacityError
 from ds_cp.layout import total
-from ds_cp.plan import StepPlan, decode_plan, encode_plan
+from ds_cp.plan import StepPlan
 from ds_cp.sampling_params import SamplingParams
 from ds_cp.scheduler.admission import Limits
 from ds_cp.scheduler.mode_policy import ModePolicy
 from ds_cp.scheduler.request import Request
 from ds_cp.scheduler.scheduler import Scheduler
 from ds_cp.topology.hosts import Topology
-from ds_cp.worker.state import Item, StepWork, WorkerState, check_item
+from ds_cp.worker.state import Item, StepWork, check_item
+from tests.helpers.cluster import SimulatedRanks
 
 POLICIES = ("fill_then_spill", "round_robin", "balanced")
 BUDGET = 512  # tokens that a rank computes in a step
@@ -85,7 +86,7 @@ class Run:
             limits, cell.blocks, BLOCK, placement, "zigzag", policy, topology.ring_order(),
             pacer=None,
         )  # fmt: skip
-        self.states = [WorkerState(rank, BLOCK) for rank in watched or (0, len(cell.blocks) - 1)]
+        self.ranks = SimulatedRanks(watched or (0, len(cell.blocks) - 1), BLOCK)
         self.coming: dict[int, list[tuple[Session, int]]] = {}  # step -> sessions, turn
         for session in trace:
             self.coming.setdefault(session.arrival, []).append((session, 0))
@@ -112,8 +113,7 @@ class Run:
         spanning: list[Item] = []
         self.works = []
         if plan is not None:
-            plan = decode_plan(encode_plan(plan))
-            works = self.works = [state.apply(plan) for state in self.states]
+            works = self.works = self.ranks.apply(plan)
             spanning = [item for item in works[0].items if item.mode != "local"]
             for item in spanning:
                 check_item(item)

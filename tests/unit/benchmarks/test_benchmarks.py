@@ -152,7 +152,7 @@ def test_placement_figures_add_up(policy: str) -> None:
         assert all(len(work.draws) == len(run.works[0].draws) for work in run.works)
         assert max(streams.values(), default=0) <= 1
         for request in run.scheduler.running:
-            sequences = [state.sequences[request.number] for state in run.states]
+            sequences = [state.sequences[request.number] for state in run.ranks.states]
             assert request.table is not None
             assert all(s.table.homes == request.table.homes for s in sequences)
         sent += run.tally.decode_bytes - before
