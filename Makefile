@@ -63,7 +63,7 @@ format: install
 	$(BIN)/ruff format .
 
 bench: install model
-	$(WITH_VENV) $(BIN)/torchrun --nproc-per-node 2 benchmarks/speed.py
+	$(WITH_VENV) $(BIN)/torchrun --nproc-per-node 2 -m benchmarks.speed
 	$(WITH_VENV) $(BIN)/python -m benchmarks.attention_error
 
 clean:

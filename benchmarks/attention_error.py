@@ -1,6 +1,6 @@
 """Worst error of attention over ranks against fp64 over the whole sequence, as a table.
 
-    python -m benchmarks.attention_error [--out FILE]
+    python -m benchmarks.attention_error [--hosts a,aabb] [--out FILE]
 
 The cases are those of tests/helpers/attention_cases.py (layouts, head ratios, lengths that do
 not divide, earlier KV, windows, soft caps, sinks, empty ranks). Errors are relative to the largest
@@ -9,13 +9,14 @@ reference value; bf16 errors are also given in units of 2**-8 (one bf16 ulp at t
 
 from __future__ import annotations
 
-import argparse
-import json
-from datetime import date
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from benchmarks.common import command, finish, machine, parser
 from ds_cp.comm.wire import World
 from tests.helpers.attention_cases import LIMIT, cases, one_case
 from tests.helpers.ranks import run_ranks, world_group
@@ -23,7 +24,11 @@ from tests.helpers.ranks import run_ranks, world_group
 MODES = (("ring", "kv"), ("ring", "q"), ("tree", "kv"))
 
 
+HOSTS = ("a", "aa", "aaa", "aaaa", "aaaaa", "aabb", "aabbc")  # the host of each rank
+
+
 def worst(world: World, dtype: torch.dtype) -> dict[str, float]:
+    """Of each mode the largest relative error of this rank's rows over all cases."""
     group = world_group(world)
     found = dict.fromkeys(
         (f"{mode} pass-{p}" if mode == "ring" else mode for mode, p in MODES), 0.0
@@ -34,14 +39,18 @@ def worst(world: World, dtype: torch.dtype) -> dict[str, float]:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-    rows = []
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument(
+        "--hosts", default=",".join(HOSTS), help="the host of each rank, per job"
+    )
+    arguments.add_argument("--out", type=Path)
+    args = arguments.parse_args(argv)
+    about = machine()
+    rows: list[dict[str, Any]] = []
     print("| ranks | hosts | dtype | mode | cases | worst relative error | limit |")
     print("|---|---|---|---|---|---|---|")
-    for hosts in ("a", "aa", "aaa", "aaaa", "aaaaa", "aabb", "aabbc"):
+    for hosts in args.hosts.split(","):
         for dtype, limit in LIMIT.items():
             per_rank = run_ranks(worst, len(hosts), dtype, hosts=list(hosts), timeout=600)
             for mode in per_rank[0]:
@@ -56,12 +65,16 @@ def main() -> None:
                     f"{rows[-1]['cases']} | {error:.1e}{ulps} | {limit:.1e} |",
                     flush=True,
                 )
-    result = {"date": date.today().isoformat(), "torch": torch.__version__, "rows": rows}
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps({"date": result["date"], "worst_fp32": max(
-        r["error"] for r in rows if r["dtype"] == "float32"), "worst_bf16": max(
-        r["error"] for r in rows if r["dtype"] == "bfloat16")}))  # fmt: skip
+    result = {
+        "command": command("attention_error", sys.argv[1:] if argv is None else argv),
+        **about,
+        "worst": {
+            dtype: max(row["error"] for row in rows if row["dtype"] == dtype)
+            for dtype in ("float32", "bfloat16")
+        },
+        "rows": rows,
+    }
+    finish(result, args.out)
 
 
 if __name__ == "__main__":

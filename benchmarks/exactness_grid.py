@@ -1,8 +1,8 @@
 """Greedy tokens and logits against transformers for every mode, placement and number of ranks.
 
-    python benchmarks/exactness_grid.py reference            # once: transformers, fp32, one process
-    python benchmarks/exactness_grid.py run --ranks 1 2 3 4  # the grid; appends to the table
-    python benchmarks/exactness_grid.py table                # the table as Markdown
+    python -m benchmarks.exactness_grid reference            # once: transformers, one process
+    python -m benchmarks.exactness_grid run --ranks 1 2 3 4  # the grid; appends to the table
+    python -m benchmarks.exactness_grid table                # the table as Markdown
 
 20 prompts of 5 to 7,000 tokens, 64 new tokens each, SmolLM2-135M-Instruct, fp32. Per cell: prompts
 whose 64 tokens are equal, and the largest difference of any logit at any of the 20 x 64 steps (up
@@ -13,43 +13,23 @@ resumed.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import os
 import subprocess
 import sys
 import time
-from datetime import date
 from pathlib import Path
 
 import torch
 
-MODEL = ".cache/smollm2-135m-instruct"
+from benchmarks.common import MODEL, RESULTS, machine, parser
+
 WORK = Path(".cache/exactness")
-RESULTS = Path("benchmarks/results/exactness_grid.jsonl")
+TABLE = RESULTS / "exactness_grid.jsonl"
 LENGTHS = [
-    5,
-    7,
-    12,
-    17,
-    31,
-    48,
-    63,
-    64,
-    65,
-    90,
-    127,
-    128,
-    200,
-    255,
-    321,
-    400,
-    600,
-    1000,
-    1900,
-    7000,
-]
+    5, 7, 12, 17, 31, 48, 63, 64, 65, 90, 127, 128, 200, 255, 321, 400, 600, 1000, 1900, 7000,
+]  # fmt: skip
 NEW = 64
 MODES = {
     "ring": ("ring", "auto"),
@@ -120,6 +100,7 @@ def one_cell(mode: str, placement: str) -> None:
     import ds_cp
     import ds_cp.worker.worker as worker_module
 
+    about = machine()
     asked, want = prompts(), json.loads((WORK / "tokens.json").read_text())
     worst = [0.0]
     real_sample = worker_module.sample_rows
@@ -157,12 +138,12 @@ def one_cell(mode: str, placement: str) -> None:
                 float((WORK / f"worst-{mine}-{r}").read_text()) for r in range(ranks)
             ),
             "modes_used": sorted({m for o in outputs for m in o.metrics.modes}),
-            "seconds": round(time.time() - began, 1), "date": date.today().isoformat(),
+            "seconds": round(time.time() - began, 1), **about,
             "commit": subprocess.run(
                 ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
             ).stdout.strip(),
         }  # fmt: skip
-        with RESULTS.open("a") as file:
+        with TABLE.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(json.dumps(row), flush=True)
     engine.shutdown()
@@ -170,8 +151,8 @@ def one_cell(mode: str, placement: str) -> None:
 
 def run(ranks: list[int], modes: list[str]) -> None:
     done = set()
-    if RESULTS.exists():
-        rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    if TABLE.exists():
+        rows = [json.loads(line) for line in TABLE.read_text().splitlines()]
         done = {(r["ranks"], r["mode"], r["placement"]) for r in rows}
     for mode, size, placement in itertools.product(modes, ranks, PLACEMENTS):
         if size == 1 and placement != PLACEMENTS[0]:
@@ -180,13 +161,14 @@ def run(ranks: list[int], modes: list[str]) -> None:
             continue
         command = [
             sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size),
-            "--master-port", "0", "--standalone", __file__, "cell", mode, placement,
+            "--master-port", "0", "--standalone", "-m", "benchmarks.exactness_grid",
+            "cell", mode, placement,
         ]  # fmt: skip
         subprocess.run(command, check=False, timeout=1800)
 
 
 def table() -> None:
-    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    rows = [json.loads(line) for line in TABLE.read_text().splitlines()]
     print("| ranks | mode | placement | equal prompts | largest logit difference | date |")
     print("|---|---|---|---|---|---|")
     for r in sorted(rows, key=lambda r: (r["ranks"], r["mode"], r["placement"])):
@@ -196,16 +178,20 @@ def table() -> None:
         )
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["reference", "run", "table", "cell"])
-    parser.add_argument("rest", nargs="*")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3, 4])
-    parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
-    args = parser.parse_args()
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("what", choices=["reference", "run", "table", "cell"])
+    arguments.add_argument("rest", nargs="*")
+    arguments.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3, 4])
+    arguments.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
+    args = arguments.parse_args()
     if args.what == "cell":
         one_cell(*args.rest)
     elif args.what == "run":
         run(args.ranks, args.modes)
     else:
         {"reference": reference, "table": table}[args.what]()
+
+
+if __name__ == "__main__":
+    main()

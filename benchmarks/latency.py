@@ -1,7 +1,7 @@
 """What one request waits: for its first token behind a shared prefix, for the next beside a prompt.
 
-    python benchmarks/latency.py [--out FILE]                          one rank, 2 threads
-    torchrun --nproc-per-node 2 benchmarks/latency.py [--out FILE]     two ranks, 1 thread each
+    python -m benchmarks.latency [--out FILE]                          one rank, 2 threads
+    torchrun --nproc-per-node 2 -m benchmarks.latency [--out FILE]     two ranks, 1 thread each
 
 SmolLM2, fp32, greedy, random tokens. Times are taken on rank 0 where deltas come out of the engine.
 
@@ -9,136 +9,41 @@ SmolLM2, fp32, greedy, random tokens. Times are taken on rank 0 where deltas com
 first, the miss, and of the other 19, the hits, each alone; then of 19 new ones all at once. Every
 round has another prefix; min and median over rounds.
 
-*Prompt beside streams*: 4 streams run, first quietly, then while a prompt of 7,000 tokens is
+*Prompt beside decodes*: 4 requests decode, first quietly, then while a prompt of 7,000 tokens is
 computed beside them in chunks of the engine's own choice, then quietly again. Milliseconds from one
-token of a stream to its next: median, p90, p99, max, and their ratio to the quiet median before;
-of the median also to the mean of before and after, since the streams grow meanwhile. The same
+token of a request to its next: median, p90, p99, max, and their ratio to the quiet median before;
+of the median also to the mean of before and after, since their contexts grow meanwhile. The same
 with other values of ``scheduler.decode_slowdown`` and a shorter prompt. Seconds to the first token
-of the prompt beside the streams, and alone. The last line is one JSON object.
+of the prompt beside them, and alone. The last line is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import random
-import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from datetime import date
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common import MODEL, command, finish, machine, parser
+from benchmarks.sessions import Driver, Sessions, text
 from ds_cp.config import Config, load_config
-from ds_cp.engine.core import EngineCore
-from ds_cp.engine.loop import PipelinedLoop, ThreadRunner
+from ds_cp.engine.loop import ThreadRunner
 from ds_cp.facts import Facts
-from ds_cp.layout import total
-from ds_cp.outputs import Delta
-from ds_cp.plan import Outcome, StepPlan, Stop
-from ds_cp.sampling_params import SamplingParams
-from ds_cp.scheduler.build import build_scheduler
 from ds_cp.startup.build import build_worker
 from ds_cp.startup.join import join_job
 from ds_cp.startup.resources import socket_environment
 from ds_cp.topology.job import detect
 from ds_cp.worker.worker import Worker
 
-MODEL = ".cache/smollm2-135m-instruct"
 BLOCK = 64  # tokens
 STREAM_PROMPT = 200  # tokens
-SETTLE = 10  # steps of the streams that nobody times
+SETTLE = 10  # decode steps that are not timed
 MISS_TARGET, STREAM_TARGET = 0.15, 2.0  # hit / miss; median beside a prompt / quiet
-
-
-class Driver:
-    """Rank 0's engine between two stops: requests come at any time, and every delta is stamped."""
-
-    def __init__(self, worker: Worker, runner: ThreadRunner, facts: Facts, config: Config) -> None:
-        self.core = EngineCore(build_scheduler(config, facts), None)
-        self.stamps: dict[str, list[float]] = {}  # request -> when each of its tokens came
-        self.cached: dict[str, int] = {}
-        self.chunks: dict[int, list[tuple[float, int]]] = {}  # number -> (given at, tokens)
-        self._worker = worker
-        self._runner = runner
-        runner.lead = self._lead
-        self._loop = PipelinedLoop(self.core, self._runner)
-        self._live: set[str] = set()
-
-    def add(self, name: str, prompt: Sequence[int], new: int) -> int:
-        """Queue a greedy request; returns its number in plans."""
-        params = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True)
-        self.stamps[name] = []
-        self._live.add(name)
-        return self.core.add(name, prompt, params)[0].number
-
-    def advance(self) -> list[Delta]:
-        deltas = self._loop.advance()
-        now = time.perf_counter()
-        for delta in deltas:
-            self.stamps[delta.request_id].append(now)
-            if delta.cached_tokens is not None:
-                self.cached[delta.request_id] = delta.cached_tokens
-            if delta.finish_reason is not None:
-                self._live.discard(delta.request_id)
-        return deltas
-
-    def until(self, done: Callable[[], bool]) -> None:
-        while not done():
-            if not self.advance() and not self._live:
-                raise RuntimeError("all requests ended before what was waited for")
-
-    def first_tokens(self, requests: dict[str, list[int]], new: int) -> list[float]:
-        """Seconds to the first token of each request when all come at once and nobody else runs."""
-        began = time.perf_counter()
-        for name, prompt in requests.items():
-            self.add(name, prompt, new)
-        self.until(lambda: not self._live)
-        return [self.stamps[name][0] - began for name in requests]
-
-    def _lead(self, plan: StepPlan) -> Outcome:
-        for chunk in plan.chunks:
-            tokens = sum(total(runs) for _, runs in chunk.owners)
-            self.chunks.setdefault(chunk.request, []).append((time.perf_counter(), tokens))
-        return self._worker.lead(plan)
-
-    def close(self) -> None:
-        for name in self._live:
-            self.core.abort(name)
-        self._loop.settle()
-        self._runner.call(lambda: self._worker.lead(Stop())).result()
-
-
-class Sessions:
-    """Engines one after the other on the same ranks. Every rank opens each; only rank 0 gets a
-    driver, the others have followed it to its end when the block is left."""
-
-    def __init__(
-        self, worker: Worker, runner: ThreadRunner, facts: Facts, config: Callable[[float], Config]
-    ) -> None:
-        self._worker, self._runner, self._facts, self._config = worker, runner, facts, config
-        self.is_driver = worker.world.rank == 0
-
-    @contextmanager
-    def open(self, slowdown: float = 2.0) -> Iterator[Driver | None]:
-        if not self.is_driver:
-            yield None
-            self._worker.follow()
-            return
-        driver = Driver(self._worker, self._runner, self._facts, self._config(slowdown))
-        try:
-            yield driver
-        finally:
-            driver.close()
-
-
-def text(rng: random.Random, count: int) -> list[int]:
-    return [rng.randrange(100, 40_000) for _ in range(count)]
 
 
 # --- a shared prefix
@@ -217,13 +122,13 @@ def one_prefix(driver: Driver, number: int, args: argparse.Namespace) -> dict[st
     return found
 
 
-# --- a prompt beside streams
+# --- a prompt beside decoding requests
 
 
 def beside(
     sessions: Sessions, slowdown: float, prompt: int, args: argparse.Namespace
 ) -> dict[str, Any]:
-    """One prompt of ``prompt`` tokens beside the streams; alone first, in an engine of its own."""
+    """One prompt of ``prompt`` tokens beside decoding requests; first alone in its own engine."""
     rng = random.Random(prompt)  # the engines share no cache, so the prompts may be the same
     long, alone = text(rng, prompt), 0.0
     with sessions.open(slowdown) as driver:
@@ -236,7 +141,7 @@ def beside(
                 driver.add(name, text(rng, STREAM_PROMPT), args.stream_tokens)
 
             def run(count: int) -> None:
-                """``count`` more tokens of every stream."""
+                """``count`` more tokens of every decoding request."""
                 want = {name: len(driver.stamps[name]) + count for name in streams}
                 driver.until(lambda: all(len(driver.stamps[n]) >= want[n] for n in streams))
 
@@ -260,7 +165,7 @@ def beside(
 
 
 def gaps(driver: Driver, streams: Sequence[str], begin: float, end: float) -> list[float]:
-    """Milliseconds from one token to the next, of all streams, where both came in the interval;
+    """Milliseconds from one token to the next, of all requests, where both came in the interval;
     the step under way when it began counts."""
     found = []
     for name in streams:
@@ -326,19 +231,22 @@ def said(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--prefix", type=int, default=4000, help="shared tokens; 0: not this part")
-    parser.add_argument("--tail", type=int, default=20, help="tokens of each request's own")
-    parser.add_argument("--requests", type=int, default=20)
-    parser.add_argument("--new", type=int, default=4, help="new tokens of each")
-    parser.add_argument("--rounds", type=int, default=2, help="of the shared prefix")
-    parser.add_argument("--prompt", type=int, default=7000, help="tokens; 0: not this part")
-    parser.add_argument("--streams", type=int, default=4)
-    parser.add_argument("--quiet", type=int, default=40, help="quiet tokens of each stream")
-    parser.add_argument("--slowdowns", default="1.5,4", help="decode_slowdown, besides 2")
-    parser.add_argument("--shorter", type=int, default=2500, help="tokens of the prompt there")
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args(argv)
+    arguments = parser(__doc__)
+    arguments.add_argument(
+        "--prefix", type=int, default=4000, help="shared tokens; 0: not this part"
+    )
+    arguments.add_argument("--tail", type=int, default=20, help="tokens of each request's own")
+    arguments.add_argument("--requests", type=int, default=20)
+    arguments.add_argument("--new", type=int, default=4, help="new tokens of each")
+    arguments.add_argument("--rounds", type=int, default=2, help="of the shared prefix")
+    arguments.add_argument("--prompt", type=int, default=7000, help="tokens; 0: not this part")
+    arguments.add_argument("--streams", type=int, default=4)
+    arguments.add_argument("--quiet", type=int, default=40, help="quiet tokens of each request")
+    arguments.add_argument("--slowdowns", default="1.5,4", help="decode_slowdown, besides 2")
+    arguments.add_argument("--shorter", type=int, default=2500, help="tokens of the prompt there")
+    arguments.add_argument("--out", type=Path)
+    args = arguments.parse_args(argv)
+    about = machine()
     args.stream_tokens = 2000
     runs = [(2.0, args.prompt)] if args.prompt else []
     if args.prompt and args.slowdowns:
@@ -375,25 +283,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     shared = prefix(sessions, args) if args.prefix else {}
     prompts = [beside(sessions, slowdown, length, args) for slowdown, length in runs]
     if sessions.is_driver:
-        launch = ["python"]
-        if world.size > 1:
-            launch = ["torchrun", "--nproc-per-node", str(world.size)]
         result = {
-            "command": shlex.join(
-                [*launch, "benchmarks/latency.py", *(sys.argv[1:] if argv is None else argv)]
-            ),
-            "date": date.today().isoformat(),
-            "machine": f"{os.cpu_count()} cores, {platform.machine()}",
-            "load": os.getloadavg()[0],
+            "command": command("latency", sys.argv[1:] if argv is None else argv, world.size),
+            **about,
             "ranks": world.size,
             "threads_per_rank": threads,
             "streams": args.streams,
             "prefix": shared,
             "prompt_beside_streams": prompts,
         }
-        if args.out:
-            args.out.write_text(json.dumps(result, indent=1) + "\n")
-        print(json.dumps(result))
+        finish(result, args.out)
     runner.close()
     world.leave()
 

@@ -1,11 +1,11 @@
 """What the engine adds to the model's own forward call, step by step, and transformers beside it.
 
-    python benchmarks/overhead.py [--batches 1,4,16,64] [--rounds 5] [--steps 10] [--out FILE]
+    python -m benchmarks.overhead [--batches 1,4,16,64] [--rounds 5] [--steps 10] [--out FILE]
 
-One rank, 2 threads, SmolLM2, fp32, greedy. For each batch size as many streams decode after prompts
-of 200 tokens. *step*: from one delta to the next as a caller sees them, the next step planned while
+One rank, 2 threads, SmolLM2, fp32, greedy. For each batch size as many requests decode after
+prompts of 200 tokens. *step*: from one delta to the next as a caller sees them, the next step planned while
 one runs; *forward*: within it, the model's forward call with the engine's attention. Overhead =
-step / forward - 1. *transformers*: the same model and streams in one batch of equal lengths with
+step / forward - 1. *transformers*: the same model and prompts in one batch of equal lengths with
 its own cache, sdpa attention and an argmax, in the same thread. Engine and transformers take turns;
 per round the median of its steps, then min and median over rounds.
 
@@ -17,18 +17,13 @@ step. The last line is one JSON object.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import random
-import shlex
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import wait
 from contextlib import ExitStack, contextmanager
-from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +32,7 @@ from unittest.mock import patch
 import torch
 
 import ds_cp.worker.worker as worker_module
+from benchmarks.common import MODEL, command, finish, machine, parser
 from ds_cp.attention import Kernel
 from ds_cp.comm.wire import World
 from ds_cp.config import Config, load_config
@@ -53,7 +49,6 @@ from ds_cp.topology.hosts import Topology
 from ds_cp.worker.step_context import StepContext
 from ds_cp.worker.worker import Worker
 
-MODEL = ".cache/smollm2-135m-instruct"
 BLOCK = 64  # tokens
 TARGET_BATCH, TARGET = 16, 0.05  # overhead at most
 # Parts of a step, in its order; indented ones are within the one above.
@@ -82,15 +77,15 @@ class Runner(ThreadRunner):
         return self.call(work).result()
 
 
-class Streams:
-    """Requests of one engine that all stream, stepped when asked and still in between."""
+class Decodes:
+    """Decoding requests of one engine, stepped when asked and still in between."""
 
     def __init__(
         self, worker: Worker, runner: Runner, facts: Facts, config: Config, tokenizer: Any,
         prompts: Sequence[Sequence[int]], new: int,
     ) -> None:  # fmt: skip
         scheduler = build_scheduler(config, facts)
-        scheduler._pacer = None  # all prompts as soon as possible, so that streams are as long
+        scheduler._pacer = None  # all prompts as soon as possible, so that answers are as long
         self.worker = worker
         self.core = EngineCore(scheduler, tokenizer)
         self.runner = runner
@@ -190,14 +185,15 @@ def clocks(worker: Worker) -> Iterator[Clock]:
         attend = StepContext.attend
 
         def timed_attend(self: StepContext, *args: Any) -> torch.Tensor:
-            return clock.time("attend", attend, self, *args)
+            found: torch.Tensor = clock.time("attend", attend, self, *args)
+            return found
 
         stack.enter_context(patch.object(StepContext, "attend", timed_attend))
         yield clock
 
 
 class Transformers:
-    """The same streams through transformers alone: one batch, equal lengths, no mask needed."""
+    """The same requests through transformers alone: one batch, equal lengths, no mask needed."""
 
     def __init__(self, model: Any, prompts: Sequence[Sequence[int]]) -> None:
         from transformers import DynamicCache
@@ -231,25 +227,25 @@ class Transformers:
 
 
 def measure(
-    make: Callable[[Sequence[Sequence[int]]], Streams], model: Any, batch: int,
+    make: Callable[[Sequence[Sequence[int]]], Decodes], model: Any, batch: int,
     args: argparse.Namespace,
 ) -> dict[str, Any]:  # fmt: skip
     """One batch size: rounds in turn, then the parts."""
     rng = random.Random(batch)
     prompts = [[rng.randrange(100, 40_000) for _ in range(args.context)] for _ in range(batch)]
-    streams = make(prompts)
+    decodes = make(prompts)
     try:
-        other = streams.runner.done(lambda: Transformers(model, prompts))
+        other = decodes.runner.done(lambda: Transformers(model, prompts))
         rounds: dict[str, list[float]] = {n: [] for n in ("step", "forward", "lead", "other")}
         for _ in range(args.rounds):
-            step, forward, lead = streams.steps(args.steps)
-            beside = streams.runner.done(lambda: other.steps(args.steps + 2))[2:]
+            step, forward, lead = decodes.steps(args.steps)
+            beside = decodes.runner.done(lambda: other.steps(args.steps + 2))[2:]
             for name, seconds in zip(rounds, (step, forward, lead, beside), strict=True):
                 rounds[name].append(statistics.median(seconds))
-        parts = streams.parts(args.steps)
+        parts = decodes.parts(args.steps)
     finally:
-        streams.close()
-    pairs = list(zip(streams.tokens, other.tokens, strict=True))
+        decodes.close()
+    pairs = list(zip(decodes.tokens, other.tokens, strict=True))
     return {
         "batch": batch,
         "ms": {name: [round(1e3 * s, 3) for s in seconds] for name, seconds in rounds.items()},
@@ -291,14 +287,15 @@ def show(row: dict[str, Any]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batches", default="1,4,16,64")
-    parser.add_argument("--context", type=int, default=200, help="tokens of each prompt")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=10, help="per round")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args(argv)
+    arguments = parser(__doc__)
+    arguments.add_argument("--batches", default="1,4,16,64")
+    arguments.add_argument("--context", type=int, default=200, help="tokens of each prompt")
+    arguments.add_argument("--rounds", type=int, default=5)
+    arguments.add_argument("--steps", type=int, default=10, help="per round")
+    arguments.add_argument("--threads", type=int, default=2)
+    arguments.add_argument("--out", type=Path)
+    args = arguments.parse_args(argv)
+    about = machine()
     batches = [int(n) for n in args.batches.split(",")]
     new = (args.rounds + 1) * (args.steps + 3) + 16
     config = load_config(
@@ -325,30 +322,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     runner.lead = worker.lead
     tokenizer = load_tokenizer(source)
 
-    def make(prompts: Sequence[Sequence[int]]) -> Streams:
-        return Streams(worker, runner, facts, config, tokenizer, prompts, new)
+    def make(prompts: Sequence[Sequence[int]]) -> Decodes:
+        return Decodes(worker, runner, facts, config, tokenizer, prompts, new)
 
     rows = []
     for batch in batches:
         rows.append(measure(make, model, batch, args))
         show(rows[-1])
     result = {
-        "command": shlex.join(
-            ["python", "benchmarks/overhead.py", *(sys.argv[1:] if argv is None else argv)]
-        ),
-        "date": date.today().isoformat(),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
-        "load": os.getloadavg()[0],
-        "torch": torch.__version__,
+        "command": command("overhead", sys.argv[1:] if argv is None else argv),
+        **about,
         "threads": args.threads,
         "context": args.context,
         "target": {"batch": TARGET_BATCH, "overhead": TARGET},
         "batches": rows,
     }
     runner.close()
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    finish(result, args.out)
 
 
 if __name__ == "__main__":

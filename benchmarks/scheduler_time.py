@@ -2,7 +2,7 @@
 
     python -m benchmarks.scheduler_time [--out DIR] [--profile]
 
-256 requests stream over 100,000 blocks of 16 tokens, on 1 and 4 ranks, two steps under way as in
+256 requests decode over 100,000 blocks of 16 tokens, on 1 and 4 ranks, two steps under way as in
 the engine. Each request opens a block every 16 tokens; when one ends the next arrives, half of them
 with one of eight system prompts. Pools: *evicting*, prefix caching on and every block that no
 request holds cached, in random order, so that each allocation evicts; *fragmented*, half of the
@@ -18,11 +18,8 @@ steps. The last line is one JSON object.
 
 from __future__ import annotations
 
-import argparse
 import cProfile
 import json
-import os
-import platform
 import pstats
 import random
 import statistics
@@ -30,19 +27,19 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common import RESULTS, command, machine, parser, pyplot
 from ds_cp.engine.loop import DEPTH
 from ds_cp.plan import StepPlan, decode_plan, encode_plan
 from ds_cp.sampling_params import SamplingParams
+from ds_cp.scheduler.admission import Limits
 from ds_cp.scheduler.mode_policy import ModePolicy
 from ds_cp.scheduler.request import Request
-from ds_cp.scheduler.scheduler import Limits, Scheduler
+from ds_cp.scheduler.scheduler import Scheduler
 from ds_cp.worker.state import WorkerState
 
-RESULTS = Path("benchmarks/results")
 VOCAB = 49_152
 SYSTEM_PROMPTS, SYSTEM_TOKENS = 8, 256
 PARTS = ("schedule", "took", "both", "cpu", "encode", "decode", "apply", "admit")
@@ -89,7 +86,7 @@ class Bench:
             range(load.ranks), prefix_caching=load.pool == "evicting",
         )  # fmt: skip
         self._fill()
-        self.mirror = WorkerState(0, load.block_size)
+        self.state = WorkerState(0, load.block_size)
         self.live: dict[int, Request] = {}
         self.flying: deque[tuple[StepPlan, list[tuple[int, int]]]] = deque()
         self.times: dict[str, list[float]] = {}
@@ -142,7 +139,7 @@ class Bench:
         self._evictions = self.scheduler.allocator.evictions
 
     def step(self) -> None:
-        """Plan one step, and note the tokens of the one before the last."""
+        """Plan one step, and record the tokens of the one before the last."""
         scheduler, times, clock = self.scheduler, self.times, time.perf_counter
         while len(self.live) < self.load.requests:
             self._arrive()
@@ -160,8 +157,9 @@ class Bench:
         payload = encode_plan(plan)
         marks.append(clock())
         received = decode_plan(payload)
+        assert isinstance(received, StepPlan)
         marks.append(clock())
-        work = self.mirror.apply(received)
+        work = self.state.apply(received)
         marks.append(clock())
         drawn = [(d.sequence.number, self.random.randrange(1, VOCAB)) for d in work.draws]
         self.flying.append((plan, drawn))
@@ -271,13 +269,10 @@ def show(row: dict[str, Any]) -> None:
 
 def plot(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Two panels, log axes: schedule + took by requests and by blocks."""
-    import matplotlib
+    from matplotlib.ticker import NullLocator
 
-    matplotlib.use("svg")
-    matplotlib.rcParams.update({"svg.hashsalt": "ds_cp", "svg.fonttype": "none"})
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(8.4, 3.6), sharey=True, layout="constrained")
+    plots = pyplot()
+    figure, axes = plots.subplots(1, 2, figsize=(8.4, 3.6), sharey=True, layout="constrained")
     for axis, by in zip(axes, ("requests", "blocks"), strict=True):
         fixed = found[by][0]["blocks" if by == "requests" else "requests"]
         for ranks in sorted({row["ranks"] for row in found[by]}):
@@ -301,11 +296,11 @@ def plot(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_xticks([row["requests"] for row in found["requests"] if row["ranks"] == 1])
     axes[0].xaxis.set_major_formatter("{x:.0f}")
-    axes[0].xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+    axes[0].xaxis.set_minor_locator(NullLocator())
     axes[0].set_ylabel("schedule + took, ms per step")
     axes[1].legend(frameon=False, fontsize=8)
     figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
+    plots.close(figure)
 
 
 def profile(steps: int = 300) -> None:
@@ -320,13 +315,9 @@ def profile(steps: int = 300) -> None:
 
 def write(found: dict[str, list[dict[str, Any]]], out: Path, args: Sequence[str]) -> dict[str, Any]:
     """scheduler_time.json and .svg in ``out``; returns the short form."""
-    load_average = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     result = {
-        "command": " ".join(["python -m benchmarks.scheduler_time", *args]),
-        "date": date.today().isoformat(),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
-        "python": platform.python_version(),
-        "load_average": load_average,
+        "command": command("scheduler_time", args),
+        **machine(),
         **found,
     }
     (out / "scheduler_time.json").write_text(json.dumps(result, indent=1) + "\n")
@@ -339,11 +330,11 @@ def write(found: dict[str, list[dict[str, Any]]], out: Path, args: Sequence[str]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--profile", action="store_true", help="where the time goes; no files")
-    args = parser.parse_args(argv)
+    arguments = parser(__doc__)
+    arguments.add_argument("--out", type=Path, default=RESULTS)
+    arguments.add_argument("--steps", type=int, default=400)
+    arguments.add_argument("--profile", action="store_true", help="where the time goes; no files")
+    args = arguments.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     if args.profile:
         profile()

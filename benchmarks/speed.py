@@ -1,6 +1,6 @@
 """Speed against what ds_cp replaces, interleaved in one run: prefill and decode on SmolLM2, fp32.
 
-    torchrun --nproc-per-node 2 benchmarks/speed.py [--tokens 7000] [--rounds 3] [--out FILE]
+    torchrun --nproc-per-node 2 -m benchmarks.speed [--tokens 7000] [--rounds 3] [--out FILE]
 
 A: transformers, one process, 2 threads. B: one rank, 2 threads. C: two ranks, 1 thread each,
 spanning. D: one rank, 1 thread. E: transformers, 1 thread. Each round runs all in turn; times in
@@ -11,17 +11,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
-import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from benchmarks.common import MODEL, command, finish, machine, parser
 from ds_cp.comm.wire import World
 from ds_cp.config import Config, load_config
 from ds_cp.engine.core import EngineCore
@@ -35,8 +35,6 @@ from ds_cp.startup.build import build_worker
 from ds_cp.startup.join import join_job
 from ds_cp.topology.hosts import Topology
 from ds_cp.topology.job import detect
-
-MODEL = ".cache/smollm2-135m-instruct"
 
 
 def config_of(tokens: int, mode: str, placement: str, threshold: int | str = "auto") -> Config:
@@ -84,7 +82,7 @@ def time_engine(engine: LLMEngine, prompt: list[int], new: int) -> tuple[float, 
     return stamps[0] - began, statistics.median(gaps)
 
 
-def time_transformers(model, prompt: list[int], new: int) -> tuple[float, float]:  # type: ignore[no-untyped-def]
+def time_transformers(model: Any, prompt: list[int], new: int) -> tuple[float, float]:
     """The same through transformers with its own cache and its default (sdpa) attention."""
     from transformers import DynamicCache
 
@@ -103,14 +101,15 @@ def time_transformers(model, prompt: list[int], new: int) -> tuple[float, float]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, default=7000)
-    parser.add_argument("--new", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--mode", default="auto", help="mode of the spanning runs")
-    parser.add_argument("--placement", default="balanced")
-    parser.add_argument("--out", type=Path)
-    args, _ = parser.parse_known_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--tokens", type=int, default=7000)
+    arguments.add_argument("--new", type=int, default=16)
+    arguments.add_argument("--rounds", type=int, default=3)
+    arguments.add_argument("--mode", default="auto", help="mode of the spanning runs")
+    arguments.add_argument("--placement", default="balanced")
+    arguments.add_argument("--out", type=Path)
+    args, _ = arguments.parse_known_args()  # launchers may add --local_rank
+    about = machine()
     spanning = config_of(args.tokens, args.mode, args.placement, 0)
     local = config_of(args.tokens, "auto", args.placement)
     job = detect(os.environ)
@@ -153,13 +152,18 @@ def main() -> None:
                 f"{name[0]} {a:.2f} s / {b * 1e3:.1f} ms" for name, (a, b) in rounds[-1].items()
             ), flush=True)  # fmt: skip
     if world.rank == 0:
-        report(args, rounds, dataclasses.asdict(both.facts))
+        report(args, about, rounds, dataclasses.asdict(both.facts))
     world.leave()
 
 
 def report(
-    args: argparse.Namespace, rounds: list[dict[str, tuple[float, float]]], facts: dict
-) -> None:  # type: ignore[type-arg]
+    args: argparse.Namespace,
+    about: dict[str, Any],
+    rounds: list[dict[str, tuple[float, float]]],
+    facts: dict[str, Any],
+) -> None:
+    """Print the ratios and the result."""
+
     def ratio(a: str, b: str, which: int, how: Callable[[list[float]], float]) -> float:
         pick = {name[0]: name for name in rounds[0]}
         return round(
@@ -179,18 +183,14 @@ def report(
         ratios[title] = {"min": low, "median": middle, "limit": limit}
         print(f"{title}: {low} (min), {middle} (median); limit {limit}")
     result = {
-        "date": date.today().isoformat(),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
-        "load": os.getloadavg()[0],
-        "torch": torch.__version__,
+        "command": command("speed", sys.argv[1:], 2),
+        **about,
         "args": {k: str(v) for k, v in vars(args).items()},
         "seconds": rounds,
         "ratios": ratios,
         "links": facts["links"],
     }
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    finish(result, args.out)
 
 
 if __name__ == "__main__":

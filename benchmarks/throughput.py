@@ -1,6 +1,6 @@
 """Short requests: what many ranks cost beside one with the same cores, and what spanning costs.
 
-    torchrun --nproc-per-node 4 benchmarks/throughput.py [--requests 64] [--rounds 2] [--out FILE]
+    torchrun --nproc-per-node 4 -m benchmarks.throughput [--requests 64] [--rounds 2]
 
 A: one rank, 2 threads. B2: two ranks, 1 thread each, the same cores. B: four ranks, 1 thread each.
 All in mode auto, where short requests stay on one rank each. Then the first few requests alone over
@@ -17,24 +17,21 @@ forward call's seconds include waiting for a core. The last line is one JSON obj
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import platform
 import random
-import shlex
 import statistics
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import date, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed import new_group
 
+from benchmarks.common import MODEL, command, finish, machine, parser
 from ds_cp.comm.control import Control
 from ds_cp.comm.ledger import Ledger
 from ds_cp.comm.wire import Group, World
@@ -43,7 +40,7 @@ from ds_cp.engine.llm import LLMEngine
 from ds_cp.model.loading import load_model
 from ds_cp.model.source import find_model
 from ds_cp.outputs import RequestOutput
-from ds_cp.plan import Outcome, StepPlan
+from ds_cp.plan import Outcome, Plan, StepPlan
 from ds_cp.sampling_params import SamplingParams
 from ds_cp.startup.build import build_worker
 from ds_cp.startup.join import join_job
@@ -51,7 +48,6 @@ from ds_cp.topology.hosts import Topology
 from ds_cp.topology.job import detect
 from ds_cp.worker.worker import Worker
 
-MODEL = ".cache/smollm2-135m-instruct"
 BLOCK = 64  # tokens
 TARGET = 0.95  # B / A
 
@@ -125,8 +121,8 @@ class Part(World):
 
 
 class Watch:
-    """Notes for every step that a rank runs when it began, the seconds in the model's forward call,
-    and whether prompts are in it."""
+    """Records of every step of a rank when it began, the seconds in the model's forward call, and
+    whether prompts are in it."""
 
     def __init__(self, worker: Worker) -> None:
         self.began: list[float] = []
@@ -141,19 +137,19 @@ class Watch:
     def __exit__(self, *_: object) -> None:
         self._worker.run = self._run  # type: ignore[method-assign]
 
-    def _timed(self, plan: StepPlan) -> Outcome:
-        if plan.kind != "run":
-            return self._run(plan)
+    def _timed(self, plan: Plan, began: float | None = None) -> Outcome:
+        if not isinstance(plan, StepPlan):
+            return self._run(plan, began)
         self.began.append(time.perf_counter())
         self.prompts.append(bool(plan.chunks))
         before = self._worker.model_seconds
-        outcome = self._run(plan)
+        outcome = self._run(plan, began)
         self.model.append(self._worker.model_seconds - before)
         return outcome
 
 
 def config_of(case: Case, tokens: int, slack: float, placement: str, slowdown: float) -> Config:
-    """``slack``: KV of all ranks together / of what an even spread needs."""
+    """``slack``: KV of all ranks / of the need; at 2.5 two of four ranks hold all requests."""
     spread = 1.0 if case.ranks == 1 else slack / case.ranks
     return load_config(
         {
@@ -293,19 +289,17 @@ def summarise(rounds: list[dict[str, Pass]]) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--requests", type=int, default=64)
-    parser.add_argument("--few", type=int, default=8, help="requests of S, R, T; 0: without")
-    parser.add_argument("--tokens", type=int, default=32, help="new tokens of each request")
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument(
-        "--slack", type=float, default=2.5,
-        help="KV of all ranks / of what is needed; 2.5: two of four ranks hold all requests",
-    )  # fmt: skip
-    parser.add_argument("--placement", default="round_robin", help="under mode ring and tree")
-    parser.add_argument("--slowdown", type=float, default=2.0, help="scheduler.decode_slowdown")
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args(argv)
+    arguments = parser(__doc__)
+    arguments.add_argument("--requests", type=int, default=64)
+    arguments.add_argument("--few", type=int, default=8, help="requests of S, R, T; 0: without")
+    arguments.add_argument("--tokens", type=int, default=32, help="new tokens of each request")
+    arguments.add_argument("--rounds", type=int, default=2)
+    arguments.add_argument("--slack", type=float, default=2.5, help="KV of all ranks / of the need")
+    arguments.add_argument("--placement", default="round_robin", help="under mode ring and tree")
+    arguments.add_argument("--slowdown", type=float, default=2.0, help="scheduler.decode_slowdown")
+    arguments.add_argument("--out", type=Path)
+    args = arguments.parse_args(argv)
+    about = machine()
     prompts = make_prompts(args.requests)
     budget = sum(-(-(len(p) + args.tokens) // BLOCK) * BLOCK for p in prompts)
     job = detect(os.environ)
@@ -332,13 +326,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 show(found)
         rounds.append(done)
     if world.rank == 0:
-        launch = ["torchrun", "--nproc-per-node", str(world.size), "benchmarks/throughput.py"]
         result = {
-            "command": shlex.join([*launch, *(sys.argv[1:] if argv is None else argv)]),
-            "date": date.today().isoformat(),
-            "machine": f"{os.cpu_count()} cores, {platform.machine()}",
-            "load": os.getloadavg()[0],
-            "torch": torch.__version__,
+            "command": command("throughput", sys.argv[1:] if argv is None else argv, world.size),
+            **about,
             "requests": args.requests,
             "few": args.few,
             "slack": args.slack,
@@ -352,9 +342,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 for found in done.values()
             ],
         }
-        if args.out:
-            args.out.write_text(json.dumps(result, indent=1) + "\n")
-        print(json.dumps(result))
+        finish(result, args.out)
     world.leave()
 
 

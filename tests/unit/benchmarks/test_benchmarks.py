@@ -12,8 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import placement, scheduler_time
-from benchmarks.placement import BLOCK, LAYERS, POLICIES, Cell, Run, Session, Wire
+from benchmarks import scheduler_time
+from benchmarks.placement import report
+from benchmarks.placement.simulate import POLICIES, Run, compare
+from benchmarks.placement.traces import BLOCK, Cell, Session, make_trace
+from benchmarks.placement.wire import LAYERS, Wire
 from ds_cp.attention import LayerSpec, get_kernel
 from ds_cp.comm.tree import TreeExchange
 from ds_cp.kv.pool import KVPool
@@ -33,7 +36,7 @@ TINY = (
 def tiny_trace(cell: Cell) -> list[Session]:
     """Chats, conversations, a document of more than one rank, two that are refused."""
     ranks = len(cell.blocks)
-    return placement.make_trace(ranks, sum(cell.blocks) // ranks, 90, 1)
+    return make_trace(ranks, sum(cell.blocks) // ranks, 90, 1)
 
 
 # --- placement: what is on the wire
@@ -45,7 +48,7 @@ class _Done:
 
 
 class RecordingGroup:
-    """A rank's seat in a job of which nobody else is there: what it sends is weighed."""
+    """A rank's place in a job without its other ranks: the bytes that it sends are counted."""
 
     def __init__(self, hosts: str, rank: int) -> None:
         topology = Topology.from_hosts(hosts)
@@ -149,7 +152,7 @@ def test_placement_figures_add_up(policy: str) -> None:
         assert all(len(work.draws) == len(run.works[0].draws) for work in run.works)
         assert max(streams.values(), default=0) <= 1
         for request in run.scheduler.running:
-            sequences = [mirror.sequences[request.number] for mirror in run.mirrors]
+            sequences = [state.sequences[request.number] for state in run.ranks.states]
             assert request.table is not None
             assert all(s.table.homes == request.table.homes for s in sequences)
         sent += run.tally.decode_bytes - before
@@ -180,8 +183,8 @@ def test_placement_files_are_the_same_twice(tmp_path: Path) -> None:
     cells = TINY[::2]
     for name, processes in (("one", 1), ("two", 2)):
         (tmp_path / name).mkdir()
-        result = placement.compare(cells, (1, 2), processes, steps=40)
-        placement.write(result, tmp_path / name, (1, 2), [])
+        result = compare(cells, (1, 2), processes, steps=40)
+        report.write(result, tmp_path / name, (1, 2), [])
     names = {path.name for path in (tmp_path / "one").iterdir()}
     assert names == {"placement.json", "placement.md", "placement.svg"}
     for name in names:
@@ -191,8 +194,8 @@ def test_placement_files_are_the_same_twice(tmp_path: Path) -> None:
     for row in found["means"]:
         of = [r for r in found["rows"] if (r["cell"], r["policy"]) == (row["cell"], row["policy"])]
         assert row["steps"] == sum(r["steps"] for r in of) / 2
-    for figure, _, sign in placement.BEST:
-        wins = placement.wins(found["rows"], figure, sign)
+    for figure, _, sign in report.BEST:
+        wins = report.wins(found["rows"], figure, sign)
         assert sum(wins.values()) >= len(cells) * 2, "each trace has a best policy"
     fills = {(r["cell"], r["policy"], r["mode"], r["seed"]): r for r in found["filling"]}
     for (cell, policy, mode, seed), row in fills.items():
@@ -228,9 +231,8 @@ def test_scheduler_time_on_tiny_sizes(tmp_path: Path) -> None:
     assert (tmp_path / "scheduler_time.svg").read_text().count("<svg") == 1
 
 
-def test_scheduler_time_keeps_the_books() -> None:
-    """Whole blocks change hands: after many steps the allocator still balances, and what was noted
-    is what ran."""
+def test_scheduler_time_keeps_blocks_in_balance() -> None:
+    """After many steps the allocator still balances, and every step that ran was timed."""
     load = scheduler_time.Load(5, 300, 2, prompt=(20, 60), answer=(10, 40))
     bench = scheduler_time.Bench(load)
     row = bench.measure(100, warm=5)
