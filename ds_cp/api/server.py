@@ -1,14 +1,13 @@
-"""The listening socket and the server loop. Signals and processes belong to the supervisor."""
+"""The server loop over listening sockets. Signals and processes belong to the supervisor."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import json
 import logging
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from http import HTTPStatus
 
 import h11
@@ -18,54 +17,13 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ds_cp.api.errors import error_type
 from ds_cp.config import Server
-from ds_cp.errors import LaunchError
 
 logger = logging.getLogger("ds_cp.api")
 
-BACKLOG = 1024  # connections that wait to be accepted
 MAX_CONNECTIONS = 1024  # open at once; more are answered 503
 KEEP_ALIVE_CONNECTION_S = 30  # seconds that a connection may be idle between requests
 _AFTER_CANCEL_S = 2.0  # seconds for requests cancelled at the end of a drain to answer
 _PAUSE_S = 0.1  # seconds for the last bytes to reach the sockets
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A listening TCP socket; port 0 takes a free one. Raises ``LaunchError`` in one line.
-
-    It listens at once: a socket that is only bound would not keep a second server from the port.
-    """
-    where = f"{host}:{port}"
-    if not 0 <= port <= 65535:  # getaddrinfo would wrap it around
-        raise LaunchError(f"cannot listen on {where}: a port is from 0 to 65535; set server.port")
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except (OSError, UnicodeError) as err:
-        reason = getattr(err, "strerror", None) or str(err)
-        raise LaunchError(
-            f"cannot listen on {where}: {reason}; "
-            "set server.host to an address of this machine, such as 127.0.0.1"
-        ) from None
-    family, kind, protocol, _, address = found[0]
-    listener = socket.socket(family, kind, protocol)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(BACKLOG)
-        listener.setblocking(False)
-    except OSError as err:
-        listener.close()
-        raise LaunchError(f"cannot listen on {where}: {_way_out(err, port)}") from None
-    return listener
-
-
-def _way_out(err: OSError, port: int) -> str:
-    if err.errno == errno.EADDRINUSE:
-        return f"port {port} is in use; choose another with server.port, or stop what holds it"
-    if err.errno == errno.EADDRNOTAVAIL:
-        return "it is no address of this machine; set server.host, such as 127.0.0.1"
-    if err.errno == errno.EACCES:
-        return f"port {port} is not allowed for this user; choose one from 1024 to 65535"
-    return f"{err.strerror}; check server.host and server.port"
 
 
 class Connection(H11Protocol):
@@ -151,7 +109,7 @@ class _Server(uvicorn.Server):
 
 async def serve_until(
     app: FastAPI,
-    listener: socket.socket,
+    listeners: Sequence[socket.socket],
     server: Server,
     stop: asyncio.Event,
     *,
@@ -160,11 +118,11 @@ async def serve_until(
     """Serve until ``stop`` is set, then drain: no new connection, running requests may finish.
 
     Requests that run on after ``server.drain_timeout_s`` seconds are cancelled: their engine
-    requests are aborted, their clients get a 503 or an error event. Closes ``listener``. Raises
+    requests are aborted, their clients get a 503 or an error event. Closes ``listeners``. Raises
     what the server raises if it fails by itself.
     """
     http = _Server(_config(app, server, access_log))
-    running = asyncio.create_task(http.serve(sockets=[listener]))
+    running = asyncio.create_task(http.serve(sockets=list(listeners)))
     stopping = asyncio.create_task(stop.wait())
     try:
         await asyncio.wait({running, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -179,7 +137,8 @@ async def serve_until(
         if not running.done():
             running.cancel()
         await asyncio.gather(running, stopping, return_exceptions=True)
-        listener.close()
+        for listener in listeners:
+            listener.close()
 
 
 def _config(app: FastAPI, server: Server, access_log: bool) -> uvicorn.Config:

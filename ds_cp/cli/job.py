@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import socket
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ds_cp.api.listen import bind
 from ds_cp.cli.launcher import LAUNCHER, spawn
 from ds_cp.config import Config, load_config, looks_like_path
 from ds_cp.config.models import MAX_RANKS
@@ -42,22 +42,8 @@ def job_config(
 
 def check_address(config: Config) -> None:
     """Refuse a server address that cannot be listened on. ``LaunchError`` says why."""
-    host, port = config.server.host, config.server.port
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except (OSError, UnicodeError):
-        raise LaunchError(f"server.host {host!r} cannot be resolved") from None
-    family, kind, protocol, _, address = found[0]
-    with socket.socket(family, kind, protocol) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(address)
-            probe.listen(1)
-        except OSError as err:
-            raise LaunchError(
-                f"cannot listen on {host} port {port} ({err.strerror or err}); "
-                f"choose another with --port N or server.port, 0 takes any free one"
-            ) from None
+    for listener in bind(config.server.host, config.server.port):
+        listener.close()
 
 
 def starts_ranks(args: argparse.Namespace, env: Mapping[str, str]) -> bool:

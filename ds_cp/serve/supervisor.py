@@ -73,31 +73,32 @@ class _Supervisor:
                 watch.cancel()
         return self._exit_code
 
-    def _bind(self) -> socket.socket:
-        from ds_cp.api.server import bind
+    def _bind(self) -> list[socket.socket]:
+        from ds_cp.api.listen import bind
 
-        return bind(self._config.server.host, self._config.server.port)
+        server = self._config.server
+        return bind(server.host, server.port, lambda line: print(f"ds_cp: {line}", file=sys.stderr))
 
     # --- rank 0: the HTTP application
 
     async def _serve_http(
-        self, channel: Channel, source: ModelSource, listener: socket.socket
+        self, channel: Channel, source: ModelSource, listeners: list[socket.socket]
     ) -> None:
         from ds_cp.api.app import create_app
+        from ds_cp.api.listen import urls
         from ds_cp.api.server import serve_until
         from ds_cp.serve.async_engine import AsyncEngine
         from ds_cp.serve.worker_link import ProcessLink, WorkerLostError
 
         server = self._config.server
         loop = asyncio.get_running_loop()
-        address, port = listener.getsockname()[:2]
-        shown = f"[{address}]" if ":" in address else address
+        addresses = urls(listeners)
 
         def on_ready(ready: Ready) -> None:
             self._loaded = True
             for line in ready.summary:
                 print(line)
-            print(f"ds_cp ready: http://{shown}:{port}", flush=True)
+            print(f"ds_cp ready: {addresses}", flush=True)
 
         def on_death(err: DsCpError, exit_code: int) -> None:
             if not isinstance(err, WorkerLostError):  # _watch reports the exit code
@@ -114,7 +115,7 @@ class _Supervisor:
         )
         engine.start()
         app = create_app(engine, server)
-        serving = asyncio.create_task(serve_until(app, listener, server, self._stop))
+        serving = asyncio.create_task(serve_until(app, listeners, server, self._stop))
         hurrying = asyncio.create_task(self._hurry.wait())
         await asyncio.wait({serving, hurrying}, return_when=asyncio.FIRST_COMPLETED)
         hurried = hurrying.done()

@@ -122,12 +122,12 @@ class Job:
         self.until("all processes gone", lambda: not self.processes(), deadline - time.monotonic())
 
     def ready(self) -> str:
-        """The address of a server, once it says that it is ready."""
+        """The first address of a server, once it says that it is ready."""
 
         def address() -> str | None:
             if self.process.poll() is not None:
                 raise AssertionError(f"ended before it was ready{self.story()}")
-            found = re.search(r"^ds_cp ready: (http://\S+)$", self.out, re.MULTILINE)
+            found = re.search(r"^ds_cp ready: (http://\S+)", self.out, re.MULTILINE)
             return found[1] if found else None
 
         url: str = self.until("ready", address, START_S)

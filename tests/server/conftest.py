@@ -14,7 +14,8 @@ import openai
 import pytest
 
 from ds_cp.api.app import create_app
-from ds_cp.api.server import bind, serve_until
+from ds_cp.api.listen import bind
+from ds_cp.api.server import serve_until
 from ds_cp.config import Server
 from tests.helpers.fake_engine import FakeEngine, make_tokenizer
 
@@ -72,14 +73,14 @@ def launch(tokenizer: Any) -> Iterator[Callable[..., Running]]:
         engine = engine or FakeEngine(tokenizer)
         values: dict[str, Any] = {"port": 0, "drain_timeout_s": 1.0} | settings
         server = Server(**values).model_copy(update={"api_key": api_key})
-        listener = bind(server.host, server.port)
-        port = listener.getsockname()[1]
+        listeners = bind(server.host, server.port)
+        port = listeners[0].getsockname()[1]
         loops: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
 
         async def main() -> None:
             stop = asyncio.Event()
             loops.append((asyncio.get_running_loop(), stop))
-            await serve_until(create_app(engine, server), listener, server, stop)
+            await serve_until(create_app(engine, server), listeners, server, stop)
 
         thread = threading.Thread(target=lambda: asyncio.run(main()), daemon=True)
         thread.start()
