@@ -39,6 +39,10 @@ class LaunchError(UserError):
     """The job cannot start here: a port in use, a missing file, a bad address."""
 
 
+class OutputError(UserError):
+    """Results cannot be written: stdout is closed, its reader has left, or the disk is full."""
+
+
 class RequestError(UserError):
     """One request is not acceptable; everybody else's goes on. ``param`` names the field, as OpenAI
     does."""

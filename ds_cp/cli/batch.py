@@ -20,8 +20,8 @@ from ds_cp.batch.asgi_client import Headers
 from ds_cp.batch.files import AnswerFile, ErrorFile, open_answers
 from ds_cp.batch.format import Problem, read_requests
 from ds_cp.batch.runner import INTERRUPTED, BatchReport, run_batch
-from ds_cp.cli.generate import own_stdout
 from ds_cp.cli.job import find_job, job_config, start_ranks, starts_ranks
+from ds_cp.cli.output import own_stdout, say, unwritable, writing
 from ds_cp.config import Config
 from ds_cp.errors import EngineDeadError, LaunchError, RequestError
 from ds_cp.startup.resources import socket_environment
@@ -117,13 +117,15 @@ class _Lead:
         try:
             with open(source, "rb") as file:
                 if answers.again:
-                    _say(f"{target}: failed answers of an earlier run, now redone: {answers.again}")
+                    say(f"{target}: failed answers of an earlier run, now redone: {answers.again}")
                 self._report = asyncio.run(self._answer(file, answers, errors))
         except asyncio.CancelledError:  # a signal while the engine started or left
             self._report = dataclasses.replace(self._report, stopped=INTERRUPTED)
-        except BaseException:
+        except BaseException as err:
             if self._report.lines:  # else the error says it all
                 self._summarize(errors)
+            if isinstance(err, BrokenPipeError) and target == STDOUT:
+                raise unwritable(err) from None
             raise
         finally:
             answers.close()
@@ -162,7 +164,7 @@ class _Lead:
 
         def on_broken(problem: Problem) -> None:
             if errors is None:
-                _say(f"{self._args.input} line {problem.line}: {problem.message}")
+                say(f"{self._args.input} line {problem.line}: {problem.message}")
             else:
                 errors.add(problem)
 
@@ -192,10 +194,11 @@ class _Lead:
         report, source, target = self._report, self._args.input, self._args.output
         path = errors.path if errors is not None and errors.used else None
         for line in summary(report, source, target, path):
-            _say(line)
+            say(line)
         if self._args.json:
             plain = dataclasses.asdict(report) | {"output": target, "errors": path}
-            self._out.write(json.dumps(plain) + "\n")
+            with writing(self._out):
+                self._out.write(json.dumps(plain) + "\n")
 
 
 def summary(report: BatchReport, source: str, target: str, errors: str | None) -> list[str]:
@@ -280,7 +283,3 @@ def _count_lines(source: str) -> int | None:
             count += part.count(b"\n")
             last = part
     return count + (not last.endswith(b"\n"))
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

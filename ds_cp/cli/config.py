@@ -8,6 +8,7 @@ import platform
 from collections.abc import Mapping
 from importlib import metadata
 
+from ds_cp.cli.output import put
 from ds_cp.config import config_schema, explain, load_config
 from ds_cp.version import __version__
 
@@ -17,11 +18,11 @@ PACKAGES = ("torch", "deepspeed", "transformers", "safetensors", "mpi4py", "flas
 def config(args: argparse.Namespace, env: Mapping[str, str]) -> int:
     """Print the schema, check files, or explain one."""
     if args.action == "schema":
-        print(json.dumps(config_schema(), indent=2))
+        put(json.dumps(config_schema(), indent=2))
         return 0
     for file in args.files:
         loaded = load_config(file)
-        print("\n".join(explain(loaded)) if args.action == "explain" else f"{file}: OK")
+        put("\n".join(explain(loaded)) if args.action == "explain" else f"{file}: OK")
     return 0
 
 
@@ -38,8 +39,8 @@ def version(args: argparse.Namespace, env: Mapping[str, str]) -> int:
     found: dict[str, str | None] = {"ds_cp": __version__, "python": platform.python_version()}
     found |= {package: installed_version(package) for package in PACKAGES}
     if args.json:
-        print(json.dumps(found))
+        put(json.dumps(found))
     else:
         for name, text in found.items():
-            print(f"{name} {text or 'not installed'}")
+            put(f"{name} {text or 'not installed'}")
     return 0

@@ -25,6 +25,7 @@ from typing import Any
 import psutil
 
 from ds_cp.cli.config import installed_version
+from ds_cp.cli.output import put
 from ds_cp.version import __version__
 
 PROBE_S = 60.0  # seconds that a child process gets to answer
@@ -68,14 +69,14 @@ def doctor(args: argparse.Namespace, env: Mapping[str, str]) -> int:
     failed = [check for check in checks if check.status == "fail"]
     if args.json:
         plain = [asdict(check) for check in checks]
-        print(json.dumps({"ds_cp": __version__, "ok": not failed, "checks": plain}))
+        put(json.dumps({"ds_cp": __version__, "ok": not failed, "checks": plain}))
         return 1 if failed else 0
     for check in checks:
-        print(f"{MARKS[check.status]} {check.name}: {check.found}")
+        put(f"{MARKS[check.status]} {check.name}: {check.found}")
         if check.fix and check.status != "ok":
-            print(f"       fix: {check.fix}")
+            put(f"       fix: {check.fix}")
     verdict = "ready" if not failed else f"not ready: {len(failed)} to fix"
-    print(f"{verdict} ({len(checks)} checks in {time.monotonic() - started:.1f} s)")
+    put(f"{verdict} ({len(checks)} checks in {time.monotonic() - started:.1f} s)")
     return 1 if failed else 0
 
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import dataclasses
 import json
 import math
-import os
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from typing import Any, TextIO
 
 from ds_cp.cli.job import find_job, job_config, start_ranks, starts_ranks
+from ds_cp.cli.output import own_stdout, say, writing
 from ds_cp.cli.prompts import Prompts, read_prompts
 from ds_cp.outputs import RequestOutput
 from ds_cp.topology.job import peek_rank
@@ -36,13 +35,14 @@ def generate(args: argparse.Namespace, env: Mapping[str, str]) -> int:
         engine = init_inference(config.model, config, job=job, env=env)
         try:
             if engine.is_driver:
-                print("\n".join(engine.summary()), file=sys.stderr, flush=True)
+                say("\n".join(engine.summary()))
             outputs = engine.generate(
                 list(prompts.texts), list(prompts.params), progress=sys.stderr.isatty()
             )
             if engine.is_driver:
                 write = write_json if args.json else write_text
-                write(outputs, out)
+                with writing(out):
+                    write(outputs, out)
         finally:
             engine.shutdown()
     return 0
@@ -58,24 +58,6 @@ def _ended_by_ctrl_c() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-@contextmanager
-def own_stdout() -> Iterator[TextIO]:
-    """Keep stdout for the results alone: what libraries print there goes to stderr meanwhile."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        with (
-            os.fdopen(os.dup(kept), "w", encoding="utf-8", errors="replace") as out,
-            redirect_stdout(sys.stderr),
-        ):
-            yield out
-    finally:
-        ctypes.CDLL(None).fflush(None)  # C code's own buffer, before the real stdout is back
-        os.dup2(kept, 1)
-        os.close(kept)
 
 
 def write_json(outputs: Sequence[RequestOutput], out: TextIO) -> None:

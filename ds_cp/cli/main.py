@@ -11,10 +11,14 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from typing import NoReturn, TypeAlias
+from typing import TYPE_CHECKING, NoReturn, TypeAlias
 
-from ds_cp.errors import DsCpError, LaunchError
+from ds_cp.cli.output import flush, prepare_streams, put, say
+from ds_cp.errors import DsCpError, LaunchError, OutputError
 from ds_cp.topology.job import peek_rank
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
 
 Verb = Callable[[argparse.Namespace, Mapping[str, str]], int]
 Verbs: TypeAlias = "argparse._SubParsersAction[_Parser]"  # what add_subparsers gives
@@ -25,10 +29,13 @@ INTERRUPTED = 130
 
 
 class _Parser(argparse.ArgumentParser):
-    """Usage mistakes are our one-line errors too."""
+    """Usage mistakes, and help that cannot be printed, are our one-line errors too."""
 
     def error(self, message: str) -> NoReturn:
         raise LaunchError(f"{message} (see {self.prog} --help)")
+
+    def print_help(self, file: SupportsWrite[str] | None = None) -> None:
+        put(self.format_help().rstrip("\n"))
 
 
 def run(argv: Sequence[str] | None = None) -> NoReturn:
@@ -45,30 +52,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run ``ds-cp``. Returns 0 done, 2 the user's input, 1 ours, 130 interrupted."""
     env = os.environ
     rank = peek_rank(env)
+    has_stdout = prepare_streams()
     try:
-        args = build_parser().parse_args(argv)
-        verb: Verb = args.verb
-        return verb(args, env)
+        code = _run_verb(argv, env, has_stdout or rank != 0)
+        flush()
+        return code
     except DsCpError as err:
         if rank == 0:
-            _say(f"ds_cp: error: {' '.join(str(err).split())}")
+            say(f"ds_cp: error: {' '.join(str(err).split())}")
         else:
             time.sleep(HEAD_START_S)
         return err.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED
-    except BrokenPipeError:  # the reader of our stdout has left, as in "| head"
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except Exception as err:
         traceback.print_exc()
         what = f"{type(err).__name__}: {' '.join(str(err).split())}"
-        _say(f"ds_cp: error: internal error on rank {rank}, please report it: {what}")
+        say(f"ds_cp: error: internal error on rank {rank}, please report it: {what}")
         return 1
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+def _run_verb(argv: Sequence[str] | None, env: Mapping[str, str], has_stdout: bool) -> int:
+    try:
+        args = build_parser().parse_args(argv)
+    except SystemExit:  # after --help
+        flush()
+        raise
+    if _prints(args) and not has_stdout:
+        raise OutputError("stdout is closed; open it, for example with > FILE")
+    verb: Verb = args.verb
+    return verb(args, env)
+
+
+def _prints(args: argparse.Namespace) -> bool:
+    """Whether a verb is of no use without stdout: all but serve, and batch with a file."""
+    return args.verb is not _serve and (args.verb is not _batch or args.json or args.output == "-")
 
 
 def build_parser() -> argparse.ArgumentParser:

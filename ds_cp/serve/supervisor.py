@@ -96,9 +96,10 @@ class _Supervisor:
 
         def on_ready(ready: Ready) -> None:
             self._loaded = True
-            for line in ready.summary:
-                print(line)
-            print(f"ds_cp ready: {addresses}", flush=True)
+            with contextlib.suppress(OSError):  # it serves, even if nobody can read that
+                for line in ready.summary:
+                    print(line)
+                print(f"ds_cp ready: {addresses}", flush=True)
 
         def on_death(err: DsCpError, exit_code: int) -> None:
             if not isinstance(err, WorkerLostError):  # _watch reports the exit code

@@ -13,7 +13,7 @@ from ds_cp.errors import LaunchError, TopologyError
 LOOPBACK = "127.0.0.1"
 _LOOPBACK_NAMES = ("localhost", "localhost.localdomain", "ip6-localhost", "ip6-loopback")
 # Addresses that nobody has (RFC 5737, RFC 3849): the route to them is the default route.
-_ELSEWHERE = ("192.0.2.1", "2001:db8::1")
+_ELSEWHERE = ("203.0.113.1", "2001:db8::1")
 _MAX_LOOKUPS = 4  # names of other hosts that are looked up for a route, at most
 
 

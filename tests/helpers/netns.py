@@ -1,8 +1,9 @@
 """Two hosts on one machine, for tests: network namespaces joined by a veth pair.
 
 Each host has its own network, its own host name (UTS namespace) and its own ``/etc/hosts``, so MPI,
-gloo and people see two machines. Everything runs in one PID namespace whose first process ends with
-us: whatever happens, nothing started here stays behind.
+gloo and people see two machines. Both have a container bridge too, of one address, as hosts with
+Docker do: ``docker0``, listed before the link. Everything runs in one PID namespace whose first
+process ends with us: whatever happens, nothing started here stays behind.
 
     with two_hosts() as hosts:
         done = hosts.run_mpirun([sys.executable, "script.py"], slots=(2, 2), timeout_s=120)
@@ -23,15 +24,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 INTERFACE = "veth0"
-PREFIX = 24
+PREFIX = 24  # bits of the network of ``ADDRESSES``
+ADDRESSES = ("10.77.0.1", "10.77.0.2")
+ADDRESSES_V6 = ("fd77::1", "fd77::2")
+BRIDGE = ("docker0", "172.17.0.1/16")  # the same on both hosts
 
 # First process of the PID namespace. It ends when our end of its stdin closes, also when we are
 # killed, and takes every process of the namespace with it. A shell, not cat alone, reaps orphans.
 _INIT = "echo ready; cat >/dev/null; exit 0"
-# First process of a host. $1 name, $2 hosts file. "$$" is its pid inside the PID namespace.
+# First process of a host. $1 name, $2 hosts file. "$$" is its pid inside the PID namespace. A sysfs
+# of its own shows this host's interfaces.
 _HOST = (
     'echo "$1" >/proc/sys/kernel/hostname && mount --bind "$2" /etc/hosts '
-    "&& ip link set lo up && echo $$ && exec sleep 2147483647"
+    "&& mount -t sysfs sysfs /sys && ip link set lo up && echo $$ && exec sleep 2147483647"
 )
 # mpirun calls it as: agent HOST COMMAND...; the command is one for a shell.
 _AGENT = """#!/bin/sh
@@ -51,11 +56,14 @@ class NamespaceError(Exception):
 
 @dataclass(frozen=True)
 class Hosts:
-    """Two running hosts; ``names[i]`` has the address ``addresses[i]`` on ``interface``."""
+    """Two running hosts; ``names[i]`` has the addresses ``addresses[i]`` and ``addresses_v6[i]`` on
+    ``interface``, and ``hosts_files[i]`` as ``/etc/hosts``: write into it, do not replace it."""
 
     names: tuple[str, str]
     addresses: tuple[str, str]
+    addresses_v6: tuple[str, str]
     interface: str
+    hosts_files: tuple[Path, Path]
     init_pid: int  # of the PID namespace's first process, seen from outside
     host_pids: tuple[int, int]  # of each host's first process, seen from inside
     agent: Path
@@ -159,13 +167,10 @@ def two_hosts(names: tuple[str, str] = ("nodea", "nodeb")) -> Iterator[Hosts]:
             raise NamespaceError(f"{tool} is not installed (util-linux, iproute2)")
     if os.geteuid() != 0:
         raise NamespaceError("needs root to make network namespaces (or a container's)")
-    addresses = ("10.77.0.1", "10.77.0.2")
     with tempfile.TemporaryDirectory(prefix="two-hosts-") as folder:
-        hosts_file = Path(folder, "hosts")
-        lines = ["127.0.0.1 localhost", *map(" ".join, zip(addresses, names, strict=True))]
-        # The store of torch looks up its clients by their IPv4 address mapped into IPv6.
-        lines += [f"::ffff:{ip} {name}-v4" for ip, name in zip(addresses, names, strict=True)]
-        hosts_file.write_text("\n".join(lines) + "\n")
+        hosts_files = (Path(folder, "hosts0"), Path(folder, "hosts1"))
+        for hosts_file in hosts_files:
+            hosts_file.write_text(hosts_text(dict(zip(ADDRESSES, names, strict=True))))
         unshare = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
         init = subprocess.Popen(
             [*unshare, "sh", "-c", _INIT],
@@ -180,7 +185,7 @@ def two_hosts(names: tuple[str, str] = ("nodea", "nodeb")) -> Iterator[Hosts]:
             init_pid = _only_child(init.pid)
             enter = ["nsenter", "--target", str(init_pid), "--pid", "--mount", "--"]
             host_pids = []
-            for name in names:
+            for name, hosts_file in zip(names, hosts_files, strict=True):
                 argv = ["unshare", "--net", "--uts", "--mount", "sh", "-c", _HOST]
                 holder = subprocess.Popen(
                     [*enter, *argv, "host", name, str(hosts_file)],
@@ -194,13 +199,14 @@ def two_hosts(names: tuple[str, str] = ("nodea", "nodeb")) -> Iterator[Hosts]:
             agent = Path(folder, "agent")
             cases = "\n".join(
                 f"{name}|{address}) pid={pid} ;;"
-                for name, address, pid in zip(names, addresses, host_pids, strict=True)
+                for name, address, pid in zip(names, ADDRESSES, host_pids, strict=True)
             )
             agent.write_text(_AGENT.format(cases=cases))
             agent.chmod(0o755)
             hosts = Hosts(
-                names, addresses, INTERFACE, init_pid, (host_pids[0], host_pids[1]), agent
-            )
+                names, ADDRESSES, ADDRESSES_V6, INTERFACE, hosts_files,
+                init_pid, (host_pids[0], host_pids[1]), agent,
+            )  # fmt: skip
             _join(hosts)
             yield hosts
         finally:
@@ -209,16 +215,36 @@ def two_hosts(names: tuple[str, str] = ("nodea", "nodeb")) -> Iterator[Hosts]:
                 process.communicate(timeout=10)
 
 
+def hosts_text(entries: Mapping[str, str]) -> str:
+    """An ``/etc/hosts`` of these addresses and their names, with loopback's own."""
+    # The store of torch looks up its clients by their IPv4 address mapped into IPv6: with an answer
+    # here it does not ask a name server that cannot be reached.
+    mapped = {f"::ffff:{ip}": f"client{i}" for i, ip in enumerate(ADDRESSES)}
+    entries = {"127.0.0.1": "localhost", "::ffff:127.0.0.1": "client"} | mapped | dict(entries)
+    return "".join(f"{ip} {name}\n" for ip, name in entries.items())
+
+
 def _join(hosts: Hosts) -> None:
     a, b = (str(pid) for pid in hosts.host_pids)
     enter = ["nsenter", "--target", str(hosts.init_pid), "--pid", "--mount", "--"]
     link = ["ip", "link", "add", INTERFACE, "netns", a, "type", "veth"]
-    commands = [[*enter, *link, "peer", "name", INTERFACE, "netns", b]]
-    for name, address in zip(hosts.names, hosts.addresses, strict=True):
-        commands.append(
-            hosts.command(name, ["ip", "addr", "add", f"{address}/{PREFIX}", "dev", INTERFACE])
-        )
-        commands.append(hosts.command(name, ["ip", "link", "set", INTERFACE, "up"]))
+    bridge, bridge_address = BRIDGE
+    commands = []
+    for name in hosts.names:
+        for args in (
+            ["link", "add", bridge, "type", "bridge"],
+            ["addr", "add", bridge_address, "dev", bridge],
+            ["link", "set", bridge, "up"],
+        ):
+            commands.append(hosts.command(name, ["ip", *args]))
+    commands.append([*enter, *link, "peer", "name", INTERFACE, "netns", b])
+    for name, v4, v6 in zip(hosts.names, hosts.addresses, hosts.addresses_v6, strict=True):
+        for args in (
+            ["addr", "add", f"{v4}/{PREFIX}", "dev", INTERFACE],
+            ["addr", "add", f"{v6}/64", "dev", INTERFACE, "nodad"],
+            ["link", "set", INTERFACE, "up"],
+        ):
+            commands.append(hosts.command(name, ["ip", *args]))
     for command in commands:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
         if done.returncode:
