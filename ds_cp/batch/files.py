@@ -55,9 +55,13 @@ class AnswerFile:
         except OSError as err:
             if self._size is not None:
                 os.ftruncate(self._fd, self._size)
+            way_out = (
+                "redirect it to where there is room"  # such a batch starts anew
+                if self._size is None
+                else "the answers so far are in it; with room, run the same command again"
+            )
             raise LaunchError(
-                f"cannot write {self._name}: {err.strerror or err}; "
-                "the answers so far are in it, run the same command again to do the rest"
+                f"cannot write {self._name}: {err.strerror or err}; {way_out}"
             ) from None
         if self._size is not None:
             self._size += len(line)

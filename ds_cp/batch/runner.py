@@ -32,7 +32,8 @@ LEAVE_S = 5.0  # seconds for cancelled requests to leave the engine
 class BatchReport:
     """Counts of the lines so far; each line is counted once.
 
-    ``refused``: answered with 4xx. ``failed``: answered with 5xx. ``broken``: not a request.
+    ``refused``: answered with 4xx. ``failed``: answered with 5xx, or not at all; ``faults`` of them
+    with 500 or not at all, which would happen again. ``broken``: not a request.
     ``skipped``: answered by an earlier run; ``skipped_refused`` of them with 4xx. Tokens are those
     of this run's answers. ``stopped``: the reason why lines are left, or None.
     """
@@ -40,6 +41,7 @@ class BatchReport:
     answered: int = 0
     refused: int = 0
     failed: int = 0
+    faults: int = 0
     broken: int = 0
     skipped: int = 0
     skipped_refused: int = 0
@@ -49,6 +51,7 @@ class BatchReport:
     stopped: str | None = None
     first_refused: tuple[Problem, ...] = ()
     first_broken: tuple[Problem, ...] = ()
+    first_failed: tuple[Problem, ...] = ()
 
     @property
     def lines(self) -> int:
@@ -221,14 +224,20 @@ class _Run:
             shown = (*self.report.first_refused, problem)[:SHOWN]
             self._count(refused=1, first_refused=shown)
         else:
-            self._count(failed=1)
+            problem = Problem(request.line, request.custom_id, *_error_of(answer.body))
+            self._count_failure(problem, fault=answer.status == 500)
 
     def _write_failure(self, request: BatchRequest, err: Exception) -> None:
         """Write that the application raised instead of answering."""
         if not self.halted:
             message = shorten(f"no answer: {type(err).__name__}: {err}", MAX_REASON_CHARS)
             self._put(request, None, {"code": "no_answer", "message": message})
-            self._count(failed=1)
+            problem = Problem(request.line, request.custom_id, "no_answer", message)
+            self._count_failure(problem, fault=True)
+
+    def _count_failure(self, problem: Problem, fault: bool) -> None:
+        shown = (*self.report.first_failed, problem)[:SHOWN]
+        self._count(failed=1, faults=int(fault), first_failed=shown)
 
     def _put(
         self, request: BatchRequest, response: dict[str, Any] | None, error: dict[str, str] | None

@@ -12,7 +12,7 @@ import signal
 import stat
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
@@ -23,7 +23,7 @@ from ds_cp.batch.runner import INTERRUPTED, BatchReport, run_batch
 from ds_cp.cli.job import find_job, job_config, start_ranks, starts_ranks
 from ds_cp.cli.output import own_stdout, say, unwritable, writing
 from ds_cp.config import Config
-from ds_cp.errors import EngineDeadError, LaunchError, RequestError
+from ds_cp.errors import CommError, DsCpError, EngineDeadError, LaunchError, RequestError
 from ds_cp.startup.resources import socket_environment
 from ds_cp.text import shorten
 from ds_cp.topology.job import Job, peek_rank
@@ -107,6 +107,7 @@ class _Lead:
         self._out = out
         self._received: list[int] = []
         self._report = BatchReport()  # of the lines done so far
+        self._deaths: list[DsCpError] = []  # what the engine has stopped of
 
     def run(self) -> int:
         source, target = self._args.input, self._args.output
@@ -136,8 +137,7 @@ class _Lead:
         if self._received and report.stopped == INTERRUPTED:
             return 128 + self._received[0]
         if report.stopped is not None:
-            again = "" if target == STDOUT else "; run the same command again to do the rest"
-            raise EngineDeadError(report.stopped + again)
+            raise EngineDeadError(report.stopped + after_stop(self._deaths, target))
         if report.failed:
             return 1
         return 2 if report.refused or report.skipped_refused or report.broken else 0
@@ -175,6 +175,7 @@ class _Lead:
         with _progress(self._args.input) as show, _signals(on_signal):
             async with open_app(self._config, self._job) as app:
                 running = True
+                self._deaths = getattr(app.state, "deaths", [])
                 try:
                     return await run_batch(
                         app,
@@ -217,16 +218,33 @@ def summary(report: BatchReport, source: str, target: str, errors: str | None) -
     for what, count, first, where in (
         ("broken", report.broken, report.first_broken, errors),
         ("refused", report.refused, report.first_refused, target),
+        ("failed", report.failed, report.first_failed, target),
     ):
         lines += [f"  {source} line {item.line} {what}: {item.message}" for item in first]
         if count > len(first) and where is not None:
             lines.append(f"  and {count - len(first)} more {what}, see {where}")
     if errors is not None:
         lines.append(f"  broken lines are in {errors}")
-    if target != STDOUT and (report.failed or report.stopped == INTERRUPTED):
-        how = report.stopped or f"{report.failed} failed"
+    if report.faults:
+        lines.append(
+            f"batch: {report.faults} failed by a fault of ds_cp; "
+            "the same requests would most likely fail again, please report it"
+        )
+    passing = report.failed - report.faults
+    if target != STDOUT and (passing or report.stopped == INTERRUPTED):
+        how = report.stopped or f"{passing} failed"
         lines.append(f"batch: {how}; run the same command again to do what is left")
     return lines
+
+
+def after_stop(deaths: Sequence[DsCpError], target: str) -> str:
+    """What to do about an engine that has stopped, by the error that ended it, where it is known:
+    a rank that was lost may be there the next time, a fault would end the engine again."""
+    if any(not isinstance(err, CommError) for err in deaths):
+        return (
+            " by a fault of ds_cp; the same command would most likely stop again, please report it"
+        )
+    return "" if target == STDOUT else "; run the same command again to do the rest"
 
 
 @contextlib.contextmanager

@@ -32,6 +32,7 @@ async def open_app(config: Config, job: Job) -> AsyncIterator[Any]:
     """
     source = find_model(config.model)
     on_exit: list[Callable[[], None]] = []
+    deaths: list[DsCpError] = []
 
     def build() -> tuple[Lead, ReadSent, Ready]:
         world, threads = join_job(job, config)
@@ -56,6 +57,7 @@ async def open_app(config: Config, job: Job) -> AsyncIterator[Any]:
     def on_death(err: DsCpError, _: int) -> None:
         def fail() -> None:
             if ready.done():
+                deaths.append(err)
                 print(f"ds_cp: error: {err}", file=sys.stderr, flush=True)
             else:
                 ready.set_exception(err)
@@ -70,6 +72,7 @@ async def open_app(config: Config, job: Job) -> AsyncIterator[Any]:
     try:
         await ready
         app = create_app(engine, config.server)
+        app.state.deaths = deaths  # what has ended the engine, if anything has
         async with app.router.lifespan_context(app):
             yield app
     finally:

@@ -17,8 +17,10 @@ from typing import Any
 
 import pytest
 
+from ds_cp.batch.runner import BatchReport
 from ds_cp.cli import main as cli
-from ds_cp.errors import EngineDeadError
+from ds_cp.cli.batch import summary
+from ds_cp.errors import CommError, DsCpError, EngineDeadError
 from tests.helpers.batches import answer_line, line, opened
 from tests.helpers.fake_engine import FakeEngine
 
@@ -198,9 +200,44 @@ def test_failures_are_code_1_and_redone(bench: Bench) -> None:
     bench.engine.end = "error"
     assert bench.run() == 1
     assert bench.answers == {"a": 500, "b": 400}
-    assert "batch: 1 failed; run the same command again" in bench.capfd.readouterr().err
+    err = bench.capfd.readouterr().err
+    assert "batch: 1 failed by a fault of ds_cp; the same requests would most likely fail" in err
+    assert "line 1 failed: " in err and "run the same command again" not in err
     bench.engine.end = None
     assert bench.run() == 2 and bench.answers == {"a": 200, "b": 400}
+
+
+@pytest.mark.parametrize(
+    ("cause", "advice"),
+    [
+        (CommError("rank 1 is gone"), "; run the same command again to do the rest"),
+        (EngineDeadError("KeyError"), " by a fault of ds_cp; the same command would most likely"),
+    ],
+)
+def test_advice_depends_on_what_ended_the_engine(
+    bench: Bench, monkeypatch: Any, cause: DsCpError, advice: str
+) -> None:
+    @asynccontextmanager
+    async def open_app(config: Any, job: Any) -> AsyncIterator[Any]:
+        async with opened(bench.engine, api_key=config.server.api_key) as app:
+            app.state.deaths = [cause]
+            yield app
+
+    monkeypatch.setattr(sys.modules["ds_cp.serve.in_process"], "open_app", open_app)
+    bench.input.write_text(line("a"))
+    bench.engine.break_after = (1, EngineDeadError("gone"))
+    assert bench.run() == 1
+    last = bench.capfd.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"ds_cp: error: the engine has stopped{advice}")
+
+
+def test_advice_depends_on_how_requests_failed() -> None:
+    passed, fault = BatchReport(failed=2, faults=0), BatchReport(failed=3, faults=1)
+    assert summary(passed, "in", "out", None)[-1] == (
+        "batch: 2 failed; run the same command again to do what is left"
+    )
+    *_, first, last = summary(fault, "in", "out", None)
+    assert first.startswith("batch: 1 failed by a fault of ds_cp") and "2 failed; run" in last
 
 
 def test_cause_of_the_engine_comes_after_the_summary(bench: Bench, monkeypatch: Any) -> None:
