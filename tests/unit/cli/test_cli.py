@@ -313,7 +313,7 @@ def test_generate_json_has_the_fields(capfd, config: str, engine: FakeEngine) ->
     assert output["text"] == "X" and output["token_ids"] == [3]
     assert output["finish_reason"] == "length"
     assert output["logprobs"] == [
-        {"token_id": 3, "logprob": -0.5, "top": [[3, -0.5], [4, None]]},
+        {"token_id": 3, "logprob": -0.5, "top": [[3, -0.5], [4, None]], "text_offset": 0},
     ]
     assert got["metrics"]["arrival_time"] == 1.0
 
