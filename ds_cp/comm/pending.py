@@ -11,8 +11,8 @@ def lost_peer(what: str, timeout_s: float, err: RuntimeError) -> CommError:
     """The error for ``what``, an exchange that a peer did not answer."""
     cause = (str(err).splitlines() or [type(err).__name__])[0][:200]
     return CommError(
-        f"{what}: a peer is gone or silent for {timeout_s:g} s ({cause}); see the other ranks' "
-        "logs, or raise comm.timeout_s"
+        f"{what}: a peer is gone or silent for {timeout_s:g} s ({cause}); "
+        "see the other ranks' logs, or raise comm.timeout_s"
     )
 
 

@@ -300,8 +300,8 @@ class LLMEngine:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise RequestError(
-                    "a text prompt needs a tokenizer: pass tokenizer= to init_inference, or "
-                    "token ids",
+                    "a text prompt needs a tokenizer: "
+                    "pass tokenizer= to init_inference, or token ids",
                     "prompt",
                 )
             text, tokens = prompt, list(self.tokenizer(prompt)["input_ids"])

@@ -94,8 +94,8 @@ def check_consumed(
     if loaded.missing:  # transformers would make them up at random
         lost = _ordered(loaded.missing)
         raise ModelError(
-            f"model {where} lacks {len(lost)} of its weights, the first {_are(lost)}: fetch the "
-            "model again, or check that its config.json belongs to its weights"
+            f"model {where} lacks {len(lost)} of its weights, the first {_are(lost)}: "
+            "fetch the model again, or check that its config.json belongs to its weights"
         )
     unread.update(_ignored_by_class(model, stored))
     return [*_unread_note(unread), *_untied_note(model)]

@@ -40,8 +40,8 @@ def read_gguf(path: Path) -> dict[str, GgufTensor]:
     """
     if part := PART.fullmatch(path.stem):
         raise ModelError(
-            f"model {path} is part {int(part[1])} of {int(part[2])} of a split GGUF file: merge "
-            "them with llama.cpp's llama-gguf-split, or serve the safetensors"
+            f"model {path} is part {int(part[1])} of {int(part[2])} of a split GGUF file: "
+            "merge them with llama.cpp's llama-gguf-split, or serve the safetensors"
         )
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         try:

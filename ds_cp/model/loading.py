@@ -181,9 +181,9 @@ def _is_quantized(where: str, config: Mapping[str, Any]) -> bool:
                 method = "compressed-tensors by an old key"
             if method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
                 raise ModelError(
-                    f"model {where}: config.json's {key} names the method "
-                    f"{shorten(str(method))}, which this transformers does not read: serve an "
-                    "unquantized copy, or one whose quantization transformers knows"
+                    f"model {where}: config.json's {key} names the method {shorten(str(method))}, "
+                    "which this transformers does not read: "
+                    "serve an unquantized copy, or one whose quantization transformers knows"
                 )
             quantized = True
     return quantized

@@ -137,8 +137,8 @@ def _style(path: str, plan: dict[str, str]) -> str | None:
 def _share(size: int, path: str, group: Group) -> slice:
     if size % group.size:
         raise ConfigError(
-            f"tensor_parallel.tp_size is {group.size}, which does not divide the {size} "
-            f"features of {path}"
+            f"tensor_parallel.tp_size is {group.size}, "
+            f"which does not divide the {size} features of {path}"
         )
     part = size // group.size
     return slice(group.rank * part, (group.rank + 1) * part)

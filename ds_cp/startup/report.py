@@ -27,8 +27,9 @@ def summary(config: Config, facts: Facts) -> list[str]:
             f"link {link.name}: {link.latency_us:.0f} us, {link.gb_per_s:.2f} GB/s"
             for link in facts.links
         ),
-        f"model: {facts.num_layers} layers, {facts.num_q_heads} query and {facts.num_kv_heads} "
-        f"KV heads, {facts.dtype}; {_exactness(facts)}",
+        f"model: {facts.num_layers} layers, "
+        f"{facts.num_q_heads} query and {facts.num_kv_heads} KV heads, "
+        f"{facts.dtype}; {_exactness(facts)}",
         f"attention: {facts.kernel} kernel; mode {cp.mode}: {rule}",
         *_rates(facts),
         *_crowded(facts),
