@@ -17,7 +17,7 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 import pytest
 
-from tests.helpers.netns import Hosts, NamespaceError, two_hosts
+from tests.helpers.netns import Hosts, NamespaceError, hosts_text, two_hosts
 
 ROOT = Path(__file__).parents[2]
 
@@ -175,9 +175,11 @@ def hosts() -> Iterator[Hosts]:
         pytest.skip(f"two hosts cannot be made here: {reason}")
 
 
-def on_two_hosts(hosts: Hosts, options: dict[str, Any], **how: Any) -> list[Any]:
+def on_two_hosts(
+    hosts: Hosts, options: dict[str, Any], more: dict[str, str] | None = None, **how: Any
+) -> list[Any]:
     argv = [sys.executable, "-c", RANK, json.dumps(options)]
-    done = hosts.run_mpirun(argv, timeout_s=60, env=environment(), **how)
+    done = hosts.run_mpirun(argv, timeout_s=60, env=environment(**(more or {})), **how)
     assert done.returncode == 0, done.stdout
     return lines(done.stdout)
 
@@ -194,6 +196,27 @@ def test_two_hosts_of_two_ranks(hosts: Hosts) -> None:
     a, b = hosts.addresses
     assert ranks[0]["bound"][0] == a
     assert ranks[0]["peers"] == [a, b, b]  # TCP from the second host arrives
+
+
+@pytest.mark.netns
+@pytest.mark.parametrize("own", ["127.0.0.1", "127.0.1.1"])
+@pytest.mark.parametrize("address", [None, "nodea", "localhost", "10.77.0.1"])
+def test_own_name_on_loopback(hosts: Hosts, own: str, address: str | None) -> None:
+    """MPI has told every rank of every address, so a name that leads to loopback is no matter."""
+    files = [file.read_text() for file in hosts.hosts_files]
+    v4 = hosts.addresses
+    try:
+        for node, file in enumerate(hosts.hosts_files):
+            names = {v4[1 - node]: hosts.names[1 - node], "127.0.0.1": "localhost"}
+            names[own] = f"{names.get(own, '')} {hosts.names[node]}".strip()
+            file.write_text(hosts_text(names))
+        ranks = on_two_hosts(hosts, {}, {"MASTER_ADDR": address} if address else {}, slots=(2, 1))
+    finally:
+        for file, text in zip(hosts.hosts_files, files, strict=True):
+            file.write_text(text)
+    assert [r["name"] for r in ranks] == ["nodea", "nodea", "nodeb"]
+    assert ranks[0]["bound"][0] == v4[0] and ranks[0]["peers"] == list(v4)
+    assert all(r["interface"] == hosts.interface for r in ranks)
 
 
 @pytest.mark.netns

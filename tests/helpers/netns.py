@@ -1,9 +1,10 @@
 """Two hosts on one machine, for tests: network namespaces joined by a veth pair.
 
 Each host has its own network, its own host name (UTS namespace) and its own ``/etc/hosts``, so MPI,
-gloo and people see two machines. Both have a container bridge too, of one address, as hosts with
-Docker do: ``docker0``, listed before the link. Everything runs in one PID namespace whose first
-process ends with us: whatever happens, nothing started here stays behind.
+gloo and people see two machines. Both can have a container bridge of one address, as hosts with
+Docker do: ``docker0``, listed before the link. (Open MPI would try to connect by it, unless it is
+given the interface.) Everything runs in one PID namespace whose first process ends with us: whatever
+happens, nothing started here stays behind.
 
     with two_hosts() as hosts:
         done = hosts.run_mpirun([sys.executable, "script.py"], slots=(2, 2), timeout_s=120)
@@ -157,8 +158,10 @@ class Hosts:
 
 
 @contextmanager
-def two_hosts(names: tuple[str, str] = ("nodea", "nodeb")) -> Iterator[Hosts]:
-    """Make two hosts, and end every process on them afterwards.
+def two_hosts(
+    names: tuple[str, str] = ("nodea", "nodeb"), *, bridge: bool = False
+) -> Iterator[Hosts]:
+    """Make two hosts, with a container bridge if asked, and end every process on them afterwards.
 
     ``NamespaceError`` where that is not permitted.
     """
@@ -207,7 +210,7 @@ def two_hosts(names: tuple[str, str] = ("nodea", "nodeb")) -> Iterator[Hosts]:
                 names, ADDRESSES, ADDRESSES_V6, INTERFACE, hosts_files,
                 init_pid, (host_pids[0], host_pids[1]), agent,
             )  # fmt: skip
-            _join(hosts)
+            _join(hosts, bridge)
             yield hosts
         finally:
             init.kill()  # --kill-child ends the first process of the namespace, and that all others
@@ -224,13 +227,13 @@ def hosts_text(entries: Mapping[str, str]) -> str:
     return "".join(f"{ip} {name}\n" for ip, name in entries.items())
 
 
-def _join(hosts: Hosts) -> None:
+def _join(hosts: Hosts, with_bridge: bool) -> None:
     a, b = (str(pid) for pid in hosts.host_pids)
     enter = ["nsenter", "--target", str(hosts.init_pid), "--pid", "--mount", "--"]
     link = ["ip", "link", "add", INTERFACE, "netns", a, "type", "veth"]
     bridge, bridge_address = BRIDGE
     commands = []
-    for name in hosts.names:
+    for name in hosts.names if with_bridge else ():
         for args in (
             ["link", "add", bridge, "type", "bridge"],
             ["addr", "add", bridge_address, "dev", bridge],

@@ -144,7 +144,7 @@ class WarmHost:
 def hosts() -> Iterator[Hosts]:
     with ExitStack() as stack:
         try:
-            found = stack.enter_context(two_hosts())
+            found = stack.enter_context(two_hosts(bridge=True))
         except NamespaceError as err:
             pytest.skip(f"two hosts cannot be made here: {err}; run as root: pytest -m netns")
         yield found
