@@ -3,11 +3,11 @@
     python -m benchmarks.overhead [--batches 1,4,16,64] [--rounds 5] [--steps 10] [--out FILE]
 
 One rank, 2 threads, SmolLM2, fp32, greedy. For each batch size as many requests decode after
-prompts of 200 tokens. *step*: from one delta to the next as a caller sees them, the next step planned while
-one runs; *forward*: within it, the model's forward call with the engine's attention. Overhead =
-step / forward - 1. *transformers*: the same model and prompts in one batch of equal lengths with
-its own cache, sdpa attention and an argmax, in the same thread. Engine and transformers take turns;
-per round the median of its steps, then min and median over rounds.
+prompts of 200 tokens. *step*: from one delta to the next as a caller sees them, the next step
+planned while one runs; *forward*: within it, the model's forward call with the engine's attention.
+Overhead = step / forward - 1. *transformers*: the same model and prompts in one batch of equal
+lengths with its own cache, sdpa attention and an argmax, in the same thread. Engine and
+transformers take turns; per round the median of its steps, then min and median over rounds.
 
 Then, in runs of their own, steps one after the other without overlap with a clock around each part:
 where the time goes. The clocks themselves cost about a microsecond a call, 60 calls per stream and
