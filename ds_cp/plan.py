@@ -182,7 +182,7 @@ def encode_plan(plan: Plan) -> bytes:
 
 
 def decode_plan(payload: bytes) -> Plan:
-    """The plan from msgpack; ``msgspec.DecodeError`` (``ValidationError``) when it is none."""
+    """The plan from msgpack. Raises ``msgspec.DecodeError`` for bytes that are not a plan."""
     try:
         return _decoder.decode(payload)
     except UnicodeDecodeError as err:  # a tag that is no text

@@ -1,4 +1,4 @@
-"""The model of ``init_inference`` from its two sources; signs of life while a caller is away."""
+"""The model of ``init_inference`` from its two sources; idle plans while a caller is away."""
 
 from __future__ import annotations
 
