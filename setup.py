@@ -37,7 +37,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["ds_cp", "ds_cp.*"]),
-    package_data={"ds_cp": ["py.typed"], "ds_cp.serve": ["*.html", "static/*"]},
+    package_data={"ds_cp": ["py.typed"]},
     install_requires=[
         "torch>=2.13.0",
         "deepspeed>=0.19.8",
