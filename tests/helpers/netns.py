@@ -3,8 +3,8 @@
 Each host has its own network, its own host name (UTS namespace) and its own ``/etc/hosts``, so MPI,
 gloo and people see two machines. Both can have a container bridge of one address, as hosts with
 Docker do: ``docker0``, listed before the link. (Open MPI would try to connect by it, unless it is
-given the interface.) Everything runs in one PID namespace whose first process ends with us: whatever
-happens, nothing started here stays behind.
+given the interface.) Everything runs in one PID namespace whose first process ends with us:
+whatever happens, nothing started here stays behind.
 
     with two_hosts() as hosts:
         done = hosts.run_mpirun([sys.executable, "script.py"], slots=(2, 2), timeout_s=120)
