@@ -121,7 +121,10 @@ def _way_out(err: OSError, port: int) -> str:
             "(0 takes any free one), or stop what holds it"
         )
     if err.errno in _NO_SUCH_FAMILY:
-        return "it is no address of this machine; set server.host, such as 127.0.0.1"
+        return (
+            "it is no address of this machine; "
+            "check server.host and server.port, or listen on 127.0.0.1"
+        )
     if err.errno == errno.EACCES:
         return f"port {port} is not allowed for this user; choose one from 1024 to 65535"
     return "check server.host and server.port"
