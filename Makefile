@@ -46,10 +46,10 @@ generate: install model
 	@$(WITH_VENV) exec $(BIN)/deepspeed --num_gpus $(RANKS) launch/generate.py --config $(CONFIG) \
 		--prompt "$$DS_CP_PROMPT" --max-tokens $(MAX_TOKENS)
 
-test: install model
-	@$(WITH_VENV) $(BIN)/python -m pytest -q
+test: unit model
+	@$(WITH_VENV) $(BIN)/python -m pytest -q tests/dist tests/server tests/launch
 
-unit: install
+unit: install model
 	@$(WITH_VENV) $(BIN)/python -m pytest -q -n 2 tests/unit
 
 checks: install
