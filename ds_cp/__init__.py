@@ -31,7 +31,7 @@ __all__ = [
     "load_config",
 ]
 
-_HOMES = {
+_MODULE_OF = {
     "LLMEngine": "ds_cp.engine.llm",
     "PromptRequest": "ds_cp.engine.collect",
     "RequestFailure": "ds_cp.engine.collect",
@@ -45,8 +45,8 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     """Import on first use, so that the command line does not pay for torch before it must."""
-    if name not in _HOMES:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'ds_cp' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_MODULE_OF[name]), name)

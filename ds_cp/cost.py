@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-WORTH = 0.7  # predicted time over one rank's, above which a request stays on one rank
-CLOSE = 1.05  # predicted time over the least one, up to which fewer ranks are as good
+WORTH = 0.7  # ratio of the predicted time to one rank's; above it a request stays on one rank
+CLOSE = 1.05  # ratio of a predicted time to the least; up to it fewer ranks are as good
 
 
 def attention_share(num_layers: int, num_q_heads: int, head_dim: int, weights: int) -> float:
@@ -62,9 +62,10 @@ class CostModel:
         return attention / ranks / self.flops_per_s + exchanges
 
     def best_ranks(self, most: int, new: int, past: int, answer: int) -> int:
-        """How many ranks pay for a request that is alone: ``new`` prompt tokens to compute after
-        ``past`` found ones, then ``answer`` tokens one by one. Fewer win unless more are clearly
-        faster."""
+        """The number of ranks, at most ``most``, that serves a lone request fastest: ``new`` prompt
+        tokens to compute after ``past`` found ones, then ``answer`` tokens one by one. The smallest
+        number within ``CLOSE`` of the fastest; 1 unless that is below ``WORTH`` of one rank's time.
+        """
         times = [
             self.prefill_s(ranks, new, past) + answer * self.decode_s(ranks, past + new)
             for ranks in range(1, max(most, 1) + 1)

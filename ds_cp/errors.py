@@ -44,8 +44,8 @@ class OutputError(UserError):
 
 
 class RequestError(UserError):
-    """One request is not acceptable; everybody else's goes on. ``param`` names the field, as OpenAI
-    does."""
+    """One request is not acceptable; all others go on. ``param`` names the field, as in
+    OpenAI's API."""
 
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
@@ -55,7 +55,7 @@ class RequestError(UserError):
 class CapacityError(RequestError):
     """A request that can never fit, with the numbers (all in tokens).
 
-    ``need``: what it would take, ``have``: the sum of all ranks' KV, ``largest``: the largest
+    ``need``: what the request needs, ``have``: the sum of all ranks' KV, ``largest``: the largest
     request possible here.
     """
 
@@ -85,4 +85,4 @@ class EngineDeadError(DsCpError):
 
 
 class IntegrityError(EngineDeadError):
-    """A fault of ds_cp: the books of KV blocks do not balance, so no result could be trusted."""
+    """A fault of ds_cp: the KV ledger does not balance, so no result can be trusted."""

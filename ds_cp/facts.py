@@ -1,4 +1,4 @@
-"""What start-up decided, as plain data that may cross a process border. No torch here."""
+"""What start-up decided, as plain data that processes may exchange. No torch here."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class LinkFacts:
 class Facts:
     """The same on every rank. Sizes in tokens unless the name says bytes.
 
-    ``notes``: lines on what start-up read past, as parts of the checkpoint that are not used.
+    ``notes``: lines on what start-up did not use, such as parts of the checkpoint.
     """
 
     hosts: tuple[str, ...]  # of every world rank

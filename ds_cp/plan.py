@@ -17,14 +17,14 @@ import msgspec
 
 from ds_cp.layout import Home, Runs
 
-MAX_PLAN_BYTES = 64 * 2**20  # of one plan as msgpack: what every channel to the ranks carries
+MAX_PLAN_BYTES = 64 * 2**20  # bytes of one plan as msgpack; every channel to ranks carries that
 
 
 class Sampling(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     """How to choose one request's tokens; sent once.
 
     ``seed`` and a token's index name the random number to use, so that a request's tokens depend on
-    nothing else. ``early_banned``: ids that may not be chosen before ``min_tokens`` tokens were.
+    nothing else. ``early_banned``: ids that may not be chosen before ``min_tokens`` tokens.
     ``logprobs`` and ``prompt_logprobs``: the number of alternatives, or -1 for none at all.
     """
 
@@ -106,7 +106,7 @@ class Transfer(msgspec.Struct, frozen=True, array_like=True):
 
 
 class StepPlan(msgspec.Struct, frozen=True, array_like=True, tag="run"):
-    """What all ranks do next, in the order of the fields; the forks come into being at the end.
+    """What all ranks do next, in the order of the fields; forks are made last.
 
     ``ended``: requests to forget. ``seen``: (request, index, token) of outputs, for requests whose
     sampling looks back. ``grown``: a block for the next token of a request.
@@ -159,9 +159,9 @@ class Outcome(msgspec.Struct, frozen=True, array_like=True, tag="outcome"):
     """What rank 0 learns from one plan (``step`` 0: from one that is no step).
 
     The tokens drawn and the prompts scored. ``seconds``: the longest time that a rank worked on the
-    step, where rank 0's ends when it has heard of all; ``model_seconds``: the longest in the
-    model's forward call. ``failed``: requests of which a prompt token could not be scored; they end
-    with an error.
+    step; rank 0's ends when it has the rows of all ranks. ``model_seconds``: the longest time in
+    the model's forward call. ``failed``: requests with a prompt token that could not be scored;
+    they end with an error.
     """
 
     step: int = 0

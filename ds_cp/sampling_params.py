@@ -11,13 +11,13 @@ from typing import Any
 
 from ds_cp.errors import RequestError
 
-MAX_LOGPROBS = 20
-MAX_STOPS = 16
-MAX_STOP_CHARS = 256
-MAX_LOGIT_BIAS = 300
-MAX_N = 64
-MAX_SALT_CHARS = 256
-MAX_INT32 = 2**31 - 1
+MAX_LOGPROBS = 20  # alternatives a token
+MAX_STOPS = 16  # stop strings, and stop token ids, of one request
+MAX_STOP_CHARS = 256  # characters of one stop string
+MAX_LOGIT_BIAS = 300  # token ids with a bias
+MAX_N = 64  # answers to one prompt
+MAX_SALT_CHARS = 256  # characters of a cache salt
+MAX_INT32 = 2**31 - 1  # largest value of an integer field without another bound
 # Lowest and highest value, both allowed.
 _INTEGERS = {"n": (1, MAX_N), "top_k": (-1, MAX_INT32), "min_tokens": (0, MAX_INT32)}
 _OPTIONAL_INTEGERS = {
@@ -61,7 +61,7 @@ class SamplingParams:
     logprobs: k, 0 to 20, returns each chosen token's log-probability and the k most likely ones
         (natural log, of the logits with ``logit_bias``, before penalties and filters).
     prompt_logprobs: the same for each token of the prompt but the first, of the plain logits.
-    presence_penalty: -2 to 2, is taken from the logit of each token that the answer has already.
+    presence_penalty: -2 to 2, subtracted from the logit of each token that the answer has already.
     frequency_penalty: -2 to 2, the same once for each time the answer has it.
     repetition_penalty: above 0, at most 10. The logit of each token that the prompt or the answer
         has already is divided by it when positive, else multiplied; 1 for none.

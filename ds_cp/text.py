@@ -15,8 +15,9 @@ from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from typing import Any
 
-MAX_NAME_CHARS = 100  # of a name that is compared with valid ones
+MAX_NAME_CHARS = 100  # characters of a name that is compared with valid ones
 SIZE_PATTERN = r"^\s*[0-9]{1,18}(\.[0-9]{1,9})?\s*(B|[kKMGT]B|[KMGT]iB)\s*$"
+# Bytes by unit.
 _UNITS = {"B": 1} | {
     f"{letter}{middle}B": base**power
     for middle, base in (("", 1000), ("i", 1024))

@@ -37,6 +37,7 @@ class BatchedDecode:
 
     @property
     def num_rows(self) -> int:
+        """Decoding requests, one row each."""
         return len(self._extents)
 
     def __call__(

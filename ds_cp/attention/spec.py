@@ -70,6 +70,7 @@ class KeyValues:
 
     @property
     def num_tokens(self) -> int:
+        """Key tokens over all pieces."""
         return sum(k.shape[0] for k, _ in self.pieces)
 
     def none(self) -> KeyValues:

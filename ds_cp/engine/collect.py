@@ -105,7 +105,7 @@ def one_each(given: T | Sequence[T] | None, default: T, count: int, what: str) -
 
 
 def progress_line(total: int) -> Callable[[int], None]:
-    """A function that shows on stderr that so many of ``total`` requests are done."""
+    """A function that shows on stderr how many of ``total`` requests are done."""
 
     def show(done: int) -> None:
         end = "\n" if done == total else ""

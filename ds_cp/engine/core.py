@@ -113,13 +113,14 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
+        """Whether a request runs or waits."""
         return self.scheduler.has_work
 
     def plan(self) -> StepPlan | None:
         """The next step, or None when nothing can run before the steps in flight have ended.
 
         Raises ``IntegrityError`` when requests are pending, nothing is in flight and the scheduler
-        plans nothing time after time: the caller would ask for ever.
+        plans nothing several times in a row: the caller would ask for ever.
         """
         plan = self.scheduler.schedule()
         # One empty plan proves nothing: a step may only have preempted a request.

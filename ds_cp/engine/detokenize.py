@@ -1,4 +1,4 @@
-"""Token ids to text, a piece at a time, with stop strings that may cross token borders."""
+"""Token ids to text, a piece at a time, with stop strings that may span tokens."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class IncrementalDetokenizer:
         return text
 
     def _prime(self, prompt: Sequence[int]) -> None:
-        """Take the end of the prompt as context, and the bytes of a character it does not end."""
+        """Use the end of the prompt as context, with the bytes of its unfinished character."""
         words: list[int] = []
         run: list[int] = []  # the bytes after the last word, and some before it
         for token in reversed(prompt):
@@ -182,7 +182,7 @@ class IncrementalDetokenizer:
         return self._bytes.decode(b"", final=True)
 
     def _give(self, text: str, may_stop: bool) -> str:
-        """Hold back what may begin a stop string of ``text`` and of what was held; the rest."""
+        """Append ``text`` to the held text; return its part that cannot begin a stop string."""
         if self._in_prompt and text:
             # Of a character that stays unfinished the prompt's own text has the sign already.
             self._in_prompt, text = False, text.removeprefix(REPLACEMENT)

@@ -73,11 +73,17 @@ class EngineInterface(Protocol):
         prompt_token_ids: list[int],
         params: SamplingParams,
         options: RequestOptions = ...,
-    ) -> AsyncIterator[Delta]: ...
+    ) -> AsyncIterator[Delta]:
+        """Deltas until the last one of every answer. Raises as the class says."""
+        ...
 
-    def abort(self, request_id: str) -> None: ...
+    def abort(self, request_id: str) -> None:
+        """End a request, all its answers; does nothing when it has finished."""
+        ...
 
-    def stats(self) -> EngineStats: ...
+    def stats(self) -> EngineStats:
+        """A snapshot of counters and gauges."""
+        ...
 
     def drain(self, rank: int) -> None:
         """Move everything off a rank, live, and place nothing there. ``RequestError`` when there is

@@ -168,9 +168,9 @@ class LLMEngine:
         return [found[name] for name in order]
 
     def stream(self, requests: Iterable[PromptRequest]) -> Iterator[RequestOutput | RequestFailure]:
-        """Outputs as they finish, of requests that are taken from ``requests`` only as fast as
-        they can be queued: any number may follow. One that is not acceptable gives a
-        ``RequestFailure`` and the others go on.
+        """Outputs as they finish. Reads ``requests`` only as fast as they can be queued, so there
+        may be any number of them. One that is not acceptable gives a ``RequestFailure`` and the
+        others go on.
 
         Every rank iterates over it; on ranks other than 0 ``requests`` is not read and nothing is
         yielded. Stopping early ends the requests that still run. The caller may take any time

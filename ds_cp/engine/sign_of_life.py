@@ -1,4 +1,4 @@
-"""Idle plans while the caller of a stream is busy elsewhere, so that no rank takes silence for the
+"""Idle plans while the caller of ``stream`` is busy elsewhere, so that no rank reads silence as the
 end of rank 0."""
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from ds_cp.plan import Idle, Outcome, Plan
 
 
 class SignOfLife:
-    """Leads the caller's plans, and an ``Idle`` one when ``every_s`` seconds passed without a plan
+    """Runs the caller's plans, and an ``Idle`` one when ``every_s`` seconds passed without a plan
     while the caller is ``away``. A thread does that, only within ``away``, so that never two
     threads of this process talk to the other ranks. ``every_s`` None: there are no other ranks."""
 

@@ -26,7 +26,7 @@ class OutOfBlocksError(DsCpError):
 
 
 class BlockAllocator:
-    """Who may use which block of every rank, by reference count, and which blocks are cached.
+    """Counts the references to the blocks of every rank, and keeps cached blocks by key.
 
     ``blocks_per_rank``: capacity of each rank in blocks (0 allowed, they may differ).
     ``block_size``: tokens in a block.
@@ -60,12 +60,15 @@ class BlockAllocator:
         return sum(self.blocks_per_rank) * self.block_size
 
     def num_free(self, rank: int) -> int:
+        """Free blocks of ``rank``."""
         return self._of(rank).free.num_free
 
     def num_cached(self, rank: int) -> int:
+        """Cached blocks of ``rank``."""
         return len(self._of(rank).cached)
 
     def num_used(self, rank: int) -> int:
+        """Blocks of ``rank`` with a reference."""
         return len(self._of(rank).references)
 
     def num_available(self, rank: int) -> int:
@@ -83,8 +86,8 @@ class BlockAllocator:
     def allocate(self, rank: int, n: int, extend_from: int | None = None) -> tuple[int, ...]:
         """``n`` blocks of ``rank`` with one reference each, in the order in which to fill them.
 
-        ``extend_from``: the caller's last block on this rank, used; the blocks right after it are
-        taken first, or else blocks that leave room to grow on (see FreeList.take). Cached blocks
+        ``extend_from``: the caller's last block on this rank, used; the blocks right after it come
+        first, or else blocks that leave room to grow on (see FreeList.take). Cached blocks
         are evicted only as far as free ones do not suffice. Raises OutOfBlocksError, with nothing
         changed, when fewer than ``n`` are available.
         """
@@ -97,7 +100,7 @@ class BlockAllocator:
             raise OutOfBlocksError(rank, n, blocks.num_available)
         missing = n - blocks.free.num_free
         if missing > 0:
-            # Before anything is taken, so that what was evicted fuses with its free neighbours.
+            # Before anything is allocated, so that what was evicted fuses with its free neighbours.
             self._evict(rank, missing)
             self.evictions += missing
         taken = blocks.free.take(n, extend_from)

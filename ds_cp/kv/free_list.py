@@ -23,7 +23,7 @@ class FreeList:
         self.num_free = 0
         self._length_at: dict[int, int] = {}  # start -> length
         self._start_before: dict[int, int] = {}  # end (exclusive) -> start
-        # Not plain dicts: the first key of one that lost its front is found by a linear walk.
+        # Not plain dicts: the first key of one that lost its first keys is found by a linear walk.
         self._classes: list[OrderedDict[int, None]] = [
             OrderedDict() for _ in range(capacity.bit_length() + 1)
         ]
@@ -43,7 +43,7 @@ class FreeList:
         taken: list[int] = []
         if n and extend_from is not None:
             if extend_from + 1 in self._length_at:
-                taken += self._take_front(extend_from + 1, n)
+                taken += self._take_start(extend_from + 1, n)
             else:
                 taken += self._take_middle(n)
         while len(taken) < n:
@@ -51,7 +51,7 @@ class FreeList:
             start = self._short_enough(missing)
             if start is None:
                 start = self._largest()
-            taken += self._take_front(start, missing)
+            taken += self._take_start(start, missing)
         return tuple(taken)
 
     def give(self, ids: Iterable[int]) -> None:
@@ -114,7 +114,7 @@ class FreeList:
 
     def _take_middle(self, n: int) -> range:
         """Blocks for a request that grows but cannot grow on in place: from the middle of a large
-        run, so that it can from there on and neighbours do not interleave. None if it is short."""
+        run, so that it can from there on and neighbours do not interleave. Empty if it is short."""
         start = self._largest()
         length = self._length_at[start]
         skip = (length - n) // 2
@@ -126,8 +126,8 @@ class FreeList:
             self._insert(start + skip + n, length - skip - n)
         return range(start + skip, start + skip + n)
 
-    def _take_front(self, start: int, n: int) -> range:
-        """Up to ``n`` blocks from the front of the run that begins at ``start``."""
+    def _take_start(self, start: int, n: int) -> range:
+        """Up to ``n`` blocks from the beginning of the run at ``start``."""
         length = self._remove(start)
         if n >= length:
             return range(start, start + length)

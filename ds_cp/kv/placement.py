@@ -122,7 +122,7 @@ def _round_robin(ask: _Ask) -> list[int]:
 
 
 def _balanced(ask: _Ask) -> list[int]:
-    """Open slots first (nobody else can use them), then blocks so that what is free ends level.
+    """Open slots first (no other request can use them), then blocks so that free ones end level.
 
     Free blocks differ by one at most after placement between the ranks that gave any. Among equals
     the first in the ring gives first.

@@ -12,7 +12,7 @@ import torch
 from ds_cp.attention.spec import KeyValues, LayerSpec
 
 Extents = Sequence[tuple[int, int]]
-MAX_PIECES = 4  # extents that are read in place; of more, one copy costs less than their calls
+MAX_PIECES = 4  # extents that are read in place; with more, a copy costs less than their calls
 
 
 def bytes_per_token(layers: Sequence[LayerSpec], dtype: torch.dtype) -> int:

@@ -1,4 +1,4 @@
-"""The checks of a request before it is queued: it is valid, and can be served here one day. No
+"""The checks of a request before it is queued: it is valid, and its KV and plan can ever fit. No
 torch."""
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from ds_cp.plan import MAX_PLAN_BYTES
 from ds_cp.sampling_params import SamplingParams
 from ds_cp.scheduler.block_manager import BlockManager
 
-BEGIN_BYTES = MAX_PLAN_BYTES - 8 * 2**20  # of all begins of one plan; the rest is for its chunks
+BEGIN_BYTES = MAX_PLAN_BYTES - 8 * 2**20  # bytes of a plan's begins; the rest is for its chunks
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Limits:
     eos_token_ids: tuple[int, ...]
 
     def begin_bytes(self, tokens: int, block_size: int, params: SamplingParams) -> int:
-        """At most this many bytes of msgpack is a ``Begin`` of ``tokens`` known tokens."""
+        """An upper bound, in bytes of msgpack, of a ``Begin`` of ``tokens`` known tokens."""
         home = 9  # a list of a rank below 2**16 and a block below 2**32
         ends = len(self.eos_token_ids) + len(params.stop_token_ids)
         sampling = 256 + 16 * len(params.logit_bias) + 5 * ends

@@ -20,8 +20,8 @@ def grid_of(facts: Facts) -> Grid:
 
 
 def build_scheduler(config: Config, facts: Facts, paced: bool = True) -> Scheduler:
-    """Rank 0's scheduler over the budgets that all ranks reported. ``paced``: somebody waits for
-    the next token of a decoding request, so prompts may not delay it much."""
+    """Rank 0's scheduler over the budgets that all ranks reported. ``paced``: clients wait for each
+    token, so prefill is throttled while other requests decode."""
     batched = config.scheduler.max_num_batched_tokens
     threshold = config.context_parallel.local_threshold
     topology = grid_of(facts).cp_topology()

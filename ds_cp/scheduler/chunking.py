@@ -12,7 +12,7 @@ from ds_cp.plan import Chunk
 from ds_cp.scheduler.mode_policy import ModePolicy
 from ds_cp.scheduler.request import Request
 
-LEVEL = 1.1  # largest share over the mean, up to which each home computes its own tokens
+LEVEL = 1.1  # ratio of the largest share to the mean; up to it each home computes its own tokens
 MIN_SHARE = 16  # new tokens per rank, below which spreading the work is not worth moving KV
 
 

@@ -10,7 +10,7 @@ from ds_cp.scheduler.chunking import Cut
 from ds_cp.scheduler.pacing import ChunkPacer
 from ds_cp.scheduler.request import Request
 
-SCORED_ROWS = 256  # rows of logits of one step, over all ranks, that score prompt tokens
+SCORED_ROWS = 256  # rows of logits of one step that score prompt tokens, over all ranks, at most
 
 
 class Draft:
@@ -38,10 +38,12 @@ class Draft:
 
     @property
     def is_empty(self) -> bool:
+        """Whether the step has nothing to compute or copy."""
         return not (self.decodes or self._chunks or self.transfers or self.begins)
 
     @property
     def num_decodes(self) -> int:
+        """Requests that decode in the step."""
         return sum(map(len, self.decodes.values()))
 
     @property

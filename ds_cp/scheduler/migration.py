@@ -1,5 +1,4 @@
-"""Blocks that change their home on purpose: a rank is drained, or the ranks are made level. No
-torch."""
+"""Moves blocks between ranks, to empty one that is drained or to even out all. No torch."""
 
 from __future__ import annotations
 
@@ -13,8 +12,8 @@ from ds_cp.plan import Transfer
 from ds_cp.scheduler.block_manager import BlockManager
 from ds_cp.scheduler.request import Request
 
-MOVES_PER_STEP = 8  # blocks, so that decodes go on while a rank is emptied
-LOPSIDED = 0.1  # difference of two ranks' shares of used blocks that is left alone
+MOVES_PER_STEP = 8  # blocks moved in one step, at most, so that decodes go on meanwhile
+LOPSIDED = 0.1  # difference of two ranks' shares of used blocks that ``rebalance`` leaves alone
 
 
 @dataclass
@@ -30,7 +29,7 @@ class _Move:
 
 
 class Migration:
-    """Turns the wish to empty or level ranks into a few transfers per step.
+    """Turns a drain or a rebalance into a few transfers per step.
 
     All blocks of a request that are to move get their new homes in one allocation, so that they are
     adjacent there, and are then moved a few per step (``Request.moving``).
@@ -74,8 +73,8 @@ class Migration:
             self._blocks.allocator.release([request.moving.pop(i)[1] for i in staying])
 
     def rebalance(self, running: Sequence[Request]) -> int:
-        """Wish for moves: decoding requests that span without need become local, then blocks go
-        from the fullest rank to the emptiest until they are level. Returns how many blocks. Local
+        """Plan moves: decoding requests that span without need become local, then blocks go from
+        the fullest rank to the emptiest until they are level. Returns the number of blocks. Local
         requests move whole or not at all."""
         blocks = self._blocks
         capacity = blocks.open_blocks
@@ -110,8 +109,8 @@ class Migration:
         return moving
 
     def _gather(self, running: Sequence[Request], used: list[int]) -> int:
-        """Wish for spans that are no longer needed to end: on a rank that the request is on, if
-        that has room for the rest and for one more block. Returns how many blocks."""
+        """Plan to make requests local that span without need: on a rank that the request is on, if
+        that has room for the rest and for one more block. Returns the number of blocks."""
         blocks, moving = self._blocks, 0
         room = blocks.room()
         for request in running:

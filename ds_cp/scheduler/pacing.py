@@ -27,12 +27,12 @@ class Tuning:
     steps; chunks; seconds.
 
     Before anything was measured:
-    ``first_chunk_work``: a chunk beside decodes. ``first_alone_work``: a chunk without decodes, of
-    which it is also the least.
+    ``first_chunk_work``: a chunk beside decodes. ``first_alone_work``: a chunk without decodes;
+    also the least such chunk.
 
     Bounds:
     ``least_chunk_tokens``: prompt tokens of a chunk, so that a long prompt always gets on.
-    ``alone_step_s``: seconds of a step without decodes at most: a new request waits so long.
+    ``alone_step_s``: seconds of a step without decodes at most: a new request waits no longer.
     ``growth_share``: a chunk's work beside decodes over the largest work measured so far, at most;
     also the time of a chunk over its allowance above which it was *late*: the next one then has its
     work divided by this. ``alone_growth_share``: the same bound of work without decodes.
@@ -75,11 +75,11 @@ class Tuning:
 class ChunkPacer:
     """Bounds the work on prompts so that a token of a decoding request takes at most ``slowdown``
     times as long as without, and a step at most ``alone_step_s`` when nothing decodes. ``slowdown``
-    None: nobody waits for the next token, so decodes are no reason for shorter chunks.
+    None: no client waits for the next token, so decodes are no reason for shorter chunks.
 
     ``attention``: what a prompt token costs for each stored token that it attends to, as a share of
-    what it costs otherwise. ``allowance`` is asked for each step first, ``plan`` is given what the
-    step became, and ``observe``, some steps later, how long that same step took.
+    what it costs otherwise. The caller asks ``allowance`` for each step, reports what it planned to
+    ``plan`` and, some steps later, the step's seconds to ``observe``.
     """
 
     def __init__(
@@ -175,8 +175,8 @@ class ChunkPacer:
         self._waited = 0 if work else self._waited + 1
 
     def observe(self, seconds: float, decodes: int, work: float) -> None:
-        """A step that was planned with ``decodes`` and ``work`` took ``seconds``, the maximum over
-        ranks."""
+        """Learn from a step that was planned with ``decodes`` and ``work``. ``seconds``: its time,
+        the maximum over ranks."""
         tuning = self.tuning
         if not decodes or self.slowdown is None:
             self._observe_alone(seconds, decodes, work)
@@ -191,7 +191,7 @@ class ChunkPacer:
             self._added.observe((1.0, work / tuning.work_unit), added)
 
     def _observe_alone(self, seconds: float, decodes: int, work: float) -> None:
-        """A step for whose decodes, if there were any, nobody waited."""
+        """Learn from a step without decodes, or with decodes that no client waits for."""
         tuning = self.tuning
         if seconds <= tuning.growth_share * tuning.alone_step_s:
             self._most_alone = max(self._most_alone, tuning.alone_growth_share * work)

@@ -1,4 +1,4 @@
-"""The one mind: which requests run in the next step, and where every token goes. No torch.
+"""Decides which requests run in the next step, and where every token goes. No torch.
 
 First come first served within a priority. Each step carries a token of every decoding request
 and, in what the budget of each rank leaves, the next chunks of prompts. It never waits for a
@@ -135,6 +135,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
+        """Whether a request runs or waits."""
         return bool(self.running or len(self.waiting))
 
     @property
@@ -179,13 +180,13 @@ class Scheduler:
         if self._pacer is not None:
             self._pacer.plan(draft.num_decodes, draft.largest_work)
         self._looking_back.update((r.number, r) for r in draft.looking_back)
-        plan = draft.plan(self._ended, self._news())
+        plan = draft.plan(self._ended, self._unreported())
         self._ended = []
         return plan
 
     def observe_step(self, step: int, seconds: float) -> None:
-        """Step ``step`` took ``seconds``, the maximum over ranks; the next chunks are sized by
-        it."""
+        """Report ``seconds``, the time of step ``step`` on its slowest rank. The pacer sizes the
+        next chunks by it."""
         decodes, work = self._in_flight.pop(step, (0, 0.0))
         if self._pacer is not None:
             self._pacer.observe(seconds, decodes, work)
@@ -209,7 +210,7 @@ class Scheduler:
             self.finish(request, "length")
         return request.finish_reason
 
-    def _news(self) -> list[tuple[int, int, int]]:
+    def _unreported(self) -> list[tuple[int, int, int]]:
         """Output tokens that the ranks do not know yet and penalties count."""
         news = []
         for request in self._looking_back.values():

@@ -73,6 +73,7 @@ class Topology:
 
     @property
     def num_hosts(self) -> int:
+        """Number of hosts."""
         return len(self.host_names)
 
     @cached_property

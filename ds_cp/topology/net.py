@@ -27,10 +27,12 @@ class Address:
 
     @property
     def network(self) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
+        """The subnet of the address."""
         return ipaddress.ip_network(f"{self.ip}/{self.prefix}", strict=False)
 
     @property
     def is_loopback(self) -> bool:
+        """Whether only this host can reach the address."""
         return is_loopback(self.ip)
 
 

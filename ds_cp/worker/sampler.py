@@ -13,9 +13,9 @@ import torch
 
 from ds_cp.plan import Sampled, Sampling
 
-COLDEST = 1e-5  # lower temperatures are taken as this one: dividing by less would overflow
-LEAST = 1e-30  # of top_p and repetition_penalty: less would be 0 in fp32
-HIGHEST = 1e30  # so that a score over COLDEST is still a number in fp32
+COLDEST = 1e-5  # least temperature: dividing by less would overflow
+LEAST = 1e-30  # least top_p and repetition_penalty: less would be 0 in fp32
+HIGHEST = 1e30  # largest score, so that it is finite in fp32 after division by COLDEST
 BLOCK = 256  # ids among which the best is looked for at once
 SCORE_ROWS = 64  # prompt rows whose log-probabilities are held in fp32 at a time
 
@@ -84,7 +84,7 @@ class Score(NamedTuple):
 def sample_rows(logits_RV: torch.Tensor, rows: Sequence[Row]) -> list[Sampled]:
     """Choose the next token of each row of ``logits_RV`` ``[R, V]``.
 
-    A row's token depends on nothing but the row: not on its company, and its random number on
+    A row's token depends on nothing but the row: not on the other rows, and its random number on
     (seed, index) alone. Temperature 0 is greedy, the lowest id of equals. Log-probabilities are of
     the logits with ``logit_bias``, before penalties, bans and filters. A row gets token -1 when its
     logits are not finite, when nothing is allowed, or when drawing it raises (the traceback goes to
@@ -244,7 +244,7 @@ def _draw(scores_V: torch.Tensor, how: Sampling, index: int) -> int:
 
 
 def _mix(x: int) -> int:
-    """splitmix64 (Steele, Lea, Flood 2014): 64 bits of which each depends on every bit of ``x``.
+    """splitmix64 (Steele, Lea, Flood 2014): 64 bits, each of them from every bit of ``x``.
     torch's CPU generator would look at the low 32 bits of a seed only."""
     x = (x + 0x9E3779B97F4A7C15) % 2**64
     x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64

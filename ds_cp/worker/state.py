@@ -15,16 +15,16 @@ from ds_cp.kv.table import Extents, SequenceTable
 from ds_cp.layout import Home, Runs, join, tail, total
 from ds_cp.plan import Begin, Chunk, Fork, Sampling, StepPlan
 
-NO_TOKEN = -1
+NO_TOKEN = -1  # in place of a token id that this rank does not know
 
 
 @dataclass(eq=False, slots=True)
 class RunningSequence:
     """One running request. ``tokens``: known to all ranks, the prompt first; never changed, and
-    shared by all answers to a prompt. ``drawn``: the number
-    of outputs drawn so far, the same on all ranks; ``sampler``: the rank that drew the last one,
-    and ``last``: its value, on that rank. ``outputs``: values of the output as far as known here.
-    ``resting``: the shards of ranks that add nothing in decode steps, until their part changes.
+    shared by all answers to a prompt. ``drawn``: the number of outputs drawn so far, the same on
+    all ranks; ``sampler``: the rank that drew the last one, and ``last``: its value, on that rank.
+    ``outputs``: values of the output as far as known here. ``resting``: the shards of ranks that
+    add nothing in decode steps, until their part changes.
     """
 
     number: int
@@ -118,7 +118,7 @@ class StepWork:
     that this rank has a part in. Of all ranks: ``draws``, in the order in which each rank draws;
     ``handoffs``; ``scored``, (sequence, first position, count, owner) of prompt tokens whose
     log-probabilities are wanted; ``ranks``, those with work in this step (tokens, a part in
-    spanning attention, blocks to copy), each of which reports to rank 0.
+    spanning attention, blocks to copy); each reports to rank 0.
     """
 
     decodes: list[RunningSequence] = field(default_factory=list)

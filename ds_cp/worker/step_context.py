@@ -26,8 +26,8 @@ from ds_cp.kv.table import Extents
 from ds_cp.layout import Runs, head, join, overlap, positions, total
 from ds_cp.worker.state import Item, RunningSequence, StepWork
 
-SCHEME_SHIP = "ship_kv"
-EMPTY: Runs = ()
+SCHEME_SHIP = "ship_kv"  # name in the ledger
+EMPTY: Runs = ()  # no position
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""One rank's hands: executes plans. No policy here."""
+"""Runs plans on one rank. No policy here."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ from ds_cp.worker.sampler import History, Row, Score, sample_rows, score_prompt
 from ds_cp.worker.state import Draw, Handoff, StepWork, WorkerState
 from ds_cp.worker.step_context import StepContext
 
+# Names in the ledger.
 SCHEME_TOKEN = "next_token"
 SCHEME_MOVE = "move_kv"
 
@@ -48,8 +49,8 @@ class _Coming:
 
 
 class Worker:
-    """Everything one rank needs to run plans: its seat, its groups, the model, its KV and the state
-    of its requests.
+    """Everything one rank needs to run plans: its place, its groups, the model, its KV and the
+    state of its requests.
 
     ``tp_rank`` 0 of each cp rank draws; all tensor-parallel ranks compute the same logits.
     """
