@@ -32,6 +32,7 @@ from ds_cp.config import Server
 from ds_cp.engine.interface import EngineInterface
 from ds_cp.errors import DsCpError
 
+# What every route may answer besides its own, for openapi.json.
 _ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorBody, "description": "The request is at fault."},
     "5XX": {"model": ErrorBody, "description": "The server is at fault or not ready."},

@@ -17,7 +17,7 @@ from ds_cp.api.respond import Answer, Json, ending, respond
 from ds_cp.outputs import Delta, TokenLogprob
 from ds_cp.sampling_params import SamplingParams
 
-DEFAULT_MAX_TOKENS = 16
+DEFAULT_MAX_TOKENS = 16  # new tokens, as in OpenAI's API
 
 
 async def completions(context: AppContext, body: CompletionRequest, request: Request) -> Response:

@@ -21,9 +21,10 @@ from ds_cp.engine.interface import EngineInterface
 from ds_cp.errors import RequestError
 from ds_cp.sampling_params import RequestOptions, SamplingParams
 
-# Entries of one answer: one per prompt token, alternative and choice. Writing a million of them as
-# JSON holds up the event loop for half a second.
+# Entries of one answer, one per prompt token, alternative and choice, at most. Writing a million
+# of them as JSON holds up the event loop for half a second.
 MAX_PROMPT_LOGPROBS = 1_000_000
+# Fields that the engine has by the same name.
 _COPIED = (
     "n temperature top_p top_k min_p seed stop stop_token_ids min_tokens ignore_eos logit_bias "
     "skip_special_tokens presence_penalty frequency_penalty repetition_penalty"

@@ -13,8 +13,8 @@ from ds_cp.errors import CapacityError, DsCpError, EngineDeadError, QueueFullErr
 from ds_cp.text import shorten
 
 RETRY_AFTER_S = 1  # seconds that a client is asked to wait when the queue is full
-MAX_MESSAGE_CHARS = 1000
-MAX_VALUE_CHARS = 60  # of a client's value in a message
+MAX_MESSAGE_CHARS = 1000  # characters of a message
+MAX_VALUE_CHARS = 60  # characters of a client's value in a message
 INTERNAL_MESSAGE = "internal error; the server's log has the details under request id {request_id}"
 
 

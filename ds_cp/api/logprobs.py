@@ -11,9 +11,9 @@ from typing import Any
 from ds_cp.engine.interface import EngineInterface
 from ds_cp.outputs import TokenLogprob
 
-LOWEST = -9999.0  # JSON has no infinity
+LOWEST = -9999.0  # stands for -infinity, which JSON does not have
 PIECE = 1024  # prompt tokens between two turns of the event loop: some milliseconds of work
-_CACHED_PIECES = 65536  # tokens whose text is kept
+_CACHED_PIECES = 65536  # tokens whose text is cached
 _NEAR = 16  # bytes that a tokenizer's normalization may have dropped before a token
 
 

@@ -22,8 +22,8 @@ from ds_cp.api.errors import ApiError, internal_error, shutting_down
 
 logger = logging.getLogger("ds_cp.api")
 
-MAX_HEADER_BYTES = 32 * 1024
-MAX_TARGET_BYTES = 8 * 1024
+MAX_HEADER_BYTES = 32 * 1024  # bytes of a request's headers
+MAX_TARGET_BYTES = 8 * 1024  # bytes of a request's URL
 BODY_BYTES_PER_S = 64 * 1024  # a body that arrives at this rate is never cut off
 _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _LINGER_S = 1.0  # seconds of reading on after an early refusal

@@ -32,8 +32,8 @@ from ds_cp.api.strict_model import (
 )
 from ds_cp.sampling_params import MAX_LOGIT_BIAS, MAX_N, MAX_SALT_CHARS
 
-MAX_PROMPTS = 64
-MAX_CHOICES = 128  # prompts times n
+MAX_PROMPTS = 64  # prompts of one request
+MAX_CHOICES = 128  # answers to one request: prompts times n
 
 
 class StreamOptions(StrictModel):
@@ -169,7 +169,7 @@ class CompletionRequest(SamplingRequest):
 
 
 class ChatMessage(StrictModel):
-    """One turn. ``developer`` is taken as ``system``; parts of text are joined by a line break."""
+    """One turn. ``developer`` is read as ``system``; parts of text are joined by a line break."""
 
     unsupported: ClassVar[dict[str, Unsupported]] = MESSAGE
 

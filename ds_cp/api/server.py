@@ -20,7 +20,7 @@ from ds_cp.config import Server
 
 logger = logging.getLogger("ds_cp.api")
 
-MAX_CONNECTIONS = 1024  # open at once; more are answered 503
+MAX_CONNECTIONS = 1024  # connections open at once; more are answered 503
 KEEP_ALIVE_CONNECTION_S = 30  # seconds that a connection may be idle between requests
 _AFTER_CANCEL_S = 2.0  # seconds for requests cancelled at the end of a drain to answer
 _PAUSE_S = 0.1  # seconds for the last bytes to reach the sockets

@@ -21,7 +21,7 @@ from ds_cp.outputs import Delta
 logger = logging.getLogger("ds_cp.api")
 
 DONE = b"data: [DONE]\n\n"
-KEEP_ALIVE = b": keep-alive\n\n"
+KEEP_ALIVE = b": keep-alive\n\n"  # a comment, which clients ignore
 _LAST_EVENT_S = 1.0  # seconds to send the event that the server is shutting down
 
 

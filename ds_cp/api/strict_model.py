@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from ds_cp.api.errors import FieldError, shown
 from ds_cp.text import MAX_NAME_CHARS, closest
 
+# Fields that do not change the answer.
 IGNORED = frozenset(
     "user store metadata service_tier safety_identifier prompt_cache_key verbosity".split()
 )
@@ -37,6 +38,7 @@ _NO_TOOLS = Unsupported(([],), "tool calls are not supported yet")
 _NO_MEDIA = Unsupported((), "this server reads and writes text only")
 _NO_TEMPLATE = Unsupported((), "templates come with the model; a request cannot bring or steer one")
 _NO_GRAMMAR = Unsupported((), "constrained output is not supported yet")
+# Fields of both kinds of completion, of one kind, and of a chat's message.
 BOTH: dict[str, Unsupported] = {
     "response_format": Unsupported(({"type": "text"},), "only plain text is supported so far"),
     "use_beam_search": Unsupported((False,), "beam search is not supported"),

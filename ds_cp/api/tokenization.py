@@ -14,9 +14,9 @@ from ds_cp.api.errors import ApiError
 from ds_cp.engine.interface import EngineInterface
 from ds_cp.text import shorten
 
-CHARS_PER_TOKEN = 32  # bounds a text: characters per token of the model's length
-THREADS = 2  # that tokenize at once
-MAX_REASON_CHARS = 200  # of a chat template's refusal in a message
+CHARS_PER_TOKEN = 32  # characters of a text per token of the model's length, at most
+THREADS = 2  # texts that are tokenized at once
+MAX_REASON_CHARS = 200  # characters of a chat template's refusal in a message
 
 Result = TypeVar("Result")
 

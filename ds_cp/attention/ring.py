@@ -23,6 +23,7 @@ from ds_cp.comm.ring import RingExchange
 from ds_cp.comm.wire import Group
 from ds_cp.layout import total
 
+# Names in the ledger.
 SCHEME_KV = "ring_pass_kv"
 SCHEME_Q = "ring_pass_q"
 SCHEME_Q_BACK = "ring_pass_q_partials"

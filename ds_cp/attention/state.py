@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-NEG_INF = float("-inf")
+NEG_INF = float("-inf")  # lse of a query that sees no key
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ def _stored(k_runs: Runs) -> list[tuple[int, int, int]]:
 
 
 def _causal_tiles(row: int, start: int, rows: int, keys: list[tuple[int, int, int]]) -> list[Tile]:
-    """Without a window: keys before the rows are full, overlapping ones split at their borders.
+    """Without a window: keys before the rows are full; a run that overlaps the rows is split.
 
     A single row sees its own key as it sees those before it, which makes one tile of a decode step.
     """

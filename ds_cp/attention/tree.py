@@ -21,6 +21,7 @@ from ds_cp.comm.tree import Key, TreeExchange
 from ds_cp.comm.wire import Group
 from ds_cp.layout import Runs, total
 
+# Names in the ledger.
 SCHEME_Q = "tree_q"
 SCHEME_PARTIALS = "tree_partials"
 

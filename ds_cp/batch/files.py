@@ -16,9 +16,9 @@ from ds_cp.batch.format import Problem
 from ds_cp.errors import DsCpError, LaunchError
 from ds_cp.text import parse_json
 
-MAX_ANSWER_BYTES = 1 << 30  # of one line
+MAX_ANSWER_BYTES = 1 << 30  # bytes of one line, at most
 NOT_FINAL = (408, 425, 429, 499)  # 4xx that do not depend on the request: asked again
-_BEGINS = b'{"id": "batch_req_'  # every line
+_BEGINS = b'{"id": "batch_req_'  # how every line begins
 
 
 class AnswerFile:

@@ -9,9 +9,10 @@ from typing import Any, BinaryIO
 
 from ds_cp.text import parse_json, show
 
+# What a line may ask for, and its fields.
 URLS = ("/v1/chat/completions", "/v1/completions")
 KEYS = ("custom_id", "method", "url", "body")
-MAX_ID_CHARS = 512
+MAX_ID_CHARS = 512  # characters of a custom_id
 
 
 @dataclass(frozen=True)

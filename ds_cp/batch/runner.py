@@ -24,7 +24,7 @@ SHOWN = 5  # problems of each kind that a report names
 # Seconds between the tries of a request that the server is too busy for, while it answers nothing
 # else of the batch; after the last one the refusal is final.
 PAUSES_S = (0.1, 0.2, 0.5, 1.0, 2.0, 4.0)
-MAX_REASON_CHARS = 300  # of a refusal in a report
+MAX_REASON_CHARS = 300  # characters of a refusal in a report
 LEAVE_S = 5.0  # seconds for cancelled requests to leave the engine
 
 

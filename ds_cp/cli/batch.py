@@ -28,7 +28,7 @@ from ds_cp.startup.resources import socket_environment
 from ds_cp.text import shorten
 from ds_cp.topology.job import Job, peek_rank
 
-STDOUT = "-"
+STDOUT = "-"  # OUT: answers go to stdout
 # Seconds that ranks get after a signal to cut off what is in flight and leave.
 STOP_S = 15.0
 MAX_CONCURRENCY = 4096  # requests in flight

@@ -12,6 +12,7 @@ from ds_cp.cli.output import put
 from ds_cp.config import config_schema, explain, load_config
 from ds_cp.version import __version__
 
+# Their versions are printed.
 PACKAGES = ("torch", "deepspeed", "transformers", "safetensors", "mpi4py", "flash-attn")
 
 

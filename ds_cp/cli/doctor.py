@@ -29,10 +29,12 @@ from ds_cp.cli.output import put
 from ds_cp.version import __version__
 
 PROBE_S = 60.0  # seconds that a child process gets to answer
-ROUND_TRIPS = 300  # of one byte each, whose median is reported
-MIN_DEEPSPEED = (0, 19, 8)
+ROUND_TRIPS = 300  # round trips of one byte; their median is reported
+MIN_DEEPSPEED = (0, 19, 8)  # oldest version that works
+# By the status of a check.
 MARKS = {"ok": "[ok]  ", "note": "[note]", "fail": "[FAIL]"}
 
+# Programs of the child processes.
 _TORCH = """
 import json, torch
 dist = torch.distributed

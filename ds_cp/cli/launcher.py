@@ -15,12 +15,13 @@ from types import FrameType
 from ds_cp.errors import LaunchError
 from ds_cp.process import die_with_parent
 
-LAUNCHER = "ds-cp"
+LAUNCHER = "ds-cp"  # as ranks learn it from their environment
 POLL_S = 0.05  # seconds between looks at the ranks
 # Seconds between SIGTERM and SIGKILL when a rank has failed. Most ranks end by themselves within
 # them; about once in a hundred failures under load, gloo misses that a peer is gone and waits
 # comm.timeout_s.
 FAILURE_GRACE_S = 5.0
+# Signals that every rank gets as well.
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 

@@ -25,7 +25,7 @@ Verbs: TypeAlias = "argparse._SubParsersAction[_Parser]"  # what add_subparsers 
 # Seconds that a failing rank other than 0 waits before it exits: rank 0 prints the cause, and some
 # launchers end the job at the first exit.
 HEAD_START_S = 1.0
-INTERRUPTED = 130
+INTERRUPTED = 130  # exit code after Ctrl-C: 128 + SIGINT
 
 
 class _Parser(argparse.ArgumentParser):

@@ -12,8 +12,9 @@ from ds_cp.errors import RequestError
 from ds_cp.sampling_params import SamplingParams
 from ds_cp.text import nearest, parse_json, shorten, show
 
-MAX_FILE_BYTES = 1 << 28
-MAX_TOKEN_ID = 2**31 - 1
+MAX_FILE_BYTES = 1 << 28  # bytes of a file of prompts
+MAX_TOKEN_ID = 2**31 - 1  # largest id that a prompt may name
+# Fields of a line besides prompt.
 FIELDS = tuple(field.name for field in dataclasses.fields(SamplingParams))
 
 

@@ -15,7 +15,7 @@ PLAN, RESULT = "plan", "result"
 
 
 class Control:
-    """Rank 0's channel to everybody. A plan is raw bytes (msgpack), at most ``LIMIT`` long."""
+    """Rank 0's channel to all ranks. A plan is raw bytes (msgpack), at most ``LIMIT`` long."""
 
     FRAME = 4096  # one broadcast carries this much, which nearly every plan fits
     LIMIT = MAX_PLAN_BYTES
@@ -25,8 +25,8 @@ class Control:
         self._frame = torch.zeros(self.FRAME, dtype=torch.uint8)
 
     def broadcast(self, payload: bytes | None) -> bytes:
-        """Rank 0 gives ``payload`` to all ranks; everybody returns it. ``CommError`` when it is too
-        long, or when a peer is gone."""
+        """Rank 0 gives ``payload`` to all ranks; every rank returns it. ``CommError`` when it is
+        too long, or when a peer is gone."""
         if self._group.rank == 0:
             assert payload is not None
             self._give(payload)

@@ -24,7 +24,7 @@ FAILURE = "failure"  # key of the first failure
 READ = "failure/read"  # prefix of the keys by which ranks say that they have read it
 STORE_S = 5.0  # seconds to wait for the store, whose host may be gone
 READ_S = 3.0  # seconds that rank 0, whose process is the store, stays for the others to read
-MESSAGE = 800  # characters of a cause
+MESSAGE = 800  # characters of a cause, at most
 T = TypeVar("T")
 
 

@@ -11,9 +11,9 @@ from ds_cp.comm.wire import Group, World
 
 SMALL = 1024  # bytes of a message that shows the latency
 LARGE = 2 * 2**20  # bytes of a message that shows the rate
-SMALL_ROUNDS = 20  # round trips of which the fastest counts
-LARGE_ROUNDS = 4
-SCHEME = "link_probe"
+SMALL_ROUNDS = 20  # round trips of a small message; the fastest counts
+LARGE_ROUNDS = 4  # the same of a large one
+SCHEME = "link_probe"  # name in the ledger
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ def measure_links(world: World) -> tuple[LinkSpeed, ...]:
 def _one_way(group: Group, peer: int, nbytes: int, rounds: int) -> float:
     """Half of the fastest round trip in seconds, on rank 0 and on ``peer``; 0 on other ranks.
 
-    A message counts once it is in the device's memory: NCCL's ``wait`` only orders streams, so the
-    device is waited for before the clock is read.
+    A message counts once it is in the device's memory: NCCL's ``wait`` only orders CUDA streams, so
+    the device is waited for before the clock is read.
     """
     if group.rank not in (0, peer):
         return 0.0

@@ -52,7 +52,7 @@ class Group:
 
     ``ranks``: world ranks in group order; ``rank``: this rank's index in it; ``hosts``: host index
     of every member; ``ring``: the order (of group indices) in which a ring visits the members so
-    that every host border is crossed once. A group of one does no call and returns the same types.
+    that it enters each host once. A group of one does no call and returns the same types.
     """
 
     def __init__(
@@ -248,10 +248,9 @@ def join(
 
     ``host`` is this process's host name; ``hosts`` the host of every rank when the launch code
     knows it (MPI), else ``None`` and the names are exchanged through the store, where two hosts of
-    one name are told apart. ``digest``: what
-    all ranks must have in common (their config). Raises ``CommError`` when not all ranks arrive in
-    time, ``LaunchError`` when the store cannot listen, ``ConfigError`` when ranks were started
-    differently.
+    one name get different ones. ``digest``: what all ranks must have in common (their config).
+    Raises ``CommError`` when not all ranks arrive in time, ``LaunchError`` when the store cannot
+    listen, ``ConfigError`` when ranks were started differently.
     """
     limit = timedelta(seconds=timeout_s)
     try:
@@ -294,7 +293,7 @@ def _introduce(rank: int, size: int, host: str, digest: str, store: Store) -> li
     hellos = [store.get(f"hello/{r}").decode().split(" ", 2) for r in range(size)]
     odd = [r for r, hello in enumerate(hellos) if hello[0] != hellos[0][0]]
     if odd:
-        # Rank 0 is the store: it must stay until the others have read every digest.
+        # Rank 0 is the store: it must stay until the other ranks have read every digest.
         store.set(f"read/{rank}", "")
         if rank == 0:
             store.wait([f"read/{r}" for r in range(size)])

@@ -8,9 +8,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSche
 
 from ds_cp.text import SIZE_PATTERN, parse_size
 
-MAX_RANKS = 1024
-MAX_TOKENS = 1 << 31
-MAX_MEMORY = 1 << 50  # bytes
+MAX_RANKS = 1024  # ranks of a job
+MAX_TOKENS = 1 << 31  # tokens of a length or a budget
+MAX_MEMORY = 1 << 50  # bytes of a budget
 
 Auto = Literal["auto"]
 
@@ -26,6 +26,7 @@ def _bytes(value: Any) -> Any:
 
 
 Tokens = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
+# JSON schemas of bytes, and of one budget or one for each rank.
 _SIZE_SCHEMA: dict[str, Any] = {
     "anyOf": [
         {"type": "string", "pattern": SIZE_PATTERN, "examples": ["512MiB"]},

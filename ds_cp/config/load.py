@@ -17,7 +17,7 @@ from ds_cp.config.models import Config
 from ds_cp.errors import ConfigError
 from ds_cp.text import allowed, nearest, parse_json, shorten, show
 
-MAX_CONFIG_BYTES = 1 << 20
+MAX_CONFIG_BYTES = 1 << 20  # bytes of a config file
 
 
 def looks_like_path(model: str) -> bool:

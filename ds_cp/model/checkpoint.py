@@ -18,9 +18,10 @@ from typing import Any
 from ds_cp.errors import ModelError
 from ds_cp.text import parse_json, shorten
 
+# File names of a model, and suffixes of files with weights.
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-MAX_HEADER = 100 * 2**20  # bytes; what safetensors itself accepts
+MAX_HEADER = 100 * 2**20  # bytes of a header; safetensors itself accepts no more
 PICKLES = frozenset({".bin", ".pt", ".pth"})
 OTHER_WEIGHTS = PICKLES | {".safetensors", ".gguf", ".ckpt", ".h5", ".msgpack", ".onnx"}
 SHARD = re.compile(r".+-\d+-of-\d+\.safetensors")

@@ -1,7 +1,7 @@
 """A checkpoint is consumed or refused: what its files hold, against what reached the model.
 
 transformers drops tensors that have no place in the model. Scales of quantized weights, biases that
-the config leaves out and layers that it does not count are then missing without a word. Only parts
+the config leaves out and layers that it does not count are then silently missing. Only parts
 of a known kind that text generation does not need may stay unread, and a note says which.
 """
 
@@ -24,6 +24,7 @@ from ds_cp.model.wiring import Decoder
 # safetensors dtypes that a layer of floating-point weights is served in; masks may be boolean and
 # positions 64-bit integers. Everything else is a quantized or packed format.
 PLAIN = frozenset({"F64", "F32", "F16", "BF16", "BOOL", "I64"})
+# Dtypes that can hold NaN and infinity.
 SUMMABLE = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 
 # Buffers that the model computes for itself.

@@ -17,10 +17,11 @@ from pathlib import Path
 from ds_cp.errors import ModelError
 
 PART = re.compile(r".+-(\d{5})-of-(\d{5})")  # llama.cpp's name of one part of a split file
-ALIGNMENT = 32  # bytes; llama.cpp's default
+ALIGNMENT = 32  # bytes; tensors begin at multiples of it unless the header says another
 STRING, ARRAY = 8, 9  # types of metadata values
 WIDTH = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of the others
-F32 = 0  # type of a tensor
+F32 = 0  # type of a tensor of fp32
+# Tensors of factors on rotary frequencies.
 ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
 
@@ -59,7 +60,7 @@ def read_gguf(path: Path) -> dict[str, GgufTensor]:
 
 
 def check_gguf_consumed(path: Path, tensors: Mapping[str, GgufTensor], read: int) -> None:
-    """Refuse a file of which transformers left out a part.
+    """Refuse a file when transformers left out a part of it.
 
     ``read``: elements of the loaded model, each tied weight once. Raises ``ModelError``.
     """

@@ -18,6 +18,7 @@ from ds_cp.model.source import ModelSource
 from ds_cp.model.wiring import Decoder
 from ds_cp.text import shorten
 
+# By the name in the config.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

@@ -21,7 +21,7 @@ from ds_cp.comm.wire import Group
 from ds_cp.errors import CommError, ConfigError, UnsupportedModelError
 from ds_cp.model.wiring import Decoder
 
-SCHEME = "tp_all_reduce"
+SCHEME = "tp_all_reduce"  # name in the ledger
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Literal
 from ds_cp.errors import ModelError
 from ds_cp.model.checkpoint import read_checkpoint
 
+# OWNER/NAME, or NAME alone.
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 

@@ -19,8 +19,8 @@ from ds_cp.errors import UnsupportedModelError
 
 Decoder = PreTrainedModel  # a causal decoder with its language-model head
 
-NAME = "ds_cp"
-CONTEXT = "ds_cp_context"
+NAME = "ds_cp"  # of the attention in transformers' registry
+CONTEXT = "ds_cp_context"  # keyword of the forward call that carries the step
 # Keywords that layers pass along and that change nothing for causal inference over true positions.
 HARMLESS = frozenset(
     {"dropout", "position_ids", "cache_position", "use_cache", "output_attentions", "return_dict",

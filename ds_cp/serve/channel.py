@@ -12,7 +12,7 @@ from ds_cp.errors import EngineDeadError
 from ds_cp.facts import Facts
 from ds_cp.plan import MAX_PLAN_BYTES, Outcome, Plan
 
-LIMIT = MAX_PLAN_BYTES  # largest frame, in bytes
+LIMIT = MAX_PLAN_BYTES  # bytes of the largest frame
 
 
 class WorkerSpec(msgspec.Struct, frozen=True):

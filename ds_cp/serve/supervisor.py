@@ -32,7 +32,9 @@ from ds_cp.topology.job import Job
 LEAVE_S = 5.0  # seconds for workers to end after the stop plan
 POLL_S = 0.1  # seconds between looks at the worker and the launcher
 HURRY_S = 1.0  # seconds for the current step, when requests are not drained
+# Signals that end the job.
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Words in the command line of a launcher's process.
 LAUNCHERS = ("deepspeed", "torchrun", "torch.distributed", "mpirun", "prterun", "prted", "ds-cp")
 
 

@@ -66,7 +66,7 @@ def _work(channel: Channel, spec: WorkerSpec) -> None:
 
 
 def _lead(channel: Channel, worker: Worker) -> None:
-    """Rank 0: forward the plans that the front sends to all ranks, up to ``Stop``."""
+    """Rank 0: give every plan that the supervisor sends to all ranks, up to ``Stop``."""
     while (outcome := worker.forward(channel.receive_bytes())) is not None:
         sent = {k: (e.bytes, e.exchanges) for k, e in worker.world.ledger.schemes().items()}
         channel.send(Result(outcome, sent))

@@ -31,6 +31,7 @@ from ds_cp.errors import (
 T = TypeVar("T")
 REPORT = 1024  # bytes of a rank's report to rank 0
 MESSAGE = 800  # bytes of the message in it
+# Errors that keep their class on every rank.
 KINDS: tuple[type[DsCpError], ...] = (
     CommError, ConfigError, ModelError, TopologyError, UnsupportedModelError,
 )  # fmt: skip
@@ -106,7 +107,7 @@ def is_out_of_memory(err: BaseException) -> bool:
 
 
 def _attempt(work: Callable[[], T]) -> tuple[T | None, DsCpError | None]:
-    """What came of ``work``: its result, or the error to report."""
+    """The result of ``work``, or the error to report."""
     try:
         return work(), None
     except DsCpError as err:

@@ -126,7 +126,7 @@ def _serve(
     note: Callable[[str], None],
 ) -> Served:
     """Load, compare with the other ranks, shard, wire, and compare with transformers. ``note``
-    gets lines on what was read past."""
+    gets a line on each part of the checkpoint that is not used."""
 
     def load() -> tuple[Decoder, list[nn.Module], str, Kernel, int, Fingerprint]:
         source = find_model(config.model) if model is None else model

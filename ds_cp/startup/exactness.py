@@ -38,7 +38,7 @@ BLOCKS_OF_LONG, BLOCKS_OF_SHORT = (3, 0, 2), (1,)
 FLOOR_FP32 = 1e-4  # least limit of the error, as a share of the largest logit
 FLOOR_HALF = 5e-2  # the same for bf16 and fp16, also of one layer's attention
 ROUNDING = 3.0  # times transformers' own difference between two of its kernels
-CEILING = 0.45  # most that rounding may excuse: logits of unrelated tokens differ by 0.6 and more
+CEILING = 0.45  # largest limit of the error: logits of unrelated tokens differ by 0.6 and more
 
 
 @dataclass(frozen=True)

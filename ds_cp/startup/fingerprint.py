@@ -18,6 +18,7 @@ from ds_cp.startup.agreement import Report, exchange_reports
 
 SAMPLES = 64  # elements of a tensor that are compared, evenly spaced, first and last included
 HEAD = 4 * 2**20  # bytes of a GGUF file that hold its tokenizer
+# Files that decide how text becomes token ids.
 TOKENIZER_FILES = (
     "added_tokens.json", "chat_template.json", "merges.txt", "special_tokens_map.json",
     "spiece.model", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json",

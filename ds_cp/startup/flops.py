@@ -9,7 +9,7 @@ import torch
 from ds_cp.comm.links import synchronize
 
 ROWS = 256  # tokens of one trial
-TRIALS = 3  # of which the fastest counts
+TRIALS = 3  # the fastest counts
 
 
 def achieved_flops(hidden: int, dtype: torch.dtype, device: torch.device) -> float:

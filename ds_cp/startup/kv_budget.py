@@ -16,8 +16,8 @@ from ds_cp.kv.pool import KVPool, bytes_per_token
 from ds_cp.startup.agreement import is_out_of_memory
 from ds_cp.topology.hosts import Grid
 
-AUTO_MEMORY_SHARE = 0.4  # of the host's free memory, divided by its ranks
-AUTO_GPU_SHARE = 0.85  # of the device's free memory
+AUTO_MEMORY_SHARE = 0.4  # share of the host's free memory, divided by its ranks
+AUTO_GPU_SHARE = 0.85  # share of the device's free memory
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ class Place:
 
 
 def from_rank_variables(env: Mapping[str, str]) -> Place:
-    """``RANK`` and company: deepspeed, torchrun, ds-cp, or set by hand."""
+    """``RANK`` and the variables beside it: deepspeed, torchrun, ds-cp, or set by hand."""
     size, rank = _int(env, "WORLD_SIZE"), whole_number(env, "RANK")
     local_size = whole_number(env, "LOCAL_WORLD_SIZE")
     if local_size is None:
@@ -62,7 +62,7 @@ def from_rank_variables(env: Mapping[str, str]) -> Place:
     if launcher is None:
         launcher = "deepspeed" if "LOCAL_SIZE" in env or "CROSS_SIZE" in env else "python"
     place = Place(rank, size, local_rank, local_size, launcher)
-    if size == 1:  # nobody else has to find the store
+    if size == 1:  # no other rank has to find the store
         return place
     shared = env.get("TORCHELASTIC_USE_AGENT_STORE", "").lower() in ("true", "1")
     place = replace(
@@ -71,7 +71,7 @@ def from_rank_variables(env: Mapping[str, str]) -> Place:
         store_port=port_number(env, "MASTER_PORT"),
         store_shared=shared,
     )
-    return place if shared else _settle_loopback(place)  # torchrun's agents have met there
+    return place if shared else _settle_loopback(place)  # torchrun's own processes have met there
 
 
 def _settle_loopback(place: Place) -> Place:

@@ -115,13 +115,13 @@ class Topology:
     def ring_order(self) -> tuple[int, ...]:
         """All ranks in an order that leaves each host once per round.
 
-        One round (the last rank back to the first included) crosses ``num_hosts`` host borders,
-        the fewest possible with more than one host; 0 with one host.
+        One round (the last rank back to the first included) goes to another host ``num_hosts``
+        times, the fewest possible with more than one host; 0 with one host.
         """
         return tuple(rank for ranks in self._ranks_of_host for rank in ranks)
 
     def crossings(self, order: Sequence[int]) -> int:
-        """Host borders that one round over ``order`` crosses, closing step included."""
+        """Steps of one round over ``order`` that go to another host, closing step included."""
         hosts = [self.host_index(rank) for rank in order]
         return sum(hosts[i - 1] != hosts[i] for i in range(len(hosts)))
 

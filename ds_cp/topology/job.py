@@ -14,6 +14,7 @@ from ds_cp.topology.net import LOOPBACK, Address
 
 __all__ = ["Job", "detect", "open_store_socket", "peek_rank"]
 
+# How to choose another port, by launcher.
 _OTHER_PORT = {
     "deepspeed": "choose another port with deepspeed --master_port N",
     "torchrun": "choose another port with torchrun --master-port N",
@@ -298,7 +299,7 @@ def _own_ip(
     host: str,
     peers: tuple[str, ...] = (),
 ) -> str:
-    """The address of this host on which rank 0 listens, for others who connect to ``store_host``.
+    """The address of this host on which rank 0 listens, for ranks that connect to ``store_host``.
 
     Where that leads to loopback: the first address of the interface ``named`` in the config, or the
     outward one (see ``net.outward_address``); 127.0.0.1 on a host that has no other.

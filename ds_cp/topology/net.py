@@ -12,7 +12,7 @@ from ds_cp.errors import LaunchError, TopologyError
 
 LOOPBACK = "127.0.0.1"
 _LOOPBACK_NAMES = ("localhost", "localhost.localdomain", "ip6-localhost", "ip6-loopback")
-# Addresses that nobody has (RFC 5737, RFC 3849): the route to them is the default route.
+# Addresses that no host has (RFC 5737, RFC 3849): the route to them is the default route.
 _ELSEWHERE = ("203.0.113.1", "2001:db8::1")
 _MAX_LOOKUPS = 4  # names of other hosts that are looked up for a route, at most
 
@@ -117,7 +117,7 @@ def shared_address(mine: Sequence[Address], others: Sequence[Sequence[Address]])
     """The address of ``mine`` to give to the other hosts.
 
     The first in whose subnet every other host has an address too; else the first. An address that
-    another host has as well (a container bridge) reaches nobody and is left out.
+    another host has as well (a container bridge) reaches no other host and is left out.
     """
     taken = {address.ip for host in others for address in host}
     usable = [a for a in mine if not a.is_loopback and a.ip not in taken]

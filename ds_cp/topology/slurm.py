@@ -6,6 +6,7 @@ import re
 
 from ds_cp.errors import TopologyError
 
+# A name, and the ranges in brackets after it.
 _PIECE = re.compile(r"([^\[\],]*)(?:\[([^\]]*)\])?")
 
 

@@ -25,7 +25,7 @@ from ds_cp.attention.state import NEG_INF, Partial, dense, empty_partial, merge_
 from ds_cp.attention.tiles import Tile, cover
 from ds_cp.layout import Runs
 
-HEAD_DIM, HEAD_DIM_STEP = 256, 8  # the package's limits on head_dim: at most, a multiple of
+HEAD_DIM, HEAD_DIM_STEP = 256, 8  # dims: largest head_dim, and what it must be a multiple of
 
 
 def _check_arguments(function: Callable[..., Any], *names: str) -> None:
@@ -105,7 +105,7 @@ def _tile(
     v_SGD = v_SGD[tile.key : tile.key + tile.keys]
     left, right = -1, -1
     if tile.kind == "band":
-        # flash-attn counts from the end: row i is taken to sit at key i + keys - rows. Shift the
+        # flash-attn counts from the end: row i sits at key i + keys - rows for it. Shift the
         # window by the difference to the true positions. A negative width means "no limit" to it.
         assert spec.window is not None
         shift = (tile.row_pos - tile.key_pos) - (tile.keys - tile.rows)

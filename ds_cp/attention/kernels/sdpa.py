@@ -34,9 +34,9 @@ from ds_cp.attention.tiles import Tile, cover
 from ds_cp.layout import Runs
 
 OP_ROWS = 32  # query rows of one task of the CPU operator, while there are few rows
-CUDA_DIM = 8  # dims a head of CUDA's operators are a multiple of it
-FLASH_DIM = 256  # dims a head at most of CUDA's flash operator
-PART_KEYS = 1536  # keys of a part at least; with fewer the merge costs more than it saves
+CUDA_DIM = 8  # dims: CUDA's operators take head_dims that are multiples of it
+FLASH_DIM = 256  # dims: largest head_dim of CUDA's flash operator
+PART_KEYS = 1536  # least keys of a part; with fewer the merge costs more than it saves
 
 
 def sdpa_kernel(
