@@ -56,13 +56,13 @@ class Facts:
         ends = sorted({*self.eos_token_ids, *end_tokens})
         if outside := [i for i in ends if not 0 <= i < self.vocab_size]:
             notes.append(
-                f"end tokens {', '.join(map(str, outside))} are ignored: the model's vocabulary "
-                f"has {self.vocab_size} tokens"
+                f"end tokens {', '.join(map(str, outside))} are ignored: "
+                f"the model's vocabulary has {self.vocab_size} tokens"
             )
         if size is not None and size > self.vocab_size:
             notes.append(
-                f"the tokenizer has {size} tokens, the model's vocabulary {self.vocab_size}: a "
-                "prompt with a token beyond it is refused"
+                f"the tokenizer has {size} tokens, the model's vocabulary {self.vocab_size}: "
+                "a prompt with a token beyond it is refused"
             )
         kept = tuple(i for i in ends if i not in outside)
         return replace(self, eos_token_ids=kept, notes=tuple(notes))

@@ -12,9 +12,9 @@ from typing import Any
 from ds_cp.errors import RequestError
 
 MAX_LOGPROBS = 20  # alternatives a token
-MAX_STOPS = 16  # stop strings, and stop token ids, of one request
+MAX_STOPS = 16  # stop strings of one request
 MAX_STOP_CHARS = 256  # characters of one stop string
-MAX_LOGIT_BIAS = 300  # token ids with a bias
+MAX_LOGIT_BIAS = 300  # token ids with a bias, and stop token ids, of one request
 MAX_N = 64  # answers to one prompt
 MAX_SALT_CHARS = 256  # characters of a cache salt
 MAX_INT32 = 2**31 - 1  # largest value of an integer field without another bound

@@ -122,8 +122,8 @@ def _check_tensors(
     want_kv = (*k_SGD.shape[:1], spec.num_kv_heads, spec.head_dim)
     if not (q_THD.shape == want_q and k_SGD.shape == v_SGD.shape == want_kv):
         raise ValueError(
-            f"q {list(q_THD.shape)}, k {list(k_SGD.shape)} and v {list(v_SGD.shape)} do not fit "
-            f"the layer: q must be [T, {spec.num_q_heads}, {spec.head_dim}], "
+            f"q {list(q_THD.shape)}, k {list(k_SGD.shape)} and v {list(v_SGD.shape)} "
+            f"do not fit the layer: q must be [T, {spec.num_q_heads}, {spec.head_dim}], "
             f"k and v [S, {spec.num_kv_heads}, {spec.head_dim}]"
         )
     if not q_THD.dtype == k_SGD.dtype == v_SGD.dtype:

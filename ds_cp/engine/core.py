@@ -128,9 +128,9 @@ class EngineCore:
         self._empty_plans = self._empty_plans + 1 if stuck else 0
         if self._empty_plans > self.scheduler.limits.max_num_seqs:
             raise IntegrityError(
-                f"{len(self.scheduler.running)} requests run and {len(self.scheduler.waiting)} "
-                f"wait, but no step comes of it, asked {self._empty_plans} times in a row "
-                "(this is a fault of ds_cp)"
+                f"{len(self.scheduler.running)} requests run "
+                f"and {len(self.scheduler.waiting)} wait, but no step comes of it, "
+                f"asked {self._empty_plans} times in a row (this is a fault of ds_cp)"
             )
         if plan is not None:
             self._steps += 1

@@ -216,8 +216,9 @@ class LLMEngine:
             )
         if self._state == "failed":
             raise EngineDeadError(
-                "a step of an earlier call failed, so not all KV that counts as computed may be "
-                "there; shut this engine down and make a new one"
+                "a step of an earlier call failed, "
+                "so not all KV that counts as computed may be there; "
+                "shut this engine down and make a new one"
             )
         self._state = "running"
         if not self.is_driver:

@@ -81,8 +81,8 @@ class SequenceTable:
         needed = self.blocks_for(tokens)
         if len(homes) != needed:
             raise ValueError(
-                f"{tokens} tokens with {self.open_slots} open slots need {needed} new blocks of "
-                f"{self.block_size}, got {len(homes)}"
+                f"{tokens} tokens with {self.open_slots} open slots "
+                f"need {needed} new blocks of {self.block_size}, got {len(homes)}"
             )
         for rank, _ in homes:
             self._on[rank] = self._on.get(rank, 0) + 1

@@ -77,14 +77,15 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             if index is not None and listed.get(tensor) != name:
                 where = listed.get(tensor, "no file")
                 raise ModelError(
-                    f"model {folder}: {name} holds {shorten(tensor)}, which {index} puts in "
-                    f"{where}: these shards and this index are not of one model; fetch it again"
+                    f"model {folder}: {name} holds {shorten(tensor)}, "
+                    f"which {index} puts in {where}: "
+                    "these shards and this index are not of one model; fetch it again"
                 )
             tensors[tensor] = stored
     if lost := [tensor for tensor in listed if tensor not in tensors]:
         raise ModelError(
-            f"model {folder}: {index} puts {shorten(lost[0])} in {listed[lost[0]]}, which does not "
-            f"hold it ({len(lost)} such tensors): fetch the model again"
+            f"model {folder}: {index} puts {shorten(lost[0])} in {listed[lost[0]]}, "
+            f"which does not hold it ({len(lost)} such tensors): fetch the model again"
         )
     return Checkpoint(folder, config, index, files, tensors, _beside(folder, files, index))
 

@@ -88,9 +88,10 @@ def check_consumed(
             unread[part] += 1
     if refused:
         raise ModelError(
-            f"model {where} holds {_tensors(len(refused))} that {type(model).__name__} does not "
-            f"read, the first {_are(refused)}: config.json does not describe these weights, or "
-            "they are quantized in a way that this transformers does not know"
+            f"model {where} holds {_tensors(len(refused))} "
+            f"that {type(model).__name__} does not read, the first {_are(refused)}: "
+            "config.json does not describe these weights, "
+            "or they are quantized in a way that this transformers does not know"
         )
     if loaded.missing:  # transformers would make them up at random
         lost = _ordered(loaded.missing)
@@ -122,8 +123,8 @@ def check_finite(model: Decoder, where: str, stored: Mapping[str, StoredTensor])
                 else "fetch the model again"
             )
             raise ModelError(
-                f"model {where}: {name}{file} holds {count} NaN or infinite "
-                f"value{'s' * (count != 1)} in {dtype}: {way_out}"
+                f"model {where}: {name}{file} "
+                f"holds {count} NaN or infinite value{'s' * (count != 1)} in {dtype}: {way_out}"
             )
 
 
@@ -148,9 +149,9 @@ def _check_shapes(
     if here[:1] == (vocab,) and there[1:] == here[1:]:
         hint = f"; config.json's vocab_size is {vocab}, the weights have {there[0]} tokens"
     raise ModelError(
-        f"model {where}: {first} has shape {list(there)}{file}, but config.json makes it "
-        f"{list(here)} ({len(shapes)} such){hint}: config.json does not belong to these "
-        "weights"
+        f"model {where}: {first} has shape {list(there)}{file}, "
+        f"but config.json makes it {list(here)} ({len(shapes)} such){hint}: "
+        "config.json does not belong to these weights"
     )
 
 
@@ -169,8 +170,8 @@ def _check_plain(model: Decoder, where: str, stored: Mapping[str, StoredTensor])
         kinds = ", ".join(sorted({stored[name].dtype for name in packed}))
         raise ModelError(
             f"model {where} stores {_tensors(len(packed))} in {kinds}, the first {_are(packed)}, "
-            "but its config.json names no quantization that says how to read them: serve an "
-            "unquantized copy, or one whose quantization_config transformers knows"
+            "but its config.json names no quantization that says how to read them: "
+            "serve an unquantized copy, or one whose quantization_config transformers knows"
         )
 
 
@@ -235,8 +236,8 @@ def _untied_note(model: Decoder) -> list[str]:
     if head is None or embedding is None or head.weight is embedding.weight:
         return []
     return [
-        "config.json ties the head to the embedding, but the weights hold a head of their own with "
-        "other values: both are used as stored"
+        "config.json ties the head to the embedding, "
+        "but the weights hold a head of their own with other values: both are used as stored"
     ]
 
 

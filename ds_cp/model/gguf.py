@@ -67,14 +67,14 @@ def check_gguf_consumed(path: Path, tensors: Mapping[str, GgufTensor], read: int
     for name in ROPE_FACTORS:
         if name in tensors and not _all_ones(path, tensors[name]):
             raise ModelError(
-                f"model {path} scales its rotary frequencies by {name}, which this transformers "
-                "does not read from GGUF: serve the model's safetensors"
+                f"model {path} scales its rotary frequencies by {name}, "
+                "which this transformers does not read from GGUF: serve the model's safetensors"
             )
     stored = sum(t.elements for name, t in tensors.items() if name not in ROPE_FACTORS)
     if stored > read:
         raise ModelError(
-            f"model {path} stores {stored} weights, of which transformers reads {read}: it has "
-            "tensors that this transformers does not know; serve the model's safetensors"
+            f"model {path} stores {stored} weights, of which transformers reads {read}: "
+            "it has tensors that this transformers does not know; serve the model's safetensors"
         )
 
 

@@ -64,8 +64,8 @@ def load_config(source: ModelSource) -> Any:
         raise ModelError(f"model {source.where} cannot be read: {_first_line(err)}") from err
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
-            f"model {source.where}: {config.model_type} is an encoder-decoder; ds_cp serves "
-            "decoders only"
+            f"model {source.where}: {config.model_type} is an encoder-decoder; "
+            "ds_cp serves decoders only"
         )
     return config
 

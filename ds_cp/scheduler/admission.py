@@ -103,15 +103,17 @@ def fit_max_tokens(
         more = "use another mode" if local else "add ranks"
         raise CapacityError(
             f"the request needs KV for {need} tokens ({length} prompt + {want} new - 1), "
-            f"but all ranks together hold {have}: the largest possible request here has "
-            f"{largest} tokens{why}; shorten it, raise kv_cache, or {more}",
+            f"but all ranks together hold {have}: "
+            f"the largest possible request here has {largest} tokens{why}; "
+            f"shorten it, raise kv_cache, or {more}",
             need=need, have=have, largest=largest,
         )  # fmt: skip
     sendable = limits.begin_tokens(blocks.allocator.block_size, params)
     if need > sendable:
         raise RequestError(
-            f"the request has {need} tokens ({length} prompt + {want} new - 1), but the plan that "
-            f"starts it carries at most {sendable} to the ranks ({BEGIN_BYTES} bytes); shorten it",
+            f"the request has {need} tokens ({length} prompt + {want} new - 1), "
+            f"but the plan that starts it carries at most {sendable} to the ranks "
+            f"({BEGIN_BYTES} bytes); shorten it",
             "prompt" if length > sendable else "max_tokens",
         )
     if params.max_tokens is not None:

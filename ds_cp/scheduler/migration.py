@@ -58,8 +58,9 @@ class Migration:
             if need > largest:
                 blocks.closed.discard(rank)
                 raise CapacityError(
-                    f"rank {rank} cannot be drained now: request {request.request_id} may need KV "
-                    f"for {need} tokens and the other ranks hold {largest}; wait until it ends",
+                    f"rank {rank} cannot be drained now: "
+                    f"request {request.request_id} may need KV for {need} tokens "
+                    f"and the other ranks hold {largest}; wait until it ends",
                     need=need, have=largest, largest=largest,
                 )  # fmt: skip
         blocks.allocator.drop_cached(rank)

@@ -15,8 +15,8 @@ def summary(config: Config, facts: Facts) -> list[str]:
     per_rank = f"{len(tokens)} x {tokens[0]}" if even else " + ".join(map(str, tokens))
     mib = max(tokens) * facts.bytes_per_token / 2**20
     rule = {
-        "auto": "local while a request fits on one rank, unless it is alone and more ranks are "
-        "faster; spanning prefill by ring, decode by tree",
+        "auto": "local while a request fits on one rank, "
+        "unless it is alone and more ranks are faster; spanning prefill by ring, decode by tree",
         "local": "every request on one rank",
     }.get(cp.mode, f"{cp.mode} for every request")
     return [
@@ -33,9 +33,10 @@ def summary(config: Config, facts: Facts) -> list[str]:
         f"attention: {facts.kernel} kernel; mode {cp.mode}: {rule}",
         *_rates(facts),
         *_crowded(facts),
-        f"KV: {sum(tokens)} tokens = {per_rank} per rank (up to {mib:.0f} MiB), blocks of "
-        f"{facts.block_size}, {config.kv_cache.placement} ({facts.kv_reason}); one request: up to "
-        f"{min(sum(tokens) + 1, facts.max_model_len)} tokens (model length {facts.max_model_len})",
+        f"KV: {sum(tokens)} tokens = {per_rank} per rank (up to {mib:.0f} MiB), "
+        f"blocks of {facts.block_size}, {config.kv_cache.placement} ({facts.kv_reason}); "
+        f"one request: up to {min(sum(tokens) + 1, facts.max_model_len)} tokens "
+        f"(model length {facts.max_model_len})",
         *facts.notes,
     ]
 
@@ -52,8 +53,8 @@ def _crowded(facts: Facts) -> list[str]:
     if facts.ranks_at_once >= most:
         return []
     return [
-        f"{most} ranks share a host with cores for {facts.ranks_at_once} at once: short requests "
-        f"keep to {facts.ranks_at_once} while these have room"
+        f"{most} ranks share a host with cores for {facts.ranks_at_once} at once: "
+        f"short requests keep to {facts.ranks_at_once} while these have room"
     ]
 
 
@@ -64,6 +65,7 @@ def _rates(facts: Facts) -> list[str]:
         return []
     hides = cost.tokens_that_hide_kv(facts.cp_size)
     return [
-        f"one rank computes {facts.flops_per_s / 1e9:.0f} GFLOP/s; moving KV around "
-        f"{facts.cp_size} ranks hides under attention from chunks of {hides:.0f} tokens on"
+        f"one rank computes {facts.flops_per_s / 1e9:.0f} GFLOP/s; "
+        f"moving KV around {facts.cp_size} ranks "
+        f"hides under attention from chunks of {hides:.0f} tokens on"
     ]

@@ -192,8 +192,8 @@ class Grid:
         """World rank at a place of the grid."""
         if not (0 <= cp_index < self.cp_size and 0 <= tp_index < self.tp_size):
             raise TopologyError(
-                f"({cp_index}, {tp_index}) is outside the grid cp {self.cp_size} x tp "
-                f"{self.tp_size}"
+                f"({cp_index}, {tp_index}) is outside the grid "
+                f"cp {self.cp_size} x tp {self.tp_size}"
             )
         return cp_index * self.tp_size + tp_index
 
