@@ -89,7 +89,8 @@ def owner_of(assignment: Sequence[Runs], position: int) -> int:
 
 
 def split_even(n: int, parts: int) -> list[int]:
-    """``n`` tokens in ``parts`` shares that differ by one at most, the larger ones first."""
+    """``n`` tokens in ``parts`` shares that differ by one at most, the larger ones first. Raises
+    ValueError for ``n`` below 0 or ``parts`` below 1."""
     if n < 0 or parts < 1:
         raise ValueError(f"cannot split {n} tokens into {parts} parts")
     small, larger = divmod(n, parts)
@@ -155,7 +156,8 @@ def zigzag(start: int, counts: Sequence[int], unit: int = 1) -> tuple[Runs, ...]
     backs in order N-1 .. 0, so a rank with early (cheap) queries also has late (dear) ones. With
     equal counts these are the usual 2N chunks. The front is half the count rounded to a multiple of
     ``unit`` (half up), so that the blocks of ``unit`` tokens in which a rank stores it hold
-    consecutive positions; a rank with less than ``unit`` tokens has a back chunk only.
+    consecutive positions; a rank with less than ``unit`` tokens has a back chunk only. Raises
+    ValueError for a count below 0 or ``unit`` below 1.
     """
     if unit < 1 or any(c < 0 for c in counts):
         raise ValueError(f"zigzag needs unit >= 1 and counts >= 0, got {unit} and {list(counts)}")
@@ -167,7 +169,8 @@ def zigzag(start: int, counts: Sequence[int], unit: int = 1) -> tuple[Runs, ...]
 
 
 def contiguous(start: int, counts: Sequence[int]) -> tuple[Runs, ...]:
-    """Lay positions from ``start`` on in rank order, ``counts[r]`` in one run on rank r."""
+    """Lay positions from ``start`` on in rank order, ``counts[r]`` in one run on rank r. Raises
+    ValueError for a count below 0."""
     if any(c < 0 for c in counts):
         raise ValueError(f"contiguous needs counts >= 0, got {list(counts)}")
     return tuple(join([run]) for run in _lay(start, counts))

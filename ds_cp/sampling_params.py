@@ -202,7 +202,8 @@ class RequestOptions:
     """What a request says besides its prompt and sampling.
 
     ``priority``: lower numbers are served first; of equals the older. ``cache_salt``: requests
-    share cached prefixes only with those of the same salt.
+    share cached prefixes only with those of the same salt. Raises ``RequestError`` naming the field
+    when a value is of another kind or out of range.
     """
 
     priority: int = 0

@@ -32,7 +32,7 @@ class StrictJsonRoute(APIRoute):
     pages of other sites cannot send unasked."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """FastAPI's handler, over a ``StrictJsonRequest``."""
+        """FastAPI's handler, over a ``StrictJsonRequest``; ``ApiError`` 415 for other types."""
         handler = super().get_route_handler()
 
         async def strict(request: Request) -> Response:

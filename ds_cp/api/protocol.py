@@ -256,7 +256,8 @@ def plain_text(text: str, name: str) -> str:
 
 
 def prompts_of(value: Any) -> list[str | list[int]]:
-    """OpenAI's four spellings of ``prompt`` as one list of texts or of token-id lists."""
+    """OpenAI's four spellings of ``prompt`` as one list of texts or of token-id lists. Raises
+    ``FieldError`` for any other value, an empty prompt, or more than ``MAX_PROMPTS``."""
     if isinstance(value, str):
         value = [value]
     if not isinstance(value, list):

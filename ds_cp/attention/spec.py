@@ -15,7 +15,8 @@ class LayerSpec:
 
     ``scale``: factor on q.k; ``window``: keys at distance >= window are masked (None: no window);
     ``softcap``: c * tanh(x / c) on the scaled scores before softmax; ``sinks``: ``[H]`` logits;
-    head counts are this rank's own (a tensor-parallel shard has fewer).
+    head counts are this rank's own (a tensor-parallel shard has fewer). Raises ``ValueError`` when
+    KV heads do not divide query heads.
     """
 
     num_q_heads: int

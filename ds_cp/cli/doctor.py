@@ -227,7 +227,8 @@ def _loopback(env: Mapping[str, str]) -> list[Check]:
 
 
 def loopback_round_trip_us() -> float:
-    """Median round trip of one byte between two TCP sockets on 127.0.0.1, in microseconds."""
+    """Median round trip of one byte between two TCP sockets on 127.0.0.1, in microseconds.
+    Raises ``OSError`` when they cannot connect."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(5)
         echo = threading.Thread(target=_echo, args=(server,), daemon=True)

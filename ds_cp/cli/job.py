@@ -24,7 +24,8 @@ def job_config(
     """The config, with the values that the command line replaces.
 
     On rank 0 a local model is checked here: ``ModelError`` when it is missing or not whole. The
-    other ranks check theirs while they load, where the ranks agree on one error.
+    other ranks check theirs while they load, where the ranks agree on one error. Raises
+    ``ConfigError`` for a wrong config, ``LaunchError`` when neither config nor model is given.
     """
     given = {key: value for key, value in overrides.items() if value is not None}
     if args.model is not None:
@@ -47,7 +48,8 @@ def check_address(config: Config) -> None:
 
 
 def starts_ranks(args: argparse.Namespace, env: Mapping[str, str]) -> bool:
-    """Whether this process has to start ranks, rather than being one."""
+    """Whether this process has to start ranks, rather than being one. Raises ``LaunchError`` for
+    ``--ranks`` out of range, or in a process that a launcher started."""
     if args.ranks is None or env.get("DS_CP_LAUNCHER") == LAUNCHER:
         return False
     if not 1 <= args.ranks <= MAX_RANKS:
@@ -72,7 +74,7 @@ def start_ranks(
 
 
 def find_job(config: Config, env: Mapping[str, str]) -> Job:
-    """This process's place in the job, checked against the config."""
+    """This process's place in the job. Raises ``TopologyError`` when the config does not fit it."""
     job = detect(
         env,
         hosts=config.comm.hosts,

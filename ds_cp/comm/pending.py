@@ -25,7 +25,8 @@ class Pending:
         self._timeout_s = timeout_s
 
     def wait(self) -> None:
-        """Block until every message has arrived; ``CommError`` after the job's time limit."""
+        """Block until every message has arrived. ``CommError`` after the job's time limit;
+        ``RuntimeError``, a fault of ds_cp, the second time."""
         if self._works is None:
             raise RuntimeError(f"{self._what}: waited for twice")
         works, self._works = self._works, None

@@ -14,7 +14,8 @@ class RingExchange:
     """Moves buffers around ``members`` (group indices in ring order; this rank is among them).
 
     ``post`` starts a hop and ``wait`` ends it; a second post before the wait, or a wait without a
-    post, raises. Ring shape after the double buffering of ring attention (arXiv 2310.01889).
+    post, is a ``RuntimeError``. A ring without this rank is a ``ValueError``. Ring
+    shape after the double buffering of ring attention (arXiv 2310.01889).
     """
 
     def __init__(self, group: Group, members: Sequence[int], scheme: str) -> None:

@@ -53,6 +53,7 @@ class Group:
     ``ranks``: world ranks in group order; ``rank``: this rank's index in it; ``hosts``: host index
     of every member; ``ring``: the order (of group indices) in which a ring visits the members so
     that it enters each host once. A group of one does no call and returns the same types.
+    Raises ``ValueError`` when this rank is not a member.
     """
 
     def __init__(
@@ -149,8 +150,8 @@ class Group:
             raise lost_peer(f"{scheme} in group {self.name}", self._timeout_s, err) from err
 
     def broadcast(self, tensor: torch.Tensor, scheme: str) -> None:
-        """Give member 0's ``tensor`` (same shape everywhere) to all, in place. Raises as
-        ``all_reduce``."""
+        """Give member 0's ``tensor`` (same shape everywhere) to all, in place. ``ValueError`` and
+        ``CommError`` as in ``all_reduce``."""
         self._local_work.refuse(scheme, self.name)
         if self.size == 1:
             return
@@ -199,7 +200,8 @@ class World:
     def group(self, name: str, members: Sequence[Sequence[int]]) -> Group:
         """Make one group of each list of world ranks and return this rank's.
 
-        Collective: every rank calls it, in the same order, with the same lists (a partition).
+        Collective: every rank calls it, in the same order, with the same lists. Raises
+        ``ValueError`` unless these are a partition of the ranks.
         """
         flat = sorted(r for ranks in members for r in ranks)
         if flat != list(range(self.size)):

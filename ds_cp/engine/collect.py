@@ -95,7 +95,8 @@ def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 
 
 def one_each(given: T | Sequence[T] | None, default: T, count: int, what: str) -> list[T]:
-    """``given`` as a list of ``count``, one for each prompt: itself, or one value for all."""
+    """``given`` as a list of ``count``, one for each prompt: itself, or one value for all. Raises
+    ``RequestError``, naming ``what``, for any other length."""
     if given is None or isinstance(given, type(default)):
         return [default if given is None else given] * count
     listed = list(cast(Sequence[T], given))

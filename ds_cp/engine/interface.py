@@ -91,7 +91,7 @@ class EngineInterface(Protocol):
         ...
 
     def reopen(self, rank: int) -> None:
-        """Let a drained rank take KV again."""
+        """Let a drained rank take KV again. ``RequestError`` when there is no such rank."""
         ...
 
     def rebalance(self) -> int:

@@ -188,7 +188,8 @@ class LLMEngine:
         return self._run(prepared())
 
     def drain(self, rank: int) -> None:
-        """Move everything off a context-parallel rank, live, and place nothing there."""
+        """Move everything off a context-parallel rank, live, and place nothing there. On rank 0
+        only. ``RequestError`` and ``CapacityError`` as in ``EngineInterface``."""
         self._driver.scheduler.drain(rank)
 
     def reopen(self, rank: int) -> None:

@@ -13,7 +13,8 @@ class PrefixKeys:
     ``key[i] = sha256(key[i - 1] + tokens of block i)``, tokens as little-endian 4-byte integers,
     ``key[-1] = sha256(b"ds_cp" + salt)``. So equal keys mean equal salts and equal tokens from the
     start to the end of the block; sequences with different salts never share. Only whole blocks
-    have keys: the tokens of a block that is not full yet belong to none.
+    have keys: the tokens of a block that is not full yet belong to none. Raises ``ValueError``
+    for a ``block_size`` below 1.
     """
 
     def __init__(self, block_size: int, salt: str) -> None:

@@ -23,7 +23,7 @@ class SequenceTable:
     """The homes of one sequence's blocks, and how many of its tokens are stored in them.
 
     Kept alike by the scheduler and by every rank. ``homes`` cover ``num_tokens`` exactly: there is
-    no block without a token.
+    no block without a token. Raises ``ValueError`` when they do not.
     """
 
     __slots__ = ("_on", "_parts", "block_size", "homes", "num_tokens")

@@ -79,7 +79,8 @@ class ChunkPacer:
 
     ``attention``: what a prompt token costs for each stored token that it attends to, as a share of
     what it costs otherwise. The caller asks ``allowance`` for each step, reports what it planned to
-    ``plan`` and, some steps later, the step's seconds to ``observe``.
+    ``plan`` and, some steps later, the step's seconds to ``observe``. Raises ``ValueError`` for a
+    ``slowdown`` of 1 or less.
     """
 
     def __init__(

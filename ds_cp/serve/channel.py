@@ -71,7 +71,8 @@ class Channel:
         return msgspec.msgpack.decode(self.receive_bytes(), type=kind)
 
     def receive_bytes(self) -> bytes:
-        """The next message as it was sent, to be decoded elsewhere; errors as in ``receive``."""
+        """The next message as it was sent, to be decoded elsewhere. ``EngineDeadError`` as in
+        ``receive``."""
         size = int.from_bytes(self._exactly(4), "little")
         if size > LIMIT:
             raise EngineDeadError(f"a frame of {size} bytes is above the limit {LIMIT}")

@@ -72,7 +72,8 @@ class ProcessLink:
         return ready
 
     def submit(self, plan: Plan) -> None:
-        """Send a plan; the worker reads it after the one before."""
+        """Send a plan; the worker reads it after the one before. Raises ``WorkerLostError`` when
+        the worker has ended."""
         try:
             self._channel.send(plan)
         except EngineDeadError as err:

@@ -39,7 +39,7 @@ def join_job(job: Job, config: Config) -> tuple[World, int]:
 
 def choose_device(config: Config, local_rank: int) -> torch.device:
     """This rank's device: CUDA for nccl, and for "auto" where there is any; NCCL needs one device
-    for each rank."""
+    for each rank: ``ConfigError`` when there are fewer."""
     backend = config.comm.backend
     if backend == "gloo" or (backend == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")

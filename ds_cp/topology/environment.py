@@ -16,6 +16,7 @@ class Place:
 
     ``local_size`` is ``None`` where the launcher does not say how many ranks share the host.
     ``peers``: names or addresses of hosts on the job's network, where the launcher lists them.
+    Raises ``TopologyError`` for numbers that no job has.
     """
 
     rank: int
@@ -43,7 +44,8 @@ class Place:
 
 
 def from_rank_variables(env: Mapping[str, str]) -> Place:
-    """``RANK`` and the variables beside it: deepspeed, torchrun, ds-cp, or set by hand."""
+    """``RANK`` and the variables beside it: deepspeed, torchrun, ds-cp, or set by hand. Raises
+    ``TopologyError`` when some are missing or make no sense."""
     size, rank = _int(env, "WORLD_SIZE"), whole_number(env, "RANK")
     local_size = whole_number(env, "LOCAL_WORLD_SIZE")
     if local_size is None:
@@ -111,7 +113,8 @@ def slurm_size(env: Mapping[str, str]) -> int:
 
 
 def from_slurm(env: Mapping[str, str]) -> Place:
-    """A task of a Slurm step; MASTER_ADDR and MASTER_PORT are obeyed where the user set them."""
+    """A task of a Slurm step; MASTER_ADDR and MASTER_PORT are obeyed where the user set them.
+    Raises ``TopologyError`` when Slurm's variables are missing or make no sense."""
     size = slurm_size(env)
     local_size: int | None = None
     if size == 1:
@@ -195,7 +198,7 @@ def peek_rank(env: Mapping[str, str]) -> int:
 
 
 def whole_number(env: Mapping[str, str], name: str) -> int | None:
-    """The value of a variable, ``None`` when it is not set."""
+    """The value of a variable, ``None`` when it is not set. ``TopologyError`` for other text."""
     text = env.get(name)
     if text is None:
         return None
@@ -216,7 +219,7 @@ def _int(env: Mapping[str, str], name: str) -> int:
 
 
 def port_number(env: Mapping[str, str], name: str) -> int:
-    """The value of a variable that must be set to a port."""
+    """The value of a variable that must be set to a port; else a ``TopologyError``."""
     port = _int(env, name)
     if not 1 <= port <= 65535:
         raise TopologyError(f"{name} must be a port, 1 to 65535 (got {port})")

@@ -44,7 +44,8 @@ def _plural(count: int, word: str) -> str:
 class Topology:
     """The host name of each rank: ``hosts[rank]``. Ranks may be spread over hosts in any order.
 
-    Hosts are numbered in the order of their first rank, so rank 0 is always on host 0.
+    Hosts are numbered in the order of their first rank, so rank 0 is always on host 0. Raises
+    ``TopologyError`` without a rank, or for a rank without a host name.
     """
 
     hosts: tuple[str, ...]
@@ -94,7 +95,7 @@ class Topology:
         return self._host_of_rank[rank]
 
     def ranks_on(self, host_index: int) -> tuple[int, ...]:
-        """Ranks of one host, ascending."""
+        """Ranks of one host, ascending. ``TopologyError`` when there is no such host."""
         if not 0 <= host_index < self.num_hosts:
             raise TopologyError(f"host index {host_index} is not in 0..{self.num_hosts - 1}")
         return self._ranks_of_host[host_index]
@@ -126,7 +127,8 @@ class Topology:
         return sum(hosts[i - 1] != hosts[i] for i in range(len(hosts)))
 
     def subset(self, ranks: Sequence[int]) -> Topology:
-        """The topology of a group: its rank ``i`` is ``ranks[i]`` here."""
+        """The topology of a group: its rank ``i`` is ``ranks[i]`` here. Raises
+        ``TopologyError`` for a rank named twice or out of range."""
         if len(set(ranks)) != len(ranks):
             raise TopologyError(f"a group names a rank twice: {list(ranks)}")
         for rank in ranks:
@@ -217,7 +219,8 @@ class Grid:
 
 
 def resolve_grid(topology: Topology, cp_size: int | Literal["auto"], tp_size: int) -> Grid:
-    """The grid of a config; ``cp_size`` ``"auto"`` takes all ranks that ``tp_size`` leaves."""
+    """The grid of a config; ``cp_size`` ``"auto"`` takes all ranks that ``tp_size`` leaves. Raises
+    ``TopologyError`` when the sizes do not make the job's ranks."""
     if tp_size < 1:
         raise TopologyError(f"tensor_parallel.tp_size must be at least 1 (got {tp_size})")
     if cp_size != "auto":

@@ -33,7 +33,8 @@ def expand_nodelist(text: str) -> tuple[str, ...]:
 
 
 def expand_tasks_per_node(text: str) -> tuple[int, ...]:
-    """``"2(x2),1"`` is 2, 2, 1: the number of tasks on each node of the step."""
+    """``"2(x2),1"`` is 2, 2, 1: the number of tasks on each node of the step. ``TopologyError``
+    when malformed."""
     counts: list[int] = []
     for item in text.split(","):
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", item.strip())

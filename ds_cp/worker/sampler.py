@@ -84,11 +84,12 @@ class Score(NamedTuple):
 def sample_rows(logits_RV: torch.Tensor, rows: Sequence[Row]) -> list[Sampled]:
     """Choose the next token of each row of ``logits_RV`` ``[R, V]``.
 
-    A row's token depends on nothing but the row: not on the other rows, and its random number on
-    (seed, index) alone. Temperature 0 is greedy, the lowest id of equals. Log-probabilities are of
-    the logits with ``logit_bias``, before penalties, bans and filters. A row gets token -1 when its
-    logits are not finite, when nothing is allowed, or when drawing it raises (the traceback goes to
-    stderr): it must not end the others. ``logits_RV`` is not changed.
+    A row's token depends on that row alone, and its random number on (seed, index) alone.
+    Temperature 0 is greedy, the lowest id of equals. Log-probabilities are of the logits with
+    ``logit_bias``, before penalties, bans and filters. A row gets token -1 when its logits are not
+    finite, when nothing is allowed, or when drawing it raises (the traceback goes to stderr): it
+    must not end the others. ``logits_RV`` is not changed. Raises ``ValueError`` when the numbers of
+    rows differ.
     """
     if len(rows) != logits_RV.shape[0]:
         raise ValueError(f"{logits_RV.shape[0]} rows of logits for {len(rows)} tokens to draw")
@@ -103,7 +104,8 @@ def sample_rows(logits_RV: torch.Tensor, rows: Sequence[Row]) -> list[Sampled]:
 
 def score_prompt(logits_TV: torch.Tensor, tokens: Sequence[int], top: int) -> list[Score]:
     """Log-probabilities (natural log, in fp32) of ``tokens``, token t by row t of ``logits_TV``
-    ``[T, V]``, each with the ``top`` most likely ids. NaN where a row is not finite."""
+    ``[T, V]``, each with the ``top`` most likely ids. NaN where a row is not finite. Raises
+    ``ValueError`` when the numbers of tokens and rows differ."""
     if len(tokens) != logits_TV.shape[0]:
         raise ValueError(f"{logits_TV.shape[0]} rows of logits for {len(tokens)} prompt tokens")
     scores: list[Score] = []
