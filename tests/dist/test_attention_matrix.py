@@ -65,6 +65,6 @@ def test_bf16_on_one_host(size: int) -> None:
 
 @pytest.mark.parametrize("hosts", ["aabb", "abab", "aaab", "abc", "aabbc"])
 def test_fp32_over_hosts(hosts: str) -> None:
-    """Tree folds by levels here, and the ring crosses each border once."""
+    """Tree folds by levels here, and the ring enters each host once."""
     results = run_ranks(check_all, len(hosts), torch.float32, 3, hosts=list(hosts))
     assert not sum(results, [])

@@ -153,7 +153,7 @@ def plan(world: World, size: int) -> bool:
 
 
 def oversize(world: World) -> list[str]:
-    """Rank 0 refuses to send it; a rank that is told of one refuses to make room for it."""
+    """Rank 0 refuses to send it; a rank that is announced one refuses to make room for it."""
     found = []
     if world.rank == 0:
         too_much = bytes(Control.LIMIT + 1)
@@ -382,7 +382,7 @@ def one_hop(group: Group) -> None:
 
 
 def test_a_silent_peer_is_an_error_within_the_limit(tmp_path: Path) -> None:
-    """In groups too: torch gives a new group half an hour unless told otherwise."""
+    """In groups too: torch gives a new group half an hour unless given another limit."""
     limit = 3.0
     found = run_ranks(against_silence, 2, tmp_path / "done", comm_timeout=limit)[1]
     names = {
@@ -534,7 +534,7 @@ def leave_holding_on(world: World) -> tuple[list[str], list[str]]:
     return before, gloo_threads()
 
 
-def test_leaving_ends_gloos_threads_whoever_holds_a_group() -> None:
+def test_leaving_ends_gloos_threads_though_a_group_is_referred_to() -> None:
     for before, after in run_ranks(leave_holding_on, 2):
         assert before
         assert after == []

@@ -44,7 +44,7 @@ def biased(token: int, **more: Any) -> ds_cp.SamplingParams:
 
 
 def from_a_directory(world: World, folder: str) -> None:
-    """Two ranks, of which only rank 0 has the tokenizer."""
+    """Two ranks; only rank 0 has the tokenizer."""
     engine = engine_on(world, folder, CONFIG)
     found = engine.generate(
         ["Hello", [40, 41, 42], "Hello"], [biased(EOS), biased(OTHER), biased(5)]

@@ -180,7 +180,7 @@ def test_tokens_equal_transformers(size: int, want: dict[str, list[Ids]]) -> Non
 
 
 def crowded(world: World, want: dict[str, list[Ids]]) -> list[str]:
-    """Eight requests in a pool of two or three: some give way, and all say the same."""
+    """Eight requests in a pool of two or three: some are preempted, and tokens stay the same."""
     model, bad = the_model(), []
     for n, mode in enumerate(MODES):
         each = 64 if mode[0] == "local" else -(-64 // world.size)
@@ -373,8 +373,8 @@ BROKEN = 99  # a token whose embedding is not a number
 
 
 def not_a_number(world: World, want: dict[str, list[Ids]]) -> list[str]:
-    """One request's logits are NaN: it ends, its neighbours go on, and who takes over its blocks
-    (NaN still in them) is not touched."""
+    """One request's logits are NaN: it ends, its neighbours go on, and the request that gets its
+    blocks (NaN still in them) gets its own tokens."""
     model, bad = the_model(), []
     healthy = [n for n, p in enumerate(PROMPTS) if BROKEN not in (*p, *want["greedy"][n])]
     assert len(healthy) >= 5

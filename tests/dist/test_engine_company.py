@@ -1,7 +1,7 @@
-"""A request's tokens do not depend on its company.
+"""A request's tokens do not depend on the requests beside it.
 
 The same 50 requests say the same one by one, all at once, in any order, arriving while others run,
-in a pool so small that they give way to each other, under each placement and mode, with and without
+in a pool so small that they preempt each other, under each placement and mode, with and without
 the prefix cache, on 1 rank and on 3. What they should say comes from transformers' logits on one
 process. Greedy tokens are chosen here by a few lines of their own; sampled ones by the sampler,
 which has its own test. A request for which rounding could decide (``CLEAR``, ``NOISE``) is
@@ -209,7 +209,7 @@ def cases() -> list[Case]:
 @dataclass(frozen=True)
 class Run:
     """One way to run all the requests. ``order``: "alone", "together", "shuffled" or "trickle",
-    where they come as others end. ``tiny``: they have to give way to each other."""
+    where they come as others end. ``tiny``: they have to preempt each other."""
 
     order: str
     mode: tuple[str, str] = ("auto", "auto")

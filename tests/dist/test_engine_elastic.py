@@ -1,6 +1,6 @@
 """Requests while ranks come and go: drained, made level, grown over, found again, ended in flight.
 
-Each scene plays on real ranks, step by step; the books are compared after every step (``Driver``).
+Each scene plays on real ranks, step by step; ``Driver`` compares states after every step.
 Tokens are what transformers says. Bytes on the wire are counted on every rank and added up here.
 """
 
@@ -154,20 +154,20 @@ def transfers(plans: Sequence[StepPlan]) -> list[int]:
 
 
 def start(driver: Driver, cases: Cases, names: Sequence[str]) -> int:
-    """Add requests and step until all of them stream; the number of plans by then."""
+    """Add requests and step until all of them decode; the number of plans before that step."""
     for name in names:
         driver.add(name, cases[name.partition("/")[0]])
     numbers = {r.number for name in names for r in driver.answers[name]}
     for _ in range(200):
         driver.step()
-        streaming = {n for d in driver.plans[-1].decodes for n in d.requests}
-        if streaming >= numbers:
+        decoding = {n for d in driver.plans[-1].decodes for n in d.requests}
+        if decoding >= numbers:
             return len(driver.plans) - 1
-    raise AssertionError(f"{numbers - streaming} do not stream")
+    raise AssertionError(f"{numbers - decoding} do not decode")
 
 
 def assert_unbroken(driver: Driver, since: int) -> None:
-    """From plan ``since`` on, who has tokens to draw draws one in every step."""
+    """From plan ``since`` on, a request with tokens to draw draws one in every step."""
     running = {n for d in driver.plans[since].decodes for n in d.requests}
     left = {
         request.number: request.max_tokens - driver.num_planned(request.number, since)
@@ -184,13 +184,13 @@ def assert_unbroken(driver: Driver, since: int) -> None:
     assert driver.scheduler.num_preemptions == 0
 
 
-STREAMS = ("short 0", "long 0", "shared 0", "short 1", "long 1", "twins")
+DECODING = ("short 0", "long 0", "shared 0", "short 1", "long 1", "twins")
 
 
-def drain_under_streams(driver: Driver, cases: Cases) -> Sequence[str]:
-    """A rank is emptied while six requests stream, local and spanning ones and twins that share
+def drain_under_decodes(driver: Driver, cases: Cases) -> Sequence[str]:
+    """A rank is emptied while six requests decode, local and spanning ones and twins that share
     blocks, all in the same steps; then another one."""
-    since = start(driver, cases, STREAMS)
+    since = start(driver, cases, DECODING)
     mixed = [{d.mode for d in plan.decodes} for plan in driver.plans]
     assert {"local", "tree"} in mixed, mixed
     assert all(driver.used)
@@ -200,7 +200,7 @@ def drain_under_streams(driver: Driver, cases: Cases) -> Sequence[str]:
         driver.scheduler.drain(rank)  # again: nothing more
         driver.steps(-(-blocks // MOVES_PER_STEP) + 2)
         assert driver.scheduler.is_drained(rank) and driver.used[rank] == 0
-        assert len(driver.live) == len(STREAMS), "while all of them stream"
+        assert len(driver.live) == len(DECODING), "while all of them decode"
         moved = transfers(driver.plans[at:])
         assert sum(moved) >= blocks > MOVES_PER_STEP >= max(moved)
         driver.steps(2)
@@ -215,9 +215,9 @@ def drain_under_streams(driver: Driver, cases: Cases) -> Sequence[str]:
     driver.scheduler.reopen(0)
     driver.add("short 2", cases["short 2"])  # a rank that was reopened is used again
     driver.steps(3)
-    assert driver.books[-1][driver.answers["short 2"][0].number][0][0][0] == 0
+    assert driver.states[-1][driver.answers["short 2"][0].number][0][0][0] == 0
     driver.finish()
-    return [*STREAMS, "shared 1", "short 2"]
+    return [*DECODING, "shared 1", "short 2"]
 
 
 def drain_under_prefill(driver: Driver, cases: Cases) -> Sequence[str]:
@@ -242,8 +242,8 @@ def drain_under_prefill(driver: Driver, cases: Cases) -> Sequence[str]:
     return names
 
 
-def rebalance_under_streams(driver: Driver, cases: Cases) -> Sequence[str]:
-    """All is on one rank, then others are opened, and the ranks become level while all stream."""
+def rebalance_under_decodes(driver: Driver, cases: Cases) -> Sequence[str]:
+    """All is on one rank, then others are opened, and the ranks become level while all decode."""
     names = ("short 0", "shared 0", "short 1", "shared 1", "twins")
     for rank in (1, 2):
         driver.scheduler.drain(rank)
@@ -265,7 +265,7 @@ def rebalance_under_streams(driver: Driver, cases: Cases) -> Sequence[str]:
 
 
 def spans_in_place(driver: Driver, cases: Cases) -> Sequence[str]:
-    """A local request outgrows its rank, with streams beside it: no KV moves."""
+    """A local request outgrows its rank, beside other decodes: no KV moves."""
     names = ("short 0", "short 1", "outgrows")
     since = start(driver, cases, names)
     driver.finish()
@@ -307,7 +307,7 @@ def local_drain(driver: Driver, cases: Cases) -> Sequence[str]:
     since = start(driver, cases, ["shared 1"])
     assert driver.answers["shared 1"][0].cached_tokens == PREFIX
     shared = [driver.answers[name][0].number for name in ("shared 0", "shared 1")]
-    first = {driver.books[-1][number][0][0] for number in shared}
+    first = {driver.states[-1][number][0][0] for number in shared}
     assert len(first) == 1 and driver.allocator.references(first.pop()) == 2
     for rank in (1, 2):
         driver.scheduler.reopen(rank)
@@ -327,21 +327,21 @@ def local_drain(driver: Driver, cases: Cases) -> Sequence[str]:
     driver.add("short 0", cases["short 0"])
     driver.finish()
     assert_unbroken(driver, since)
-    for books in driver.books:
-        assert all(len({rank for rank, _ in homes}) == 1 for homes, _ in books.values())
+    for states in driver.states:
+        assert all(len({rank for rank, _ in homes}) == 1 for homes, _ in states.values())
     return ["shared 0", "twins", "shared 1", "short 0"]
 
 
 def local_drain_without_room(driver: Driver, cases: Cases) -> Sequence[str]:
-    """Nobody has room for a whole request now: the youngest give way, and all say the same."""
+    """No rank has room for a whole request now: the youngest are preempted, and tokens stay the same."""
     names = ("long 0", "long 1", "shared 0", "short 0")
     start(driver, cases, names)
     driver.scheduler.drain(0)
     driver.steps(2)
     driver.finish()
     assert driver.scheduler.num_preemptions > 0 and driver.scheduler.is_drained(0)
-    for books in driver.books:
-        assert all(len({rank for rank, _ in homes}) <= 1 for homes, _ in books.values())
+    for states in driver.states:
+        assert all(len({rank for rank, _ in homes}) <= 1 for homes, _ in states.values())
     return names
 
 
@@ -353,10 +353,10 @@ def drain_refused(driver: Driver, cases: Cases) -> Sequence[str]:
     scheduler, allocator = driver.scheduler, driver.allocator
 
     def state() -> tuple[object, ...]:
-        books = {r.number: list(r.table.homes) for r in scheduler.running if r.table}
+        homes = {r.number: list(r.table.homes) for r in scheduler.running if r.table}
         cached = [allocator.num_cached(rank) for rank in driver.ranks]
         reserved = [dict(r.reserved) for r in scheduler.running]
-        return books, driver.used, cached, reserved, set(scheduler.block_manager.closed)
+        return homes, driver.used, cached, reserved, set(scheduler.block_manager.closed)
 
     before = state()
     assert any(before[2]), "there is something to lose"
@@ -382,8 +382,8 @@ def drain_refused(driver: Driver, cases: Cases) -> Sequence[str]:
 
 
 def ends_in_flight(driver: Driver, cases: Cases) -> Sequence[str]:
-    """End tokens that come while the step after is under way: it draws one token too many, of which
-    nothing is left. Then the same again from the prefix cache, with aborts in between."""
+    """End tokens that come while the step after is under way: it draws one token too many, which
+    is dropped. Then the same again from the prefix cache, with aborts in between."""
     names = [f"ends {n}" for n in range(4)]
     for name in names:
         driver.add(name, cases[name])
@@ -417,15 +417,15 @@ def chat(driver: Driver, cases: Cases, caching: bool, width: int) -> Sequence[st
     def turn(name: str, salt: str = "") -> int:
         case = cases[name.partition("/")[0]]
         (request,) = driver.add(name, case, RequestOptions(cache_salt=salt))
-        told = []
+        reported = []
         while name in driver.live:
-            told += [d.cached_tokens for d in driver.step() if d.cached_tokens is not None]
+            reported += [d.cached_tokens for d in driver.step() if d.cached_tokens is not None]
         driver.finish()
-        assert told == [request.cached_tokens or 0], "told once"
-        return told[0]
+        assert reported == [request.cached_tokens or 0], "reported once"
+        return reported[0]
 
     assert turn("turn 1") == 0
-    assert len({rank for homes, _ in driver.books[-1].values() for rank, _ in homes}) == width
+    assert len({rank for homes, _ in driver.states[-1].values() for rank, _ in homes}) == width
     first, second = cases["turn 1"], cases["turn 2"]
     # the last token of an answer is never computed, that of a prompt always, for its logits
     found = (len(first.prompt) + len(first.want[0][0]) - 1) // SIZE * SIZE
@@ -442,11 +442,11 @@ def everything(world: World, cases: Cases) -> list[Seen]:
     found = []
     for placement in ("round_robin", "balanced"):
         config = {**spanning, "kv_cache": {"tokens_per_rank": 200, "placement": placement}}
-        found.append(play(world, drain_under_streams, cases, config))
+        found.append(play(world, drain_under_decodes, cases, config))
         slow = {**config, "scheduler": {"max_num_batched_tokens": 8}}
         found.append(play(world, drain_under_prefill, cases, slow))
     found += [
-        play(world, rebalance_under_streams, cases, {"kv_cache": {"tokens_per_rank": 320}}),
+        play(world, rebalance_under_decodes, cases, {"kv_cache": {"tokens_per_rank": 320}}),
         play(world, spans_in_place, cases, {"kv_cache": {"tokens_per_rank": [32, 60, 60]}}),
         play(world, spans_no_more, cases, {"kv_cache": {"tokens_per_rank": [32, 120, 40]}}, "drain"),
         play(world, spans_no_more, cases, {"kv_cache": {"tokens_per_rank": [32, 120, 40]}}, "gather"),
@@ -477,7 +477,7 @@ def test_ranks_come_and_go(cases: Cases) -> None:
     check(results)
     moved = {seen.scene.split()[0] for seen in results[0] if seen.moved_bytes}
     assert moved == {
-        "drain_under_streams", "drain_under_prefill", "rebalance_under_streams", "spans_no_more",
+        "drain_under_decodes", "drain_under_prefill", "rebalance_under_decodes", "spans_no_more",
         "local_drain", "local_drain_without_room",
     }  # fmt: skip
 
@@ -529,8 +529,8 @@ def tokens_go_round(driver: Driver, cases: Cases) -> Sequence[str]:
     since = start(driver, cases, names)
     driver.finish()
     assert_unbroken(driver, since)
-    mirror = WorkerState(0, SIZE)
-    handoffs = sum(len(mirror.apply(plan).handoffs) for plan in driver.plans)
+    state = WorkerState(0, SIZE)
+    handoffs = sum(len(state.apply(plan).handoffs) for plan in driver.plans)
     new = sum(len(tokens) for name in names for tokens, _ in cases[name].want)
     assert handoffs > new / SIZE / 2
     return names
@@ -579,7 +579,7 @@ HEALTHY = ("shared 0", "short 0", "shared 1")
 
 def poisoned_prefix(driver: Driver, cases: Cases, broken: int, one_rank: bool) -> Sequence[str]:
     """Requests whose prompt makes NaN end with errors, whether they find blocks of one that has not
-    ended yet or come later and compute anew; who shares only the healthy beginning is not touched.
+    ended yet or come later and compute anew; requests that share only the healthy beginning are not.
     """
     cases = dict(cases)
 

@@ -40,11 +40,11 @@ def failing_layer(world: World, mode: str, failing: int) -> tuple[float, str, st
     try:
         engine.generate(prompts, GREEDY)
     except Exception as err:
-        took = time.monotonic() - began
+        seconds = time.monotonic() - began
         with pytest.raises(EngineDeadError, match="earlier call failed"):
             engine.generate(prompts, GREEDY)
         engine.shutdown()
-        return took, type(err).__name__, str(err)
+        return seconds, type(err).__name__, str(err)
     return 0.0, "", "nothing was raised"
 
 

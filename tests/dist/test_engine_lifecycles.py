@@ -1,9 +1,9 @@
-"""Random lives of requests on three ranks: they come, fork, share prefixes, grow, give way, are
-aborted, and move while ranks are drained, reopened and made level.
+"""Random lives of requests on three ranks: they come, fork, share prefixes, grow, are preempted,
+aborted, and moved while ranks are drained, reopened and made level.
 
-After every step the books of the scheduler balance and rank 0's own are equal to them. What a
-request says is what it says alone in an engine without a prefix cache; who is aborted has said the
-beginning of it.
+After every step the scheduler's ledger balances, and rank 0's worker state equals it. A request's
+tokens are those that it gets alone in an engine without a prefix cache; those of an aborted one are
+their beginning.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ from tests.dist.test_engine_company import KINDS, STOPS, Answer, Case, draft, se
 from tests.helpers.engines import engine_on
 from tests.helpers.ranks import run_ranks
 
-Books = dict[int, tuple[tuple[Home, ...], int]]  # request -> homes of its blocks, tokens in them
+States = dict[int, tuple[tuple[Home, ...], int]]  # request -> homes of its blocks, tokens in them
 
 
 class _Recorder(ThreadRunner):
-    """Runs plans, keeps them, and compares the rank's books with the scheduler's after each."""
+    """Runs plans, keeps them, and compares the worker state with the scheduler's after each."""
 
     def __init__(self, worker: Worker, scheduler: Scheduler) -> None:
         super().__init__(self._lead)
         self._worker = worker
         self._scheduler = scheduler
         self.plans: list[StepPlan] = []
-        self.books: list[Books] = []  # as they have to be after each plan
+        self.states: list[States] = []  # as they have to be after each plan
 
     def submit(self, plan: StepPlan) -> None:
         self.plans.append(plan)
-        self.books.append({
+        self.states.append({
             request.number: (tuple(request.table.homes), request.table.num_tokens)
             for request in self._scheduler.running
             if request.table is not None
@@ -58,7 +58,7 @@ class _Recorder(ThreadRunner):
         outcome = self._worker.lead(plan)
         sequences = self._worker.state.sequences
         mine = {n: (tuple(s.table.homes), s.table.num_tokens) for n, s in sequences.items()}
-        assert mine == self.books[plan.step - 1], f"books differ after step {plan.step}"
+        assert mine == self.states[plan.step - 1], f"states differ after step {plan.step}"
         return outcome
 
 
@@ -83,8 +83,8 @@ class Driver:
         return self._runner.plans
 
     @property
-    def books(self) -> list[Books]:
-        return self._runner.books
+    def states(self) -> list[States]:
+        return self._runner.states
 
     def add(self, name: str, case: Case, options: RequestOptions | None = None) -> list[Request]:
         """Queue a request; its answers."""
@@ -99,7 +99,7 @@ class Driver:
         self.live.discard(name)
 
     def step(self) -> list[Delta]:
-        """Plan a step, and take in the oldest when two are under way."""
+        """Plan a step, and apply the oldest outcome when two are under way."""
         deltas = self._loop.advance()
         self.scheduler.check_integrity()
         for delta in deltas:
@@ -166,7 +166,7 @@ MORE_KINDS: tuple[Mapping[str, Any], ...] = (
 
 
 def make_lives() -> list[Case]:
-    """Different requests, of which lives are drawn with return, so that prefixes are found."""
+    """Different requests; each life draws one of them, again and again, so prefixes are found."""
     model, found = the_model(), []
     for number in range(52):
         drafts = (
@@ -305,7 +305,7 @@ def live_on_ranks(world: World, cases: list[Case]) -> tuple[list[str], list[Coun
         lives.run()
         driver.close()
         if mode == "local":
-            homes = [table for books in driver.books for table, _ in books.values()]
+            homes = [table for states in driver.states for table, _ in states.values()]
             assert all(len({rank for rank, _ in table}) <= 1 for table in homes)
         bad += [f"{mode}: {line}" for line in lives.bad]
         counts.append(lives.counts)

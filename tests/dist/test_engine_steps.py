@@ -53,8 +53,8 @@ def timed_steps(world: World, slow: int, mode: str) -> dict[int, tuple[float, fl
         began, before = time.perf_counter(), self.model_seconds
         outcome = run(self, plan, *rest)
         if isinstance(plan, StepPlan) and world.rank != 0:
-            took = time.perf_counter() - began
-            found[plan.step] = took, self.model_seconds - before, 0
+            seconds = time.perf_counter() - began
+            found[plan.step] = seconds, self.model_seconds - before, 0
         return outcome
 
     def recorded_lead(self: Worker, plan: Plan) -> Outcome:

@@ -354,7 +354,7 @@ def test_tree_sends_nothing_to_hosts_without_keys(hosts: dict[str, list[list[Ent
 def test_ring_crosses_each_border_once_a_round(
     hosts: dict[str, list[list[Entries]]], name: str
 ) -> None:
-    """Of a ring's N links M cross a border, and each carries (N-1)/N * 2*S*G*D*e."""
+    """Of a ring's N links M go to another host, and each carries (N-1)/N * 2*S*G*D*e."""
     [entries] = hosts[f"ring {name}"]
     per_rank = (len(name) - 1) * 2 * 6 * 2 * D * 4
     assert sent(entries, "ring_pass_kv") == [per_rank] * len(name)
@@ -395,7 +395,7 @@ def ship(world: World) -> list[Entries]:
 def _shipped(
     request: int, past: list[int], owners: list[int], homes: list[int]
 ) -> tuple[Begin, Chunk]:
-    """A request with ``past[r]`` tokens stored on rank r, and a chunk of which rank r computes
+    """A request with ``past[r]`` tokens stored on rank r, and a chunk; rank r computes
     ``owners[r]`` and stores ``homes[r]``, all in rank order. Blocks hold one token."""
     at = itertools.count(32 * request)
     earlier, new = (

@@ -202,7 +202,7 @@ def test_two_hosts_of_two_ranks(hosts: Hosts) -> None:
 @pytest.mark.parametrize("own", ["127.0.0.1", "127.0.1.1"])
 @pytest.mark.parametrize("address", [None, "nodea", "localhost", "10.77.0.1"])
 def test_own_name_on_loopback(hosts: Hosts, own: str, address: str | None) -> None:
-    """MPI has told every rank of every address, so a name that leads to loopback is no matter."""
+    """MPI gives every rank every address, so a name that leads to loopback is no matter."""
     files = [file.read_text() for file in hosts.hosts_files]
     v4 = hosts.addresses
     try:

@@ -1,5 +1,5 @@
 """Sampling against numpy and plain Python written from the definitions, draws against their
-distribution, and rows in company against rows alone."""
+distribution, and rows beside others against rows alone."""
 
 from __future__ import annotations
 
@@ -417,7 +417,7 @@ def test_nothing_allowed_gives_no_token(way: dict[str, Any]) -> None:
     assert sample(3, some_logits(1), none) == Sampled(3, -1, 0.0)
 
 
-# --- company
+# --- rows beside others
 
 KINDS: list[dict[str, Any]] = [
     {"temperature": 0.0},

@@ -26,20 +26,20 @@ PLAIN = Sampling()
 
 
 class Ranks:
-    """Three mirrors that get the same plans."""
+    """Three worker states that get the same plans."""
 
     def __init__(self, block_size: int = 4, count: int = 3) -> None:
-        self.mirrors = [WorkerState(rank, block_size) for rank in range(count)]
+        self.states = [WorkerState(rank, block_size) for rank in range(count)]
         self.steps = 0
 
     def run(self, **parts: tuple) -> list[StepWork]:
         self.steps += 1
         plan = StepPlan(self.steps, **parts)
-        return [mirror.apply(plan) for mirror in self.mirrors]
+        return [state.apply(plan) for state in self.states]
 
     def begin(self, number: int, length: int, rank: int = 0, **more: object) -> list[StepWork]:
         """A request whose whole prompt is computed, in its first blocks, on one rank."""
-        size = self.mirrors[0].block_size
+        size = self.states[0].block_size
         homes = tuple((rank, 10 * number + i) for i in range(-(-length // size)))
         begin = Begin(number, tuple(range(length)), length, (), 0, Sampling(**more))  # type: ignore[arg-type]
         chunk = Chunk(number, "local", "kv", ((rank, ((0, length),)),), homes, True)
@@ -144,7 +144,7 @@ def test_a_local_request_concerns_its_rank_alone_but_all_know_of_it() -> None:
         assert not any(work.items for work in works)
         assert [draws(work) for work in works] == [[(1, 1, index)]] * 3
         assert not any(map(handoffs, works)), "the rank that drew it computes it"
-    tables = [mirror.sequences[1].table for mirror in ranks.mirrors]
+    tables = [state.sequences[1].table for state in ranks.states]
     assert all((t.homes, t.num_tokens) == ([(1, 10), (1, 11)], 8) for t in tables)
 
 
@@ -179,8 +179,8 @@ def test_a_fork_shares_what_is_before_the_last_token() -> None:
     ranks.begin(1, 6)
     how = Sampling(seed=9)
     ranks.run(decodes=(Decodes("local", "kv", (1,)),), forks=(Fork(1, 2, how),))
-    for mirror in ranks.mirrors:
-        parent, child = mirror.sequences[1], mirror.sequences[2]
+    for state in ranks.states:
+        parent, child = state.sequences[1], state.sequences[2]
         assert (child.table.homes, child.table.num_tokens) == (parent.table.homes[:2], 5)
         assert parent.table.num_tokens == 7, "the parent goes on in the same step"
         assert (child.tokens, child.prompt_length, child.drawn) == (tuple(range(6)), 6, 0)
@@ -190,7 +190,7 @@ def test_a_fork_shares_what_is_before_the_last_token() -> None:
     works = ranks.decode(1, 2, mode="tree", transfers=(copy,))
     assert [draws(work) for work in works] == [[(1, 0, 2), (2, 1, 0)]] * 3
     assert not any(map(handoffs, works)), "its first token is the prompt's last, known to all"
-    assert ranks.mirrors[0].sequences[1].table.homes == [(0, 10), (0, 11)], "a table of its own"
+    assert ranks.states[0].sequences[1].table.homes == [(0, 10), (0, 11)], "a table of its own"
 
 
 @pytest.mark.parametrize("length", [1, 4, 5])
@@ -198,7 +198,7 @@ def test_a_fork_at_the_border_of_a_block(length: int) -> None:
     ranks = Ranks()
     ranks.begin(1, length)
     ranks.run(forks=(Fork(1, 2, PLAIN),))
-    table = ranks.mirrors[2].sequences[2].table
+    table = ranks.states[2].sequences[2].table
     blocks = {1: 0, 4: 1, 5: 1}[length]
     assert (len(table.homes), table.num_tokens) == (blocks, length - 1)
 
@@ -207,14 +207,14 @@ def test_blocks_move_for_all_who_hold_them() -> None:
     ranks = Ranks()
     ranks.begin(1, 8)
     ranks.run(forks=(Fork(1, 2, PLAIN),))
-    move = Transfer((1, 2, 77), 0, (0, 10), (2, 5))  # 77 gave way after this was decided
+    move = Transfer((1, 2, 77), 0, (0, 10), (2, 5))  # 77 was preempted after this was decided
     last = Transfer((1,), 1, (0, 11), (1, 6))
     unheld = Transfer((), 3, (0, 3), (1, 9))  # of the cache
     works = ranks.run(
         transfers=(move, last, unheld), grown=((1, (1, 7)),), decodes=(Decodes("tree", "kv", (1,)),)
     )
-    assert ranks.mirrors[1].sequences[1].table.homes == [(2, 5), (1, 6), (1, 7)]
-    assert ranks.mirrors[1].sequences[2].table.homes == [(2, 5), (0, 11)]
+    assert ranks.states[1].sequences[1].table.homes == [(2, 5), (1, 6), (1, 7)]
+    assert ranks.states[1].sequences[2].table.homes == [(2, 5), (0, 11)]
     assert [handoffs(work) for work in works] == [[(1, 0, 1)]] * 3
     (item,) = works[0].items
     assert [(s.rank, s.k_runs, s.extents) for s in item.shards] == [
@@ -232,13 +232,13 @@ def test_who_gave_way_begins_again_where_it_was() -> None:
     chunk = Chunk(1, "local", "kv", ((1, ((4, 2),)),), ((1, 1),), True)
     works = ranks.run(ended=(1, 99), begins=(begin,), chunks=(chunk,))
     assert [draws(work) for work in works] == [[(1, 1, 2)]] * 3
-    for mirror in ranks.mirrors:
-        sequence = mirror.sequences[1]
+    for state in ranks.states:
+        sequence = state.sequences[1]
         assert (sequence.outputs, sequence.prompt, sequence.drawn) == ([50, 51], (0, 1, 2, 3), 3)
     works = ranks.decode(1)
     assert draws(works[0]) == [(1, 1, 3)] and not works[0].handoffs
     ranks.run(ended=(1,))
-    assert not any(mirror.sequences for mirror in ranks.mirrors)
+    assert not any(state.sequences for state in ranks.states)
 
 
 def test_what_was_drawn_elsewhere_is_told_in_order_and_once() -> None:
@@ -246,9 +246,9 @@ def test_what_was_drawn_elsewhere_is_told_in_order_and_once() -> None:
     ranks.begin(1, 4, presence_penalty=1.0)
     news = ((1, 0, 70), (1, 0, 70), (1, 2, 72), (9, 0, 1), (1, 1, 71))
     ranks.run(seen=news)
-    assert [m.sequences[1].outputs for m in ranks.mirrors] == [[70, 71]] * 3
+    assert [m.sequences[1].outputs for m in ranks.states] == [[70, 71]] * 3
     ranks.run(seen=((1, 2, 72),))
-    assert ranks.mirrors[2].sequences[1].outputs == [70, 71, 72]
+    assert ranks.states[2].sequences[1].outputs == [70, 71, 72]
 
 
 def test_prompt_scores_leave_out_the_last_token_and_the_answer() -> None:
@@ -271,7 +271,7 @@ def test_prompt_scores_leave_out_the_last_token_and_the_answer() -> None:
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_shards_that_rest_are_the_shards_made_anew(placement: str) -> None:
-    """Plans of a busy cluster again, by a mirror that keeps nothing from step to step."""
+    """Plans of a busy cluster again, by a worker state that keeps nothing from step to step."""
     cluster = Cluster([7, 5, 6], 2, mode=MODES[2], placement=placement, budget=9)
     for i in range(12):
         cluster.ask(prompt(1 + 2 * i % 11, i % 3), sampled(9, n=1 + i % 2))
@@ -279,13 +279,13 @@ def test_shards_that_rest_are_the_shards_made_anew(placement: str) -> None:
     assert begun is not None
     cluster.scheduler.drain(1)
     plans = [begun, *cluster.settle()]
-    mirror, theirs = WorkerState(0, 2), WorkerState(0, 2)
+    state, theirs = WorkerState(0, 2), WorkerState(0, 2)
     kept = items = 0
     for plan in plans:
         for sequence in theirs.sequences.values():
             sequence.resting.clear()
-        kept += sum(len(s.resting) for s in mirror.sequences.values())
-        one, other = mirror.apply(plan), theirs.apply(plan)
+        kept += sum(len(s.resting) for s in state.sequences.values())
+        one, other = state.apply(plan), theirs.apply(plan)
         assert [i.shards for i in one.items] == [i.shards for i in other.items]
         items += len(one.items)
         assert draws(one) == draws(other) and handoffs(one) == handoffs(other)
@@ -310,7 +310,7 @@ def test_all_ranks_know_which_ranks_work() -> None:
 
 
 def test_the_slowest_rank_gives_the_time_of_a_step() -> None:
-    """Rows of three ranks, of which the middle one draws nothing and works longest."""
+    """Rows of three ranks: the middle one draws nothing and works longest."""
     ranks = Ranks()
     ranks.begin(1, 4, rank=0)
     chunk = Chunk(2, "local", "kv", ((1, ((0, 4),)),), ((1, 20),), False)
