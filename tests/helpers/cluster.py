@@ -73,7 +73,7 @@ class Model:
     def alone(
         self, prompt: Sequence[int], params: SamplingParams, seed: int, max_tokens: int
     ) -> tuple[list[int], str, int | None]:
-        """What a request gets with nobody else around: (tokens, finish reason, stop reason)."""
+        """What a request gets without others: (tokens, finish reason, stop reason)."""
         content = contents(prompt)[-1]
         ends = () if params.ignore_eos else (EOS,)
         banned = (EOS, *params.stop_token_ids)
@@ -269,12 +269,12 @@ class Cluster:
         plan = self.core.plan()
         scheduler.check_integrity()
         for rank in scheduler.block_manager.closed:
-            # Who must be local grows where it is, until there is room to move it whole.
+            # A request that must be local grows where it is, until there is room to move it whole.
             taken = 0
             if self.mode[0] == "local" and plan is not None:
                 taken += sum(home[0] == rank for _, home in plan.grown)
                 taken += sum(t.source[0] == t.target[0] == rank for t in plan.transfers)
-            assert self.used()[rank] <= used[rank] + taken, "blocks were taken on a closed rank"
+            assert self.used()[rank] <= used[rank] + taken, "blocks were allocated on a closed rank"
         gone = [
             life.request.order for number, n in preempted.items()
             if (life := self.lives[number]).request.num_preemptions > n

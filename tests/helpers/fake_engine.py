@@ -69,7 +69,7 @@ class FakeEngine:
 
     ``delay_s`` comes before every token, ``first_delay_s`` before the first. ``refuse`` is raised
     before the first delta, ``break_after`` (n, error) after n tokens. ``end`` replaces the last
-    finish reason. ``short`` gives answers (by index) that stop after so many tokens; in each step
+    finish reason. ``short`` gives answers (by index) that stop after that many tokens; in each step
     the answers come in their order, or ``backwards``. ``cached`` is how many tokens of every prompt
     were in the prefix cache. ``drained`` ranks cannot all be drained; ``moving`` is what a
     rebalance says.

@@ -5,7 +5,7 @@ flash_api.cpp), so that the adapter meets the same rules where no CUDA device is
 
 - the last dimension is dense, at most 256 and a multiple of 8; KV heads divide query heads;
 - masks are aligned to the bottom right: row i sits at key ``i + S - T``;
-- a window side of S or more is taken as "no limit" (-1), then a side without limit beside one with
+- a window side of S or more is "no limit" (-1), then a side without limit beside one with
   is set to S; ``causal`` sets the right side to 0 and means nothing for a single row;
 - lse is a natural log, ``[B, H, T]``, and +inf for a row that sees nothing.
 """

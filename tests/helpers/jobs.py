@@ -168,7 +168,7 @@ def command(launcher: str, verb: str, ranks: int, args: Sequence[str]) -> list[s
     if launcher == "mpirun":
         flags = ["--allow-run-as-root", "--oversubscribe", "--bind-to", "none"]
         return [_tool("mpirun"), "-np", str(ranks), *flags, sys.executable, *script]
-    port = ["--master_port", str(free_port())]  # both take 29500 unless told otherwise
+    port = ["--master_port", str(free_port())]  # the default of both is 29500
     if launcher == "torchrun":
         return [_tool("torchrun"), "--nproc-per-node", str(ranks), *port, *script]
     assert launcher == "deepspeed", launcher

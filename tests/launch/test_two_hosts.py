@@ -29,13 +29,13 @@ def inter_host_bytes():
 
 config, steps = sys.argv[1], int(sys.argv[2])
 engine = ds_cp.init_inference(json.load(open(config))["model"], config)
-books = [inter_host_bytes()]
+counts = [inter_host_bytes()]
 for new in (1, 1 + steps):
     params = ds_cp.SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True)
     engine.generate([list(range(100, 200))], params)
-    books.append(inter_host_bytes())
-names = books[-1]
-one, longer = ({n: b.get(n, 0) - a.get(n, 0) for n in names} for a, b in zip(books, books[1:]))
+    counts.append(inter_host_bytes())
+names = counts[-1]
+one, longer = ({n: b.get(n, 0) - a.get(n, 0) for n in names} for a, b in zip(counts, counts[1:]))
 sent = {name: longer[name] - one[name] for name in names}
 os.write(1, (json.dumps({"prefill": sum(one.values()), "decode": sent}) + chr(10)).encode())
 engine.shutdown()

@@ -1,4 +1,4 @@
-"""The architecture, checked over the source: who may import whom, and what nobody may use."""
+"""The architecture, checked over the source: what each layer may import, and what none may use."""
 
 from __future__ import annotations
 
@@ -287,7 +287,7 @@ def test_a_file_has_one_job() -> None:
     assert long == {}
 
 
-# Imports module after module and prints the first after which torch is there, with who asked.
+# Imports module after module; prints the first that brings torch, and the module that imports it.
 LOADS_TORCH = """
 import importlib, sys, traceback
 

@@ -100,7 +100,7 @@ def test_split_weighted_is_within_one_of_the_exact_share(n: int, weights: list[i
         exact = Fraction(n * weight, sum(weights)) if n else Fraction(0)
         assert abs(share - exact) < 1
         assert weight or share == 0
-    # largest remainder: nobody rounded down has a larger remainder than one rounded up
+    # largest remainder: no share rounded down has a larger remainder than one rounded up
     if n:
         exacts = [Fraction(n * w, sum(weights)) for w in weights]
         up = [e % 1 for e, s in zip(exacts, shares, strict=True) if s > e]

@@ -1,4 +1,4 @@
-"""The plan's wire form: what goes in comes out, and nothing else is taken for a plan."""
+"""The plan's wire form: what goes in comes out, and nothing else decodes as a plan."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def test_other_formats_are_refused() -> None:
             decode_plan(payload)
 
 
-def test_a_step_of_many_streams_is_a_few_bytes_each() -> None:
+def test_a_step_of_many_decodes_is_a_few_bytes_each() -> None:
     plan = StepPlan(9, decodes=(Decodes("local", "kv", tuple(range(1000, 1256))),))
     assert len(encode_plan(plan)) < 256 * 3 + 64
 

@@ -189,7 +189,7 @@ def test_forms_of_stop() -> None:
     assert SamplingParams(stop_token_ids=None).stop_token_ids == ()
 
 
-# What callers have in their hands, and what a field then holds.
+# What callers pass, and what a field then holds.
 GIVEN: list[tuple[str, Any, Any]] = [
     *((name, given, want) for name in (
         "temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty",
@@ -308,7 +308,7 @@ def test_nothing_but_a_request_error_comes_of_any_value(field: str, value: Any) 
         assert error.param == field
         assert len(str(error)) < 120 and "\n" not in str(error)
     else:
-        assert replace(params) == params, "what was taken is taken again"
+        assert replace(params) == params, "what was accepted is accepted again"
         assert_declared_types(params)
 
 

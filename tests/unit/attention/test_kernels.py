@@ -295,7 +295,7 @@ def test_kernels_by_name() -> None:
 
 
 def test_flash_attn_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Even on the right device: told what to install, and auto does without."""
+    """Even on the right device: the error says what to install, and auto does without."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     cuda = torch.device("cuda", 0)
     for device in (CPU, cuda):
@@ -429,7 +429,7 @@ def in_fp64(
 def test_what_cuda_operators_are_given(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, dim: int
 ) -> None:
-    """Any head_dim: padded to what the operators take, and to the one that takes so many."""
+    """Any head_dim: padded to what the operators take, and to the one that takes that many."""
     monkeypatch.setattr(sdpa, "_cuda_flash", cuda_flash)
     monkeypatch.setattr(sdpa, "_cuda_efficient", cuda_efficient)
     monkeypatch.setattr(sdpa, "_cpu_op", sdpa._cuda_op)

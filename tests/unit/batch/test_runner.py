@@ -177,7 +177,7 @@ def test_a_full_queue_is_waited_for(engine: FakeEngine) -> None:
 
 
 def test_a_full_queue_behind_a_long_request_is_no_reason_to_give_up() -> None:
-    """The room for one is taken for longer than all pauses together."""
+    """The only room is in use for longer than all pauses together."""
     room = 1
 
     async def app(scope: Any, receive: Any, send: Any) -> None:

@@ -296,7 +296,7 @@ def test_generate_prints_text_alone(capfd, config: str, engine: FakeEngine) -> N
     assert cli.main(["generate", "--config", config, "--prompt", "é a"]) == 0
     out, err = capfd.readouterr()
     assert out == "É A\n"
-    assert all(f"noise from {who}" in err for who in ("python", "C")) and "1 host" in err
+    assert all(f"noise from {source}" in err for source in ("python", "C")) and "1 host" in err
     assert "buffered noise" in err
     (params,) = engine.calls[0][1]
     assert (params.temperature, params.max_tokens) == (0.0, 128)

@@ -113,7 +113,7 @@ time.sleep(60)
         ("os._exit(1)", 1, "rank 1 failed"),
     ],
 )
-def test_how_a_rank_died_is_told(end: str, code: int, message: str) -> None:
+def test_how_a_rank_died_is_reported(end: str, code: int, message: str) -> None:
     source = f"import os, time\nif os.environ['RANK'] == '1': {end}\ntime.sleep(60)"
     rc, _, err = run(2, source)
     assert rc == code
@@ -176,9 +176,8 @@ def test_killed_launcher_leaves_no_rank(tmp_path: Path) -> None:
     try:
         assert all_gone(ranks, 5)
     finally:
-        for (
-            pid
-        ) in children:  # nobody is left to end these; the real ranks' children watch their parent
+        # No process is left to end these; the real ranks' children watch their parent.
+        for pid in children:
             if alive(pid):
                 os.kill(pid, signal.SIGKILL)
 

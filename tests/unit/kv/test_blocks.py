@@ -30,8 +30,8 @@ def runs_of(blocks: set[int]) -> list[list[int]]:
 
 
 def check_choice(free: set[int], taken: tuple[int, ...], extend_from: int | None) -> None:
-    """``taken`` follows the rule of FreeList.take, worked out from the bare set ``free``; takes
-    the blocks out of it. Holds while a size class has no more than LOOK_AT runs: then best fit and
+    """``taken`` follows the rule of FreeList.take, worked out from the bare set ``free``; removes
+    the blocks from it. Holds while a size class has no more than LOOK_AT runs: then best fit and
     largest are exact, and only equal runs leave a choice."""
     left = list(taken)
     if extend_from is not None and left:
@@ -55,13 +55,13 @@ def check_choice(free: set[int], taken: tuple[int, ...], extend_from: int | None
         enough = [len(r) for r in runs if len(r) >= len(left)]
         assert len(run) == (min(enough) if enough else max(map(len, runs)))
         piece = run[: len(left)]
-        assert left[: len(piece)] == piece, "not from the front, in order"
+        assert left[: len(piece)] == piece, "not from its beginning, in order"
         free.difference_update(piece)
         del left[: len(piece)]
 
 
 class AllocatorMachine(RuleBasedStateMachine):
-    """Every call and every misuse in any order; the books always equal the model's."""
+    """Every call and every misuse in any order; the allocator always equals the model."""
 
     @initialize(capacities=st.lists(st.integers(0, 20), min_size=1, max_size=3))
     def start(self, capacities: list[int]) -> None:
@@ -206,7 +206,7 @@ class AllocatorMachine(RuleBasedStateMachine):
                 self.lru.remove(source)
 
     @invariant()
-    def books_balance(self) -> None:
+    def ledger_balances(self) -> None:
         if not hasattr(self, "allocator"):
             return
         allocator = self.allocator
@@ -365,7 +365,7 @@ def test_put_names_one_block_by_one_key() -> None:
     allocator.release(homes(0, 0, 1))
     assert (allocator.num_cached(0), allocator.num_free(0)) == (1, 3)
     with pytest.raises(ValueError, match="block 0 of rank 0 is not allocated"):
-        allocator.put(b"c", (0, 0))  # cached: whoever gives it a key must hold it
+        allocator.put(b"c", (0, 0))  # cached: only a holder may give it a key
 
 
 def test_forget_frees_a_cached_block_and_leaves_a_used_one() -> None:
@@ -503,7 +503,7 @@ def test_nothing_walks_over_the_blocks() -> None:
 
 
 def fragmented(capacity: int) -> Callable[[], None]:
-    """A request that comes and goes while single blocks are free, of which most were taken."""
+    """A request that comes and goes while single blocks are free; most of them were allocated."""
     allocator = BlockAllocator([capacity], block_size=16)
     allocator.allocate(0, capacity)
     allocator.release(homes(0, *range(0, capacity, 2)))

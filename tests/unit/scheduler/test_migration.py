@@ -1,7 +1,7 @@
-"""Ranks that are emptied and made level while everything goes on, on a pretended cluster.
+"""Ranks that are emptied and made level while requests run, on a simulated cluster.
 
 ``tests.helpers.cluster`` checks in every step that nothing is lost or read in the wrong place, and
-that nothing is taken on a closed rank.
+that no block is allocated on a closed rank.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def ranks_of(request: Request) -> set[int]:
 
 
 def busy(cluster: Cluster, count: int, length: int = 20, answer: int = 60) -> list[Request]:
-    """Requests that stream."""
+    """Requests that decode."""
     asked = [cluster.add(prompt(length, i), sampled(answer)) for i in range(count)]
     while any(r.prefilling for r in asked):
         cluster.step()
@@ -43,15 +43,15 @@ def busy(cluster: Cluster, count: int, length: int = 20, answer: int = 60) -> li
 @pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("mode", MODES)
-def test_a_drained_rank_ends_empty_and_no_stream_misses_a_token(
+def test_a_drained_rank_ends_empty_and_no_decode_misses_a_token(
     mode: tuple[str, str], placement: str, depth: int
 ) -> None:
     cluster = Cluster([40, 40, 40], 4, mode=mode, placement=placement, depth=depth)
-    streams = busy(cluster, 5, answer=30)
+    decodes = busy(cluster, 5, answer=30)
     rank = max(range(3), key=lambda r: cluster.used()[r])
     had = cluster.used()[rank]
     assert had >= 5
-    numbers = {r.number for r in streams}
+    numbers = {r.number for r in decodes}
     cluster.scheduler.drain(rank)
     assert not cluster.scheduler.is_drained(rank)
     moved, steps = 0, 0
@@ -71,7 +71,7 @@ def test_a_drained_rank_ends_empty_and_no_stream_misses_a_token(
     before = len(cluster.owned)
     cluster.settle()
     assert all(owned[rank] == 0 for owned in cluster.owned[before:])
-    assert all(r.num_preemptions == 0 for r in (*streams, *late))
+    assert all(r.num_preemptions == 0 for r in (*decodes, *late))
     cluster.check_outputs()
     assert cluster.cached()[rank] == 0
 
@@ -113,15 +113,15 @@ def test_a_request_that_no_rank_can_hold_spans_the_others() -> None:
 @pytest.mark.parametrize("depth", [1, 2])
 def test_under_mode_local_a_request_moves_whole_in_one_step(depth: int) -> None:
     cluster = Cluster([40, 40], 4, mode=LOCAL, depth=depth)
-    streams = busy(cluster, 2, length=60)
-    assert [ranks_of(r) for r in streams] in ([{0}, {1}], [{1}, {0}])
+    decodes = busy(cluster, 2, length=60)
+    assert [ranks_of(r) for r in decodes] in ([{0}, {1}], [{1}, {0}])
     cluster.scheduler.drain(0)
     plan = cluster.step()
     assert plan is not None and len(plan.transfers) >= 15 > MOVES_PER_STEP
-    assert [ranks_of(r) for r in streams] == [{1}, {1}]
+    assert [ranks_of(r) for r in decodes] == [{1}, {1}]
     assert decoding(plan) == {1, 2}
     cluster.settle()
-    assert streams[0].modes == streams[1].modes == ["local"]
+    assert decodes[0].modes == decodes[1].modes == ["local"]
     cluster.check_outputs()
 
 
@@ -188,7 +188,7 @@ def test_what_moved_is_found_and_what_was_only_cached_there_is_forgotten() -> No
 @pytest.mark.parametrize("steps", [0, 1, 2])
 def test_a_newcomer_finds_what_is_just_leaving(mode: tuple[str, str], steps: int) -> None:
     """The prefix is on a rank that is being emptied, wholly or in part: it is used all the same,
-    and nothing is taken there."""
+    and no block is allocated there."""
     cluster = Cluster([60, 60], 4, mode=mode)
     running = cluster.add(prompt(97), greedy(20))
     cluster.step()
@@ -224,7 +224,7 @@ def test_a_drained_rank_can_be_reopened() -> None:
 
 def test_reopened_halfway() -> None:
     cluster = Cluster([40, 40], 4, mode=("tree", "auto"))
-    streams = busy(cluster, 3, length=50, answer=30)
+    decodes = busy(cluster, 3, length=50, answer=30)
     had = cluster.used()
     cluster.scheduler.drain(0)
     cluster.step()
@@ -233,15 +233,15 @@ def test_reopened_halfway() -> None:
     assert plan is not None and not plan.transfers
     assert had[0] > cluster.used()[0] > 0
     cluster.settle()
-    assert all(r.num_preemptions == 0 for r in streams)
+    assert all(r.num_preemptions == 0 for r in decodes)
     cluster.check_outputs()
 
 
 def test_one_rank_after_another() -> None:
-    """Each is emptied into the others, round and round, while everybody streams."""
+    """Each is emptied into the others, round and round, while all requests decode."""
     cluster = Cluster([30, 30, 30], 4, depth=2)
-    streams = busy(cluster, 4, answer=90)
-    numbers = {r.number for r in streams}
+    decodes = busy(cluster, 4, answer=90)
+    numbers = {r.number for r in decodes}
     for turn in range(9):
         rank = turn % 3
         cluster.scheduler.drain(rank)
@@ -254,7 +254,7 @@ def test_one_rank_after_another() -> None:
 
 
 def test_what_could_not_finish_on_the_others_refuses_the_drain() -> None:
-    """With the numbers, and nothing is changed; it counts what may come, and who waits."""
+    """With the numbers, and nothing is changed; it counts what may come, and waiting requests."""
     cluster = Cluster([6, 6], 4, max_num_seqs=1)
     cluster.add(prompt(5, 9), greedy(3))
     cluster.step()
@@ -312,7 +312,7 @@ def test_there_is_no_such_rank(rank: int) -> None:
 
 @pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("mode", MODES)
-def test_when_it_gets_tight_the_youngest_give_way(mode: tuple[str, str], depth: int) -> None:
+def test_when_it_gets_tight_the_youngest_are_preempted(mode: tuple[str, str], depth: int) -> None:
     """Two full ranks become one: all finish, and the oldest is never disturbed."""
     cluster = Cluster([12, 12], 4, mode=mode, depth=depth)
     asked = busy(cluster, 6, length=10, answer=20)
@@ -323,7 +323,7 @@ def test_when_it_gets_tight_the_youngest_give_way(mode: tuple[str, str], depth: 
 
 
 @pytest.mark.parametrize("mode", MODES[:3])
-def test_whoever_is_aborted_on_the_way_leaves_nothing(mode: tuple[str, str]) -> None:
+def test_a_request_aborted_on_the_way_leaves_nothing(mode: tuple[str, str]) -> None:
     rng = random.Random(4)
     for _ in range(20):
         cluster = Cluster([30, 30], 4, mode=mode, depth=rng.randint(1, 2))
@@ -549,7 +549,7 @@ def perforated(blocks: list[int], **more: object) -> Cluster:
 
 
 def free_runs(cluster: Cluster, rank: int) -> list[int]:
-    """Lengths of the runs of blocks that nobody holds."""
+    """Lengths of the runs of blocks that no request holds."""
     allocator = cluster.scheduler.allocator
     free = [not allocator.references((rank, b)) for b in range(cluster.blocks[rank])]
     return [len(run) for run in "".join("x" if f else "." for f in free).split(".") if run]

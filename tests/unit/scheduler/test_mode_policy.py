@@ -95,8 +95,8 @@ def test_pass_is_kv_where_that_hides_under_attention() -> None:
     chosen = {new: rule.choose(4, new, whole - new)[1] for new in (1280, 3200, 4160, 6400, 25600)}
     assert chosen == {1280: "q", 3200: "q", 4160: "q", 6400: "kv", 25600: "kv"}
     # T >= N C G e / (2 H BW) = 4 * 507e12 * 8 * 2 / (2 * 128 * 26.1e9)
-    border = 4 * 507e12 * 8 * 2 / (2 * 128 * 26.1e9)
-    assert 4856 < border < 4857
+    threshold = 4 * 507e12 * 8 * 2 / (2 * 128 * 26.1e9)
+    assert 4856 < threshold < 4857
     assert [rule.choose(4, new, whole - new)[1] for new in (4856, 4857)] == ["q", "kv"]
     # on a slow machine with a fast link nothing but the size of the messages is left to decide
     slow = policy("ring", heads=heads, cost=rates(1e6, 26.1e9, heads))

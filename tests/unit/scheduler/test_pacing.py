@@ -1,4 +1,4 @@
-"""The chunk pacer on a pretended machine: so many seconds a step, a stream, a chunk, a token."""
+"""The chunk pacer on a simulated machine with fixed seconds a step, decode, chunk and token."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ T = Tuning()
 
 @dataclass
 class Machine:
-    """Seconds of a step, and the pacer that it is shown to, two steps late as in the engine."""
+    """Adds up a step's seconds and reports them to the pacer, two steps late as in the engine."""
 
     pacer: ChunkPacer
     step: float = 0.1
-    stream: float = 0.0
+    decode: float = 0.0
     chunk: float = 0.0
     token: float = 0.001
     noise: float = 0.0  # standard deviation of the logarithm
-    late_by: float = 0.0  # seconds that the steps below took longer, unlike all others
+    late_by: float = 0.0  # seconds added to the steps below
     late_chunks: frozenset[int] = frozenset()
     late_quiet: frozenset[int] = frozenset()
     chunks: int = 0
@@ -31,40 +31,40 @@ class Machine:
     rng: random.Random = field(default_factory=lambda: random.Random(2))
     late: list[tuple[float, int, float]] = field(default_factory=list)
 
-    def quiet(self, streams: int) -> float:
-        return self.step + self.stream * streams
+    def quiet(self, decodes: int) -> float:
+        return self.step + self.decode * decodes
 
-    def run(self, streams: int, work: float) -> float:
-        """One step; how long it takes without the noise."""
-        self.pacer.plan(streams, work)
-        seconds = self.quiet(streams) + (self.chunk + self.token * work if work else 0.0)
+    def run(self, decodes: int, work: float) -> float:
+        """One step; its seconds without the noise."""
+        self.pacer.plan(decodes, work)
+        seconds = self.quiet(decodes) + (self.chunk + self.token * work if work else 0.0)
         shown = seconds * self.rng.lognormvariate(0, self.noise)
         shown += self.late_by * (work > 0 and self.chunks in self.late_chunks)
         shown += self.late_by * (work == 0 and self.quiets in self.late_quiet)
         self.chunks += work > 0
         self.quiets += work == 0
-        self.late.append((shown, streams, work))
+        self.late.append((shown, decodes, work))
         if len(self.late) > 2:
             self.pacer.observe(*self.late.pop(0))
         return seconds
 
-    def warm(self, streams: int = 4, steps: int = 20) -> None:
+    def warm(self, decodes: int = 4, steps: int = 20) -> None:
         for _ in range(steps):
-            self.run(streams, 0.0)
+            self.run(decodes, 0.0)
 
-    def prompt(self, steps: int, streams: int = 4) -> list[tuple[float, float]]:
+    def prompt(self, steps: int, decodes: int = 4) -> list[tuple[float, float]]:
         """(work, seconds) of steps in which a prompt without an end takes what it may."""
         found = []
         for _ in range(steps):
-            work = float(int(self.pacer.allowance(streams)))
-            found.append((work, self.run(streams, work)))
+            work = float(int(self.pacer.allowance(decodes)))
+            found.append((work, self.run(decodes, work)))
         return found
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.05])
 @pytest.mark.parametrize("slowdown", [1.2, 2.0, 5.0])
 @pytest.mark.parametrize(("step", "token"), [(0.02, 0.0005), (0.5, 0.001), (0.002, 0.00001)])
-def test_a_step_with_a_chunk_takes_at_most_so_many_times_a_quiet_one(
+def test_a_step_with_a_chunk_is_slowed_by_at_most_slowdown(
     step: float, token: float, slowdown: float, noise: float
 ) -> None:
     machine = Machine(ChunkPacer(slowdown), step=step, token=token, noise=noise)
@@ -82,7 +82,7 @@ def test_a_step_with_a_chunk_takes_at_most_so_many_times_a_quiet_one(
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_long_prompt_whose_tokens_grow_dearer(seed: int) -> None:
-    """Streams that stay the same, no quiet step that the pacer does not ask for, and a prompt whose
+    """Decodes that stay the same, no quiet step that the pacer does not ask for, and a prompt whose
     chunks cost more the deeper it is, in part whatever their length."""
     pacer, rng = ChunkPacer(2.0, attention=2.6e-4), random.Random(seed)
     machine = Machine(pacer, step=0.055, noise=0.08, rng=rng)
@@ -162,25 +162,25 @@ def test_steps_that_become_slower_are_noticed_in_the_midst_of_a_prompt() -> None
     assert machine.pacer.quiet(4) == pytest.approx(0.3, rel=0.3)
 
 
-def test_a_step_of_more_streams_may_have_a_longer_chunk() -> None:
-    """10 ms, 1 ms a stream, half a millisecond a prompt token; the allowance is of the step."""
+def test_a_step_of_more_decodes_may_have_a_longer_chunk() -> None:
+    """10 ms, 1 ms a decode, half a millisecond a prompt token; the allowance is of the step."""
     pacer, rng = ChunkPacer(2.0), random.Random(1)
-    machine = Machine(pacer, step=0.01, stream=0.001, token=0.0005)
+    machine = Machine(pacer, step=0.01, decode=0.001, token=0.0005)
     for _ in range(300):
-        streams = rng.randint(1, 32)
-        machine.run(streams, 0.0)
-        machine.prompt(1, streams)
-    for streams in (1, 8, 32, 64):
-        quiet = machine.quiet(streams)
-        assert pacer.quiet(streams) == pytest.approx(quiet, rel=0.01)
-        machine.run(streams, 0.0)
-        machine.run(streams, 0.0)
+        decodes = rng.randint(1, 32)
+        machine.run(decodes, 0.0)
+        machine.prompt(1, decodes)
+    for decodes in (1, 8, 32, 64):
+        quiet = machine.quiet(decodes)
+        assert pacer.quiet(decodes) == pytest.approx(quiet, rel=0.01)
+        machine.run(decodes, 0.0)
+        machine.run(decodes, 0.0)
         want = T.margin_share * quiet / 0.0005  # or half, of a chunk to learn from
-        assert pacer.allowance(streams) / want in (pytest.approx(1, 0.02), pytest.approx(0.5, 0.02))
+        assert pacer.allowance(decodes) / want in (pytest.approx(1, 0.02), pytest.approx(0.5, 0.02))
 
 
 def test_one_slow_step_changes_little() -> None:
-    """A page fault, another process: a step of a hundred times the time is taken for three."""
+    """A page fault, another process: a step of a hundred times the time counts as one of three."""
     machine = Machine(ChunkPacer(2.0))
     machine.warm()
     before = statistics.median(work for work, _ in machine.prompt(100)[-40:])
@@ -199,8 +199,8 @@ STARTS = [frozenset({i}) for i in range(8)] + [frozenset({0, 1}), frozenset({1, 
 def test_slow_steps_at_the_very_start(
     step: float, chunk: float, token: float, what: str, late: frozenset[int]
 ) -> None:
-    """Five seconds of somebody else's, before the pacer knows what to expect: streams hardly feel
-    it, and the prompt gets on."""
+    """Another process delays a step by five seconds before the pacer knows what to expect: decodes
+    hardly feel it, and the prompt gets on."""
     pacer, by = ChunkPacer(2.0), {what: late}
     machine = Machine(pacer, step, 0.0, chunk, token, 0.08, late_by=5.0, **by)  # type: ignore[arg-type]
     machine.warm(steps=3)
@@ -210,7 +210,7 @@ def test_slow_steps_at_the_very_start(
     assert sum(work for work, _ in found) * token >= 0.3 * 600 * step
 
 
-def test_nobody_waits_for_a_token_of_a_batch() -> None:
+def test_no_client_waits_for_a_token_of_a_batch() -> None:
     machine = Machine(ChunkPacer(None))
     machine.warm()
     machine.prompt(20)
@@ -218,7 +218,7 @@ def test_nobody_waits_for_a_token_of_a_batch() -> None:
 
 
 def test_free_tokens_do_not_divide_by_zero() -> None:
-    """A step with a chunk that took no longer, or less, than a quiet one."""
+    """A step with a chunk that is as long as a quiet one, or shorter."""
     for token in (0.0, -0.0001):
         machine = Machine(ChunkPacer(2.0), token=token)
         machine.warm()
@@ -232,13 +232,13 @@ def test_free_tokens_do_not_divide_by_zero() -> None:
     assert max(work for work, _ in machine.prompt(40)) >= T.least_chunk_tokens
 
 
-def test_chunks_without_streams_last_about_a_second() -> None:
+def test_chunks_without_decodes_last_about_a_second() -> None:
     machine = Machine(ChunkPacer(2.0), step=0.0, token=0.0001)
     assert machine.pacer.allowance(0) == T.first_alone_work
-    machine.prompt(50, streams=0)
+    machine.prompt(50, decodes=0)
     assert machine.pacer.allowance(0) * 0.0001 == pytest.approx(T.alone_step_s, abs=0.01)
     machine.token = 1.0
-    machine.prompt(50, streams=0)
+    machine.prompt(50, decodes=0)
     assert machine.pacer.allowance(0) == T.first_alone_work, (
         "never less than can be afforded anyway"
     )
@@ -252,7 +252,7 @@ def test_what_is_not_comparable_is_not_learnt_from() -> None:
     assert pacer.allowance(0) == T.alone_growth_share * 1000 == 4000
     pacer.observe(0.4, 0, 4000)
     assert abs(pacer.allowance(0) - 10_000) <= 1
-    pacer.observe(9.0, 4, 16)  # one step beside streams, and nothing to compare it with
+    pacer.observe(9.0, 4, 16)  # one step beside decodes, and nothing to compare it with
     assert pacer.allowance(4) == T.first_chunk_work
 
 
@@ -312,7 +312,7 @@ def test_one_measurement_that_is_far_too_short_does_not_make_a_chunk_long(factor
     pacer = machine.pacer
     pacer.observe(factor * 0.004 * T.first_alone_work, 0, T.first_alone_work)
     assert pacer.allowance(0) <= T.alone_growth_share * T.first_alone_work
-    found = machine.prompt(30, streams=0)
+    found = machine.prompt(30, decodes=0)
     assert max(seconds for _, seconds in found) <= 0.004 * 4 * T.first_alone_work
     assert all(seconds <= 2.1 * T.alone_step_s for _, seconds in found[6:])
 

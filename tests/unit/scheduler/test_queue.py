@@ -26,7 +26,7 @@ def check(queue: WaitingQueue, members: list[Request], gone: list[Request]) -> N
 
 @given(st.lists(st.integers(-2, 2), max_size=12), st.data())
 def test_order_is_priority_then_age(priorities: list[int], data: st.DataObject) -> None:
-    """Whoever leaves, from wherever, and whoever comes back after giving way."""
+    """Requests leave from any place, and preempted ones come back."""
     queue = WaitingQueue()
     outside = [request(n, priority) for n, priority in enumerate(priorities)]
     inside: list[Request] = []
@@ -41,7 +41,7 @@ def test_order_is_priority_then_age(priorities: list[int], data: st.DataObject) 
         check(queue, inside, outside)
 
 
-def test_who_does_not_wait_cannot_be_removed() -> None:
+def test_a_request_that_does_not_wait_cannot_be_removed() -> None:
     queue = WaitingQueue()
     queue.push(request(1))
     with pytest.raises(KeyError):
@@ -49,9 +49,9 @@ def test_who_does_not_wait_cannot_be_removed() -> None:
     assert len(queue) == 1
 
 
-def test_those_who_left_take_no_room() -> None:
-    """Ten thousand come and are aborted, from the back: the queue holds hardly more than who is
-    there."""
+def test_removed_requests_need_no_room() -> None:
+    """Ten thousand come and are aborted, from the back: the queue holds hardly more than what
+    waits."""
     queue, rng = WaitingQueue(), random.Random(1)
     staying = [request(n) for n in range(5)]
     for each in staying:

@@ -1,6 +1,6 @@
-"""The scheduler on a pretended cluster: who runs when and where, who gives way, what is shared.
+"""The scheduler on a simulated cluster: what runs when and where, is preempted, is shared.
 
-Every step is checked by ``tests.helpers.cluster``: budgets, books, what each rank reads.
+Every step is checked by ``tests.helpers.cluster``: budgets, worker states, what each rank reads.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def chunk_of(plan: StepPlan, request: Request) -> Chunk:
 
 
 def ranks_of(chunk: Chunk) -> list[int]:
-    """Who computes it."""
+    """The ranks that compute it."""
     return [rank for rank, _ in chunk.owners]
 
 
@@ -75,7 +75,7 @@ def held(request: Request) -> list[tuple[int, int]]:
 # --- order and batching
 
 
-def test_first_come_first_served_and_decode_batches_everybody() -> None:
+def test_first_come_first_served_and_decode_batches_all() -> None:
     cluster = Cluster([100], budget=40, max_num_seqs=3)
     asked = [cluster.add(prompt(10 + i, i), greedy(4)) for i in range(5)]
     first = stepped(cluster)
@@ -100,7 +100,7 @@ def test_a_lower_priority_number_goes_first_and_of_equals_the_older() -> None:
 
 def test_a_newcomer_of_higher_priority_goes_before_the_next_chunk_of_others() -> None:
     cluster = Cluster([100], budget=4)
-    stream = cluster.add(prompt(3, 3), greedy(9))
+    decode = cluster.add(prompt(3, 3), greedy(9))
     stepped(cluster)
     long, other = cluster.add(prompt(12), greedy(2)), cluster.add(prompt(8, 5), greedy(2))
     stepped(cluster)
@@ -108,8 +108,8 @@ def test_a_newcomer_of_higher_priority_goes_before_the_next_chunk_of_others() ->
     plans = cluster.settle()
     assert [chunks_of([p], urgent) for p in plans[:3]] == [[3], [2], []]
     assert [chunks_of([p], long) for p in plans[:3]] == [[], [1], [3]]
-    assert all(stream.number in decoding(p) for p in plans[:3]), "a stream it does not hold up"
-    assert cluster.started == [stream.number, long.number, urgent.number, other.number]
+    assert all(decode.number in decoding(p) for p in plans[:3]), "a decode it does not hold up"
+    assert cluster.started == [decode.number, long.number, urgent.number, other.number]
     cluster.check_outputs()
 
 
@@ -147,15 +147,15 @@ def test_prompts_of_all_ranks_run_in_one_step() -> None:
         cluster.check_outputs()
 
 
-# --- nobody starves
+# --- no request starves
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-@pytest.mark.parametrize(("streams", "budget"), [(3, 2), (9, 4), (13, 5), (8, 8), (9, 8)])
-def test_more_streams_than_budget_take_turns(depth: int, streams: int, budget: int) -> None:
+@pytest.mark.parametrize(("decodes", "budget"), [(3, 2), (9, 4), (13, 5), (8, 8), (9, 8)])
+def test_more_decodes_than_budget_take_turns(depth: int, decodes: int, budget: int) -> None:
     """None waits longer than a round, and the whole budget is used."""
-    cluster = Cluster([400], budget=budget, depth=depth, max_num_seqs=streams)
-    asked = [cluster.add(prompt(4, i), sampled(90)) for i in range(streams)]
+    cluster = Cluster([400], budget=budget, depth=depth, max_num_seqs=decodes)
+    asked = [cluster.add(prompt(4, i), sampled(90)) for i in range(decodes)]
     while any(r.prefilling for r in asked):
         cluster.step()
     begun = [r.num_computed for r in asked]
@@ -163,53 +163,53 @@ def test_more_streams_than_budget_take_turns(depth: int, streams: int, budget: i
     for request in asked:
         turns = [i for i, plan in enumerate(plans) if request.number in decoding(plan)]
         gaps = [b - a for a, b in itertools.pairwise([-1, *turns])]
-        assert max(gaps) <= -(-streams // budget) + 1
+        assert max(gaps) <= -(-decodes // budget) + 1
     got = [r.num_computed - n for r, n in zip(asked, begun, strict=True)]
-    assert min(got) >= 30 // -(-streams // budget)
-    assert all(len(decoding(plan)) == min(streams, budget) for plan in plans)
+    assert min(got) >= 30 // -(-decodes // budget)
+    assert all(len(decoding(plan)) == min(decodes, budget) for plan in plans)
     cluster.settle()
     cluster.check_outputs()
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-def test_streams_take_turns_while_others_come_and_go(depth: int) -> None:
-    """A newcomer each step, gone soon: the long stream gets its share of a budget of two."""
+def test_decodes_take_turns_while_others_come_and_go(depth: int) -> None:
+    """A newcomer each step, gone soon: the long decode gets its share of a budget of two."""
     cluster = Cluster([100], budget=2, depth=depth, max_num_seqs=8)
     long = cluster.add(prompt(3), greedy(30))
     for i in range(60):
         cluster.add([i + 100], greedy(3))
-        cluster.step()  # which checks that no stream waits longer than a round
+        cluster.step()  # which checks that no decode waits longer than a round
     assert len(long.output) >= 60 // 8
     cluster.settle()
     cluster.check_outputs()
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-def test_a_long_prompt_holds_up_no_stream(depth: int) -> None:
+def test_a_long_prompt_holds_up_no_decode(depth: int) -> None:
     cluster = Cluster([100, 100], budget=16, depth=depth, placement="balanced")
-    streams = [cluster.add(prompt(5, i), sampled(60)) for i in range(6)]
+    decodes = [cluster.add(prompt(5, i), sampled(60)) for i in range(6)]
     for _ in range(3):
         cluster.step()
     long = cluster.add(prompt(500, 9), greedy(2))
-    numbers = [r.number for r in streams]
+    numbers = [r.number for r in decodes]
     count = 0
     while long.prefilling and long.finish_reason is None:
         plan = stepped(cluster)
         count += 1
         assert decoding(plan) == numbers
         assert max(cluster.owned[-1]) <= 16
-    assert count == -(-500 // 24), "and it gets the whole blocks of what three streams a rank leave"
+    assert count == -(-500 // 24), "and it gets the whole blocks of what three decodes a rank leave"
     cluster.settle()
     cluster.check_outputs()
 
 
 @pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("budget", [2, 3, 8])
-def test_streams_hold_up_no_prompt(budget: int, depth: int) -> None:
-    """Twelve streams want the whole budget; a prompt gets a quarter of it, one token at least."""
+def test_decodes_hold_up_no_prompt(budget: int, depth: int) -> None:
+    """Twelve decodes want the whole budget; a prompt gets a quarter of it, one token at least."""
     cluster = Cluster([600], budget=budget, depth=depth, max_num_seqs=13)
-    streams = [cluster.add(prompt(4, i), sampled(100)) for i in range(12)]
-    while any(r.prefilling for r in streams):
+    decodes = [cluster.add(prompt(4, i), sampled(100)) for i in range(12)]
+    while any(r.prefilling for r in decodes):
         cluster.step()
     late = cluster.add(prompt(16, 99), greedy(1))
     share = max(1, budget // 4)
@@ -219,8 +219,8 @@ def test_streams_hold_up_no_prompt(budget: int, depth: int) -> None:
     cluster.check_outputs()
 
 
-def test_budgets_hold_when_streams_open_blocks_on_other_ranks() -> None:
-    """Twelve streams, all on one rank, open blocks at once, by placement on the other ones."""
+def test_budgets_hold_when_decodes_open_blocks_on_other_ranks() -> None:
+    """Twelve decodes, all on one rank, open blocks at once, by placement on the other ones."""
     for placement in ("round_robin", "balanced"):
         cluster = Cluster([40, 40, 40], 2, placement=placement, mode=("tree", "auto"), budget=6,
                           max_num_seqs=16)  # fmt: skip
@@ -231,19 +231,19 @@ def test_budgets_hold_when_streams_open_blocks_on_other_ranks() -> None:
         cluster.check_outputs()
 
 
-def test_chunks_beside_streams_are_paced_and_alone_they_are_not() -> None:
+def test_chunks_beside_decodes_are_paced_and_alone_they_are_not() -> None:
     """A step may take twice a quiet one, of 10 ms; a prompt token costs 1 ms: so ten tokens."""
     pacer = ChunkPacer(2.0)
     cluster = Cluster([400], budget=200, pacer=pacer)
     cluster.seconds = lambda plan: 0.010 * bool(plan.decodes) + 0.001 * _prompt_tokens(plan)
-    stream = cluster.add(prompt(4), sampled(200))
+    decode = cluster.add(prompt(4), sampled(200))
     for _ in range(20):
         stepped(cluster)
     long = cluster.add(prompt(600, 5), greedy(1))
     plans = []
     while long.finish_reason is None:
         plans.append(stepped(cluster))
-        assert decoding(plans[-1]) == [stream.number]
+        assert decoding(plans[-1]) == [decode.number]
     sizes = chunks_of(plans, long)
     assert sizes[0] <= 2 * pacer.tuning.first_chunk_work, "before anything is measured"
     settled = sizes[3:-1]  # every fourth is half as long, or the least, to learn from
@@ -334,7 +334,7 @@ def test_sampling_fields_travel_once() -> None:
 
 @pytest.mark.parametrize("depth", [1, 2])
 def test_penalties_count_the_same_tokens_on_every_rank(depth: int) -> None:
-    """Local, growing over ranks, in turns, and after giving way: checked at every draw."""
+    """Local, growing over ranks, in turns, and after preemption: checked at every draw."""
     for mode, budget in itertools.product((("auto", "auto"), ("tree", "auto")), (2, 100)):
         cluster = Cluster([3, 3], 4, mode=mode, depth=depth, budget=budget)
         for i in range(6):
@@ -347,10 +347,10 @@ def test_penalties_count_the_same_tokens_on_every_rank(depth: int) -> None:
 
 @pytest.mark.parametrize("depth", [1, 2])
 def test_prompt_scores(depth: int) -> None:
-    """Every token of the prompt but the first, over chunks and ranks, also after giving way."""
+    """Every token of the prompt but the first, over chunks and ranks, also after preemption."""
     for mode in MODES[:3]:
         cluster = Cluster([12, 12], 4, mode=mode, depth=depth, budget=7)
-        stream = cluster.add(prompt(4, 9), sampled(30))
+        decode = cluster.add(prompt(4, 9), sampled(30))
         asked = cluster.ask(prompt(41), sampled(3, prompt_logprobs=0, n=2))
         again = cluster.add(prompt(23), sampled(3, prompt_logprobs=0))
         cluster.step()
@@ -366,8 +366,8 @@ def test_prompt_scores(depth: int) -> None:
             assert [s.token_id for s in scores[1:]] == list(request.prompt[1:])
             want = [score(c, t) for c, t in zip(known, request.prompt[1:], strict=False)]
             assert [s.logprob for s in scores[1:]] == want
-        assert cluster.lives[asked[1].number].scores is None, "told once"
-        assert cluster.lives[stream.number].scores is None
+        assert cluster.lives[asked[1].number].scores is None, "reported once"
+        assert cluster.lives[decode.number].scores is None
 
 
 def test_scored_prompts_have_short_chunks_and_take_no_hits() -> None:
@@ -675,7 +675,7 @@ def test_the_next_turn_of_a_chat_hits_the_answer_too(depth: int) -> None:
     cluster.settle()
     second = cluster.add([*prompt(10), *first.output, 500, 501], greedy(3))
     cluster.settle()
-    # 25 tokens, of which the last was never computed: 24 are six blocks
+    # 25 tokens; the last was never computed, and 24 are six blocks
     assert cluster.lives[second.number].cached_tokens == 24
     cluster.check_outputs()
 
@@ -745,7 +745,7 @@ def test_least_recently_used_is_evicted_first_and_the_end_of_a_sequence_before_i
     assert cluster.scheduler.num_preemptions == 0
 
 
-def test_cached_blocks_go_before_anybody_gives_way() -> None:
+def test_cached_blocks_go_before_any_request_is_preempted() -> None:
     cluster = Cluster([8, 4], 4, mode=("tree", "auto"))
     cluster.add(prompt(48, 7), greedy(1))
     cluster.settle()
@@ -781,7 +781,7 @@ def test_a_hit_goes_where_the_prefix_is_unless_that_rank_is_crowded() -> None:
     (home,) = {rank for rank, _ in held(first)}
     near = cluster.add([*system, 7, 7], greedy(60))
     assert not stepped(cluster).transfers
-    assert held(near)[:25] == held(first)[:25], "a stream weighs less than 100 tokens of prompt"
+    assert held(near)[:25] == held(first)[:25], "a decode weighs less than 100 tokens of prompt"
     far = cluster.add([*system, 8, 8], greedy(60))  # two weigh more
     plan = stepped(cluster)
     assert {rank for rank, _ in held(far)} == {1 - home}
@@ -846,7 +846,7 @@ def test_a_hit_that_no_rank_can_hold_alone_spans_from_where_the_prefix_is() -> N
 @pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 7, 8, 9])
 def test_answers_share_the_prompt_and_copy_before_they_write(length: int, depth: int) -> None:
-    """Blocks of four: a prompt of one token, one below, at and above a block's border."""
+    """Blocks of four: a prompt of one token, one below, at and above a block's size."""
     for mode in MODES:
         cluster = Cluster([12, 12], 4, mode=mode, depth=depth)
         parent, *children = cluster.ask(prompt(length), sampled(6, n=3))
@@ -861,8 +861,8 @@ def test_answers_share_the_prompt_and_copy_before_they_write(length: int, depth:
         assert references[shared:] == [1] * (len(held(parent)) - shared)
         second = stepped(cluster)
         assert decoding(second) == [1, 2, 3]
-        # The last block is shared when it has tokens before the last one. Whoever writes to it
-        # while others hold it copies; the parent writes elsewhere if it is full.
+        # The last block is shared when it has tokens before the last one. A request that writes to
+        # it while others hold it copies; the parent writes elsewhere if it is full.
         shared_tail = (length - 1) % 4 != 0
         copiers = ((2, 3) if length % 4 == 0 else (1, 2)) if shared_tail else ()
         assert tuple(t.requests for t in second.transfers) == tuple((n,) for n in copiers)
@@ -902,14 +902,14 @@ def test_the_last_holder_writes_without_a_copy() -> None:
 
 @pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("when", ["before", "at", "after"])
-@pytest.mark.parametrize("who", [0, 1, 2])
-def test_one_answer_ends_and_the_others_go_on(who: int, when: str, depth: int) -> None:
+@pytest.mark.parametrize("ended", [0, 1, 2])
+def test_one_answer_ends_and_the_others_go_on(ended: int, when: str, depth: int) -> None:
     """Before the fork the first answer computes for all: its heir takes over."""
     cluster = Cluster([12], 4, budget=8, depth=depth)
     asked = cluster.ask(prompt(14), sampled(6, n=3))
     for _ in range({"before": 1, "at": 2, "after": 4}[when]):
         stepped(cluster)
-    cluster.abort_answer(asked[who])
+    cluster.abort_answer(asked[ended])
     cluster.scheduler.check_integrity()
     cluster.settle()
     assert cluster.check_outputs() == 2
@@ -930,7 +930,7 @@ def test_an_heir_of_one_that_waits_takes_its_place() -> None:
 
 
 def test_all_answers_need_a_seat() -> None:
-    """Seats are kept for those who are not born yet, and nobody overtakes for a free one."""
+    """Seats are kept for answers that have not started, and no request overtakes for a free one."""
     cluster = Cluster([60], 4, max_num_seqs=4, budget=8)
     first = cluster.ask(prompt(20), sampled(8, n=3))
     second = cluster.ask(prompt(4, 2), sampled(3, n=2))
@@ -947,8 +947,8 @@ def test_all_answers_need_a_seat() -> None:
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-def test_answers_that_give_way_come_back_with_their_tokens(depth: int) -> None:
-    """Each continues its own text: nobody is given another answer's blocks."""
+def test_preempted_answers_come_back_with_their_tokens(depth: int) -> None:
+    """Each continues its own text: none gets another answer's blocks."""
     for mode, prefix_caching in itertools.product(MODES[:3], (True, False)):
         cluster = Cluster([9], 4, mode=mode, depth=depth, prefix_caching=prefix_caching)
         asked = cluster.ask(prompt(13), sampled(12, n=4))
@@ -958,11 +958,11 @@ def test_answers_that_give_way_come_back_with_their_tokens(depth: int) -> None:
         cluster.check_outputs()
 
 
-# --- giving way
+# --- preemption
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-def test_the_youngest_gives_way_and_comes_back_the_same(depth: int) -> None:
+def test_the_youngest_is_preempted_and_comes_back_the_same(depth: int) -> None:
     cluster = Cluster([6], 4, depth=depth, prefix_caching=False)
     old, young = cluster.add(prompt(10), greedy(10)), cluster.add(prompt(9, 2), greedy(10))
     plans = cluster.settle()
@@ -975,12 +975,12 @@ def test_the_youngest_gives_way_and_comes_back_the_same(depth: int) -> None:
     assert begins[1].tokens == (*young.prompt, *young.output[:known])
     assert chunks_of(plans, young) == [9, 9 + known], "computes what it had, and the next token"
     (ended,) = (plan for plan in plans if young.number in plan.ended and plan is not plans[-1])
-    assert not ended.begins, "who gave way does not take the blocks back at once"
+    assert not ended.begins, "a preempted request does not get the blocks back at once"
     cluster.check_outputs()
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-def test_what_gave_way_is_found_in_the_cache(depth: int) -> None:
+def test_what_was_preempted_is_found_in_the_cache(depth: int) -> None:
     cluster = Cluster([20], 4, depth=depth)
     request = cluster.add(prompt(10), greedy(16))
     while len(request.output) < 9:
@@ -993,7 +993,7 @@ def test_what_gave_way_is_found_in_the_cache(depth: int) -> None:
     cluster.check_outputs()
 
 
-def test_the_lowest_priority_gives_way_though_it_is_older() -> None:
+def test_the_lowest_priority_is_preempted_though_it_is_older() -> None:
     cluster = Cluster([6], 4)
     old = cluster.add(prompt(10), greedy(10), priority=1)
     young = cluster.add(prompt(9, 2), greedy(10))
@@ -1003,18 +1003,18 @@ def test_the_lowest_priority_gives_way_though_it_is_older() -> None:
 
 
 def test_a_last_recomputed_chunk_of_one_token_uses_its_reserved_block() -> None:
-    """It is no decode step: the block it needs is the last one, and taken already."""
+    """It is no decode step: the block it needs is the last one, and in use already."""
     cluster = Cluster([2], 4, budget=4, prefix_caching=False)
     request = cluster.add(prompt(4), greedy(5))
     stepped(cluster)
     cluster.scheduler._preempt(request)
     plans = cluster.settle()
     assert chunks_of(plans, request) == [4, 1]
-    assert request.num_preemptions == 1, "it does not give way to itself"
+    assert request.num_preemptions == 1, "it does not preempt itself"
     cluster.check_output(request)
 
 
-def test_under_mode_local_only_a_neighbour_gives_way() -> None:
+def test_under_mode_local_only_a_neighbour_is_preempted() -> None:
     """The rank of the first two requests fills up; the youngest, elsewhere, would be no help."""
     cluster = Cluster([6, 6], 4, mode=("local", "auto"))
     sizes = ((9, 14), (9, 12), (9, 9), (2, 2))
@@ -1027,7 +1027,7 @@ def test_under_mode_local_only_a_neighbour_gives_way() -> None:
     cluster.check_outputs()
 
 
-def test_it_gives_way_for_a_copy_too() -> None:
+def test_a_copy_preempts_too() -> None:
     """Four blocks: the prompt takes three, one more is there for two answers that want to copy."""
     for depth in (1, 2):
         cluster = Cluster([4], 4, depth=depth)
@@ -1081,7 +1081,7 @@ class LateRunner:
         self.plans: list[Future[Outcome]] = []
 
     def submit(self, plan: StepPlan) -> None:
-        # The mirrors must be compared with the scheduler's books as they are now.
+        # The worker states must be compared with the scheduler's as it is now.
         done: Future[Outcome] = Future()
         done.set_result(self.cluster._execute(plan))
         self.plans.append(done)
@@ -1242,7 +1242,7 @@ def ranks_in_use(cluster: Cluster) -> set[int]:
 
 
 def test_short_requests_keep_to_as_many_ranks_as_can_compute_while_these_have_room() -> None:
-    """Four ranks of which two can compute at once: each at work reads all weights in a step."""
+    """Four ranks; two can compute at once: each at work reads all weights in a step."""
     cluster = Cluster([20] * 4, seats=Seats(("here",) * 4, 2))
     for i in range(6):
         cluster.add(prompt(8, i), sampled(12))
@@ -1286,8 +1286,8 @@ def test_a_prefix_on_a_sleeping_rank_is_copied_to_one_at_work() -> None:
     cluster.check_outputs()
 
 
-def test_work_of_which_no_step_comes_is_an_error_not_a_wait() -> None:
-    """It cannot be brought about from outside; here the blocks are taken away behind its back."""
+def test_work_without_a_step_is_an_error_not_a_wait() -> None:
+    """It cannot be brought about from outside: the test allocates the blocks behind its back."""
     cluster = Cluster([8], 4)
     cluster.add([1, 2, 3])
     cluster.scheduler.block_manager.closed.add(0)
@@ -1296,7 +1296,7 @@ def test_work_of_which_no_step_comes_is_an_error_not_a_wait() -> None:
             cluster.core.plan()
 
 
-# --- pacing learns from each step what that step took
+# --- pacing learns from each step's own seconds
 
 
 class WatchedPacer(ChunkPacer):

@@ -1,7 +1,7 @@
-"""Ten thousand random lives of requests on pretended clusters, checked in every step.
+"""Ten thousand random lives of requests on simulated clusters, checked in every step.
 
-Requests of all kinds come, share prefixes, fork, give way, are aborted and end, while ranks are
-drained, opened again and made level. ``tests.helpers.cluster`` checks the books, the budgets, the
+Requests of all kinds come, share prefixes, fork, are preempted, aborted and end, while ranks are
+drained, opened again and made level. ``tests.helpers.cluster`` checks the ledger, the budgets, the
 turns, and all that is read and fed; at the end nothing may be left, and every request that was not
 aborted must have got the tokens that it gets alone.
 """
@@ -169,7 +169,7 @@ class Session:
         plans = cluster.settle()
         for rank in closed:
             assert cluster.scheduler.is_drained(rank) and not cluster.cached()[rank]
-        self.seen["gave way"] += cluster.scheduler.num_preemptions
+        self.seen["preempted"] += cluster.scheduler.num_preemptions
         self.seen["moved"] += cluster.scheduler.migration.num_moved
         self.seen["hits"] += cluster.scheduler.block_manager.hits
         self.seen["forked"] += sum(len(plan.forks) for plan in plans)
@@ -191,7 +191,7 @@ def test_random_lives(placement: str, mode: tuple[str, str], depth: int) -> None
         seen += session.seen
         if ended >= LIVES_OF_A_KIND:
             break
-    everything = {"asked", "aborted", "drained", "gave way", "moved", "hits", "forked",
+    everything = {"asked", "aborted", "drained", "preempted", "moved", "hits", "forked",
                   "length", "stop", "error"}  # fmt: skip
     assert everything <= {what for what, count in seen.items() if count}, f"too tame: {seen}"
 
@@ -235,7 +235,7 @@ class Lives(RuleBasedStateMachine):
         self._do(data, event)
 
     @invariant()
-    def books_balance(self) -> None:
+    def ledger_balances(self) -> None:
         if hasattr(self, "session"):
             self.session.cluster.scheduler.check_integrity()
 

@@ -112,7 +112,7 @@ def test_blocks_that_do_not_add_up_end_the_engine_with_the_numbers() -> None:
         assert await ask(engine, "a") == [7] * 9
         core = engine._core
         assert core is not None
-        core.scheduler.allocator.allocate(0, 1)  # a block that nobody holds
+        core.scheduler.allocator.allocate(0, 1)  # a block that no request holds
         assert await ask(engine, "b") == [7] * 9
         await until(lambda: engine.state == "dead")
         with pytest.raises(EngineDeadError, match="the engine is dead"):

@@ -105,7 +105,7 @@ def test_other_errors_are_not_about_memory(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_lazy_pool_claims_memory_as_it_is_written(dtype: torch.dtype) -> None:
-    """512 MiB, of which nothing is resident before a write; unwritten slots read as zeros."""
+    """512 MiB; none of it is resident before a write; unwritten slots read as zeros."""
     process = psutil.Process()
     tokens = 512 * MIB // bytes_per_token([SPEC] * 2, dtype)
     before = process.memory_info().rss

@@ -33,7 +33,7 @@ def mixtral() -> tuple[Any, int]:
 
 
 def qwen_moe() -> tuple[Any, int]:
-    """60 experts of which 4, and a shared one that every token passes."""
+    """4 of 60 experts, and a shared one that every token passes."""
     model = hf.Qwen2MoeForCausalLM(hf.Qwen2MoeConfig(
         **SIZES, intermediate_size=48, moe_intermediate_size=16, num_experts=60,
         num_experts_per_tok=4, shared_expert_intermediate_size=24))  # fmt: skip

@@ -338,7 +338,7 @@ def test_mpi_over_two_hosts(fake_mpi: Any, listened: list[tuple[str, int]]) -> N
     assert listened == [("198.51.100.5", 0), ("192.0.2.5", 0), ("192.0.2.5", 4567)]
 
 
-def test_mpi_another_rank_s_error_is_everybody_s(fake_mpi: Any) -> None:
+def test_mpi_another_rank_s_error_is_raised_by_all(fake_mpi: Any) -> None:
     fake_mpi(2, "ab", {1: {"error": "comm.interface 'ib0' is not up on host b"}})
     with pytest.raises(TopologyError, match="on host b"):
         detect({"OMPI_COMM_WORLD_SIZE": "2"})

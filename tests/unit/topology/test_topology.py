@@ -13,13 +13,13 @@ placements = st.lists(st.sampled_from(["a", "b", "c", "d"]), min_size=1, max_siz
 
 
 def round_crossings(hosts: list[str], order: list[int] | tuple[int, ...]) -> int:
-    """Host borders of one closed round, counted without Topology."""
+    """Steps of one closed round that go to another host, counted without Topology."""
     steps = zip(order, [*order[1:], order[0]], strict=True)
     return sum(hosts[a] != hosts[b] for a, b in steps)
 
 
 @given(placements, st.randoms(use_true_random=False))
-def test_ring_order_crosses_each_border_once(hosts: list[str], rng: random.Random) -> None:
+def test_ring_order_enters_each_host_once(hosts: list[str], rng: random.Random) -> None:
     topology = Topology.from_hosts(hosts)
     order = topology.ring_order()
     assert sorted(order) == list(range(len(hosts)))

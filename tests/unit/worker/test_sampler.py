@@ -139,7 +139,7 @@ def test_seeds_are_as_good_as_indices() -> None:
     assert chi2 <= 99 + 5 * math.sqrt(2 * 99), "a request's tokens are independent"
 
 
-def test_a_stream_is_named_by_seed_and_index() -> None:
+def test_a_draw_is_named_by_seed_and_index() -> None:
     logits = some_logits(9)
     ids = [sample(0, logits, how(seed=77), i).token for i in range(50)]
     again = [sample(5, logits.clone(), how(seed=77), i).token for i in reversed(range(50))]
@@ -248,7 +248,7 @@ def splitmix(state: int) -> int:
 
 
 def test_draws_invert_the_cumulative_distribution() -> None:
-    """So that a stream is the same in every version: seeds are published."""
+    """So that a draw is the same in every version: seeds are published."""
     known = [6457827717110365317, 3203168211198807973, 9817491932198370423]  # of seed 1234567
     assert [splitmix(1234567 + i * GOLDEN) for i in range(3)] == known
     for seed in (0, 5, -1, 2**62, -(2**63)):
@@ -449,7 +449,7 @@ def mixed(seed: int, vocab: int, copies: int) -> tuple[torch.Tensor, list[Row]]:
 
 @pytest.mark.parametrize(("vocab", "copies"), [(VOCAB, 6), (1000, 4), (49152, 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_row_does_not_depend_on_its_company(vocab: int, copies: int, dtype: torch.dtype) -> None:
+def test_a_row_does_not_depend_on_other_rows(vocab: int, copies: int, dtype: torch.dtype) -> None:
     """Bit for bit, log-probabilities too: one by one, all at once, in parts and in other orders."""
     logits, rows = mixed(vocab, vocab, copies)
     logits = logits.to(dtype)
@@ -469,7 +469,7 @@ def test_a_row_does_not_depend_on_its_company(vocab: int, copies: int, dtype: to
     assert torch.equal(logits, before)
 
 
-def test_streams_are_the_same_in_any_company() -> None:
+def test_draws_are_the_same_beside_any_rows() -> None:
     """Fifty tokens of five seeded requests that step together, and of each alone."""
     table = torch.randn(50, 5, 400, generator=torch.Generator().manual_seed(0)) * 2
     ways = [how(seed=s, temperature=0.9, top_p=0.95, presence_penalty=0.4) for s in range(5)]
@@ -483,7 +483,7 @@ def test_streams_are_the_same_in_any_company() -> None:
         for index in range(50):
             alone.append(sample(r, table[index, r], way, index, (), alone).token)
         assert alone == together[r]
-    assert len({tuple(stream) for stream in together}) == 5
+    assert len({tuple(drawn) for drawn in together}) == 5
 
 
 @given(

@@ -194,7 +194,7 @@ def test_a_fork_shares_what_is_before_the_last_token() -> None:
 
 
 @pytest.mark.parametrize("length", [1, 4, 5])
-def test_a_fork_at_the_border_of_a_block(length: int) -> None:
+def test_a_fork_at_the_end_of_a_block(length: int) -> None:
     ranks = Ranks()
     ranks.begin(1, length)
     ranks.run(forks=(Fork(1, 2, PLAIN),))
@@ -241,7 +241,7 @@ def test_who_gave_way_begins_again_where_it_was() -> None:
     assert not any(state.sequences for state in ranks.states)
 
 
-def test_what_was_drawn_elsewhere_is_told_in_order_and_once() -> None:
+def test_what_was_drawn_elsewhere_is_announced_in_order_and_once() -> None:
     ranks = Ranks()
     ranks.begin(1, 4, presence_penalty=1.0)
     news = ((1, 0, 70), (1, 0, 70), (1, 2, 72), (9, 0, 1), (1, 1, 71))
