@@ -41,9 +41,9 @@ from ds_cp.topology.job import detect
 from ds_cp.worker.worker import Worker
 
 BLOCK = 64  # tokens
-STREAM_PROMPT = 200  # tokens
+DECODE_PROMPT = 200  # tokens of the prompt of a decoding request
 SETTLE = 10  # decode steps that are not timed
-MISS_TARGET, STREAM_TARGET = 0.15, 2.0  # hit / miss; median beside a prompt / quiet
+MISS_TARGET, DECODE_TARGET = 0.15, 2.0  # hit / miss; median beside a prompt / quiet
 
 
 # --- a shared prefix
@@ -136,14 +136,14 @@ def beside(
             (alone,) = driver.first_tokens({"long": long}, 1)
     with sessions.open(slowdown) as driver:
         if driver is not None:
-            streams = [f"stream {n}" for n in range(args.streams)]
-            for name in streams:
-                driver.add(name, text(rng, STREAM_PROMPT), args.stream_tokens)
+            decodes = [f"decode {n}" for n in range(args.decodes)]
+            for name in decodes:
+                driver.add(name, text(rng, DECODE_PROMPT), args.decode_tokens)
 
             def run(count: int) -> None:
                 """``count`` more tokens of every decoding request."""
-                want = {name: len(driver.stamps[name]) + count for name in streams}
-                driver.until(lambda: all(len(driver.stamps[n]) >= want[n] for n in streams))
+                want = {name: len(driver.stamps[name]) + count for name in decodes}
+                driver.until(lambda: all(len(driver.stamps[n]) >= want[n] for n in decodes))
 
             run(SETTLE)
             began_quiet = time.perf_counter()
@@ -155,20 +155,20 @@ def beside(
             run(SETTLE)
             began_after = time.perf_counter()
             run(args.quiet)
-            quiet = gaps(driver, streams, began_quiet, began)
-            after = gaps(driver, streams, began_after, time.perf_counter())
-            busy = gaps(driver, streams, began, ended)
+            quiet = gaps(driver, decodes, began_quiet, began)
+            after = gaps(driver, decodes, began_after, time.perf_counter())
+            busy = gaps(driver, decodes, began, ended)
             chunks = [(round(at - began, 2), n) for at, n in driver.chunks[number]]
             found = said(slowdown, prompt, quiet, busy, after, ended - began, alone, chunks)
             return {**found, "modes": driver.core.stats().mode_counts}
     return {}
 
 
-def gaps(driver: Driver, streams: Sequence[str], begin: float, end: float) -> list[float]:
+def gaps(driver: Driver, decodes: Sequence[str], begin: float, end: float) -> list[float]:
     """Milliseconds from one token to the next, of all requests, where both came in the interval;
     the step under way when it began counts."""
     found = []
-    for name in streams:
+    for name in decodes:
         stamps = driver.stamps[name]
         found += [
             1e3 * (b - a) for a, b in zip(stamps, stamps[1:], strict=False) if begin < b <= end
@@ -215,9 +215,9 @@ def said(
         "chunks": chunks,
     }
     tenths = [sizes[len(sizes) * i // 10] for i in range(10)]
-    limit = f"; at most {STREAM_TARGET} for the median" if slowdown == STREAM_TARGET else ""
+    limit = f"; at most {DECODE_TARGET} for the median" if slowdown == DECODE_TARGET else ""
     print(
-        f"{prompt} tokens beside streams, decode_slowdown {slowdown:g}: quiet "
+        f"{prompt} tokens beside decodes, decode_slowdown {slowdown:g}: quiet "
         f"{calm['median']:.1f} ms (p90 {calm['p90']:.1f}, p99 {calm['p99']:.1f}, after "
         f"{settled['median']:.1f}), beside {loud['median']:.1f} (p90 "
         f"{loud['p90']:.1f}, p99 {loud['p99']:.1f}, max {loud['max']:.1f}); ratio "
@@ -240,20 +240,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments.add_argument("--new", type=int, default=4, help="new tokens of each")
     arguments.add_argument("--rounds", type=int, default=2, help="of the shared prefix")
     arguments.add_argument("--prompt", type=int, default=7000, help="tokens; 0: not this part")
-    arguments.add_argument("--streams", type=int, default=4)
+    arguments.add_argument("--decodes", type=int, default=4)
     arguments.add_argument("--quiet", type=int, default=40, help="quiet tokens of each request")
     arguments.add_argument("--slowdowns", default="1.5,4", help="decode_slowdown, besides 2")
     arguments.add_argument("--shorter", type=int, default=2500, help="tokens of the prompt there")
     arguments.add_argument("--out", type=Path)
     args = arguments.parse_args(argv)
     about = machine()
-    args.stream_tokens = 2000
+    args.decode_tokens = 2000
     runs = [(2.0, args.prompt)] if args.prompt else []
     if args.prompt and args.slowdowns:
         runs += [(float(s), args.shorter) for s in ("2", *args.slowdowns.split(","))]
     burst = args.requests * 2 * (args.tail + args.new + BLOCK)
-    streams = args.streams * (STREAM_PROMPT + args.stream_tokens + BLOCK)
-    need = max(args.prefix + burst, max(args.prompt, args.shorter) + streams)
+    decodes = args.decodes * (DECODE_PROMPT + args.decode_tokens + BLOCK)
+    need = max(args.prefix + burst, max(args.prompt, args.shorter) + decodes)
     tokens = -(-need // BLOCK) * BLOCK
     job = detect(os.environ)
     threads = 2 if job.world_size == 1 else 1
@@ -288,9 +288,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             **about,
             "ranks": world.size,
             "threads_per_rank": threads,
-            "streams": args.streams,
+            "decodes": args.decodes,
             "prefix": shared,
-            "prompt_beside_streams": prompts,
+            "prompt_beside_decodes": prompts,
         }
         finish(result, args.out)
     runner.close()

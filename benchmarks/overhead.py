@@ -53,7 +53,7 @@ BLOCK = 64  # tokens
 TARGET_BATCH, TARGET = 16, 0.05  # overhead at most
 # Parts of a step, in its order; indented ones are within the one above.
 PARTS = (
-    "schedule", "lead", "  encode plan", "  mirror", "  step context", "  forward",
+    "schedule", "lead", "  encode plan", "  worker state", "  step context", "  forward",
     "    attend", "      kernel", "  sample", "  collect", "apply",
 )  # fmt: skip
 HIDDEN = ("schedule", "apply")  # beside the ranks' work when steps overlap
@@ -164,12 +164,12 @@ class Clock:
 
 @contextmanager
 def clocks(worker: Worker) -> Iterator[Clock]:
-    """A clock around each part of a step, taken away again at the end."""
+    """A clock around each part of a step, removed at the end."""
     clock = Clock()
     with ExitStack() as stack:
         for owner, attribute, name in (
             (worker_module, "encode_plan", "encode plan"),
-            (worker.state, "apply", "mirror"),
+            (worker.state, "apply", "worker state"),
             (worker_module, "StepContext", "step context"),
             (worker, "_forward", "forward"),
             (worker, "_draw", "sample"),
@@ -253,7 +253,7 @@ def measure(
         "step_to_transformers": ratio(rounds["step"], rounds["other"]),
         "forward_to_transformers": ratio(rounds["forward"], rounds["other"]),
         "parts_ms": {n: round(1e3 * statistics.median(s), 3) for n, s in parts.items()},
-        "streams_with_equal_tokens": sum(
+        "answers_with_equal_tokens": sum(
             all(x == y for x, y in zip(ours, theirs, strict=False)) for ours, theirs in pairs
         ),
     }
@@ -277,7 +277,7 @@ def show(row: dict[str, Any]) -> None:
         f"{min(ms['other']):.2f}; overhead {over['min']:.3f} (min), {over['median']:.3f} (median)"
         f"{limit}; step / transformers {row['step_to_transformers']['min']:.3f} (min), "
         f"{row['step_to_transformers']['median']:.3f} (median); equal tokens in "
-        f"{row['streams_with_equal_tokens']} of {batch} streams"
+        f"{row['answers_with_equal_tokens']} of {batch} answers"
     )
     parts = row["parts_ms"]
     whole = parts["lead"] + sum(parts[name] for name in HIDDEN)

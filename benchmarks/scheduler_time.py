@@ -6,13 +6,13 @@
 the engine. Each request opens a block every 16 tokens; when one ends the next arrives, half of them
 with one of eight system prompts. Pools: *evicting*, prefix caching on and every block that no
 request holds cached, in random order, so that each allocation evicts; *fragmented*, half of the
-blocks taken at random and no caching, so that free blocks lie alone. Once more with every request
+blocks in use at random and no caching, so that free blocks lie alone. Once more with every request
 on all ranks. Then with 16 to 1024 requests, and with 1,000 to 1,000,000 blocks (there with blocks
 of 64 and short requests, so that 256 of them fit in the smallest pool).
 
-Timed apart: ``schedule``; ``took`` (observe_step, and record_token for every drawn token); the two
-together; their ``cpu`` time, which leaves out waiting for a core; encoding the plan; and what the
-ranks pay, decoding it and ``WorkerState.apply``. Times in milliseconds: median, p99, min over
+Timed apart: ``schedule``; ``record`` (observe_step, and record_token for every drawn token); the
+two together; their ``cpu`` time, which leaves out waiting for a core; encoding the plan; and on
+the ranks decoding it and ``WorkerState.apply``. Times in milliseconds: median, p99, min over
 steps. The last line is one JSON object.
 """
 
@@ -42,8 +42,8 @@ from ds_cp.worker.state import WorkerState
 
 VOCAB = 49_152
 SYSTEM_PROMPTS, SYSTEM_TOKENS = 8, 256
-PARTS = ("schedule", "took", "both", "cpu", "encode", "decode", "apply", "admit")
-TARGET_MS = 1.0  # schedule and took together, 256 requests, 100,000 blocks
+PARTS = ("schedule", "record", "both", "cpu", "encode", "decode", "apply", "admit")
+TARGET_MS = 1.0  # ms a step of schedule and record together, 256 requests, 100,000 blocks
 REQUESTS = (16, 32, 64, 128, 256, 512, 1024)
 BLOCKS = (1_000, 3_000, 10_000, 30_000, 100_000, 300_000, 1_000_000)
 COLOURS = {1: "#1b6ca8", 4: "#c8553d"}  # by ranks
@@ -164,21 +164,21 @@ class Bench:
         drawn = [(d.sequence.number, self.random.randrange(1, VOCAB)) for d in work.draws]
         self.flying.append((plan, drawn))
         before = time.thread_time()
-        took, ended = self._take() if len(self.flying) == DEPTH else (0.0, [])
+        record, ended = self._record() if len(self.flying) == DEPTH else (0.0, [])
         times["cpu"].append(1e3 * (cpu + time.thread_time() - before))
         for number in ended:
             del self.live[number]
         spans = [1e3 * (b - a) for a, b in zip(marks, marks[1:], strict=False)]
         for name, span in zip(("schedule", "encode", "decode", "apply"), spans, strict=True):
             times[name].append(span)
-        times["took"].append(took)
-        times["both"].append(spans[0] + took)
+        times["record"].append(record)
+        times["both"].append(spans[0] + record)
         self.steps += 1
         self.opened += len(plan.grown) + sum(len(chunk.homes) for chunk in plan.chunks)
         self.running += len(scheduler.running)
         self.nbytes += len(payload)
 
-    def _take(self) -> tuple[float, list[int]]:
+    def _record(self) -> tuple[float, list[int]]:
         """The oldest step under way is done; milliseconds, and the requests that ended."""
         plan, drawn = self.flying.popleft()
         scheduler, live = self.scheduler, self.live
@@ -256,11 +256,11 @@ def show(row: dict[str, Any]) -> None:
     ms, per, kind = row["ms"], row["per_step"], row["pool"] + " spanning" * row["spanning"]
     parts = ", ".join(
         f"{part} {ms[part]['median']:.3f}"
-        for part in ("cpu", "schedule", "took", "encode", "decode", "apply")
+        for part in ("cpu", "schedule", "record", "encode", "decode", "apply")
     )
     print(
         f"{row['requests']:5} requests {row['blocks']:8} blocks {row['ranks']} rank(s) "
-        f"{kind}: schedule+took {ms['both']['median']:.3f} ms, "
+        f"{kind}: schedule+record {ms['both']['median']:.3f} ms, "
         f"p99 {ms['both']['p99']:.3f}, min {ms['both']['min']:.3f} ({parts}; "
         f"{per['plan_bytes']} B, {per['arrivals']} arrivals, {per['blocks_opened']} blocks a step)",
         flush=True,
@@ -268,7 +268,7 @@ def show(row: dict[str, Any]) -> None:
 
 
 def plot(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Two panels, log axes: schedule + took by requests and by blocks."""
+    """Two panels, log axes: schedule + record by requests and by blocks."""
     from matplotlib.ticker import NullLocator
 
     plots = pyplot()
@@ -297,19 +297,19 @@ def plot(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
     axes[0].set_xticks([row["requests"] for row in found["requests"] if row["ranks"] == 1])
     axes[0].xaxis.set_major_formatter("{x:.0f}")
     axes[0].xaxis.set_minor_locator(NullLocator())
-    axes[0].set_ylabel("schedule + took, ms per step")
+    axes[0].set_ylabel("schedule + record, ms per step")
     axes[1].legend(frameon=False, fontsize=8)
     figure.savefig(path, metadata={"Date": None})
     plots.close(figure)
 
 
 def profile(steps: int = 300) -> None:
-    """Where the time of schedule and took goes, 256 requests over 100,000 blocks."""
+    """Where the time of schedule and record goes, 256 requests over 100,000 blocks."""
     for ranks in (1, 4):
         bench = Bench(Load(256, 100_000, ranks))
         bench.profiler = cProfile.Profile()
         bench.measure(steps, warm=0)
-        print(f"{ranks} rank(s), {steps} steps of schedule and took")
+        print(f"{ranks} rank(s), {steps} steps of schedule and record")
         pstats.Stats(bench.profiler).sort_stats("tottime").print_stats(22)
 
 

@@ -57,8 +57,7 @@ def config_of(tokens: int, mode: str, placement: str, threshold: int | str = "au
 def time_engine(engine: LLMEngine, prompt: list[int], new: int) -> tuple[float, float]:
     """(seconds to the first token, seconds per further token, median) on the driver.
 
-    A token's time is when its outcome has reached the scheduler, which has planned the next step
-    by then.
+    A token's time is when its outcome has reached the scheduler, after it planned the next step.
     """
     params = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True)
     core = engine._core

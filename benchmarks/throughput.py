@@ -215,7 +215,7 @@ def run_pass(
             outputs = engine.generate(prompts, params)
         model = watch.model
     ended = time.perf_counter()
-    world.everybody.barrier()  # who has no part has waited here all the time
+    world.everybody.barrier()  # ranks without a part have waited here all the time
     mine = torch.tensor([time.process_time() - cpu, *model], dtype=torch.float64)
     others = {
         rank: torch.empty(len(model) + 1 if rank < case.ranks else 1, dtype=torch.float64)

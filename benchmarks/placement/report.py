@@ -67,7 +67,7 @@ def _kilo(count: float) -> str:
 
 
 def wins(rows: Sequence[dict[str, Any]], figure: str, sign: int) -> dict[str, int]:
-    """On how many (cell, seed) each policy is best; a tie counts for all who share it."""
+    """On how many (cell, seed) each policy is best; a tie counts for all that share it."""
     groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["cell"], row["seed"]), []).append(row)

@@ -158,9 +158,9 @@ class Run:
 
     def _count(self, plan: StepPlan, spanning: Sequence[Item]) -> None:
         tally, wire = self.tally, self.wire
-        streams = {n for d in plan.decodes if d.mode != "local" for n in d.requests}
-        decodes = [item for item in spanning if item.sequence.number in streams]
-        prompts = [item for item in spanning if item.sequence.number not in streams]
+        spanning_decodes = {n for d in plan.decodes if d.mode != "local" for n in d.requests}
+        decodes = [item for item in spanning if item.sequence.number in spanning_decodes]
+        prompts = [item for item in spanning if item.sequence.number not in spanning_decodes]
         sent, crossed = wire.attention(decodes)
         tally.decode_bytes += sent
         tally.decode_bytes_between_hosts += crossed

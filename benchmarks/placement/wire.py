@@ -25,7 +25,7 @@ class Wire:
     """What attention sends, over all ranks and layers, for the items of one step.
 
     Tree, of one query row with its owner and N - 1 other ranks that hold keys: (N-1) * H*D*e out
-    and (N-1) * H*(D*e+4) back, per layer. Over several hosts each row crosses a border once per
+    and (N-1) * H*(D*e+4) back, per layer. Over several hosts each row goes once to each
     other host, to the rank there that carries it for the owner; a carrier without keys counts as
     one more receiver. Rounds: one out and one back, and the same again between hosts.
     Ring pass-KV over n ranks: (n-1) * S * 2*G*D*e; pass-Q: (n-1) * T * H*D*e out, and

@@ -144,20 +144,20 @@ def test_placement_figures_add_up(policy: str) -> None:
     spanning = longest = sent = 0
     while run.coming or run.live:
         before = run.tally.decode_bytes
-        streaming = {r.number for r in run.scheduler.running if not r.prefilling}
+        decoding = {r.number for r in run.scheduler.running if not r.prefilling}
         run.step()
         if not run.works:
             continue
-        streams = Counter(draw.sequence.number for draw in run.works[0].draws)
+        draws = Counter(draw.sequence.number for draw in run.works[0].draws)
         assert all(len(work.draws) == len(run.works[0].draws) for work in run.works)
-        assert max(streams.values(), default=0) <= 1
+        assert max(draws.values(), default=0) <= 1
         for request in run.scheduler.running:
             sequences = [state.sequences[request.number] for state in run.ranks.states]
             assert request.table is not None
             assert all(s.table.homes == request.table.homes for s in sequences)
         sent += run.tally.decode_bytes - before
         for item in run.works[0].items:
-            if item.sequence.number in streaming and item.mode == "tree":
+            if item.sequence.number in decoding and item.mode == "tree":
                 spanning += 1
                 longest = max(longest, *(sum(n for _, n in s.k_runs) for s in item.shards))
                 before += LAYERS * (len(item.shards) - 1) * H * (2 * D * E + 4)
@@ -214,8 +214,8 @@ def test_scheduler_time_on_tiny_sizes(tmp_path: Path) -> None:
         ms, per = row["ms"], row["per_step"]
         assert set(ms) == set(scheduler_time.PARTS) - (set() if per["arrivals"] else {"admit"})
         assert all(0 < t["min"] <= t["median"] <= t["p99"] for t in ms.values())
-        assert ms["both"]["min"] >= ms["schedule"]["min"] + ms["took"]["min"] - 2e-4  # rounded
-        assert ms["both"]["p99"] <= ms["schedule"]["p99"] + max(ms["took"]["p99"], 1e3)
+        assert ms["both"]["min"] >= ms["schedule"]["min"] + ms["record"]["min"] - 2e-4  # rounded
+        assert ms["both"]["p99"] <= ms["schedule"]["p99"] + max(ms["record"]["p99"], 1e3)
         assert row["preemptions"] == 0 and per["plan_bytes"] > 0
         assert row["requests"] - 1 <= per["running"] <= row["requests"]
         # What is opened was evicted, but for blocks that ended requests left without a name.
@@ -238,6 +238,6 @@ def test_scheduler_time_keeps_blocks_in_balance() -> None:
     row = bench.measure(100, warm=5)
     bench.scheduler.check_integrity()
     assert len(bench.times["schedule"]) == len(bench.times["both"]) == 100
-    pairs = zip(bench.times["schedule"], bench.times["took"], bench.times["both"], strict=True)
+    pairs = zip(bench.times["schedule"], bench.times["record"], bench.times["both"], strict=True)
     assert all(both == pytest.approx(a + b) for a, b, both in pairs)
     assert len(bench.times["admit"]) == bench.arrivals == round(100 * row["per_step"]["arrivals"])

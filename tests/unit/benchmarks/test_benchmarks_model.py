@@ -18,7 +18,7 @@ def test_overhead(
     overhead.main("--batches 2 --context 12 --rounds 1 --steps 2 --threads 1".split())
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     (row,) = result["batches"]
-    assert row["streams_with_equal_tokens"] == 2  # the engine's and transformers' greedy tokens
+    assert row["answers_with_equal_tokens"] == 2  # the engine's and transformers' greedy tokens
     parts = row["parts_ms"]
     assert parts["lead"] > parts["  forward"] > parts["    attend"] > parts["      kernel"] > 0
 
