@@ -19,9 +19,9 @@ group = world.group("cp", [list(range(world.size))])
 
 # 100 tokens, dealt out unevenly: each rank has the queries and keys of one run of positions.
 tokens, heads, kv_heads, head_dim = 100, 8, 2, 32
-borders = [tokens * rank * rank // world.size**2 for rank in range(world.size + 1)]
-runs = tuple(((a, b - a),) if b > a else () for a, b in zip(borders, borders[1:], strict=False))
-first, last = borders[group.rank], borders[group.rank + 1]
+cuts = [tokens * rank * rank // world.size**2 for rank in range(world.size + 1)]
+runs = tuple(((a, b - a),) if b > a else () for a, b in zip(cuts, cuts[1:], strict=False))
+first, last = cuts[group.rank], cuts[group.rank + 1]
 
 torch.manual_seed(0)  # the same on every rank
 q_THD, k_SGD, v_SGD = (torch.randn(tokens, n, head_dim) for n in (heads, kv_heads, kv_heads))

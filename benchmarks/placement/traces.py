@@ -52,7 +52,7 @@ class Session:
     pause: int
 
     def token(self, turn: int, index: int) -> int:
-        """What the pretended model says: the same whatever the placement."""
+        """The simulated model's tokens: the same whatever the placement."""
         return 1 + (self.number * 7919 + turn * 104_729 + 31 * index) % (VOCAB - 1)
 
     def prompt(self, turn: int) -> tuple[int, ...]:

@@ -60,7 +60,7 @@ def flush() -> None:
 
 
 def say(line: str) -> None:
-    """Print a line on stderr, for people. Where nobody can read it, the work goes on."""
+    """Print a line on stderr, for people. Where stderr cannot be written, the work goes on."""
     with contextlib.suppress(OSError):
         print(line, file=sys.stderr, flush=True)
 

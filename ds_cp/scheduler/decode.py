@@ -14,7 +14,7 @@ from ds_cp.scheduler.mode_policy import ModePolicy
 from ds_cp.scheduler.queue import WaitingQueue
 from ds_cp.scheduler.request import Request
 
-PROMPT_SHARE = 0.25  # of a rank's token budget, kept for prompts when decodes would fill it
+PROMPT_SHARE = 0.25  # share of a rank's token budget kept for prompts when decodes would fill it
 
 
 class DecodePlanner:

@@ -98,7 +98,7 @@ class _Supervisor:
 
         def on_ready(ready: Ready) -> None:
             self._loaded = True
-            with contextlib.suppress(OSError):  # it serves, even if nobody can read that
+            with contextlib.suppress(OSError):  # it serves, even if stdout cannot be written
                 for line in ready.summary:
                     print(line)
                 print(f"ds_cp ready: {addresses}", flush=True)

@@ -115,7 +115,7 @@ class Driver:
             self.step()
 
     def finish(self, most: int = 2000) -> None:
-        """Step until nobody is left."""
+        """Step until no request is left."""
         for _ in range(most):
             if not (self.core.has_work or self._loop.num_in_flight):
                 break
@@ -218,9 +218,9 @@ class Lives:
         options = RequestOptions(priority=rng.choice((0, 0, 0, -1, 2)), cache_salt=salt)
         try:
             self.driver.add(name, case, options)
-        except CapacityError as error:  # while a large rank is drained
-            assert error.need is not None and error.largest is not None
-            assert error.need > error.largest and self.driver.scheduler.block_manager.closed
+        except CapacityError as err:  # while a large rank is drained
+            assert err.need is not None and err.largest is not None
+            assert err.need > err.largest and self.driver.scheduler.block_manager.closed
             self.counts["too large"] += 1
             return False
         self.case_of[name] = case

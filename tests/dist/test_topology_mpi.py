@@ -39,8 +39,8 @@ if after == "late" and os.environ["OMPI_COMM_WORLD_RANK"] == "1":
     time.sleep(60)
 try:
     job = detect(os.environ, **options)
-except DsCpError as error:
-    say(error=str(error), kind=type(error).__name__)
+except DsCpError as err:
+    say(error=str(err), kind=type(err).__name__)
     sys.exit(2)
 peers = []
 if job.rank == 0:

@@ -115,10 +115,10 @@ class Hosts:
         with self.popen(host, argv, env=env, cwd=cwd) as process:
             try:
                 output, _ = process.communicate(timeout=timeout_s)
-            except subprocess.TimeoutExpired as error:
+            except subprocess.TimeoutExpired as err:
                 os.kill(self.init_pid, signal.SIGKILL)
                 output, _ = process.communicate(timeout=10)
-                raise subprocess.TimeoutExpired(list(argv), timeout_s, output) from error
+                raise subprocess.TimeoutExpired(list(argv), timeout_s, output) from err
         return subprocess.CompletedProcess(list(argv), process.returncode, output)
 
     def mpirun_argv(

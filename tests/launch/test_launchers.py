@@ -73,8 +73,8 @@ class Stream:
                     if line.startswith(b"data: "):
                         self.events.append(line[6:].decode().strip())
                         self._begun.set()
-        except (OSError, urllib.error.URLError) as error:
-            self.error = error
+        except (OSError, urllib.error.URLError) as err:
+            self.error = err
         finally:
             self._begun.set()
 

@@ -49,8 +49,8 @@ def hosts() -> Iterator[Hosts]:
     with ExitStack() as stack:
         try:
             found = stack.enter_context(two_hosts())
-        except NamespaceError as error:
-            pytest.skip(str(error))
+        except NamespaceError as err:
+            pytest.skip(str(err))
         yield found
 
 

@@ -304,9 +304,9 @@ def test_numbers_are_taken_in_bounds_and_refused_by_name(field: str, value: Any)
 def test_nothing_but_a_request_error_comes_of_any_value(field: str, value: Any) -> None:
     try:
         params = SamplingParams(**{field: value})
-    except RequestError as error:
-        assert error.param == field
-        assert len(str(error)) < 120 and "\n" not in str(error)
+    except RequestError as err:
+        assert err.param == field
+        assert len(str(err)) < 120 and "\n" not in str(err)
     else:
         assert replace(params) == params, "what was accepted is accepted again"
         assert_declared_types(params)

@@ -439,8 +439,8 @@ json_values = st.recursive(
 @given(
     st.sampled_from([*DEFAULTS, "model", *{path.split(".")[0] for path in DEFAULTS}]), json_values
 )
-def test_any_value_is_taken_or_refused_in_one_line(path: str, value: Any) -> None:
+def test_any_value_is_accepted_or_refused_in_one_line(path: str, value: Any) -> None:
     try:
         load_config(nested(path, value))
-    except ConfigError as error:
-        assert "\n" not in str(error) and str(error).isprintable()
+    except ConfigError as err:
+        assert "\n" not in str(err) and str(err).isprintable()

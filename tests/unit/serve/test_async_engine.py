@@ -1,4 +1,4 @@
-"""The engine's thread over a pretended worker: it checks its block counts whenever it is idle."""
+"""The engine's thread over a simulated worker: it checks its block counts whenever it is idle."""
 
 from __future__ import annotations
 
