@@ -29,12 +29,18 @@ Fingerprint = tuple[str, ...]  # a digest for each of PARTS; "": this rank has n
 
 def fingerprint(model: Decoder, source: ModelSource | None) -> Fingerprint:
     """Digests of what this rank loaded, before it is sharded: config, names, shapes and dtypes of
-    all tensors, ``SAMPLES`` elements of each, tokenizer files. Takes milliseconds."""
+    all tensors, ``SAMPLES`` elements of each, tokenizer files. Takes milliseconds.
+
+    Buffers that are computed rather than loaded (rotary frequencies) count in bf16: processors of
+    other kinds compute them with other last bits.
+    """
     names, samples = hashlib.sha256(), []
+    loaded = model.state_dict().keys()
     tensors = [*model.named_parameters(), *model.named_buffers()]
     for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
         names.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        samples.append(_sample(tensor.detach()))
+        exact = name in loaded or not tensor.is_floating_point()
+        samples.append(_sample(tensor.detach() if exact else tensor.detach().bfloat16()))
     content = torch.cat(samples).cpu().numpy().tobytes() if samples else b""
     return (
         _short(hashlib.sha256(_config(model))), _short(names),
