@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from ds_cp.comm.failure import fail
+from ds_cp.comm.failure import fail, failing
 from ds_cp.comm.wire import World
 from ds_cp.config import Config, load_config
 from ds_cp.engine.collect import (
@@ -76,17 +76,20 @@ def init_inference(
     before = model.config._attn_implementation if isinstance(model, Decoder) else None
     world, threads = join_job(job, config)
     try:
-        if source is None:  # only rank 0 needs a tokenizer, and all learn if it has none
-            wanted = world.rank == 0 and tokenizer is None
-            found = local_phase(
-                world, lambda: load_tokenizer(find_model(config.model)) if wanted else None
+        with failing(world):
+            if source is None:  # only rank 0 needs a tokenizer, and all learn if it has none
+                wanted = world.rank == 0 and tokenizer is None
+                found = local_phase(
+                    world, lambda: load_tokenizer(find_model(config.model)) if wanted else None
+                )
+                tokenizer = tokenizer if found is None else found
+            worker, facts = build_worker(world, config, source, threads)
+            return local_phase(  # a tokenizer may be of no use, on rank 0 alone
+                world, lambda: LLMEngine(world, worker, facts, config, tokenizer, before)
             )
-            tokenizer = tokenizer if found is None else found
-        worker, facts = build_worker(world, config, source, threads)
     except BaseException:
         world.leave()
         raise
-    return LLMEngine(world, worker, facts, config, tokenizer, before)
 
 
 class LLMEngine:

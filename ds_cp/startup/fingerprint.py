@@ -14,7 +14,7 @@ from ds_cp.comm.wire import World
 from ds_cp.errors import ModelError
 from ds_cp.model.source import ModelSource
 from ds_cp.model.wiring import Decoder
-from ds_cp.startup.agreement import Report, exchange_reports
+from ds_cp.startup.agreement import Report, agreed, exchange_reports
 
 SAMPLES = 64  # elements of a tensor that are compared, evenly spaced, first and last included
 HEAD = 4 * 2**20  # bytes of a GGUF file that hold its tokenizer
@@ -53,7 +53,7 @@ def agree_on_model(world: World, mine: Fingerprint) -> None:
     that differ from the majority, when they are not the same. Collective."""
     everybody = [r.digests for r in exchange_reports(world, Report(0, "", digests=mine))]
     if odd := describe_difference(everybody, world.topology.hosts):
-        raise ModelError(odd)
+        raise agreed(world, ModelError(odd))
 
 
 def describe_difference(found: Sequence[Fingerprint], hosts: Sequence[str]) -> str | None:
