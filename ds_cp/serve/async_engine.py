@@ -135,6 +135,8 @@ class AsyncEngine:
     def _ready_core(self) -> EngineCore:
         if self._core is None or self._state != "ready":
             raise EngineDeadError(f"the engine is {self._state}")
+        if self._stopping:  # nobody would answer
+            raise EngineDeadError("the server is stopping")
         return self._core
 
     def stats(self) -> EngineStats:
