@@ -22,7 +22,7 @@ from ds_cp.engine.collect import (
 )
 from ds_cp.engine.core import EngineCore
 from ds_cp.engine.loop import InlineLoop
-from ds_cp.engine.sign_of_life import SignOfLife
+from ds_cp.engine.sign_of_life import SignOfLife, idle_seconds
 from ds_cp.errors import ConfigError, EngineDeadError, RequestError
 from ds_cp.facts import Facts
 from ds_cp.model.end_tokens import describe_tokenizer
@@ -42,7 +42,6 @@ from ds_cp.topology.job import Job, detect
 from ds_cp.worker.worker import Worker
 
 T = TypeVar("T")
-IDLE_S = 20.0  # seconds without a plan after which the other ranks get an idle one, at most
 
 
 def init_inference(
@@ -231,7 +230,7 @@ class LLMEngine:
             return
         limit_s = self._config.comm.timeout_s
         alive = SignOfLife(
-            self._worker.lead, min(limit_s / 3, IDLE_S) if self._world.size > 1 else None
+            self._worker.lead, idle_seconds(limit_s) if self._world.size > 1 else None
         )
         loop = InlineLoop(self._driver, alive.lead)
         live: dict[str, OutputCollector] = {}
@@ -251,12 +250,12 @@ class LLMEngine:
         collective follows a failure."""
         world = self._worker.world
         try:
+            alive.close()  # from here on this thread alone talks to the other ranks
             loop.settle()
         except BaseException as err:
             failure = err
             raise
         finally:
-            alive.close()
             if loop.failed or isinstance(failure, EngineDeadError) or world.failure is not None:
                 self._state = "failed"
                 fail(world, failure or EngineDeadError("a step failed"))
