@@ -306,7 +306,13 @@ class LLMEngine:
                     "pass tokenizer= to init_inference, or token ids",
                     "prompt",
                 )
-            text, tokens = prompt, list(self.tokenizer(prompt)["input_ids"])
+            try:
+                text, tokens = prompt, list(self.tokenizer(prompt)["input_ids"])
+            except Exception as err:  # as of half a surrogate pair; it concerns this request alone
+                raise RequestError(
+                    f"the tokenizer cannot encode the prompt ({type(err).__name__}: {err})",
+                    "prompt",
+                ) from err
         else:
             tokens = [_token(t) for t in prompt]
         self._driver.check(tokens, request.params)

@@ -106,9 +106,8 @@ class InlineLoop:
         self._helper = ThreadPoolExecutor(1, "ds_cp plans")
         self._planned: StepPlan | None = None
         self._outcome: Outcome | None = None
-        self.failed = (
-            False  # a step did not end: KV that the scheduler counts as computed may not be
-        )
+        # Whether a step did not end: KV that the scheduler counts as computed may not be there.
+        self.failed = False
 
     @property
     def num_in_flight(self) -> int:

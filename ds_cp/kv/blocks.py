@@ -34,8 +34,8 @@ class BlockAllocator:
     A block is *free*, *used* (one reference or more) or *cached* (no reference, but its content is
     known by a key, so that it can be used again; evicted least recently used first when free
     blocks run out). A key names one block. ``evictions`` counts cached blocks that ``allocate``
-    had to give away, ``reuses`` those that came into use again. No operation is linear in the blocks or free runs of a rank, only in the
-    blocks that it is about.
+    had to give away, ``reuses`` those that came into use again. No operation is linear in the
+    blocks or free runs of a rank, only in the blocks that it is about.
 
     A rank that does not exist, or a block that is not in the state asked for, is a ValueError that
     names it; nothing is changed then.

@@ -192,6 +192,8 @@ class ChunkPacer:
 
     def _observe_alone(self, seconds: float, decodes: int, work: float) -> None:
         """A step for whose decodes, if there were any, nobody waited."""
+        if not work:  # decodes or moves alone say nothing of chunks
+            return
         tuning = self.tuning
         if seconds <= tuning.growth_share * tuning.alone_step_s:
             self._most_alone = max(self._most_alone, tuning.alone_growth_share * work)
