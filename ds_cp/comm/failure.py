@@ -11,7 +11,8 @@ from __future__ import annotations
 import contextlib
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
 
@@ -23,6 +24,7 @@ from ds_cp.errors import CommError, DsCpError, RankFailedError
 FAILURE = "failure"  # key of the first failure
 READ = "failure/read"  # prefix of the keys by which ranks say that they have read it
 STORE_S = 5.0  # seconds to wait for the store, whose host may be gone
+LEAVE_S = 5.0  # seconds to close connections; NCCL may wait for a message that never comes
 READ_S = 3.0  # seconds that rank 0, whose process is the store, stays for the others to read
 MESSAGE = 800  # characters of a cause, at most
 T = TypeVar("T")
@@ -34,6 +36,24 @@ class _Cause(msgspec.Struct, array_like=True):
     message: str
 
 
+@contextmanager
+def failing(world: World) -> Iterator[None]:
+    """Around code whose failure, or another rank's meanwhile, ends the job: it is raised by its
+    cause, on every rank. An error that all ranks raise by agreement is raised as it is. Raises at
+    once what ended the job before."""
+    if world.failure is not None:
+        raise world.failure
+    try:
+        yield
+    except BaseException as err:
+        if err is world.agreed:
+            raise
+        cause = fail(world, err)
+        if cause is err:
+            raise
+        raise cause from err
+
+
 def fail(world: World, err: BaseException) -> BaseException:
     """Give this rank up after ``err``, which is known on all ranks within seconds. Returns the
     error to raise: ``err`` itself if it is the first one of the job and typed (or not an
@@ -43,11 +63,11 @@ def fail(world: World, err: BaseException) -> BaseException:
     The groups of ``world`` are gone afterwards. A second call returns what the first one found.
     """
     if world.failure is not None:
-        return world.failure
+        return world.failure if isinstance(err, Exception) else err
     mine = _Cause(world.rank, isinstance(err, CommError), _message(err))
     first = _within(STORE_S, lambda: _publish(world, mine)) or mine
     _drop_locals(err)
-    world.leave()
+    _within(LEAVE_S, world.leave)
     if world.rank != 0:
         _within(STORE_S, lambda: world.store.set(f"{READ}/{world.rank}", ""))
     elif not first.is_comm:

@@ -192,6 +192,7 @@ class World:
         self.local_work = LocalWork()
         self.store = store  # of the ranks that joined: keys and values, also after ``leave``
         self.failure: BaseException | None = None  # why this world is of no use any more
+        self.agreed: BaseException | None = None  # an error that all ranks raise, and go on
         self._joined = joined
         handle = torch_dist.group.WORLD if self.size > 1 else None
         self.everybody = Group("world", range(self.size), self, handle)

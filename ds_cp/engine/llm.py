@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from ds_cp.comm.failure import fail
+from ds_cp.comm.failure import fail, failing
 from ds_cp.comm.wire import World
 from ds_cp.config import Config, load_config
 from ds_cp.engine.collect import (
@@ -22,7 +22,7 @@ from ds_cp.engine.collect import (
 )
 from ds_cp.engine.core import EngineCore
 from ds_cp.engine.loop import InlineLoop
-from ds_cp.engine.sign_of_life import SignOfLife
+from ds_cp.engine.sign_of_life import SignOfLife, idle_seconds
 from ds_cp.errors import ConfigError, EngineDeadError, RequestError
 from ds_cp.facts import Facts
 from ds_cp.model.end_tokens import describe_tokenizer
@@ -42,7 +42,6 @@ from ds_cp.topology.job import Job, detect
 from ds_cp.worker.worker import Worker
 
 T = TypeVar("T")
-IDLE_S = 20.0  # seconds without a plan after which the other ranks get an idle one, at most
 
 
 def init_inference(
@@ -76,17 +75,20 @@ def init_inference(
     before = model.config._attn_implementation if isinstance(model, Decoder) else None
     world, threads = join_job(job, config)
     try:
-        if source is None:  # only rank 0 needs a tokenizer, and all learn if it has none
-            wanted = world.rank == 0 and tokenizer is None
-            found = local_phase(
-                world, lambda: load_tokenizer(find_model(config.model)) if wanted else None
+        with failing(world):
+            if source is None:  # only rank 0 needs a tokenizer, and all learn if it has none
+                wanted = world.rank == 0 and tokenizer is None
+                found = local_phase(
+                    world, lambda: load_tokenizer(find_model(config.model)) if wanted else None
+                )
+                tokenizer = tokenizer if found is None else found
+            worker, facts = build_worker(world, config, source, threads)
+            return local_phase(  # a tokenizer may be of no use, on rank 0 alone
+                world, lambda: LLMEngine(world, worker, facts, config, tokenizer, before)
             )
-            tokenizer = tokenizer if found is None else found
-        worker, facts = build_worker(world, config, source, threads)
     except BaseException:
         world.leave()
         raise
-    return LLMEngine(world, worker, facts, config, tokenizer, before)
 
 
 class LLMEngine:
@@ -230,7 +232,7 @@ class LLMEngine:
             return
         limit_s = self._config.comm.timeout_s
         alive = SignOfLife(
-            self._worker.lead, min(limit_s / 3, IDLE_S) if self._world.size > 1 else None
+            self._worker.lead, idle_seconds(limit_s) if self._world.size > 1 else None
         )
         loop = InlineLoop(self._driver, alive.lead)
         live: dict[str, OutputCollector] = {}
@@ -250,12 +252,12 @@ class LLMEngine:
         collective follows a failure."""
         world = self._worker.world
         try:
+            alive.close()  # from here on this thread alone talks to the other ranks
             loop.settle()
         except BaseException as err:
             failure = err
             raise
         finally:
-            alive.close()
             if loop.failed or isinstance(failure, EngineDeadError) or world.failure is not None:
                 self._state = "failed"
                 fail(world, failure or EngineDeadError("a step failed"))
@@ -306,7 +308,13 @@ class LLMEngine:
                     "pass tokenizer= to init_inference, or token ids",
                     "prompt",
                 )
-            text, tokens = prompt, list(self.tokenizer(prompt)["input_ids"])
+            try:
+                text, tokens = prompt, list(self.tokenizer(prompt)["input_ids"])
+            except Exception as err:  # as of half a surrogate pair; it concerns this request alone
+                raise RequestError(
+                    f"the tokenizer cannot encode the prompt ({type(err).__name__}: {err})",
+                    "prompt",
+                ) from err
         else:
             tokens = [_token(t) for t in prompt]
         self._driver.check(tokens, request.params)

@@ -106,7 +106,7 @@ class InlineLoop:
         self._helper = ThreadPoolExecutor(1, "ds_cp plans")
         self._planned: StepPlan | None = None
         self._outcome: Outcome | None = None
-        # A step did not end, so KV that the scheduler counts as computed may be missing.
+        # Whether a step did not end: KV that the scheduler counts as computed may not be there.
         self.failed = False
 
     @property

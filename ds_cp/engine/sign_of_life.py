@@ -10,6 +10,13 @@ from contextlib import contextmanager
 
 from ds_cp.plan import Idle, Outcome, Plan
 
+IDLE_S = 20.0  # seconds without a plan after which the other ranks get an idle one, at most
+
+
+def idle_seconds(timeout_s: float) -> float:
+    """Seconds between plans at most, so that no rank waits ``comm.timeout_s`` for one."""
+    return min(timeout_s / 3, IDLE_S)
+
 
 class SignOfLife:
     """Runs the caller's plans, and an ``Idle`` one when ``every_s`` seconds passed without a plan

@@ -34,8 +34,8 @@ class BlockAllocator:
     A block is *free*, *used* (one reference or more) or *cached* (no reference, but its content is
     known by a key, so that it can be used again; evicted least recently used first when free
     blocks run out). A key names one block. ``evictions`` counts cached blocks that ``allocate``
-    had to give away. No operation is linear in the blocks or free runs of a rank, only in the
-    blocks that it is about.
+    had to give away, ``reuses`` those that came into use again. No operation is linear in the
+    blocks or free runs of a rank, only in the blocks that it is about.
 
     A rank that does not exist, or a block that is not in the state asked for, is a ValueError that
     names it; nothing is changed then.
@@ -50,6 +50,7 @@ class BlockAllocator:
         self.block_size = block_size
         self.blocks_per_rank = tuple(blocks_per_rank)
         self.evictions = 0
+        self.reuses = 0
         self._ranks = [_RankBlocks(n) for n in self.blocks_per_rank]
         self._home_of: dict[bytes, Home] = {}
         self._key_of: dict[Home, bytes] = {}
@@ -121,6 +122,7 @@ class BlockAllocator:
         elif block in blocks.cached:
             del blocks.cached[block]
             blocks.references[block] = 1
+            self.reuses += 1
         else:
             raise ValueError(f"block {block} of rank {rank} is not allocated")
 

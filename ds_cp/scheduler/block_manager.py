@@ -105,7 +105,10 @@ class BlockManager:
         if request.keys is None and self._caching:
             request.keys = PrefixKeys(size, request.salt)
         room = tuple(self.room())
-        now = Refusal(room, None, self.prefix.copies, request.num_tokens, len(self.closed), busy)
+        now = Refusal(
+            room, None, self.prefix.copies, self.allocator.reuses, request.num_tokens,
+            len(self.closed), busy,
+        )  # fmt: skip
         old = request.refusal
         if any(load) and old is not None and now.follows_from(old):
             if old.next_key is None or self.allocator.find(old.next_key) is None:

@@ -193,6 +193,8 @@ class ChunkPacer:
 
     def _observe_alone(self, seconds: float, decodes: int, work: float) -> None:
         """Learn from a step without decodes, or with decodes that no client waits for."""
+        if not work:  # decodes or moves alone say nothing of chunks
+            return
         tuning = self.tuning
         if seconds <= tuning.growth_share * tuning.alone_step_s:
             self._most_alone = max(self._most_alone, tuning.alone_growth_share * work)

@@ -55,13 +55,16 @@ class Refusal:
     more, it need not look up the request's beginning, which may be long, to find none either.
 
     ``room``: blocks that each rank could allocate; ``next_key``: of the first block of its prefix
-    that was not in the index; ``copies``: second copies ever entered there; ``tokens``: those of
-    the request; ``closed``: ranks being drained; ``busy``: whether other requests wanted ranks.
+    that was not in the index; ``copies``: second copies ever entered there; ``reuses``: cached
+    blocks that ever came into use again (they are room no more, but those of its prefix never were
+    any for it); ``tokens``: those of the request; ``closed``: ranks being drained; ``busy``:
+    whether other requests wanted ranks.
     """
 
     room: tuple[int, ...]
     next_key: bytes | None
     copies: int
+    reuses: int
     tokens: int
     closed: int
     busy: bool
@@ -69,8 +72,8 @@ class Refusal:
     def follows_from(self, old: Refusal) -> bool:
         """Whether ``old`` was refused under conditions at least as good, ``next_key`` apart: blocks
         evicted since then only take away."""
-        same = (self.copies, self.tokens, self.closed, self.busy) == (
-            old.copies, old.tokens, old.closed, old.busy,
+        same = (self.copies, self.reuses, self.tokens, self.closed, self.busy) == (
+            old.copies, old.reuses, old.tokens, old.closed, old.busy,
         )  # fmt: skip
         return same and all(now <= then for now, then in zip(self.room, old.room, strict=True))
 

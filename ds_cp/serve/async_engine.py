@@ -20,6 +20,7 @@ from ds_cp.config import Config
 from ds_cp.engine.core import EngineCore
 from ds_cp.engine.interface import EngineInfo, EngineStats
 from ds_cp.engine.loop import PipelinedLoop
+from ds_cp.engine.sign_of_life import idle_seconds
 from ds_cp.errors import DsCpError, EngineDeadError
 from ds_cp.model.end_tokens import describe_tokenizer
 from ds_cp.outputs import Delta
@@ -135,6 +136,8 @@ class AsyncEngine:
     def _ready_core(self) -> EngineCore:
         if self._core is None or self._state != "ready":
             raise EngineDeadError(f"the engine is {self._state}")
+        if self._stopping:  # nobody would answer
+            raise EngineDeadError("the server is stopping")
         return self._core
 
     def stats(self) -> EngineStats:
@@ -204,7 +207,7 @@ class AsyncEngine:
         self._on_ready(ready)
 
     def _loop_steps(self) -> None:
-        idle_s = min(self._config.comm.timeout_s / 3, 20.0)
+        idle_s = idle_seconds(self._config.comm.timeout_s)
         core = self._core
         assert core is not None
         loop = PipelinedLoop(core, _Timed(self._link, self._add_seconds), self._lock)

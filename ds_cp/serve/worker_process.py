@@ -56,8 +56,8 @@ def _work(channel: Channel, spec: WorkerSpec) -> None:
     job = Job(**fields, store_socket=listener)
     world, threads = join_job(job, config)
     worker, facts = build_worker(world, config, None, threads)
-    channel.send(Ready(facts, tuple(summary(config, facts))))
     with worker.failing():  # the end of the channel too
+        channel.send(Ready(facts, tuple(summary(config, facts))))
         if world.rank == 0:
             _lead(channel, worker)
         else:

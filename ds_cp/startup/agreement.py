@@ -4,6 +4,9 @@ A phase is one of two kinds. ``local_phase`` runs work that may fail on one rank
 refuse every exchange within it, since a peer would wait in it for the rank that failed.
 ``joint_phase`` runs work that exchanges messages; that work must carry out its exchanges even when
 it fails in between (``RowSums.expected`` does), so that its peers reach the agreement as well.
+
+What is not agreed on, as the loss of a peer or a fault between two phases, ends the job on every
+rank as a failed step does (``comm.failure.failing``).
 """
 
 from __future__ import annotations
@@ -70,6 +73,13 @@ def joint_phase(world: World, work: Callable[[], T]) -> T:
     return _agree(world, result, failure)
 
 
+def agreed(world: World, err: DsCpError) -> DsCpError:
+    """``err``, which every rank is about to raise, so that none has to be told: the world is of use
+    still."""
+    world.agreed = err
+    return err
+
+
 def exchange_reports(world: World, mine: Report) -> list[Report]:
     """Every rank's report, on every rank."""
     short = mine.message.encode()[:MESSAGE].decode(errors="ignore")
@@ -134,9 +144,9 @@ def _agree(world: World, result: T | None, failure: DsCpError | None) -> T:
         first = reports[failed[0]]
         everywhere = len({(r.exit_code, r.message) for r in reports}) == 1
         if failure is not None and everywhere:
-            raise failure
+            raise agreed(world, failure)
         where = f"rank {failed[0]} on {world.topology.hosts[failed[0]]}: "
-        raise _kind(first)(where + first.message) from failure
+        raise agreed(world, _kind(first)(where + first.message)) from failure
     return cast(T, result)  # nothing failed, so this is what ``work`` returned
 
 

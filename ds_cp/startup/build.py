@@ -14,6 +14,7 @@ from torch import nn
 
 from ds_cp.attention import Kernel, LayerSpec, get_kernel
 from ds_cp.attention.kernels import kernel_notes
+from ds_cp.comm.failure import failing
 from ds_cp.comm.links import measure_links
 from ds_cp.comm.wire import Group, World
 from ds_cp.config import Config
@@ -64,9 +65,15 @@ def build_worker(
     say so. Raises the typed errors of ``ds_cp.errors``, on every rank, with the rank and host of
     the first that failed.
     """
-    grid = resolve_grid(
-        world.topology, config.context_parallel.size, config.tensor_parallel.tp_size
-    )
+    with failing(world):
+        return _build(world, config, model, threads)
+
+
+def _build(
+    world: World, config: Config, model: Decoder | ModelSource | None, threads: int
+) -> tuple[Worker, Facts]:
+    sizes = config.context_parallel.size, config.tensor_parallel.tp_size
+    grid = local_phase(world, lambda: resolve_grid(world.topology, *sizes))
     cp = world.group("cp", grid.cp_groups())
     tp = world.group("tp", grid.tp_groups())
 

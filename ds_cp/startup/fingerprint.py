@@ -14,7 +14,7 @@ from ds_cp.comm.wire import World
 from ds_cp.errors import ModelError
 from ds_cp.model.source import ModelSource
 from ds_cp.model.wiring import Decoder
-from ds_cp.startup.agreement import Report, exchange_reports
+from ds_cp.startup.agreement import Report, agreed, exchange_reports
 
 SAMPLES = 64  # elements of a tensor that are compared, evenly spaced, first and last included
 HEAD = 4 * 2**20  # bytes of a GGUF file that hold its tokenizer
@@ -30,12 +30,18 @@ Fingerprint = tuple[str, ...]  # a digest for each of PARTS; "": this rank has n
 
 def fingerprint(model: Decoder, source: ModelSource | None) -> Fingerprint:
     """Digests of what this rank loaded, before it is sharded: config, names, shapes and dtypes of
-    all tensors, ``SAMPLES`` elements of each, tokenizer files. Takes milliseconds."""
+    all tensors, ``SAMPLES`` elements of each, tokenizer files. Takes milliseconds.
+
+    Buffers that are computed rather than loaded (rotary frequencies) count in bf16: processors of
+    other kinds compute them with other last bits.
+    """
     names, samples = hashlib.sha256(), []
+    loaded = model.state_dict().keys()
     tensors = [*model.named_parameters(), *model.named_buffers()]
     for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
         names.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        samples.append(_sample(tensor.detach()))
+        exact = name in loaded or not tensor.is_floating_point()
+        samples.append(_sample(tensor.detach() if exact else tensor.detach().bfloat16()))
     content = torch.cat(samples).cpu().numpy().tobytes() if samples else b""
     return (
         _short(hashlib.sha256(_config(model))), _short(names),
@@ -46,9 +52,9 @@ def fingerprint(model: Decoder, source: ModelSource | None) -> Fingerprint:
 def agree_on_model(world: World, mine: Fingerprint) -> None:
     """Compare all ranks' fingerprints. ``ModelError`` on every rank, naming the ranks and hosts
     that differ from the majority, when they are not the same. Collective."""
-    digests = [r.digests for r in exchange_reports(world, Report(0, "", digests=mine))]
-    if odd := describe_difference(digests, world.topology.hosts):
-        raise ModelError(odd)
+    everybody = [r.digests for r in exchange_reports(world, Report(0, "", digests=mine))]
+    if odd := describe_difference(everybody, world.topology.hosts):
+        raise agreed(world, ModelError(odd))
 
 
 def describe_difference(found: Sequence[Fingerprint], hosts: Sequence[str]) -> str | None:

@@ -49,17 +49,17 @@ class History:
     def output(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Distinct ids of the output, int64 ``[O]``, and the count of each, fp32 ``[O]``."""
         coming, self._coming = self._coming, []
-        for token in coming:
-            place = self._places.setdefault(token, len(self._places))
-            if place == self._ids.numel():  # room for twice as many
-                room = torch.zeros(max(place, 64))
-                self._ids = torch.cat((self._ids, room.long()))
-                self._counts = torch.cat((self._counts, room))
-            if self._ids.device != device:
-                self._ids, self._counts = self._ids.to(device), self._counts.to(device)
-            self._ids[place] = token
-            self._counts[place] += 1
+        self._ids, self._counts = self._ids.to(device), self._counts.to(device)
+        places = [self._places.setdefault(token, len(self._places)) for token in coming]
         size = len(self._places)
+        if size > self._ids.numel():  # room for twice as many
+            room = torch.zeros(max(2 * size, 64) - self._ids.numel(), device=device)
+            self._ids = torch.cat((self._ids, room.long()))
+            self._counts = torch.cat((self._counts, room))
+        if coming:
+            at = torch.tensor(places, device=device)
+            self._ids[at] = torch.tensor(coming, device=device)
+            self._counts.index_add_(0, at, torch.ones(len(places), device=device))
         return self._ids[:size], self._counts[:size]
 
 

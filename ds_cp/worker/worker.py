@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import msgspec
@@ -14,7 +14,8 @@ import torch
 
 from ds_cp.attention import Kernel, LayerSpec
 from ds_cp.comm.control import Control
-from ds_cp.comm.failure import fail
+from ds_cp.comm.failure import failing
+from ds_cp.comm.links import synchronize
 from ds_cp.comm.pending import Pending
 from ds_cp.comm.wire import Group, World
 from ds_cp.kv.pool import KVPool
@@ -101,17 +102,9 @@ class Worker:
                 if isinstance(plan, Stop):
                     return
 
-    @contextmanager
-    def failing(self) -> Iterator[None]:
-        """Around code whose failure, or another rank's meanwhile, ends the job: it is raised by its
-        cause, on every rank."""
-        try:
-            yield
-        except BaseException as err:
-            cause = fail(self.world, err)
-            if cause is err:
-                raise
-            raise cause from err
+    def failing(self) -> AbstractContextManager[None]:
+        """Around code whose failure, or another rank's meanwhile, ends the job; see ``failure``."""
+        return failing(self.world)
 
     def run(self, plan: Plan, began: float | None = None) -> Outcome:
         """Run my part of a plan, which ``began`` at that ``time.perf_counter()``, or now.
@@ -143,22 +136,17 @@ class Worker:
                 scores = _score(step, logits)
             elif step.spans:
                 step.attend_without_tokens(self.model.dtype, self.cp.device)
-            self._synchronize()
+            synchronize(self.cp.device)  # or the time would be that of launching kernels
             times = Times(time.perf_counter() - began, self.model_seconds - before)
             outcome = self._collect(plan, work, coming, pack(times, drawn, scores, width))
         # Rank 0's own time ends when all rows are in: the step did not end before.
         seconds = max(outcome.seconds, time.perf_counter() - began)
         return msgspec.structs.replace(outcome, seconds=seconds)
 
-    def _synchronize(self) -> None:
-        """Wait for the device, without which a time is that of launching kernels."""
-        if self.cp.device.type == "cuda":
-            torch.cuda.synchronize(self.cp.device)
-
     def _forward(self, step: StepContext) -> torch.Tensor:
         """Logits ``[rows wanted, V]`` of the flat batch ``[1, T]``."""
         device = self.cp.device
-        self._synchronize()
+        synchronize(device)
         began = time.perf_counter()
         ids = torch.tensor([step.token_ids], dtype=torch.int64, device=device)
         positions = torch.tensor([step.positions], dtype=torch.int64, device=device)
@@ -168,7 +156,7 @@ class Worker:
             **{CONTEXT: step},
         )  # fmt: skip
         logits: torch.Tensor = out.logits[0]
-        self._synchronize()
+        synchronize(device)
         self.model_seconds += time.perf_counter() - began
         return logits
 

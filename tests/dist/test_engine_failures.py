@@ -8,9 +8,11 @@ import time
 import pytest
 import torch
 
+from ds_cp.comm.failure import failing
 from ds_cp.comm.wire import World
 from ds_cp.errors import EngineDeadError, RankFailedError
 from ds_cp.sampling_params import SamplingParams
+from ds_cp.topology.hosts import Topology
 from ds_cp.worker.step_context import StepContext
 from tests.helpers.engines import engine_on, tiny_llama
 from tests.helpers.ranks import run_ranks
@@ -20,6 +22,27 @@ CAUSE = "RuntimeError: out of memory (pretended)"
 COMM_TIMEOUT_S = 60.0
 AT_ONCE_S = 10.0
 GREEDY = SamplingParams(max_tokens=4, temperature=0.0)
+
+
+def test_nothing_runs_after_a_failure() -> None:
+    """The plan after the one that failed may be queued already."""
+    world = World(0, Topology.from_hosts(["here"]), torch.device("cpu"), 5.0, joined=False)
+    ran = []
+    with pytest.raises(RankFailedError, match="rank 0 on here: RuntimeError: made up"):
+        with failing(world):
+            raise RuntimeError("made up")
+    with pytest.raises(RankFailedError, match="rank 0 on here: RuntimeError: made up"):
+        with failing(world):
+            ran.append(True)
+    assert not ran
+
+
+def test_ctrl_c_stays_what_it_is() -> None:
+    world = World(0, Topology.from_hosts(["here"]), torch.device("cpu"), 5.0, joined=False)
+    with pytest.raises(KeyboardInterrupt):
+        with failing(world), failing(world):
+            raise KeyboardInterrupt
+    assert world.failure is not None
 
 
 def failing_layer(world: World, mode: str, failing: int) -> tuple[float, str, str]:

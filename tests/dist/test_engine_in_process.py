@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ds_cp
 from ds_cp.comm.wire import World
+from ds_cp.engine.collect import PromptRequest, RequestFailure
 from ds_cp.errors import CapacityError, ConfigError, ModelError, RequestError, TopologyError
+from ds_cp.outputs import RequestOutput
 from tests.dist.test_engine import Ids, greedy, hf_greedy, make_prompt, tokens_of, wrong
 from tests.helpers.engines import engine_on, tiny_llama
 from tests.helpers.tiny import make_tiny_model
@@ -124,6 +126,13 @@ def directory_and_text(world: World, folder: str, config: str) -> None:
     assert [o.outputs[0].text for o in outputs] == [tokenizer.decode(t) for t in want]
     with pytest.raises(RequestError, match="the prompt is empty"):
         engine.generate(["one", ""], greedy(1))
+    half = "half a surrogate pair \ud800"
+    with pytest.raises(RequestError, match="cannot encode the prompt"):
+        engine.generate(["one", half], greedy(1))
+    asked = [PromptRequest("a", half), PromptRequest("b", TEXTS[1], greedy(6, ignore_eos=True))]
+    refused, answer = engine.stream(asked)
+    assert isinstance(refused, RequestFailure) and refused.request_id == "a"
+    assert isinstance(answer, RequestOutput) and tokens_of([answer]) == [want[1]]
 
     text = tokenizer.decode(want[1])
     stop = next(text[i : i + 2] for i in range(1, len(text) - 1) if "\ufffd" not in text[i : i + 2])

@@ -115,6 +115,46 @@ def test_every_rank_hears_the_cause(tp_size: int, hosts: list[str]) -> None:
         assert not bad, "\n".join(bad)
 
 
+BETWEEN = (("measure_links", 1), ("gather_blocks", 2), ("measure_links", 0))
+
+
+def fault_between_phases(world: World, name: str, rank: int) -> tuple[str, str, float]:
+    """Work of a start that exchanges messages, and no phase: it raises on ``rank`` alone."""
+    fault = always(RuntimeError("made up, and named"))
+    began = time.monotonic()
+    try:
+        if world.rank == rank:
+            with replaced(build, name, fault):
+                engine_on(world, tiny_llama(), {"kv_cache": KV})
+        else:
+            engine_on(world, tiny_llama(), {"kv_cache": KV})
+    except Exception as err:
+        return type(err).__name__, str(err), time.monotonic() - began
+    return "", "nothing was raised", 0.0
+
+
+@pytest.mark.parametrize(("name", "rank"), BETWEEN)
+def test_a_fault_between_phases_is_heard_too(name: str, rank: int) -> None:
+    hosts = ["hosta", "hostb", "hostc"]
+    for kind, message, seconds in run_ranks(fault_between_phases, 3, name, rank, hosts=hosts):
+        assert kind == "RankFailedError"
+        assert message == f"rank {rank} on {hosts[rank]}: RuntimeError: made up, and named"
+        assert seconds < SOON
+
+
+def odd_tokenizer(world: World) -> None:
+    """A tokenizer that the engine cannot use concerns rank 0 alone; all ranks raise."""
+    with (
+        replaced(llm, "join_job", lambda _: lambda *_: (world, 1)),
+        pytest.raises(DsCpError, match="rank 0 on localhost: AttributeError"),
+    ):
+        llm.init_inference(tiny_llama(), {"kv_cache": KV}, tokenizer=object(), env={})
+
+
+def test_a_tokenizer_of_no_use() -> None:
+    run_ranks(odd_tokenizer, 2, timeout=60)
+
+
 def no_memory(world: World) -> None:
     """Whatever torch raises where memory is short, it is the user's to mend, with the numbers."""
     config = {"kv_cache": KV}

@@ -224,3 +224,28 @@ def test_a_refusal_ends_with_its_reason(how: str) -> None:
         assert cluster.scheduler.waiting.first() is running
     cluster.settle()
     assert cluster.check_outputs() == 2 - (how == "finish")
+
+
+def test_a_refusal_ends_when_its_prefix_is_in_use() -> None:
+    """Cached blocks count as room until others share them: no more of it, and yet it fits."""
+    cluster = Cluster([20], 4)
+    shared = prompt(24)
+    before = cluster.add(shared, greedy(1))
+    cluster.settle()
+    assert before.finish_reason == "length"
+    ends, stays = cluster.add([9] * 20, greedy(10)), cluster.add([8] * 12, greedy(10))
+    cluster.step()
+    waiting = cluster.add([*shared, *[7] * 20], greedy(4))
+    cluster.step()
+    assert waiting in cluster.scheduler.waiting and waiting.refusal is not None
+    room = waiting.refusal.room
+    sharing = cluster.add([*shared, 6], greedy(3), priority=-1)
+    cluster.step()
+    assert sharing in cluster.scheduler.running
+    cluster.abort(ends)
+    assert cluster.scheduler.block_manager.room()[0] <= room[0]
+    cluster.step()
+    assert stays in cluster.scheduler.running
+    assert waiting in cluster.scheduler.running
+    cluster.settle()
+    cluster.check_outputs()

@@ -317,6 +317,20 @@ def test_one_measurement_that_is_far_too_short_does_not_make_a_chunk_long(factor
     assert all(seconds <= 2.1 * T.alone_step_s for _, seconds in found[6:])
 
 
+@pytest.mark.parametrize(("slowdown", "decodes"), [(None, 64), (2.0, 0)])
+def test_slow_steps_without_a_chunk_do_not_shorten_the_next(
+    slowdown: float | None, decodes: int
+) -> None:
+    """Many decodes of a batch, or blocks that move, may take longer than a step should."""
+    pacer = ChunkPacer(slowdown)
+    for _ in range(4):
+        pacer.observe(0.1, 0, pacer.allowance(0))
+    before = pacer.allowance(0)
+    assert before > T.first_alone_work
+    pacer.observe(5.0, decodes, 0.0)
+    assert pacer.allowance(0) == before
+
+
 def test_a_batch_grows_its_chunks_beside_decodes_too() -> None:
     pacer = ChunkPacer(None)
     pacer.observe(0.05, 0, 512.0)

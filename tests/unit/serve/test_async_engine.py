@@ -139,3 +139,19 @@ def test_a_check_waits_for_no_step() -> None:
         assert caught.value.param == "prompt"
 
     Served().run(work)
+
+
+def test_a_request_that_comes_while_the_engine_stops_is_refused() -> None:
+    """The engine's thread may be in its last step still: nothing would ever answer it."""
+
+    async def work(engine: AsyncEngine) -> None:
+        stopping = asyncio.create_task(engine.stop(10))
+        with engine._lock:  # the thread cannot see yet that it should stop
+            engine._stopping = True
+        with pytest.raises(EngineDeadError, match="stopping"):
+            await asyncio.wait_for(ask(engine, "late"), 5)
+        await stopping
+
+    served = Served()
+    served.run(work)
+    assert not served.died

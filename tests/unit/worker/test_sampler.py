@@ -585,6 +585,17 @@ def test_a_history_is_kept_from_draw_to_draw() -> None:
         grown.append(output[n : n + 1])
 
 
+def test_a_history_grows_on_the_device_of_the_logits() -> None:
+    """With 65 distinct tokens the tensors need more room, on a device other than the CPU too."""
+    meta = torch.device("meta")
+    history = History(range(10))
+    for token in range(200):
+        history.append((token,))
+        ids, counts = history.output(meta)
+        assert ids.device == counts.device == meta and len(ids) == len(counts) == token + 1
+    assert history.prompt_ids(meta).device == meta
+
+
 def test_a_long_prompt_costs_once() -> None:
     """100,000 tokens were made a tensor for each row and token: 27 ms. Now the first draw pays."""
     vocab = 49152
