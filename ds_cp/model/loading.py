@@ -12,7 +12,13 @@ import torch
 
 from ds_cp.errors import ModelError, UnsupportedModelError
 from ds_cp.model.checkpoint import INDEX, WHOLE, Checkpoint, read_checkpoint, read_index
-from ds_cp.model.consumed import Loaded, check_consumed, check_finite, count_elements
+from ds_cp.model.consumed import (
+    Loaded,
+    check_consumed,
+    check_finite,
+    check_index,
+    count_elements,
+)
 from ds_cp.model.gguf import check_gguf_consumed, read_gguf
 from ds_cp.model.source import ModelSource
 from ds_cp.model.wiring import Decoder
@@ -110,6 +116,8 @@ def load_model(
         ) from err
     built, info = loaded
     built.config.name_or_path = source.where
+    if checkpoint:
+        check_index(built, source.where, checkpoint)
     lines = check_consumed(built, source.where, stored, Loaded.of(info), quantized)
     if packed:
         check_gguf_consumed(Path(source.where), packed, count_elements(built))
