@@ -106,6 +106,7 @@ def fit_max_tokens(
             f"but all ranks together hold {have}: the largest possible request here has "
             f"{largest} tokens{why}; shorten it, raise kv_cache, or {more}",
             need=need, have=have, largest=largest,
+            param="prompt" if length > largest else "max_tokens",
         )  # fmt: skip
     sendable = limits.begin_tokens(blocks.allocator.block_size, params)
     if need > sendable:

@@ -152,7 +152,7 @@ def test_a_shard_without_a_tensor_that_the_index_lists(shards: Path) -> None:
 def test_an_index_keeps_the_entry_of_a_tied_weight_that_its_converter_left_out(
     tmp_path: Path, kept: str
 ) -> None:
-    """As safetensors' convert.py writes it: of two tied weights it drops one from the shard only."""
+    """As safetensors' convert.py writes it: it drops one of two tied weights, from the shard."""
     model = tiny_llama(seed=1, tie_word_embeddings=True, **SIZES)
     model.save_pretrained(tmp_path)
     weights = load_file(tmp_path / WHOLE)

@@ -234,7 +234,7 @@ def test_what_a_class_leaves_out_of_its_report_is_said(tmp_path: Path) -> None:
 
 
 def test_a_file_without_the_prefix_of_its_model_is_read_whole(tmp_path: Path) -> None:
-    """As the hub's gpt2 is stored. The class leaves out "attn.bias", which "c_attn.bias" matches."""
+    """As the hub's gpt2 is. The class leaves out "attn.bias", which "c_attn.bias" matches too."""
     config = hf.GPT2Config(
         vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=32, bos_token_id=0,
         eos_token_id=0,
