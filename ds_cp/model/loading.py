@@ -85,8 +85,9 @@ def load_model(
 
     Safetensors of the same dtype are mapped, not copied, so ranks of one host share their pages.
     ``note`` gets one line on each part of the checkpoint that is not used. Raises ``ModelError``
-    when a tensor is missing, misshaped, not finite or has no place in the model, and
-    ``UnsupportedModelError`` when transformers has no causal decoder for it.
+    when a tensor is missing, misshaped, not finite or has no place in the model,
+    ``UnsupportedModelError`` when transformers has no causal decoder for it, and torch's own error
+    when there is not enough memory.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -110,6 +111,8 @@ def load_model(
             f"model {source.where} cannot be loaded: {_first_line(err, view)}"
         ) from err
     except (ValueError, KeyError, RuntimeError) as err:
+        if "can't allocate memory" in str(err):  # torch's RuntimeError; the caller knows a way out
+            raise
         raise UnsupportedModelError(
             f"model {source.where} is not a causal decoder that transformers can build: "
             f"{_first_line(err, view)}"

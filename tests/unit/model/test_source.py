@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import struct
+import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +237,42 @@ def test_unknown_architecture_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match="unheard_of") as caught:
         load_config(ModelSource("directory", str(tmp_path)))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("raised", "seen"),
+    [
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), RuntimeError),
+        (RuntimeError("size mismatch"), UnsupportedModelError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+        (None, None),
+    ],
+)
+def test_a_load_leaves_no_links_behind_and_names_its_cause(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    raised: BaseException | None, seen: type[BaseException] | None,
+) -> None:  # fmt: skip
+    links = tmp_path / "links"
+    links.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(links))
+    real = hf.AutoModelForCausalLM.from_pretrained
+    views: list[int] = []
+
+    def from_pretrained(where: str, **options: Any) -> Any:
+        views.append(len(list(links.iterdir())))
+        if raised is not None:
+            raise raised
+        return real(where, **options)
+
+    monkeypatch.setattr(hf.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    work = partial(load_model, find_model(str(folder)), torch.float32, CPU)
+    if seen is None:
+        work()
+    else:
+        with pytest.raises(seen) as caught:
+            work()
+        assert type(caught.value) is seen, "memory that is short is no unknown architecture"
+    assert views == [1] and list(links.iterdir()) == []
 
 
 def test_remote_code_is_never_run(tmp_path: Path) -> None:
