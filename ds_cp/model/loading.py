@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -157,8 +158,9 @@ def _folder(source: ModelSource) -> Path:
 def _only_the_model(
     source: ModelSource, checkpoint: Checkpoint | None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """A directory of links to what was checked, and nothing else, so that this is what transformers
-    loads: it would prefer a whole file to an index, and apply an adapter that lies beside."""
+    """A directory of links to what was checked, with an index of what the files hold, and nothing
+    else, so that this is what transformers loads: it would prefer a whole file to an index, and
+    apply an adapter that lies beside."""
     with TemporaryDirectory(prefix="ds_cp-model-") as name:
         view = Path(name)
         if checkpoint is None:
@@ -166,8 +168,11 @@ def _only_the_model(
             (view / file.name).symlink_to(file.resolve())
             yield name, {"gguf_file": file.name}
             return
-        index = [checkpoint.index] if checkpoint.index else []
-        for part in ("config.json", "generation_config.json", *index, *checkpoint.files):
+        if checkpoint.index:
+            placed = {tensor: stored.file for tensor, stored in checkpoint.tensors.items()}
+            text = json.dumps({"metadata": {}, "weight_map": placed})
+            (view / checkpoint.index).write_text(text, encoding="utf-8")
+        for part in ("config.json", "generation_config.json", *checkpoint.files):
             if (checkpoint.folder / part).is_file():
                 (view / part).symlink_to((checkpoint.folder / part).resolve())
         yield name, {}

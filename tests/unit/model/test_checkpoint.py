@@ -165,6 +165,16 @@ def test_an_index_keeps_the_entry_of_a_tied_weight_that_its_converter_left_out(
     assert notes == [] and same(found, model.state_dict())
 
 
+@pytest.mark.parametrize("more", [{}, {"metadata": None}, {"metadata": {"total_size": "a lot"}}])
+def test_what_an_index_says_besides_is_of_no_matter(
+    shards: Path, whole: Path, more: dict[str, Any]
+) -> None:
+    """Tools other than transformers write indexes too; transformers wants an object there."""
+    (shards / INDEX).write_text(json.dumps({"weight_map": index_of(shards)} | more))
+    found, notes = loaded(shards)
+    assert notes == [] and same(found, load_file(whole / WHOLE))
+
+
 def test_shards_of_another_model(shards: Path) -> None:
     """The second shard is one of three layers, as after a mixed-up download."""
     torch.manual_seed(0)
