@@ -68,6 +68,12 @@ def load_config(source: ModelSource) -> Any:
         ) from err
     except (OSError, ImportError) as err:
         raise ModelError(f"model {source.where} cannot be read: {_first_line(err)}") from err
+    except Exception as err:  # whatever the config classes raise for a value is about that value
+        reason = shorten(" ".join(str(err).split()), 300)
+        raise ModelError(
+            f"model {source.where}: transformers cannot use its config "
+            f"({type(err).__name__}: {reason}); fetch the model again, or correct config.json"
+        ) from err
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
             f"model {source.where}: {config.model_type} is an encoder-decoder; ds_cp serves "
@@ -111,7 +117,7 @@ def load_model(
         raise ModelError(
             f"model {source.where} cannot be loaded: {_first_line(err, view)}"
         ) from err
-    except (ValueError, KeyError, RuntimeError) as err:
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as err:
         if "can't allocate memory" in str(err):  # torch's RuntimeError; the caller knows a way out
             raise
         raise UnsupportedModelError(
@@ -195,7 +201,7 @@ def _is_quantized(where: str, config: Mapping[str, Any]) -> bool:
                 method = "bitsandbytes_8bit"
             if key == "compression_config":  # an old name, which transformers does not look at
                 method = "compressed-tensors by an old key"
-            if method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+            if not isinstance(method, str) or method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
                 raise ModelError(
                     f"model {where}: config.json's {key} names the method {shorten(str(method))}, "
                     "which this transformers does not read: "

@@ -275,6 +275,34 @@ def test_a_load_leaves_no_links_behind_and_names_its_cause(
     assert views == [1] and list(links.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"num_hidden_layers": "two"}, "num_hidden_layers"),
+        ({"hidden_size": None}, "hidden_size"),
+        ({"num_attention_heads": 0}, "ZeroDivisionError"),
+        ({"layer_types": ["a"]}, "layer_types"),
+        ({"eos_token_id": "x"}, "eos_token_id"),
+        ({"rope_parameters": [1]}, "rope_parameters"),
+        ({"dtype": "float7"}, "float7"),
+        ({"quantization_config": "x"}, ""),
+        ({"quantization_config": {"quant_method": ["fp8"]}}, ""),
+    ],
+)
+def test_a_config_with_a_value_that_cannot_be(
+    folder: Path, change: dict[str, Any], named: str
+) -> None:
+    """The model is at fault, not ds_cp, whatever transformers raises."""
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    source = find_model(str(folder))
+    with pytest.raises(ModelError) as caught:
+        load_config(source)
+        load_model(source, torch.float32, CPU)
+    message = str(caught.value)
+    assert named in message and str(folder) in message and "\n" not in message
+
+
 def test_remote_code_is_never_run(tmp_path: Path) -> None:
     mark = tmp_path / "ran"
     (tmp_path / "evil.py").write_text(f"open({str(mark)!r}, 'w').close()\n")
