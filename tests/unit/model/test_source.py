@@ -19,6 +19,7 @@ from ds_cp.errors import ModelError, UnsupportedModelError
 from ds_cp.model.loading import load_config, load_model, load_tokenizer
 from ds_cp.model.source import ModelSource, find_model
 from tests.helpers.engines import tiny_llama
+from tests.helpers.tiny import make_tiny_model
 
 CPU = torch.device("cpu")
 
@@ -215,6 +216,25 @@ def test_a_directory_shadows_a_hub_id(folder: Path, monkeypatch: pytest.MonkeyPa
 def test_tokenizer_missing(folder: Path) -> None:
     with pytest.raises(ModelError, match="no usable tokenizer") as caught:
         load_tokenizer(find_model(str(folder)))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("tokenizer.json", "null"),
+        ("tokenizer.json", "[]"),
+        ("tokenizer.json", '{"version": "9.0", "added_tokens": [], "model": {"type": "Newer"}}'),
+        ("tokenizer_config.json", '{"eos_token": 5}'),
+        ("tokenizer_config.json", '{"tokenizer_class": 5}'),
+    ],
+)
+def test_a_tokenizer_that_does_not_load(tmp_path: Path, file: str, text: str) -> None:
+    """The model is at fault, not ds_cp, whatever the packages raise."""
+    path = make_tiny_model(tmp_path / "model")
+    (path / file).write_text(text)
+    with pytest.raises(ModelError, match="has no usable tokenizer: .") as caught:
+        load_tokenizer(find_model(str(path)))
     assert "\n" not in str(caught.value)
 
 
