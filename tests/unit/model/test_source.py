@@ -149,6 +149,23 @@ def test_header_length_that_cannot_be(folder: Path, length: int) -> None:
     assert "not safetensors" in refusal(folder)
 
 
+@pytest.mark.parametrize("kind", ["directory", "gguf"])
+def test_weights_that_this_user_may_not_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    file = folder / "model.safetensors"
+    real = Path.open
+
+    def refused(self: Path, *mode: Any, **more: Any) -> Any:
+        if self == file:
+            raise PermissionError(13, "Permission denied", str(self))
+        return real(self, *mode, **more)
+
+    monkeypatch.setattr(Path, "open", refused)
+    message = refusal(folder if kind == "directory" else file)
+    assert message.endswith(f"cannot be read: Permission denied ({file})")
+
+
 def test_weights_of_another_shape(folder: Path) -> None:
     """The header is sound, but the config asks for something else."""
     state = tiny_llama(hidden_size=32, intermediate_size=16).state_dict()
