@@ -59,8 +59,10 @@ class CapacityError(RequestError):
     request possible here.
     """
 
-    def __init__(self, message: str, *, need: int, have: int, largest: int) -> None:
-        super().__init__(message, param="max_tokens")
+    def __init__(
+        self, message: str, *, need: int, have: int, largest: int, param: str = "max_tokens"
+    ) -> None:
+        super().__init__(message, param)
         self.need = need
         self.have = have
         self.largest = largest

@@ -99,7 +99,7 @@ class SamplingParams:
         for name, (edge, least, most) in _NUMBERS.items():
             self._set(name, _number(name, getattr(self, name), edge, least, most))
         for name in ("ignore_eos", "skip_special_tokens"):
-            _boolean(name, getattr(self, name))
+            self._set(name, _boolean(name, getattr(self, name)))
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(
                 f"min_tokens is {self.min_tokens}, above max_tokens {self.max_tokens}",
@@ -124,12 +124,11 @@ def _number(name: str, value: object, edge: str, low: float, high: float) -> flo
         number = float(value)
     except OverflowError:  # an integer beyond every float, of either sign
         number = math.inf
-    if not math.isfinite(number) and isinstance(value, float):
-        raise RequestError(f"{name} must be a finite number, not {_shown(value)}", name)
+    shown = _shown(value if isinstance(value, int) else number)
+    if not math.isfinite(number) and not isinstance(value, int):
+        raise RequestError(f"{name} must be a finite number, not {shown}", name)
     if not low <= number <= high or (edge == "above" and number == low):
-        raise RequestError(
-            f"{name} is {_shown(value)}; it must be {edge} {low} and at most {high}", name
-        )
+        raise RequestError(f"{name} is {shown}; it must be {edge} {low} and at most {high}", name)
     return number
 
 
@@ -143,9 +142,13 @@ def _integer(name: str, value: object, low: int, high: int) -> int:
     return number
 
 
-def _boolean(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise RequestError(f"{name} must be true or false, not {_shown(value)}", name)
+def _boolean(name: str, value: object) -> bool:
+    """A bool, or numpy's."""
+    if isinstance(value, bool):
+        return value
+    if getattr(value, "dtype", None) == "bool" and getattr(value, "ndim", None) == 0:
+        return bool(value)
+    raise RequestError(f"{name} must be true or false, not {_shown(value)}", name)
 
 
 def _stops(given: object) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ async def completions(context: AppContext, body: CompletionRequest, request: Req
     """Answer a completion request, whole or as a stream."""
     arrival = monotonic()
     context.check(body.model)
-    params, max_param = _params(body)
+    params = _params(body)
     prompts = [
         await context.codec.encode(item) if isinstance(item, str) else item for item in body.prompt
     ]
@@ -36,30 +36,23 @@ async def completions(context: AppContext, body: CompletionRequest, request: Req
         request_options(body, request),
         arrival,
         prompt_param="prompt",
-        max_param=max_param,
+        max_words="max_tokens 0 with echo" if body.only_prompt else "",
         clamp=body.max_tokens is None,
     )
     return await respond(context, request, answer, generation, stream=bool(body.stream))
 
 
-def _params(body: CompletionRequest) -> tuple[SamplingParams, str]:
-    """The engine's parameters, and what ``max_tokens`` is called in errors.
-
-    The engine generates at least one token: where only the prompt is wanted, the answer drops it.
-    """
-    given, name = body.max_tokens, "max_tokens"
-    if body.only_prompt:
-        given, name = 1, "max_tokens 0 with echo"
-    elif given is None:
-        given = DEFAULT_MAX_TOKENS
+def _params(body: CompletionRequest) -> SamplingParams:
+    """The engine's parameters. It generates at least one token: where only the prompt is wanted,
+    the answer drops it."""
+    given = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     scores = [body.prompt_logprobs, body.logprobs if body.scores_prompt else None]
-    params = sampling_params(
+    return sampling_params(
         body,
-        max_tokens=given,
+        max_tokens=1 if body.only_prompt else given,
         logprobs=body.logprobs,
         prompt_logprobs=max((k for k in scores if k is not None), default=None),
     )
-    return params, name
 
 
 class _CompletionAnswer(Answer):

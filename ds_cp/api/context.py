@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -83,9 +84,11 @@ class AppContext:
         *,
         prompt_param: str,
         max_param: str = "max_tokens",
+        max_words: str = "",
         clamp: bool = False,
     ) -> Generation:
         """Hand the prompts to the engine. ``clamp`` lowers ``max_tokens`` to what fits.
+        ``max_param``: the client's field for it; ``max_words``: what a message calls it instead.
 
         Raises ``ApiError`` 400 (``context_length_exceeded``) when a prompt and its new tokens are
         longer than the model, ``RequestError`` with the client's name of a field for what
@@ -95,7 +98,7 @@ class AppContext:
         _check_prompt_logprobs(sum(map(len, prompts)), params, prompt_param)
         jobs = []
         for index, ids in enumerate(prompts):
-            fitting = self._fit(len(ids), params, prompt_param, max_param, clamp)
+            fitting = self._fit(len(ids), params, prompt_param, max_words or max_param, clamp)
             with in_client_names(names):
                 self.engine.check(ids, fitting)
             jobs.append(Job(f"{answer_id}-{index}", ids, fitting, options))
@@ -146,10 +149,10 @@ def sampling_params(
             max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs, **given
         )
     except RequestError as err:
-        ours = err.param
-        if ours is None or ours not in names:
-            raise
-        raise RequestError(str(err).replace(ours, names[ours]), names[ours]) from None
+        message = str(err)
+        for ours, theirs in names.items():
+            message = re.sub(rf"\b{ours}\b", theirs, message)
+        raise RequestError(message, names.get(err.param or "", err.param)) from None
 
 
 def request_options(body: SamplingRequest, request: Request) -> RequestOptions:

@@ -34,7 +34,11 @@ class ErrorBody(BaseModel):
 
 
 class ApiError(HTTPException):
-    """An answer that is not 2xx; ``message`` is one line and safe to show to the client."""
+    """An answer that is not 2xx; ``message`` is one line and safe to show to the client.
+
+    What cannot be printed becomes a blank: a client's own name for a field may hold half a
+    surrogate pair, which UTF-8 cannot encode.
+    """
 
     def __init__(
         self,
@@ -45,8 +49,8 @@ class ApiError(HTTPException):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(status_code=status, detail=message, headers=headers)
-        self.param = param
+        super().__init__(status_code=status, detail=one_line(message), headers=headers)
+        self.param = None if param is None else one_line(param)
         self.code = code
 
     def body(self) -> dict[str, Any]:
@@ -133,7 +137,7 @@ def from_validation(errors: Sequence[Any]) -> ApiError:
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, FieldError):
         param = path_of([*loc, *([cause.param] if cause.param else [])])
-        return ApiError(400, one_line(str(cause)), param=param or None, code="invalid_value")
+        return ApiError(400, str(cause), param=param or None, code="invalid_value")
     if not loc:
         return ApiError(400, "the body must be a JSON object with the request's fields")
     param = path_of(loc)
@@ -142,7 +146,7 @@ def from_validation(errors: Sequence[Any]) -> ApiError:
     message = first.get("msg", "not valid").removeprefix("Value error, ")
     value = first.get("input")
     given = "" if isinstance(value, dict | list) else f", not {shown(value)}"
-    return ApiError(400, one_line(f"{param}: {message}{given}"), param=param, code="invalid_value")
+    return ApiError(400, f"{param}: {message}{given}", param=param, code="invalid_value")
 
 
 def path_of(parts: Sequence[str | int]) -> str:

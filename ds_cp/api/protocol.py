@@ -64,7 +64,7 @@ class SamplingRequest(StrictModel):
     stop: list[str] | None = Field(None, description="a string or a list of strings")
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
-    logit_bias: dict[int, float] | None = Field(None, description="token id (string) -> bias")
+    logit_bias: dict[str, float] | None = Field(None, description="token id (string) -> bias")
     skip_special_tokens: bool | None = None
     prompt_logprobs: int | None = Field(None, description="of this many tokens per prompt token")
     priority: int | None = Field(None, description="lower numbers are served first; default 0")
@@ -91,7 +91,8 @@ class SamplingRequest(StrictModel):
 
     @field_validator("logit_bias", mode="plain", json_schema_input_type=dict[str, float] | None)
     @classmethod
-    def _logit_bias(cls, value: Any) -> dict[int, float] | None:
+    def _logit_bias(cls, value: Any) -> dict[str, Any] | None:
+        """``SamplingParams`` checks and converts the entries, and finds one id spelt twice."""
         if value is None:
             return None
         if not isinstance(value, dict):
@@ -101,7 +102,7 @@ class SamplingRequest(StrictModel):
         for key in value:
             if not re.fullmatch(r"[0-9]{1,9}", key):
                 raise FieldError(f"logit_bias: {shown(key)} is not a token id")
-        return {int(key): bias for key, bias in value.items()}
+        return value
 
     @model_validator(mode="after")
     def _options_of_streams(self) -> SamplingRequest:

@@ -43,7 +43,8 @@ class Checkpoint:
 
     ``config``: config.json. ``index``: the name of the index, or ``None`` for a whole file.
     ``files``: names of the safetensors files. ``tensors``: what is stored, by name, in the order of
-    the files. ``notes``: one line on what lies beside it unread, or none.
+    the files. ``absent``: names that the index lists and no file holds; converters leave out one of
+    two tied weights and keep its entry. ``notes``: one line on what lies beside it unread, or none.
     """
 
     folder: Path
@@ -51,14 +52,15 @@ class Checkpoint:
     index: str | None
     files: tuple[str, ...]
     tensors: Mapping[str, StoredTensor]
+    absent: tuple[str, ...]
     notes: tuple[str, ...]
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
     """Decide which files of ``folder`` are the model and check their headers; reads no weights.
 
-    Raises ``ModelError`` when a file is missing, truncated or damaged, when index and shards do not
-    agree, and when the directory holds no safetensors model.
+    Raises ``ModelError`` when a file is missing, truncated or damaged, when a shard holds what the
+    index does not put there, and when the directory holds no safetensors model.
     """
     config = _read_config(folder)
     index, whole = _file_names(folder, config)
@@ -82,12 +84,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
                     "these shards and this index are not of one model; fetch it again"
                 )
             tensors[tensor] = stored
-    if lost := [tensor for tensor in listed if tensor not in tensors]:
-        raise ModelError(
-            f"model {folder}: {index} puts {shorten(lost[0])} in {listed[lost[0]]}, "
-            f"which does not hold it ({len(lost)} such tensors): fetch the model again"
-        )
-    return Checkpoint(folder, config, index, files, tensors, _beside(folder, files, index))
+    absent = tuple(tensor for tensor in listed if tensor not in tensors)
+    return Checkpoint(folder, config, index, files, tensors, absent, _beside(folder, files, index))
 
 
 def some(names: Iterable[str]) -> str:

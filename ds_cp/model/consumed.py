@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ds_cp.errors import ModelError
-from ds_cp.model.checkpoint import StoredTensor, some
+from ds_cp.model.checkpoint import Checkpoint, StoredTensor, some
 from ds_cp.model.wiring import Decoder
 
 # safetensors dtypes that a layer of floating-point weights is served in; masks may be boolean and
@@ -101,6 +101,25 @@ def check_consumed(
         )
     unread.update(_ignored_by_class(model, stored))
     return [*_unread_note(unread), *_untied_note(model)]
+
+
+def check_index(model: Decoder, where: str, checkpoint: Checkpoint) -> None:
+    """Refuse an index that lists a tensor that no file holds, unless it is one of two that the
+    model ties, or one that it does not read. Raises ``ModelError`` that names the first tensor."""
+    ties: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    tied = {_tail(name) for name in chain(ties.keys(), ties.values())}
+    lost = [
+        name
+        for name in checkpoint.absent
+        if _tail(name) not in tied
+        and _unread_part(model, name) is None
+        and not _matches(model, name)
+    ]
+    if lost:
+        raise ModelError(
+            f"model {where}: {checkpoint.index} lists {_tensors(len(lost))} that no file holds, "
+            f"the first {_are(lost)}: fetch the model again"
+        )
 
 
 def check_finite(model: Decoder, where: str, stored: Mapping[str, StoredTensor]) -> None:
@@ -205,12 +224,18 @@ def _matches(model: Decoder, name: str) -> bool:
     return any(re.search(pattern, name) for pattern in patterns)
 
 
+def _tail(name: str) -> str:
+    """The layer and the tensor of a name: "lm_head.weight"; prefixes differ between files."""
+    return ".".join(name.split(".")[-2:])
+
+
 def _ignored_by_class(model: Decoder, stored: Iterable[str]) -> Counter[str]:
     """Stored tensors that transformers leaves out of its report."""
     state = model.state_dict().keys()
     found: Counter[str] = Counter()
     for name in stored:
-        if name in state:
+        # A file may hold the model without its head, whose names lack the model's prefix.
+        if name in state or f"{model.base_model_prefix}.{name}" in state:
             continue
         if BUFFER.search(name):
             found[_unread_part(model, name) or name] += 1

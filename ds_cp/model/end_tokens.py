@@ -7,6 +7,7 @@ template ends a turn with the tokenizer's end token. Any of them ends an answer.
 from __future__ import annotations
 
 from collections.abc import Sized
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -52,10 +53,10 @@ def _defaults(config: Any) -> Any:
 
 def _stated(where: str | None) -> set[int] | None:
     """The end tokens in the config.json that a model came from; ``None`` when there is none to
-    read, as for a model made in memory."""
+    read, as for a model made in memory or from a GGUF file."""
     from transformers import PreTrainedConfig
 
-    if not where:
+    if not where or Path(where).is_file():  # a file of gigabytes would be read as if it were JSON
         return None
     try:
         found, _ = PreTrainedConfig.get_config_dict(where, local_files_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,13 @@ import torch
 
 from ds_cp.errors import ModelError, UnsupportedModelError
 from ds_cp.model.checkpoint import INDEX, WHOLE, Checkpoint, read_checkpoint, read_index
-from ds_cp.model.consumed import Loaded, check_consumed, check_finite, count_elements
+from ds_cp.model.consumed import (
+    Loaded,
+    check_consumed,
+    check_finite,
+    check_index,
+    count_elements,
+)
 from ds_cp.model.gguf import check_gguf_consumed, read_gguf
 from ds_cp.model.source import ModelSource
 from ds_cp.model.wiring import Decoder
@@ -62,6 +69,12 @@ def load_config(source: ModelSource) -> Any:
         ) from err
     except (OSError, ImportError) as err:
         raise ModelError(f"model {source.where} cannot be read: {_first_line(err)}") from err
+    except Exception as err:  # whatever the config classes raise for a value is about that value
+        reason = shorten(" ".join(str(err).split()), 300)
+        raise ModelError(
+            f"model {source.where}: transformers cannot use its config "
+            f"({type(err).__name__}: {reason}); fetch the model again, or correct config.json"
+        ) from err
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
             f"model {source.where}: {config.model_type} is an encoder-decoder; "
@@ -80,8 +93,9 @@ def load_model(
 
     Safetensors of the same dtype are mapped, not copied, so ranks of one host share their pages.
     ``note`` gets one line on each part of the checkpoint that is not used. Raises ``ModelError``
-    when a tensor is missing, misshaped, not finite or has no place in the model, and
-    ``UnsupportedModelError`` when transformers has no causal decoder for it.
+    when a tensor is missing, misshaped, not finite or has no place in the model,
+    ``UnsupportedModelError`` when transformers has no causal decoder for it, and torch's own error
+    when there is not enough memory.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -104,13 +118,17 @@ def load_model(
         raise ModelError(
             f"model {source.where} cannot be loaded: {_first_line(err, view)}"
         ) from err
-    except (ValueError, KeyError, RuntimeError) as err:
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as err:
+        if "can't allocate memory" in str(err):  # torch's RuntimeError; the caller knows a way out
+            raise
         raise UnsupportedModelError(
             f"model {source.where} is not a causal decoder that transformers can build: "
             f"{_first_line(err, view)}"
         ) from err
     built, info = loaded
     built.config.name_or_path = source.where
+    if checkpoint:
+        check_index(built, source.where, checkpoint)
     lines = check_consumed(built, source.where, stored, Loaded.of(info), quantized)
     if packed:
         check_gguf_consumed(Path(source.where), packed, count_elements(built))
@@ -147,8 +165,9 @@ def _folder(source: ModelSource) -> Path:
 def _only_the_model(
     source: ModelSource, checkpoint: Checkpoint | None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """A directory of links to what was checked, and nothing else, so that this is what transformers
-    loads: it would prefer a whole file to an index, and apply an adapter that lies beside."""
+    """A directory of links to what was checked, with an index of what the files hold, and nothing
+    else, so that this is what transformers loads: it would prefer a whole file to an index, and
+    apply an adapter that lies beside."""
     with TemporaryDirectory(prefix="ds_cp-model-") as name:
         view = Path(name)
         if checkpoint is None:
@@ -156,8 +175,11 @@ def _only_the_model(
             (view / file.name).symlink_to(file.resolve())
             yield name, {"gguf_file": file.name}
             return
-        index = [checkpoint.index] if checkpoint.index else []
-        for part in ("config.json", "generation_config.json", *index, *checkpoint.files):
+        if checkpoint.index:
+            placed = {tensor: stored.file for tensor, stored in checkpoint.tensors.items()}
+            text = json.dumps({"metadata": {}, "weight_map": placed})
+            (view / checkpoint.index).write_text(text, encoding="utf-8")
+        for part in ("config.json", "generation_config.json", *checkpoint.files):
             if (checkpoint.folder / part).is_file():
                 (view / part).symlink_to((checkpoint.folder / part).resolve())
         yield name, {}
@@ -180,7 +202,7 @@ def _is_quantized(where: str, config: Mapping[str, Any]) -> bool:
                 method = "bitsandbytes_8bit"
             if key == "compression_config":  # an old name, which transformers does not look at
                 method = "compressed-tensors by an old key"
-            if method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+            if not isinstance(method, str) or method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
                 raise ModelError(
                     f"model {where}: config.json's {key} names the method {shorten(str(method))}, "
                     "which this transformers does not read: "
@@ -213,7 +235,7 @@ def load_tokenizer(source: ModelSource) -> Any:
     try:
         with _quiet():
             return AutoTokenizer.from_pretrained(where, trust_remote_code=False, **extra)
-    except (OSError, ValueError, KeyError, ImportError) as err:
+    except Exception as err:  # the tokenizers package raises plain ones for a file of a newer one
         raise ModelError(
             f"model {source.where} has no usable tokenizer: {_first_line(err)}"
         ) from err

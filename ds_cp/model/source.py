@@ -40,12 +40,17 @@ def find_model(model: str) -> ModelSource:
     looked up here.
     """
     path = Path(model).expanduser()
-    if path.is_dir():
-        read_checkpoint(path)
-        return ModelSource("directory", str(path))
-    if path.is_file():
-        _check_gguf(path)
-        return ModelSource("gguf", str(path))
+    try:
+        if path.is_dir():
+            read_checkpoint(path)
+            return ModelSource("directory", str(path))
+        if path.is_file():
+            _check_gguf(path)
+            return ModelSource("gguf", str(path))
+    except OSError as err:  # not this user's to read, or a file system that fails
+        raise ModelError(
+            f"model {path} cannot be read: {err.strerror or err} ({err.filename or path})"
+        ) from err
     looks_like_path = (
         path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1
         or path.suffix in {".gguf", ".safetensors", ".bin", ".pt"}

@@ -107,6 +107,7 @@ def fit_max_tokens(
             f"the largest possible request here has {largest} tokens{why}; "
             f"shorten it, raise kv_cache, or {more}",
             need=need, have=have, largest=largest,
+            param="prompt" if length > largest else "max_tokens",
         )  # fmt: skip
     sendable = limits.begin_tokens(blocks.allocator.block_size, params)
     if need > sendable:

@@ -155,12 +155,12 @@ def outward_address(addresses: Sequence[Address], peers: Iterable[str] = ()) -> 
 def route_to(ip: str, addresses: Sequence[Address]) -> Address | None:
     """The own address from which packets to ``ip`` would leave. Sends nothing."""
     family = socket.AF_INET6 if ":" in ip else socket.AF_INET
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        try:
+    try:  # a kernel without IPv6 refuses the socket itself
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect((ip, 9))
-        except OSError:
-            return None
-        source = probe.getsockname()[0]
+            source = probe.getsockname()[0]
+    except OSError:
+        return None
     return next((a for a in addresses if a.ip == source), None)
 
 

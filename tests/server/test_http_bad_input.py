@@ -51,6 +51,7 @@ FIELDS: list[tuple[str, dict[str, Any], str | None, str]] = [
     (C, {"prompt": "x", "stop": ["a"] * 17}, "stop", "at most 16"),
     (C, {"prompt": "x", "logit_bias": {"x": 1}}, "logit_bias", "'x' is not a token id"),
     (C, {"prompt": "x", "logit_bias": {"-1": 1}}, "logit_bias", "not a token id"),
+    (C, {"prompt": "x", "logit_bias": {"5": 1, "05": 2}}, "logit_bias", "token id 5 twice"),
     (C, {"prompt": "x", "logit_bias": {"9999": 1}}, "logit_bias", "outside the vocabulary"),
     (C, {"prompt": "x", "logit_bias": {"1": 101}}, "logit_bias", "101"),
     (C, {"prompt": "x", "logit_bias": {"1": "a"}}, "logit_bias", "'a'"),
@@ -67,6 +68,8 @@ FIELDS: list[tuple[str, dict[str, Any], str | None, str]] = [
     (C, {"prompt": "x", "stream_options": {"include_usage": True}}, "stream_options", "stream"),
     (C, {"prompt": "x", "temprature": 1}, "temprature", "did you mean temperature?"),
     (C, {"prompt": "x", "messages": HELLO}, "messages", "unknown field"),
+    (C, {"prompt": "x", "a\ud800b": 1}, "a b", "unknown field"),
+    (CHAT, {"messages": [*HELLO, {"role": "user", "content": "x", "\udc00": 1}]}, None, "unknown"),
     (C, {"prompt": "x", "suffix": "y"}, "suffix", "suffix is not supported"),
     (C, {"prompt": "x", "best_of": 2}, "best_of", "best_of is 2 and n is 1"),
     (C, {"prompt": "x", "best_of": 2, "n": 3}, "best_of", "best_of is 2 and n is 3"),
@@ -134,6 +137,12 @@ FIELDS: list[tuple[str, dict[str, Any], str | None, str]] = [
     (CHAT, {"messages": HELLO, "top_logprobs": 2}, "top_logprobs", "logprobs true"),
     (CHAT, {"messages": HELLO, "logprobs": True, "top_logprobs": 21}, "top_logprobs", "21"),
     (CHAT, {"messages": HELLO, "max_completion_tokens": -3}, "max_completion_tokens", "-3"),
+    (
+        CHAT,
+        {"messages": HELLO, "max_completion_tokens": 3, "min_tokens": 5},
+        "min_tokens",
+        "min_tokens is 5, above max_completion_tokens 3",
+    ),
     (CHAT, {"messages": HELLO, "max_tokens": 1, "max_completion_tokens": 2}, None, "send one"),
     (CHAT, {"messages": [{"role": "user", "content": "q" * 4097}]}, None, "characters"),
     ("/tokenize", {}, "prompt", "either"),
@@ -201,6 +210,7 @@ def test_a_repeated_key_is_named(served: Running) -> None:
         (CHAT, '{"messages": [{"role": "user", "role": "system", "content": "x"}]}', "role"),
         ("/tokenize", '{"prompt": "x", "prompt": "y"}', "prompt"),
         ("/detokenize", '{"tokens": [5], "tokens": [6]}', "tokens"),
+        (C, '{"prompt": "x", "\\ud800": 1, "\\ud800": 2}', " "),
         (C, '{"prompt": "x", "' + "k" * 500 + '": 1, "' + "k" * 500 + '": 1}', "k" * 100),
     ):
         reply = httpx.post(served.url + path, content=content, headers=headers, timeout=20)
@@ -240,6 +250,13 @@ def test_refusals_of_the_engine(served: Running, stream: bool) -> None:
     error = error_of(served.post(C, body), 400)
     assert error["code"] == "kv_capacity_exceeded"
     assert all(number in error["message"] for number in ("900", "800", "700"))
+
+    for asked, param in (
+        ({}, "max_tokens"),
+        ({"max_tokens": 0, "echo": True}, "max_tokens"),
+        ({"max_tokens": 2}, "max_tokens"),
+    ):
+        assert error_of(served.post(C, body | asked), 400)["param"] == param
 
     served.engine.refuse = RequestError("seed is odd", "seed")
     assert error_of(served.post(C, body), 400)["param"] == "seed"

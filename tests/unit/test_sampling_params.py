@@ -141,6 +141,22 @@ def test_out_of_bounds_names_the_field(field: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize(
+    ("value", "shown"),
+    [(3, "is 3;"), (np.float32(3), "is 3.0;"), (Fraction(5, 2), "is 2.5;"),
+     (np.float32("nan"), "not nan"), (np.float16("inf"), "not inf"), ("x", "not 'x'")],
+)  # fmt: skip
+def test_a_refused_number_is_shown(value: Any, shown: str) -> None:
+    with pytest.raises(RequestError, match=f"^temperature .*{shown}"):
+        SamplingParams(temperature=value)
+
+
+@pytest.mark.parametrize("value", [np.array([True]), 1, None, np.int8(1), "true"])
+def test_only_a_boolean_is_one(value: Any) -> None:
+    with pytest.raises(RequestError, match="ignore_eos must be true or false"):
+        SamplingParams(ignore_eos=value)
+
+
+@pytest.mark.parametrize(
     ("field", "value"),
     [
         ("n", 1),
@@ -208,6 +224,8 @@ GIVEN: list[tuple[str, Any, Any]] = [
     ("stop", ["a", np.str_("b")], ("a", "b")),
     ("stop_token_ids", [np.int64(3), 4], (3, 4)),
     ("stop_token_ids", np.array([3, 4]).tolist(), (3, 4)),
+    ("ignore_eos", np.bool_(True), True),
+    ("skip_special_tokens", np.array([True, False])[1], False),
 ]  # fmt: skip
 TYPES: dict[str, tuple[type, ...]] = {
     "n": (int,), "top_k": (int,), "min_tokens": (int,),

@@ -25,6 +25,8 @@ from ds_cp.attention.state import Partial
 from ds_cp.errors import ConfigError
 from ds_cp.layout import Runs
 
+FLASH_CAPABILITY = (8, 0)  # of CUDA devices, at least (Ampere)
+
 Block = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Runs, Runs, LayerSpec], Partial]
 Rows = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Padding, LayerSpec], Partial]
 
@@ -60,7 +62,7 @@ def get_kernel(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str
     half_on_gpu = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
     if name == "auto":
         if half_on_gpu and _has_flash_attn():
-            flash, problem = _flash_attn()
+            flash, problem = _flash_attn(device)
             if flash is not None:
                 return "flash_attn", flash
             return "sdpa", Kernel(sdpa_kernel, sdpa_rows, f"flash-attn is not used: {problem}")
@@ -81,11 +83,11 @@ def get_kernel(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str
                 f"not {device.type} with {dtype}: "
                 "set dtype to bf16, or attention.backend to sdpa"
             )
-        flash, problem = _flash_attn()
+        flash, problem = _flash_attn(device)
         if flash is None:
             raise ConfigError(
-                f"attention.backend is flash_attn, but {problem}: "
-                "install a flash-attn 2.x built for this torch, or set attention.backend to auto"
+                f"attention.backend is flash_attn, but {problem}: install a flash-attn 2.x built "
+                "for this torch and device, or set attention.backend to auto"
             )
         return name, flash
     raise ConfigError(
@@ -114,8 +116,16 @@ def _has_flash_attn() -> bool:
     return importlib.util.find_spec("flash_attn") is not None
 
 
-def _flash_attn() -> tuple[Kernel | None, str]:
+def _flash_attn(device: torch.device) -> tuple[Kernel | None, str]:
     """The kernel over the installed flash-attn package; None and the reason when it cannot be."""
+    if torch.cuda.is_available():
+        found = torch.cuda.get_device_capability(device)
+        if found < FLASH_CAPABILITY:  # the package would raise at the first call
+            need = ".".join(map(str, FLASH_CAPABILITY))
+            return None, (
+                f"it needs CUDA devices of compute capability {need} or above, "
+                f"this one has {found[0]}.{found[1]}"
+            )
     try:
         from ds_cp.attention.kernels.flash import flash_kernel, flash_rows
     except Exception as err:  # a build for another torch may raise anything at import

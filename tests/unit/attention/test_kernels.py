@@ -364,6 +364,25 @@ def test_flash_attn_that_is_broken(name: str) -> None:
         assert get_kernel("auto", CPU, torch.bfloat16)[1].note == ""
 
 
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (12, 0)])
+def test_flash_attn_on_a_device_that_is_too_old(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]
+) -> None:
+    """flash-attn 2 imports there and raises at the first call: it is for Ampere and newer."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    cuda = torch.device("cuda", 0)
+    with flash_attn.emulated() as adapter:
+        name, kernel = get_kernel("auto", cuda, torch.float16)
+        if capability >= (8, 0):
+            assert (name, kernel.block) == ("flash_attn", adapter.flash_kernel)
+            return
+        assert (name, kernel.block) == ("sdpa", sdpa_kernel)
+        assert "capability 8.0 or above, this one has 7.5" in kernel.note
+        with pytest.raises(ConfigError, match=r"has 7\.5: install .* or set attention\.backend"):
+            get_kernel("flash_attn", cuda, torch.float16)
+
+
 def test_flash_attn_that_works_is_chosen_and_says_what_it_cannot() -> None:
     cuda = torch.device("cuda", 0)
     with flash_attn.emulated() as adapter:

@@ -137,8 +137,42 @@ def test_a_shard_that_holds_what_the_index_does_not_list(shards: Path) -> None:
 
 def test_a_shard_without_a_tensor_that_the_index_lists(shards: Path) -> None:
     write_index(shards, index_of(shards) | {"model.norm.bias": SHARDS[1]})
-    message = refusal(shards)
-    assert f"{INDEX} puts model.norm.bias in {SHARDS[1]}, which does not hold it" in message
+    with pytest.raises(ModelError, match="lists 1 tensor that no file holds, the first is") as err:
+        loaded(shards)
+    assert str(shards) in str(err.value) and "model.norm.bias" in str(err.value)
+    listed = index_of(shards)
+    weights = load_file(shards / listed["lm_head.weight"])
+    del weights["lm_head.weight"]
+    save_file(weights, shards / listed["lm_head.weight"], metadata=META)
+    with pytest.raises(ModelError, match=f"{INDEX} lists 2 tensors that no file holds"):
+        loaded(shards)
+
+
+@pytest.mark.parametrize("kept", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_an_index_keeps_the_entry_of_a_tied_weight_that_its_converter_left_out(
+    tmp_path: Path, kept: str
+) -> None:
+    """As safetensors' convert.py writes it: it drops one of two tied weights, from the shard."""
+    model = tiny_llama(seed=1, tie_word_embeddings=True, **SIZES)
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / WHOLE)
+    (tmp_path / WHOLE).unlink()
+    weights[kept] = weights.pop("model.embed_tokens.weight")
+    save_file(weights, tmp_path / SHARDS[0], metadata=META)
+    names = {*weights, "model.embed_tokens.weight", "lm_head.weight"}
+    write_index(tmp_path, dict.fromkeys(names, SHARDS[0]))
+    found, notes = loaded(tmp_path)
+    assert notes == [] and same(found, model.state_dict())
+
+
+@pytest.mark.parametrize("more", [{}, {"metadata": None}, {"metadata": {"total_size": "a lot"}}])
+def test_what_an_index_says_besides_is_of_no_matter(
+    shards: Path, whole: Path, more: dict[str, Any]
+) -> None:
+    """Tools other than transformers write indexes too; transformers wants an object there."""
+    (shards / INDEX).write_text(json.dumps({"weight_map": index_of(shards)} | more))
+    found, notes = loaded(shards)
+    assert notes == [] and same(found, load_file(whole / WHOLE))
 
 
 def test_shards_of_another_model(shards: Path) -> None:

@@ -233,6 +233,21 @@ def test_what_a_class_leaves_out_of_its_report_is_said(tmp_path: Path) -> None:
     )
 
 
+def test_a_file_without_the_prefix_of_its_model_is_read_whole(tmp_path: Path) -> None:
+    """As the hub's gpt2 is. The class leaves out "attn.bias", which "c_attn.bias" matches too."""
+    config = hf.GPT2Config(
+        vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=32, bos_token_id=0,
+        eos_token_id=0,
+    )  # fmt: skip
+    model = hf.GPT2LMHeadModel(config)
+    model.save_pretrained(tmp_path)
+    masks = {f"h.{i}.attn.bias": torch.ones(1, 1, 32, 32) for i in (0, 1)}
+    rewrite(tmp_path, lambda w: {n.removeprefix("transformer."): v for n, v in w.items()} | masks)
+    found, [note] = load(tmp_path)
+    assert note == "of the checkpoint's tensors 2 are not used: h.*.attn.bias (2)"
+    assert all(torch.equal(found.state_dict()[n], v) for n, v in model.state_dict().items())
+
+
 def test_a_missing_weight_is_named(folder: Path) -> None:
     def change(weights: Weights) -> Weights:
         del weights["model.layers.1.mlp.up_proj.weight"], weights["model.norm.weight"]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedConfig
 
 from ds_cp.facts import Facts
 from ds_cp.model.end_tokens import describe_tokenizer, model_end_tokens
@@ -51,6 +51,23 @@ def test_config_and_generation_config_together(
     config: Any, generation: Any, want: tuple[int, ...]
 ) -> None:
     assert model_end_tokens(model(config, generation)) == want
+
+
+def test_a_gguf_file_is_not_read_as_a_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+
+    def reader(path: str) -> dict[str, Any]:
+        read.append(path)
+        return {}
+
+    monkeypatch.setattr(PreTrainedConfig, "_dict_from_json_file", reader)
+    made = model(5, 7)
+    file = tmp_path / "m.gguf"
+    file.write_bytes(b"GGUF")
+    made.config.name_or_path = str(file)
+    assert model_end_tokens(made) == (5, 7) and read == []
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import struct
+import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from ds_cp.errors import ModelError, UnsupportedModelError
 from ds_cp.model.loading import load_config, load_model, load_tokenizer
 from ds_cp.model.source import ModelSource, find_model
 from tests.helpers.engines import tiny_llama
+from tests.helpers.tiny import make_tiny_model
 
 CPU = torch.device("cpu")
 
@@ -146,6 +149,23 @@ def test_header_length_that_cannot_be(folder: Path, length: int) -> None:
     assert "not safetensors" in refusal(folder)
 
 
+@pytest.mark.parametrize("kind", ["directory", "gguf"])
+def test_weights_that_this_user_may_not_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    file = folder / "model.safetensors"
+    real = Path.open
+
+    def refused(self: Path, *mode: Any, **more: Any) -> Any:
+        if self == file:
+            raise PermissionError(13, "Permission denied", str(self))
+        return real(self, *mode, **more)
+
+    monkeypatch.setattr(Path, "open", refused)
+    message = refusal(folder if kind == "directory" else file)
+    assert message.endswith(f"cannot be read: Permission denied ({file})")
+
+
 def test_weights_of_another_shape(folder: Path) -> None:
     """The header is sound, but the config asks for something else."""
     state = tiny_llama(hidden_size=32, intermediate_size=16).state_dict()
@@ -216,6 +236,25 @@ def test_tokenizer_missing(folder: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("tokenizer.json", "null"),
+        ("tokenizer.json", "[]"),
+        ("tokenizer.json", '{"version": "9.0", "added_tokens": [], "model": {"type": "Newer"}}'),
+        ("tokenizer_config.json", '{"eos_token": 5}'),
+        ("tokenizer_config.json", '{"tokenizer_class": 5}'),
+    ],
+)
+def test_a_tokenizer_that_does_not_load(tmp_path: Path, file: str, text: str) -> None:
+    """The model is at fault, not ds_cp, whatever the packages raise."""
+    path = make_tiny_model(tmp_path / "model")
+    (path / file).write_text(text)
+    with pytest.raises(ModelError, match="has no usable tokenizer: .") as caught:
+        load_tokenizer(find_model(str(path)))
+    assert "\n" not in str(caught.value)
+
+
 # --- architectures that are refused by their config
 
 
@@ -235,6 +274,70 @@ def test_unknown_architecture_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match="unheard_of") as caught:
         load_config(ModelSource("directory", str(tmp_path)))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("raised", "seen"),
+    [
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), RuntimeError),
+        (RuntimeError("size mismatch"), UnsupportedModelError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+        (None, None),
+    ],
+)
+def test_a_load_leaves_no_links_behind_and_names_its_cause(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    raised: BaseException | None, seen: type[BaseException] | None,
+) -> None:  # fmt: skip
+    links = tmp_path / "links"
+    links.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(links))
+    real = hf.AutoModelForCausalLM.from_pretrained
+    views: list[int] = []
+
+    def from_pretrained(where: str, **options: Any) -> Any:
+        views.append(len(list(links.iterdir())))
+        if raised is not None:
+            raise raised
+        return real(where, **options)
+
+    monkeypatch.setattr(hf.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    work = partial(load_model, find_model(str(folder)), torch.float32, CPU)
+    if seen is None:
+        work()
+    else:
+        with pytest.raises(seen) as caught:
+            work()
+        assert type(caught.value) is seen, "memory that is short is no unknown architecture"
+    assert views == [1] and list(links.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"num_hidden_layers": "two"}, "num_hidden_layers"),
+        ({"hidden_size": None}, "hidden_size"),
+        ({"num_attention_heads": 0}, "ZeroDivisionError"),
+        ({"layer_types": ["a"]}, "layer_types"),
+        ({"eos_token_id": "x"}, "eos_token_id"),
+        ({"rope_parameters": [1]}, "rope_parameters"),
+        ({"dtype": "float7"}, "float7"),
+        ({"quantization_config": "x"}, ""),
+        ({"quantization_config": {"quant_method": ["fp8"]}}, ""),
+    ],
+)
+def test_a_config_with_a_value_that_cannot_be(
+    folder: Path, change: dict[str, Any], named: str
+) -> None:
+    """The model is at fault, not ds_cp, whatever transformers raises."""
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    source = find_model(str(folder))
+    with pytest.raises(ModelError) as caught:
+        load_config(source)
+        load_model(source, torch.float32, CPU)
+    message = str(caught.value)
+    assert named in message and str(folder) in message and "\n" not in message
 
 
 def test_remote_code_is_never_run(tmp_path: Path) -> None:

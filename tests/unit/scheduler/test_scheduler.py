@@ -573,6 +573,10 @@ def test_refusal_has_the_numbers() -> None:
     assert (error.need, error.have, error.largest) == (33, 32, 32)
     assert all(str(n) in str(error) for n in (33, 32)) and "\n" not in str(error)
     assert error.param == "max_tokens"
+    for max_tokens in (None, 1):  # too long by itself: no other max_tokens would help
+        with pytest.raises(CapacityError) as caught:
+            cluster.add(prompt(33), greedy(max_tokens))
+        assert caught.value.param == "prompt"
     assert not cluster.scheduler.has_work
 
 

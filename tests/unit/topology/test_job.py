@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import re
 import socket
@@ -178,6 +179,21 @@ def test_store_on_a_foreign_address(listened: list[tuple[str, int]]) -> None:
 def test_unknown_interface(listened: list[tuple[str, int]]) -> None:
     with pytest.raises(TopologyError, match=r"'eth7' is not up.*eth0 192\.0\.2\.5"):
         detect(deepspeed_env(1, 4, 2, MASTER_ADDR="192.0.2.5"), interface="eth7")
+
+
+def test_a_kernel_without_ipv6_has_no_route_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With ipv6.disable=1 the socket itself is refused; a cluster may have no default route."""
+    real = socket.socket
+
+    def refused(family: int, *rest: Any) -> socket.socket:
+        if family == socket.AF_INET6:
+            raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
+        return real(family, *rest)
+
+    addresses = (Address("lo", "127.0.0.1", 8), Address("eth0", "192.0.2.5", 24))
+    monkeypatch.setattr(net.socket, "socket", refused)
+    assert net.route_to("2001:db8::1", addresses) is None
+    assert net.outward_address(addresses, ["2001:db8::7"]) == addresses[1]
 
 
 def test_address_that_all_hosts_share_is_left_out() -> None:
