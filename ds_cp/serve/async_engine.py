@@ -136,7 +136,7 @@ class AsyncEngine:
     def _ready_core(self) -> EngineCore:
         if self._core is None or self._state != "ready":
             raise EngineDeadError(f"the engine is {self._state}")
-        if self._stopping:  # nobody would answer
+        if self._stopping:  # no step would answer it
             raise EngineDeadError("the server is stopping")
         return self._core
 

@@ -74,8 +74,8 @@ def joint_phase(world: World, work: Callable[[], T]) -> T:
 
 
 def agreed(world: World, err: DsCpError) -> DsCpError:
-    """``err``, which every rank is about to raise, so that none has to be told: the world is of use
-    still."""
+    """``err``, which every rank is about to raise, so that no rank publishes it: the world is of
+    use still."""
     world.agreed = err
     return err
 
