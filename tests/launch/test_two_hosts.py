@@ -50,7 +50,7 @@ def hosts() -> Iterator[Hosts]:
         try:
             found = stack.enter_context(two_hosts())
         except NamespaceError as err:
-            pytest.skip(str(err))
+            pytest.skip(f"two hosts cannot be made here: {err}; run as root: pytest -m netns")
         yield found
 
 
