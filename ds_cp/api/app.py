@@ -20,7 +20,6 @@ from ds_cp.api.errors import ApiError, ErrorBody, from_engine, from_validation
 from ds_cp.api.json_route import StrictJsonRoute
 from ds_cp.api.logprobs import TokenTexts
 from ds_cp.api.metrics import ServerMetrics
-from ds_cp.api.middleware import ApiKeys, ReadLimits, RequestIds
 from ds_cp.api.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -28,6 +27,7 @@ from ds_cp.api.protocol import (
     TokenizeRequest,
 )
 from ds_cp.api.tokenization import TextCodec
+from ds_cp.api.transport.middleware import ApiKeys, ReadLimits, RequestIds
 from ds_cp.config import Server
 from ds_cp.engine.interface import EngineInterface
 from ds_cp.errors import DsCpError

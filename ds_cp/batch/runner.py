@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from time import monotonic
 from typing import Any
 
-from ds_cp.api.deadline import within
+from ds_cp.api.transport.deadline import within
 from ds_cp.batch.asgi_client import Answer, App, Headers, ask
 from ds_cp.batch.format import BatchRequest, Problem
 from ds_cp.text import shorten, show

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ds_cp.api.listen import bind
+from ds_cp.api.transport.listen import bind
 from ds_cp.cli.launcher import LAUNCHER, spawn
 from ds_cp.config import Config, load_config, looks_like_path
 from ds_cp.config.fields import MAX_RANKS

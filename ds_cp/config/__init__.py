@@ -10,10 +10,9 @@ from ds_cp.config.models import (
     ContextParallel,
     KvCache,
     Scheduler,
-    Server,
     TensorParallel,
-    is_loopback,
 )
+from ds_cp.config.server import Server, is_loopback
 
 __all__ = [
     "Attention",

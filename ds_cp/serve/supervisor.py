@@ -76,7 +76,7 @@ class _Supervisor:
         return self._exit_code
 
     def _bind(self) -> list[socket.socket]:
-        from ds_cp.api.listen import bind
+        from ds_cp.api.transport.listen import bind
 
         server = self._config.server
         return bind(server.host, server.port, lambda line: print(f"ds_cp: {line}", file=sys.stderr))
@@ -87,8 +87,8 @@ class _Supervisor:
         self, channel: Channel, source: ModelSource, listeners: list[socket.socket]
     ) -> None:
         from ds_cp.api.app import create_app
-        from ds_cp.api.listen import urls
-        from ds_cp.api.server import serve_until
+        from ds_cp.api.transport.listen import urls
+        from ds_cp.api.transport.server import serve_until
         from ds_cp.serve.async_engine import AsyncEngine
         from ds_cp.serve.worker_link import ProcessLink, WorkerLostError
 

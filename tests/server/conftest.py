@@ -14,8 +14,8 @@ import openai
 import pytest
 
 from ds_cp.api.app import create_app
-from ds_cp.api.listen import bind
-from ds_cp.api.server import serve_until
+from ds_cp.api.transport.listen import bind
+from ds_cp.api.transport.server import serve_until
 from ds_cp.config import Server
 from tests.helpers.fake_engine import FakeEngine, expected_ids, make_tokenizer
 

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from ds_cp.api.deadline import within
+from ds_cp.api.transport.deadline import within
 
 
 def test_result_error_and_limit() -> None:

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ds_cp.api.deadline import within
 from ds_cp.api.errors import ApiError, internal_error, shutting_down
+from ds_cp.api.transport.deadline import within
 
 logger = logging.getLogger("ds_cp.api")
 

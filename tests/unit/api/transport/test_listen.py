@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ds_cp.api.listen import bind, urls
+from ds_cp.api.transport.listen import bind, urls
 from ds_cp.errors import LaunchError
 
 V4 = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0))

@@ -1,0 +1,157 @@
+"""The HTTP front in a process of its own over the fake engine, so that a test can attack it and
+measure it: its memory, its descriptors, the gaps of honest streams beside the attack.
+
+``python -m tests.helpers.front SETTINGS`` serves: SETTINGS is a JSON object of the config's
+``server`` section, and under "engine" attributes of the fake engine (``delay_s``, ...), its
+``max_model_len`` and its ``chat_template``. It prints the port.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Front:
+    """A front under attack. ``log`` collects its stderr."""
+
+    process: subprocess.Popen[bytes]
+    port: int
+    log: Path
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def memory(self) -> int:
+        """Resident bytes of the front and of the processes it started."""
+        ours = psutil.Process(self.process.pid)
+        return sum(process.memory_info().rss for process in [ours, *ours.children(recursive=True)])
+
+    @property
+    def descriptors(self) -> int:
+        """Open descriptors."""
+        return psutil.Process(self.process.pid).num_fds()
+
+
+@contextmanager
+def front(folder: Path, files: int | None = None, **settings: Any) -> Iterator[Front]:
+    """Start a front and end it by SIGTERM. ``files``: its limit of open files, soft and hard."""
+
+    def limit() -> None:
+        if files is not None:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+
+    log = folder / "front.log"
+    with log.open("wb") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.helpers.front", json.dumps(settings)],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            preexec_fn=limit,
+        )
+    assert process.stdout is not None
+    try:
+        line = process.stdout.readline()
+        assert line, log.read_text()
+        yield Front(process, int(line), log)
+    finally:
+        process.terminate()
+        try:
+            process.wait(15)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            raise AssertionError("the front did not end within 15 s of SIGTERM") from None
+        finally:
+            process.stdout.close()
+
+
+@dataclass
+class Honest:
+    """What honest streams met: the longest time between two events of one stream, and until the
+    first one, in seconds; the streams that ended well and those that did not."""
+
+    gap_s: float = 0.0
+    first_s: float = 0.0
+    whole: int = 0
+    lost: int = 0
+    why: str = ""
+
+
+@contextmanager
+def honest_streams(url: str, streams: int) -> Iterator[Honest]:
+    """Keep ``streams`` streams open, each followed by another, in a process of their own. What they
+    met is in the result once the block has ended."""
+    met = Honest()
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "tests" / "helpers" / "honest.py"), url, str(streams)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdin is not None and process.stdout is not None
+    try:
+        assert process.stdout.readline() == b"running\n"
+        yield met
+        process.stdin.close()
+        for name, value in json.loads(process.stdout.read()).items():
+            setattr(met, name, value)
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def serve(settings: Mapping[str, Any]) -> None:
+    """Serve until SIGTERM; the port is printed once connections are taken."""
+    from ds_cp.api.app import create_app
+    from ds_cp.api.transport.listen import bind
+    from ds_cp.api.transport.server import serve_until
+    from ds_cp.config import Server
+    from tests.helpers.fake_engine import CHAT_TEMPLATE, FakeEngine, make_tokenizer
+
+    values = {"port": 0, "drain_timeout_s": 1.0} | dict(settings)
+    knobs = dict(values.pop("engine", {}))
+    template = knobs.pop("chat_template", CHAT_TEMPLATE)
+    engine = FakeEngine(make_tokenizer(template), knobs.pop("max_model_len", 4096))
+    for name, value in knobs.items():
+        setattr(engine, name, value)
+    server = Server(**values)
+    listeners = bind(server.host, server.port)
+
+    async def main() -> None:
+        stop = asyncio.Event()
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+        serving = asyncio.create_task(
+            serve_until(create_app(engine, server), listeners, server, stop)
+        )
+        await asyncio.sleep(0.2)
+        print(listeners[0].getsockname()[1], flush=True)
+        await serving
+
+    asyncio.run(main())
+    if any(not thread.daemon for thread in threading.enumerate()[1:]):
+        os._exit(0)  # a thread that works on must not hold up the test
+
+
+if __name__ == "__main__":
+    serve(json.loads(sys.argv[1]))
