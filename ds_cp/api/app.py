@@ -27,7 +27,10 @@ from ds_cp.api.protocol import (
     TokenizeRequest,
 )
 from ds_cp.api.tokenization import TextCodec
-from ds_cp.api.transport.middleware import ApiKeys, ReadLimits, RequestIds
+from ds_cp.api.transport.cors import Cors
+from ds_cp.api.transport.methods import Methods, allowed_methods
+from ds_cp.api.transport.middleware import ApiKeys, Failures, ReadLimits, RequestIds
+from ds_cp.api.transport.targets import Targets
 from ds_cp.config import Server
 from ds_cp.engine.interface import EngineInterface
 from ds_cp.errors import DsCpError
@@ -65,6 +68,7 @@ def create_app(engine: EngineInterface, server: Server) -> FastAPI:
         lifespan=lifespan,
         docs_url=None,  # FastAPI's pages load scripts from elsewhere
         redoc_url=None,
+        redirect_slashes=False,  # Targets takes a slash at the end away
         responses=_ERRORS,
     )
     app.include_router(_completion_routes(context))
@@ -77,9 +81,14 @@ def create_app(engine: EngineInterface, server: Server) -> FastAPI:
     # The last one added is the outermost.
     if server.api_keys:
         app.add_middleware(ApiKeys, keys=server.api_keys)
+    app.add_middleware(Methods, routes=app.router.routes)
+    app.add_middleware(Targets, hosts=server.answered_hosts)
     app.add_middleware(
         ReadLimits, max_body_bytes=server.max_body_bytes, timeout_s=server.body_timeout_s
     )
+    app.add_middleware(Failures)
+    if server.cors_origins:
+        app.add_middleware(Cors, origins=server.cors_origins)
     app.add_middleware(RequestIds)
     return app
 
@@ -170,7 +179,7 @@ def _state_routes(context: AppContext) -> APIRouter:
 
     @router.get("/metrics", response_class=Response)
     async def metrics(request: Request) -> Response:
-        text, content_type = context.metrics.exposition(request.headers.get("accept", ""))
+        text, content_type = context.metrics.exposition(",".join(request.headers.getlist("accept")))
         return Response(text, headers={"Content-Type": content_type})
 
     return router
@@ -190,12 +199,16 @@ async def _on_http(request: Request, err: Exception) -> Response:
         405: f"{request.method} is not allowed on {request.url.path[:200]}",
     }
     message = texts.get(err.status_code, str(err.detail))
-    return ApiError(err.status_code, message, headers=err.headers).response()
+    headers = dict(err.headers or {})
+    if err.status_code == 405:  # of all routes of the path, not of the first one alone
+        methods = allowed_methods(request.app.router.routes, request.scope["path"])
+        headers["Allow"] = ", ".join(methods)
+    return ApiError(err.status_code, message, headers=headers).response()
 
 
 async def _on_typed(request: Request, err: Exception) -> Response:
     assert isinstance(err, DsCpError)
     answer = from_engine(err)
     if answer is None:
-        raise err  # not the client's fault: RequestIds logs it and answers 500
+        raise err  # not the client's fault: Failures logs it and answers 500
     return answer.response()

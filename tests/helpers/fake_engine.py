@@ -71,8 +71,8 @@ class FakeEngine:
     before the first delta, ``break_after`` (n, error) after n tokens. ``end`` replaces the last
     finish reason. ``short`` gives answers (by index) that stop after that many tokens; in each step
     the answers come in their order, or ``backwards``. ``cached`` is how many tokens of every prompt
-    were in the prefix cache. ``drained`` ranks cannot all be drained; ``moving`` is what a
-    rebalance says.
+    were in the prefix cache. ``drained`` ranks cannot all be drained, and hold ``blocks`` (by rank)
+    until a test takes them away; ``moving`` is what a rebalance says.
     """
 
     def __init__(self, tokenizer: Any, max_model_len: int = 128) -> None:
@@ -100,6 +100,7 @@ class FakeEngine:
         self.cached: int | None = None
         self.moving = 0
         self.drained: set[int] = set()
+        self.blocks: dict[int, int] = {}
         self.seen: list[tuple[list[int], SamplingParams]] = []
         self.options: list[RequestOptions] = []
         self.live: set[str] = set()
@@ -176,7 +177,16 @@ class FakeEngine:
             self.aborted.append(request_id)
 
     def stats(self) -> EngineStats:
-        return self.snapshot
+        if not self.drained:
+            return self.snapshot
+        used = tuple(self.blocks.get(rank, 0) for rank in range(self.info.ranks))
+        return replace(
+            self.snapshot,
+            kv_blocks_used=used,
+            kv_blocks_total=(8,) * self.info.ranks,
+            ranks_drained=tuple(sorted(self.drained)),
+            ranks_draining=tuple(rank for rank in sorted(self.drained) if used[rank]),
+        )
 
     def drain(self, rank: int) -> None:
         self._check(rank)

@@ -48,6 +48,8 @@ DEFAULTS = {
     "server.host": "127.0.0.1",
     "server.port": 8000,
     "server.api_key": None,
+    "server.allowed_hosts": (),
+    "server.cors_origins": (),
     "server.served_model_name": None,
     "server.max_body_bytes": 8 * 1024 * 1024,
     "server.drain_timeout_s": 30,

@@ -1,0 +1,61 @@
+"""HEAD wherever GET is, and OPTIONS everywhere (RFC 9110 9.3.2 and 9.3.7)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Match
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+METHODS = ("GET", "HEAD", "OPTIONS", "POST")  # of this server, over all routes
+_ROUTED = ("DELETE", "GET", "PATCH", "POST", "PUT")  # methods that a route may be declared with
+
+
+class Methods:
+    """Answers HEAD as GET without the body, and OPTIONS with the methods of the path in ``Allow``.
+
+    It is meant to be outside the check of the API key: browsers ask by OPTIONS, without a key,
+    before they send a request with one. That answer has no header that would allow another origin
+    anything.
+    """
+
+    def __init__(self, app: ASGIApp, routes: Sequence[BaseRoute]) -> None:
+        self.app = app
+        self._routes = routes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            await self.app({**scope, "method": "GET"}, receive, _without_body(send))
+            return
+        if scope["type"] == "http" and scope["method"] == "OPTIONS":
+            path = scope["path"]
+            allowed = METHODS if path == "*" else allowed_methods(self._routes, path)
+            if allowed:
+                allow = ", ".join(sorted({*allowed, "OPTIONS"}))
+                await Response(headers={"Allow": allow})(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+
+def allowed_methods(routes: Sequence[BaseRoute], path: str) -> tuple[str, ...]:
+    """The methods that ``path`` has, sorted, with HEAD wherever GET is and without OPTIONS; empty
+    when there is no such path."""
+
+    def has(method: str) -> bool:
+        scope: Scope = {
+            "type": "http", "method": method, "path": path, "root_path": "", "headers": [],
+        }  # fmt: skip
+        return any(route.matches(scope)[0] is Match.FULL for route in routes)
+
+    found = {method for method in _ROUTED if has(method)}
+    return tuple(sorted(found | ({"HEAD"} if "GET" in found else set())))
+
+
+def _without_body(send: Send) -> Send:
+    async def bare(message: Message) -> None:
+        if message["type"] == "http.response.body":
+            message = {**message, "body": b""}
+        await send(message)
+
+    return bare
