@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+MAX_CHARS = 1024  # characters of a header that is read; browsers and Prometheus send 100 to 300
 _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _ELEMENT = re.compile(r'(?:[^",]|"(?:[^"\\]|\\.)*")+')  # between commas, those in quotes apart
 _RANGE = re.compile(rf"\s*({_TOKEN})/({_TOKEN})\s*(;.*)?", re.DOTALL)
@@ -65,8 +66,11 @@ def choose(header: str, offers: Sequence[Offer]) -> tuple[Offer, dict[str, str]]
 
 
 def parse(header: str) -> list[Range]:
-    """The elements of an ``Accept`` header, without those that are not valid."""
-    ranges = []
+    """The elements of an ``Accept`` header, without those that are not valid; none of a header that
+    is longer than ``MAX_CHARS``."""
+    ranges: list[Range] = []
+    if len(header) > MAX_CHARS:
+        return ranges
     for element in _ELEMENT.findall(header):
         found = _RANGE.fullmatch(element.rstrip())
         if found is None:

@@ -28,9 +28,9 @@ from ds_cp.api.protocol import (
 )
 from ds_cp.api.tokenization import TextCodec
 from ds_cp.api.transport.cors import Cors
-from ds_cp.api.transport.methods import Methods, allowed_methods
+from ds_cp.api.transport.hosts import Hosts
 from ds_cp.api.transport.middleware import ApiKeys, Failures, ReadLimits, RequestIds
-from ds_cp.api.transport.targets import Targets
+from ds_cp.api.transport.routing import Routing, allowed_methods
 from ds_cp.config import Server
 from ds_cp.engine.interface import EngineInterface
 from ds_cp.errors import DsCpError
@@ -68,7 +68,7 @@ def create_app(engine: EngineInterface, server: Server) -> FastAPI:
         lifespan=lifespan,
         docs_url=None,  # FastAPI's pages load scripts from elsewhere
         redoc_url=None,
-        redirect_slashes=False,  # Targets takes a slash at the end away
+        redirect_slashes=False,  # Routing takes a slash at the end away
         responses=_ERRORS,
     )
     app.include_router(_completion_routes(context))
@@ -81,8 +81,8 @@ def create_app(engine: EngineInterface, server: Server) -> FastAPI:
     # The last one added is the outermost.
     if server.api_keys:
         app.add_middleware(ApiKeys, keys=server.api_keys)
-    app.add_middleware(Methods, routes=app.router.routes)
-    app.add_middleware(Targets, hosts=server.answered_hosts)
+    app.add_middleware(Routing, routes=app.router.routes)
+    app.add_middleware(Hosts, hosts=server.answered_hosts)
     app.add_middleware(
         ReadLimits, max_body_bytes=server.max_body_bytes, timeout_s=server.body_timeout_s
     )

@@ -254,13 +254,14 @@ def test_what_is_no_http(served: Running) -> None:
 
 def test_api_keys(launch: Launch) -> None:
     server = launch(api_key=("first-key", "second-k\u00e9y"))
-    paths = ["/v1/models", "/metrics", "/version", "/openapi.json", "/nothing", "/health/"]
+    paths = ["/v1/models", "/metrics", "/version", "/openapi.json", "/nothing", "/health/x"]
     for path in paths:
         reply = server.get(path)
         assert reply.status_code == 401, path
         assert reply.json()["error"]["code"] == "invalid_api_key"
         assert reply.headers["www-authenticate"] == "Bearer"
-    assert server.get("/health").status_code == 200
+    for path in ("/health", "/health/"):
+        assert server.get(path).status_code == 200
     for sent in ("first-ke", "first-key2", "FIRST-KEY"):
         with pytest.raises(openai.AuthenticationError):
             server.client(sent).models.list()

@@ -10,7 +10,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ds_cp.api.errors import ApiError
-from ds_cp.api.transport.methods import METHODS
+from ds_cp.api.transport.routing import METHODS
 
 # Response headers that a page's script may read, beside those that it always may.
 EXPOSED = ("X-Request-Id", "Retry-After", "X-Ds-Cp-Warning")

@@ -1,4 +1,5 @@
-"""HEAD wherever GET is, and OPTIONS everywhere (RFC 9110 9.3.2 and 9.3.7)."""
+"""What every route has without saying so: HEAD beside GET (RFC 9110 9.3.2), OPTIONS (9.3.7), and a
+slash at its end that does not count."""
 
 from __future__ import annotations
 
@@ -8,16 +9,18 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-METHODS = ("GET", "HEAD", "OPTIONS", "POST")  # of this server, over all routes
+METHODS = ("GET", "HEAD", "OPTIONS", "POST")  # of all routes together
 _ROUTED = ("DELETE", "GET", "PATCH", "POST", "PUT")  # methods that a route may be declared with
 
 
-class Methods:
-    """Answers HEAD as GET without the body, and OPTIONS with the methods of the path in ``Allow``.
+class Routing:
+    """Takes one slash from the end of a path, answers HEAD as GET without the body, and OPTIONS
+    with the methods of the path in ``Allow``.
 
-    It is meant to be outside the check of the API key: browsers ask by OPTIONS, without a key,
-    before they send a request with one. That answer has no header that would allow another origin
-    anything.
+    A redirect to the path without the slash would name a scheme and a host, which behind a proxy
+    are not the client's. It is meant to be outside the check of the API key: browsers ask by
+    OPTIONS, without a key, before they send a request with one. That answer has no header that
+    would allow another origin anything.
     """
 
     def __init__(self, app: ASGIApp, routes: Sequence[BaseRoute]) -> None:
@@ -25,12 +28,15 @@ class Methods:
         self._routes = routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["method"] == "HEAD":
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        scope = _without_last_slash(scope)
+        if scope["method"] == "HEAD":
             await self.app({**scope, "method": "GET"}, receive, _without_body(send))
             return
-        if scope["type"] == "http" and scope["method"] == "OPTIONS":
-            path = scope["path"]
-            allowed = METHODS if path == "*" else allowed_methods(self._routes, path)
+        if scope["method"] == "OPTIONS":
+            allowed = allowed_methods(self._routes, scope["path"])
             if allowed:
                 allow = ", ".join(sorted({*allowed, "OPTIONS"}))
                 await Response(headers={"Allow": allow})(scope, receive, send)
@@ -50,6 +56,14 @@ def allowed_methods(routes: Sequence[BaseRoute], path: str) -> tuple[str, ...]:
 
     found = {method for method in _ROUTED if has(method)}
     return tuple(sorted(found | ({"HEAD"} if "GET" in found else set())))
+
+
+def _without_last_slash(scope: Scope) -> Scope:
+    path: str = scope["path"]
+    if not path.endswith("/") or path == "/":
+        return scope
+    raw: bytes = scope.get("raw_path") or b""
+    return {**scope, "path": path[:-1], "raw_path": raw[:-1] if raw.endswith(b"/") else raw}
 
 
 def _without_body(send: Send) -> Send:
