@@ -18,6 +18,11 @@ from ds_cp.config import canonical_origin
 from ds_cp.engine.interface import EngineStats
 from ds_cp.errors import RequestError
 
+_LEFT: dict[str, Any] = {
+    "description": "Blocks are left to move.",
+    "content": {"application/json": {"schema": {}}},
+}
+
 
 def rank_routes(context: AppContext) -> APIRouter:
     """POST /ranks/{rank}/drain, /ranks/{rank}/reopen and /rebalance, all without a body, and
@@ -36,7 +41,12 @@ def rank_routes(context: AppContext) -> APIRouter:
         context.check_ready()
         return {"ranks": _table(context.engine.stats())}
 
-    @router.post("/ranks/{rank}/drain", dependencies=changing, response_model=None)
+    @router.post(
+        "/ranks/{rank}/drain",
+        dependencies=changing,
+        response_model=None,
+        responses={202: _LEFT},
+    )
     async def drain(rank: int) -> dict[str, Any] | JSONResponse:
         """Move everything off a rank, live, and place nothing there. 200 when it is empty; 202
         while blocks are left to move, which GET /ranks follows. 400 when there is no such rank,

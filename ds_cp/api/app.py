@@ -40,6 +40,8 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorBody, "description": "The request is at fault."},
     "5XX": {"model": ErrorBody, "description": "The server is at fault or not ready."},
 }
+# The content types of /metrics.
+_EXPOSITION: dict[str, Any] = {"text/plain": {}, "application/openmetrics-text": {}}
 
 
 def create_app(engine: EngineInterface, server: Server) -> FastAPI:
@@ -177,7 +179,7 @@ def _state_routes(context: AppContext) -> APIRouter:
     async def get_version() -> dict[str, str]:
         return {"version": package_version()}
 
-    @router.get("/metrics", response_class=Response)
+    @router.get("/metrics", response_class=Response, responses={200: {"content": _EXPOSITION}})
     async def metrics(request: Request) -> Response:
         text, content_type = context.metrics.exposition(",".join(request.headers.getlist("accept")))
         return Response(text, headers={"Content-Type": content_type})

@@ -118,7 +118,7 @@ class AsyncEngine:
                 self._core.abort(request_id)
 
     def drain(self, rank: int) -> None:
-        """Move everything off a rank, live; see ``EngineInterface``."""
+        """Begin to move everything off a rank, live; see ``EngineInterface``."""
         with self._wake:
             self._ready_core().scheduler.drain(rank)
             self._wake.notify()

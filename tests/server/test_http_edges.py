@@ -27,7 +27,7 @@ def routes_of(server: Running) -> dict[str, set[str]]:
     for path, operations in server.get("/openapi.json").json()["paths"].items():
         url = path.replace("{model}", "fake-model").replace("{rank}", "1")
         found[url] = {method.upper() for method in operations}
-    assert len(found) >= 14
+    assert len(found) > 10
     return found
 
 

@@ -133,6 +133,7 @@ def test_engine_that_is_not_there(served: Running) -> None:
 def test_openapi(served: Running) -> None:
     paths = served.get("/openapi.json").json()["paths"]
     assert set(paths["/ranks"]) == {"get"}
+    assert "202" in paths["/ranks/{rank}/drain"]["post"]["responses"]
     for path in ("/ranks/{rank}/drain", "/ranks/{rank}/reopen", "/rebalance"):
         assert set(paths[path]) == {"post"}
         assert "requestBody" not in paths[path]["post"]

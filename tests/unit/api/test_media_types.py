@@ -9,7 +9,7 @@ import pytest
 from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
-from ds_cp.api.accept import MAX_CHARS, Offer, choose
+from ds_cp.api.media_types import MAX_CHARS, Offer, choose
 from ds_cp.api.metrics import ServerMetrics
 from ds_cp.engine.interface import EngineStats
 
