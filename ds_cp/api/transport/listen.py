@@ -9,7 +9,7 @@ from typing import Any
 
 from ds_cp.errors import LaunchError
 
-BACKLOG = 1024  # connections that the kernel holds until they are accepted, each socket
+BACKLOG = 128  # connections that the kernel holds until they are accepted, each socket
 _PORT_TRIES = 16  # free ports that are tried until one is free on every address
 # How a host refuses an address of a family that it does not use (IPv6 is often disabled).
 _NO_SUCH_FAMILY = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EPROTONOSUPPORT)
