@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator, model_validator
 
 from ds_cp.config.addresses import canonical_host, canonical_origin
-from ds_cp.config.fields import ApiKeys, Names, Section, Timeout, unit_of
+from ds_cp.config.fields import ApiKeys, Auto, Names, Section, Timeout, unit_of
 from ds_cp.text import show
 
 _HOST_LETTERS = frozenset(string.ascii_lowercase + string.digits + ".-_:")
@@ -47,6 +47,11 @@ class Server(Section):
     max_body_bytes: Annotated[int, Field(ge=1024, le=1 << 30)] = Field(
         default=8 << 20, description="largest HTTP request body", json_schema_extra=unit_of("bytes")
     )
+    max_connections: Auto | Annotated[int, Field(ge=1, le=65536)] = Field(
+        default="auto",
+        description="connections open at once, below the limit of open files; beyond it the one "
+        "that is idle longest is closed, or HTTP 503; auto: 1024",
+    )
     drain_timeout_s: Annotated[float, Field(ge=0, le=3600)] = Field(
         default=30.0,
         description="time that running requests get to finish after SIGTERM",
@@ -66,8 +71,8 @@ class Server(Section):
     )
     write_timeout_s: Timeout = Field(
         default=60.0,
-        description="time that a streamed answer waits for its client to read on; its request is "
-        "aborted then",
+        description="time that an answer waits for its client to read on; its connection is "
+        "closed and its request aborted then",
         json_schema_extra=unit_of("seconds"),
     )
     tokenize_timeout_s: Timeout = Field(

@@ -63,6 +63,7 @@ ONLY_IN = {
     "fastapi": ["api/"],
     "starlette": ["api/"],
     "uvicorn": ["api/"],
+    "httptools": ["api/"],
     "prometheus_client": ["api/"],
 }
 WITHOUT_TORCH = [

@@ -52,6 +52,7 @@ DEFAULTS = {
     "server.cors_origins": (),
     "server.served_model_name": None,
     "server.max_body_bytes": 8 * 1024 * 1024,
+    "server.max_connections": "auto",
     "server.drain_timeout_s": 30,
     "server.header_timeout_s": 10,
     "server.body_timeout_s": 10,
@@ -249,6 +250,7 @@ BOUNDS = {
     "server.tokenize_timeout_s": (0.1, 3600),
     "server.keep_alive_s": (0.1, 3600),
     "server.max_body_bytes": (1024, 1 << 30),
+    "server.max_connections": (1, 65536),
 }
 
 
