@@ -130,6 +130,7 @@ def _text_routes(context: AppContext) -> APIRouter:
     @router.post("/detokenize")
     async def detokenize(body: DetokenizeRequest) -> dict[str, str]:
         context.check(body.model)
+        context.codec.check_count(len(body.tokens))
         context.check_ids(body.tokens, "tokens")
         return {"prompt": await context.codec.decode(body.tokens)}
 
