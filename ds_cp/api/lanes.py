@@ -31,17 +31,15 @@ class Lanes:
         for pool in self._pools.values():
             pool.shutdown(wait=False, cancel_futures=True)
 
-    async def run(
-        self, work: Callable[[Event], Result], what: str, *, long: bool, timeout_s: float
-    ) -> Result:
+    async def run(self, work: Callable[[Event], Result], *, long: bool, timeout_s: float) -> Result:
         """The result of ``work`` in a thread of a lane. ``work`` gets an event that is set when its
         result is no longer wanted.
 
-        Raises what ``work`` raises, and ``ApiError`` 503 after ``timeout_s`` seconds or when too
-        many wait.
+        Raises what ``work`` raises, ``TimeoutError`` after ``timeout_s`` seconds, and ``ApiError``
+        503 when too many wait.
         """
         if self._held[long] >= MAX_WAITING:
-            raise _later(f"{self._held[long]} texts wait to be tokenized", "tokenize_busy")
+            raise try_again(f"{self._held[long]} texts wait to be tokenized", "tokenize_busy")
         loop, stop = asyncio.get_running_loop(), Event()
         future = loop.run_in_executor(self._pools[long], work, stop)
         self._held[long] += 1
@@ -49,7 +47,7 @@ class Lanes:
         try:
             done, _ = await asyncio.wait({future}, timeout=timeout_s)
             if not done:
-                raise late(what, timeout_s)
+                raise TimeoutError(f"not done within {timeout_s:g} s")
             return future.result()
         finally:
             stop.set()
@@ -59,10 +57,6 @@ class Lanes:
         self._held[long] -= 1
 
 
-def late(what: str, timeout_s: float) -> ApiError:
-    """503 for a text that was not done in time."""
-    return _later(f"{what} could not be tokenized within {timeout_s:g} s", "tokenize_timeout")
-
-
-def _later(message: str, code: str) -> ApiError:
+def try_again(message: str, code: str) -> ApiError:
+    """503 for what may work a little later."""
     return ApiError(503, f"{message}; try again", code=code, headers={"Retry-After": "1"})

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from threading import Event
-from typing import Any
+from time import monotonic
+from typing import Any, TypeVar
 
 from ds_cp.api.errors import ApiError
-from ds_cp.api.lanes import Lanes, late
+from ds_cp.api.lanes import Lanes, try_again
 from ds_cp.engine.interface import EngineInterface
 from ds_cp.errors import ChatTemplateError
+from ds_cp.templates.chat import TOO_SLOW
 from ds_cp.templates.shape import texts_of
 
 CHARS_PER_TOKEN = 32  # characters of a text per token of the model's length, at most
 READ_TOKENS = 4  # tokens of a long text per token of the model's length, at most
+SHORT_CPU_S = 0.25  # seconds that a template computes in the lane of short texts
 LONG_CHARS = 1 << 16  # characters of a text above which it takes the lane of long ones
 LONG_TOKENS = 1 << 14  # as many tokens take that lane to become text
 _HAVE = {"prompt": "has", "messages": "have"}
 CUT_TOKENS = 16  # tokens by which cutting a text may raise its count, at each cut
+
+Result = TypeVar("Result")
 
 logger = logging.getLogger("ds_cp.api")
 
@@ -27,8 +32,8 @@ class TextCodec:
     """The tokenizer and the chat template of an engine behind a few threads.
 
     Each call ends within ``timeout_s`` seconds for the text and as much for the template, with a
-    503 if need be. Short texts wait for neither long ones nor templates. A long text is given up
-    between its pieces when nobody waits for it any more.
+    503 if need be. Short texts wait for neither long ones nor slow templates. A long text is given
+    up between its pieces when nobody waits for it any more.
     """
 
     def __init__(self, engine: EngineInterface, timeout_s: float) -> None:
@@ -67,12 +72,8 @@ class TextCodec:
     async def decode(self, ids: list[int]) -> str:
         """Text of token ids, special tokens included."""
         tokenizer = self._engine.tokenizer
-        return await self._texts.run(
-            lambda _: _decode(tokenizer, ids),
-            "the tokens",
-            long=len(ids) > LONG_TOKENS,
-            timeout_s=self._timeout_s,
-        )
+        long = len(ids) > LONG_TOKENS
+        return await self._in_text_lane(lambda _: _decode(tokenizer, ids), long, "tokens")
 
     def check_count(self, tokens: int) -> None:
         """Raises ``ApiError`` 400 for more token ids than the model is long."""
@@ -82,42 +83,59 @@ class TextCodec:
     async def _render(
         self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool, chars: int
     ) -> str:
-        template, timeout_s = self._engine.chat_template, self._timeout_s
+        template = self._engine.chat_template
         most = CHARS_PER_TOKEN * self._engine.info.max_model_len
+        deadline = monotonic() + self._timeout_s
 
-        def render(_: Event) -> str:
-            return template.render(
-                messages,
-                add_generation_prompt=add_generation_prompt,
-                max_chars=most,
-                timeout_s=timeout_s,
-            )
+        def render(long: bool) -> Awaitable[str]:
+            left_s = max(deadline - monotonic(), 0.001)
+
+            def work(_: Event) -> str:
+                return template.render(
+                    messages,
+                    add_generation_prompt=add_generation_prompt,
+                    max_chars=most,
+                    timeout_s=left_s,
+                    cpu_s=None if long else SHORT_CPU_S,
+                )
+
+            return self._templates.run(work, long=long, timeout_s=left_s)
 
         try:
-            return await self._templates.run(
-                render, "the messages", long=chars > LONG_CHARS, timeout_s=timeout_s
-            )
+            try:
+                return await render(chars > LONG_CHARS)
+            except ChatTemplateError as err:
+                if err.code != TOO_SLOW or chars > LONG_CHARS:
+                    raise
+            return await render(True)  # anew, and not in the way of those that are quick
         except ChatTemplateError as err:
             raise ApiError(400, str(err), param=err.param, code=err.code) from None
         except TimeoutError:
-            raise late("the messages", timeout_s) from None
+            raise self._late("messages") from None
         except OSError as err:
             logger.error("the chat template cannot be rendered: %s", err)
-            raise ApiError(
-                503,
-                "the chat template cannot be rendered at the moment; try again",
-                code="chat_template_unavailable",
-                headers={"Retry-After": "1"},
+            raise try_again(
+                "the chat template cannot be rendered at the moment", "chat_template_unavailable"
             ) from None
+
+    async def _in_text_lane(self, work: Callable[[Event], Result], long: bool, what: str) -> Result:
+        try:
+            return await self._texts.run(work, long=long, timeout_s=self._timeout_s)
+        except TimeoutError:
+            raise self._late(what) from None
+
+    def _late(self, what: str) -> ApiError:
+        return try_again(
+            f"the {what} could not be tokenized within {self._timeout_s:g} s", "tokenize_timeout"
+        )
 
     async def _encode(self, text: str, add_special_tokens: bool, what: str) -> list[int]:
         tokenizer, length = self._engine.tokenizer, self._engine.info.max_model_len
         most = READ_TOKENS * length
-        ids = await self._texts.run(
+        ids = await self._in_text_lane(
             lambda stop: _encode_bounded(tokenizer, text, add_special_tokens, most, stop),
-            f"the {what}",
-            long=len(text) > LONG_CHARS,
-            timeout_s=self._timeout_s,
+            len(text) > LONG_CHARS,
+            what,
         )
         if ids is None:
             raise self._too_long(f"the {what} {_HAVE[what]} more than {most} tokens", what)

@@ -22,7 +22,9 @@ MEMORY_BYTES = 64 << 20  # bytes that a rendering may take, and MEMORY_PER_CHAR 
 MEMORY_PER_CHAR = 64
 LOOK_S = 5.0  # seconds by the clock that a start waits for a template to be examined
 OTHER_WAY = "use /v1/completions"
+TOO_SLOW = "chat_template_too_slow"
 _FILE = "chat_template.jinja"
+_CODES = {"refused": "chat_template_refused", "time": TOO_SLOW}  # by what went wrong
 
 
 @dataclass(frozen=True)
@@ -122,8 +124,12 @@ class ChatTemplate:
         add_generation_prompt: bool,
         max_chars: int,
         timeout_s: float,
+        cpu_s: float | None = None,
     ) -> str:
         """The conversation as text, equal to transformers' ``apply_chat_template``.
+
+        ``cpu_s``: less computing than a template may have at most; where it takes more, the error's
+        code is ``TOO_SLOW``.
 
         ``content`` of a message: a text, a list of text parts, or None. Raises
         ``ChatTemplateError`` when there is no template, or it refuses or fails or needs too much,
@@ -144,12 +150,12 @@ class ChatTemplate:
             max_chars,
         )
         try:
-            answer = self.processes.run(work, self._limits(chars, deadline))
+            answer = self.processes.run(work, self._limits(chars, deadline, cpu_s))
         except UnicodeEncodeError:
             raise ChatTemplateError("messages: half a surrogate pair is not text") from None
         if isinstance(answer, Rendered):
             return answer.text
-        code = "chat_template_refused" if _kind(answer) == "refused" else "chat_template_error"
+        code = _CODES.get(_kind(answer), "chat_template_error")
         raise ChatTemplateError(self._reason(answer, chars), code)
 
     def close(self) -> None:
@@ -173,9 +179,10 @@ class ChatTemplate:
         finally:
             self._looking.release()
 
-    def _limits(self, chars: int, deadline: float) -> Limits:
+    def _limits(self, chars: int, deadline: float, cpu_s: float | None = None) -> Limits:
         memory = self._memory_bytes + MEMORY_PER_CHAR * chars
-        return Limits(self._cpu_s, max(deadline - time.monotonic(), 0.001), memory)
+        cpu_s = self._cpu_s if cpu_s is None else min(cpu_s, self._cpu_s)
+        return Limits(cpu_s, max(deadline - time.monotonic(), 0.001), memory)
 
     def _reason(self, answer: Answer, chars: int) -> str:
         """One line that names the template and says what happened."""
