@@ -109,7 +109,10 @@ class _Nursery:
                 self._wake.recv(4096)
                 self._reap()
             if self._control.fileno() in ready:
-                data, fds, _, _ = socket.recv_fds(self._control, 1, 1)
+                try:
+                    data, fds, _, _ = socket.recv_fds(self._control, 1, 1)
+                except OSError:  # the server was killed with something unread
+                    break
                 if not data:
                     break
                 for fd in fds:

@@ -36,13 +36,15 @@ class Choice:
     text: str | None
     problem: str = ""
     notes: tuple[str, ...] = ()
+    absent: bool = False
 
 
 def choose(templates: Any) -> Choice:
     """Of ``tokenizer.chat_template``, the text; of several by name, the one called "default", as
     transformers does."""
     if templates is None:
-        return Choice("", None, f"this model has no chat template; {OTHER_WAY}")
+        problem = f"this model has no chat template; {OTHER_WAY}"
+        return Choice("", None, problem, absent=True)
     name, notes = "default", []
     if isinstance(templates, list | tuple):
         named = [t for t in templates if isinstance(t, Mapping) and "name" in t]
@@ -96,8 +98,11 @@ class ChatTemplate:
         return f"the model's chat template ({self.choice.name!r})"
 
     def look(self, timeout_s: float = LOOK_S) -> list[str]:
-        """Examine the template, once; lines for the operator on what is odd about it or its set."""
+        """Examine the template, once; lines for the operator on what is odd about it or its set. A
+        model without any is not odd."""
         notes = [*self.choice.notes, *beside(self._folder, self.choice)]
+        if self.choice.absent:
+            return notes
         try:
             self._look(time.monotonic() + timeout_s)
         except TimeoutError:
