@@ -62,8 +62,8 @@ class TextCodec:
         Raises ``ApiError`` 400 when the model has no template, the template refuses the messages or
         fails, or they are too long.
         """
-        chars = sum(len(text) for m in messages for text in texts_of(m.get("content")))
         self._check_messages(len(messages))
+        chars = sum(len(text) for m in messages for text in texts_of(m.get("content")))
         self._check_chars(chars, "messages")
         text = await self._render(messages, add_generation_prompt, chars)
         # The template brings the special tokens, as in apply_chat_template(tokenize=True).

@@ -17,6 +17,8 @@ import socket
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+import msgspec
+
 from ds_cp.process import die_with_parent
 from ds_cp.templates.messages import (
     Answer,
@@ -31,7 +33,7 @@ from ds_cp.templates.messages import (
     frame,
     receive,
 )
-from ds_cp.templates.shape import learn, missing
+from ds_cp.templates.shape import learn, marked, missing, mostly_there
 from ds_cp.text import shorten
 
 NICENESS = 5  # of workers: a long rendering takes less than ranks and server
@@ -196,7 +198,7 @@ def _answer(work: Render | Look, render: Renderer) -> Answer:
         text = render(work)
         if len(text) > work.max_chars:
             return Failed("long", f"{len(text)} characters")
-        if (lost := missing(work.messages, text)) is not None:
+        if (lost := _left_out(work, text, render)) is not None:
             return Failed("lost", shorten(lost, 60))
         return Rendered(text)
     except MemoryError:
@@ -209,6 +211,22 @@ def _answer(work: Render | Look, render: Renderer) -> Answer:
     except Exception as err:
         return Failed("raised", _one_line(err))
     return Failed("memory", "")
+
+
+def _left_out(work: Render, text: str, render: Renderer) -> str | None:
+    """A user's text that the rendering leaves out, or None. One that it only changes is in it: its
+    words are, and marks in its place are rendered."""
+    lost = missing(work.messages, text)
+    if lost is None or not mostly_there(work.messages, text):
+        return lost
+    marks = marked(work.messages)
+    try:
+        rendered = render(msgspec.structs.replace(work, messages=marks))
+    except MemoryError:
+        raise
+    except Exception:
+        return lost
+    return None if missing(marks, rendered) is None else lost
 
 
 _NO_MEMORY = frame(Failed("memory", ""))

@@ -83,7 +83,8 @@ class ChatTemplate:
     ) -> None:
         self.choice = choose(getattr(tokenizer, "chat_template", None))
         self.processes = processes
-        self._tokens = dict(getattr(tokenizer, "special_tokens_map", {}))
+        named = getattr(tokenizer, "special_tokens_map", {})
+        self._tokens = {str(name): str(token) for name, token in named.items()}
         self._folder = str(getattr(tokenizer, "name_or_path", ""))
         self._cpu_s = cpu_s
         self._memory_bytes = memory_bytes

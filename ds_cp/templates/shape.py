@@ -8,7 +8,7 @@ conversations are rendered once with a marker in each role, and the shape that k
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 AS_SENT = "as_sent"  # text and parts are both read
@@ -54,39 +54,56 @@ def _content(content: Any, shape: str) -> Any:
 
 
 def missing(messages: Sequence[Message], rendering: str) -> str | None:
-    """The first text of a user that is not in the rendering, or None.
-
-    Texts are looked for in their order. White space may differ, and up to ``MAX_MISSING`` words may
-    be gone, since some templates take out words that steer them.
-    """
+    """The first text of a user that is not in the rendering, or None. Texts are looked for in
+    their order; space around them does not count."""
     position = 0
-    for message in messages:
-        if message["role"] != "user":
-            continue
-        for text in map(str.strip, texts_of(message["content"])):
-            found = rendering.find(text, position)
-            end = found + len(text) if found >= 0 else _end_of_words(text, rendering, position)
-            if end is None:
-                return text
-            position = end
+    for text in _said_by_users(messages):
+        found = rendering.find(text, position)
+        if found < 0:
+            return text
+        position = found + len(text)
     return None
 
 
-def _end_of_words(text: str, rendering: str, position: int) -> int | None:
-    """Where a text ends whose words are in the rendering in their order from ``position`` on; None
-    when more than ``MAX_MISSING`` of them are not."""
-    gone, words = 0, 0
-    for match in re.finditer(r"\w+", text):
-        word = match.group()
-        found = rendering.find(word, position)
-        words += 1
-        if found >= 0:
-            position = found + len(word)
-        else:
-            gone += 1
-        if gone > MAX_MISSING:
-            return None
-    return position if gone < words else None
+def mostly_there(messages: Sequence[Message], rendering: str) -> bool:
+    """Whether the words of every user's text are in the rendering, in their order, but for
+    ``MAX_MISSING``: a template may change space, escape signs and take out words that steer it."""
+    position = 0
+    for text in _said_by_users(messages):
+        gone = 0
+        for match in re.finditer(r"\w+", text):
+            found = rendering.find(match.group(), position)
+            if found < 0:
+                gone += 1
+                if gone > MAX_MISSING:
+                    return False
+            else:
+                position = found + len(match.group())
+    return True
+
+
+def marked(messages: Sequence[Message]) -> list[Message]:
+    """The messages with a mark in place of each text of a user: where a mark is not rendered,
+    neither is the text."""
+    marks = (f"{_FIRST}{i}x" for i in range(1 << 62))
+    return [
+        {**message, "content": _replaced(message["content"], marks)}
+        if message["role"] == "user"
+        else message
+        for message in messages
+    ]
+
+
+def _replaced(content: Any, marks: Iterator[str]) -> Any:
+    if isinstance(content, str):
+        return next(marks)
+    return [{**part, "text": next(marks)} for part in content]
+
+
+def _said_by_users(messages: Sequence[Message]) -> Iterator[str]:
+    for message in messages:
+        if message["role"] == "user":
+            yield from map(str.strip, texts_of(message["content"]))
 
 
 def learn(
