@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from ds_cp.outputs import Delta
 from ds_cp.sampling_params import RequestOptions, SamplingParams
+from ds_cp.templates.chat import ChatTemplate
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class EngineInterface(Protocol):
 
     info: EngineInfo
     tokenizer: Any  # a transformers tokenizer
+    chat_template: ChatTemplate  # of the tokenizer
 
     def check(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
         """Raise ``RequestError``, with its field, for a request that is not acceptable whatever the

@@ -29,6 +29,8 @@ from ds_cp.sampling_params import RequestOptions, SamplingParams
 from ds_cp.scheduler.build import build_scheduler
 from ds_cp.serve.channel import Ready
 from ds_cp.serve.worker_link import WorkerLink
+from ds_cp.templates.chat import ChatTemplate
+from ds_cp.templates.processes import TemplateProcesses
 
 
 class AsyncEngine:
@@ -42,6 +44,7 @@ class AsyncEngine:
 
     info: EngineInfo
     tokenizer: Any
+    chat_template: ChatTemplate
 
     def __init__(
         self,
@@ -69,6 +72,7 @@ class AsyncEngine:
         self._stopping = False
         self._queues: dict[str, asyncio.Queue[Delta | DsCpError]] = {}  # by request id
         self._step_seconds = 0.0
+        self._templates = TemplateProcesses()
         self._thread = threading.Thread(target=self._run, name="ds_cp engine", daemon=True)
 
     def start(self) -> None:
@@ -170,6 +174,7 @@ class AsyncEngine:
         limit = time.monotonic() + deadline_s
         while self._thread.is_alive() and time.monotonic() < limit:
             await asyncio.sleep(0.02)
+        await asyncio.to_thread(self._templates.close)
 
     # --- the engine's thread
 
@@ -184,14 +189,16 @@ class AsyncEngine:
 
     def _become_ready(self) -> None:
         tokenizer = self._load_tokenizer()
+        chat_template = self._open_template(tokenizer)
         ready = self._link.ready()
         facts = ready.facts.with_tokenizer(*describe_tokenizer(tokenizer))
         said = facts.notes[len(ready.facts.notes) :]
-        ready = Ready(facts, (*ready.summary, *said))
+        ready = Ready(facts, (*ready.summary, *said, *chat_template.look()))
         scheduler = build_scheduler(self._config, facts, self._paced)
         with self._lock:
             self._core = EngineCore(scheduler, tokenizer)
             self.tokenizer = tokenizer
+            self.chat_template = chat_template
             self.info = EngineInfo(
                 model=self._model_name,
                 max_model_len=ready.facts.max_model_len,
@@ -205,6 +212,14 @@ class AsyncEngine:
             )
             self._state = "ready"
         self._on_ready(ready)
+
+    def _open_template(self, tokenizer: Any) -> ChatTemplate:
+        """The chat template; the process that renders it starts while the worker does."""
+        template = ChatTemplate(tokenizer, self._templates)
+        if template.choice.text is not None:
+            with contextlib.suppress(OSError):  # ``look`` tries again, and says why it cannot
+                self._templates.start()
+        return template
 
     def _loop_steps(self) -> None:
         idle_s = idle_seconds(self._config.comm.timeout_s)

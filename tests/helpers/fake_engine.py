@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -14,6 +15,8 @@ from ds_cp.errors import CapacityError, RequestError
 from ds_cp.outputs import Delta, TokenLogprob
 from ds_cp.sampling_params import RequestOptions, SamplingParams
 from ds_cp.scheduler.admission import Limits, check_request
+from ds_cp.templates.chat import ChatTemplate
+from ds_cp.templates.processes import TemplateProcesses
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}"
@@ -43,6 +46,13 @@ def make_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> Any:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
     tokenizer.chat_template = chat_template
     return tokenizer
+
+
+@cache
+def template_processes() -> TemplateProcesses:
+    """One for all fake engines of this process, since its start takes half a second. It starts with
+    the first chat, and ends with this process."""
+    return TemplateProcesses()
 
 
 def expected_ids(prompt: list[int], count: int, vocab: int, index: int = 0) -> list[int]:
@@ -77,6 +87,7 @@ class FakeEngine:
 
     def __init__(self, tokenizer: Any, max_model_len: int = 128) -> None:
         self.tokenizer = tokenizer
+        self.chat_template = ChatTemplate(tokenizer, template_processes())
         self.info = EngineInfo(
             model="fake-model",
             max_model_len=max_model_len,
