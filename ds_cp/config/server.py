@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
-from ds_cp.config.fields import ApiKeys, Section, Timeout, unit_of
+from ds_cp.config.fields import ApiKeys, MemorySize, Section, Timeout, unit_of
 from ds_cp.text import show
 
 
@@ -30,6 +30,13 @@ class Server(Section):
     )
     max_body_bytes: Annotated[int, Field(ge=1024, le=1 << 30)] = Field(
         default=8 << 20, description="largest HTTP request body", json_schema_extra=unit_of("bytes")
+    )
+    max_buffered_bytes: MemorySize = Field(
+        default="auto",
+        description="memory that bodies and answers of all requests together may hold; requests "
+        "beyond it are refused with HTTP 503; auto: an eighth of the machine's memory, "
+        "at most 8 GiB",
+        json_schema_extra=unit_of("bytes"),
     )
     drain_timeout_s: Annotated[float, Field(ge=0, le=3600)] = Field(
         default=30.0,

@@ -50,6 +50,7 @@ DEFAULTS = {
     "server.api_key": None,
     "server.served_model_name": None,
     "server.max_body_bytes": 8 * 1024 * 1024,
+    "server.max_buffered_bytes": "auto",
     "server.drain_timeout_s": 30,
     "server.header_timeout_s": 10,
     "server.body_timeout_s": 10,
@@ -247,6 +248,7 @@ BOUNDS = {
     "server.tokenize_timeout_s": (0.1, 3600),
     "server.keep_alive_s": (0.1, 3600),
     "server.max_body_bytes": (1024, 1 << 30),
+    "server.max_buffered_bytes": (16 << 20, None),
 }
 
 
