@@ -11,6 +11,7 @@ import psutil
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ds_cp.api.errors import ApiError
+from ds_cp.api.trim import Trimmer
 
 MIB = 2**20
 # Bytes of memory per unit, measured and rounded up.
@@ -89,6 +90,11 @@ class Held:
         self.size += over
         self._budget.used += over
 
+    @property
+    def spent(self) -> int:
+        """Bytes that it has taken, of ``size``."""
+        return self.size - self._unspent
+
     def take(self, size: int) -> None:
         """Reserve and spend at once."""
         self.reserve(size)
@@ -107,6 +113,7 @@ class HoldMemory:
     def __init__(self, app: ASGIApp, budget: Budget) -> None:
         self.app = app
         self._budget = budget
+        self._trimmer = Trimmer()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -128,6 +135,7 @@ class HoldMemory:
         try:
             await self.app(scope, counted, send)
         finally:
+            self._trimmer.released(held.spent)
             held.release()
 
 

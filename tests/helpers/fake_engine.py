@@ -140,7 +140,11 @@ class FakeEngine:
                     if self.short.get(index) == step + 1:
                         delta = replace(delta, finish_reason="stop")
                     if step == 0 and index == 0:
-                        delta = self._with_prompt(delta, prompt_token_ids, params)
+                        about = (delta, prompt_token_ids, params)
+                        if len(prompt_token_ids) < 1000:
+                            delta = self._with_prompt(*about)
+                        else:  # as in the real engine, not in the event loop
+                            delta = await asyncio.to_thread(self._with_prompt, *about)
                     if delta.finish_reason is not None:
                         left.discard(index)
                     yield replace(delta, index=index)
