@@ -14,13 +14,16 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from ds_cp.api.admin import rank_routes
+from ds_cp.api.budget import ID_BYTES, Budget, HoldMemory, auto_bytes, held_by
 from ds_cp.api.chat import chat_completions
 from ds_cp.api.completions import completions
 from ds_cp.api.context import AppContext
 from ds_cp.api.errors import ApiError, ErrorBody, from_engine, from_validation
+from ds_cp.api.json_pieces import json_integers, json_object, json_text
 from ds_cp.api.json_route import StrictJsonRoute
 from ds_cp.api.logprobs import TokenTexts
 from ds_cp.api.metrics import ServerMetrics
+from ds_cp.api.paced import PacedJson, Turns
 from ds_cp.api.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -57,7 +60,7 @@ def create_app(engine: EngineInterface, server: Server) -> FastAPI:
 
     codec = TextCodec(engine, server.tokenize_timeout_s)
     context = AppContext(
-        engine, server, ServerMetrics(engine, model_name), codec, TokenTexts(engine)
+        engine, server, ServerMetrics(engine, model_name), codec, TokenTexts(engine), Turns()
     )
 
     @asynccontextmanager
@@ -82,6 +85,8 @@ def create_app(engine: EngineInterface, server: Server) -> FastAPI:
     app.add_exception_handler(HTTPException, _on_http)
     app.add_exception_handler(DsCpError, _on_typed)
     # The last one added is the outermost.
+    limit = server.max_buffered_bytes
+    app.add_middleware(HoldMemory, budget=Budget(auto_bytes() if limit == "auto" else limit))
     if server.api_keys:
         app.add_middleware(ApiKeys, keys=server.api_keys)
     app.add_middleware(Routing, routes=app.router.routes)
@@ -122,7 +127,7 @@ def _text_routes(context: AppContext) -> APIRouter:
     router = APIRouter(route_class=StrictJsonRoute)
 
     @router.post("/tokenize", response_model=dict[str, Any])
-    async def tokenize(body: TokenizeRequest) -> Response:
+    async def tokenize(body: TokenizeRequest, request: Request) -> Response:
         context.check(body.model)
         if body.messages is not None:
             messages = [message.for_template() for message in body.messages]
@@ -133,20 +138,21 @@ def _text_routes(context: AppContext) -> APIRouter:
             ids = await context.codec.encode(
                 body.prompt or "", add_special_tokens=body.add_special_tokens
             )
+        held_by(request.scope).take(ID_BYTES * len(ids))
         answer = {
             "count": len(ids),
             "max_model_len": context.engine.info.max_model_len,
-            "tokens": ids,
+            "tokens": json_integers(ids),
         }
-        # FastAPI would look at each of a million numbers in the event loop.
-        return Response(msgspec.json.encode(answer), media_type="application/json")
+        return PacedJson(json_object(answer), context.turns)
 
-    @router.post("/detokenize")
-    async def detokenize(body: DetokenizeRequest) -> dict[str, str]:
+    @router.post("/detokenize", response_model=dict[str, str])
+    async def detokenize(body: DetokenizeRequest) -> Response:
         context.check(body.model)
         context.codec.check_count(len(body.tokens))
         context.check_ids(body.tokens, "tokens")
-        return {"prompt": await context.codec.decode(body.tokens)}
+        text = await context.codec.decode(body.tokens)
+        return PacedJson(json_object({"prompt": json_text(text)}), context.turns)
 
     return router
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator, model_validator
 
 from ds_cp.config.addresses import canonical_host, canonical_origin
-from ds_cp.config.fields import ApiKeys, Auto, Names, Section, Timeout, unit_of
+from ds_cp.config.fields import ApiKeys, Auto, MemorySize, Names, Section, Timeout, unit_of
 from ds_cp.text import show
 
 _HOST_LETTERS = frozenset(string.ascii_lowercase + string.digits + ".-_:")
@@ -51,6 +51,13 @@ class Server(Section):
         default="auto",
         description="connections open at once, below the limit of open files; beyond it the one "
         "that is idle longest is closed, or HTTP 503; auto: 1024",
+    )
+    max_buffered_bytes: MemorySize = Field(
+        default="auto",
+        description="memory that bodies and answers of all requests together may hold; requests "
+        "beyond it are refused with HTTP 503; auto: an eighth of the machine's memory, "
+        "at most 8 GiB",
+        json_schema_extra=unit_of("bytes"),
     )
     drain_timeout_s: Annotated[float, Field(ge=0, le=3600)] = Field(
         default=30.0,

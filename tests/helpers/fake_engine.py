@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -101,6 +102,7 @@ class FakeEngine:
         )
         self.state = "ready"
         self.snapshot = EngineStats()
+        self._thread = ThreadPoolExecutor(1)
         self.first_delay_s = 0.0
         self.delay_s = 0.0
         self.refuse: Exception | None = None
@@ -139,7 +141,8 @@ class FakeEngine:
             room = self.info.max_model_len - len(prompt_token_ids)
             count = min(room, params.max_tokens or room)
             vocab = self.info.vocab_size
-            walks = [expected_ids(prompt_token_ids, count, vocab, i) for i in range(params.n)]
+            total = [sum(prompt_token_ids)]  # as good as the prompt, and soon added up
+            walks = [expected_ids(total, count, vocab, i) for i in range(params.n)]
             offsets = [0] * params.n  # characters of each answer before its next token
             for step in range(count):
                 await asyncio.sleep(self.delay_s + (self.first_delay_s if step == 0 else 0.0))
@@ -152,7 +155,14 @@ class FakeEngine:
                     if self.short.get(index) == step + 1:
                         delta = replace(delta, finish_reason="stop")
                     if step == 0 and index == 0:
-                        delta = self._with_prompt(delta, prompt_token_ids, params)
+                        about = (delta, prompt_token_ids, params)
+                        if len(prompt_token_ids) < 1000:
+                            delta = self._with_prompt(*about)
+                        else:  # as in the real engine: in a thread, one of them
+                            loop = asyncio.get_running_loop()
+                            delta = await loop.run_in_executor(
+                                self._thread, self._with_prompt, *about
+                            )
                     if delta.finish_reason is not None:
                         left.discard(index)
                     yield replace(delta, index=index)

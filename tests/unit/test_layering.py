@@ -105,6 +105,7 @@ WITHOUT_TORCH = [
     "serve/__init__.py",
     "serve/async_engine.py",
     "serve/channel.py",
+    "serve/mailbox.py",
     "serve/supervisor.py",
     "serve/worker_link.py",
     "cli/",

@@ -53,6 +53,7 @@ DEFAULTS = {
     "server.served_model_name": None,
     "server.max_body_bytes": 8 * 1024 * 1024,
     "server.max_connections": "auto",
+    "server.max_buffered_bytes": "auto",
     "server.drain_timeout_s": 30,
     "server.header_timeout_s": 10,
     "server.body_timeout_s": 10,
@@ -251,6 +252,7 @@ BOUNDS = {
     "server.keep_alive_s": (0.1, 3600),
     "server.max_body_bytes": (1024, 1 << 30),
     "server.max_connections": (1, 65536),
+    "server.max_buffered_bytes": (16 << 20, None),
 }
 
 
