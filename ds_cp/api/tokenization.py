@@ -45,7 +45,7 @@ class TextCodec:
         )
 
     async def encode_chat(
-        self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = True
+        self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = True
     ) -> list[int]:
         """Token ids of a conversation, through the model's own template.
 
@@ -56,8 +56,9 @@ class TextCodec:
             raise ApiError(
                 400, "this model has no chat template; use /v1/completions", code="no_chat_template"
             )
-        self._check_length(sum(len(message["content"]) for message in messages))
-        render = partial(_render, tokenizer, list(messages), add_generation_prompt)
+        texts = _as_text(messages)
+        self._check_length(sum(len(message["content"]) for message in texts))
+        render = partial(_render, tokenizer, texts, add_generation_prompt)
         text = await self._run(render, "the messages")
         self._check_length(len(text))
         # The template brings the special tokens, as in apply_chat_template(tokenize=True).
@@ -105,6 +106,16 @@ def _encode(tokenizer: Any, text: str, add_special_tokens: bool) -> list[int]:
 def _decode(tokenizer: Any, ids: list[int]) -> str:
     text: str = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return text
+
+
+def _as_text(messages: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """The messages with their parts joined by a line break."""
+    return [
+        message
+        if isinstance(message["content"], str)
+        else message | {"content": "\n".join(part["text"] for part in message["content"])}
+        for message in messages
+    ]
 
 
 def _render(tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:

@@ -49,6 +49,7 @@ DEFAULTS = {
     "server.port": 8000,
     "server.api_key": None,
     "server.served_model_name": None,
+    "server.unknown_fields": "warn",
     "server.max_body_bytes": 8 * 1024 * 1024,
     "server.drain_timeout_s": 30,
     "server.header_timeout_s": 10,
