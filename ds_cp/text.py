@@ -108,14 +108,16 @@ def misspelt(name: str, valid: Iterable[str]) -> str | None:
     """The valid name that ``name`` is a slip of the pen for, or None.
 
     Case, and whether words are joined by a line, a blank or nothing, do not count. Otherwise one
-    character more, fewer, other or swapped with its neighbour is a slip in names of four to seven
-    characters, two such are in longer names, and none is in shorter ones.
+    character more, fewer, other or swapped with its neighbour is a slip where the longer name has
+    four to seven characters, two such are in longer names, and none is in shorter ones.
     """
     plain = _joined(name[:MAX_NAME_CHARS])
     best: tuple[int, str] | None = None
     for known in valid:
-        most = 0 if len(plain) < 4 else 1 if len(plain) < 8 else 2
-        slips = _edits(plain, _joined(known), most)
+        other = _joined(known)
+        length = max(len(plain), len(other))
+        most = 0 if length < 4 else 1 if length < 8 else 2
+        slips = _edits(plain, other, most)
         if slips <= most and (best is None or slips < best[0]):
             best = slips, known
     return None if best is None else best[1]
