@@ -79,7 +79,7 @@ NAMES = ["temperature", "top_p", "top_k", "n", "stop", "seed", "model", "max_tok
 @pytest.mark.parametrize(
     ("name", "meant"),
     [
-        ("temprature", "temperature"), ("temperatuer", "temperature"), ("TEMPERATURE", "temperature"),
+        ("temprature", "temperature"), ("TEMPERATUER", "temperature"),
         ("tmpratur", None), ("top-p", "top_p"), ("topK", "top_k"), ("N", "n"), ("m", None),
         ("id", None), ("sotp", "stop"), ("stpo", "stop"), ("opts", None), ("step", "stop"),
         ("models", "model"), ("max tokens", "max_tokens"), ("maxtoken", "max_tokens"),
