@@ -7,20 +7,21 @@ from contextlib import asynccontextmanager
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import msgspec
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from ds_cp.api.admin import rank_routes
+from ds_cp.api.bodies import Bodies
 from ds_cp.api.budget import ID_BYTES, Budget, HoldMemory, auto_bytes, held_by
 from ds_cp.api.chat import chat_completions
 from ds_cp.api.completions import completions
 from ds_cp.api.context import AppContext
 from ds_cp.api.errors import ApiError, ErrorBody, from_engine, from_validation
 from ds_cp.api.json_pieces import json_integers, json_object, json_text
-from ds_cp.api.json_route import StrictJsonRoute
+from ds_cp.api.json_route import strict_json_route
 from ds_cp.api.logprobs import TokenTexts
 from ds_cp.api.metrics import ServerMetrics
 from ds_cp.api.paced import PacedJson, Turns
@@ -63,10 +64,19 @@ def create_app(engine: EngineInterface, server: Server) -> FastAPI:
         engine, server, ServerMetrics(engine, model_name), codec, TokenTexts(engine), Turns()
     )
 
+    def model_length() -> int:
+        return engine.info.max_model_len if engine.state == "ready" else 0
+
+    bodies = Bodies(server.max_body_bytes, server.body_timeout_s, model_length)
+    json_route = strict_json_route(
+        bodies, server.unknown_fields == "refuse", context.metrics.ignored_fields
+    )
+
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         codec.close()
+        bodies.close()
 
     app = FastAPI(
         title="ds_cp",
@@ -77,8 +87,8 @@ def create_app(engine: EngineInterface, server: Server) -> FastAPI:
         redirect_slashes=False,  # Routing takes a slash at the end away
         responses=_ERRORS,
     )
-    app.include_router(_completion_routes(context))
-    app.include_router(_text_routes(context))
+    app.include_router(_completion_routes(context, json_route))
+    app.include_router(_text_routes(context, json_route))
     app.include_router(_state_routes(context))
     app.include_router(rank_routes(context))
     app.add_exception_handler(RequestValidationError, _on_validation)
@@ -109,8 +119,8 @@ def package_version() -> str:
         return "0+unknown"
 
 
-def _completion_routes(context: AppContext) -> APIRouter:
-    router = APIRouter(route_class=StrictJsonRoute)
+def _completion_routes(context: AppContext, json_route: type[APIRoute]) -> APIRouter:
+    router = APIRouter(route_class=json_route)
 
     @router.post("/v1/chat/completions", response_model=None)
     async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
@@ -123,8 +133,8 @@ def _completion_routes(context: AppContext) -> APIRouter:
     return router
 
 
-def _text_routes(context: AppContext) -> APIRouter:
-    router = APIRouter(route_class=StrictJsonRoute)
+def _text_routes(context: AppContext, json_route: type[APIRoute]) -> APIRouter:
+    router = APIRouter(route_class=json_route)
 
     @router.post("/tokenize", response_model=dict[str, Any])
     async def tokenize(body: TokenizeRequest, request: Request) -> Response:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import string
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -43,6 +43,11 @@ class Server(Section):
     )
     served_model_name: Annotated[str, Field(min_length=1, max_length=256)] | None = Field(
         default=None, description="model name in the API; null: the last part of model"
+    )
+    unknown_fields: Literal["warn", "refuse"] = Field(
+        default="warn",
+        description="what becomes of a field that no part of the protocol knows: warn ignores it "
+        "with a header that names it, refuse answers HTTP 400",
     )
     max_body_bytes: Annotated[int, Field(ge=1024, le=1 << 30)] = Field(
         default=8 << 20, description="largest HTTP request body", json_schema_extra=unit_of("bytes")

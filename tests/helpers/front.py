@@ -3,8 +3,8 @@ measure it: its memory, its descriptors, the gaps of honest streams beside the a
 
 ``python -m tests.helpers.front SETTINGS`` serves, drains after SIGTERM and hurries after a second
 one. SETTINGS is a JSON object of the config's ``server`` section, and under "engine" attributes of
-the fake engine (``delay_s``, ...), its ``max_model_len``, its ``chat_template`` and the seconds that
-this may compute, ``template_cpu_s``. It prints the port.
+the fake engine (``delay_s``, ...), its ``max_model_len``, its ``chat_template`` and the seconds
+that this may compute, ``template_cpu_s``. It prints the port.
 """
 
 from __future__ import annotations

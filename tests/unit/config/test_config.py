@@ -51,6 +51,7 @@ DEFAULTS = {
     "server.allowed_hosts": (),
     "server.cors_origins": (),
     "server.served_model_name": None,
+    "server.unknown_fields": "warn",
     "server.max_body_bytes": 8 * 1024 * 1024,
     "server.max_connections": "auto",
     "server.max_buffered_bytes": "auto",
