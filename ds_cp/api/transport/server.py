@@ -17,6 +17,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ds_cp.api.errors import error_type
 from ds_cp.config import Server
+from ds_cp.process import give_large_blocks_back
 
 logger = logging.getLogger("ds_cp.api")
 
@@ -121,6 +122,7 @@ async def serve_until(
     requests are aborted, their clients get a 503 or an error event. Closes ``listeners``. Raises
     what the server raises if it fails by itself.
     """
+    give_large_blocks_back()
     http = _Server(_config(app, server, access_log))
     running = asyncio.create_task(http.serve(sockets=list(listeners)))
     stopping = asyncio.create_task(stop.wait())
