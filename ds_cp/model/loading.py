@@ -80,10 +80,16 @@ def load_config(source: ModelSource) -> Any:
         config = _config_of(source.where, stated, view, extra)
     check_values(source.where, config.to_dict())  # with what the class makes of it
     config.name_or_path = source.where
+    if not hasattr(config.get_text_config(), "to_dict"):
+        keys = [key for key in ("text_config", "decoder", "generator") if key in stated]
+        raise ModelError(
+            f"model {source.where}: config.json's {' and '.join(keys)} is not a part that "
+            f"{config.model_type} has: correct it, or fetch the model again"
+        )
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
             f"model {source.where}: {config.model_type} is an encoder-decoder; "
-            "ds_cp serves decoders only"
+            "ds_cp serves decoders only (is_encoder_decoder)"
         )
     return config
 

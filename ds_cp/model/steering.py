@@ -31,19 +31,22 @@ STEERING = frozenset({
     # where and how tensors are placed
     "device_map", "max_memory", "device_mesh", "tp_plan", "tp_size", "distributed_config",
     "low_cpu_mem_usage", "use_safetensors", "key_mapping",
+    # the classes of a classifier, of which a list is made
+    "num_labels", "id2label", "label2id", "problem_type",
     # what a forward call returns
     "output_attentions", "output_hidden_states", "return_dict", "use_return_dict", "use_cache",
 })  # fmt: skip
 # Those that tools write into most files and that change nothing of what the model says, and the one
 # that ``checkpoint`` follows itself.
 QUIET = frozenset({
+    "num_labels", "id2label", "label2id", "problem_type",
     "transformers_weights", "name_or_path", "_name_or_path", "_commit_hash", "output_attentions",
     "output_hidden_states", "return_dict", "use_return_dict", "use_cache", "torchscript",
     "is_local", "local_files_only", "low_cpu_mem_usage", "backend",
 })  # fmt: skip
 # Attributes of every config class that a config.json may state.
 STATED = frozenset({
-    "model_type", "torch_dtype", "rope_scaling", "num_labels", "per_layer_config",
+    "model_type", "torch_dtype", "rope_scaling", "per_layer_config",
 })  # fmt: skip
 # Keys of generation_config.json that are read.
 END_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")

@@ -44,6 +44,16 @@ MAY_BE_ZERO = frozenset({
     "moe_num_experts", "moe_intermediate_size", "q_lora_rank", "kv_lora_rank", "n_ctx",
     "max_seq_len", "seq_length",
 })  # fmt: skip
+# Keys that name the dtype of the weights, and its names.
+DTYPE_KEYS = ("dtype", "torch_dtype")
+DTYPES = ("float32", "bfloat16", "float16", "float64", "float8_e4m3fn", "float8_e5m2")
+# Keys that hold the parameters of the rotary embedding, and those of them that are numbers.
+ROPE = ("rope_parameters", "rope_scaling")
+ROPE_POSITIVE = frozenset({"rope_theta", "factor", "original_max_position_embeddings"})
+ROPE_NUMBERS = ROPE_POSITIVE | {
+    "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "low_freq_factor",
+    "high_freq_factor", "partial_rotary_factor", "short_mscale", "long_mscale",
+}  # fmt: skip
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # A quantized file packs up to so many values into one element: 2 bits each in 64-bit integers.
 PACKED = 32
@@ -59,10 +69,17 @@ def check_values(where: str, config: Mapping[str, Any]) -> None:
             _check_count(where, key, value)
         if key in TOKEN_IDS:
             _check_ids(where, key, value)
+        if key in DTYPE_KEYS and value not in (*DTYPES, None):
+            raise _odd(where, key, value, f"one of {', '.join(DTYPES)}")
         if isinstance(value, float) and not math.isfinite(value) and key.endswith("_eps"):
             raise _odd(where, key, value, "a finite number")
+    if "model_type" in config and not isinstance(config["model_type"], str):
+        raise _odd(where, "model_type", config["model_type"], "the name of an architecture")
     for part in _decoders(config):
         _check_heads(where, part)
+        _check_padding(where, part)
+        for key in ROPE:
+            _check_rope(where, key, part.get(key))
 
 
 def check_sizes(
@@ -132,6 +149,39 @@ def _check_heads(where: str, part: Mapping[str, Any]) -> None:
     if isinstance(kv_heads, int) and heads % kv_heads:
         raise _odd(where, "num_key_value_heads", kv_heads,
                    f"a divisor of num_attention_heads, which is {heads}")  # fmt: skip
+
+
+def _check_padding(where: str, part: Mapping[str, Any]) -> None:
+    """Layers of embeddings count it from either end."""
+    padding, vocab = part.get("pad_token_id"), part.get("vocab_size")
+    if isinstance(padding, int) and isinstance(vocab, int) and not -vocab <= padding < vocab:
+        raise _odd(where, "pad_token_id", padding, f"below vocab_size, which is {vocab}")
+
+
+def _check_rope(where: str, path: str, found: Any) -> None:
+    """Parameters of the rotary embedding, which may be one set for each type of layer."""
+    if not isinstance(found, Mapping):
+        return
+    plain = found.get("rope_type", found.get("type", "default")) == "default"
+    for key, value in found.items():
+        here = f"{path}.{key}"
+        if isinstance(value, Mapping):
+            _check_rope(where, here, value)
+        may_be_null = key != "rope_theta" and (plain or key != "factor")
+        sound = _is_number(value) and (value > 0 or key not in ROPE_POSITIVE)
+        if key in ROPE_NUMBERS and not sound and not (value is None and may_be_null):
+            positive = "positive " if key in ROPE_POSITIVE else ""
+            raise _odd(where, here, value, f"a {positive}number")
+        listed = value if isinstance(value, list) else [value]
+        if key in ("short_factor", "long_factor") and not all(map(_is_number, listed)):
+            raise _odd(where, here, value, "a list of numbers")
+
+
+def _is_number(value: Any) -> bool:
+    """Finite, and within what a tensor can be multiplied by."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return math.isfinite(value) and abs(value) < 2**63
 
 
 def _odd(where: str, key: str, value: Any, want: str) -> ModelError:
