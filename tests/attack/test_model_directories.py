@@ -8,6 +8,7 @@ as if the trap were not there; the mark is absent, and nothing has been asked of
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -48,7 +49,10 @@ class Canary:
 
     def pickle(self, file: Path) -> None:
         """As ``torch.save`` writes it: a zip file with a pickle inside."""
-        torch.save({"model.embed_tokens.weight": self}, file)
+        if not file.is_dir():
+            written = io.BytesIO()
+            torch.save({"model.embed_tokens.weight": self}, written)
+            file.write_bytes(written.getvalue())
 
     def module(self, file: Path) -> None:
         file.write_text(f"import os\nos.mkdir({str(self.mark)!r})\nclass C: pass\n")
@@ -211,8 +215,6 @@ def pickles_beside(folder: Path, canary: Canary) -> None:
                  "adapter_model.bin", "flax_model.msgpack", "vocab.pkl"):  # fmt: skip
         canary.pickle(folder / name)
     edit(folder / "pytorch_model.bin.index.json", weight_map={"a": "pytorch_model.bin"})
-    (folder / "0").mkdir()
-    canary.pickle(folder / "0" / ".metadata")
     canary.pickle(folder / ".metadata")  # torch's distributed checkpoints
     canary.pickle(folder / "__0_0.distcp")
 
@@ -235,8 +237,8 @@ def code(folder: Path, canary: Canary) -> None:
 
 
 def code_of_the_hub(folder: Path, canary: Canary) -> None:
-    edit(folder / "config.json", auto_map={"AutoConfig": "owner/name--evil.C",
-                                           "AutoModelForCausalLM": "owner/name--evil.C"})  # fmt: skip
+    kinds = ("AutoConfig", "AutoModelForCausalLM")
+    edit(folder / "config.json", auto_map=dict.fromkeys(kinds, "owner/name--evil.C"))
 
 
 def config_says(**keys: Any) -> Trap:
