@@ -260,7 +260,7 @@ def tokenizer_says(**keys: Any) -> Trap:
 
 KERNEL = "owner/kernel"
 PASSED: dict[str, tuple[Trap, str]] = {
-    "pickles beside": (pickles_beside, "pytorch_model.bin"),
+    "pickles beside": (pickles_beside, "are not read: adapter_model.bin"),
     "adapter": (adapter, "adapter_model.bin"),
     "code": (code, "auto_map"),
     "code of the hub": (code_of_the_hub, "auto_map"),
