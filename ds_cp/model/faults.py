@@ -80,9 +80,13 @@ def _flat(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 def _keys_read(err: BaseException, values: Mapping[str, Any]) -> list[str]:
     """Keys among the words of the error's message, or else of the innermost line of source that
     has any."""
+    frames = traceback.extract_tb(err.__traceback__)
     if said := _among(str(err), values):
         return said
-    for frame in reversed(traceback.extract_tb(err.__traceback__)):
+    if any("rope" in frame.name for frame in frames):
+        if rope := [key for key in ("rope_parameters", "rope_scaling") if key in values]:
+            return rope
+    for frame in reversed(frames):
         line = " ".join(
             linecache.getline(frame.filename, number)
             for number in range(

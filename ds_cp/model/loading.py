@@ -27,7 +27,7 @@ from ds_cp.model.source import ModelSource
 from ds_cp.model.steering import without_steering
 from ds_cp.model.values import check_parameters, check_sizes, check_values
 from ds_cp.model.wiring import Decoder
-from ds_cp.text import shorten
+from ds_cp.text import shorten, show
 
 # By the name in the config.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -95,8 +95,14 @@ def load_config(source: ModelSource) -> Any:
 
 
 def _config_of(where: str, stated: Mapping[str, Any], view: str, extra: dict[str, Any]) -> Any:
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
+    kind = stated.get("model_type")
+    if kind is not None and kind not in CONFIG_MAPPING:
+        raise UnsupportedModelError(
+            f"model {where}: config.json's model_type is {show(kind)}, "
+            "which this transformers does not know; choose a decoder that it knows"
+        )
     with model_at_fault(where, stated, "has a config that transformers cannot use"):
         try:
             with data_only(where), _quiet():

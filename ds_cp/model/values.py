@@ -79,6 +79,8 @@ def check_values(where: str, config: Mapping[str, Any]) -> None:
         _check_heads(where, part)
         _check_padding(where, part)
         for key in ROPE:
+            if part.get(key) is not None and not isinstance(part[key], Mapping):
+                raise _odd(where, key, part[key], "an object")
             _check_rope(where, key, part.get(key))
 
 

@@ -118,7 +118,7 @@ def test_generation_config(model: Path) -> None:
 
 
 def test_tokenizer_config(model: Path) -> None:
-    more = ("auto_map", "extra_special_tokens", "additional_special_tokens", "chat_template")
+    more = ("auto_map", "extra_special_tokens", "chat_template")
     keys = [*json.loads((model / "tokenizer_config.json").read_text()), *more]
     for key in keys:
         for odd in odd_values(key):
@@ -157,9 +157,7 @@ def test_a_rotary_parameter_that_is_left_out(model: Path, kind: str) -> None:
         check(model, "config.json", "rope_parameters", odd)
     for odd in ([], [1.0] * 3):
         rope = {"rope_type": "longrope", **ROPE["longrope"], "short_factor": odd}
-        with pytest.raises(ModelError):
-            check(model, "config.json", "rope_parameters", rope)
-            raise ModelError("it works with what transformers takes as it is")
+        check(model, "config.json", "rope_parameters", rope)
 
 
 @pytest.mark.parametrize(
