@@ -26,6 +26,7 @@ from ds_cp.model.hub import fetch_config, fetch_tokenizer, fetch_weights
 from ds_cp.model.source import ModelSource
 from ds_cp.model.steering import without_steering
 from ds_cp.model.values import check_parameters, check_sizes, check_values
+from ds_cp.model.watch import describe_change, look_at
 from ds_cp.model.wiring import Decoder
 from ds_cp.text import shorten, show
 
@@ -138,6 +139,8 @@ def load_model(
     else:
         checkpoint = read_checkpoint(_folder(source, fetch_weights))
         check_values(source.where, checkpoint.config)
+    files = _files(source, checkpoint)
+    before = look_at(files)
     stored = checkpoint.tensors if checkpoint else {}
     stated = checkpoint.config if checkpoint else {}
     quantized = checkpoint is not None and _is_quantized(source.where, stated)
@@ -145,6 +148,8 @@ def load_model(
     with _weights_folder(source, checkpoint) as (view, extra):
         _check_size(source.where, stated, stored, view, extra, quantized)
         built, info = _build(source.where, stated, view, extra | {"dtype": dtype})
+    if change := describe_change(before, look_at(files)):
+        raise ModelError(f"model {source.where} changed while it was loaded: {change}; start again")
     built.config.name_or_path = source.where
     if checkpoint:
         check_index(built, source.where, checkpoint)
@@ -157,6 +162,12 @@ def load_model(
     for line in [*(checkpoint.notes if checkpoint else ()), *lines]:
         note(line)
     return model
+
+
+def _files(source: ModelSource, checkpoint: Checkpoint | None) -> tuple[Path, ...]:
+    if checkpoint is None:
+        return (Path(source.where),)
+    return tuple(checkpoint.folder / name for name in (private_folder.CONFIG, *checkpoint.files))
 
 
 @contextmanager

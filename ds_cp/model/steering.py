@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from ds_cp.errors import ModelError
+from ds_cp.model.values import are_token_ids
 from ds_cp.text import shorten
 
 # Keys of config.json and the tokenizer's files, at any depth.
@@ -83,8 +84,7 @@ def end_tokens_only(where: str, generation: Mapping[str, Any]) -> Json:
     ``ModelError`` that names the key for what is no id."""
     kept = {key: generation[key] for key in END_TOKENS if key in generation}
     for key, value in kept.items():
-        listed = value if isinstance(value, list) else [value]
-        if not all(i is None or (isinstance(i, int) and not isinstance(i, bool)) for i in listed):
+        if not are_token_ids(value):
             raise ModelError(
                 f"model {where}: generation_config.json's {key} is {shorten(repr(value))}: "
                 "it must be a token id or a list of ids; fetch the model again"

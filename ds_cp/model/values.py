@@ -71,8 +71,10 @@ def check_values(where: str, config: Mapping[str, Any]) -> None:
             _check_ids(where, key, value)
         if key in DTYPE_KEYS and value not in (*DTYPES, None):
             raise _odd(where, key, value, f"one of {', '.join(DTYPES)}")
-        if isinstance(value, float) and not math.isfinite(value) and key.endswith("_eps"):
-            raise _odd(where, key, value, "a finite number")
+        if key.endswith(("_eps", "_epsilon")) and value is not None and not (
+            _is_number(value) and value >= 0
+        ):  # fmt: skip
+            raise _odd(where, key, value, "a number from 0")
     if "model_type" in config and not isinstance(config["model_type"], str):
         raise _odd(where, "model_type", config["model_type"], "the name of an architecture")
     for part in _decoders(config):
@@ -82,6 +84,15 @@ def check_values(where: str, config: Mapping[str, Any]) -> None:
             if part.get(key) is not None and not isinstance(part[key], Mapping):
                 raise _odd(where, key, part[key], "an object")
             _check_rope(where, key, part.get(key))
+
+
+def are_token_ids(value: Any) -> bool:
+    """None, one id or a list of ids; -1 stands for none in some configs."""
+    listed = value if isinstance(value, list) else [value]
+    return all(
+        i is None or (isinstance(i, int) and not isinstance(i, bool) and -1 <= i < 2**31)
+        for i in listed
+    )
 
 
 def check_sizes(
@@ -132,15 +143,12 @@ def check_parameters(where: str, model: Any, stored: Mapping[str, StoredTensor],
 
 def _check_count(where: str, key: str, value: Any) -> None:
     low = 0 if key in MAY_BE_ZERO else 1
-    if isinstance(value, float) and value.is_integer() and key in POSITIONS:
-        return
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= MAX[key]:
         raise _odd(where, key, value, f"an integer from {low} to {MAX[key]}")
 
 
 def _check_ids(where: str, key: str, value: Any) -> None:
-    listed = value if isinstance(value, list) else [value]
-    if not all(i is None or (isinstance(i, int) and not isinstance(i, bool)) for i in listed):
+    if not are_token_ids(value):
         raise _odd(where, key, value, "a token id, or a list of ids")
 
 
@@ -173,7 +181,7 @@ def _check_rope(where: str, path: str, found: Any) -> None:
         sound = _is_number(value) and (value > 0 or key not in ROPE_POSITIVE)
         if key in ROPE_NUMBERS and not sound and not (value is None and may_be_null):
             positive = "positive " if key in ROPE_POSITIVE else ""
-            raise _odd(where, here, value, f"a {positive}number")
+            raise _odd(where, here, value, f"a {positive}number below 2**63")
         listed = value if isinstance(value, list) else [value]
         if key in ("short_factor", "long_factor") and not all(map(_is_number, listed)):
             raise _odd(where, here, value, "a list of numbers")
