@@ -23,8 +23,9 @@ from typing import Any
 import psutil
 
 from ds_cp.config import Config
-from ds_cp.errors import DsCpError, EngineDeadError
+from ds_cp.errors import DsCpError, EngineDeadError, ModelError
 from ds_cp.model.source import ModelSource, find_model
+from ds_cp.model.watch import FilesWatch, watch_model
 from ds_cp.serve.channel import Channel, Failed, FromWorker, Ready, WorkerSpec
 from ds_cp.startup.resources import choose_threads, socket_environment
 from ds_cp.topology.job import Job
@@ -61,10 +62,13 @@ class _Supervisor:
         loop = asyncio.get_running_loop()
         leads = self._job.rank == 0
         found = (find_model(self._config.model), self._bind()) if leads else None
+        files = self._watch_files()  # as they are before the worker reads them
         for number in SIGNALS:
             loop.add_signal_handler(number, self._on_signal, number)
         with _worker(self._config, self._job) as (process, channel):
             watch = asyncio.create_task(self._watch(process))
+            if files is not None:
+                files.start()
             try:
                 if found is not None:
                     await self._serve_http(channel, *found)
@@ -74,6 +78,20 @@ class _Supervisor:
             finally:
                 watch.cancel()
         return self._exit_code
+
+    def _watch_files(self) -> FilesWatch | None:
+        """One process of each host looks after the model's files there."""
+        if self._job.rank != 0 and self._job.local_rank != 0:
+            return None
+
+        def say(line: str) -> None:
+            with contextlib.suppress(OSError, ValueError):
+                print(f"ds_cp: warning: {line}", file=sys.stderr, flush=True)
+
+        try:
+            return watch_model(find_model(self._config.model), say)
+        except ModelError:  # the worker says it
+            return None
 
     def _bind(self) -> list[socket.socket]:
         from ds_cp.api.transport.listen import bind
