@@ -39,8 +39,8 @@ class Server(Section):
     )
     stall_s: Timeout = Field(
         default=60.0,
-        description="time that one step may take before /health says 503 \"stalled\"; steps of long "
-        "prompts are cut into chunks of about a second",
+        description='time that one step may take before /health says 503 "stalled"; long '
+        "prompts are cut into steps of about a second",
         json_schema_extra=unit_of("seconds"),
     )
     header_timeout_s: Timeout = Field(

@@ -58,9 +58,7 @@ class LauncherProcess:
     def is_alive(self) -> bool:
         """Whether it runs; a zombie does not."""
         try:
-            return bool(
-                self.process.is_running() and self.process.status() != psutil.STATUS_ZOMBIE
-            )
+            return bool(self.process.is_running() and self.process.status() != psutil.STATUS_ZOMBIE)
         except psutil.NoSuchProcess:
             return False
 

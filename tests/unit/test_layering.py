@@ -102,11 +102,13 @@ WITHOUT_TORCH = [
     "serve/__init__.py",
     "serve/async_engine.py",
     "serve/channel.py",
+    "serve/job_link.py",
     "serve/supervisor.py",
+    "serve/worker_child.py",
     "serve/worker_link.py",
     "cli/",
 ]
-READS_ENVIRONMENT = ["topology/job.py", "cli/", "serve/supervisor.py", "engine/llm.py"]
+READS_ENVIRONMENT = ["topology/job.py", "cli/", "serve/worker_child.py", "engine/llm.py"]
 MAX_LINES = 350
 FORBIDDEN_MODULES = {"pickle", "cloudpickle", "dill", "marshal", "shelve"}
 FORBIDDEN_NAMES = {"eval", "exec"}

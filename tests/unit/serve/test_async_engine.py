@@ -56,9 +56,7 @@ class OneRank:
 
 
 class Served:
-    def __init__(
-        self, rank: OneRank | None = None, server: dict[str, float] | None = None
-    ) -> None:
+    def __init__(self, rank: OneRank | None = None, server: dict[str, float] | None = None) -> None:
         self.died: list[DsCpError] = []
         self.engine: AsyncEngine
         self._rank = rank or OneRank()

@@ -22,7 +22,7 @@ PYTHON = "/opt/venv/bin/python3"
     [
         ("deepspeed", "python3.11", [PYTHON, "/opt/venv/bin/deepspeed", "--num_gpus", "2", "x.py"]),
         ("deepspeed", "python3.11", [PYTHON, "-u", "-m", "deepspeed.launcher.launch", "--x", "y"]),
-        ("deepspeed", "python3", [PYTHON, "-Xdev", "-W", "ignore", "-um", "deepspeed.launcher.runner"]),
+        ("deepspeed", "python3", [PYTHON, "-Xdev", "-W", "x", "-um", "deepspeed.launcher.runner"]),
         ("torchrun", "python3.11", [PYTHON, "/opt/venv/bin/torchrun", "--nproc-per-node", "2"]),
         ("torchrun", "python3.11", [PYTHON, "-m", "torch.distributed.run", "x.py"]),
         ("ds-cp", "python3.11", [PYTHON, "/opt/venv/bin/ds-cp", "serve", "--ranks", "2"]),
