@@ -1,4 +1,4 @@
-"""A real server for the checks that speak HTTP: a job of ``ds-cp serve`` that ends with the block."""
+"""A real server for what speaks HTTP: a job of ``ds-cp serve`` that ends with the block."""
 
 from __future__ import annotations
 

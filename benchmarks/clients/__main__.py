@@ -88,7 +88,9 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     arguments.add_argument("--base-url", help="a running server, without /v1")
     arguments.add_argument("--api-key", default=KEY, help="its key")
     arguments.add_argument(
-        "--only", action="append", choices=[client.name for client in CLIENTS],
+        "--only",
+        action="append",
+        choices=[client.name for client in CLIENTS],
         help="one client; nothing is written then",
     )
     return arguments.parse_args(argv)

@@ -53,7 +53,9 @@ def _sent(results: Sequence[Result]) -> str:
         for sent in result["sent"]:
             fields = ", ".join(f"`{field}`" for field in sent["fields"])
             headers = ", ".join(f"`{header}`" for header in sent["headers"])
-            lines.append(_line([result["name"], f"{sent['method']} {sent['path']}", fields, headers]))
+            lines.append(
+                _line([result["name"], f"{sent['method']} {sent['path']}", fields, headers])
+            )
     return "\n".join(lines)
 
 

@@ -57,7 +57,7 @@ LONG = "word " * 3000  # more tokens than the server's model length
 STORY = "Count from one to twenty in words."
 
 
-class Absent(Exception):
+class AbsentError(Exception):
     """The client has nothing of the kind; the message says why."""
 
 
@@ -83,19 +83,21 @@ class Checks:
         with urllib.request.urlopen(f"{self.proxy}/t/{label}/count", timeout=10) as answer:
             return int(json.load(answer)["count"])
 
-    def check(self, name: str, unbuilt: str = "") -> Callable[[Callable[[], Any]], None]:
-        """Run the decorated function now. It returns a remark or None. ``unbuilt``: the field that
-        a 400 may name."""
+    def check(
+        self, name: str, *given: str, unbuilt: str = ""
+    ) -> Callable[[Callable[..., Any]], None]:
+        """Run the decorated function with what is ``given``, now. It returns a remark or None.
+        ``unbuilt``: the field that a 400 may name."""
         assert name in NAMES, name
 
-        def run(body: Callable[[], Any]) -> None:
+        def run(body: Callable[..., Any]) -> None:
             began = time.monotonic()
             signal.signal(signal.SIGALRM, _late)
             signal.alarm(CHECK_S)
             try:
-                remark = body()
+                remark = body(*given)
                 found = ("ok", str(remark or ""))
-            except Absent as err:
+            except AbsentError as err:
                 found = ("none", str(err))
             except BaseException as err:
                 if isinstance(err, KeyboardInterrupt):
@@ -148,7 +150,7 @@ class Checks:
 
 
 def raises(kind: type[BaseException], body: Callable[[], Any], *words: str) -> str:
-    """The type's name and the message of the error, which must be of ``kind`` and have the words."""
+    """The type and message of the error, which must be of ``kind`` and have the words."""
     try:
         answer = body()
     except kind as err:

@@ -22,7 +22,7 @@ class Person(BaseModel):
 
 
 def client(url: str = "", mode: Any = instructor.Mode.MD_JSON, **settings: Any) -> Any:
-    settings = {"api_key": checks.key, "max_retries": 0, "timeout": 60} | settings
+    settings = {"api_key": checks.key, "max_retries": 0, "timeout": 110} | settings
     return instructor.from_openai(openai.OpenAI(base_url=url or checks.url, **settings), mode=mode)
 
 
@@ -33,7 +33,7 @@ def create(over: Any, messages: Any = (USER,), **fields: Any) -> Any:
 
 
 def refuse_errors_of_the_server(err: Exception) -> None:
-    """Raise what the server or the way to it caused; an answer that does not parse is the model's."""
+    """Raise what the server caused; an answer that does not parse is the model's fault."""
     if any(isinstance(each, openai.APIError | TimeoutError) for each in chain(err)):
         raise err
 
@@ -133,15 +133,15 @@ def _() -> Any:
 
 for status in ("429", "503"):
 
-    @checks.check(f"retry after {status}")
-    def _() -> Any:
+    @checks.check(f"retry after {status}", status)
+    def _(status: str) -> Any:
         label = f"instructor-{status}"
         over = client(checks.through(label, f"{status}x1"), max_retries=2)
         untyped(over, [USER], max_tokens=4)
         assert checks.count(label) == 2
 
 
-@checks.check("tools (not built)", unbuilt="tools")
+@checks.check("tools (not built)", unbuilt="tool")
 def _() -> Any:
     create(client(mode=instructor.Mode.TOOLS))
 

@@ -19,7 +19,9 @@ LOOP = asyncio.new_event_loop()  # one for all: the client keeps its connections
 
 def chat(url: str = "", **fields: Any) -> Any:
     fields = {"model": checks.model, "max_tokens": 8, "temperature": 0, "max_retries": 0} | fields
-    return ChatOpenAI(base_url=url or checks.url, **{"api_key": checks.key, "timeout": 60} | fields)
+    return ChatOpenAI(
+        base_url=url or checks.url, **{"api_key": checks.key, "timeout": 110} | fields
+    )
 
 
 def text(answer: Any) -> str:
@@ -42,7 +44,12 @@ def _() -> Any:
 
 @checks.check("system and several turns")
 def _() -> Any:
-    turns = [SystemMessage("Be brief."), HumanMessage(HELLO), AIMessage("Hello."), HumanMessage("?")]
+    turns = [
+        SystemMessage("Be brief."),
+        HumanMessage(HELLO),
+        AIMessage("Hello."),
+        HumanMessage("?"),
+    ]
     text(chat().invoke(turns))
     prompt = ChatPromptTemplate.from_messages([("system", "Be {how}."), ("human", "{ask}")])
     text((prompt | chat()).invoke({"how": "brief", "ask": HELLO}))
@@ -162,8 +169,8 @@ def _() -> Any:
 
 for status in ("429", "503"):
 
-    @checks.check(f"retry after {status}")
-    def _() -> Any:
+    @checks.check(f"retry after {status}", status)
+    def _(status: str) -> Any:
         label = f"langchain-{status}"
         text(chat(checks.through(label, f"{status}x1"), max_retries=2).invoke(HELLO))
         assert checks.count(label) == 2
@@ -191,13 +198,11 @@ def _() -> Any:
 @checks.check("embeddings (not served)")
 def _() -> Any:
     settings: dict[str, Any] = {"check_embedding_ctx_length": False, "max_retries": 0}
-    made = OpenAIEmbeddings(
-        model=checks.model, base_url=checks.url, api_key=checks.key, **settings
-    )
+    made = OpenAIEmbeddings(model=checks.model, base_url=checks.url, api_key=checks.key, **settings)
     return raises(openai.NotFoundError, lambda: made.embed_query("a"), "/v1/embeddings")
 
 
-@checks.check("tools (not built)", unbuilt="tools")
+@checks.check("tools (not built)", unbuilt="tool")
 def _() -> Any:
     def now() -> str:
         """The time."""

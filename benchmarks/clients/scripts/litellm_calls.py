@@ -16,7 +16,7 @@ MODEL = f"openai/{checks.model}"
 
 def chat(messages: Any = (USER,), url: str = "", **fields: Any) -> Any:
     fields = {"model": MODEL, "max_tokens": 8, "temperature": 0, "num_retries": 0} | fields
-    fields = {"api_key": checks.key, "timeout": 60} | fields
+    fields = {"api_key": checks.key, "timeout": 110} | fields
     return litellm.completion(messages=list(messages), api_base=url or checks.url, **fields)
 
 
@@ -135,7 +135,12 @@ def _() -> Any:
 
 def later(**fields: Any) -> Any:
     return litellm.acompletion(
-        model=MODEL, messages=[USER], api_base=checks.url, api_key=checks.key, max_tokens=6, **fields
+        model=MODEL,
+        messages=[USER],
+        api_base=checks.url,
+        api_key=checks.key,
+        max_tokens=6,
+        **fields,
     )
 
 
@@ -178,8 +183,8 @@ def _() -> Any:
 
 for status in ("429", "503"):
 
-    @checks.check(f"retry after {status}")
-    def _() -> Any:
+    @checks.check(f"retry after {status}", status)
+    def _(status: str) -> Any:
         label = f"litellm-{status}"
         text(chat(url=checks.through(label, f"{status}x1"), num_retries=2))
         assert checks.count(label) == 2
@@ -234,7 +239,7 @@ def _() -> Any:
     )
 
 
-@checks.check("tools (not built)", unbuilt="tools")
+@checks.check("tools (not built)", unbuilt="tool")
 def _() -> Any:
     function = {"name": "now", "parameters": {"type": "object", "properties": {}}}
     chat(tools=[{"type": "function", "function": function}])

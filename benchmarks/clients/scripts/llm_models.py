@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from checks import LONG, STORY, Absent, Checks, raises
+from checks import LONG, STORY, AbsentError, Checks, raises
 
 checks = Checks("llm", "openai")
 HELLO = "Say hello."
@@ -88,7 +88,7 @@ checks.absent("developer message", "name of a participant", why="the client does
 
 @checks.check("content in parts")
 def _() -> Any:
-    raise Absent("parts are for attachments only")
+    raise AbsentError("parts are for attachments only")
 
 
 checks.absent("earlier answer without text", why="the client does not send it")
@@ -186,8 +186,8 @@ def _() -> Any:
 
 for status in ("429", "503"):
 
-    @checks.check(f"retry after {status}")
-    def _() -> Any:
+    @checks.check(f"retry after {status}", status)
+    def _(status: str) -> Any:
         assert text(ask(model=f"busy{status}"))
         assert checks.count(f"llm-{status}") == 2
 
@@ -216,7 +216,7 @@ def _() -> Any:
 checks.absent("embeddings (not served)", why="the client embeds with OpenAI's own models only")
 
 
-@checks.check("tools (not built)", unbuilt="tools")
+@checks.check("tools (not built)", unbuilt="tool")
 def _() -> Any:
     def now() -> str:
         """The time."""

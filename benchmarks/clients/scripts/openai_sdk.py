@@ -9,7 +9,7 @@ import openai
 from checks import LONG, STORY, Checks, raises
 
 checks = Checks("openai")
-client = openai.OpenAI(base_url=checks.url, api_key=checks.key, max_retries=0, timeout=60)
+client = openai.OpenAI(base_url=checks.url, api_key=checks.key, max_retries=0, timeout=110)
 USER = {"role": "user", "content": "Say hello."}
 
 
@@ -144,7 +144,7 @@ def _() -> Any:
 
 
 def many() -> Any:
-    return openai.AsyncOpenAI(base_url=checks.url, api_key=checks.key, timeout=60)
+    return openai.AsyncOpenAI(base_url=checks.url, api_key=checks.key, timeout=110)
 
 
 @checks.check("async chat")
@@ -201,8 +201,8 @@ def _() -> Any:
 
 for status in ("429", "503"):
 
-    @checks.check(f"retry after {status}")
-    def _() -> Any:
+    @checks.check(f"retry after {status}", status)
+    def _(status: str) -> Any:
         label = f"openai-{status}"
         text(chat(over=through(label, f"{status}x1")))
         assert checks.count(label) == 2
@@ -241,7 +241,7 @@ def _() -> Any:
     )
 
 
-@checks.check("tools (not built)", unbuilt="tools")
+@checks.check("tools (not built)", unbuilt="tool")
 def _() -> Any:
     function = {"name": "now", "parameters": {"type": "object", "properties": {}}}
     chat(tools=[{"type": "function", "function": function}])
