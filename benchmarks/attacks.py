@@ -28,6 +28,16 @@ from tests.helpers.tiny import make_tiny_model
 STREAMS = 20
 AFTER_S = 10.0  # seconds after an attack at which memory must be back
 FILES = 1024  # open files that the front may have: the limit of many machines
+# A quick engine for attackers, and a deadline for those that do not read within the measure.
+SETTINGS = {
+    "write_timeout_s": 3.0,
+    "engine": {
+        "delay_s": 0.05,
+        "eager_s": 0.005,
+        "chat_template": TEMPLATE,
+        "max_model_len": 4096,
+    },
+}
 GAP_S, MEMORY_MB = 1.0, 100.0  # what must hold
 MB = 2**20
 
@@ -64,8 +74,7 @@ def measure(url: str, pid: int, kinds: Sequence[str], seconds: float) -> dict[st
 
 @contextmanager
 def fake(folder: Path) -> Iterator[tuple[str, int]]:
-    engine = {"delay_s": 0.05, "chat_template": TEMPLATE, "max_model_len": 4096}
-    with front(folder, files=FILES, engine=engine) as running:
+    with front(folder, files=FILES, **SETTINGS) as running:
         yield running.url, running.process.pid
 
 

@@ -115,11 +115,16 @@ class Attacker:
         await self.ask(path, body)
 
     async def non_readers(self, number: int) -> None:
-        """A long answer that nobody reads, whole or as a stream."""
-        fields = {"max_tokens": 3000, "n": 4, "logprobs": 5, "stream": number % 2 == 0}
+        """Answers that nobody reads: many pages in a row, a long one, a stream."""
+        many = {"prompt": "a", "n": 16, "max_tokens": 100, "logprobs": 5, "ignore_eos": True}
+        data = (
+            PAGE * 200,
+            request(TEXT, dumped(many)),
+            request(TEXT, dumped(many | {"n": 4, "max_tokens": 3000, "stream": True})),
+        )[number % 3]
         connection = await self.open(small=True)
         try:
-            await self.send(connection, request(TEXT, dumped({"prompt": "a"} | fields)))
+            await asyncio.get_running_loop().sock_sendall(connection, data)
             await self.until_closed(connection)
         finally:
             connection.close()
@@ -193,11 +198,12 @@ class Attacker:
         return info[0] != 1  # ESTABLISHED
 
 
+PAGE = b"GET /openapi.json HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
 GET = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
 # How many of each kind go on at once; they share the process and its share of a core.
 TASKS = {
     "bad_bodies": 4,
-    "non_readers": 40,
+    "non_readers": 24,
     "idle": CONNECTIONS,
     "tiny_chunks": 4,
     "big_answers": 3,
