@@ -27,6 +27,7 @@ LAYERS = {
     "outputs": 1,
     "config": 1,
     "topology": 2,
+    "templates": 2,
     "comm": 3,
     "attention": 4,
     "kv": 4,
@@ -63,6 +64,7 @@ ONLY_IN = {
     "fastapi": ["api/"],
     "starlette": ["api/"],
     "uvicorn": ["api/"],
+    "httptools": ["api/"],
     "prometheus_client": ["api/"],
 }
 WITHOUT_TORCH = [
@@ -78,6 +80,9 @@ WITHOUT_TORCH = [
     "process.py",
     "sampling_params.py",
     "topology/",
+    "templates/",
+    "model/__init__.py",
+    "model/chat_template.py",
     "kv/__init__.py",
     "kv/blocks.py",
     "kv/free_list.py",
@@ -100,6 +105,7 @@ WITHOUT_TORCH = [
     "serve/__init__.py",
     "serve/async_engine.py",
     "serve/channel.py",
+    "serve/mailbox.py",
     "serve/supervisor.py",
     "serve/worker_link.py",
     "cli/",
