@@ -78,7 +78,8 @@ def prompt_scores(prompt: list[int], top: int) -> tuple[TokenLogprob | None, ...
 class FakeEngine:
     """An ``EngineInterface``; a test sets its speed, failures and stops before it sends requests.
 
-    ``delay_s`` comes before every token, ``first_delay_s`` before the first. ``refuse`` is raised
+    ``delay_s`` comes before every token, ``first_delay_s`` before the first; ``eager_s`` is the
+    delay of requests with ``ignore_eos``, so that an attack can be quicker. ``refuse`` is raised
     before the first delta, ``break_after`` (n, error) after n tokens. ``end`` replaces the last
     finish reason. ``short`` gives answers (by index) that stop after that many tokens; in each step
     the answers come in their order, or ``backwards``. ``cached`` is how many tokens of every prompt
@@ -105,6 +106,7 @@ class FakeEngine:
         self._thread = ThreadPoolExecutor(1)
         self.first_delay_s = 0.0
         self.delay_s = 0.0
+        self.eager_s: float | None = None
         self.refuse: Exception | None = None
         self.break_after: tuple[int, Exception] | None = None
         self.end: str | None = None
@@ -144,8 +146,10 @@ class FakeEngine:
             total = [sum(prompt_token_ids)]  # as good as the prompt, and soon added up
             walks = [expected_ids(total, count, vocab, i) for i in range(params.n)]
             offsets = [0] * params.n  # characters of each answer before its next token
+            eager = params.ignore_eos and self.eager_s is not None
+            delay_s = (self.eager_s or 0.0) if eager else self.delay_s
             for step in range(count):
-                await asyncio.sleep(self.delay_s + (self.first_delay_s if step == 0 else 0.0))
+                await asyncio.sleep(delay_s + (self.first_delay_s if step == 0 else 0.0))
                 if self.break_after is not None and step == self.break_after[0]:
                     raise self.break_after[1]
                 for index in sorted(left, reverse=self.backwards):
