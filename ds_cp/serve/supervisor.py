@@ -300,8 +300,9 @@ class _Supervisor:
 
 
 def _say(line: str) -> None:
-    """A line for people. stderr is a ``LogStream``, so this neither waits nor fails."""
-    print(f"ds_cp: {line}", file=sys.stderr, flush=True)
+    """A line for people. Where stderr is a ``LogStream`` it waits for nobody."""
+    with contextlib.suppress(OSError, ValueError):  # ValueError: it was closed
+        print(f"ds_cp: {line}", file=sys.stderr, flush=True)
 
 
 def _noticed(cause: str, since: float) -> str:
