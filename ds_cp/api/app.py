@@ -9,17 +9,22 @@ from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from ds_cp.api.admin import rank_routes
+from ds_cp.api.bodies import Bodies
+from ds_cp.api.budget import ID_BYTES, Budget, HoldMemory, auto_bytes, held_by
 from ds_cp.api.chat import chat_completions
 from ds_cp.api.completions import completions
 from ds_cp.api.context import AppContext
 from ds_cp.api.errors import ApiError, ErrorBody, from_engine, from_validation
-from ds_cp.api.json_route import StrictJsonRoute
+from ds_cp.api.json_pieces import json_integers, json_object, json_text
+from ds_cp.api.json_route import strict_json_route
 from ds_cp.api.logprobs import TokenTexts
 from ds_cp.api.metrics import ServerMetrics
+from ds_cp.api.paced import PacedJson, Turns
 from ds_cp.api.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -56,13 +61,22 @@ def create_app(engine: EngineInterface, server: Server) -> FastAPI:
 
     codec = TextCodec(engine, server.tokenize_timeout_s)
     context = AppContext(
-        engine, server, ServerMetrics(engine, model_name), codec, TokenTexts(engine)
+        engine, server, ServerMetrics(engine, model_name), codec, TokenTexts(engine), Turns()
+    )
+
+    def model_length() -> int:
+        return engine.info.max_model_len if engine.state == "ready" else 0
+
+    bodies = Bodies(server.max_body_bytes, server.body_timeout_s, model_length)
+    json_route = strict_json_route(
+        bodies, server.unknown_fields == "refuse", context.metrics.ignored_fields
     )
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         codec.close()
+        bodies.close()
 
     app = FastAPI(
         title="ds_cp",
@@ -73,14 +87,16 @@ def create_app(engine: EngineInterface, server: Server) -> FastAPI:
         redirect_slashes=False,  # Routing takes a slash at the end away
         responses=_ERRORS,
     )
-    app.include_router(_completion_routes(context))
-    app.include_router(_text_routes(context))
+    app.include_router(_completion_routes(context, json_route))
+    app.include_router(_text_routes(context, json_route))
     app.include_router(_state_routes(context))
     app.include_router(rank_routes(context))
     app.add_exception_handler(RequestValidationError, _on_validation)
     app.add_exception_handler(HTTPException, _on_http)
     app.add_exception_handler(DsCpError, _on_typed)
     # The last one added is the outermost.
+    limit = server.max_buffered_bytes
+    app.add_middleware(HoldMemory, budget=Budget(auto_bytes() if limit == "auto" else limit))
     if server.api_keys:
         app.add_middleware(ApiKeys, keys=server.api_keys)
     app.add_middleware(Routing, routes=app.router.routes)
@@ -103,8 +119,8 @@ def package_version() -> str:
         return "0+unknown"
 
 
-def _completion_routes(context: AppContext) -> APIRouter:
-    router = APIRouter(route_class=StrictJsonRoute)
+def _completion_routes(context: AppContext, json_route: type[APIRoute]) -> APIRouter:
+    router = APIRouter(route_class=json_route)
 
     @router.post("/v1/chat/completions", response_model=None)
     async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
@@ -117,11 +133,11 @@ def _completion_routes(context: AppContext) -> APIRouter:
     return router
 
 
-def _text_routes(context: AppContext) -> APIRouter:
-    router = APIRouter(route_class=StrictJsonRoute)
+def _text_routes(context: AppContext, json_route: type[APIRoute]) -> APIRouter:
+    router = APIRouter(route_class=json_route)
 
-    @router.post("/tokenize")
-    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+    @router.post("/tokenize", response_model=dict[str, Any])
+    async def tokenize(body: TokenizeRequest, request: Request) -> Response:
         context.check(body.model)
         if body.messages is not None:
             messages = [message.for_template() for message in body.messages]
@@ -132,17 +148,21 @@ def _text_routes(context: AppContext) -> APIRouter:
             ids = await context.codec.encode(
                 body.prompt or "", add_special_tokens=body.add_special_tokens
             )
-        return {
+        held_by(request.scope).take(ID_BYTES * len(ids))
+        answer = {
             "count": len(ids),
             "max_model_len": context.engine.info.max_model_len,
-            "tokens": ids,
+            "tokens": json_integers(ids),
         }
+        return PacedJson(json_object(answer), context.turns)
 
-    @router.post("/detokenize")
-    async def detokenize(body: DetokenizeRequest) -> dict[str, str]:
+    @router.post("/detokenize", response_model=dict[str, str])
+    async def detokenize(body: DetokenizeRequest) -> Response:
         context.check(body.model)
+        context.codec.check_count(len(body.tokens))
         context.check_ids(body.tokens, "tokens")
-        return {"prompt": await context.codec.decode(body.tokens)}
+        text = await context.codec.decode(body.tokens)
+        return PacedJson(json_object({"prompt": json_text(text)}), context.turns)
 
     return router
 

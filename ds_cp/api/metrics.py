@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from prometheus_client import CollectorRegistry, Histogram
+from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 
@@ -55,6 +55,12 @@ class ServerMetrics:
         self._e2e = self._histogram(
             "e2e_request_latency", "From the arrival of a request to its last token.", _E2E_BUCKETS
         )
+        self._ignored = Counter(
+            "ds_cp:ignored_fields",
+            "Fields of requests that were ignored because no part of the protocol knows them.",
+            labelnames=("model_name",),
+            registry=self._registry,
+        )
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(
@@ -76,6 +82,10 @@ class ServerMetrics:
     def finished(self, seconds: float) -> None:
         """A request got its last token, ``seconds`` after it arrived."""
         self._e2e.labels(self._name()).observe(seconds)
+
+    def ignored_fields(self, count: int) -> None:
+        """A request had ``count`` unknown fields that were ignored."""
+        self._ignored.labels(self._name()).inc(count)
 
     def exposition(self, accept: str) -> tuple[bytes, str]:
         """The scrape's body and its content type, as the ``Accept`` header asks; plain text when it
@@ -116,6 +126,7 @@ def _gauges(stats: EngineStats, name: str) -> Iterable[Metric]:
     for key, text, value in (
         ("num_requests_running", "Requests in the running batch.", stats.num_requests_running),
         ("num_requests_waiting", "Requests waiting to be scheduled.", stats.num_requests_waiting),
+        ("engine_step_age_seconds", "Age of the step that runs now.", stats.step_age_seconds),
         ("kv_cache_usage_perc", "KV blocks in use, 1 means all.", used / total if total else 0.0),
     ):
         family = GaugeMetricFamily(f"ds_cp:{key}", text, labels=("model_name",))

@@ -48,6 +48,20 @@ MemoryBudget = Annotated[
     BeforeValidator(_bytes),
     WithJsonSchema(_BUDGET_SCHEMA),
 ]
+MIN_BUFFERED = 16 << 20  # bytes: some requests must fit
+MemorySize = Annotated[
+    Auto | Annotated[int, Field(ge=MIN_BUFFERED, le=MAX_MEMORY)],
+    BeforeValidator(_bytes),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"const": "auto", "type": "string"},
+                _SIZE_SCHEMA["anyOf"][0],
+                {"type": "integer", "minimum": MIN_BUFFERED, "maximum": MAX_MEMORY},
+            ]
+        }
+    ),
+]
 TokenBudget = Annotated[
     Auto | Tokens | Annotated[tuple[Tokens, ...], Field(min_length=1, max_length=MAX_RANKS)],
     BeforeValidator(_tuple),

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import ipaddress
 import string
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from ds_cp.config.addresses import canonical_host, canonical_origin
-from ds_cp.config.fields import ApiKeys, Names, Section, Timeout, unit_of
+from ds_cp.config.fields import ApiKeys, Auto, MemorySize, Names, Section, Timeout, unit_of
 from ds_cp.text import show
 
 _HOST_LETTERS = frozenset(string.ascii_lowercase + string.digits + ".-_:")
@@ -44,12 +44,36 @@ class Server(Section):
     served_model_name: Annotated[str, Field(min_length=1, max_length=256)] | None = Field(
         default=None, description="model name in the API; null: the last part of model"
     )
+    unknown_fields: Literal["warn", "refuse"] = Field(
+        default="warn",
+        description="what becomes of a field that no part of the protocol knows: warn ignores it "
+        "with a header that names it, refuse answers HTTP 400",
+    )
     max_body_bytes: Annotated[int, Field(ge=1024, le=1 << 30)] = Field(
         default=8 << 20, description="largest HTTP request body", json_schema_extra=unit_of("bytes")
     )
+    max_connections: Auto | Annotated[int, Field(ge=1, le=65536)] = Field(
+        default="auto",
+        description="connections open at once, below the limit of open files; beyond it the one "
+        "that is idle longest is closed, or HTTP 503; auto: 1024",
+    )
+    max_buffered_bytes: MemorySize = Field(
+        default="auto",
+        description="memory that bodies and answers of all requests together may hold; requests "
+        "beyond it are refused with HTTP 503; auto: an eighth of the machine's memory, "
+        "at most 8 GiB",
+        json_schema_extra=unit_of("bytes"),
+    )
     drain_timeout_s: Annotated[float, Field(ge=0, le=3600)] = Field(
-        default=30.0,
-        description="time that running requests get to finish after SIGTERM",
+        default=25.0,
+        description="time that running requests get to finish after SIGTERM; torchrun, deepspeed, "
+        "Slurm and Kubernetes kill 30 s after theirs unless told otherwise, mpirun at once",
+        json_schema_extra=unit_of("seconds"),
+    )
+    stall_s: Timeout = Field(
+        default=60.0,
+        description='time that one step may take before /health says 503 "stalled"; long '
+        "prompts are cut into steps of about a second",
         json_schema_extra=unit_of("seconds"),
     )
     header_timeout_s: Timeout = Field(
@@ -66,8 +90,8 @@ class Server(Section):
     )
     write_timeout_s: Timeout = Field(
         default=60.0,
-        description="time that a streamed answer waits for its client to read on; its request is "
-        "aborted then",
+        description="time that an answer waits for its client to read on; its connection is "
+        "closed and its request aborted then",
         json_schema_extra=unit_of("seconds"),
     )
     tokenize_timeout_s: Timeout = Field(

@@ -159,7 +159,7 @@ class EngineCore:
 
     def _record_scores(self, scored: Scored) -> None:
         answer = self._answers.get(scored.request)
-        if answer is not None:
+        if answer is not None and not answer.call.sent_prompt:
             prompt = answer.request.prompt
             for position, (logprob, top) in enumerate(scored.rows, scored.start):
                 answer.call.scores[position] = TokenLogprob(prompt[position], logprob, top)
@@ -196,6 +196,7 @@ class EngineCore:
         if not call.sent_prompt and request.index == 0:
             call.sent_prompt = True
             cached, scores = request.cached_tokens or 0, self._scores(request, call)
+            call.scores = {}  # the caller has them now: many megabytes for a long prompt
         if reason is not None:
             self._forget(answer)
         return Delta(

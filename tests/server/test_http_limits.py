@@ -110,7 +110,7 @@ def test_client_that_does_not_read_is_given_up(launch: Launch) -> None:
     sock = connect(server)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
     sock.sendall(
-        request_bytes({"prompt": [5], "max_tokens": 900_000, "stream": True, "logprobs": 20})
+        request_bytes({"prompt": [5], "max_tokens": 47_000, "stream": True, "logprobs": 20})
     )
     assert wait_for(lambda: len(server.engine.live) == 1)
     assert wait_for(lambda: not server.engine.live, 30)
@@ -227,12 +227,9 @@ def test_header_and_url_limits(served: Running) -> None:
     reply = served.get("/health", params={"q": "a" * 9000})
     assert reply.status_code == 414
     sock = connect(served)
-    try:
-        sock.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Big: " + b"a" * 2_000_000)
-        raw = read_all(sock)
-    except ConnectionError:
-        raw = b""
-    assert raw == b"" or b" 400 " in raw
+    sock.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Big: " + b"a" * 2_000_000)
+    raw = read_all(sock)  # it is told, since the server reads on for a while
+    assert b" 431 " in raw and "bytes" in body_of(raw)["error"]["message"]
 
 
 def test_what_is_no_http(served: Running) -> None:

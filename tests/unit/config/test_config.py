@@ -51,8 +51,12 @@ DEFAULTS = {
     "server.allowed_hosts": (),
     "server.cors_origins": (),
     "server.served_model_name": None,
+    "server.unknown_fields": "warn",
     "server.max_body_bytes": 8 * 1024 * 1024,
-    "server.drain_timeout_s": 30,
+    "server.max_connections": "auto",
+    "server.max_buffered_bytes": "auto",
+    "server.drain_timeout_s": 25,
+    "server.stall_s": 60,
     "server.header_timeout_s": 10,
     "server.body_timeout_s": 10,
     "server.write_timeout_s": 60,
@@ -244,11 +248,14 @@ BOUNDS = {
     "comm.timeout_s": (5, 86400),
     "server.drain_timeout_s": (0, 3600),
     "server.header_timeout_s": (0.1, 3600),
+    "server.stall_s": (0.1, 3600),
     "server.body_timeout_s": (0.1, 3600),
     "server.write_timeout_s": (0.1, 3600),
     "server.tokenize_timeout_s": (0.1, 3600),
     "server.keep_alive_s": (0.1, 3600),
     "server.max_body_bytes": (1024, 1 << 30),
+    "server.max_connections": (1, 65536),
+    "server.max_buffered_bytes": (16 << 20, None),
 }
 
 
