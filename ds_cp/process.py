@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from ds_cp.log_stream import LogStream, drain_streams
+
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
 _M_MMAP_THRESHOLD = -3  # of mallopt(3)
 _LARGE_BLOCK = 1 << 20  # bytes of a block that is given back to the system once it is free
@@ -17,12 +19,14 @@ _LARGE_BLOCK = 1 << 20  # bytes of a block that is given back to the system once
 def leave_process(code: int) -> NoReturn:
     """End this process at once: taking torch down in order needs seconds, and may abort the process
     after a failed collective (``World.leave``). The exit code is 1 instead of 0 when what was
-    written cannot be flushed."""
-    try:
-        sys.stdout.flush()
-        sys.stderr.flush()
-    except OSError:  # the reader has left, or the disk is full
-        code = code or 1
+    written cannot be flushed; a ``LogStream`` gets a limited time, and loses the rest."""
+    for stream in (sys.stdout, sys.stderr):
+        if not isinstance(stream, LogStream):
+            try:
+                stream.flush()
+            except OSError:  # the reader has left, or the disk is full
+                code = code or 1
+    drain_streams()
     os._exit(code)
 
 

@@ -41,7 +41,7 @@ def test_answers_are_the_servers(engine: FakeEngine, tokenizer: Any) -> None:
     async def over_httpx() -> dict[str, Any]:
         async with opened(engine) as app:
             transport = httpx.ASGITransport(app)
-            async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            async with httpx.AsyncClient(transport=transport, base_url="http://[::1]") as client:
                 return {
                     name: (await client.post(url, json=body)).json()
                     for name, (url, body) in bodies.items()
