@@ -17,7 +17,9 @@ MIB = 2**20
 # Bytes of memory per unit, measured and rounded up.
 BODY_BYTES = 6  # per byte of a body: as received, as text, and parsed
 ID_BYTES = 48  # per token id of a list
-ENTRY_BYTES = 128  # per log-probability with its token, as an object or as JSON
+ENTRY_BYTES = 128  # per log-probability with its token, as JSON
+PACKED_BYTES = 16  # per log-probability, packed; and for each token:
+PACKED_TOKEN_BYTES = 80
 TEXT_BYTES = 8  # per token of a text as JSON; what a token has beyond is charged as it comes
 DELTA_BYTES = 48  # per token of a stream that waits for its client: text and id
 REQUEST_BYTES = 128 * 1024  # per request: its tasks, and what its connection's buffers hold
