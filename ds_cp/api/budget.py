@@ -28,7 +28,8 @@ FREE_BODY_BYTES = 64 * 1024  # bytes of a body that are not charged: no list of 
 AUTO_SHARE = 1 / 8  # of the machine's memory
 AUTO_RANGE = (256 * MIB, 8192 * MIB)  # bytes
 LARGE_SHARE = 3 / 4  # of the budget for large requests; the rest is for small ones alone
-SMALL_SHARE = 1 / 1024  # of the budget: what a small request takes at most
+SMALL_SHARE = 1 / 1024  # of the budget: what a small request takes at most, or
+SMALL_BYTES = MIB
 RETRY_AFTER_S = 2  # seconds that a client is asked to wait while the budget is taken
 
 
@@ -42,7 +43,7 @@ class Budget:
     def has_room(self, more: int, whole: int) -> bool:
         """Whether a request that holds ``whole`` bytes in the end may take ``more`` now. Large
         requests leave a part of the budget to the small ones, so that they cannot keep them out."""
-        small = whole <= self.limit * SMALL_SHARE
+        small = whole <= max(self.limit * SMALL_SHARE, SMALL_BYTES)
         return self.used + more <= self.limit * (1.0 if small else LARGE_SHARE)
 
 
