@@ -22,6 +22,7 @@ async def chat_completions(context: AppContext, body: ChatRequest, request: Requ
     """Answer a chat request, whole or as a stream."""
     arrival = monotonic()
     context.check(body.model)
+    context.check_template_kwargs(body.chat_template_kwargs)
     newer = body.max_completion_tokens is not None
     max_param = "max_completion_tokens" if newer else "max_tokens"
     params = sampling_params(

@@ -59,9 +59,11 @@ class AppContext:
         return self.server.served_model_name or self.engine.info.model
 
     def check_ready(self) -> None:
-        """Raises ``ApiError`` 503 while the engine is starting or dead."""
-        if self.engine.state != "ready":
-            raise not_ready(self.engine.state)
+        """Raises ``ApiError`` 503 while the engine is starting, stopping or dead. A stalled one
+        may go on: requests wait for it."""
+        state = self.engine.state
+        if state not in ("ready", "stalled"):
+            raise not_ready(state)
 
     def check(self, model: str | None) -> None:
         """Raises ``ApiError`` 503 when the engine is not ready, 404 for another model's name."""
@@ -74,6 +76,18 @@ class AppContext:
                 param="model",
                 code="model_not_found",
             )
+
+    def check_template_kwargs(self, given: Mapping[str, Any] | None) -> None:
+        """Raises ``ApiError`` 400 for a false that the model's chat template would heed."""
+        template = str(getattr(self.engine.tokenizer, "chat_template", None))
+        for name, value in (given or {}).items():
+            if value is False and name in template:
+                raise ApiError(
+                    400,
+                    f"chat_template_kwargs is not supported: this model's template reads {name!r}, "
+                    "which a request cannot set",
+                    param="chat_template_kwargs",
+                )
 
     def check_ids(self, ids: Collection[int], param: str) -> None:
         """Raises ``RequestError`` for token ids outside the vocabulary."""
@@ -179,9 +193,8 @@ class AppContext:
         if asked > room:
             raise ApiError(
                 400,
-                f"the model's context length is {length} tokens; "
-                f"the prompt has {prompt} and {name} asks for {asked} more: "
-                f"need {prompt + asked}, have {length}; "
+                overflow_text(length, prompt, asked, prompt_param)
+                + f": {name} asks for {asked}, need {prompt + asked}, have {length}; "
                 "shorten the prompt" + (f" or lower {name}" if room > 0 else ""),
                 param=prompt_param if room < 1 else name,
                 code="context_length_exceeded",
@@ -199,20 +212,35 @@ def sampling_params(
 ) -> SamplingParams:
     """The engine's parameters of a request; null fields take the engine's defaults.
 
+    ``top_p`` 0, which OpenAI allows and the engine does not, is greedy: the likeliest token alone.
     ``names``: the client's name of a parameter, where it differs. Raises ``RequestError`` with the
     client's names.
     """
     given: dict[str, Any] = {name: getattr(body, name) for name in _COPIED}
     given = {name: value for name, value in given.items() if value is not None}
+    greedy = given.get("top_p") == 0
+    if greedy:
+        del given["top_p"]
     try:
-        return SamplingParams(
+        params = SamplingParams(
             max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs, **given
         )
+        return replace(params, temperature=0.0) if greedy else params
     except RequestError as err:
         message = str(err)
         for ours, theirs in names.items():
             message = re.sub(rf"\b{ours}\b", theirs, message)
         raise RequestError(message, names.get(err.param or "", err.param)) from None
+
+
+def overflow_text(length: int, prompt: int, new: int, prompt_param: str) -> str:
+    """How OpenAI's message for a request that is longer than the model begins: clients look for
+    its words. All numbers are tokens."""
+    return (
+        f"This model's maximum context length is {length} tokens. However, you requested "
+        f"{prompt + new} tokens ({prompt} in the {prompt_param}, {new} in the completion). "
+        f"Please reduce the length of the {prompt_param} or completion"
+    )
 
 
 def request_options(body: SamplingRequest, request: Request) -> RequestOptions:

@@ -72,6 +72,8 @@ ApiKeys = Annotated[
     _ApiKey | Annotated[tuple[_ApiKey, ...], Field(min_length=1, max_length=256)] | None,
     BeforeValidator(_tuple),
 ]
+_Name = Annotated[str, Field(min_length=1, max_length=300)]
+Names = Annotated[tuple[_Name, ...], Field(max_length=64), BeforeValidator(_tuple)]
 
 
 def unit_of(unit: str) -> dict[str, Any]:

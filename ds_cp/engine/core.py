@@ -264,6 +264,7 @@ class EngineCore:
             kv_blocks_cached=tuple(allocator.num_cached(r) for r in ranks),
             kv_blocks_total=allocator.blocks_per_rank,
             ranks_drained=tuple(sorted(scheduler.block_manager.closed)),
+            ranks_draining=scheduler.ranks_draining,
             prefix_cache_queries=scheduler.block_manager.queries,
             prefix_cache_hits=scheduler.block_manager.hits,
             blocks_moved=scheduler.migration.num_moved,
