@@ -318,7 +318,7 @@ def test_what_does_not_fit_is_told_to_come_again(
     assert error["code"] == "request_too_large" and "server.max_buffered_bytes" in error["message"]
     engine.delay_s = 0.05
     data = json.dumps(body).encode()
-    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
     with socket.create_connection(("127.0.0.1", server.port), timeout=10) as running:
         running.sendall(head.encode() + b"Content-Length: %d\r\n\r\n" % len(data) + data)
         assert wait_for(lambda: len(engine.live) == 1)
