@@ -16,7 +16,7 @@ from tests.helpers.front import Front, front, honest_streams
 
 MIB = 2**20
 LIMIT = 64 * MIB
-SECONDS = 3.0  # of each attack
+SECONDS = 2.0  # of each attack
 C, CHAT = "/v1/completions", "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "x"}]
 # Each asks for 80,000 to 420,000 log-probabilities, or for 4 MB of text.
