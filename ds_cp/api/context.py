@@ -15,6 +15,8 @@ from ds_cp.api.budget import (
     DELTA_BYTES,
     ENTRY_BYTES,
     ID_BYTES,
+    PACKED_BYTES,
+    PACKED_TOKEN_BYTES,
     REQUEST_BYTES,
     TEXT_BYTES,
     Held,
@@ -32,7 +34,7 @@ from ds_cp.errors import RequestError
 from ds_cp.sampling_params import RequestOptions, SamplingParams
 
 # Log-probabilities of one answer, one per token, alternative and choice, at most: of the prompts
-# and of the new tokens together. A million are about 100 MB of memory and of JSON.
+# and of the new tokens together. A million are 50 to 100 MB of JSON.
 MAX_LOGPROBS = 1_000_000
 # Fields that the engine has by the same name.
 _COPIED = (
@@ -165,8 +167,14 @@ class AppContext:
                 + " or ask for fewer",
                 name,
             )
-        fixed = REQUEST_BYTES + ID_BYTES * prompt + ENTRY_BYTES * scored
-        growing = new * (DELTA_BYTES if stream else TEXT_BYTES) + ENTRY_BYTES * drawn
+        fixed = REQUEST_BYTES + ID_BYTES * prompt
+        if scored:
+            fixed += PACKED_TOKEN_BYTES * prompt + PACKED_BYTES * scored
+        if not stream:
+            growing = TEXT_BYTES * new + ENTRY_BYTES * drawn
+        else:
+            each = DELTA_BYTES + (PACKED_TOKEN_BYTES if drawn else 0)
+            growing = each * new + PACKED_BYTES * drawn
         held.reserve(fixed + growing)
         held.spend(fixed)
 
