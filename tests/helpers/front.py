@@ -3,8 +3,8 @@ measure it: its memory, its descriptors, the gaps of honest streams beside the a
 
 ``python -m tests.helpers.front SETTINGS`` serves, drains after SIGTERM and hurries after a second
 one. SETTINGS is a JSON object of the config's ``server`` section, and under "engine" attributes of
-the fake engine (``delay_s``, ...), its ``max_model_len`` and its ``chat_template``. It prints the
-port.
+the fake engine (``delay_s``, ...), its ``max_model_len``, its ``chat_template`` and the seconds
+that this may compute, ``template_cpu_s``. It prints the port.
 """
 
 from __future__ import annotations
@@ -42,9 +42,11 @@ class Front:
 
     @property
     def memory(self) -> int:
-        """Resident bytes of the front and of the processes it started."""
+        """Resident bytes of the front and of the processes it started; a page that several of them
+        share is counted once."""
         ours = psutil.Process(self.process.pid)
-        return sum(process.memory_info().rss for process in [ours, *ours.children(recursive=True)])
+        everyone = [ours, *ours.children(recursive=True)]
+        return sum(process.memory_full_info().pss for process in everyone)
 
     @property
     def descriptors(self) -> int:
@@ -128,12 +130,20 @@ def serve(settings: Mapping[str, Any]) -> None:
     from ds_cp.api.transport.listen import bind
     from ds_cp.api.transport.server import serve_until
     from ds_cp.config import Server
-    from tests.helpers.fake_engine import CHAT_TEMPLATE, FakeEngine, make_tokenizer
+    from ds_cp.templates.chat import ChatTemplate
+    from tests.helpers.fake_engine import (
+        CHAT_TEMPLATE,
+        FakeEngine,
+        make_tokenizer,
+        template_processes,
+    )
 
     values = {"port": 0, "drain_timeout_s": 1.0} | dict(settings)
     knobs = dict(values.pop("engine", {}))
     template = knobs.pop("chat_template", CHAT_TEMPLATE)
     engine = FakeEngine(make_tokenizer(template), knobs.pop("max_model_len", 4096))
+    if cpu_s := knobs.pop("template_cpu_s", None):
+        engine.chat_template = ChatTemplate(engine.tokenizer, template_processes(), cpu_s)
     for name, value in knobs.items():
         setattr(engine, name, value)
     server = Server(**values)
