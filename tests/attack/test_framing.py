@@ -167,7 +167,9 @@ OTHERS: dict[str, tuple[bytes, list[int]]] = {
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
     """A front whose idle connections end soon, so that every answer can be read to its end."""
-    with front(tmp_path_factory.mktemp("framing"), header_timeout_s=2.0) as running:
+    with front(
+        tmp_path_factory.mktemp("framing"), header_timeout_s=2.0, allowed_hosts=["x"]
+    ) as running:
         yield running
 
 
