@@ -167,7 +167,9 @@ OTHERS: dict[str, tuple[bytes, list[int]]] = {
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
     """A front whose idle connections end soon, so that every answer can be read to its end."""
-    with front(tmp_path_factory.mktemp("framing"), header_timeout_s=2.0) as running:
+    with front(
+        tmp_path_factory.mktemp("framing"), header_timeout_s=2.0, allowed_hosts=["x"]
+    ) as running:
         yield running
 
 
@@ -209,3 +211,19 @@ def test_what_a_server_takes(served: Front, case: str) -> None:
         assert [answer.status for answer in found] == expected, (case, pieces, found)
         assert all(answer.error for answer in found if answer.status >= 400)
         assert not any(b"smuggled" in answer.body for answer in found)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_http_1_0_gets_no_chunks(served: Front, stream: bool) -> None:
+    """6.1: HTTP/1.0 does not know them, so the end of the connection ends the answer."""
+    body = json.dumps({"prompt": [5], "max_tokens": 3, "stream": stream}).encode()
+    head = POST.replace(b"1.1", b"1.0") + b"Connection: keep-alive\r\n"
+    (answer,) = ask(served.port, head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+    assert answer.status == 200 and answer.headers["connection"] == "close"
+    assert "transfer-encoding" not in answer.headers
+    if stream:
+        events = answer.body.decode().split("\n\n")
+        assert all(event.startswith("data: ") for event in events[:-1])
+        assert events[-2:] == ["data: [DONE]", ""]
+    else:
+        assert json.loads(answer.body)["usage"]["completion_tokens"] == 3

@@ -16,7 +16,7 @@ import pytest
 from tests.helpers.front import Front, front, honest_streams
 from tests.helpers.raw import answers, ask, connect, read_all
 
-HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
 MODELS = HEALTH.replace(b"/health", b"/v1/models")
 
 
@@ -69,7 +69,7 @@ def test_idle_connections_are_nothing_to_others(tmp_path: Path, limit: int) -> N
 def busy(served: Front, stack: contextlib.ExitStack, count: int) -> list[socket.socket]:
     """Connections with a stream in flight."""
     body = b'{"prompt": [5], "max_tokens": 100, "stream": true}'
-    data = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    data = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     data += b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body) + body
     socks = [stack.enter_context(connect(served.port)) for _ in range(count)]
     for sock in socks:
@@ -95,7 +95,7 @@ def test_at_the_bound(tmp_path: Path) -> None:
             assert refused.status == 503 and refused.error["code"] == "too_many_connections"
             assert refused.headers["connection"] == "close"
             assert int(refused.headers["retry-after"]) >= 1
-            for target in (b"/health", b"/health?x", b"http://x/health"):
+            for target in (b"/health", b"/health?x", b"http://localhost/health"):
                 (answer,) = ask(port, HEALTH.replace(b"/health", target))
                 assert answer.status == 200 and answer.headers["connection"] == "close"
             hold(stack, port, 60)  # they take turns in what is kept for health

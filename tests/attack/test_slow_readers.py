@@ -35,7 +35,7 @@ def deaf_client(
     sock.settimeout(20)
     sock.connect(("127.0.0.1", served.port))
     data = json.dumps(body).encode()
-    head = [f"POST {C} HTTP/1.1", "Host: x", "Content-Type: application/json", *extra]
+    head = [f"POST {C} HTTP/1.1", "Host: localhost", "Content-Type: application/json", *extra]
     sock.sendall("\r\n".join([*head, f"Content-Length: {len(data)}", "", ""]).encode() + data)
     return sock
 

@@ -17,9 +17,9 @@ from ds_cp.api.transport import wire
 from tests.helpers.front import Front, front, honest_streams
 from tests.helpers.raw import answers, ask
 
-GET = b"GET /health HTTP/1.1\r\nHost: x\r\n"
+GET = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
 POST = (
-    b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     b"Transfer-Encoding: chunked\r\n\r\n"
 )
 KIB = 1024
@@ -139,7 +139,9 @@ def test_honest_chunks_and_heads_pass(served: Front) -> None:
         (lines(wire.MAX_LINES), 200),
         (lines(wire.MAX_LINES + 1), 431),
     ):
-        data = data.replace(b"Host: x\r\n", b"Host: x\r\nConnection: close\r\n", data[:1] == b"P")
+        data = data.replace(
+            b"Host: localhost\r\n", b"Host: localhost\r\nConnection: close\r\n", data[:1] == b"P"
+        )
         assert [answer.status for answer in ask(served.port, data)] == [status]
 
 
