@@ -263,6 +263,19 @@ def test_renderings_do_not_wait_for_one_that_loops() -> None:
         assert all(isinstance(future.exception(60), ChatTemplateError) for future in looping)
 
 
+def test_a_long_conversation_after_a_short_one_has_its_own_limits(
+    processes: TemplateProcesses,
+) -> None:
+    template = opened(templates.CHATML, processes)
+    long = "word " * 1_600_000 + "\U0001f9ff"  # four bytes a character, once one is beyond the BMP
+    for _ in range(2):
+        assert len(render(template, HELLO)) < 100
+        text = render(template, [HELLO[0] | {"content": long}], max_chars=10**7)
+        assert long in text
+    with pytest.raises(ChatTemplateError, match="characters of messages of 8000001"):
+        render(template, [HELLO[0] | {"content": long}], max_chars=10**6)
+
+
 def test_a_clock_ends_a_rendering_that_waits() -> None:
     template = opened(templates.TRAPS, cpu_s=20.0)
     render(template, HELLO)
