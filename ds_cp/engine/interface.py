@@ -35,7 +35,8 @@ class EngineStats:
     kv_blocks_used: tuple[int, ...] = ()  # one per rank
     kv_blocks_cached: tuple[int, ...] = ()  # unreferenced, kept for their prefix
     kv_blocks_total: tuple[int, ...] = ()
-    ranks_drained: tuple[int, ...] = ()  # ranks that take no new KV
+    ranks_drained: tuple[int, ...] = ()  # closed ranks: they take no new KV
+    ranks_draining: tuple[int, ...] = ()  # closed ranks that are not empty yet
     prefix_cache_queries: int = 0  # prompt tokens looked up
     prefix_cache_hits: int = 0  # prompt tokens found
     blocks_moved: int = 0  # by drain and rebalance
@@ -44,10 +45,17 @@ class EngineStats:
     num_preemptions: int = 0
     steps: int = 0
     step_seconds: float = 0.0
+    step_age_seconds: float = 0.0  # of the step that runs now; 0 between steps
     finished: dict[str, int] = field(default_factory=dict)  # finish_reason -> count
     mode_counts: dict[str, int] = field(default_factory=dict)  # scheduled items by mode
     comm_bytes: dict[str, int] = field(default_factory=dict)  # rank 0's sent bytes by scheme
     comm_exchanges: dict[str, int] = field(default_factory=dict)
+
+    def rank_state(self, rank: int) -> str:
+        """ "open", "draining" (closed, and not empty yet) or "drained" (closed and empty)."""
+        if rank in self.ranks_draining:
+            return "draining"
+        return "drained" if rank in self.ranks_drained else "open"
 
 
 class EngineInterface(Protocol):
@@ -66,7 +74,8 @@ class EngineInterface(Protocol):
 
     @property
     def state(self) -> str:
-        """ "starting", "ready" or "dead"."""
+        """ "starting"; "ready"; "stalled" while one step takes longer than ``server.stall_s``;
+        "stopping" once the server is being stopped; "dead"."""
         ...
 
     def generate(
@@ -88,8 +97,10 @@ class EngineInterface(Protocol):
         ...
 
     def drain(self, rank: int) -> None:
-        """Move everything off a rank, live, and place nothing there. ``RequestError`` when there is
-        no such rank; ``CapacityError`` when the other ranks cannot hold what runs."""
+        """Begin to move everything off a rank, live, and place nothing there; it is done when
+        ``stats().ranks_draining`` does not have the rank any more. ``RequestError`` when there is
+        no such rank; ``CapacityError`` when no other rank is open, or those that are cannot hold
+        what runs."""
         ...
 
     def reopen(self, rank: int) -> None:

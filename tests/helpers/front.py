@@ -1,10 +1,10 @@
 """The HTTP front in a process of its own over the fake engine, so that a test can attack it and
 measure it: its memory, its descriptors, the gaps of honest streams beside the attack.
 
-``python -m tests.helpers.front SETTINGS`` serves: SETTINGS is a JSON object of the config's
-``server`` section, and under "engine" attributes of the fake engine (``delay_s``, ...), its
-``max_model_len``, its ``chat_template`` and the seconds that this may compute, ``template_cpu_s``.
-It prints the port.
+``python -m tests.helpers.front SETTINGS`` serves, drains after SIGTERM and hurries after a second
+one. SETTINGS is a JSON object of the config's ``server`` section, and under "engine" attributes of
+the fake engine (``delay_s``, ...), its ``max_model_len``, its ``chat_template`` and the seconds
+that this may compute, ``template_cpu_s``. It prints the port.
 """
 
 from __future__ import annotations
@@ -150,10 +150,14 @@ def serve(settings: Mapping[str, Any]) -> None:
     listeners = bind(server.host, server.port)
 
     async def main() -> None:
-        stop = asyncio.Event()
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+        stop, hurry = asyncio.Event(), asyncio.Event()
+
+        def on_signal() -> None:
+            (hurry if stop.is_set() else stop).set()
+
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, on_signal)
         serving = asyncio.create_task(
-            serve_until(create_app(engine, server), listeners, server, stop)
+            serve_until(create_app(engine, server), listeners, server, stop, hurry)
         )
         await asyncio.sleep(0.2)
         print(listeners[0].getsockname()[1], flush=True)
