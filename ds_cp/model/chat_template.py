@@ -262,7 +262,7 @@ def _unlimit() -> None:
 
 
 def _limit_memory(most: int | None) -> None:
-    """Bytes of address space; None for what this process was started with."""
+    """Bytes of address space; None for as many as the system allows."""
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     soft = hard if most is None else most if hard == resource.RLIM_INFINITY else min(most, hard)
     resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
