@@ -111,6 +111,7 @@ class LeadingLink:
         self._on_lost = on_lost
         self._on_stopping = on_stopping
         self._peers: set[_Peer] = set()
+        self._closed = False
         self._server: asyncio.AbstractServer | None = None
 
     async def open(self, name: str) -> None:
@@ -125,6 +126,7 @@ class LeadingLink:
 
     async def close(self) -> None:
         """Say good-bye to all."""
+        self._closed = True
         for peer in self._peers:
             peer.send(Bye())
             peer.close()
@@ -132,7 +134,11 @@ class LeadingLink:
             self._server.close()
 
     async def _attend(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        peer = _Peer(reader, writer)
+        # At the end of the loop; Python 3.11 would log the cancellation of such a task.
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._listen(_Peer(reader, writer))
+
+    async def _listen(self, peer: _Peer) -> None:
         hello = await peer.receive() if peer.is_ours else None
         if not isinstance(hello, Hello):
             peer.close()
@@ -147,8 +153,9 @@ class LeadingLink:
                 elif isinstance(message, Stopping):
                     self._on_stopping(hello.rank, message.reason, message.hurry)
                 elif message is None:
-                    cause = f"the supervisor of rank {hello.rank} (process {hello.pid}) was killed"
-                    self._on_lost(hello.rank, cause, None)
+                    if not self._closed:
+                        who = f"the supervisor of rank {hello.rank} (process {hello.pid})"
+                        self._on_lost(hello.rank, f"{who} was killed", None)
                     return
         finally:
             self._peers.discard(peer)
