@@ -89,7 +89,8 @@ class _Peer:
         """The next message; None at the end, and for what is no message."""
         try:
             line = await self._reader.readuntil(b"\n")
-            return msgspec.json.decode(line, type=Message)
+            message: Message = msgspec.json.decode(line, type=Message)
+            return message
         except (OSError, EOFError, asyncio.LimitOverrunError, msgspec.MsgspecError):
             return None
 
@@ -190,6 +191,13 @@ class FollowingLink:
         assert self._peer is not None
         self._peer.send(lost)
         await self._noted.wait()
+
+    async def until_end(self, seconds: float) -> None:
+        """Wait until rank 0's supervisor has ended, at most ``seconds``."""
+        if self._task is None:
+            await asyncio.sleep(seconds)
+        else:
+            await asyncio.wait({self._task}, timeout=seconds)
 
     def stopping(self, reason: str, hurry: bool) -> None:
         """Tell rank 0 that this rank was asked to end."""

@@ -39,6 +39,9 @@ HURRY_S = 1.0  # seconds for answers to reach their clients, when requests are n
 # Seconds within which signals are one: a launcher passes on what systemd sent to every process.
 SAME_S = 1.0
 CAUSE_S = 1.5  # seconds that rank 0 waits for the cause when its worker knows only of a lost peer
+# Seconds that another rank whose worker reported a failure waits for rank 0, which says the cause:
+# launchers end the job at the first exit.
+HEAD_START_S = 3.0
 FOLLOW_S = 5.0  # seconds that other ranks wait beyond the drain, which began on rank 0
 
 
@@ -60,6 +63,7 @@ class _Supervisor:
         self._loaded = False  # the worker can run plans
         self._reported = False  # the cause of a failure is known here, or to rank 0
         self._failed = False
+        self._pending: tuple[str, int] | None = None  # a failure whose cause may still come
         self._exit_code = 0
         self._launchers = launcher_processes(job.launcher)
         self._engine: AsyncEngine | None = None
@@ -172,6 +176,7 @@ class _Supervisor:
                 self._reported = True
                 if not self._stop.is_set():
                     self._exit_code = message.exit_code
+                    await self._following.until_end(HEAD_START_S)
         except EngineDeadError:
             pass  # the worker has ended; _watch reports the exit code
 
@@ -187,7 +192,10 @@ class _Supervisor:
         self._begin_stop(f"{reason} on rank {rank}", hurry)
 
     def _begin_stop(self, reason: str, hurry: bool) -> None:
-        """Stop the job; ``hurry`` tells the clients at once."""
+        """Stop the job; ``hurry`` tells the clients at once. A launcher that has seen a rank fail
+        asks for it too: then the failure is what ends the job."""
+        if self._pending is not None:
+            self._fail(*self._pending)
         first, hurried = not self._stop.is_set(), self._hurry.is_set()
         if first:
             self._asked = time.monotonic()
@@ -215,6 +223,7 @@ class _Supervisor:
         if cause_known or not self._leading.is_open:
             self._fail(message, exit_code)
         else:
+            self._pending = (message, exit_code)
             loop = asyncio.get_running_loop()
             loop.call_later(CAUSE_S, self._fail, message, exit_code)
 
