@@ -44,7 +44,7 @@ setup(
         "transformers>=5.23,<5.24",
         "safetensors",
         "msgspec>=0.19",
-        "pydantic>=2",
+        "pydantic>=2.9",
         "numpy",
         "psutil",
     ],

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import shlex
+import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import date
 from importlib.metadata import version
@@ -32,6 +33,23 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": version("torch"),
     }
+
+
+def commit() -> str:
+    """The commit that was measured, with "+" where the files differ from it; "" outside git."""
+    try:
+        head = subprocess.run(
+            ["git", "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return head + ("+" if changed else "")
 
 
 def processor() -> str:

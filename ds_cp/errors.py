@@ -52,6 +52,15 @@ class RequestError(UserError):
         self.param = param
 
 
+class ChatTemplateError(RequestError):
+    """The model's chat template gives no text for a conversation; the message names the template
+    and the reason. ``code`` is for programs."""
+
+    def __init__(self, message: str, code: str = "chat_template_error") -> None:
+        super().__init__(message, "messages")
+        self.code = code
+
+
 class CapacityError(RequestError):
     """A request that can never fit, with the numbers (all in tokens).
 

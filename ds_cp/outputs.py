@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TokenLogprob:
     """Log-probability (natural log) of one token and of the most likely ones, best first.
 
@@ -19,7 +19,7 @@ class TokenLogprob:
     text_offset: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Delta:
     """What one engine step adds to one request. The last one of each ``index`` carries
     ``finish_reason``.

@@ -24,6 +24,8 @@ _UNITS = {"B": 1} | {
     for power, letter in enumerate("KMGT", start=1)
 }
 
+_JOINTS = str.maketrans("", "", "-_. ")  # what joins the words of a name
+
 
 class JsonError(ValueError):
     """Text that is not strict JSON. ``key``: the key that is given twice, if that is the fault."""
@@ -104,14 +106,58 @@ def closest(name: str, valid: Iterable[str], cutoff: float = 0.6) -> str | None:
     return found[0] if found else None
 
 
+def misspelt(name: str, valid: Iterable[str]) -> str | None:
+    """The valid name that ``name`` is a slip of the pen for, or None.
+
+    Case, and whether words are joined by a line, a blank or nothing, do not count. Otherwise one
+    character more, fewer, other or swapped with its neighbour is a slip where the longer name has
+    four to seven characters, two such are in longer names, and none is in shorter ones.
+    """
+    plain = _joined(name[:MAX_NAME_CHARS])
+    best: tuple[int, str] | None = None
+    for known in valid:
+        other = _joined(known)
+        length = max(len(plain), len(other))
+        most = 0 if length < 4 else 1 if length < 8 else 2
+        slips = _edits(plain, other, most)
+        if slips <= most and (best is None or slips < best[0]):
+            best = slips, known
+    return None if best is None else best[1]
+
+
+def _joined(name: str) -> str:
+    return name.translate(_JOINTS).lower()
+
+
+def _edits(a: str, b: str, most: int) -> int:
+    """Characters to add, drop, replace or swap with a neighbour to make ``b`` of ``a``; any number
+    above ``most`` stands for more than that."""
+    if abs(len(a) - len(b)) > most or len(set(a) - set(b)) > most:
+        return most + 1  # an edit makes up for one character that is not in b
+    before, row = [0] * (len(b) + 1), list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        last, before, row = before, row, [i]
+        for j, y in enumerate(b, 1):
+            least = min(before[j] + 1, row[j - 1] + 1, before[j - 1] + (x != y))
+            if i > 1 and j > 1 and x == b[j - 2] and y == a[i - 2]:
+                least = min(least, last[j - 2] + 1)
+            row.append(least)
+        if min(row) > most:
+            return most + 1
+    return row[-1]
+
+
 def shorten(text: str, limit: int = 80) -> str:
     """One printable line of at most ``limit`` characters."""
-    line = "".join(c if c.isprintable() else " " for c in text)
-    return line if len(line) <= limit else line[: limit - 3] + "..."
+    # Only what is shown is looked at: a client's name or value may have millions of characters.
+    line = "".join(c if c.isprintable() else " " for c in text[:limit])
+    return line if len(text) <= limit else line[: limit - 3] + "..."
 
 
 def show(value: Any) -> str:
     """A value as JSON, short, for a message."""
+    if isinstance(value, str):
+        value = value[:MAX_NAME_CHARS]
     try:
         return shorten(json.dumps(value, ensure_ascii=False))
     except (TypeError, ValueError):

@@ -10,28 +10,59 @@ from typing import Any
 
 from fastapi import APIRouter, Depends
 from starlette.requests import Request
+from starlette.responses import JSONResponse
 
 from ds_cp.api.context import AppContext
 from ds_cp.api.errors import ApiError, from_engine
+from ds_cp.config import canonical_origin
+from ds_cp.engine.interface import EngineStats
 from ds_cp.errors import RequestError
+
+_LEFT: dict[str, Any] = {
+    "description": "Blocks are left to move.",
+    "content": {"application/json": {"schema": {}}},
+}
 
 
 def rank_routes(context: AppContext) -> APIRouter:
-    """POST /ranks/{rank}/drain, /ranks/{rank}/reopen and /rebalance, all without a body."""
-    router = APIRouter(dependencies=[Depends(_refuse_other_pages), Depends(_refuse_body)])
+    """POST /ranks/{rank}/drain, /ranks/{rank}/reopen and /rebalance, all without a body, and
+    GET /ranks."""
+    router = APIRouter()
+    listed = frozenset(context.server.cors_origins)
 
-    @router.post("/ranks/{rank}/drain")
-    async def drain(rank: int) -> dict[str, Any]:
-        """Move everything off a rank, live, and place nothing there. 400 when there is no such
-        rank, or when the others cannot hold what runs."""
+    async def refuse_other_pages(request: Request) -> None:
+        check_origins(request, listed)
+
+    changing = [Depends(refuse_other_pages), Depends(_refuse_body)]
+
+    @router.get("/ranks")
+    async def ranks() -> dict[str, Any]:
+        """The state of every rank ("open", "draining" or "drained") and its KV blocks."""
+        context.check_ready()
+        return {"ranks": _table(context.engine.stats())}
+
+    @router.post(
+        "/ranks/{rank}/drain",
+        dependencies=changing,
+        response_model=None,
+        responses={202: _LEFT},
+    )
+    async def drain(rank: int) -> dict[str, Any] | JSONResponse:
+        """Move everything off a rank, live, and place nothing there. 200 when it is empty; 202
+        while blocks are left to move, which GET /ranks follows. 400 when there is no such rank,
+        when no other rank is open, or when the others cannot hold what runs."""
         context.check_ready()
         try:
             context.engine.drain(rank)
         except RequestError as err:
             raise _about_rank(err) from None
-        return {"rank": rank, "drained": True}
+        stats = context.engine.stats()
+        if rank not in stats.ranks_draining:
+            return {"rank": rank, "drained": True}
+        left = stats.kv_blocks_used[rank]
+        return JSONResponse({"rank": rank, "drained": False, "blocks_left": left}, 202)
 
-    @router.post("/ranks/{rank}/reopen")
+    @router.post("/ranks/{rank}/reopen", dependencies=changing)
     async def reopen(rank: int) -> dict[str, Any]:
         """Let a drained rank take KV again. 400 when there is no such rank."""
         context.check_ready()
@@ -41,7 +72,7 @@ def rank_routes(context: AppContext) -> APIRouter:
             raise _about_rank(err) from None
         return {"rank": rank, "drained": False}
 
-    @router.post("/rebalance")
+    @router.post("/rebalance", dependencies=changing)
     async def rebalance() -> dict[str, int]:
         """Move KV blocks from full ranks to empty ones; how many will move."""
         context.check_ready()
@@ -50,19 +81,43 @@ def rank_routes(context: AppContext) -> APIRouter:
     return router
 
 
+def check_origins(request: Request, listed: frozenset[str]) -> None:
+    """403 for the web pages of other sites: they can make a browser send a POST without a body, and
+    the browser then names them in ``Origin``.
+
+    A page is of this site if scheme, host and port agree. ``listed`` origins
+    (``server.cors_origins``) may too, such as the page's behind a proxy that speaks TLS; "*" among
+    them lists none.
+    """
+    own = canonical_origin(f"{request.scope['scheme']}://{request.headers.get('host', '')}")
+    for given in request.headers.getlist("origin"):
+        origin = canonical_origin(given)
+        if origin is None or (origin != own and origin not in listed):
+            raise ApiError(
+                403,
+                "this route does not answer to pages of other sites; "
+                "list the page's origin in server.cors_origins if it is yours",
+            )
+
+
+def _table(stats: EngineStats) -> list[dict[str, Any]]:
+    kept = stats.kv_blocks_cached or (0,) * len(stats.kv_blocks_total)
+    counts = zip(stats.kv_blocks_used, kept, stats.kv_blocks_total, strict=True)
+    return [
+        {
+            "rank": rank,
+            "state": stats.rank_state(rank),
+            "kv_blocks": {"used": used, "cached": cached, "total": total},
+        }
+        for rank, (used, cached, total) in enumerate(counts)
+    ]
+
+
 def _about_rank(err: RequestError) -> ApiError:
     answer = from_engine(err)
     assert answer is not None
     answer.param = "rank"
     return answer
-
-
-async def _refuse_other_pages(request: Request) -> None:
-    """403 for the web pages of other sites: they can make a browser send a POST without a body, and
-    the browser then names them in ``Origin``."""
-    origin = request.headers.get("origin")
-    if origin is not None and origin.partition("://")[2] != request.headers.get("host"):
-        raise ApiError(403, "this route does not answer to pages of other sites")
 
 
 async def _refuse_body(request: Request) -> None:

@@ -9,17 +9,22 @@ from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from ds_cp.api.admin import rank_routes
+from ds_cp.api.bodies import Bodies
+from ds_cp.api.budget import ID_BYTES, Budget, HoldMemory, auto_bytes, held_by
 from ds_cp.api.chat import chat_completions
 from ds_cp.api.completions import completions
 from ds_cp.api.context import AppContext
 from ds_cp.api.errors import ApiError, ErrorBody, from_engine, from_validation
-from ds_cp.api.json_route import StrictJsonRoute
+from ds_cp.api.json_pieces import json_integers, json_object, json_text
+from ds_cp.api.json_route import strict_json_route
 from ds_cp.api.logprobs import TokenTexts
 from ds_cp.api.metrics import ServerMetrics
+from ds_cp.api.paced import PacedJson, Turns
 from ds_cp.api.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -27,7 +32,10 @@ from ds_cp.api.protocol import (
     TokenizeRequest,
 )
 from ds_cp.api.tokenization import TextCodec
-from ds_cp.api.transport.middleware import ApiKeys, ReadLimits, RequestIds
+from ds_cp.api.transport.cors import Cors
+from ds_cp.api.transport.hosts import Hosts
+from ds_cp.api.transport.middleware import ApiKeys, Failures, ReadLimits, RequestIds
+from ds_cp.api.transport.routing import Routing, allowed_methods
 from ds_cp.config import Server
 from ds_cp.engine.interface import EngineInterface
 from ds_cp.errors import DsCpError
@@ -37,6 +45,8 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorBody, "description": "The request is at fault."},
     "5XX": {"model": ErrorBody, "description": "The server is at fault or not ready."},
 }
+# The content types of /metrics.
+_EXPOSITION: dict[str, Any] = {"text/plain": {}, "application/openmetrics-text": {}}
 
 
 def create_app(engine: EngineInterface, server: Server) -> FastAPI:
@@ -51,13 +61,22 @@ def create_app(engine: EngineInterface, server: Server) -> FastAPI:
 
     codec = TextCodec(engine, server.tokenize_timeout_s)
     context = AppContext(
-        engine, server, ServerMetrics(engine, model_name), codec, TokenTexts(engine)
+        engine, server, ServerMetrics(engine, model_name), codec, TokenTexts(engine), Turns()
+    )
+
+    def model_length() -> int:
+        return engine.info.max_model_len if engine.state == "ready" else 0
+
+    bodies = Bodies(server.max_body_bytes, server.body_timeout_s, model_length)
+    json_route = strict_json_route(
+        bodies, server.unknown_fields == "refuse", context.metrics.ignored_fields
     )
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         codec.close()
+        bodies.close()
 
     app = FastAPI(
         title="ds_cp",
@@ -65,21 +84,29 @@ def create_app(engine: EngineInterface, server: Server) -> FastAPI:
         lifespan=lifespan,
         docs_url=None,  # FastAPI's pages load scripts from elsewhere
         redoc_url=None,
+        redirect_slashes=False,  # Routing takes a slash at the end away
         responses=_ERRORS,
     )
-    app.include_router(_completion_routes(context))
-    app.include_router(_text_routes(context))
+    app.include_router(_completion_routes(context, json_route))
+    app.include_router(_text_routes(context, json_route))
     app.include_router(_state_routes(context))
     app.include_router(rank_routes(context))
     app.add_exception_handler(RequestValidationError, _on_validation)
     app.add_exception_handler(HTTPException, _on_http)
     app.add_exception_handler(DsCpError, _on_typed)
     # The last one added is the outermost.
+    limit = server.max_buffered_bytes
+    app.add_middleware(HoldMemory, budget=Budget(auto_bytes() if limit == "auto" else limit))
     if server.api_keys:
         app.add_middleware(ApiKeys, keys=server.api_keys)
+    app.add_middleware(Routing, routes=app.router.routes)
+    app.add_middleware(Hosts, hosts=server.answered_hosts)
     app.add_middleware(
         ReadLimits, max_body_bytes=server.max_body_bytes, timeout_s=server.body_timeout_s
     )
+    app.add_middleware(Failures)
+    if server.cors_origins:
+        app.add_middleware(Cors, origins=server.cors_origins)
     app.add_middleware(RequestIds)
     return app
 
@@ -92,8 +119,8 @@ def package_version() -> str:
         return "0+unknown"
 
 
-def _completion_routes(context: AppContext) -> APIRouter:
-    router = APIRouter(route_class=StrictJsonRoute)
+def _completion_routes(context: AppContext, json_route: type[APIRoute]) -> APIRouter:
+    router = APIRouter(route_class=json_route)
 
     @router.post("/v1/chat/completions", response_model=None)
     async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
@@ -106,11 +133,11 @@ def _completion_routes(context: AppContext) -> APIRouter:
     return router
 
 
-def _text_routes(context: AppContext) -> APIRouter:
-    router = APIRouter(route_class=StrictJsonRoute)
+def _text_routes(context: AppContext, json_route: type[APIRoute]) -> APIRouter:
+    router = APIRouter(route_class=json_route)
 
-    @router.post("/tokenize")
-    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+    @router.post("/tokenize", response_model=dict[str, Any])
+    async def tokenize(body: TokenizeRequest, request: Request) -> Response:
         context.check(body.model)
         if body.messages is not None:
             messages = [message.for_template() for message in body.messages]
@@ -121,17 +148,21 @@ def _text_routes(context: AppContext) -> APIRouter:
             ids = await context.codec.encode(
                 body.prompt or "", add_special_tokens=body.add_special_tokens
             )
-        return {
+        held_by(request.scope).take(ID_BYTES * len(ids))
+        answer = {
             "count": len(ids),
             "max_model_len": context.engine.info.max_model_len,
-            "tokens": ids,
+            "tokens": json_integers(ids),
         }
+        return PacedJson(json_object(answer), context.turns)
 
-    @router.post("/detokenize")
-    async def detokenize(body: DetokenizeRequest) -> dict[str, str]:
+    @router.post("/detokenize", response_model=dict[str, str])
+    async def detokenize(body: DetokenizeRequest) -> Response:
         context.check(body.model)
+        context.codec.check_count(len(body.tokens))
         context.check_ids(body.tokens, "tokens")
-        return {"prompt": await context.codec.decode(body.tokens)}
+        text = await context.codec.decode(body.tokens)
+        return PacedJson(json_object({"prompt": json_text(text)}), context.turns)
 
     return router
 
@@ -168,9 +199,9 @@ def _state_routes(context: AppContext) -> APIRouter:
     async def get_version() -> dict[str, str]:
         return {"version": package_version()}
 
-    @router.get("/metrics", response_class=Response)
+    @router.get("/metrics", response_class=Response, responses={200: {"content": _EXPOSITION}})
     async def metrics(request: Request) -> Response:
-        text, content_type = context.metrics.exposition(request.headers.get("accept", ""))
+        text, content_type = context.metrics.exposition(",".join(request.headers.getlist("accept")))
         return Response(text, headers={"Content-Type": content_type})
 
     return router
@@ -190,12 +221,16 @@ async def _on_http(request: Request, err: Exception) -> Response:
         405: f"{request.method} is not allowed on {request.url.path[:200]}",
     }
     message = texts.get(err.status_code, str(err.detail))
-    return ApiError(err.status_code, message, headers=err.headers).response()
+    headers = dict(err.headers or {})
+    if err.status_code == 405:  # of all routes of the path, not of the first one alone
+        methods = allowed_methods(request.app.router.routes, request.scope["path"])
+        headers["Allow"] = ", ".join(methods)
+    return ApiError(err.status_code, message, headers=headers).response()
 
 
 async def _on_typed(request: Request, err: Exception) -> Response:
     assert isinstance(err, DsCpError)
     answer = from_engine(err)
     if answer is None:
-        raise err  # not the client's fault: RequestIds logs it and answers 500
+        raise err  # not the client's fault: Failures logs it and answers 500
     return answer.response()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from time import monotonic
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ds_cp.api.budget import held_by
 from ds_cp.api.context import AppContext, request_options, sampling_params
+from ds_cp.api.json_pieces import json_array, json_object, json_text
 from ds_cp.api.logprobs import chat_entries
 from ds_cp.api.protocol import ChatRequest
 from ds_cp.api.respond import Answer, Choice, Json, ending, respond
@@ -19,6 +22,7 @@ async def chat_completions(context: AppContext, body: ChatRequest, request: Requ
     """Answer a chat request, whole or as a stream."""
     arrival = monotonic()
     context.check(body.model)
+    context.check_template_kwargs(body.chat_template_kwargs)
     newer = body.max_completion_tokens is not None
     max_param = "max_completion_tokens" if newer else "max_tokens"
     params = sampling_params(
@@ -36,6 +40,8 @@ async def chat_completions(context: AppContext, body: ChatRequest, request: Requ
         params,
         request_options(body, request),
         arrival,
+        held_by(request.scope),
+        stream=bool(body.stream),
         prompt_param="messages",
         max_param=max_param,
     )
@@ -53,15 +59,19 @@ class _ChatAnswer(Answer):
         super().__init__(context, body, [ids], n)
         self._top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
 
-    async def whole(self) -> Json:
-        """The messages, and the prompt's log-probabilities beside them."""
-        choices = [self._message(index, choice) for index, choice in enumerate(self.choices)]
-        return {"choices": choices} | await self.prompt_logprobs(self.prompts[0])
+    def logprob_lists(self, choice: int, logprobs: Sequence[TokenLogprob]) -> Json:
+        """``logprobs.content``."""
+        return {} if self._top_logprobs is None else {"content": self._entries(logprobs)}
 
-    def opening(self) -> list[Json]:
+    def fields(self) -> Json:
+        """The messages, and the prompt's log-probabilities beside them."""
+        choices = (self._message(index, choice) for index, choice in enumerate(self.choices))
+        return {"choices": json_array(choices)} | self.prompt_logprobs(self.prompts[0])
+
+    def opening(self) -> Iterator[Json]:
         """The role of every message."""
         role = {"role": "assistant", "content": ""}
-        return [self._chunk(index, role) for index in range(self.n)]
+        return (self._chunk(index, role) for index in range(self.n))
 
     def chunks_of(self, prompt: int, delta: Delta) -> list[Json]:
         """The text of a delta, then the finish."""
@@ -73,12 +83,14 @@ class _ChatAnswer(Answer):
             chunks.append(self._chunk(delta.index, {}, last=delta))
         return chunks
 
-    def _message(self, index: int, choice: Choice) -> Json:
-        return {
-            "index": index,
-            "message": {"role": "assistant", "content": "".join(choice.text)},
-            "logprobs": self._logprobs(choice.logprobs),
-        } | ending(choice.last)
+    def _message(self, index: int, choice: Choice) -> Iterator[bytes]:
+        logprobs: Any = None
+        if self._top_logprobs is not None:
+            content = json_array([choice.lists["content"].items()])
+            logprobs = json_object({"content": content, "refusal": None})
+        message = {"role": "assistant", "content": json_text(choice.text)}
+        fields = {"index": index, "message": json_object(message), "logprobs": logprobs}
+        return json_object(fields | ending(choice.last))
 
     def _chunk(
         self,
@@ -96,7 +108,9 @@ class _ChatAnswer(Answer):
         return self.chunk([choice if last is None else choice | ending(last)])
 
     def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> Json | None:
-        top = self._top_logprobs
-        if top is None:
+        if self._top_logprobs is None:
             return None
-        return {"content": chat_entries(logprobs, self.context.texts, top), "refusal": None}
+        return {"content": self._entries(logprobs), "refusal": None}
+
+    def _entries(self, logprobs: Sequence[TokenLogprob]) -> list[Json]:
+        return chat_entries(logprobs, self.context.texts, self._top_logprobs or 0)

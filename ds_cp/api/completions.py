@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from time import monotonic
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ds_cp.api.budget import held_by
 from ds_cp.api.context import AppContext, request_options, sampling_params
-from ds_cp.api.logprobs import echo_blocks, legacy_block
+from ds_cp.api.json_pieces import json_array, json_object, json_text
+from ds_cp.api.logprobs import BLOCK_LISTS, echo_blocks, echo_lists, legacy_block
 from ds_cp.api.protocol import CompletionRequest
 from ds_cp.api.respond import Answer, Json, ending, respond
 from ds_cp.outputs import Delta, TokenLogprob
 from ds_cp.sampling_params import SamplingParams
 
 DEFAULT_MAX_TOKENS = 16  # new tokens, as in OpenAI's API
+ECHO_CHARS = 16384  # characters of a prompt in one chunk of a stream
 
 
 async def completions(context: AppContext, body: CompletionRequest, request: Request) -> Response:
@@ -35,6 +38,8 @@ async def completions(context: AppContext, body: CompletionRequest, request: Req
         params,
         request_options(body, request),
         arrival,
+        held_by(request.scope),
+        stream=bool(body.stream),
         prompt_param="prompt",
         max_words="max_tokens 0 with echo" if body.only_prompt else "",
         clamp=body.max_tokens is None,
@@ -90,24 +95,22 @@ class _CompletionAnswer(Answer):
         reason = "length" if delta.finish_reason == "stop" else delta.finish_reason
         return Delta(delta.request_id, finish_reason=reason, index=delta.index)
 
-    async def whole(self) -> Json:
-        """The choices, each with the log-probabilities of its prompt where asked for."""
-        choices = []
-        for index, prompt in enumerate(self.prompts):
-            echo, scores = await self._echo_logprobs(index), await self.prompt_logprobs(prompt)
-            choices += [self._finished(choice, echo) | scores for choice in self._choices_of(index)]
-        return {"choices": choices}
+    def logprob_lists(self, choice: int, logprobs: Sequence[TokenLogprob]) -> Json:
+        """The four lists of ``logprobs``."""
+        return self._block(choice, logprobs) or {}
 
-    def opening(self) -> list[Json]:
+    def fields(self) -> Json:
+        """The choices, each with the log-probabilities of its prompt where asked for."""
+        return {"choices": json_array(map(self._finished, range(len(self.choices))))}
+
+    def opening(self) -> Iterator[Json]:
         """The prompts, with ``echo``, unless their log-probabilities come first."""
         if self._body.scores_prompt or not self._body.echo:
-            return []
-        return [
-            self._chunk(choice, text, None)
-            for index, text in enumerate(self._echoes)
-            for choice in self._choices_of(index)
-            if text
-        ]
+            return
+        for index, text in enumerate(self._echoes):
+            for choice in self._choices_of(index):
+                for start in range(0, len(text), ECHO_CHARS):
+                    yield self._chunk(choice, text[start : start + ECHO_CHARS], None)
 
     def chunks_of(self, prompt: int, delta: Delta) -> Iterator[Json]:
         """The chunks of one delta, made as they are sent: those of a long prompt with its
@@ -135,23 +138,25 @@ class _CompletionAnswer(Answer):
         top = self._body.logprobs or 0
         return echo_blocks(ids, logprobs, self._echoes[prompt], self.context.texts, top)
 
-    async def _echo_logprobs(self, prompt: int) -> dict[str, list[Any]]:
-        """The logprobs of an echoed prompt, all pieces joined; nothing unless asked for."""
-        joined: dict[str, list[Any]] = {}
-        if self._body.scores_prompt:
-            for _, block in self._echo_blocks(prompt):
-                for key, values in block.items():
-                    joined.setdefault(key, []).extend(values)
-                await asyncio.sleep(0)  # let other requests go on
-        return joined
-
-    def _finished(self, index: int, echo: dict[str, list[Any]]) -> Json:
+    def _finished(self, index: int) -> Iterator[bytes]:
         choice = self.choices[index]
-        block = self._block(index, choice.logprobs)
-        if block is not None:
-            block = {key: echo.get(key, []) + values for key, values in block.items()}
-        text = self._echoes[index // self.n] + "".join(choice.text)
-        return self._choice(index, text, block, choice.last)
+        text = json_text(self._echoes[index // self.n], choice.text)
+        fields = self._choice(index, text, self._joined(index), choice.last)
+        return json_object(fields | self.prompt_logprobs(choice.prompt))
+
+    def _joined(self, index: int) -> Iterator[bytes] | None:
+        """``logprobs`` of a whole choice: the echoed prompt's, then its own."""
+        if self._body.logprobs is None:
+            return None
+        prompt, own = index // self.n, self.choices[index].lists
+        echo: dict[str, Iterator[bytes]] = {}
+        if self._body.scores_prompt:
+            ids, logprobs = self.prompts[prompt].ids, self.prompts[prompt].logprobs
+            top = self._body.logprobs
+            echo = echo_lists(ids, logprobs, self._echoes[prompt], self.context.texts, top)
+        return json_object(
+            {key: json_array(chain(echo.get(key, ()), [own[key].items()])) for key in BLOCK_LISTS}
+        )
 
     def _block(self, choice: int, logprobs: Sequence[TokenLogprob]) -> Json | None:
         if self._body.logprobs is None:
@@ -162,5 +167,5 @@ class _CompletionAnswer(Answer):
     def _chunk(self, choice: int, text: str, block: Json | None, last: Delta | None = None) -> Json:
         return self.chunk([self._choice(choice, text, block, last)])
 
-    def _choice(self, index: int, text: str, block: Json | None, last: Delta | None) -> Json:
+    def _choice(self, index: int, text: Any, block: Any, last: Delta | None) -> Json:
         return {"index": index, "text": text, "logprobs": block} | ending(last)

@@ -11,10 +11,19 @@ from typing import Any
 
 from starlette.requests import Request
 
+from ds_cp.api.budget import (
+    DELTA_BYTES,
+    ENTRY_BYTES,
+    ID_BYTES,
+    REQUEST_BYTES,
+    TEXT_BYTES,
+    Held,
+)
 from ds_cp.api.errors import ApiError, not_ready
 from ds_cp.api.generation import Generation, Job, in_client_names
 from ds_cp.api.logprobs import TokenTexts
 from ds_cp.api.metrics import ServerMetrics
+from ds_cp.api.paced import Turns
 from ds_cp.api.protocol import SamplingRequest
 from ds_cp.api.tokenization import TextCodec
 from ds_cp.config import Server
@@ -22,9 +31,9 @@ from ds_cp.engine.interface import EngineInterface
 from ds_cp.errors import RequestError
 from ds_cp.sampling_params import RequestOptions, SamplingParams
 
-# Entries of one answer, one per prompt token, alternative and choice, at most. Writing a million
-# of them as JSON holds up the event loop for half a second.
-MAX_PROMPT_LOGPROBS = 1_000_000
+# Log-probabilities of one answer, one per token, alternative and choice, at most: of the prompts
+# and of the new tokens together. A million are about 100 MB of memory and of JSON.
+MAX_LOGPROBS = 1_000_000
 # Fields that the engine has by the same name.
 _COPIED = (
     "n temperature top_p top_k min_p seed stop stop_token_ids min_tokens ignore_eos logit_bias "
@@ -41,6 +50,7 @@ class AppContext:
     metrics: ServerMetrics
     codec: TextCodec
     texts: TokenTexts
+    turns: Turns
 
     def model_name(self) -> str:
         """The name under which the model is served."""
@@ -65,6 +75,18 @@ class AppContext:
                 code="model_not_found",
             )
 
+    def check_template_kwargs(self, given: Mapping[str, Any] | None) -> None:
+        """Raises ``ApiError`` 400 for a false that the model's chat template would heed."""
+        template = str(getattr(self.engine.tokenizer, "chat_template", None))
+        for name, value in (given or {}).items():
+            if value is False and name in template:
+                raise ApiError(
+                    400,
+                    f"chat_template_kwargs is not supported: this model's template reads {name!r}, "
+                    "which a request cannot set",
+                    param="chat_template_kwargs",
+                )
+
     def check_ids(self, ids: Collection[int], param: str) -> None:
         """Raises ``RequestError`` for token ids outside the vocabulary."""
         size = self.engine.info.vocab_size
@@ -83,7 +105,9 @@ class AppContext:
         params: SamplingParams,
         options: RequestOptions,
         arrival: float,
+        held: Held,
         *,
+        stream: bool,
         prompt_param: str,
         max_param: str = "max_tokens",
         max_words: str = "",
@@ -93,18 +117,58 @@ class AppContext:
         ``max_param``: the client's field for it; ``max_words``: what a message calls it instead.
 
         Raises ``ApiError`` 400 (``context_length_exceeded``) when a prompt and its new tokens are
-        longer than the model, ``RequestError`` with the client's name of a field for what
-        ``EngineInterface.check`` refuses.
+        longer than the model or its log-probabilities too many, ``RequestError`` with the client's
+        name of a field for what ``EngineInterface.check`` refuses, ``ApiError`` 503 while other
+        requests hold the memory that this one may need (``held`` is charged for it).
         """
         names = {"prompt": prompt_param, "max_tokens": max_param}
-        _check_prompt_logprobs(sum(map(len, prompts)), params, prompt_param)
         jobs = []
         for index, ids in enumerate(prompts):
             fitting = self._fit(len(ids), params, prompt_param, max_words or max_param, clamp)
             with in_client_names(names):
                 self.engine.check(ids, fitting)
             jobs.append(Job(f"{answer_id}-{index}", ids, fitting, options))
+        new = sum(self._most_new_tokens(job) for job in jobs) * params.n
+        self._reserve(held, sum(map(len, prompts)), new, params, stream, names)
         return Generation(self.engine, self.metrics, jobs, arrival, names)
+
+    def _most_new_tokens(self, job: Job) -> int:
+        """Tokens of one answer at most."""
+        if job.params.max_tokens is not None:
+            return job.params.max_tokens
+        info = self.engine.info
+        longest = min(info.max_model_len, info.largest_request_tokens + 1)
+        return max(longest - len(job.prompt_token_ids), 1)
+
+    @staticmethod
+    def _reserve(
+        held: Held,
+        prompt: int,
+        new: int,
+        params: SamplingParams,
+        stream: bool,
+        names: Mapping[str, str],
+    ) -> None:
+        """Check the log-probabilities of ``prompt`` and ``new`` tokens, of all answers together,
+        and charge ``held`` for what they and the texts can come to."""
+        scored = 0 if params.prompt_logprobs is None else prompt * (params.prompt_logprobs + 1)
+        drawn = 0 if params.logprobs is None else new * (params.logprobs + 1)
+        count = scored * params.n + drawn
+        if count > MAX_LOGPROBS:
+            too_long = scored * params.n > MAX_LOGPROBS
+            name = names["prompt" if too_long else "max_tokens"]
+            raise RequestError(
+                f"log-probabilities of {prompt if scored else 0} prompt tokens "
+                f"in {params.n} choices and of up to {new if drawn else 0} new tokens "
+                f"are {count} entries; at most {MAX_LOGPROBS} per request; "
+                + ("shorten the prompt" if too_long else f"lower {name} (or set it)")
+                + " or ask for fewer",
+                name,
+            )
+        fixed = REQUEST_BYTES + ID_BYTES * prompt + ENTRY_BYTES * scored
+        growing = new * (DELTA_BYTES if stream else TEXT_BYTES) + ENTRY_BYTES * drawn
+        held.reserve(fixed + growing)
+        held.spend(fixed)
 
     def _fit(
         self, prompt: int, params: SamplingParams, prompt_param: str, max_param: str, clamp: bool
@@ -121,9 +185,8 @@ class AppContext:
         if asked > room:
             raise ApiError(
                 400,
-                f"the model's context length is {length} tokens; "
-                f"the prompt has {prompt} and {name} asks for {asked} more: "
-                f"need {prompt + asked}, have {length}; "
+                overflow_text(length, prompt, asked, prompt_param)
+                + f": {name} asks for {asked}, need {prompt + asked}, have {length}; "
                 "shorten the prompt" + (f" or lower {name}" if room > 0 else ""),
                 param=prompt_param if room < 1 else name,
                 code="context_length_exceeded",
@@ -141,20 +204,35 @@ def sampling_params(
 ) -> SamplingParams:
     """The engine's parameters of a request; null fields take the engine's defaults.
 
+    ``top_p`` 0, which OpenAI allows and the engine does not, is greedy: the likeliest token alone.
     ``names``: the client's name of a parameter, where it differs. Raises ``RequestError`` with the
     client's names.
     """
     given: dict[str, Any] = {name: getattr(body, name) for name in _COPIED}
     given = {name: value for name, value in given.items() if value is not None}
+    greedy = given.get("top_p") == 0
+    if greedy:
+        del given["top_p"]
     try:
-        return SamplingParams(
+        params = SamplingParams(
             max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs, **given
         )
+        return replace(params, temperature=0.0) if greedy else params
     except RequestError as err:
         message = str(err)
         for ours, theirs in names.items():
             message = re.sub(rf"\b{ours}\b", theirs, message)
         raise RequestError(message, names.get(err.param or "", err.param)) from None
+
+
+def overflow_text(length: int, prompt: int, new: int, prompt_param: str) -> str:
+    """How OpenAI's message for a request that is longer than the model begins: clients look for
+    its words. All numbers are tokens."""
+    return (
+        f"This model's maximum context length is {length} tokens. However, you requested "
+        f"{prompt + new} tokens ({prompt} in the {prompt_param}, {new} in the completion). "
+        f"Please reduce the length of the {prompt_param} or completion"
+    )
 
 
 def request_options(body: SamplingRequest, request: Request) -> RequestOptions:
@@ -174,20 +252,6 @@ def engine_salt(key_digest: str | None, cache_salt: str) -> str:
     if key_digest is None and not cache_salt:
         return ""
     return hashlib.sha256(json.dumps([key_digest, cache_salt]).encode()).hexdigest()
-
-
-def _check_prompt_logprobs(tokens: int, params: SamplingParams, prompt_param: str) -> None:
-    if params.prompt_logprobs is None:
-        return
-    each = params.prompt_logprobs + 1
-    count = tokens * each * params.n
-    if count > MAX_PROMPT_LOGPROBS:
-        raise RequestError(
-            f"log-probabilities of {tokens} prompt tokens, {each} each, "
-            f"in {params.n} choices are {count} entries; "
-            f"at most {MAX_PROMPT_LOGPROBS} per request; shorten the prompt or ask for fewer",
-            prompt_param,
-        )
 
 
 def request_id_of(request: Request) -> str:

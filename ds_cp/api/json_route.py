@@ -2,50 +2,81 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 from fastapi.routing import APIRoute
+from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import Receive, Scope
 
+from ds_cp.api.bodies import Bodies
 from ds_cp.api.errors import ApiError
-from ds_cp.text import MAX_NAME_CHARS, JsonError, parse_json
+from ds_cp.api.strict_model import Notes
+
+WARNING_HEADER = "X-Ds-Cp-Warning"
+_SHOWN_NAMES = 8  # unknown fields that the header names
+_SHOWN_CHARS = 40  # characters of each
 
 
-class StrictJsonRequest(Request):
-    """A request whose ``json()`` reads with ``ds_cp.text.parse_json``, as config and batch do."""
+class ModelRequest(Request):
+    """A request whose body has been read: ``json()`` is the validated model."""
+
+    def __init__(self, scope: Scope, receive: Receive, value: BaseModel | None) -> None:
+        super().__init__(scope, receive)
+        self._value = value
+
+    async def body(self) -> bytes:
+        """Whether there was a body: FastAPI asks for no more before it calls ``json``."""
+        return b"" if self._value is None else b"{}"
 
     async def json(self) -> Any:
-        """The parsed body. Raises ``ApiError`` 400, which names a key that is given twice."""
-        body = await self.body()
-        try:
-            return parse_json(body.decode())
-        except UnicodeDecodeError as err:
-            raise _invalid(f"not UTF-8 text (byte {err.start})") from None
-        except JsonError as err:
-            raise _invalid(str(err), err.key) from None
+        """The model, which pydantic takes as it is."""
+        return self._value
 
 
-class StrictJsonRoute(APIRoute):
-    """A route for POST bodies in JSON. Another content type is a 415: JSON's own is the one that
-    pages of other sites cannot send unasked."""
+def strict_json_route(
+    bodies: Bodies, refuse_unknown: bool, count_ignored: Callable[[int], None]
+) -> type[APIRoute]:
+    """A class of routes for POST bodies in JSON, which ``bodies`` reads.
 
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """FastAPI's handler, over a ``StrictJsonRequest``; ``ApiError`` 415 for other types."""
-        handler = super().get_route_handler()
+    Another content type is a 415: JSON's own is the one that pages of other sites cannot send
+    unasked. Fields that were ignored because they are unknown are named in a header of the answer
+    and counted; ``refuse_unknown`` makes them a 400.
+    """
 
-        async def strict(request: Request) -> Response:
-            kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-            if request.method == "POST" and kind != "application/json":
-                raise ApiError(
-                    415, "send the body as JSON with the header Content-Type: application/json"
-                )
-            return await handler(StrictJsonRequest(request.scope, request.receive))
+    class StrictJsonRoute(APIRoute):
+        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+            handler = super().get_route_handler()
+            field = self.body_field
+            kind: Any = None if field is None else field.field_info.annotation
 
-        return strict
+            async def strict(request: Request) -> Response:
+                content = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+                if request.method == "POST" and content != "application/json":
+                    raise ApiError(
+                        415, "send the body as JSON with the header Content-Type: application/json"
+                    )
+                if kind is None:
+                    return await handler(request)
+                notes = Notes(refuse_unknown)
+                async with bodies.model(request, kind, notes) as value:
+                    known = ModelRequest(request.scope, request.receive, value)
+                    response = await handler(known)
+                if ignored := notes.ignored:
+                    count_ignored(len(ignored))
+                    response.headers[WARNING_HEADER] = warning(ignored)
+                return response
+
+            return strict
+
+    return StrictJsonRoute
 
 
-def _invalid(reason: str, key: str | None = None) -> ApiError:
-    param = None if key is None else key[:MAX_NAME_CHARS]
-    return ApiError(400, f"the body is {reason}", param=param, code="invalid_json")
+def warning(names: list[str]) -> str:
+    """The header's value for unknown fields that were ignored: printable ASCII, of bounded size."""
+    shown = [re.sub(r"[^A-Za-z0-9_.-]", "?", name[:_SHOWN_CHARS]) for name in names[:_SHOWN_NAMES]]
+    more = len(names) - len(shown)
+    return "ignored unknown fields: " + ", ".join(shown) + (f" and {more} more" if more else "")

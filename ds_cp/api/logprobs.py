@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
+from ds_cp.api.json_pieces import items_of
 from ds_cp.engine.interface import EngineInterface
 from ds_cp.outputs import TokenLogprob
 
 LOWEST = -9999.0  # stands for -infinity, which JSON does not have
-PIECE = 1024  # prompt tokens between two turns of the event loop: some milliseconds of work
+PIECE = 512  # log-probabilities of a prompt in one chunk of a stream: about a millisecond of work
+_SLICE = 64  # log-probabilities of a prompt that are encoded at once in a whole answer
+BLOCK_LISTS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
 _CACHED_PIECES = 65536  # tokens whose text is cached
 _NEAR = 16  # bytes that a tokenizer's normalization may have dropped before a token
 
@@ -82,28 +84,52 @@ def echo_blocks(
     texts: TokenTexts,
     top: int,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """A prompt's text and ``choices[].logprobs``, in pieces of ``PIECE`` tokens. ``ids`` and
-    ``logprobs`` are of the same length; the first token has none."""
+    """A prompt's text and ``choices[].logprobs``, in pieces of ``PIECE`` log-probabilities. ``ids``
+    and ``logprobs`` are of the same length; the first token has none."""
     walk = _Walk(text)
-    for start in range(0, len(ids), PIECE):
-        part, begun = ids[start : start + PIECE], walk.offset
-        offsets = [walk.step(texts.piece(token_id)[1]) for token_id in part]
-        end = walk.offset if start + PIECE < len(ids) else len(text)
-        block = _legacy(part, logprobs[start : start + PIECE], offsets, texts, top)
-        yield text[begun:end], block
+    for part in _parts(len(ids), top, PIECE):
+        begun = walk.offset
+        offsets = [walk.step(texts.piece(token_id)[1]) for token_id in ids[part]]
+        end = walk.offset if part.stop < len(ids) else len(text)
+        yield text[begun:end], _legacy(ids[part], logprobs[part], offsets, texts, top)
 
 
-async def prompt_entries(
+def echo_lists(
+    ids: Sequence[int],
+    logprobs: Sequence[TokenLogprob | None],
+    text: str,
+    texts: TokenTexts,
+    top: int,
+) -> dict[str, Iterator[bytes]]:
+    """The same as ``echo_blocks`` for ``json_array``: the items of each of the ``BLOCK_LISTS``."""
+    walk = _Walk(text)
+    columns: dict[str, Callable[[slice], list[Any]]] = {
+        "tokens": lambda part: _labels(ids[part], texts),
+        "token_logprobs": lambda part: _chosen(logprobs[part]),
+        "top_logprobs": lambda part: _tops(logprobs[part], texts, top),
+        "text_offset": lambda part: [walk.step(texts.piece(each)[1]) for each in ids[part]],
+    }
+
+    def items(column: Callable[[slice], list[Any]]) -> Iterator[bytes]:
+        return (items_of(column(part)) for part in _parts(len(ids), top, _SLICE))
+
+    return {name: items(columns[name]) for name in BLOCK_LISTS}
+
+
+def prompt_items(
     logprobs: Sequence[TokenLogprob | None], texts: TokenTexts, top: int
-) -> list[dict[str, dict[str, Any]] | None]:
-    """vLLM's ``prompt_logprobs``: per token, by token id, the token itself first. ``rank`` counts
-    from 1; it is null for a token that is not among the ``top`` ones."""
-    entries: list[dict[str, dict[str, Any]] | None] = []
-    for start in range(0, len(logprobs), PIECE):
-        part = logprobs[start : start + PIECE]
-        entries += [None if item is None else _prompt_entry(item, texts, top) for item in part]
-        await asyncio.sleep(0)  # let other requests go on
-    return entries
+) -> Iterator[bytes]:
+    """vLLM's ``prompt_logprobs`` for ``json_array``: per token, by token id, the token itself
+    first. ``rank`` counts from 1; it is null for a token that is not among the ``top`` ones."""
+    for part in _parts(len(logprobs), top, _SLICE):
+        items = logprobs[part]
+        yield items_of([None if it is None else _prompt_entry(it, texts, top) for it in items])
+
+
+def _parts(tokens: int, top: int, entries: int) -> Iterator[slice]:
+    """Slices of so many tokens that have ``entries`` log-probabilities, one at least."""
+    step = max(1, entries // (top + 1))
+    return (slice(start, start + step) for start in range(0, tokens, step))
 
 
 def _prompt_entry(item: TokenLogprob, texts: TokenTexts, top: int) -> dict[str, dict[str, Any]]:
@@ -127,17 +153,31 @@ def _legacy(
     top: int,
 ) -> dict[str, Any]:
     return {
-        "tokens": [texts.label(token_id) for token_id in ids],
-        "token_logprobs": [None if item is None else _finite(item.logprob) for item in logprobs],
-        "top_logprobs": [
-            None
-            if item is None
-            else {texts.label(token_id): _finite(logprob) for token_id, logprob in item.top[:top]}
-            | {texts.label(item.token_id): _finite(item.logprob)}
-            for item in logprobs
-        ],
+        "tokens": _labels(ids, texts),
+        "token_logprobs": _chosen(logprobs),
+        "top_logprobs": _tops(logprobs, texts, top),
         "text_offset": offsets,
     }
+
+
+def _labels(ids: Sequence[int], texts: TokenTexts) -> list[str]:
+    return [texts.label(token_id) for token_id in ids]
+
+
+def _chosen(logprobs: Sequence[TokenLogprob | None]) -> list[float | None]:
+    return [None if item is None else _finite(item.logprob) for item in logprobs]
+
+
+def _tops(
+    logprobs: Sequence[TokenLogprob | None], texts: TokenTexts, top: int
+) -> list[dict[str, float] | None]:
+    return [
+        None
+        if item is None
+        else {texts.label(token_id): _finite(logprob) for token_id, logprob in item.top[:top]}
+        | {texts.label(item.token_id): _finite(item.logprob)}
+        for item in logprobs
+    ]
 
 
 class _Walk:

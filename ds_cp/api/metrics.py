@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from prometheus_client import CollectorRegistry, Histogram
+from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 
+from ds_cp.api.media_types import Offer, choose
 from ds_cp.engine.interface import EngineInterface, EngineStats
 
 # Bucket bounds in seconds; the upper ones are for prompts that take many minutes.
@@ -17,6 +18,16 @@ _ITL = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5,
 _ITL_BUCKETS = (*_ITL, 20.0, 40.0, 80.0)
 _E2E = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0)
 _E2E_BUCKETS = (*_E2E, 240.0, 480.0, 960.0, 1920.0, 7680.0)
+
+# The formats that can be sent, the one for everybody first, with what prometheus_client calls them.
+_FORMATS = {
+    Offer("text", "plain", "0.0.4"): "",
+    Offer("application", "openmetrics-text", "1.0.0"): "application/openmetrics-text;version=1.0.0",
+    Offer("text", "plain", "1.0.0"): "text/plain;version=1.0.0",
+}
+
+# Ways to write names that older parsers do not take; ours are the same in each.
+_ESCAPINGS = ("allow-utf-8", "underscores", "dots", "values")
 
 
 class ServerMetrics:
@@ -44,6 +55,12 @@ class ServerMetrics:
         self._e2e = self._histogram(
             "e2e_request_latency", "From the arrival of a request to its last token.", _E2E_BUCKETS
         )
+        self._ignored = Counter(
+            "ds_cp:ignored_fields",
+            "Fields of requests that were ignored because no part of the protocol knows them.",
+            labelnames=("model_name",),
+            registry=self._registry,
+        )
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(
@@ -66,9 +83,21 @@ class ServerMetrics:
         """A request got its last token, ``seconds`` after it arrived."""
         self._e2e.labels(self._name()).observe(seconds)
 
+    def ignored_fields(self, count: int) -> None:
+        """A request had ``count`` unknown fields that were ignored."""
+        self._ignored.labels(self._name()).inc(count)
+
     def exposition(self, accept: str) -> tuple[bytes, str]:
-        """The scrape's body and its content type, as the ``Accept`` header asks."""
-        encode, content_type = choose_encoder(accept)
+        """The scrape's body and its content type, as the ``Accept`` header asks; plain text when it
+        asks for something else.
+
+        prometheus_client's own choice takes any version number, and raises for what is not one.
+        """
+        offer, parameters = choose(accept, tuple(_FORMATS))
+        asked = _FORMATS[offer]
+        if parameters.get("escaping") in _ESCAPINGS:
+            asked += f";escaping={parameters['escaping']}"
+        encode, content_type = choose_encoder(asked)
         return encode(self._registry), content_type
 
 
@@ -113,12 +142,14 @@ def _gauges(stats: EngineStats, name: str) -> Iterable[Metric]:
         blocks.add_metric((name, str(rank), "cached"), cached)
         blocks.add_metric((name, str(rank), "free"), every - busy - cached)
     yield blocks
-    drained = GaugeMetricFamily(
-        "ds_cp:rank_drained", "1 when a rank takes no new KV.", labels=("model_name", "rank")
-    )
-    for rank in range(len(stats.kv_blocks_total)):
-        drained.add_metric((name, str(rank)), rank in stats.ranks_drained)
-    yield drained
+    for state, text in (
+        ("drained", "1 when a rank takes no new KV and is empty."),
+        ("draining", "1 when a rank takes no new KV and is not empty yet."),
+    ):
+        family = GaugeMetricFamily(f"ds_cp:rank_{state}", text, labels=("model_name", "rank"))
+        for rank in range(len(stats.kv_blocks_total)):
+            family.add_metric((name, str(rank)), stats.rank_state(rank) == state)
+        yield family
 
 
 def _counters(stats: EngineStats, name: str) -> Iterable[Metric]:

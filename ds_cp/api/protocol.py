@@ -1,10 +1,8 @@
 """The request bodies of the OpenAI protocol.
 
-Accepted and ignored, because they do not change the answer: ``user``, ``store``, ``metadata``,
-``service_tier``, ``safety_identifier``, ``prompt_cache_key``, ``verbosity``. A field of OpenAI's
-that is not supported is accepted with a value that changes nothing (``tools`` [],
-``response_format`` text, null) and refused with any other. All other fields outside the models
-below are a 400 that names the field. ``best_of`` must equal ``n``.
+A field is served (the models below), harmless (read and dropped), refused by name because it would
+change the answer, or unknown (``Notes``); ``foreign_fields`` lists the middle two. A value of an
+unsupported field that asks for nothing passes. ``best_of`` must equal ``n``.
 
 From vLLM: ``top_k``, ``min_p``, ``min_tokens``, ``stop_token_ids``, ``ignore_eos``,
 ``repetition_penalty``, ``skip_special_tokens``, ``prompt_logprobs`` (answered where vLLM has it: in
@@ -16,28 +14,39 @@ are equal).
 from __future__ import annotations
 
 import re
-from typing import Any, ClassVar, Literal
+from itertools import islice
+from typing import Any, ClassVar
 
 from pydantic import Field, field_validator, model_validator
 
 from ds_cp.api.errors import FieldError, shown
-from ds_cp.api.strict_model import (
+from ds_cp.api.foreign_fields import (
     BOTH,
     CHAT_ONLY,
     COMPLETION_ONLY,
-    IGNORED,
-    MESSAGE,
-    StrictModel,
+    HARMLESS,
+    NO_TEMPLATE,
+    STREAM_OPTIONS,
+    TOKENIZE,
     Unsupported,
+    is_nothing,
 )
-from ds_cp.sampling_params import MAX_LOGIT_BIAS, MAX_N, MAX_SALT_CHARS
+from ds_cp.api.messages import MAX_MESSAGES, ChatMessage, plain_text
+from ds_cp.api.strict_model import StrictModel
+from ds_cp.sampling_params import MAX_LOGIT_BIAS, MAX_N, MAX_SALT_CHARS, MAX_STOPS
 
 MAX_PROMPTS = 64  # prompts of one request
 MAX_CHOICES = 128  # answers to one request: prompts times n
+MAX_IDS = 1 << 24  # token ids of one list; a longer list is longer than any model
+MAX_MODEL_CHARS = 1024  # characters of a model's name
+MAX_TEMPLATE_KWARGS = 64  # names in chat_template_kwargs
 
 
 class StreamOptions(StrictModel):
     """``include_usage`` adds a last chunk with the token counts."""
+
+    unsupported: ClassVar[dict[str, Unsupported]] = STREAM_OPTIONS
+    harmless: ClassVar[frozenset[str]] = HARMLESS["stream_options"]
 
     include_usage: bool | None = None
 
@@ -45,15 +54,15 @@ class StreamOptions(StrictModel):
 class SamplingRequest(StrictModel):
     """The fields that both kinds of completion share; null means the default."""
 
-    ignored: ClassVar[frozenset[str]] = IGNORED
+    harmless: ClassVar[frozenset[str]] = HARMLESS["body"]
 
-    model: str | None = None
+    model: str | None = Field(None, max_length=MAX_MODEL_CHARS)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(None, description="new tokens at most")
     min_tokens: int | None = Field(None, description="new tokens before an end is allowed")
     temperature: float | None = Field(None, description="0 is greedy; 0 to 2, default 1")
-    top_p: float | None = None
+    top_p: float | None = Field(None, description="0 to 1, default 1; 0 is greedy")
     top_k: int | None = Field(None, description="0 or -1 keeps every token")
     min_p: float | None = None
     presence_penalty: float | None = Field(None, description="-2 to 2, default 0")
@@ -62,7 +71,7 @@ class SamplingRequest(StrictModel):
     seed: int | None = None
     n: int | None = Field(None, description=f"answers per prompt, 1 to {MAX_N}")
     stop: list[str] | None = Field(None, description="a string or a list of strings")
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: list[int] | None = Field(None, max_length=MAX_LOGIT_BIAS, fail_fast=True)
     ignore_eos: bool | None = None
     logit_bias: dict[str, float] | None = Field(None, description="token id (string) -> bias")
     skip_special_tokens: bool | None = None
@@ -83,6 +92,8 @@ class SamplingRequest(StrictModel):
         texts = [value] if isinstance(value, str) else value
         if texts is None:
             return None
+        if isinstance(texts, list) and len(texts) > MAX_STOPS:
+            raise FieldError(f"stop has {len(texts)} strings; at most {MAX_STOPS}")
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise FieldError("stop must be a string or a list of strings")
         for text in texts:
@@ -106,7 +117,7 @@ class SamplingRequest(StrictModel):
 
     @model_validator(mode="after")
     def _options_of_streams(self) -> SamplingRequest:
-        if self.stream_options is not None and not self.stream:
+        if self.include_usage and not self.stream:
             raise FieldError("stream_options is only allowed with stream true", "stream_options")
         if self.stream and self.prompt_logprobs is not None:
             raise FieldError("prompt_logprobs is not given in streams", "prompt_logprobs")
@@ -169,46 +180,33 @@ class CompletionRequest(SamplingRequest):
         return bool(self.echo) and self.max_tokens == 0
 
 
-class ChatMessage(StrictModel):
-    """One turn. ``developer`` is read as ``system``; parts of text are joined by a line break."""
-
-    unsupported: ClassVar[dict[str, Unsupported]] = MESSAGE
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str
-
-    @field_validator(
-        "content",
-        mode="plain",
-        json_schema_input_type=str | list[dict[Literal["type", "text"], str]],
-    )
-    @classmethod
-    def _content(cls, value: Any) -> str:
-        if isinstance(value, str):
-            return plain_text(value, "content")
-        if not isinstance(value, list) or not value:
-            raise FieldError("content must be text or a list of text parts")
-        return "\n".join(_text_part(part) for part in value)
-
-    def for_template(self) -> dict[str, str]:
-        """The message as chat templates expect it."""
-        role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": self.content}
-
-
 class ChatRequest(SamplingRequest):
     """POST /v1/chat/completions. Without ``max_tokens``, as many tokens as fit."""
 
     unsupported: ClassVar[dict[str, Unsupported]] = BOTH | CHAT_ONLY
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        None, max_length=MAX_TEMPLATE_KWARGS, description="values that ask for nothing, only"
+    )
     max_completion_tokens: int | None = Field(None, description="the newer name of max_tokens")
     logprobs: bool | None = None
     top_logprobs: int | None = None
 
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _template_kwargs(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        for name, wish in (value or {}).items():
+            if not is_nothing(wish):
+                raise FieldError(
+                    f"chat_template_kwargs is not supported: {NO_TEMPLATE.hint}; "
+                    f"leave out {shown(name)}"
+                )
+        return value
+
     @model_validator(mode="after")
     def _pairs(self) -> ChatRequest:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise FieldError("top_logprobs is only allowed with logprobs true", "top_logprobs")
         old, new = self.max_tokens, self.max_completion_tokens
         if old is not None and new is not None and old != new:
@@ -222,9 +220,13 @@ class ChatRequest(SamplingRequest):
 class TokenizeRequest(StrictModel):
     """POST /tokenize: either ``prompt`` or ``messages``."""
 
-    model: str | None = None
+    unsupported: ClassVar[dict[str, Unsupported]] = TOKENIZE
+
+    model: str | None = Field(None, max_length=MAX_MODEL_CHARS)
     prompt: str | None = None
-    messages: list[ChatMessage] | None = Field(None, min_length=1)
+    messages: list[ChatMessage] | None = Field(
+        None, min_length=1, max_length=MAX_MESSAGES, fail_fast=True
+    )
     add_special_tokens: bool = Field(True, description="for prompt; a chat template brings its own")
     add_generation_prompt: bool = Field(True, description="for messages")
 
@@ -240,20 +242,16 @@ class TokenizeRequest(StrictModel):
 class DetokenizeRequest(StrictModel):
     """POST /detokenize."""
 
-    model: str | None = None
-    tokens: list[int]
+    model: str | None = Field(None, max_length=MAX_MODEL_CHARS)
+    tokens: list[int] = Field(max_length=MAX_IDS)
 
-
-def plain_text(text: str, name: str) -> str:
-    """The text itself. ``FieldError`` for half a surrogate pair, which JSON can spell but is not
-    text."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as err:
-        raise FieldError(
-            f"{name} is not text: half a surrogate pair at character {err.start}"
-        ) from None
-    return text
+    @field_validator("tokens", mode="plain", json_schema_input_type=list[int])
+    @classmethod
+    def _tokens(cls, value: Any) -> list[int]:
+        if not _is_ids(value):
+            raise FieldError("tokens must be a list of token ids")
+        ids: list[int] = value
+        return ids
 
 
 def prompts_of(value: Any) -> list[str | list[int]]:
@@ -265,7 +263,7 @@ def prompts_of(value: Any) -> list[str | list[int]]:
         raise FieldError("prompt must be a string, a list of strings, or (lists of) token ids")
     if not value:
         raise FieldError("prompt is empty; send at least one token of text")
-    if _is_ids(value):
+    if type(value[0]) is int and _is_ids(value):
         value = [value]
     if len(value) > MAX_PROMPTS:
         raise FieldError(f"prompt has {len(value)} prompts; at most {MAX_PROMPTS} per request")
@@ -281,15 +279,12 @@ def prompts_of(value: Any) -> list[str | list[int]]:
 
 
 def _is_ids(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int for item in value)
-
-
-def _text_part(part: Any) -> str:
-    if not isinstance(part, dict) or not isinstance(part.get("type"), str):
-        raise FieldError('a part of content must be {"type": "text", "text": "..."}')
-    if part["type"] != "text":
-        kind = shown(part["type"])
-        raise FieldError(f"content of type {kind} is not supported: this server reads text only")
-    if set(part) != {"type", "text"} or not isinstance(part["text"], str):
-        raise FieldError('a text part must be {"type": "text", "text": "..."}')
-    return plain_text(part["text"], "content")
+    """Whether a value is a list of integers. It is looked at in pieces, each by one call that holds
+    up other threads for microseconds, because a prompt may have a million."""
+    if not isinstance(value, list):
+        return False
+    rest = iter(value)
+    while kinds := set(map(type, islice(rest, 4096))):
+        if kinds != {int}:
+            return False
+    return True

@@ -1,25 +1,29 @@
 """What both completion routes share: count tokens, answer whole or as a stream of events.
 
 An ``Answer`` builds the JSON; its subclasses say how a choice looks in a whole answer and in a
-chunk of a stream.
+chunk of a stream. A whole answer is encoded as its deltas come, and sent in pieces.
 """
 
 from __future__ import annotations
 
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from time import time
 from typing import Any, ClassVar
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
+from ds_cp.api.budget import Held, held_by
 from ds_cp.api.context import AppContext, request_id_of
 from ds_cp.api.errors import ApiError
 from ds_cp.api.generation import Generation, unless_disconnected
-from ds_cp.api.logprobs import prompt_entries
+from ds_cp.api.json_pieces import EncodedList, encode, json_array, json_object
+from ds_cp.api.logprobs import prompt_items
+from ds_cp.api.paced import PacedJson
 from ds_cp.api.protocol import SamplingRequest
 from ds_cp.api.sse import EventStream, stream_events
 from ds_cp.outputs import Delta, TokenLogprob
@@ -41,11 +45,14 @@ class Prompt:
 
 @dataclass
 class Choice:
-    """One answer to a prompt, as far as it has come."""
+    """One answer to a prompt, as far as it has come; text and log-probabilities are JSON already.
+
+    ``text``: without its quotes. ``lists``: the lists of ``logprobs``, by name.
+    """
 
     prompt: Prompt
-    text: list[str] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
+    text: bytearray = field(default_factory=bytearray)
+    lists: defaultdict[str, EncodedList] = field(default_factory=lambda: defaultdict(EncodedList))
     last: Delta = field(default_factory=lambda: Delta(""))
 
 
@@ -84,12 +91,17 @@ class Answer(ABC):
         return delta
 
     @abstractmethod
-    async def whole(self) -> Json:
-        """The fields of a whole answer: ``choices``, each finished, and what the route adds."""
+    def logprob_lists(self, choice: int, logprobs: Sequence[TokenLogprob]) -> Mapping[str, Any]:
+        """The lists of ``logprobs`` of new tokens, by name; none unless the client asked."""
 
     @abstractmethod
-    def opening(self) -> list[Json]:
-        """The chunks before the first delta."""
+    def fields(self) -> dict[str, Any]:
+        """What a whole answer has: ``choices``, each finished, and what the route adds; as
+        ``json_object`` takes them. Called once every delta was taken."""
+
+    @abstractmethod
+    def opening(self) -> Iterable[Json]:
+        """The chunks before the first delta, made as they are sent."""
 
     @abstractmethod
     def chunks_of(self, prompt: int, delta: Delta) -> Iterable[Json]:
@@ -114,18 +126,31 @@ class Answer(ABC):
         self._completion_tokens += len(delta.token_ids)
         return delta
 
-    async def collect(self, generation: Generation) -> Json:
-        """The whole answer. Closes the generation on every way out."""
+    async def collect(self, generation: Generation, held: Held) -> bool:
+        """Take all deltas of a whole answer; true. Closes the generation on every way out."""
         try:
             async for prompt, delta in generation.deltas():
-                delta = self.take(prompt, delta)
-                choice = self.choices[prompt * self.n + delta.index]
-                choice.text.append(delta.text)
-                choice.logprobs.extend(delta.logprobs or ())
-                choice.last = delta
+                held.spend(self._record(prompt, self.take(prompt, delta)))
         finally:
             await generation.close()
-        return self._head(self.whole_kind) | await self.whole() | {"usage": self._usage()}
+        return True
+
+    def _record(self, prompt: int, delta: Delta) -> int:
+        """Encode what a delta adds to its choice; the bytes that this takes."""
+        index = prompt * self.n + delta.index
+        choice = self.choices[index]
+        text = encode(delta.text)[1:-1]
+        choice.text += text
+        choice.last = replace(delta, text="", token_ids=(), logprobs=None, prompt_logprobs=None)
+        size = len(text)
+        if delta.logprobs:
+            for name, values in self.logprob_lists(index, delta.logprobs).items():
+                size += choice.lists[name].extend(values)
+        return size
+
+    def whole(self) -> Iterator[bytes]:
+        """The whole answer as JSON in pieces, once it was collected."""
+        return json_object(self._head(self.whole_kind) | self.fields() | {"usage": self._usage()})
 
     def chunk(self, choices: list[Json], usage: Json | None = None) -> Json:
         """One chunk of a stream; it has a usage only where the client asked for one."""
@@ -136,13 +161,13 @@ class Answer(ABC):
         """The chunks after the last delta: the usage, if the client asked for it."""
         return [self.chunk([], self._usage())] if self._sampling.include_usage else []
 
-    async def prompt_logprobs(self, prompt: Prompt) -> Json:
+    def prompt_logprobs(self, prompt: Prompt) -> Json:
         """vLLM's field ``prompt_logprobs``, or nothing when the client did not ask for it."""
         top = self._sampling.prompt_logprobs
         if top is None:
             return {}
-        entries = await prompt_entries(prompt.logprobs, self.context.texts, top)
-        return {"prompt_logprobs": entries}
+        items = prompt_items(prompt.logprobs, self.context.texts, top)
+        return {"prompt_logprobs": json_array(items)}
 
     def _head(self, kind: str) -> Json:
         return {
@@ -174,8 +199,10 @@ async def respond(
     try:
         await answer.prepare()
         if not stream:
-            whole = await unless_disconnected(request.receive, answer.collect(generation))
-            return Response(status_code=CLIENT_LEFT) if whole is None else JSONResponse(whole)
+            collecting = answer.collect(generation, held_by(request.scope))
+            if await unless_disconnected(request.receive, collecting) is None:
+                return Response(status_code=CLIENT_LEFT)
+            return PacedJson(answer.whole(), context.turns)
         await generation.admitted(ADMISSION_S)
     except BaseException:
         await generation.close()
@@ -185,6 +212,7 @@ async def respond(
         opening=answer.opening(),
         chunks_of=answer.chunks_of,
         closing=answer.closing,
+        turns=context.turns,
         keep_alive_s=context.server.keep_alive_s,
         request_id=request_id_of(request),
     )

@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from ds_cp.api.errors import ApiError, from_engine, internal_error, shutting_down
 from ds_cp.api.generation import Generation, until_disconnect
+from ds_cp.api.paced import Turns
 from ds_cp.api.transport.deadline import within
 from ds_cp.errors import DsCpError
 from ds_cp.outputs import Delta
@@ -33,23 +34,30 @@ def event(data: Any) -> bytes:
 async def stream_events(
     generation: Generation,
     *,
-    opening: list[dict[str, Any]],
+    opening: Iterable[dict[str, Any]],
     chunks_of: Callable[[int, Delta], Iterable[dict[str, Any]]],
     closing: Callable[[], list[dict[str, Any]]],
+    turns: Turns,
     keep_alive_s: float,
     request_id: str,
 ) -> AsyncIterator[bytes]:
-    """The events of a stream, up to ``[DONE]``; an error becomes an event in OpenAI's shape."""
+    """The events of a stream, up to ``[DONE]``; an error becomes an event in OpenAI's shape.
+
+    Many chunks at once, such as those of a long prompt, are made as the client reads them and a few
+    a turn of the event loop.
+    """
     try:
-        for chunk in opening:
-            yield event(chunk)
+        paced = turns.pace(map(event, opening))
+        while (data := await paced.next()) is not None:
+            yield data
         while not generation.finished:
             item = await generation.next(keep_alive_s)
             if item is None:
                 yield KEEP_ALIVE
                 continue
-            for chunk in chunks_of(*item):
-                yield event(chunk)
+            paced = turns.pace(map(event, chunks_of(*item)))
+            while (data := await paced.next()) is not None:
+                yield data
         for chunk in closing():
             yield event(chunk)
     except Exception as err:

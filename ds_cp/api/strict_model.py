@@ -1,106 +1,130 @@
-"""Models of request bodies that name every field they do not take."""
+"""Models of request bodies: every field is known, harmless, refused by name, or reported; every
+size is looked at before what it is the size of; validation ends at a list's first fault."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from annotated_types import MaxLen
+from pydantic import BaseModel, ConfigDict, ValidationInfo, model_validator
 
 from ds_cp.api.errors import FieldError, shown
-from ds_cp.text import MAX_NAME_CHARS, closest
+from ds_cp.api.foreign_fields import Unsupported, is_nothing
+from ds_cp.text import MAX_NAME_CHARS, closest, misspelt
 
-# Fields that do not change the answer.
-IGNORED = frozenset(
-    "user store metadata service_tier safety_identifier prompt_cache_key verbosity".split()
-)
+MAX_UNKNOWN = 32  # names of unknown fields in one body
 
 
-@dataclass(frozen=True)
-class Unsupported:
-    """A field of OpenAI's that is refused unless its value changes nothing.
+@dataclass
+class Notes:
+    """What the validation of one body leaves out: the unknown fields that it ignores.
 
-    ``neutral``: such values, besides null. ``hint``: why the others are refused.
+    ``refuse``: unknown fields are errors. Passed to ``model_validate`` as its context.
     """
 
-    neutral: tuple[Any, ...]
-    hint: str
+    refuse: bool = False
+    _seen: dict[tuple[str, str], None] = field(default_factory=dict)
 
-    def accepts(self, value: object) -> bool:
-        """Whether the value changes nothing."""
-        return value is None or any(
-            value == plain and isinstance(value, bool) == isinstance(plain, bool)
-            for plain in self.neutral
-        )
+    @property
+    def ignored(self) -> list[str]:
+        """The names of the ignored fields, each once, cut to ``MAX_NAME_CHARS`` characters."""
+        return list(dict.fromkeys(name for _, name in self._seen))
+
+    def unknown(self, place: str, name: str, value: object, known: Iterable[str]) -> None:
+        """Ignore an unknown field of a kind of object, ``place``. Raises ``FieldError`` when its
+        value asks for something and its name looks like a ``known`` one, when unknown fields are
+        refused, or when they are many. A name that many objects have is looked up once.
+        """
+        name = name[:MAX_NAME_CHARS]
+        if is_nothing(value) or (place, name) in self._seen:
+            return
+        valid = list(known)
+        near = misspelt(name, valid)
+        if near is not None or self.refuse:
+            raise FieldError(unknown_field(name, valid, near), name)
+        if len(self._seen) == MAX_UNKNOWN:
+            raise FieldError(
+                f"unknown field {shown(name)}, after {MAX_UNKNOWN} others that are unknown here "
+                "too; leave them out",
+                name,
+            )
+        self._seen[place, name] = None
 
 
-_NO_TOOLS = Unsupported(([],), "tool calls are not supported yet")
-_NO_MEDIA = Unsupported((), "this server reads and writes text only")
-_NO_TEMPLATE = Unsupported((), "templates come with the model; a request cannot bring or steer one")
-_NO_GRAMMAR = Unsupported((), "constrained output is not supported yet")
-# Fields of both kinds of completion, of one kind, and of a chat's message.
-BOTH: dict[str, Unsupported] = {
-    "response_format": Unsupported(({"type": "text"},), "only plain text is supported so far"),
-    "use_beam_search": Unsupported((False,), "beam search is not supported"),
-    "guided_json": _NO_GRAMMAR,
-    "guided_regex": _NO_GRAMMAR,
-    "guided_choice": _NO_GRAMMAR,
-    "structured_outputs": _NO_GRAMMAR,
-}
-COMPLETION_ONLY: dict[str, Unsupported] = {
-    "suffix": Unsupported(("",), "inserting before a suffix is not supported"),
-}
-CHAT_ONLY: dict[str, Unsupported] = {
-    "tools": _NO_TOOLS,
-    "functions": _NO_TOOLS,
-    "tool_choice": Unsupported(("none", "auto"), "tool calls are not supported yet"),
-    "function_call": Unsupported(("none", "auto"), "tool calls are not supported yet"),
-    "parallel_tool_calls": Unsupported((True, False), "tool calls are not supported yet"),
-    "modalities": Unsupported((["text"],), "this server reads and writes text only"),
-    "audio": _NO_MEDIA,
-    "prediction": Unsupported((), "predicted outputs are not supported"),
-    "web_search_options": Unsupported((), "this server makes no outbound connection"),
-    "reasoning_effort": Unsupported((), "models are run as they are; there is no effort to set"),
-    "chat_template": _NO_TEMPLATE,
-    "chat_template_kwargs": _NO_TEMPLATE,
-}
-MESSAGE: dict[str, Unsupported] = {
-    "name": Unsupported((), "names of participants are not supported; put the name in the content"),
-    "tool_calls": _NO_TOOLS,
-    "tool_call_id": _NO_TOOLS,
-    "function_call": _NO_TOOLS,
-    "refusal": Unsupported((), "refusals cannot be sent back"),
-    "annotations": Unsupported(([],), "annotations cannot be sent back"),
-    "audio": _NO_MEDIA,
-}
+def notes_of(info: ValidationInfo) -> Notes:
+    """The notes of a validation; those of a model made by hand are dropped."""
+    return info.context if isinstance(info.context, Notes) else Notes()
+
+
+def sift(
+    place: str,
+    data: Mapping[str, Any],
+    known: Iterable[str],
+    unsupported: Mapping[str, Unsupported],
+    harmless: frozenset[str],
+    notes: Notes,
+) -> dict[str, Any]:
+    """The known fields of an object of the kind ``place``. Raises ``FieldError`` that names another
+    one which asks for something that is not served."""
+    kept = {}
+    for name, value in data.items():
+        if name in known:
+            kept[name] = value
+        elif name in unsupported:
+            if not unsupported[name].accepts(value):
+                raise FieldError(f"{name} is not supported: {unsupported[name].hint}", name)
+        elif name not in harmless:
+            notes.unknown(place, name, value, [*known, *unsupported])
+    return kept
 
 
 class StrictModel(BaseModel):
-    """Unknown fields are errors with the nearest valid name; no value is converted silently."""
+    """No value is converted silently, and no unknown field passes unseen (``Notes``).
+
+    A field of a list, an object or a text whose length matters has a ``max_length``, which is
+    looked at before anything in it.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
     unsupported: ClassVar[dict[str, Unsupported]] = {}
-    ignored: ClassVar[frozenset[str]] = frozenset()
+    harmless: ClassVar[frozenset[str]] = frozenset()
 
     @model_validator(mode="before")
     @classmethod
-    def _names(cls, data: Any) -> Any:
+    def _names(cls, data: Any, info: ValidationInfo) -> Any:
         if not isinstance(data, dict):
             return data
-        kept = {}
-        for name, value in data.items():
-            if name in cls.model_fields:
-                kept[name] = value
-            elif name in cls.unsupported:
-                if not cls.unsupported[name].accepts(value):
-                    raise FieldError(f"{name} is not supported: {cls.unsupported[name].hint}", name)
-            elif name not in cls.ignored:
-                raise FieldError(unknown_field(name, list(cls.model_fields)), name[:MAX_NAME_CHARS])
+        notes = notes_of(info)
+        kept = sift(cls.__name__, data, cls.model_fields, cls.unsupported, cls.harmless, notes)
+        for name, most in max_lengths(cls).items():
+            value = kept.get(name)
+            if isinstance(value, str | list | dict) and len(value) > most:
+                raise too_long(name, value, most)
         return kept
 
 
-def unknown_field(name: str, valid: list[str]) -> str:
-    """A sentence that names an unknown field and the closest valid one."""
-    near = closest(name, valid)
+@cache
+def max_lengths(model: type[BaseModel]) -> dict[str, int]:
+    """The ``max_length`` of each field that has one, in characters or items."""
+    return {
+        name: rule.max_length
+        for name, info in model.model_fields.items()
+        for rule in info.metadata
+        if isinstance(rule, MaxLen)
+    }
+
+
+def too_long(name: str, value: str | list[Any] | dict[str, Any], most: int) -> FieldError:
+    """The error of a text, list or object that has more than ``most`` characters or items."""
+    things = "characters" if isinstance(value, str) else "items"
+    return FieldError(f"{name} has {len(value)} {things}; at most {most}", name)
+
+
+def unknown_field(name: str, valid: list[str], near: str | None = None) -> str:
+    """A sentence that names an unknown field and the valid one that it most likely means."""
+    near = near or closest(name, valid)
     hint = f"did you mean {near}?" if near else f"valid fields: {', '.join(sorted(valid))}"
     return f"unknown field {shown(name)}; {hint}"

@@ -2,97 +2,186 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from threading import Event
+from time import monotonic
 from typing import Any, TypeVar
 
-from jinja2.exceptions import TemplateError
-
 from ds_cp.api.errors import ApiError
+from ds_cp.api.lanes import Lanes, try_again
 from ds_cp.engine.interface import EngineInterface
-from ds_cp.text import shorten
+from ds_cp.errors import ChatTemplateError
+from ds_cp.templates.chat import TOO_SLOW
+from ds_cp.templates.shape import texts_of
 
 CHARS_PER_TOKEN = 32  # characters of a text per token of the model's length, at most
-THREADS = 2  # texts that are tokenized at once
-MAX_REASON_CHARS = 200  # characters of a chat template's refusal in a message
+READ_TOKENS = 4  # tokens of a long text per token of the model's length, at most
+SHORT_CPU_S = 0.25  # seconds that a template computes in the lane of short texts
+LONG_CHARS = 1 << 16  # characters of a text above which it takes the lane of long ones
+LONG_TOKENS = 1 << 14  # as many tokens take that lane to become text
+_HAVE = {"prompt": "has", "messages": "have"}
+CUT_TOKENS = 16  # tokens by which cutting a text may raise its count, at each cut
 
 Result = TypeVar("Result")
 
+logger = logging.getLogger("ds_cp.api")
+
 
 class TextCodec:
-    """The tokenizer of an engine behind a small pool of threads.
+    """The tokenizer and the chat template of an engine behind a few threads.
 
-    Each call ends within ``timeout_s`` seconds, with a 503 if need be. Its thread works on to the
-    end of the text, so slow texts can occupy this pool but nothing else.
+    Each call ends within ``timeout_s`` seconds for the text and as much for the template, with a
+    503 if need be. Short texts wait for neither long ones nor slow templates. A long text is given
+    up between its pieces when nobody waits for it any more.
     """
 
     def __init__(self, engine: EngineInterface, timeout_s: float) -> None:
         self._engine = engine
         self._timeout_s = timeout_s
-        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="ds_cp-text")
+        self._texts = Lanes("text")
+        self._templates = Lanes("template")
 
     def close(self) -> None:
         """Cancel the calls that wait for a thread; those in a thread end by themselves."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._texts.close()
+        self._templates.close()
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a prompt. Raises ``ApiError`` 400 when its characters are too many."""
-        self._check_length(len(text))
-        return await self._run(
-            partial(_encode, self._engine.tokenizer, text, add_special_tokens), "the prompt"
-        )
+        """Token ids of a prompt. Raises ``ApiError`` 400 when its characters are too many, or its
+        tokens more than ``READ_TOKENS`` times the model's length."""
+        self._check_chars(len(text), "prompt")
+        return await self._encode(text, add_special_tokens, "prompt")
 
     async def encode_chat(
-        self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = True
+        self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = True
     ) -> list[int]:
-        """Token ids of a conversation, through the model's own template.
+        """Token ids of a conversation, through the model's own template. ``content`` of a message:
+        a text, a list of text parts, or None.
 
-        Raises ``ApiError`` 400 when the model has none, refuses the messages, or they are too long.
+        Raises ``ApiError`` 400 when the model has no template, the template refuses the messages or
+        fails, or they are too long.
         """
-        tokenizer = self._engine.tokenizer
-        if getattr(tokenizer, "chat_template", None) is None:
-            raise ApiError(
-                400, "this model has no chat template; use /v1/completions", code="no_chat_template"
-            )
-        self._check_length(sum(len(message["content"]) for message in messages))
-        render = partial(_render, tokenizer, list(messages), add_generation_prompt)
-        text = await self._run(render, "the messages")
-        self._check_length(len(text))
+        self._check_messages(len(messages))
+        chars = sum(len(text) for m in messages for text in texts_of(m.get("content")))
+        self._check_chars(chars, "messages")
+        text = await self._render(messages, add_generation_prompt, chars)
         # The template brings the special tokens, as in apply_chat_template(tokenize=True).
-        return await self._run(partial(_encode, tokenizer, text, False), "the messages")
+        return await self._encode(text, False, "messages")
 
     async def decode(self, ids: list[int]) -> str:
         """Text of token ids, special tokens included."""
-        return await self._run(partial(_decode, self._engine.tokenizer, ids), "the tokens")
+        tokenizer = self._engine.tokenizer
+        long = len(ids) > LONG_TOKENS
+        return await self._in_text_lane(lambda _: _decode(tokenizer, ids), long, "tokens")
 
-    def _check_length(self, chars: int) -> None:
-        length = self._engine.info.max_model_len
-        if chars > CHARS_PER_TOKEN * length:
-            raise ApiError(
-                400,
-                f"the prompt has {chars} characters; for a model length of {length} tokens "
-                f"at most {CHARS_PER_TOKEN * length} are read",
-                code="context_length_exceeded",
-            )
+    def check_count(self, tokens: int) -> None:
+        """Raises ``ApiError`` 400 for more token ids than the model is long."""
+        if tokens > self._engine.info.max_model_len:
+            raise self._too_long(f"{tokens} tokens were sent", "tokens")
 
-    async def _run(self, work: Callable[[], Result], what: str) -> Result:
-        future = asyncio.get_running_loop().run_in_executor(self._pool, work)
+    async def _render(
+        self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool, chars: int
+    ) -> str:
+        template = self._engine.chat_template
+        most = CHARS_PER_TOKEN * self._engine.info.max_model_len
+        deadline = monotonic() + self._timeout_s
+
+        def render(long: bool) -> Awaitable[str]:
+            left_s = max(deadline - monotonic(), 0.001)
+
+            def work(_: Event) -> str:
+                return template.render(
+                    messages,
+                    add_generation_prompt=add_generation_prompt,
+                    max_chars=most,
+                    timeout_s=left_s,
+                    cpu_s=None if long else SHORT_CPU_S,
+                )
+
+            return self._templates.run(work, long=long, timeout_s=left_s)
+
         try:
-            done, _ = await asyncio.wait({future}, timeout=self._timeout_s)
-        except asyncio.CancelledError:
-            future.cancel()
-            raise
-        if not done:
-            future.cancel()
-            raise ApiError(
-                503,
-                f"{what} could not be tokenized within {self._timeout_s:g} s; try again",
-                code="tokenize_timeout",
-                headers={"Retry-After": "1"},
+            try:
+                return await render(chars > LONG_CHARS)
+            except ChatTemplateError as err:
+                if err.code != TOO_SLOW or chars > LONG_CHARS:
+                    raise
+            return await render(True)  # anew, and not in the way of those that are quick
+        except ChatTemplateError as err:
+            raise ApiError(400, str(err), param=err.param, code=err.code) from None
+        except TimeoutError:
+            raise self._late("messages") from None
+        except OSError as err:
+            logger.error("the chat template cannot be rendered: %s", err)
+            raise try_again(
+                "the chat template cannot be rendered at the moment", "chat_template_unavailable"
+            ) from None
+
+    async def _in_text_lane(self, work: Callable[[Event], Result], long: bool, what: str) -> Result:
+        try:
+            return await self._texts.run(work, long=long, timeout_s=self._timeout_s)
+        except TimeoutError:
+            raise self._late(what) from None
+
+    def _late(self, what: str) -> ApiError:
+        return try_again(
+            f"the {what} could not be tokenized within {self._timeout_s:g} s", "tokenize_timeout"
+        )
+
+    async def _encode(self, text: str, add_special_tokens: bool, what: str) -> list[int]:
+        tokenizer, length = self._engine.tokenizer, self._engine.info.max_model_len
+        most = READ_TOKENS * length
+        ids = await self._in_text_lane(
+            lambda stop: _encode_bounded(tokenizer, text, add_special_tokens, most, stop),
+            len(text) > LONG_CHARS,
+            what,
+        )
+        if ids is None:
+            raise self._too_long(f"the {what} {_HAVE[what]} more than {most} tokens", what)
+        return ids
+
+    def _check_chars(self, chars: int, what: str) -> None:
+        most = CHARS_PER_TOKEN * self._engine.info.max_model_len
+        if chars > most:
+            raise self._too_long(
+                f"the {what} {_HAVE[what]} {chars} characters, of which at most {most} are read",
+                what,
             )
-        return future.result()
+
+    def _check_messages(self, count: int) -> None:
+        if count > self._engine.info.max_model_len:
+            raise self._too_long(f"there are {count} messages", "messages")
+
+    def _too_long(self, however: str, param: str) -> ApiError:
+        """As OpenAI says it, so that clients know it."""
+        length = self._engine.info.max_model_len
+        return ApiError(
+            400,
+            f"This model's maximum context length is {length} tokens. However, {however}. "
+            f"Please reduce the length of the {param}.",
+            param=param,
+            code="context_length_exceeded",
+        )
+
+
+def _encode_bounded(
+    tokenizer: Any, text: str, add_special_tokens: bool, most: int, stop: Event
+) -> list[int] | None:
+    """Token ids of a text; None when they are more than ``most``, or ``stop`` is set.
+
+    The tokens of a long text are counted in pieces first: they take a hundred bytes each while the
+    text is tokenized as a whole, which cannot be interrupted.
+    """
+    if len(text) > LONG_CHARS:
+        count = 0
+        for begin in range(0, len(text), LONG_CHARS):
+            if stop.is_set():
+                return None
+            count += len(_encode(tokenizer, text[begin : begin + LONG_CHARS], False)) - CUT_TOKENS
+            if count > most:
+                return None
+    return _encode(tokenizer, text, add_special_tokens)
 
 
 def _encode(tokenizer: Any, text: str, add_special_tokens: bool) -> list[int]:
@@ -104,17 +193,4 @@ def _encode(tokenizer: Any, text: str, add_special_tokens: bool) -> list[int]:
 
 def _decode(tokenizer: Any, ids: list[int]) -> str:
     text: str = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    return text
-
-
-def _render(tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
-    try:
-        text: str = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-    except TemplateError as err:  # its text is the template author's, by raise_exception
-        reason = shorten(str(err), MAX_REASON_CHARS)
-        raise ApiError(
-            400, f"the model's chat template refuses these messages: {reason}", param="messages"
-        ) from None
     return text

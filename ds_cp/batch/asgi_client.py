@@ -30,7 +30,8 @@ class Answer:
 async def ask(app: App, url: str, body: bytes, headers: Headers = ()) -> Answer:
     """POST a JSON body to an ASGI application and wait for the whole answer.
 
-    Raises what the application raises, and ``ValueError`` when its answer is not JSON.
+    Raises what the application raises, and ``ValueError`` when its answer has no end or is not
+    JSON.
     """
     exchange = _Exchange(body)
     scope: Message = {
@@ -57,6 +58,8 @@ async def ask(app: App, url: str, body: bytes, headers: Headers = ()) -> Answer:
         await app(scope, exchange.receive, exchange.send)
     finally:
         exchange.over.set()
+    if not exchange.whole:
+        raise ValueError("the answer was cut off")
     answered = {name.lower(): value.decode("latin-1") for name, value in exchange.headers}
     busy = exchange.status == 429 or (exchange.status == 503 and b"retry-after" in answered)
     whole = json.loads(b"".join(exchange.parts))
@@ -72,6 +75,7 @@ class _Exchange:
         self.status = 500
         self.headers: list[tuple[bytes, bytes]] = []
         self.parts: list[bytes] = []
+        self.whole = False
 
     async def receive(self) -> Message:
         if self._body is not None:
@@ -86,3 +90,4 @@ class _Exchange:
             self.headers = list(message.get("headers", ()))
         elif message["type"] == "http.response.body":
             self.parts.append(message.get("body", b""))
+            self.whole = not message.get("more_body", False)

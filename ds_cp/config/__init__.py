@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ds_cp.config.addresses import canonical_host, canonical_origin, split_authority
 from ds_cp.config.load import config_schema, explain, load_config, looks_like_path
 from ds_cp.config.models import (
     Attention,
@@ -23,9 +24,12 @@ __all__ = [
     "Scheduler",
     "Server",
     "TensorParallel",
+    "canonical_host",
+    "canonical_origin",
     "config_schema",
     "explain",
     "is_loopback",
     "load_config",
     "looks_like_path",
+    "split_authority",
 ]

@@ -48,6 +48,20 @@ MemoryBudget = Annotated[
     BeforeValidator(_bytes),
     WithJsonSchema(_BUDGET_SCHEMA),
 ]
+MIN_BUFFERED = 16 << 20  # bytes: some requests must fit
+MemorySize = Annotated[
+    Auto | Annotated[int, Field(ge=MIN_BUFFERED, le=MAX_MEMORY)],
+    BeforeValidator(_bytes),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"const": "auto", "type": "string"},
+                _SIZE_SCHEMA["anyOf"][0],
+                {"type": "integer", "minimum": MIN_BUFFERED, "maximum": MAX_MEMORY},
+            ]
+        }
+    ),
+]
 TokenBudget = Annotated[
     Auto | Tokens | Annotated[tuple[Tokens, ...], Field(min_length=1, max_length=MAX_RANKS)],
     BeforeValidator(_tuple),
@@ -58,6 +72,8 @@ ApiKeys = Annotated[
     _ApiKey | Annotated[tuple[_ApiKey, ...], Field(min_length=1, max_length=256)] | None,
     BeforeValidator(_tuple),
 ]
+_Name = Annotated[str, Field(min_length=1, max_length=300)]
+Names = Annotated[tuple[_Name, ...], Field(max_length=64), BeforeValidator(_tuple)]
 
 
 def unit_of(unit: str) -> dict[str, Any]:

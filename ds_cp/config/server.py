@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import ipaddress
-from typing import Annotated, Any
+import string
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ds_cp.config.fields import ApiKeys, Section, Timeout, unit_of
+from ds_cp.config.addresses import canonical_host, canonical_origin
+from ds_cp.config.fields import ApiKeys, Auto, MemorySize, Names, Section, Timeout, unit_of
 from ds_cp.text import show
+
+_HOST_LETTERS = frozenset(string.ascii_lowercase + string.digits + ".-_:")
 
 
 class Server(Section):
@@ -25,11 +29,40 @@ class Server(Section):
         description="key, or list of keys, that clients send as a bearer token; null: none asked",
         repr=False,
     )
+    allowed_hosts: Names = Field(
+        default=(),
+        description="host names, without scheme and port, that clients may reach the server by, "
+        "beside localhost, 127.0.0.1, [::1] and host; others get HTTP 421. Without api_key this is "
+        "always checked; with api_key only when names are listed here",
+    )
+    cors_origins: Names = Field(
+        default=(),
+        description='origins of web pages, as "https://app.example:8443", whose scripts may use '
+        'the server from a browser; ["*"]: every page, which without api_key is every page that a '
+        "browser on this machine opens",
+    )
     served_model_name: Annotated[str, Field(min_length=1, max_length=256)] | None = Field(
         default=None, description="model name in the API; null: the last part of model"
     )
+    unknown_fields: Literal["warn", "refuse"] = Field(
+        default="warn",
+        description="what becomes of a field that no part of the protocol knows: warn ignores it "
+        "with a header that names it, refuse answers HTTP 400",
+    )
     max_body_bytes: Annotated[int, Field(ge=1024, le=1 << 30)] = Field(
         default=8 << 20, description="largest HTTP request body", json_schema_extra=unit_of("bytes")
+    )
+    max_connections: Auto | Annotated[int, Field(ge=1, le=65536)] = Field(
+        default="auto",
+        description="connections open at once, below the limit of open files; beyond it the one "
+        "that is idle longest is closed, or HTTP 503; auto: 1024",
+    )
+    max_buffered_bytes: MemorySize = Field(
+        default="auto",
+        description="memory that bodies and answers of all requests together may hold; requests "
+        "beyond it are refused with HTTP 503; auto: an eighth of the machine's memory, "
+        "at most 8 GiB",
+        json_schema_extra=unit_of("bytes"),
     )
     drain_timeout_s: Annotated[float, Field(ge=0, le=3600)] = Field(
         default=25.0,
@@ -57,8 +90,8 @@ class Server(Section):
     )
     write_timeout_s: Timeout = Field(
         default=60.0,
-        description="time that a streamed answer waits for its client to read on; its request is "
-        "aborted then",
+        description="time that an answer waits for its client to read on; its connection is "
+        "closed and its request aborted then",
         json_schema_extra=unit_of("seconds"),
     )
     tokenize_timeout_s: Timeout = Field(
@@ -78,6 +111,44 @@ class Server(Section):
         if self.api_key is None:
             return ()
         return (self.api_key,) if isinstance(self.api_key, str) else self.api_key
+
+    @property
+    def answered_hosts(self) -> frozenset[str] | None:
+        """The hosts of requests that are answered, each in its canonical spelling; None for all.
+
+        With an API key a page that gets here under a name of its own (DNS rebinding) has no key.
+        """
+        if self.api_keys and not self.allowed_hosts:
+            return None
+        named = {canonical_host(name) for name in (self.host, *self.allowed_hosts)}
+        return frozenset({"localhost", "127.0.0.1", "::1"} | {name for name in named if name})
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            host = canonical_host(name)
+            if host is None or not set(host) <= _HOST_LETTERS:
+                raise ValueError(
+                    f"server.allowed_hosts has {show(name)}, which is no host name or IP address; "
+                    'write each as "gpu1.example", without scheme, port and wildcard'
+                )
+        return value
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if value == ("*",):
+            return value
+        for origin in value:
+            written = canonical_origin(origin.removesuffix("/"))
+            if written != origin:
+                hint = f"write {show(written)}" if written else 'write "https://app.example:8443"'
+                raise ValueError(
+                    f"server.cors_origins has {show(origin)}, which no browser sends as an origin; "
+                    f'{hint}, or ["*"] alone for every page'
+                )
+        return value
 
     @field_validator("api_key")
     @classmethod

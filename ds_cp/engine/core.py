@@ -159,7 +159,7 @@ class EngineCore:
 
     def _record_scores(self, scored: Scored) -> None:
         answer = self._answers.get(scored.request)
-        if answer is not None:
+        if answer is not None and not answer.call.sent_prompt:
             prompt = answer.request.prompt
             for position, (logprob, top) in enumerate(scored.rows, scored.start):
                 answer.call.scores[position] = TokenLogprob(prompt[position], logprob, top)
@@ -196,6 +196,7 @@ class EngineCore:
         if not call.sent_prompt and request.index == 0:
             call.sent_prompt = True
             cached, scores = request.cached_tokens or 0, self._scores(request, call)
+            call.scores = {}  # the caller has them now: many megabytes for a long prompt
         if reason is not None:
             self._forget(answer)
         return Delta(
@@ -262,6 +263,7 @@ class EngineCore:
             kv_blocks_cached=tuple(allocator.num_cached(r) for r in ranks),
             kv_blocks_total=allocator.blocks_per_rank,
             ranks_drained=tuple(sorted(scheduler.block_manager.closed)),
+            ranks_draining=scheduler.ranks_draining,
             prefix_cache_queries=scheduler.block_manager.queries,
             prefix_cache_hits=scheduler.block_manager.hits,
             blocks_moved=scheduler.migration.num_moved,

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from ds_cp.outputs import Delta
 from ds_cp.sampling_params import RequestOptions, SamplingParams
+from ds_cp.templates.chat import ChatTemplate
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class EngineStats:
     kv_blocks_used: tuple[int, ...] = ()  # one per rank
     kv_blocks_cached: tuple[int, ...] = ()  # unreferenced, kept for their prefix
     kv_blocks_total: tuple[int, ...] = ()
-    ranks_drained: tuple[int, ...] = ()  # ranks that take no new KV
+    ranks_drained: tuple[int, ...] = ()  # closed ranks: they take no new KV
+    ranks_draining: tuple[int, ...] = ()  # closed ranks that are not empty yet
     prefix_cache_queries: int = 0  # prompt tokens looked up
     prefix_cache_hits: int = 0  # prompt tokens found
     blocks_moved: int = 0  # by drain and rebalance
@@ -49,6 +51,12 @@ class EngineStats:
     comm_bytes: dict[str, int] = field(default_factory=dict)  # rank 0's sent bytes by scheme
     comm_exchanges: dict[str, int] = field(default_factory=dict)
 
+    def rank_state(self, rank: int) -> str:
+        """ "open", "draining" (closed, and not empty yet) or "drained" (closed and empty)."""
+        if rank in self.ranks_draining:
+            return "draining"
+        return "drained" if rank in self.ranks_drained else "open"
+
 
 class EngineInterface(Protocol):
     """What the server needs. ``generate`` raises ``RequestError`` (``CapacityError``),
@@ -57,6 +65,7 @@ class EngineInterface(Protocol):
 
     info: EngineInfo
     tokenizer: Any  # a transformers tokenizer
+    chat_template: ChatTemplate  # of the tokenizer
 
     def check(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
         """Raise ``RequestError``, with its field, for a request that is not acceptable whatever the
@@ -88,8 +97,10 @@ class EngineInterface(Protocol):
         ...
 
     def drain(self, rank: int) -> None:
-        """Move everything off a rank, live, and place nothing there. ``RequestError`` when there is
-        no such rank; ``CapacityError`` when the other ranks cannot hold what runs."""
+        """Begin to move everything off a rank, live, and place nothing there; it is done when
+        ``stats().ranks_draining`` does not have the rank any more. ``RequestError`` when there is
+        no such rank; ``CapacityError`` when no other rank is open, or those that are cannot hold
+        what runs."""
         ...
 
     def reopen(self, rank: int) -> None:

@@ -190,7 +190,7 @@ class LLMEngine:
         return self._run(prepared())
 
     def drain(self, rank: int) -> None:
-        """Move everything off a rank, live, as in ``EngineInterface``. On rank 0 only."""
+        """Begin to move everything off a rank, live, as in ``EngineInterface``. On rank 0 only."""
         self._driver.scheduler.drain(rank)
 
     def reopen(self, rank: int) -> None:

@@ -45,7 +45,8 @@ class Migration:
         """Close ``rank``: nothing new is placed there and what is there moves, step by step.
 
         ``live``: every request that runs or waits. Raises ``RequestError`` when there is no such
-        rank, ``CapacityError`` when some request could not finish on the others.
+        rank, ``CapacityError`` when it is the last open one, or some request could not finish on
+        the others.
         """
         blocks = self._blocks
         self._check(rank)
@@ -53,6 +54,13 @@ class Migration:
             return
         blocks.closed.add(rank)
         largest = blocks.largest_tokens
+        if not largest:  # also when nothing runs: every request to come would be refused
+            blocks.closed.discard(rank)
+            raise CapacityError(
+                f"rank {rank} cannot be drained: no other rank is open, so that there would be "
+                "room for 0 tokens and a request needs at least 1; reopen another rank first",
+                need=1, have=0, largest=0, param="rank",
+            )  # fmt: skip
         for request in live:
             need = len(request.prompt) + request.max_tokens - 1
             if need > largest:

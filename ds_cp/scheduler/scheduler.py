@@ -65,6 +65,7 @@ class Scheduler:
         self._ended: list[int] = []  # requests that the ranks should forget
         self._looking_back: dict[int, Request] = {}  # whose draws depend on earlier tokens
         self._in_flight: dict[int, tuple[int, float]] = {}  # step -> its decodes, work on prompts
+        self._last_use: dict[int, int] = {}  # closed rank -> the last step that may use its blocks
 
     # --- requests come and go
 
@@ -146,10 +147,22 @@ class Scheduler:
     def drain(self, rank: int) -> None:
         """Empty ``rank`` while requests go on, and place nothing there; see ``Migration.drain``."""
         self.migration.drain(rank, [*self.running, *self.waiting])
+        self._last_use[rank] = self._steps
 
     def is_drained(self, rank: int) -> bool:
-        """Whether ``rank`` is closed and holds nothing any more."""
+        """Whether ``rank`` is closed and holds nothing any more, by the ledger: the step that moves
+        its last block may still run."""
         return rank in self.block_manager.closed and not self.allocator.num_used(rank)
+
+    @property
+    def ranks_draining(self) -> tuple[int, ...]:
+        """Closed ranks that hold a block, or that a step in flight may still read."""
+        return tuple(
+            rank
+            for rank in sorted(self.block_manager.closed)
+            if not self.is_drained(rank)
+            or any(step <= self._last_use.get(rank, 0) for step in self._in_flight)
+        )
 
     def reopen(self, rank: int) -> None:
         """Let a drained rank take KV again."""
@@ -167,6 +180,9 @@ class Scheduler:
         draft = Draft(self._steps + 1, budget, self._pacer)
         before = self.num_preemptions
         self.block_manager.prefix.begin_step()
+        for rank in self.block_manager.closed:
+            if self.allocator.num_used(rank):
+                self._last_use[rank] = draft.step
         if self.migration.is_moving:
             self._move(draft)
         self._decode.add(draft)

@@ -28,7 +28,10 @@ from ds_cp.plan import Idle, Outcome, Plan
 from ds_cp.sampling_params import RequestOptions, SamplingParams
 from ds_cp.scheduler.build import build_scheduler
 from ds_cp.serve.channel import Ready
+from ds_cp.serve.mailbox import Mailbox
 from ds_cp.serve.worker_link import WorkerLink
+from ds_cp.templates.chat import ChatTemplate
+from ds_cp.templates.processes import TemplateProcesses
 
 
 class AsyncEngine:
@@ -45,6 +48,7 @@ class AsyncEngine:
 
     info: EngineInfo
     tokenizer: Any
+    chat_template: ChatTemplate
 
     def __init__(
         self,
@@ -67,14 +71,15 @@ class AsyncEngine:
         self._paced = paced
         self._state = "starting"
         self._core: EngineCore | None = None
-        self._lock = threading.Lock()  # guards core and queues; not held during a step
+        self._lock = threading.Lock()  # guards core and mailboxes; not held during a step
         self._wake = threading.Condition(self._lock)
         self._refusing = False  # new requests, because the server is being stopped
         self._stopping = False  # the loop of steps ends
         self._failed = False  # by ``fail``
-        self._queues: dict[str, asyncio.Queue[Delta | DsCpError]] = {}  # by request id
+        self._mailboxes: dict[str, Mailbox] = {}  # by request id
         self._steps = _Timed(link)
         self._stall_s = config.server.stall_s
+        self._templates = TemplateProcesses()
         self._thread = threading.Thread(target=self._run, name="ds_cp engine", daemon=True)
 
     def start(self) -> None:
@@ -103,18 +108,16 @@ class AsyncEngine:
     ) -> AsyncIterator[Delta]:
         """Deltas until the last one of every answer; closing the iterator aborts the request. A
         refusal is raised before the first delta."""
-        queue: asyncio.Queue[Delta | DsCpError] = asyncio.Queue()
+        mailbox = Mailbox()
         prompt = tuple(prompt_token_ids)  # copied before the lock is taken
         with self._wake:
             self._ready_core().add(request_id, prompt, params, options)
-            self._queues[request_id] = queue
+            self._mailboxes[request_id] = mailbox
             self._wake.notify()
         unfinished = params.n
         try:
             while unfinished:
-                delta = await queue.get()
-                if isinstance(delta, DsCpError):
-                    raise delta
+                delta = await mailbox.get()
                 unfinished -= delta.finish_reason is not None
                 yield delta
         finally:
@@ -123,12 +126,12 @@ class AsyncEngine:
     def abort(self, request_id: str) -> None:
         """End a request that has not finished; its blocks are free before the next step."""
         with self._lock:
-            self._queues.pop(request_id, None)
+            self._mailboxes.pop(request_id, None)
             if self._core is not None:
                 self._core.abort(request_id)
 
     def drain(self, rank: int) -> None:
-        """Move everything off a rank, live; see ``EngineInterface``."""
+        """Begin to move everything off a rank, live; see ``EngineInterface``."""
         with self._wake:
             self._ready_core().scheduler.drain(rank)
             self._wake.notify()
@@ -185,9 +188,9 @@ class AsyncEngine:
 
     def _end_requests(self, err: EngineDeadError) -> None:
         with self._lock:
-            unfinished = list(self._queues.values())
-        for queue in unfinished:
-            queue.put_nowait(err)
+            unfinished = list(self._mailboxes.values())
+        for mailbox in unfinished:
+            mailbox.put(err)
 
     async def stop(self, deadline_s: float) -> None:
         """End the engine: all ranks leave after the current step, and every unfinished request
@@ -202,6 +205,7 @@ class AsyncEngine:
         limit = time.monotonic() + deadline_s
         while self._thread.is_alive() and time.monotonic() < limit:
             await asyncio.sleep(0.02)
+        await asyncio.to_thread(self._templates.close)
 
     # --- the engine's thread
 
@@ -216,14 +220,16 @@ class AsyncEngine:
 
     def _become_ready(self) -> None:
         tokenizer = self._load_tokenizer()
+        chat_template = self._open_template(tokenizer)
         ready = self._link.ready()
         facts = ready.facts.with_tokenizer(*describe_tokenizer(tokenizer))
         said = facts.notes[len(ready.facts.notes) :]
-        ready = Ready(facts, (*ready.summary, *said))
+        ready = Ready(facts, (*ready.summary, *said, *chat_template.look()))
         scheduler = build_scheduler(self._config, facts, self._paced)
         with self._lock:
             self._core = EngineCore(scheduler, tokenizer)
             self.tokenizer = tokenizer
+            self.chat_template = chat_template
             self.info = EngineInfo(
                 model=self._model_name,
                 max_model_len=ready.facts.max_model_len,
@@ -237,6 +243,14 @@ class AsyncEngine:
             )
             self._state = "ready"
         self._on_ready(ready)
+
+    def _open_template(self, tokenizer: Any) -> ChatTemplate:
+        """The chat template; the process that renders it starts while the worker does."""
+        template = ChatTemplate(tokenizer, self._templates)
+        if template.choice.text is not None:
+            with contextlib.suppress(OSError):  # ``look`` tries again, and says why it cannot
+                self._templates.start()
+        return template
 
     def _loop_steps(self) -> None:
         idle_s = idle_seconds(self._config.comm.timeout_s)
@@ -262,16 +276,16 @@ class AsyncEngine:
             worked = True
             deltas = loop.advance()
             with self._lock:
-                pairs = [(self._queues.get(delta.request_id), delta) for delta in deltas]
-            self._deliver([(queue, delta) for queue, delta in pairs if queue is not None])
+                pairs = [(self._mailboxes.get(delta.request_id), delta) for delta in deltas]
+            self._deliver([(mailbox, delta) for mailbox, delta in pairs if mailbox is not None])
         self._state = "dead"
         loop.settle()
         self._link.leave()
 
-    def _deliver(self, items: list[tuple[asyncio.Queue[Delta | DsCpError], Any]]) -> None:
+    def _deliver(self, items: Sequence[tuple[Mailbox, Delta | DsCpError]]) -> None:
         def put() -> None:
-            for queue, item in items:
-                queue.put_nowait(item)
+            for mailbox, item in items:
+                mailbox.put(item)
 
         if items:
             with contextlib.suppress(RuntimeError):  # the loop has closed
@@ -280,11 +294,11 @@ class AsyncEngine:
     def _die(self, err: DsCpError, exit_code: int) -> None:
         with self._lock:
             self._state = "dead"
-            queues = list(self._queues.values())
+            mailboxes = list(self._mailboxes.values())
         if self._failed:
             return  # reported already
         kind = StoppingError if self._refusing else EngineDeadError
-        self._deliver([(queue, kind(str(err))) for queue in queues])
+        self._deliver([(mailbox, kind(str(err))) for mailbox in mailboxes])
         if not self._stopping:
             self._on_death(err, exit_code)
 

@@ -22,8 +22,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ds_cp.config import Config
-from ds_cp.errors import DsCpError, EngineDeadError
+from ds_cp.errors import DsCpError, EngineDeadError, ModelError
 from ds_cp.model.source import ModelSource, find_model
+from ds_cp.model.watch import FilesWatch, watch_model
 from ds_cp.serve.channel import Channel, Failed, FromWorker, Ready
 from ds_cp.serve.job_link import FollowingLink, LeadingLink, link_name
 from ds_cp.serve.worker_child import SIGNALS, describe_end, ended, worker_child
@@ -74,6 +75,7 @@ class _Supervisor:
         loop = asyncio.get_running_loop()
         leads = self._job.rank == 0
         found = (find_model(self._config.model), self._bind()) if leads else None
+        files = self._watch_files()  # as they are before the worker reads them
         for number in SIGNALS:
             loop.add_signal_handler(number, self._on_signal, number)
         link = self._leading if leads else self._following
@@ -82,6 +84,8 @@ class _Supervisor:
         with worker_child(self._config, self._job) as (process, channel):
             watch = asyncio.create_task(self._watch(process))
             watch.add_done_callback(self._on_watched)
+            if files is not None:
+                files.start()
             try:
                 if found is not None:
                     await self._serve_http(channel, *found)
@@ -92,6 +96,17 @@ class _Supervisor:
                 watch.cancel()
                 await link.close()
         return self._exit_code
+
+    def _watch_files(self) -> FilesWatch | None:
+        """One process of each host looks after the model's files there."""
+        if self._job.rank != 0 and self._job.local_rank != 0:
+            return None
+        try:
+            return watch_model(
+                find_model(self._config.model), lambda line: _say(f"warning: {line}")
+            )
+        except ModelError:  # the worker says it
+            return None
 
     def _bind(self) -> list[socket.socket]:
         from ds_cp.api.transport.listen import bind
@@ -294,8 +309,9 @@ class _Supervisor:
 
 
 def _say(line: str) -> None:
-    """A line for people. stderr is a ``LogStream``, so this neither waits nor fails."""
-    print(f"ds_cp: {line}", file=sys.stderr, flush=True)
+    """A line for people. Where stderr is a ``LogStream`` it waits for nobody."""
+    with contextlib.suppress(OSError, ValueError):  # ValueError: it was closed
+        print(f"ds_cp: {line}", file=sys.stderr, flush=True)
 
 
 def _noticed(cause: str, since: float) -> str:

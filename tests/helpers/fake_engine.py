@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -14,6 +16,8 @@ from ds_cp.errors import CapacityError, RequestError
 from ds_cp.outputs import Delta, TokenLogprob
 from ds_cp.sampling_params import RequestOptions, SamplingParams
 from ds_cp.scheduler.admission import Limits, check_request
+from ds_cp.templates.chat import ChatTemplate
+from ds_cp.templates.processes import TemplateProcesses
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}"
@@ -45,6 +49,13 @@ def make_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> Any:
     return tokenizer
 
 
+@cache
+def template_processes() -> TemplateProcesses:
+    """One for all fake engines of this process, since its start takes half a second. It starts with
+    the first chat, and ends with this process."""
+    return TemplateProcesses()
+
+
 def expected_ids(prompt: list[int], count: int, vocab: int, index: int = 0) -> list[int]:
     """The fake engine's answer: a walk over the ordinary tokens, from a start that depends on the
     prompt and the answer's index."""
@@ -67,16 +78,18 @@ def prompt_scores(prompt: list[int], top: int) -> tuple[TokenLogprob | None, ...
 class FakeEngine:
     """An ``EngineInterface``; a test sets its speed, failures and stops before it sends requests.
 
-    ``delay_s`` comes before every token, ``first_delay_s`` before the first. ``refuse`` is raised
+    ``delay_s`` comes before every token, ``first_delay_s`` before the first; ``eager_s`` is the
+    delay of requests with ``ignore_eos``, so that an attack can be quicker. ``refuse`` is raised
     before the first delta, ``break_after`` (n, error) after n tokens. ``end`` replaces the last
     finish reason. ``short`` gives answers (by index) that stop after that many tokens; in each step
     the answers come in their order, or ``backwards``. ``cached`` is how many tokens of every prompt
-    were in the prefix cache. ``drained`` ranks cannot all be drained; ``moving`` is what a
-    rebalance says.
+    were in the prefix cache. ``drained`` ranks cannot all be drained, and hold ``blocks`` (by rank)
+    until a test takes them away; ``moving`` is what a rebalance says.
     """
 
     def __init__(self, tokenizer: Any, max_model_len: int = 128) -> None:
         self.tokenizer = tokenizer
+        self.chat_template = ChatTemplate(tokenizer, template_processes())
         self.info = EngineInfo(
             model="fake-model",
             max_model_len=max_model_len,
@@ -90,8 +103,10 @@ class FakeEngine:
         )
         self.state = "ready"
         self.snapshot = EngineStats()
+        self._thread = ThreadPoolExecutor(1)
         self.first_delay_s = 0.0
         self.delay_s = 0.0
+        self.eager_s: float | None = None
         self.refuse: Exception | None = None
         self.break_after: tuple[int, Exception] | None = None
         self.end: str | None = None
@@ -100,6 +115,7 @@ class FakeEngine:
         self.cached: int | None = None
         self.moving = 0
         self.drained: set[int] = set()
+        self.blocks: dict[int, int] = {}
         self.seen: list[tuple[list[int], SamplingParams]] = []
         self.options: list[RequestOptions] = []
         self.live: set[str] = set()
@@ -127,10 +143,13 @@ class FakeEngine:
             room = self.info.max_model_len - len(prompt_token_ids)
             count = min(room, params.max_tokens or room)
             vocab = self.info.vocab_size
-            walks = [expected_ids(prompt_token_ids, count, vocab, i) for i in range(params.n)]
+            total = [sum(prompt_token_ids)]  # as good as the prompt, and soon added up
+            walks = [expected_ids(total, count, vocab, i) for i in range(params.n)]
             offsets = [0] * params.n  # characters of each answer before its next token
+            eager = params.ignore_eos and self.eager_s is not None
+            delay_s = (self.eager_s or 0.0) if eager else self.delay_s
             for step in range(count):
-                await asyncio.sleep(self.delay_s + (self.first_delay_s if step == 0 else 0.0))
+                await asyncio.sleep(delay_s + (self.first_delay_s if step == 0 else 0.0))
                 if self.break_after is not None and step == self.break_after[0]:
                     raise self.break_after[1]
                 for index in sorted(left, reverse=self.backwards):
@@ -140,7 +159,14 @@ class FakeEngine:
                     if self.short.get(index) == step + 1:
                         delta = replace(delta, finish_reason="stop")
                     if step == 0 and index == 0:
-                        delta = self._with_prompt(delta, prompt_token_ids, params)
+                        about = (delta, prompt_token_ids, params)
+                        if len(prompt_token_ids) < 1000:
+                            delta = self._with_prompt(*about)
+                        else:  # as in the real engine: in a thread, one of them
+                            loop = asyncio.get_running_loop()
+                            delta = await loop.run_in_executor(
+                                self._thread, self._with_prompt, *about
+                            )
                     if delta.finish_reason is not None:
                         left.discard(index)
                     yield replace(delta, index=index)
@@ -176,7 +202,16 @@ class FakeEngine:
             self.aborted.append(request_id)
 
     def stats(self) -> EngineStats:
-        return self.snapshot
+        if not self.drained:
+            return self.snapshot
+        used = tuple(self.blocks.get(rank, 0) for rank in range(self.info.ranks))
+        return replace(
+            self.snapshot,
+            kv_blocks_used=used,
+            kv_blocks_total=(8,) * self.info.ranks,
+            ranks_drained=tuple(sorted(self.drained)),
+            ranks_draining=tuple(rank for rank in sorted(self.drained) if used[rank]),
+        )
 
     def drain(self, rank: int) -> None:
         self._check(rank)

@@ -1,9 +1,10 @@
 """The HTTP front in a process of its own over the fake engine, so that a test can attack it and
 measure it: its memory, its descriptors, the gaps of honest streams beside the attack.
 
-``python -m tests.helpers.front SETTINGS`` serves: SETTINGS is a JSON object of the config's
-``server`` section, and under "engine" attributes of the fake engine (``delay_s``, ...), its
-``max_model_len`` and its ``chat_template``. It prints the port.
+``python -m tests.helpers.front SETTINGS`` serves, drains after SIGTERM and hurries after a second
+one. SETTINGS is a JSON object of the config's ``server`` section, and under "engine" attributes of
+the fake engine (``delay_s``, ...), its ``max_model_len``, its ``chat_template`` and the seconds
+that this may compute, ``template_cpu_s``. It prints the port.
 """
 
 from __future__ import annotations
@@ -41,9 +42,11 @@ class Front:
 
     @property
     def memory(self) -> int:
-        """Resident bytes of the front and of the processes it started."""
+        """Resident bytes of the front and of the processes it started; a page that several of them
+        share is counted once."""
         ours = psutil.Process(self.process.pid)
-        return sum(process.memory_info().rss for process in [ours, *ours.children(recursive=True)])
+        everyone = [ours, *ours.children(recursive=True)]
+        return sum(process.memory_full_info().pss for process in everyone)
 
     @property
     def descriptors(self) -> int:
@@ -127,22 +130,34 @@ def serve(settings: Mapping[str, Any]) -> None:
     from ds_cp.api.transport.listen import bind
     from ds_cp.api.transport.server import serve_until
     from ds_cp.config import Server
-    from tests.helpers.fake_engine import CHAT_TEMPLATE, FakeEngine, make_tokenizer
+    from ds_cp.templates.chat import ChatTemplate
+    from tests.helpers.fake_engine import (
+        CHAT_TEMPLATE,
+        FakeEngine,
+        make_tokenizer,
+        template_processes,
+    )
 
     values = {"port": 0, "drain_timeout_s": 1.0} | dict(settings)
     knobs = dict(values.pop("engine", {}))
     template = knobs.pop("chat_template", CHAT_TEMPLATE)
     engine = FakeEngine(make_tokenizer(template), knobs.pop("max_model_len", 4096))
+    if cpu_s := knobs.pop("template_cpu_s", None):
+        engine.chat_template = ChatTemplate(engine.tokenizer, template_processes(), cpu_s)
     for name, value in knobs.items():
         setattr(engine, name, value)
     server = Server(**values)
     listeners = bind(server.host, server.port)
 
     async def main() -> None:
-        stop = asyncio.Event()
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+        stop, hurry = asyncio.Event(), asyncio.Event()
+
+        def on_signal() -> None:
+            (hurry if stop.is_set() else stop).set()
+
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, on_signal)
         serving = asyncio.create_task(
-            serve_until(create_app(engine, server), listeners, server, stop)
+            serve_until(create_app(engine, server), listeners, server, stop, hurry)
         )
         await asyncio.sleep(0.2)
         print(listeners[0].getsockname()[1], flush=True)

@@ -126,7 +126,7 @@ def test_slow_readers_hold_back_every_answer(launch: Any, tokenizer: Any) -> Non
                 yield delta
 
     server = launch(Counting(tokenizer, max_model_len=200_000), write_timeout_s=60.0)
-    body = {"prompt": [5], "n": 8, "max_tokens": 100_000, "stream": True, "logprobs": 20}
+    body = {"prompt": [5], "n": 8, "max_tokens": 5_900, "stream": True, "logprobs": 20}
     with httpx.stream("POST", server.url + C, json=body, timeout=20) as reply:
         assert reply.status_code == 200
         assert wait_for(lambda: taken[0] > 64)
@@ -134,7 +134,7 @@ def test_slow_readers_hold_back_every_answer(launch: Any, tokenizer: Any) -> Non
         while taken[0] != before:  # the sockets' buffers fill up, then nothing moves
             before = taken[0]
             time.sleep(0.5)
-        assert taken[0] < 100_000
+        assert taken[0] < 8 * 5_900 / 2
     assert wait_for(lambda: not server.engine.live)
 
 
@@ -303,15 +303,32 @@ def test_an_engine_without_the_scores_is_an_error(served: Running) -> None:
     assert events_of(served.post(C, echo | {"stream": True}))[-1]["error"]["code"] == "engine_error"
 
 
-def test_bound_on_prompt_logprobs(served: Running, monkeypatch: Any) -> None:
-    monkeypatch.setattr(context, "MAX_PROMPT_LOGPROBS", 60)
-    body = {"prompt": [[5] * 6, [5] * 4], "logprobs": 2, "echo": True, "n": 2}
-    assert served.post(C, body).status_code == 200
-    error = served.post(C, body | {"logprobs": 3}).json()["error"]
-    assert error["param"] == "prompt" and "are 80 entries; at most 60" in error["message"]
-    chat = {"messages": HELLO * 9, "prompt_logprobs": 20}
+def test_bound_on_log_probabilities(served: Running, monkeypatch: Any) -> None:
+    """Those of the prompts and of the new tokens are counted together, for every choice."""
+    monkeypatch.setattr(context, "MAX_LOGPROBS", 84)
+    body = {"prompt": [[5] * 6, [5] * 4], "logprobs": 2, "echo": True, "n": 2}  # 60, and 12 a token
+    assert served.post(C, body | {"max_tokens": 2}).status_code == 200
+    error = served.post(C, body | {"max_tokens": 3}).json()["error"]
+    assert error["param"] == "max_tokens" and "are 96 entries; at most 84" in error["message"]
+    assert "10 prompt tokens in 2 choices and of up to 12 new tokens" in error["message"]
+    error = served.post(C, body | {"max_tokens": 1, "logprobs": 4}).json()["error"]
+    assert error["param"] == "prompt" and "are 120 entries" in error["message"]
+    assert served.post(C, {"prompt": [5], "logprobs": 20, "max_tokens": 4}).status_code == 200
+    assert served.post(C, {"prompt": [5], "logprobs": 20, "max_tokens": 5}).status_code == 400
+    chat = {"messages": HELLO * 9, "prompt_logprobs": 20, "max_tokens": 1}
     assert served.post(CHAT, chat).json()["error"]["param"] == "messages"
-    assert len(served.engine.seen) == 2
+    assert len(served.engine.seen) == 3
+
+
+def test_bound_on_the_log_probabilities_of_what_fits(served: Running, monkeypatch: Any) -> None:
+    """Without max_tokens, a chat may get as many tokens as fit."""
+    chat = {"messages": HELLO, "logprobs": True, "top_logprobs": 4}
+    assert served.post(CHAT, chat).status_code == 200
+    room = served.engine.info.max_model_len - len(served.engine.seen[0][0])
+    monkeypatch.setattr(context, "MAX_LOGPROBS", 5 * room - 1)
+    error = served.post(CHAT, chat).json()["error"]
+    assert error["param"] == "max_tokens" and "set it" in error["message"]
+    assert served.post(CHAT, chat | {"max_tokens": room - 1}).status_code == 200
 
 
 def test_long_scored_prompts_do_not_hold_up_others(launch: Any, tokenizer: Any) -> None:

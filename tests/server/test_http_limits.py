@@ -25,7 +25,7 @@ def connect(server: Running) -> socket.socket:
 
 def request_bytes(body: Any, *extra: str, path: str = C) -> bytes:
     data = json.dumps(body).encode()
-    head = [f"POST {path} HTTP/1.1", "Host: x", "Content-Type: application/json", *extra]
+    head = [f"POST {path} HTTP/1.1", "Host: localhost", "Content-Type: application/json", *extra]
     return "\r\n".join([*head, f"Content-Length: {len(data)}", "", ""]).encode() + data
 
 
@@ -110,7 +110,7 @@ def test_client_that_does_not_read_is_given_up(launch: Launch) -> None:
     sock = connect(server)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
     sock.sendall(
-        request_bytes({"prompt": [5], "max_tokens": 900_000, "stream": True, "logprobs": 20})
+        request_bytes({"prompt": [5], "max_tokens": 47_000, "stream": True, "logprobs": 20})
     )
     assert wait_for(lambda: len(server.engine.live) == 1)
     assert wait_for(lambda: not server.engine.live, 30)
@@ -130,7 +130,7 @@ def test_body_limit_by_content_length(launch: Launch) -> None:
     assert server.post(C, {"prompt": "x" * 100}).status_code != 413
     sock = connect(server)  # only the head: answered without waiting for the body
     sock.sendall(
-        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999999\r\n"
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999999999\r\n"
         b"Expect: 100-continue\r\n\r\n"
     )
     assert b" 413 " in read_all(sock)
@@ -151,7 +151,7 @@ def test_endless_chunked_body_is_cut(launch: Launch) -> None:
     server = launch(max_body_bytes=10_000)
     sock = connect(server)
     sock.sendall(
-        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         b"Transfer-Encoding: chunked\r\n\r\n"
     )
     begun, sent = time.monotonic(), 0
@@ -188,7 +188,7 @@ def test_dripping_body_is_cut(launch: Launch) -> None:
 
 
 @pytest.mark.parametrize(
-    "start", [b"", b"POST /v1/compl", b"GET / HTTP/1.1\r\nHost: x\r\nA: b\r\n"]
+    "start", [b"", b"POST /v1/compl", b"GET / HTTP/1.1\r\nHost: localhost\r\nA: b\r\n"]
 )
 def test_half_sent_head_is_closed(launch: Launch, start: bytes) -> None:
     server = launch(header_timeout_s=0.4)
@@ -203,10 +203,10 @@ def test_half_sent_head_is_closed(launch: Launch, start: bytes) -> None:
 def test_half_sent_second_head_is_closed(launch: Launch) -> None:
     server = launch(header_timeout_s=0.4)
     sock = connect(server)
-    sock.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+    sock.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
     assert b" 200 " in read_answer(sock)
     time.sleep(0.6)  # an idle connection may live longer than a head may take
-    sock.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+    sock.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
     assert b" 200 " in read_answer(sock)
     sock.sendall(b"GET /hea")
     begun = time.monotonic()
@@ -227,12 +227,9 @@ def test_header_and_url_limits(served: Running) -> None:
     reply = served.get("/health", params={"q": "a" * 9000})
     assert reply.status_code == 414
     sock = connect(served)
-    try:
-        sock.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nX-Big: " + b"a" * 2_000_000)
-        raw = read_all(sock)
-    except ConnectionError:
-        raw = b""
-    assert raw == b"" or b" 400 " in raw
+    sock.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Big: " + b"a" * 2_000_000)
+    raw = read_all(sock)  # it is told, since the server reads on for a while
+    assert b" 431 " in raw and "bytes" in body_of(raw)["error"]["message"]
 
 
 def test_what_is_no_http(served: Running) -> None:
@@ -242,7 +239,7 @@ def test_what_is_no_http(served: Running) -> None:
         raw = read_all(sock)
         assert raw.startswith(b"HTTP/1.1 400 Bad Request\r\n")
         assert body_of(raw)["error"]["type"] == "invalid_request_error"
-    both = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    both = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     both += b"Content-Length: 4\r\nContent-Length: 5\r\n\r\n{}"
     sock = connect(served)
     sock.sendall(both)
@@ -254,13 +251,14 @@ def test_what_is_no_http(served: Running) -> None:
 
 def test_api_keys(launch: Launch) -> None:
     server = launch(api_key=("first-key", "second-k\u00e9y"))
-    paths = ["/v1/models", "/metrics", "/version", "/openapi.json", "/nothing", "/health/"]
+    paths = ["/v1/models", "/metrics", "/version", "/openapi.json", "/nothing", "/health/x"]
     for path in paths:
         reply = server.get(path)
         assert reply.status_code == 401, path
         assert reply.json()["error"]["code"] == "invalid_api_key"
         assert reply.headers["www-authenticate"] == "Bearer"
-    assert server.get("/health").status_code == 200
+    for path in ("/health", "/health/"):
+        assert server.get(path).status_code == 200
     for sent in ("first-ke", "first-key2", "FIRST-KEY"):
         with pytest.raises(openai.AuthenticationError):
             server.client(sent).models.list()

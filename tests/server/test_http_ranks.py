@@ -25,6 +25,35 @@ def test_drain_reopen_rebalance(served: Running) -> None:
     assert reply.status_code == 200 and reply.json() == {"moving": 12}
 
 
+def test_a_rank_is_drained_when_it_is_empty(served: Running) -> None:
+    """Not before: the answer says how many blocks are left, and GET /ranks and the metrics follow
+    them."""
+
+    def states() -> list[tuple[str, int]]:
+        ranks = served.get("/ranks").json()["ranks"]
+        assert [entry["rank"] for entry in ranks] == list(range(len(ranks)))
+        return [(entry["state"], entry["kv_blocks"]["used"]) for entry in ranks]
+
+    def metric(name: str) -> str:
+        start = f'ds_cp:rank_{name}{{model_name="fake-model",rank="1"}} '
+        lines = served.get("/metrics").text.splitlines()
+        return next(line for line in lines if line.startswith(start)).split()[1]
+
+    served.engine.blocks[1] = 7
+    reply = served.post("/ranks/1/drain")
+    assert reply.status_code == 202
+    assert reply.json() == {"rank": 1, "drained": False, "blocks_left": 7}
+    assert states() == [("open", 0), ("draining", 7)]
+    assert (metric("drained"), metric("draining")) == ("0.0", "1.0")
+    served.engine.blocks[1] = 2
+    assert served.post("/ranks/1/drain").json()["blocks_left"] == 2  # asked again
+    served.engine.blocks.clear()
+    assert states() == [("open", 0), ("drained", 0)]
+    assert (metric("drained"), metric("draining")) == ("1.0", "0.0")
+    reply = served.post("/ranks/1/drain")
+    assert reply.status_code == 200 and reply.json() == {"rank": 1, "drained": True}
+
+
 def test_refusals(served: Running) -> None:
     for action in ("drain", "reopen"):
         error = error_of(served.post(f"/ranks/99/{action}"), 400)
@@ -59,10 +88,27 @@ def test_pages_of_other_sites_are_refused(served: Running, path: str) -> None:
         assert error["type"] == "permission_error"
     assert served.engine.drained == set()
     assert served.post(path, headers={"Origin": served.url}).status_code == 200
+    two = [("Origin", served.url), ("Origin", "http://evil.example")]
+    error_of(httpx.post(served.url + path, headers=two), 403)
+
+
+def test_the_origins_scheme_counts(launch: Any) -> None:
+    """A page behind a proxy that speaks TLS is of another origin; it is one that can be listed.
+    "*" lists none: that any page may read answers does not let it move requests about."""
+    for listed, status in (([], 403), (["*"], 403), (["https://ops.example"], 200)):
+        server = launch(cors_origins=listed, allowed_hosts=["ops.example"])
+        headers = {"Host": "ops.example", "Origin": "https://ops.example"}
+        assert server.post("/rebalance", headers=headers).status_code == status
+        tls = f"https://127.0.0.1:{server.port}"
+        assert server.post("/rebalance", headers={"Origin": tls}).status_code == 403
+        assert server.post("/rebalance", headers={"Origin": "null"}).status_code == 403
+        headers["Origin"] = "HTTP://ops.example:80"  # this server's own, in another spelling
+        assert server.post("/rebalance", headers=headers).status_code == 200
 
 
 def test_the_key_is_asked_for(launch: Any) -> None:
     server = launch(api_key=("secret",))
+    error_of(server.get("/ranks"), 401)
     for path in ROUTES:
         error_of(server.post(path), 401)
         reply = server.post(path, headers={"Authorization": "Bearer secret"})
@@ -71,6 +117,7 @@ def test_the_key_is_asked_for(launch: Any) -> None:
 
 def test_engine_that_is_not_there(served: Running) -> None:
     served.engine.state = "dead"
+    error_of(served.get("/ranks"), 503)
     for path in ROUTES:
         assert error_of(served.post(path), 503)["code"] == "engine_dead"
     served.engine.state = "ready"
@@ -85,6 +132,8 @@ def test_engine_that_is_not_there(served: Running) -> None:
 
 def test_openapi(served: Running) -> None:
     paths = served.get("/openapi.json").json()["paths"]
+    assert set(paths["/ranks"]) == {"get"}
+    assert "202" in paths["/ranks/{rank}/drain"]["post"]["responses"]
     for path in ("/ranks/{rank}/drain", "/ranks/{rank}/reopen", "/rebalance"):
         assert set(paths[path]) == {"post"}
         assert "requestBody" not in paths[path]["post"]

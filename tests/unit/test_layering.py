@@ -28,6 +28,7 @@ LAYERS = {
     "outputs": 1,
     "config": 1,
     "topology": 2,
+    "templates": 2,
     "comm": 3,
     "attention": 4,
     "kv": 4,
@@ -64,6 +65,7 @@ ONLY_IN = {
     "fastapi": ["api/"],
     "starlette": ["api/"],
     "uvicorn": ["api/"],
+    "httptools": ["api/"],
     "prometheus_client": ["api/"],
 }
 WITHOUT_TORCH = [
@@ -80,6 +82,9 @@ WITHOUT_TORCH = [
     "process.py",
     "sampling_params.py",
     "topology/",
+    "templates/",
+    "model/__init__.py",
+    "model/chat_template.py",
     "kv/__init__.py",
     "kv/blocks.py",
     "kv/free_list.py",
@@ -102,6 +107,7 @@ WITHOUT_TORCH = [
     "serve/__init__.py",
     "serve/async_engine.py",
     "serve/channel.py",
+    "serve/mailbox.py",
     "serve/job_link.py",
     "serve/supervisor.py",
     "serve/worker_child.py",

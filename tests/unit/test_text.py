@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ds_cp.text import JsonError, closest, nearest, parse_json, parse_size, shorten, show
+from ds_cp.text import JsonError, closest, misspelt, nearest, parse_json, parse_size, shorten, show
 
 
 @given(
@@ -70,6 +71,38 @@ def test_closest_is_one_that_is_like_it() -> None:
     assert closest("zzz", names) is None
     assert closest("zzz", names, 0.0) in names
     assert closest("x" * 10**6, names) is None  # only its beginning is compared
+
+
+NAMES = ["temperature", "top_p", "top_k", "n", "stop", "seed", "model", "max_tokens", "user"]
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("temprature", "temperature"), ("TEMPERATUER", "temperature"),
+        ("tmpratur", None), ("top-p", "top_p"), ("topK", "top_k"), ("N", "n"), ("m", None),
+        ("id", None), ("sotp", "stop"), ("stpo", "stop"), ("opts", None), ("step", "stop"),
+        ("models", "model"), ("max tokens", "max_tokens"), ("maxtoken", "max_tokens"),
+        ("max_new_tokens", None), ("", None), ("_", None), ("x" * 10**6, None),
+    ],
+)  # fmt: skip
+def test_misspelt_is_a_slip_or_two(name: str, meant: str | None) -> None:
+    assert misspelt(name, NAMES) == meant
+
+
+@given(st.sampled_from(NAMES), st.integers(0, 20), st.sampled_from("axz_"), st.booleans())
+def test_one_slip_in_a_long_enough_name_is_found(name: str, at: int, by: str, drop: bool) -> None:
+    if len(name.replace("_", "")) >= 5:
+        at %= len(name)
+        slip = name[:at] + ("" if drop else by) + name[at + 1 :]
+        assert misspelt(slip, [name]) == name
+
+
+def test_only_what_is_shown_of_a_long_text_is_looked_at() -> None:
+    begun = time.thread_time()
+    assert shorten("é" * 2**23, 10) == "é" * 7 + "..."
+    assert show("é" * 2**23) == '"' + "é" * 76 + "..."
+    assert time.thread_time() - begun < 0.05
 
 
 def test_shown_values_are_one_short_line() -> None:

@@ -9,7 +9,10 @@ from typing import Any
 
 from ds_cp.errors import LaunchError
 
-BACKLOG = 1024  # connections that the kernel holds until they are accepted, each socket
+BACKLOG = 128  # connections that the kernel holds until they are accepted, each socket
+# Bytes that the kernel holds for each connection until its client reads; left to itself Linux takes
+# megabytes.
+SEND_BUFFER = 128 * 1024
 _PORT_TRIES = 16  # free ports that are tried until one is free on every address
 # How a host refuses an address of a family that it does not use (IPv6 is often disabled).
 _NO_SUCH_FAMILY = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EPROTONOSUPPORT)
@@ -105,6 +108,7 @@ def _listen(
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if both and family == socket.AF_INET6:  # IPv4 has a socket of its own
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)  # of its connections
         listener.bind((address[0], port, *address[2:]))
         listener.listen(BACKLOG)
         listener.setblocking(False)

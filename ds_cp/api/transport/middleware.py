@@ -1,4 +1,4 @@
-"""ASGI layers: request ids and the answer to unexpected errors, API keys, limits on reading.
+"""ASGI layers: request ids, the answer to unexpected errors, API keys, limits on reading.
 
 They are plain ASGI because starlette's ``BaseHTTPMiddleware`` hides ``http.disconnect`` from the
 routes.
@@ -25,17 +25,17 @@ logger = logging.getLogger("ds_cp.api")
 MAX_HEADER_BYTES = 32 * 1024  # bytes of a request's headers
 MAX_TARGET_BYTES = 8 * 1024  # bytes of a request's URL
 BODY_BYTES_PER_S = 64 * 1024  # a body that arrives at this rate is never cut off
+_NO_CODING = ("", "identity")  # names of no content coding at all
 _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _LINGER_S = 1.0  # seconds of reading on after an early refusal
 _LINGER_BYTES = 4 * 2**20  # bytes read on after an early refusal
 
 
 class RequestIds:
-    """Gives every request an id (``X-Request-Id``) and answers 500 for exceptions nothing caught.
+    """Gives every request an id (``X-Request-Id``).
 
     The id is the client's if it is 1 to 64 characters of ``[A-Za-z0-9._-]``, else a new one; it
-    is put into ``scope["state"]["request_id"]``. A request cancelled at the end of a drain gets a
-    503.
+    is put into ``scope["state"]["request_id"]``.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -48,26 +48,48 @@ class RequestIds:
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
-        started = False
 
         async def named_send(message: Message) -> None:
-            nonlocal started
             if message["type"] == "http.response.start":
-                started = True
                 MutableHeaders(scope=message)["X-Request-Id"] = request_id
             await send(message)
 
+        await self.app(scope, receive, named_send)
+
+
+class Failures:
+    """Answers 500 for exceptions that nothing caught, and 503 for a request that is cancelled at
+    the end of a drain.
+
+    The layers outside it, ids and CORS, have their headers on these answers too.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        request_id: str = scope["state"]["request_id"]
+        started = False
+
+        async def watched_send(message: Message) -> None:
+            nonlocal started
+            started = started or message["type"] == "http.response.start"
+            await send(message)
+
         try:
-            await self.app(scope, receive, named_send)
+            await self.app(scope, receive, watched_send)
         except asyncio.CancelledError:
             if started:
                 raise
-            await shutting_down().response()(scope, receive, named_send)
+            await shutting_down().response()(scope, receive, watched_send)
         except Exception:
             logger.exception("request %s failed", request_id)
             if started:
                 raise
-            await internal_error(request_id).response()(scope, receive, named_send)
+            await internal_error(request_id).response()(scope, receive, watched_send)
 
 
 class ApiKeys:
@@ -107,7 +129,8 @@ class ApiKeys:
 class ReadLimits:
     """Bounds the bytes of a request's headers, target and body, and the seconds of its body.
 
-    Chunked bodies are counted as they arrive. A body may take ``timeout_s`` seconds plus one for
+    A body in a content coding (gzip, ...) is a 415: decoding would need bounds of its own. Chunked
+    bodies are counted as they arrive. A body may take ``timeout_s`` seconds plus one for
     each ``BODY_BYTES_PER_S`` received; then the answer is 408. An answer before the whole body was
     read closes the connection, so that an endless body ends there.
     """
@@ -135,6 +158,15 @@ class ReadLimits:
         size = sum(len(name) + len(value) for name, value in scope["headers"])
         if size > MAX_HEADER_BYTES:
             return ApiError(431, f"the headers have {size} bytes; at most {MAX_HEADER_BYTES}")
+        codings = ",".join(Headers(scope=scope).getlist("content-encoding")).lower().split(",")
+        coding = next((name.strip() for name in codings if name.strip() not in _NO_CODING), None)
+        if coding is not None:
+            return ApiError(
+                415,
+                f"the body is sent as {coding[:40]}; send it without a Content-Encoding",
+                code="unsupported_content_encoding",
+                headers={"Accept-Encoding": "identity"},
+            )
         declared = Headers(scope=scope).get("content-length", "")
         if declared.isdecimal() and int(declared) > self._max:
             return too_large(f"{int(declared)} bytes", self._max)

@@ -41,7 +41,7 @@ def test_answers_are_the_servers(engine: FakeEngine, tokenizer: Any) -> None:
     async def over_httpx() -> dict[str, Any]:
         async with opened(engine) as app:
             transport = httpx.ASGITransport(app)
-            async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            async with httpx.AsyncClient(transport=transport, base_url="http://[::1]") as client:
                 return {
                     name: (await client.post(url, json=body)).json()
                     for name, (url, body) in bodies.items()
@@ -64,7 +64,7 @@ def test_refused_bodies_are_answers(engine: FakeEngine) -> None:
     lines = [
         line("ok"),
         line("wrong", temperature=9),
-        line("unknown", frobnicate=1),
+        line("unknown", temprature=1),
         line("model", model="other"),
         line("long", max_tokens=10_000),
         line("surrogate", prompt="\ud800"),
@@ -79,7 +79,7 @@ def test_refused_bodies_are_answers(engine: FakeEngine) -> None:
         "huge": 413,
     }
     body = sink.by_id["unknown"]["response"]["body"]
-    assert body["error"]["param"] == "frobnicate"
+    assert body["error"]["param"] == "temprature"
     assert (report.answered, report.refused, report.failed) == (1, 7, 0)
     assert len(report.first_refused) == 5
     named = {item.custom_id: item for item in report.first_refused}

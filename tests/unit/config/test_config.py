@@ -48,8 +48,13 @@ DEFAULTS = {
     "server.host": "127.0.0.1",
     "server.port": 8000,
     "server.api_key": None,
+    "server.allowed_hosts": (),
+    "server.cors_origins": (),
     "server.served_model_name": None,
+    "server.unknown_fields": "warn",
     "server.max_body_bytes": 8 * 1024 * 1024,
+    "server.max_connections": "auto",
+    "server.max_buffered_bytes": "auto",
     "server.drain_timeout_s": 25,
     "server.stall_s": 60,
     "server.header_timeout_s": 10,
@@ -249,6 +254,8 @@ BOUNDS = {
     "server.tokenize_timeout_s": (0.1, 3600),
     "server.keep_alive_s": (0.1, 3600),
     "server.max_body_bytes": (1024, 1 << 30),
+    "server.max_connections": (1, 65536),
+    "server.max_buffered_bytes": (16 << 20, None),
 }
 
 

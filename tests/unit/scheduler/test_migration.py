@@ -291,12 +291,57 @@ def test_newcomers_are_measured_by_what_is_open() -> None:
     assert (caught.value.need, caught.value.have, caught.value.largest) == (25, 24, 24)
     assert cluster.add(prompt(20), greedy(None)).max_tokens == 5
     cluster.settle()
-    cluster.scheduler.drain(1)
-    with pytest.raises(CapacityError, match="hold 0"):
-        cluster.add(prompt(1), greedy(1))
-    cluster.scheduler.reopen(0)
-    cluster.add(prompt(1), greedy(1))
+    cluster.check_outputs()
+
+
+@pytest.mark.parametrize("blocks", [[6], [6, 6], [6, 6, 6]])
+def test_the_last_open_rank_stays_open(blocks: list[int]) -> None:
+    """Also when nothing runs or waits: every request to come would be refused."""
+    cluster = Cluster(blocks, 4)
+    last = len(blocks) - 1
+    for rank in range(last):
+        cluster.scheduler.drain(rank)
+    with pytest.raises(CapacityError, match="reopen another rank first") as caught:
+        cluster.scheduler.drain(last)
+    assert (caught.value.need, caught.value.have, caught.value.largest) == (1, 0, 0)
+    assert cluster.scheduler.block_manager.closed == set(range(last))
+    cluster.add(prompt(9), greedy(3))
     cluster.settle()
+    if last:
+        cluster.scheduler.reopen(0)
+        cluster.scheduler.drain(last)
+        cluster.add(prompt(9), greedy(3))
+        cluster.settle()
+    cluster.check_outputs()
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_rank_is_draining_until_the_last_step_that_uses_it_has_ended(depth: int) -> None:
+    """The ledger is ahead of the ranks: a move is entered when its step is planned."""
+    cluster = Cluster([40, 40], 4, depth=depth)
+    busy(cluster, 4, answer=40)
+    rank = max(range(2), key=lambda r: cluster.used()[r])
+    scheduler = cluster.scheduler
+
+    def state() -> str:
+        return cluster.core.stats().rank_state(rank)
+
+    assert state() == "open"
+    scheduler.drain(rank)
+    assert state() == "draining"
+    while not scheduler.is_drained(rank):
+        assert state() == "draining"
+        cluster.step()
+    assert bool(cluster.flying) == (depth == 2)
+    if depth == 2:  # the step with the last move is under way
+        assert cluster.used()[rank] == 0 and state() == "draining"
+        cluster.step()
+    assert state() == "drained" and cluster.core.stats().ranks_draining == ()
+    scheduler.reopen(rank)
+    assert state() == "open"
+    cluster.settle()
+    scheduler.drain(rank)
+    assert state() == "drained"  # at once: nothing is there and nothing runs
     cluster.check_outputs()
 
 

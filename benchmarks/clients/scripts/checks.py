@@ -1,0 +1,196 @@
+"""What the scripts of the clients share. It runs in their environments: the standard library alone.
+
+``python SCRIPT BASE_URL MODEL KEY PROXY_URL`` prints one JSON object as its last line: the versions
+of the packages, and for every check of ``NAMES`` its result. Results are
+
+- ``ok``;
+- ``refused``: 400 that names the field; allowed only where the server has not built it;
+- ``none``: this client has nothing of the kind;
+- ``failed``.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+import traceback
+import urllib.request
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+NAMES = (
+    "models listed",
+    "plain chat",
+    "system and several turns",
+    "developer message",
+    "name of a participant",
+    "content in parts",
+    "earlier answer without text",
+    "stream",
+    "usage in the stream",
+    "max tokens",
+    "stop",
+    "temperature 0, top_p and seed repeat",
+    "log-probabilities",
+    "several answers",
+    "text completion",
+    "async chat",
+    "async stream",
+    "no such model",
+    "context overflow",
+    "wrong key",
+    "value out of range",
+    "retry after 429",
+    "retry after 503",
+    "error inside a stream",
+    "leaving mid-stream",
+    "embeddings (not served)",
+    "tools (not built)",
+    "JSON output (not built)",
+    "structured answer by prompt",
+)
+CHECK_S = 120  # seconds of one check, on a busy machine
+LONG = "word " * 3000  # more tokens than the server's model length
+STORY = "Count from one to twenty in words."
+
+
+class AbsentError(Exception):
+    """The client has nothing of the kind; the message says why."""
+
+
+class Checks:
+    """Runs checks as they are declared and keeps their results."""
+
+    def __init__(self, *packages: str) -> None:
+        self.base, self.model, self.key, self.proxy = sys.argv[1:5]
+        self.packages = packages
+        self.results: dict[str, dict[str, str]] = {}
+
+    @property
+    def url(self) -> str:
+        """Base URL of clients."""
+        return self.base + "/v1"
+
+    def through(self, label: str, fault: str = "none") -> str:
+        """Base URL of clients by the recording proxy."""
+        return f"{self.proxy}/t/{label}/{fault}/v1"
+
+    def count(self, label: str) -> int:
+        """How many requests the proxy has seen under a label."""
+        with urllib.request.urlopen(f"{self.proxy}/t/{label}/count", timeout=10) as answer:
+            return int(json.load(answer)["count"])
+
+    def check(
+        self, name: str, *given: str, unbuilt: str = ""
+    ) -> Callable[[Callable[..., Any]], None]:
+        """Run the decorated function with what is ``given``, now. It returns a remark or None.
+        ``unbuilt``: the field that a 400 may name."""
+        assert name in NAMES, name
+
+        def run(body: Callable[..., Any]) -> None:
+            began = time.monotonic()
+            signal.signal(signal.SIGALRM, _late)
+            signal.alarm(CHECK_S)
+            try:
+                remark = body(*given)
+                found = ("ok", str(remark or ""))
+            except AbsentError as err:
+                found = ("none", str(err))
+            except BaseException as err:
+                if isinstance(err, KeyboardInterrupt):
+                    raise
+                refused = bool(unbuilt) and status_of(err) == 400 and unbuilt in text_of(err)
+                if not refused:
+                    traceback.print_exc(file=sys.stderr)
+                found = ("refused" if refused else "failed", text_of(err))
+            finally:
+                signal.alarm(0)
+            seconds = round(time.monotonic() - began, 2)
+            self.results[name] = {"result": found[0], "detail": found[1][:300]}
+            print(f"{found[0]:8} {name} ({seconds} s) {found[1][:150]}", file=sys.stderr)
+
+        return run
+
+    def absent(self, *names: str, why: str) -> None:
+        """Say that the client has nothing of these kinds."""
+        for name in names:
+            assert name in NAMES, name
+            self.results[name] = {"result": "none", "detail": why}
+
+    def finish(self) -> None:
+        """Print the results. Every name must have one."""
+        missing = [name for name in NAMES if name not in self.results]
+        assert not missing, missing
+        rows = [{"check": name} | self.results[name] for name in NAMES]
+        print(json.dumps({"versions": {p: _version(p) for p in self.packages}, "rows": rows}))
+
+    def idle(self, within_s: float = 5.0) -> None:
+        """Assert that the server runs no request within some seconds."""
+        end = time.monotonic() + within_s
+        while (running := self._running()) and time.monotonic() < end:
+            time.sleep(0.1)
+        assert not running, f"{running} request(s) still run {within_s:g} s after the client left"
+
+    def busy(self) -> None:
+        """Assert that a request runs now."""
+        assert self._running(), "no request runs"
+
+    def _running(self) -> int:
+        request = urllib.request.Request(
+            self.base + "/metrics", headers={"Authorization": f"Bearer {self.key}"}
+        )
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            for line in answer.read().decode().splitlines():
+                if line.startswith("ds_cp:num_requests_running"):
+                    return int(float(line.rsplit(" ", 1)[1]))
+        raise AssertionError("no metric of running requests")
+
+
+def raises(kind: type[BaseException], body: Callable[[], Any], *words: str) -> str:
+    """The type and message of the error, which must be of ``kind`` and have the words."""
+    try:
+        answer = body()
+    except kind as err:
+        text = text_of(err)
+        missing = [word for word in words if word.lower() not in text.lower()]
+        assert not missing, f"{type(err).__name__} without {missing}: {text}"
+        return f"{type(err).__name__}: {text[:160]}"
+    raise AssertionError(f"no {kind.__name__}; the answer was {str(answer)[:200]}")
+
+
+def chain(err: BaseException) -> Iterator[BaseException]:
+    """An error and what it came from."""
+    seen: set[int] = set()
+    current: BaseException | None = err
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        yield current
+        current = current.__cause__ or current.__context__
+
+
+def status_of(err: BaseException) -> int | None:
+    """The HTTP status in an error or in what it came from."""
+    for each in chain(err):
+        status = getattr(each, "status_code", None)
+        if isinstance(status, int):
+            return status
+    return None
+
+
+def text_of(err: BaseException) -> str:
+    """One line."""
+    return f"{type(err).__name__}: {err}".replace("\n", " ")[:600]
+
+
+def _late(*_: object) -> None:
+    raise TimeoutError(f"not within {CHECK_S} s")
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "?"

@@ -1,0 +1,254 @@
+"""LiteLLM, by its provider "openai"; one check also uses its provider "hosted_vllm"."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import litellm
+from checks import LONG, STORY, Checks, raises
+
+checks = Checks("litellm", "openai")
+litellm.suppress_debug_info = True
+USER = {"role": "user", "content": "Say hello."}
+MODEL = f"openai/{checks.model}"
+
+
+def chat(messages: Any = (USER,), url: str = "", **fields: Any) -> Any:
+    fields = {"model": MODEL, "max_tokens": 8, "temperature": 0, "num_retries": 0} | fields
+    fields = {"api_key": checks.key, "timeout": 110} | fields
+    return litellm.completion(messages=list(messages), api_base=url or checks.url, **fields)
+
+
+def text(answer: Any) -> str:
+    found = answer.choices[0].message.content
+    assert isinstance(found, str) and found, answer
+    return found
+
+
+@checks.check("models listed")
+def _() -> Any:
+    found = litellm.get_valid_models(
+        check_provider_endpoint=True,
+        custom_llm_provider="openai",
+        api_base=checks.base,
+        api_key=checks.key,
+    )
+    assert any(checks.model in name for name in found), found[:5]
+
+
+@checks.check("plain chat")
+def _() -> Any:
+    answer = chat(url=checks.through("litellm-chat"))
+    assert text(answer) and answer.usage.completion_tokens <= 8
+    assert text(chat(model=f"hosted_vllm/{checks.model}"))
+
+
+@checks.check("system and several turns")
+def _() -> Any:
+    system = {"role": "system", "content": "Be brief."}
+    text(chat([system, USER, {"role": "assistant", "content": "Hello."}, USER]))
+
+
+@checks.check("developer message")
+def _() -> Any:
+    text(chat([{"role": "developer", "content": "Be brief."}, USER]))
+
+
+@checks.check("name of a participant")
+def _() -> Any:
+    text(chat([USER | {"name": "alice"}]))
+
+
+@checks.check("content in parts")
+def _() -> Any:
+    kept = {"type": "text", "text": "hello.", "cache_control": {"type": "ephemeral"}}
+    text(chat([{"role": "user", "content": [{"type": "text", "text": "Say"}, kept]}]))
+    return "one part with cache_control"
+
+
+@checks.check("earlier answer without text")
+def _() -> Any:
+    text(chat([USER, {"role": "assistant", "content": None}, USER]))
+
+
+@checks.check("stream")
+def _() -> Any:
+    whole = text(chat())
+    chunks = list(chat(stream=True, url=checks.through("litellm-stream")))
+    found = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert found == whole, (found, whole)
+
+
+@checks.check("usage in the stream")
+def _() -> Any:
+    chunks = list(chat(stream=True, stream_options={"include_usage": True}))
+    usage = [chunk.usage for chunk in chunks if getattr(chunk, "usage", None)]
+    assert usage[-1].completion_tokens == 8, usage
+
+
+@checks.check("max tokens")
+def _() -> Any:
+    for name in ("max_tokens", "max_completion_tokens"):
+        limits = {"max_tokens": None} | {name: 3}
+        answer = chat([{"role": "user", "content": STORY}], **limits)
+        assert answer.usage.completion_tokens == 3, (name, answer.usage)
+
+
+@checks.check("stop")
+def _() -> Any:
+    word = text(chat()).split()[1]
+    answer = chat(stop=[word])
+    assert answer.choices[0].finish_reason == "stop"
+    assert word not in (answer.choices[0].message.content or "")
+
+
+@checks.check("temperature 0, top_p and seed repeat")
+def _() -> Any:
+    same: dict[str, Any] = {"temperature": 1.0, "top_p": 0.9, "seed": 7}
+    assert text(chat(**same)) == text(chat(**same))
+
+
+@checks.check("log-probabilities")
+def _() -> Any:
+    answer = chat(logprobs=True, top_logprobs=2)
+    content = answer.choices[0].logprobs.content
+    assert len(content) == answer.usage.completion_tokens
+
+
+@checks.check("several answers")
+def _() -> Any:
+    assert len(chat(n=2, temperature=1.0).choices) == 2
+
+
+@checks.check("text completion")
+def _() -> Any:
+    answer = litellm.text_completion(
+        model=f"text-completion-openai/{checks.model}",
+        prompt="Gravity is",
+        max_tokens=4,
+        api_base=checks.url,
+        api_key=checks.key,
+    )
+    assert answer.choices[0].text
+
+
+def later(**fields: Any) -> Any:
+    return litellm.acompletion(
+        model=MODEL,
+        messages=[USER],
+        api_base=checks.url,
+        api_key=checks.key,
+        max_tokens=6,
+        **fields,
+    )
+
+
+@checks.check("async chat")
+def _() -> Any:
+    async def several() -> Any:
+        return await asyncio.gather(*(later() for _ in range(4)))
+
+    assert all(text(answer) for answer in asyncio.run(several()))
+
+
+@checks.check("async stream")
+def _() -> Any:
+    async def one() -> int:
+        return len([chunk async for chunk in await later(stream=True)])
+
+    assert asyncio.run(one()) >= 3
+
+
+@checks.check("no such model")
+def _() -> Any:
+    return raises(litellm.NotFoundError, lambda: chat(model="openai/gpt-nope"), "gpt-nope")
+
+
+@checks.check("context overflow")
+def _() -> Any:
+    long = [{"role": "user", "content": LONG}]
+    return raises(litellm.ContextWindowExceededError, lambda: chat(long))
+
+
+@checks.check("wrong key")
+def _() -> Any:
+    return raises(litellm.AuthenticationError, lambda: chat(api_key="wrong"))
+
+
+@checks.check("value out of range")
+def _() -> Any:
+    return raises(litellm.BadRequestError, lambda: chat(temperature=9), "temperature")
+
+
+for status in ("429", "503"):
+
+    @checks.check(f"retry after {status}", status)
+    def _(status: str) -> Any:
+        label = f"litellm-{status}"
+        text(chat(url=checks.through(label, f"{status}x1"), num_retries=2))
+        assert checks.count(label) == 2
+        kinds = (litellm.RateLimitError, litellm.ServiceUnavailableError)
+        url = checks.through(label + "-no", f"{status}x9")
+        return raises(kinds[status == "503"], lambda: chat(url=url))
+
+
+@checks.check("error inside a stream")
+def _() -> Any:
+    url = checks.through("litellm-cut", "events3")
+    long = [{"role": "user", "content": STORY}]
+    return raises(
+        Exception,
+        lambda: list(chat(long, url=url, stream=True, max_tokens=40)),
+        "engine has stopped",
+    )
+
+
+@checks.check("leaving mid-stream")
+def _() -> Any:
+    async def one() -> None:
+        stream = await litellm.acompletion(
+            model=MODEL,
+            messages=[{"role": "user", "content": STORY}],
+            api_base=checks.url,
+            api_key=checks.key,
+            max_tokens=600,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
+        seen = 0
+        async for _ in stream:
+            seen += 1
+            if seen == 4:
+                break
+        await asyncio.to_thread(checks.busy)
+        await stream.aclose()
+        await asyncio.to_thread(checks.idle)
+
+    asyncio.run(one())
+
+
+@checks.check("embeddings (not served)")
+def _() -> Any:
+    return raises(
+        litellm.NotFoundError,
+        lambda: litellm.embedding(
+            model=MODEL, input=["a"], api_base=checks.url, api_key=checks.key, max_retries=0
+        ),
+        "/v1/embeddings",
+    )
+
+
+@checks.check("tools (not built)", unbuilt="tool")
+def _() -> Any:
+    function = {"name": "now", "parameters": {"type": "object", "properties": {}}}
+    chat(tools=[{"type": "function", "function": function}])
+
+
+@checks.check("JSON output (not built)", unbuilt="response_format")
+def _() -> Any:
+    chat(response_format={"type": "json_object"})
+
+
+checks.absent("structured answer by prompt", why="no such mode in this client")
+checks.finish()

@@ -1,0 +1,234 @@
+"""Simon Willison's llm: its Python interface and its command, by extra-openai-models.yaml."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from checks import LONG, STORY, AbsentError, Checks, raises
+
+checks = Checks("llm", "openai")
+HELLO = "Say hello."
+FOLDER = Path(tempfile.mkdtemp())
+os.environ["LLM_USER_PATH"] = str(FOLDER)
+BASES = {
+    "plain": checks.url,
+    "recorded": checks.through("llm-chat"),
+    "streamed": checks.through("llm-stream"),
+    "busy429": checks.through("llm-429", "429x1"),
+    "busy503": checks.through("llm-503", "503x1"),
+    "cut": checks.through("llm-cut", "events3"),
+}
+
+
+def _entry(name: str, base: str, model: str, **more: str) -> str:
+    lines = {"model_id": name, "model_name": model, "api_base": base, "api_key_name": "ds-cp"}
+    text = "".join(f"  {key}: {value}\n" for key, value in (lines | more).items())
+    return "-" + text[1:]
+
+
+(FOLDER / "extra-openai-models.yaml").write_text(
+    "".join(_entry(name, base, checks.model) for name, base in BASES.items())
+    + _entry("missing", checks.url, "gpt-nope")
+    + _entry("text", checks.url, checks.model, completion="true")
+    + _entry("tools", checks.url, checks.model, supports_tools="true")
+)
+
+import llm  # noqa: E402  (it reads the folder above)
+
+
+def ask(prompt: str = HELLO, model: str = "plain", stream: bool = False, **options: Any) -> Any:
+    more = {name: options.pop(name) for name in ("system", "key", "tools") if name in options}
+    options = {"max_tokens": 8, "temperature": 0} | options
+    found = llm.get_model(model)
+    return found.prompt(prompt, stream=stream, **{"key": checks.key} | more, **options)
+
+
+def text(response: Any) -> str:
+    found = str(response.text())
+    assert found, response.response_json
+    return found
+
+
+def command(*args: str) -> str:
+    line = [sys.executable, "-m", "llm", *args]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=80)
+    assert done.returncode == 0, done.stderr[-500:]
+    return done.stdout
+
+
+@checks.check("models listed")
+def _() -> Any:
+    assert "plain" in command("models")
+    return "the command lists what the file names; it asks no server"
+
+
+@checks.check("plain chat")
+def _() -> Any:
+    assert text(ask(model="recorded"))
+    options = ["-o", "max_tokens", "4", "-o", "temperature", "0"]
+    assert command("-m", "plain", "--key", checks.key, "--no-stream", *options, HELLO).strip()
+
+
+@checks.check("system and several turns")
+def _() -> Any:
+    assert text(ask(system="Be brief."))
+    talk = llm.get_model("plain").conversation()
+    for _ in range(2):
+        assert talk.prompt(HELLO, key=checks.key, stream=False, max_tokens=4).text()
+
+
+checks.absent("developer message", "name of a participant", why="the client does not send it")
+
+
+@checks.check("content in parts")
+def _() -> Any:
+    raise AbsentError("parts are for attachments only")
+
+
+checks.absent("earlier answer without text", why="the client does not send it")
+
+
+@checks.check("stream")
+def _() -> Any:
+    whole = text(ask())
+    chunks = list(ask(model="streamed", stream=True))
+    assert "".join(chunks) == whole and len(chunks) > 1, chunks
+    assert command("-m", "plain", "--key", checks.key, "-o", "max_tokens", "4", HELLO).strip()
+
+
+@checks.check("usage in the stream")
+def _() -> Any:
+    response = ask(stream=True)
+    list(response)
+    assert response.usage().output == 8, response.usage()
+
+
+@checks.check("max tokens")
+def _() -> Any:
+    response = ask(STORY, max_tokens=3)
+    text(response)
+    assert response.usage().output == 3, response.usage()
+
+
+@checks.check("stop")
+def _() -> Any:
+    word = text(ask()).split()[1]
+    assert word not in ask(stop=word).text()
+
+
+@checks.check("temperature 0, top_p and seed repeat")
+def _() -> Any:
+    same: dict[str, Any] = {"temperature": 1.0, "top_p": 0.9, "seed": 7}
+    assert text(ask(**same)) == text(ask(**same))
+
+
+@checks.check("log-probabilities")
+def _() -> Any:
+    response = ask("Gravity is", model="text", logprobs=2, stream=True)
+    assert list(response)
+    assert response.response_json.get("logprobs"), response.response_json
+    return "of completions"
+
+
+checks.absent("several answers", why="the client asks for one answer")
+
+
+@checks.check("text completion")
+def _() -> Any:
+    assert text(ask("Gravity is", model="text"))
+    assert list(ask("Gravity is", model="text", stream=True))
+
+
+@checks.check("async chat")
+def _() -> Any:
+    async def one() -> str:
+        model = llm.get_async_model("plain")
+        response = model.prompt(HELLO, key=checks.key, stream=False, max_tokens=4)
+        return str(await response.text())
+
+    assert asyncio.run(one())
+
+
+@checks.check("async stream")
+def _() -> Any:
+    async def one() -> int:
+        model = llm.get_async_model("plain")
+        return len([c async for c in model.prompt(HELLO, key=checks.key, max_tokens=6)])
+
+    assert asyncio.run(one()) >= 3
+
+
+@checks.check("no such model")
+def _() -> Any:
+    return raises(Exception, lambda: text(ask(model="missing")), "gpt-nope")
+
+
+@checks.check("context overflow")
+def _() -> Any:
+    return raises(Exception, lambda: text(ask(LONG)), "maximum context length is")
+
+
+@checks.check("wrong key")
+def _() -> Any:
+    return raises(Exception, lambda: text(ask(key="wrong")), "API key")
+
+
+@checks.check("value out of range")
+def _() -> Any:
+    return raises(Exception, lambda: text(ask(top_p=1, presence_penalty=-2, seed=-(2**70))), "seed")
+
+
+for status in ("429", "503"):
+
+    @checks.check(f"retry after {status}", status)
+    def _(status: str) -> Any:
+        assert text(ask(model=f"busy{status}"))
+        assert checks.count(f"llm-{status}") == 2
+
+
+@checks.check("error inside a stream")
+def _() -> Any:
+    return raises(
+        Exception,
+        lambda: list(ask(STORY, model="cut", stream=True, max_tokens=40)),
+        "engine has stopped",
+    )
+
+
+@checks.check("leaving mid-stream")
+def _() -> Any:
+    line = [sys.executable, "-m", "llm", "-m", "plain", "--key", checks.key, STORY]
+    with subprocess.Popen([*line, "-o", "max_tokens", "600"], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.read(4)
+        checks.busy()
+        process.terminate()
+        process.wait(10)
+    checks.idle()
+    return "the command is ended by SIGTERM"
+
+
+checks.absent("embeddings (not served)", why="the client embeds with OpenAI's own models only")
+
+
+@checks.check("tools (not built)", unbuilt="tool")
+def _() -> Any:
+    def now() -> str:
+        """The time."""
+        return ""
+
+    text(ask(model="tools", tools=[now]))
+
+
+@checks.check("JSON output (not built)", unbuilt="response_format")
+def _() -> Any:
+    text(ask("Answer in JSON: age 3.", json_object=True))
+
+
+checks.absent("structured answer by prompt", why="no such mode in this client")
+checks.finish()

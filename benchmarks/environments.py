@@ -1,0 +1,39 @@
+"""Virtual environments of their own for what must not share one with ds_cp."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+PARENT = Path(".cache/environments")
+INSTALL_S = 600  # seconds that pip gets
+
+
+def environment(name: str, packages: Sequence[str], parent: Path = PARENT) -> Path:
+    """The python of the environment ``name`` with ``packages`` in it; made where it is missing or
+    was made for other packages. Raises ``RuntimeError`` with pip's last lines."""
+    folder = parent / name
+    python = folder / "bin" / "python"
+    stamp = folder / "installed"
+    wanted = mark(packages)
+    if not (python.exists() and stamp.exists() and stamp.read_text() == wanted):
+        stamp.unlink(missing_ok=True)
+        _run([sys.executable, "-m", "venv", "--clear", str(folder)])
+        _run([str(python), "-m", "pip", "install", "--quiet", *packages])
+        stamp.write_text(wanted)
+    return python.absolute()
+
+
+def mark(packages: Sequence[str]) -> str:
+    """What an environment was made for, in one line."""
+    return hashlib.sha256("\n".join([sys.version, *packages]).encode()).hexdigest()
+
+
+def _run(command: Sequence[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=INSTALL_S)
+    if done.returncode:
+        last = "\n".join(done.stderr.splitlines()[-5:])
+        raise RuntimeError(f"{' '.join(command)} failed with {done.returncode}:\n{last}")

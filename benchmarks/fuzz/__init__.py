@@ -1,0 +1,1 @@
+"""Generated requests against the HTTP front and a real server: ``python -m benchmarks.fuzz``."""

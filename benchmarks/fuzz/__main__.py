@@ -1,0 +1,171 @@
+"""schemathesis over the HTTP front: all modes, every phase, null bytes; and what came back.
+
+No answer may be a 5xx, and none may have a status, content type, header or body that openapi.json
+does not document. schemathesis has an environment of its own under .cache/environments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import RESULTS, commit, finish, machine, parser
+from benchmarks.environments import environment
+from benchmarks.server import serving
+from tests.helpers.front import front
+from tests.helpers.tiny import make_tiny_model
+
+PACKAGES = ("schemathesis==4.32.*",)
+HOOKS = Path(__file__).with_name("hooks.py")
+# What each answer must meet. That a body outside the schema is refused is not asked: unknown fields
+# are ignored with a warning, and openapi.json does not say every bound that the engine has.
+CHECKS = (
+    "not_a_server_error",
+    "status_code_conformance",
+    "content_type_conformance",
+    "response_headers_conformance",
+    "response_schema_conformance",
+)
+LENGTH = 96  # tokens of both models, so that no case takes long
+KEY = "key-of-the-fuzzer"
+
+
+@dataclass(frozen=True)
+class Leg:
+    """One run of schemathesis: over which server, with how many random cases a route."""
+
+    name: str
+    server: Callable[[Path], Any]
+    cases: int
+    headers: Mapping[str, str]
+    checks: tuple[str, ...] = CHECKS
+
+
+def main(argv: Sequence[str]) -> int:
+    arguments = parser(__doc__)
+    arguments.add_argument("--cases", type=int, default=720, help="random cases for each route")
+    arguments.add_argument("--seed", type=int, default=8)
+    arguments.add_argument("--workers", type=int, default=2)
+    arguments.add_argument("--out", type=Path, default=RESULTS / "fuzz.json")
+    args = arguments.parse_args(argv)
+    python = environment("schemathesis", PACKAGES)
+    few = max(1, args.cases // 12)
+    legs = (
+        Leg("front over a fake engine", fake, args.cases, {}),
+        Leg(
+            "the same with a key",
+            fake_with_key,
+            few,
+            {"Authorization": f"Bearer {KEY}"},
+            (*CHECKS, "ignored_auth"),
+        ),
+        Leg("tiny model on two ranks", real, few, {}),
+    )
+    results = [run(leg, python, args) for leg in legs]
+    found = machine() | {"commit": commit()} | summary(results) | {"legs": results}
+    finish(found, args.out)
+    return 1 if found["server_errors"] or found["failures"] else 0
+
+
+@contextmanager
+def fake(folder: Path) -> Iterator[str]:
+    with front(folder, engine={"max_model_len": LENGTH}) as running:
+        yield running.url
+
+
+@contextmanager
+def fake_with_key(folder: Path) -> Iterator[str]:
+    with front(folder, api_key=KEY, engine={"max_model_len": LENGTH}) as running:
+        yield running.url
+
+
+@contextmanager
+def real(folder: Path) -> Iterator[str]:
+    model = make_tiny_model(folder / "tiny")
+    kv = {"tokens_per_rank": 512, "block_size": 16}
+    with serving(2, model=str(model), max_model_len=LENGTH, kv_cache=kv) as (url, _):
+        yield url
+
+
+def run(leg: Leg, python: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Run one leg: its counts, and schemathesis' last lines where it found something."""
+    print(f"--- {leg.name}", file=sys.stderr)
+    with tempfile.TemporaryDirectory() as name, leg.server(Path(name)) as url:
+        counts = Path(name) / "counts.json"
+        began = time.monotonic()
+        done = subprocess.run(
+            command(leg, python.parent / "schemathesis", url, args),
+            env=os.environ | {"SCHEMATHESIS_HOOKS": str(HOOKS), "FUZZ_COUNTS": str(counts)},
+            cwd=name,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        seconds = time.monotonic() - began
+        if done.returncode not in (0, 1) or not counts.exists():
+            raise RuntimeError(f"schemathesis ended with {done.returncode}:\n{done.stdout[-3000:]}")
+        counted = json.loads(counts.read_text())
+    print(done.stdout, file=sys.stderr)
+    result: dict[str, Any] = {"leg": leg.name, "seconds": round(seconds, 1)}
+    result |= {"found": failures(done.stdout), "slowest_s": worst(counted["slowest_s"])}
+    return result | {"rows": counted["rows"]}
+
+
+def command(leg: Leg, tool: Path, url: str, args: argparse.Namespace) -> list[str]:
+    """The command line of one leg."""
+    given = [f"--header={name}: {value}" for name, value in leg.headers.items()]
+    return [
+        *[str(tool), "run", f"{url}/openapi.json", "--no-color", *given],
+        *["--phases", "examples,coverage,fuzzing,stateful", "--mode", "all"],
+        *["--generation-allow-x00", "true", "--checks", ",".join(leg.checks)],
+        *["--max-examples", str(leg.cases), "--seed", str(args.seed)],
+        *["--workers", str(args.workers), "--request-timeout", "60", "--continue-on-failure"],
+        *["--generation-database", "none", "--suppress-health-check", "all"],
+    ]
+
+
+def failures(output: str) -> list[str]:
+    """The failures that schemathesis lists, without the cases."""
+    _, begin, rest = output.partition("= FAILURES =")
+    lines = rest.partition("= SUMMARY =")[0].splitlines() if begin else []
+    kept = ("- ", "__", "    Received", "    Documented", "[")
+    return [line.strip("_ ") for line in lines if line.startswith(kept)]
+
+
+def worst(seconds: Mapping[str, float]) -> dict[str, float]:
+    """The slowest route and its seconds."""
+    if not seconds:
+        return {}
+    route = max(seconds, key=lambda name: seconds[name])
+    return {route: round(seconds[route], 2)}
+
+
+def summary(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Cases of all legs by status and by content type."""
+    statuses: Counter[str] = Counter()
+    kinds: Counter[str] = Counter()
+    for result in results:
+        for _, status, kind, count in result["rows"]:
+            statuses[str(status)] += count
+            kinds[kind or "none"] += count
+    return {
+        "cases": sum(statuses.values()),
+        "server_errors": sum(n for status, n in statuses.items() if status >= "5"),
+        "failures": sum(len(result["found"]) for result in results),
+        "statuses": dict(sorted(statuses.items())),
+        "content_types": dict(sorted(kinds.items())),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,33 @@
+"""Counts every case by route, status and content type. schemathesis loads this file in its own
+environment; the counts go to the file that FUZZ_COUNTS names, when it ends."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import threading
+from collections import Counter
+from typing import Any
+
+import schemathesis
+
+counts: Counter[tuple[str, int, str]] = Counter()
+slowest: dict[str, float] = {}
+lock = threading.Lock()
+
+
+@schemathesis.hook
+def after_call(context: Any, case: Any, response: Any) -> None:
+    kind = (response.headers.get("content-type") or [""])[0].partition(";")[0]
+    route = f"{case.operation.method.upper()} {case.operation.path}"
+    with lock:
+        counts[route, response.status_code, kind] += 1
+        slowest[route] = max(slowest.get(route, 0.0), response.elapsed)
+
+
+@atexit.register
+def write() -> None:
+    rows = [[*key, count] for key, count in sorted(counts.items())]
+    with open(os.environ["FUZZ_COUNTS"], "w") as file:
+        json.dump({"rows": rows, "slowest_s": slowest}, file)

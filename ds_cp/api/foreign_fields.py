@@ -1,0 +1,127 @@
+"""Fields of OpenAI's and vLLM's protocol that are not served: those that are harmless, and those
+that would change the answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Unsupported:
+    """A field that would change the answer: refused by name unless its value asks for nothing.
+
+    ``neutral``: values that ask for nothing, besides those of ``is_nothing``. ``hint``: why the
+    others are refused. ``false_asks``: false is a wish here, because it is not what is done anyway.
+    """
+
+    neutral: tuple[Any, ...]
+    hint: str
+    false_asks: bool = False
+
+    def accepts(self, value: object) -> bool:
+        """Whether the value changes nothing."""
+        if value is False and self.false_asks:
+            return False
+        return is_nothing(value) or any(
+            value == plain and isinstance(value, bool) == isinstance(plain, bool)
+            for plain in self.neutral
+        )
+
+
+def is_nothing(value: object) -> bool:
+    """Whether a value is null, false, or empty: it asks for nothing whatever its field means."""
+    return value is None or value is False or (isinstance(value, str | list | dict) and not value)
+
+
+# Where they stand -> fields that do not change the answer, whatever their value: read and dropped.
+HARMLESS: dict[str, frozenset[str]] = {
+    "body": frozenset(
+        "user store metadata service_tier safety_identifier prompt_cache_key prompt_cache_options "
+        "prompt_cache_retention verbosity".split()
+    ),
+    "message": frozenset({"cache_control"}),
+    "part": frozenset({"cache_control", "prompt_cache_breakpoint", "annotations", "citations"}),
+    "stream_options": frozenset({"include_obfuscation"}),
+    "text": frozenset(),  # the bodies of /tokenize and /detokenize
+}
+
+_NO_TOOLS = Unsupported((), "tool calls are not supported yet")
+_NO_CHOICE = Unsupported(("none", "auto"), "tool calls are not supported yet")
+_NO_MEDIA = Unsupported((), "this server reads and writes text only")
+NO_TEMPLATE = Unsupported((), "templates come with the model; a request cannot bring or steer one")
+_NO_GRAMMAR = Unsupported((), "constrained output is not supported yet")
+_NO_BEAMS = Unsupported((), "beam search is not supported")
+_MAX_TOKENS = Unsupported((), "say max_tokens")
+# Fields of both kinds of completion; below, of one kind.
+BOTH: dict[str, Unsupported] = {
+    "response_format": Unsupported(({"type": "text"},), "only plain text is supported so far"),
+    "guided_json": _NO_GRAMMAR,
+    "guided_regex": _NO_GRAMMAR,
+    "guided_choice": _NO_GRAMMAR,
+    "guided_grammar": _NO_GRAMMAR,
+    "structured_outputs": _NO_GRAMMAR,
+    "use_beam_search": _NO_BEAMS,
+    "length_penalty": Unsupported((1, 1.0), "beam search is not supported"),
+    "early_stopping": _NO_BEAMS,
+    "bad_words": Unsupported((), "use logit_bias"),
+    "allowed_token_ids": Unsupported((), "use logit_bias"),
+    "include_stop_str_in_output": Unsupported((), "answers end before the stop string"),
+    "truncate_prompt_tokens": Unsupported((), "prompts are read whole"),
+    "spaces_between_special_tokens": Unsupported((True,), "it is always true", false_asks=True),
+    "detokenize": Unsupported((True,), "answers are text", false_asks=True),
+    # What other servers call a field that is served.
+    "max_new_tokens": _MAX_TOKENS,
+    "max_length": _MAX_TOKENS,
+    "num_predict": _MAX_TOKENS,
+    "n_predict": _MAX_TOKENS,
+    "stop_sequences": Unsupported((), "say stop"),
+    "repeat_penalty": Unsupported((1, 1.0), "say repetition_penalty"),
+}
+COMPLETION_ONLY: dict[str, Unsupported] = {
+    "suffix": Unsupported((), "inserting before a suffix is not supported"),
+    "messages": Unsupported((), "messages go to /v1/chat/completions"),
+    "max_completion_tokens": _MAX_TOKENS,
+    "top_logprobs": Unsupported((0,), "say logprobs"),
+    "add_special_tokens": Unsupported((True,), "it is always true", false_asks=True),
+}
+CHAT_ONLY: dict[str, Unsupported] = {
+    "tools": _NO_TOOLS,
+    "functions": _NO_TOOLS,
+    "tool_choice": _NO_CHOICE,
+    "function_call": _NO_CHOICE,
+    "parallel_tool_calls": Unsupported((True,), "tool calls are not supported yet"),
+    "modalities": Unsupported((["text"],), "this server reads and writes text only"),
+    "audio": _NO_MEDIA,
+    "prediction": Unsupported((), "predicted outputs are not supported"),
+    "moderation": Unsupported((), "this server does not judge what it reads and writes"),
+    "web_search_options": Unsupported((), "this server makes no outbound connection"),
+    "reasoning_effort": Unsupported(
+        ("none",), "models are run as they are; there is no effort to set"
+    ),
+    "chat_template": NO_TEMPLATE,
+    "documents": NO_TEMPLATE,
+    "add_generation_prompt": Unsupported((True,), "an answer is always begun", false_asks=True),
+    "continue_final_message": Unsupported((), "an answer is always a new message"),
+    "prompt": Unsupported((), "send messages, or use /v1/completions"),
+    "best_of": Unsupported((1,), "n answers are made and all are returned; say n"),
+    "echo": Unsupported((), "use /v1/completions"),
+}
+MESSAGE: dict[str, Unsupported] = {
+    "tool_calls": _NO_TOOLS,
+    "tool_call_id": _NO_TOOLS,
+    "function_call": _NO_TOOLS,
+    "refusal": Unsupported((), "refusals cannot be sent back"),
+    "annotations": Unsupported((), "annotations cannot be sent back"),
+    "audio": _NO_MEDIA,
+}
+STREAM_OPTIONS: dict[str, Unsupported] = {
+    "continuous_usage_stats": Unsupported((), "usage comes once, in the last chunk"),
+}
+TOKENIZE: dict[str, Unsupported] = {
+    "chat_template": NO_TEMPLATE,
+    "chat_template_kwargs": NO_TEMPLATE,
+    "continue_final_message": CHAT_ONLY["continue_final_message"],
+    "tools": _NO_TOOLS,
+    "return_token_strs": Unsupported((), "/detokenize says what token ids spell"),
+}

@@ -1,0 +1,242 @@
+"""The chat template of one model: which one it is, what it wants, and conversations as text."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ds_cp.errors import ChatTemplateError
+from ds_cp.templates.messages import Answer, Ended, Failed, Limits, Look, Looked, Render, Rendered
+from ds_cp.templates.processes import TemplateProcesses
+from ds_cp.templates.shape import AS_SENT, TEXT, Message, shaped, texts_of
+from ds_cp.text import shorten
+
+CPU_S = 3.0  # seconds of computing for one conversation; an honest one of 8 MB takes 0.2 s
+MEMORY_BYTES = 64 << 20  # bytes that a rendering may take, and MEMORY_PER_CHAR more per character
+MEMORY_PER_CHAR = 64
+LOOK_S = 5.0  # seconds by the clock that a start waits for a template to be examined
+OTHER_WAY = "use /v1/completions"
+TOO_SLOW = "chat_template_too_slow"
+_FILE = "chat_template.jinja"
+_CODES = {"refused": "chat_template_refused", "time": TOO_SLOW}  # by what went wrong
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The template that a tokenizer's set of templates gives, or why it gives none; ``notes`` say
+    what was left aside."""
+
+    name: str
+    text: str | None
+    problem: str = ""
+    notes: tuple[str, ...] = ()
+    absent: bool = False
+
+
+def choose(templates: Any) -> Choice:
+    """Of ``tokenizer.chat_template``, the text; of several by name, the one called "default", as
+    transformers does."""
+    if templates is None:
+        problem = f"this model has no chat template; {OTHER_WAY}"
+        return Choice("", None, problem, absent=True)
+    name, notes = "default", []
+    if isinstance(templates, list | tuple):
+        named = [t for t in templates if isinstance(t, Mapping) and "name" in t]
+        templates = {str(t["name"]): t.get("template") for t in named}
+    if isinstance(templates, Mapping):
+        names = ", ".join(shorten(str(n), 40) for n in sorted(map(str, templates))[:8]) or "none"
+        if name not in templates:
+            return Choice(
+                "", None, f"this model has chat templates ({names}) but none called 'default', "
+                f"so none is used; {OTHER_WAY}",
+            )  # fmt: skip
+        if len(templates) > 1:
+            notes.append(f"of the model's chat templates ({names}) 'default' is used")
+        templates = templates[name]
+    if not isinstance(templates, str):
+        kind = type(templates).__name__
+        return Choice(name, None, f"this model's chat template is no text but {kind}; {OTHER_WAY}")
+    if not templates.strip():
+        return Choice(name, None, f"this model's chat template is empty; {OTHER_WAY}")
+    return Choice(name, templates, notes=tuple(notes))
+
+
+class ChatTemplate:
+    """Renders conversations with a tokenizer's chat template, in a process beside.
+
+    What the template wants is found out once, by ``look`` or by the first ``render``. May be called
+    from several threads; every call ends in time.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        processes: TemplateProcesses,
+        cpu_s: float = CPU_S,
+        memory_bytes: int = MEMORY_BYTES,
+    ) -> None:
+        self.choice = choose(getattr(tokenizer, "chat_template", None))
+        self.processes = processes
+        named = getattr(tokenizer, "special_tokens_map", {})
+        self._tokens = {str(name): str(token) for name, token in named.items()}
+        self._folder = str(getattr(tokenizer, "name_or_path", ""))
+        self._cpu_s = cpu_s
+        self._memory_bytes = memory_bytes
+        self._looking = threading.Lock()
+        self._looked: Looked | None = None
+        self._problem = self.choice.problem
+        self._code = "no_chat_template"
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return f"the model's chat template ({self.choice.name!r})"
+
+    def look(self, timeout_s: float = LOOK_S) -> list[str]:
+        """Examine the template, once; lines for the operator on what is odd about it or its set. A
+        model without any is not odd."""
+        notes = [*self.choice.notes, *beside(self._folder, self.choice)]
+        if self.choice.absent:
+            return notes
+        try:
+            self._look(time.monotonic() + timeout_s)
+        except TimeoutError:
+            notes.append(f"{self.name} was not examined in {timeout_s:g} s; the first chat will be")
+        except OSError as err:
+            notes.append(f"{self.name} cannot be rendered: {err}")
+        if self._problem:
+            return [*notes, f"chat is not available: {self._problem}"]
+        found = self._looked
+        if found is None:
+            return notes
+        if any(shape not in (AS_SENT, TEXT) for shape in found.shapes.values()):
+            notes.append(f"{self.name} reads content as parts; texts are passed as parts")
+        for role in found.lost:
+            notes.append(f"{self.name} leaves out what the {role} says")
+        if "user" in found.failed:
+            notes.append(f"{self.name} fails for a user's text: {found.failed['user']}")
+        return notes
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool,
+        max_chars: int,
+        timeout_s: float,
+        cpu_s: float | None = None,
+    ) -> str:
+        """The conversation as text, equal to transformers' ``apply_chat_template``.
+
+        ``cpu_s``: less computing than a template may have at most; where it takes more, the error's
+        code is ``TOO_SLOW``.
+
+        ``content`` of a message: a text, a list of text parts, or None. Raises
+        ``ChatTemplateError`` when there is no template, or it refuses or fails or needs too much,
+        or a user's text is not in its rendering; ``TimeoutError`` after ``timeout_s`` seconds;
+        ``OSError`` when no process can be started.
+        """
+        deadline = time.monotonic() + timeout_s
+        self._look(deadline)
+        if self._problem or self.choice.text is None:
+            raise ChatTemplateError(self._problem, self._code)
+        shapes = self._looked.shapes if self._looked else {}
+        chars = sum(len(text) for m in messages for text in texts_of(m.get("content")))
+        work = Render(
+            self.choice.text,
+            self._tokens,
+            shaped(messages, shapes),
+            add_generation_prompt,
+            max_chars,
+        )
+        try:
+            answer = self.processes.run(work, self._limits(chars, deadline, cpu_s))
+        except UnicodeEncodeError:
+            raise ChatTemplateError("messages: half a surrogate pair is not text") from None
+        if isinstance(answer, Rendered):
+            return answer.text
+        code = _CODES.get(_kind(answer), "chat_template_error")
+        raise ChatTemplateError(self._reason(answer, chars), code)
+
+    def close(self) -> None:
+        """End the processes."""
+        self.processes.close()
+
+    def _look(self, deadline: float) -> None:
+        if self._looked is not None or self._problem:
+            return
+        if not self._looking.acquire(timeout=max(deadline - time.monotonic(), 0)):
+            raise TimeoutError("the template is being examined")
+        try:
+            if self._looked is None and not self._problem:
+                work = Look(self.choice.text or "", self._tokens)
+                answer = self.processes.run(work, self._limits(0, deadline))
+                if isinstance(answer, Looked):
+                    self._looked = answer
+                else:
+                    self._code = "chat_template_error"
+                    self._problem = f"{self._reason(answer, 0)}; {OTHER_WAY}"
+        finally:
+            self._looking.release()
+
+    def _limits(self, chars: int, deadline: float, cpu_s: float | None = None) -> Limits:
+        memory = self._memory_bytes + MEMORY_PER_CHAR * chars
+        cpu_s = self._cpu_s if cpu_s is None else min(cpu_s, self._cpu_s)
+        return Limits(cpu_s, max(deadline - time.monotonic(), 0.001), memory)
+
+    def _reason(self, answer: Answer, chars: int) -> str:
+        """One line that names the template and says what happened."""
+        kind = _kind(answer)
+        text = answer.reason if isinstance(answer, Failed) else ""
+        reasons = {
+            "refused": f"the model's chat template refuses these messages: {text}",
+            "raised": f"{self.name} fails on these messages: {text}",
+            "broken": f"{self.name} does not compile: {text}",
+            "lost": f"{self.name} leaves out what the user says, so it is not answered: {text!r}",
+            "long": f"{self.name} makes {text} of messages of {chars}",
+            "memory": f"{self.name} needs more than "
+            f"{(self._memory_bytes + MEMORY_PER_CHAR * chars) >> 20} MiB of memory",
+            "time": f"{self.name} does not end within {self._cpu_s:g} s of computing",
+            "ended": f"{self.name} ended the process that renders it",
+        }
+        if isinstance(answer, Ended) and kind == "ended":
+            how = signal.Signals(answer.signal).name if answer.signal else f"code {answer.code}"
+            return f"{reasons[kind]} ({how})"
+        return reasons[kind]
+
+
+def _kind(answer: Answer) -> str:
+    if isinstance(answer, Failed):
+        return answer.kind
+    timed_out = isinstance(answer, Ended) and answer.signal == signal.SIGPROF
+    return "time" if timed_out else "ended"
+
+
+def beside(folder: str, choice: Choice) -> list[str]:
+    """Lines on files of a model's folder that name another template than the one in use."""
+    path = Path(folder)
+    notes = []
+    try:
+        if not folder or not path.is_dir():
+            return []
+        stated = _stated(path / "tokenizer_config.json")
+        if (path / _FILE).is_file() and isinstance(stated, str) and stated != choice.text:
+            notes.append(f"{_FILE} is used; tokenizer_config.json has another chat template")
+        if choice.text is None and (path / "chat_template.json").is_file():
+            notes.append("chat_template.json is of a processor; no tokenizer reads it")
+    except (OSError, ValueError):
+        pass  # what transformers could read is in use; these are only hints
+    return notes
+
+
+def _stated(path: Path) -> Any:
+    if not path.is_file():
+        return None
+    found = json.loads(path.read_text("utf-8"))
+    return found.get("chat_template") if isinstance(found, dict) else None

@@ -1,0 +1,105 @@
+"""Clients that ask and do not read: their connections end, and the server ends in spite of them."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.helpers.front import Front, front, honest_streams
+
+C = "/v1/completions"
+# Answers above what the kernel takes for a client that does not read.
+ENGINE = {"max_model_len": 10_000}
+LONG = {"prompt": [5], "max_tokens": 8_000, "logprobs": 5}
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
+    with front(tmp_path_factory.mktemp("readers"), write_timeout_s=1.0, engine=ENGINE) as running:
+        yield running
+
+
+def deaf_client(
+    served: Front, body: dict[str, object], *extra: str, room: int = 2048
+) -> socket.socket:
+    """A client that asks, and whose host has room for ``room`` bytes of the answer."""
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, room)
+    sock.settimeout(20)
+    sock.connect(("127.0.0.1", served.port))
+    data = json.dumps(body).encode()
+    head = [f"POST {C} HTTP/1.1", "Host: x", "Content-Type: application/json", *extra]
+    sock.sendall("\r\n".join([*head, f"Content-Length: {len(data)}", "", ""]).encode() + data)
+    return sock
+
+
+def wait_until_closed(served: Front, before: int, seconds: float) -> None:
+    begun = time.monotonic()
+    while served.descriptors > before:
+        assert time.monotonic() - begun < seconds, served.log.read_text()
+        time.sleep(0.05)
+
+
+def settled(served: Front) -> int:
+    """Descriptors once a connection has come and gone: libraries open theirs by then."""
+    assert httpx.post(served.url + C, json={"prompt": [5], "max_tokens": 1}).status_code == 200
+    time.sleep(0.2)
+    return served.descriptors
+
+
+def test_a_client_that_does_not_read_is_closed(served: Front) -> None:
+    before, memory = settled(served), served.memory
+    with honest_streams(served.url, 5) as met:
+        deaf = [
+            deaf_client(served, LONG | {"stream": stream}, *extra)
+            for stream in (False, True)
+            for extra in ((), ("Connection: close",))
+        ]
+        time.sleep(1.0)
+    wait_until_closed(served, before, 30)
+    assert served.memory - memory < 100 << 20
+    for sock in deaf:
+        sock.close()
+    assert not met.lost and met.gap_s < 1.0, met
+    lines = served.log.read_text().splitlines()
+    assert 1 <= len(lines) <= 4 and all("did not read" in line for line in lines), lines
+
+
+def test_a_client_that_reads_slowly_keeps_its_connection(served: Front) -> None:
+    """It takes longer than the deadline altogether, and never stops for that long."""
+    whole = httpx.post(served.url + C, json=LONG, timeout=60).content
+    begun = time.monotonic()
+    raw = b""
+    with deaf_client(served, LONG, "Connection: close", room=1 << 16) as sock:
+        while part := sock.recv(8192):
+            raw += part
+            if time.monotonic() - begun < 3.0:
+                time.sleep(0.03)
+    assert len(raw.partition(b"\r\n\r\n")[2]) > 0.99 * len(whole) > 500_000
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_they_do_not_hold_up_the_end(tmp_path: Path, signals: int) -> None:
+    """The drain ends in time, and at once when it is hurried."""
+    drain_timeout_s = 2.0 if signals == 1 else 60.0
+    with front(tmp_path, drain_timeout_s=drain_timeout_s, engine=ENGINE) as served:
+        deaf = [deaf_client(served, LONG | {"stream": number % 2 == 0}) for number in range(4)]
+        for sock in deaf:
+            assert sock.recv(10)  # its answer has begun
+        for _ in range(signals):
+            begun = time.monotonic()
+            served.process.send_signal(signal.SIGTERM)
+            time.sleep(0.3)
+        served.process.wait(20)
+        # Cancelled requests get 2 s to tell their clients, or 0.5 s in a hurry; then the process
+        # has to end, on a machine that may be busy.
+        assert time.monotonic() - begun < (7.0 if signals == 1 else 5.0)
+        for sock in deaf:
+            sock.close()

@@ -1,0 +1,197 @@
+"""Bodies over a real socket: unknown fields, repeated keys, overflow, large bodies at once."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import httpx
+import pytest
+
+from ds_cp.api.bodies import GRACE_S, HELD_BODIES, SMALL_BYTES
+from ds_cp.api.json_route import warning
+from tests.helpers.fake_engine import FakeEngine, make_tokenizer
+from tests.server.conftest import Running, error_of
+
+C, CHAT = "/v1/completions", "/v1/chat/completions"
+HELLO = [{"role": "user", "content": "hi"}]
+ROUTES: list[tuple[str, dict[str, Any]]] = [
+    (C, {"prompt": "x", "max_tokens": 2}),
+    (CHAT, {"messages": HELLO, "max_tokens": 2}),
+    ("/tokenize", {"prompt": "x"}),
+    ("/detokenize", {"tokens": [5, 6]}),
+]
+HEADER = "x-ds-cp-warning"
+
+
+def send(served: Running, path: str, text: str) -> httpx.Response:
+    headers = {"Content-Type": "application/json"}
+    return httpx.post(served.url + path, content=text, headers=headers, timeout=30)
+
+
+@pytest.mark.parametrize(("path", "body"), ROUTES)
+def test_ignored_fields_are_named_in_a_header(
+    served: Running, path: str, body: dict[str, Any]
+) -> None:
+    plain = served.post(path, body)
+    assert plain.status_code == 200 and HEADER not in plain.headers
+    odd = {"session_id": "s", "b\r\nSet-Cookie: x": 1, "é" * 99: 2, "nothing": None}
+    reply = served.post(path, body | odd)
+    assert reply.status_code == 200
+    said = "ignored unknown fields: session_id, b??Set-Cookie??x, " + "?" * 40
+    assert reply.headers[HEADER] == said and "set-cookie" not in reply.headers
+    if path in (C, CHAT):
+        stream = served.post(path, body | odd | {"stream": True})
+        assert stream.headers[HEADER] == said and "data: [DONE]" in stream.text
+    count = 6.0 if path in (C, CHAT) else 3.0
+    counted = f'ds_cp:ignored_fields_total{{model_name="fake-model"}} {count}'
+    assert counted in served.get("/metrics").text.splitlines()
+
+
+def test_the_warning_is_short() -> None:
+    assert warning(["a", "b"]) == "ignored unknown fields: a, b"
+    assert warning([f"f{i}" for i in range(30)]).endswith("f6, f7 and 22 more")
+    assert len(warning(["x" * 100] * 32)) < 400
+
+
+@pytest.mark.parametrize(("path", "body"), ROUTES)
+def test_unknown_fields_can_be_refused(
+    launch: Callable[..., Running], path: str, body: dict[str, Any]
+) -> None:
+    served = launch(unknown_fields="refuse")
+    error = error_of(served.post(path, body | {"session_id": "s"}), 400)
+    assert error["param"] == "session_id" and "unknown field 'session_id'" in error["message"]
+    reply = served.post(path, body | {"session_id": None})
+    assert reply.status_code == 200 and HEADER not in reply.headers
+
+
+@pytest.mark.parametrize("size", [0, 2 * SMALL_BYTES])
+@pytest.mark.parametrize(("path", "body"), ROUTES)
+def test_a_key_that_is_given_twice_is_refused_everywhere(
+    served: Running, path: str, body: dict[str, Any], size: int
+) -> None:
+    """As in the config: in every object of a small and of a large body, also in what is ignored."""
+    start, pad = json.dumps(body)[:-1], " " * size
+    name = next(iter(body))
+    for text, key in (
+        (f'{start}, {pad} "{name}": "x"}}', name),
+        (f'{start}, {pad} "session_id": 1, "session_id": 1}}', "session_id"),
+        (f'{start}, {pad} "session": [{{"x": {{"k": 1, "\\u006b": null}}}}]}}', "k"),
+        (f'{start}, {pad} "metadata": {{"k": 1, "k": 1}}}}', "k"),
+    ):
+        error = error_of(send(served, path, text), 400)
+        assert error["param"] == key and error["code"] == "invalid_json"
+        assert "is given twice" in error["message"]
+    nested = {
+        C: '{"prompt": "x", "logit_bias": {"5": 1, "5": 2}}',
+        CHAT: '{"messages": [{"role": "user", "content": [{"type": "text", "text": "a", '
+        '"text": "b"}]}]}',
+        "/tokenize": '{"messages": [{"role": "user", "role": "system", "content": "x"}]}',
+    }
+    if path in nested:
+        error = error_of(send(served, path, nested[path][:-1] + pad + "}"), 400)
+        assert "is given twice" in error["message"]
+
+
+def test_overflow_begins_as_openais(served: Running) -> None:
+    for path, body, words in (
+        (C, {"prompt": [5] * 100, "max_tokens": 29}, "129 tokens (100 in the prompt, 29 in the"),
+        (C, {"prompt": [5] * 129}, "130 tokens (129 in the prompt, 1 in the"),
+        (CHAT, {"messages": HELLO, "max_tokens": 500}, " in the messages, 500 in the"),
+        (CHAT, {"messages": HELLO, "max_completion_tokens": 500}, " in the messages, 500 in the"),
+    ):
+        error = error_of(served.post(path, body), 400)
+        what = "prompt" if path == C else "messages"
+        assert error["code"] == "context_length_exceeded"
+        assert error["message"].startswith(
+            "This model's maximum context length is 128 tokens. However, you requested "
+        )
+        assert words in error["message"]
+        assert f"Please reduce the length of the {what} or completion" in error["message"]
+        assert "have 128; shorten the prompt" in error["message"]
+
+
+def test_top_p_0_is_greedy(served: Running) -> None:
+    for path, body in ROUTES[:2]:
+        assert served.post(path, body | {"top_p": 0, "temperature": 1.5}).status_code == 200
+        params = served.engine.seen[-1][1]
+        assert (params.temperature, params.top_p) == (0.0, 1.0)
+
+
+def test_a_name_reaches_the_template_and_parts_are_joined(launch: Callable[..., Running]) -> None:
+    template = "{% for m in messages %}{{ m.name or m.role }}: {{ m.content }}|{% endfor %}"
+    engine = FakeEngine(make_tokenizer(template))
+    served = launch(engine)
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b", "cache_control": {}}]
+    messages = [
+        {"role": "user", "name": "ann", "content": parts},
+        {"role": "assistant", "content": None},
+        {"role": "user", "content": "c"},
+    ]
+    ids = served.post("/tokenize", {"messages": messages}).json()["tokens"]
+    assert engine.tokenizer.decode(ids) == "ann: a\nb|assistant: |user: c|"
+
+
+def test_a_false_that_the_template_reads_is_refused(launch: Callable[..., Running]) -> None:
+    template = "{% if enable_thinking is defined %}no{% endif %}{{ messages[0].content }}"
+    served = launch(FakeEngine(make_tokenizer(template)))
+    body = {"messages": HELLO, "max_tokens": 2}
+    for given in ({}, {"enable_thinking": None}, {"other": False}, None):
+        assert served.post(CHAT, body | {"chat_template_kwargs": given}).status_code == 200
+    for given in ({"enable_thinking": False}, {"enable_thinking": True}, {"other": 1}):
+        error = error_of(served.post(CHAT, body | {"chat_template_kwargs": given}), 400)
+        assert error["param"] == "chat_template_kwargs" and next(iter(given)) in error["message"]
+
+
+def test_stalled_large_bodies_make_room(launch: Callable[..., Running]) -> None:
+    """They hold what they have sent. Small bodies do not notice; a large one waits for the slowest
+    to be cut off."""
+    served = launch(max_body_bytes=2**20, body_timeout_s=20.0)
+    head = (
+        f"POST {C} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {2**20}\r\n\r\n"
+    ).encode()
+    large = json.dumps({"prompt": "x", "max_tokens": 1, "metadata": {"a": "b" * 200_000}})
+    with ExitStack() as stack:
+        held = []
+        for _ in range(HELD_BODIES):
+            connection = stack.enter_context(socket.create_connection(("127.0.0.1", served.port)))
+            connection.sendall(head + b"{" + b" " * 900_000)
+            held.append(connection)
+        time.sleep(0.3)
+        begun = time.monotonic()
+        assert send(served, C, '{"prompt": "x"}').status_code == 200
+        assert time.monotonic() - begun < GRACE_S / 2
+        assert send(served, C, large).status_code == 200
+        assert 0.5 < time.monotonic() - begun < 8.0
+        cut = b""
+        for connection in held:
+            connection.settimeout(0.05)
+            try:
+                cut += connection.recv(1000)
+            except TimeoutError:
+                continue
+        assert cut.count(b"HTTP/1.1 408") == 1 and b"others wait for its room" in cut
+    assert send(served, C, large).status_code == 200
+
+
+def test_no_room_is_a_503_with_retry_after(launch: Callable[..., Running]) -> None:
+    engine = FakeEngine(make_tokenizer(), max_model_len=200_000)
+    engine.first_delay_s = 3.0
+    served = launch(engine, max_body_bytes=100_000, body_timeout_s=1.0)
+    large = json.dumps({"prompt": "x", "max_tokens": 1, "metadata": {"a": "b" * 99_000}})
+    with ExitStack() as stack:
+        for _ in range(HELD_BODIES):
+            connection = stack.enter_context(socket.create_connection(("127.0.0.1", served.port)))
+            connection.sendall(
+                f"POST {C} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+                f"Content-Length: {len(large)}\r\n\r\n{large}".encode()
+            )
+        time.sleep(0.5)
+        reply = send(served, C, large)
+        assert error_of(reply, 503)["code"] == "bodies_busy"
+        assert reply.headers["retry-after"] == "1"

@@ -1,0 +1,103 @@
+"""The memory of all requests together: what is admitted, and that nothing stays charged."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from ds_cp.api.budget import BODY_BYTES, FREE_BODY_BYTES, MIB, Budget, Held, HoldMemory, auto_bytes
+from ds_cp.api.errors import ApiError
+
+
+def refusal(held: Held, size: int) -> ApiError:
+    before = held.size
+    with pytest.raises(ApiError) as caught:
+        held.reserve(size)
+    assert held.size == before
+    return caught.value
+
+
+def test_large_requests_leave_room_for_small_ones() -> None:
+    budget = Budget(1024 * MIB)
+    first, second = Held(budget), Held(budget)
+    first.reserve(700 * MIB)
+    error = refusal(second, 100 * MIB)
+    assert error.status_code == 503 and error.code == "server_busy"
+    assert error.headers == {"Retry-After": "2"}
+    assert "need 100.0 MiB" in error.detail and "700.0 of 1024.0 MiB" in error.detail
+    small = [Held(budget) for _ in range(400)]
+    for number, held in enumerate(small):
+        if number < 324:
+            held.reserve(MIB)
+        else:
+            assert refusal(held, MIB).status_code == 503
+    for number in range(10):  # a large request in small steps is a large one all the same
+        grown = Held(budget)
+        small[number].release()
+        grown.reserve(MIB)
+        assert refusal(grown, MIB).status_code == 503
+    first.release()
+    second.reserve(100 * MIB)
+
+
+def test_what_can_never_be_had_is_a_400() -> None:
+    budget = Budget(100 * MIB)
+    held = Held(budget)
+    error = refusal(held, 76 * MIB)
+    assert error.status_code == 400 and error.code == "request_too_large"
+    assert "76.0 MiB" in error.detail and "75.0 MiB" in error.detail
+    held.reserve(75 * MIB)
+
+
+def test_an_admitted_request_may_outgrow_what_it_reserved() -> None:
+    budget = Budget(100 * MIB)
+    held = Held(budget)
+    held.reserve(10)
+    held.spend(4)
+    assert (held.spent, held.size, budget.used) == (4, 10, 10)
+    held.spend(8)
+    assert (held.spent, held.size, budget.used) == (12, 12, 12)
+    held.spend(200 * MIB)
+    assert budget.used == 200 * MIB + 12
+    assert refusal(Held(budget), 1).status_code == 503
+    held.release()
+    held.release()
+    assert budget.used == held.size == 0
+
+
+def test_bodies_are_charged_as_they_come() -> None:
+    budget = Budget(16 * MIB)
+    seen: list[int] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        while True:
+            message = await receive()
+            seen.append(budget.used)
+            if not message.get("more_body"):
+                return
+
+    async def ask(parts: list[int]) -> None:
+        messages = [
+            {"type": "http.request", "body": b"x" * size, "more_body": number + 1 < len(parts)}
+            for number, size in enumerate(parts)
+        ]
+
+        async def receive() -> Any:
+            return messages.pop(0)
+
+        async def send(message: Any) -> None: ...
+
+        await HoldMemory(app, budget)({"type": "http"}, receive, send)
+
+    asyncio.run(ask([1000, FREE_BODY_BYTES - 1000, 1000, 5000]))
+    assert seen == [0, 0, BODY_BYTES * 1000, BODY_BYTES * 6000]
+    assert budget.used == 0
+    with pytest.raises(ApiError) as caught:
+        asyncio.run(ask([MIB] * 20))
+    assert caught.value.status_code == 400 and budget.used == 0
+
+
+def test_auto_is_a_part_of_the_machine() -> None:
+    assert 256 * MIB <= auto_bytes() <= 8192 * MIB

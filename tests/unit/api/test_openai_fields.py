@@ -1,0 +1,297 @@
+"""Every field of the pinned openai client is served, harmless, or refused by name; a value that
+asks for nothing passes everywhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any, Union, get_args, get_origin
+
+import pytest
+from openai.types import chat
+from openai.types import completion_create_params as completion
+from openai.types.chat import completion_create_params as chat_completion
+from pydantic import BaseModel
+
+from ds_cp.api.bodies import _to_model
+from ds_cp.api.errors import ApiError
+from ds_cp.api.foreign_fields import (
+    BOTH,
+    CHAT_ONLY,
+    COMPLETION_ONLY,
+    HARMLESS,
+    MESSAGE,
+    STREAM_OPTIONS,
+)
+from ds_cp.api.messages import ChatMessage
+from ds_cp.api.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    StreamOptions,
+    TokenizeRequest,
+)
+from ds_cp.api.strict_model import Notes
+
+NOTHING: list[Any] = [None, "", [], {}, False]
+WISHES: list[Any] = [{"wish": 1}, ["wish"], "wish"]
+HELLO = {"role": "user", "content": "hi"}
+
+
+def members(union: Any) -> Iterator[Any]:
+    if get_origin(union) is Union:
+        for member in get_args(union):
+            yield from members(member)
+    else:
+        yield union
+
+
+def fields(*kinds: Any) -> set[str]:
+    return {name for kind in kinds for name in kind.__annotations__}
+
+
+MESSAGES = list(members(chat.ChatCompletionMessageParam))
+PARTS = list(members(chat.ChatCompletionContentPartParam))
+# Where -> the client's fields, ours, the harmless, the refused, and a body with one more field.
+PLACES: dict[str, tuple[set[str], Any, frozenset[str], dict[str, Any], Any]] = {
+    "completion": (
+        fields(
+            completion.CompletionCreateParamsNonStreaming,
+            completion.CompletionCreateParamsStreaming,
+        ),
+        CompletionRequest,
+        HARMLESS["body"],
+        BOTH | COMPLETION_ONLY,
+        lambda field: {"prompt": "x"} | field,
+    ),
+    "chat": (
+        fields(
+            chat_completion.CompletionCreateParamsNonStreaming,
+            chat_completion.CompletionCreateParamsStreaming,
+        ),
+        ChatRequest,
+        HARMLESS["body"],
+        BOTH | CHAT_ONLY,
+        lambda field: {"messages": [HELLO]} | field,
+    ),
+    "message": (
+        fields(*MESSAGES),
+        ChatMessage,
+        HARMLESS["message"],
+        MESSAGE,
+        lambda field: {"messages": [HELLO | field]},
+    ),
+    "stream options": (
+        fields(chat.ChatCompletionStreamOptionsParam),
+        StreamOptions,
+        HARMLESS["stream_options"],
+        STREAM_OPTIONS,
+        lambda field: {"messages": [HELLO], "stream": True, "stream_options": field},
+    ),
+}
+
+
+def read(model: type[BaseModel], body: Any, refuse: bool = False) -> tuple[Any, list[str]]:
+    """The model of a body, or its error, and the unknown fields that were ignored."""
+    notes = Notes(refuse)
+    return _to_model(json.dumps(body).encode(), model, notes, None), notes.ignored
+
+
+def error(model: type[BaseModel], body: Any, refuse: bool = False) -> ApiError:
+    result, _ = read(model, body, refuse)
+    assert isinstance(result, ApiError), body
+    assert result.status_code == 400
+    return result
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_every_field_of_the_client_is_known(place: str) -> None:
+    theirs, model, harmless, unsupported, _ = PLACES[place]
+    assert theirs and theirs - set(model.model_fields) - harmless - set(unsupported) == set()
+    assert not set(model.model_fields) & (harmless | set(unsupported))
+    assert not harmless & set(unsupported)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_what_asks_for_nothing_passes_and_a_wish_is_refused_by_name(place: str) -> None:
+    _, model, harmless, unsupported, body = PLACES[place]
+    top = CompletionRequest if model is CompletionRequest else ChatRequest
+    for name, rule in unsupported.items():
+        for value in [*NOTHING, *rule.neutral]:
+            if value is False and rule.false_asks:
+                assert name in str(error(top, body({name: value})).param)
+                continue
+            result, ignored = read(top, body({name: value}))
+            assert isinstance(result, top) and not ignored, (name, value, result)
+        for value in WISHES:
+            refused = error(top, body({name: value}))
+            assert str(refused.param).endswith(name) and name in refused.detail, name
+    for name in harmless:
+        for value in [*NOTHING, *WISHES, 5, 1.5, True]:
+            result, ignored = read(top, body({name: value}))
+            assert isinstance(result, top) and not ignored, (name, value, result)
+
+
+def test_parts_and_roles_of_the_client() -> None:
+    """A part of text with any of the client's fields is served; other kinds are refused by name."""
+    (text,) = [part for part in PARTS if "text" in part.__annotations__]
+    assert fields(text) - {"type", "text"} <= HARMLESS["part"]
+    kinds = {part: get_args(get_args(_hints(part)["type"])[0])[0] for part in PARTS}
+    assert set(kinds.values()) == {"text", "image_url", "input_audio", "file"}
+    for kind in {*kinds.values(), "refusal", "video_url"} - {"text"}:
+        content = [{"type": kind, kind: {"x": 1}}]
+        refused = error(ChatRequest, {"messages": [{"role": "user", "content": content}]})
+        assert kind in refused.detail and refused.param == "messages[0].content"
+    for extra in ["cache_control", "prompt_cache_breakpoint", "annotations"]:
+        for value in [*NOTHING, *WISHES, {"type": "ephemeral"}]:
+            part = {"type": "text", "text": "a", extra: value}
+            body = {"messages": [{"role": "user", "content": [part]}]}
+            result, ignored = read(ChatRequest, body)
+            assert isinstance(result, ChatRequest) and not ignored
+    for value in NOTHING:
+        part = {"type": "text", "text": "a", "image_url": value, "anything": value}
+        result, ignored = read(ChatRequest, {"messages": [{"role": "user", "content": [part]}]})
+        assert isinstance(result, ChatRequest) and not ignored
+    roles = {get_args(get_args(_hints(message)["role"])[0])[0] for message in MESSAGES}
+    assert roles == {"developer", "system", "user", "assistant", "tool", "function"}
+    for role in roles:
+        result, _ = read(ChatRequest, {"messages": [{"role": role, "content": "x"}]})
+        if role in ("tool", "function"):
+            assert isinstance(result, ApiError) and repr(role) in result.detail
+        else:
+            assert isinstance(result, ChatRequest)
+
+
+def _hints(kind: Any) -> dict[str, Any]:
+    import typing
+
+    return typing.get_type_hints(kind, include_extras=True)
+
+
+@pytest.mark.parametrize("value", NOTHING)
+@pytest.mark.parametrize("field", ["anything", "temprature"])
+def test_an_unknown_field_that_asks_for_nothing_passes(field: str, value: Any) -> None:
+    for model, body in (
+        (CompletionRequest, {"prompt": "x"}),
+        (ChatRequest, {"messages": [HELLO]}),
+        (TokenizeRequest, {"prompt": "x"}),
+        (DetokenizeRequest, {"tokens": [5]}),
+        (ChatRequest, {"messages": [HELLO | {field: value}]}),
+        (ChatRequest, {"messages": [HELLO], "stream_options": {field: value}}),
+        (ChatRequest, {"messages": [HELLO], "chat_template_kwargs": {field: value}}),
+    ):
+        for refuse in (False, True):
+            result, ignored = read(model, body | {field: value}, refuse)
+            assert isinstance(result, model) and not ignored, result
+
+
+@pytest.mark.parametrize(
+    ("model", "body", "param"),
+    [
+        (CompletionRequest, {"prompt": "x"}, "own_field"),
+        (ChatRequest, {"messages": [HELLO]}, "own_field"),
+        (TokenizeRequest, {"prompt": "x"}, "own_field"),
+        (DetokenizeRequest, {"tokens": [5]}, "own_field"),
+        (ChatRequest, {"messages": [HELLO | {"own_field": 1}]}, "messages[0].own_field"),
+        (
+            ChatRequest,
+            {"messages": [{"role": "user", "content": [
+                {"type": "text", "text": "a", "own_field": 1}]}]},
+            "messages[0].content.own_field",
+        ),
+        (
+            ChatRequest,
+            {"messages": [HELLO], "stream_options": {"own_field": 1}},
+            "stream_options.own_field",
+        ),
+    ],
+)  # fmt: skip
+def test_another_unknown_field_is_ignored_or_refused(
+    model: type[BaseModel], body: dict[str, Any], param: str
+) -> None:
+    if param == "own_field":
+        body = body | {"own_field": 1}
+    result, ignored = read(model, body)
+    assert isinstance(result, model) and ignored == ["own_field"]
+    refused = error(model, body, refuse=True)
+    assert refused.param == param and "unknown field 'own_field'" in refused.detail
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("temprature", "temperature"), ("maxtokens", "max_tokens"), ("max-tokens", "max_tokens"),
+        ("maxTokens", "max_tokens"), ("top-p", "top_p"), ("topP", "top_p"), ("Top_K", "top_k"),
+        ("sede", "seed"), ("steam", "stream"), ("stops", "stop"), ("logit_bais", "logit_bias"),
+        ("tool", "tools"), ("mesages", "messages"), ("response_fromat", "response_format"),
+    ],
+)  # fmt: skip
+def test_a_near_name_is_refused_with_what_it_means(name: str, meant: str) -> None:
+    refused = error(ChatRequest, {"messages": [HELLO], name: 5})
+    assert refused.param == name and f"did you mean {meant}?" in refused.detail
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["mirostat", "typical_p", "tfs", "chat_id", "session_id", "title", "id", "features", "files",
+     "background_tasks", "provider", "transforms", "x", "", "options", "num_ctx", "keep_alive"],
+)  # fmt: skip
+def test_a_front_ends_own_field_is_ignored(name: str) -> None:
+    result, ignored = read(ChatRequest, {"messages": [HELLO], name: 5})
+    assert isinstance(result, ChatRequest) and ignored == [name]
+
+
+def test_unknown_names_are_looked_up_once_and_are_few() -> None:
+    many = {"messages": [HELLO | {"own": 1, "other": 2} for _ in range(9_000)]}
+    result, ignored = read(ChatRequest, many)
+    assert isinstance(result, ChatRequest) and ignored == ["own", "other"]
+    result, ignored = read(ChatRequest, {"messages": [HELLO]} | {f"_own {i}": 1 for i in range(32)})
+    assert isinstance(result, ChatRequest) and len(ignored) == 32
+    refused = error(ChatRequest, {"messages": [HELLO]} | {f"_own {i}": 1 for i in range(33)})
+    assert refused.param == "_own 32" and "after 32 others" in refused.detail
+
+
+def test_messages_for_templates() -> None:
+    parts = [{"type": "text", "text": "a", "cache_control": {"x": 1}}, {"type": "text", "text": ""}]
+    body = {
+        "messages": [
+            {"role": "developer", "content": "be brief", "name": ""},
+            {"role": "user", "content": parts, "name": "ann"},
+            {"role": "assistant", "content": None, "tool_calls": [], "refusal": None},
+            {"role": "assistant", "content": [], "name": None},
+        ]
+    }
+    for model in (ChatRequest, TokenizeRequest):
+        result, _ = read(model, body)
+        assert [message.for_template() for message in result.messages] == [
+            {"role": "system", "content": "be brief"},
+            {
+                "role": "user",
+                "content": [{"type": "text", "text": "a"}, {"type": "text", "text": ""}],
+                "name": "ann",
+            },
+            {"role": "assistant", "content": ""},
+            {"role": "assistant", "content": ""},
+        ]
+    for role in ("user", "system"):
+        for content in (None, []):
+            refused = error(ChatRequest, {"messages": [{"role": role, "content": content}]})
+            assert refused.param == "messages[0].content"
+
+
+def test_sizes_are_looked_at_first() -> None:
+    for model, body, part in (
+        (ChatRequest, {"messages": [5] * 10_001}, "messages has 10001 items; at most 10000"),
+        (ChatRequest, {"messages": [HELLO | {"content": [5] * 1001}]}, "content has 1001 items"),
+        (ChatRequest, {"messages": [HELLO | {"name": "n" * 257}]}, "name has 257 characters"),
+        (ChatRequest, {"messages": [HELLO], "stop": [5] * 17}, "stop has 17 strings; at most 16"),
+        (CompletionRequest, {"prompt": ["a"] * 65}, "prompt has 65 prompts"),
+        (CompletionRequest, {"prompt": "x", "stop_token_ids": ["a"] * 301}, "has 301 items"),
+        (CompletionRequest, {"prompt": "x", "logit_bias": {str(i): "x" for i in range(301)}},
+         "logit_bias has 301 entries"),
+        (DetokenizeRequest, {"model": "m" * 1025, "tokens": [5]}, "model has 1025 characters"),
+    ):  # fmt: skip
+        assert part in error(model, body).detail
+    # A list ends at its first fault.
+    refused = error(ChatRequest, {"messages": [HELLO, 5, 6, 7]})
+    assert refused.param == "messages[1]"

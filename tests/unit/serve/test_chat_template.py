@@ -1,0 +1,29 @@
+"""The start-up lines say what is odd about a model's chat templates; completions are served all
+the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.helpers.chat_templates import CHATML, PARTS
+from tests.unit.serve.test_end_tokens import answer, tokenizer
+
+
+@pytest.mark.parametrize(
+    ("templates", "line"),
+    [
+        (CHATML, None),
+        ({"default": CHATML, "tool_use": "x"}, "of the model's chat templates (default, tool_use)"),
+        ({"tool_use": "x"}, "chat is not available: this model has chat templates (tool_use)"),
+        ("{% if %}", "chat is not available: the model's chat template ('default') does not comp"),
+        (PARTS, "the model's chat template ('default') reads content as parts"),
+    ],
+)
+def test_the_start_says_what_is_odd(templates: Any, line: str | None) -> None:
+    served = tokenizer(50, "t9")
+    served.chat_template = templates
+    tokens, reason, lines = answer(served)
+    assert (tokens, reason) == ([7] * 5, "length")
+    assert [said[: len(line or "")] for said in lines] == ([] if line is None else [line])
