@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 LEAVE_S = 2.0  # seconds for workers to end after the stop plan
 POLL_S = 0.1  # seconds between looks at the worker and the launcher
-HURRY_S = 1.0  # seconds for answers to reach their clients, when requests are not drained
+TOLD_S = 1.0  # seconds for the errors of a failed engine to reach their clients
 # Seconds within which signals are one: a launcher passes on what systemd sent to every process.
 SAME_S = 1.0
 CAUSE_S = 1.5  # seconds that rank 0 waits for the cause when its worker knows only of a lost peer
@@ -153,17 +153,7 @@ class _Supervisor:
         self._engine = engine
         engine.start()
         app = create_app(engine, server)
-        serving = asyncio.create_task(serve_until(app, listeners, server, self._stop))
-        hurrying = asyncio.create_task(self._hurry.wait())
-        await asyncio.wait({serving, hurrying}, return_when=asyncio.FIRST_COMPLETED)
-        hurrying.cancel()
-        if not serving.done():  # the engine has told its requests; others may still be on their way
-            await asyncio.wait({serving}, timeout=HURRY_S)
-        if not serving.done():
-            serving.cancel()
-            await asyncio.gather(serving, return_exceptions=True)
-        else:
-            serving.result()  # raises what the server raised, if it failed by itself
+        await serve_until(app, listeners, server, self._stop, self._hurry)
         await engine.stop(LEAVE_S if self._loaded and not self._failed else 0.0)
 
     def _note_launchers(self) -> None:
@@ -260,7 +250,8 @@ class _Supervisor:
         if self._engine is not None:
             self._engine.fail(message)
         self._stop.set()
-        self._hurry.set()
+        # Requests of the engine know by now; what is still on its way does not hold up the end.
+        asyncio.get_running_loop().call_later(TOLD_S, self._hurry.set)
         if says:
             _say(f"error: {message}")
 
