@@ -2,7 +2,7 @@
 
 Each attack meets a fresh front. Longest gap of an honest stream, streams lost, time to its first
 event, /health beside it, the front's memory before, at most, and 10 s after, its descriptors. The
-attackers are processes of the lowest priority that keep to a share of one core each.
+attackers are processes of a low priority that keep to a share of one core each.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from benchmarks.server import front_of, serving
 from tests.helpers.attackers import KINDS, SHARE, TEMPLATE, attackers
 from tests.helpers.front import front, honest_streams
 from tests.helpers.probe import Probe
-from tests.helpers.tiny import make_tiny_model
 
 STREAMS = 20
 AFTER_S = 10.0  # seconds after an attack at which memory must be back
@@ -80,6 +79,8 @@ def fake(folder: Path) -> Iterator[tuple[str, int]]:
 
 @contextmanager
 def real(folder: Path) -> Iterator[tuple[str, int]]:
+    from tests.helpers.tiny import make_tiny_model  # it imports transformers, which takes seconds
+
     model = make_tiny_model(folder / "tiny")
     (model / "chat_template.jinja").write_text(TEMPLATE)
     with serving(1, model=str(model), kv_cache={"tokens_per_rank": 8192}) as (url, _):
