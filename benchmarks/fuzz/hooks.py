@@ -66,6 +66,9 @@ def before_load_schema(context: Any, raw_schema: dict[str, Any]) -> None:
             properties["model"] = {"enum": [model, None]}
         if "prompt" in properties and "tokens" not in properties:
             properties["prompt"] = {"type": "string", "minLength": 1, "maxLength": 20}
+        if "stream" in properties:
+            properties["stream"] = {"type": "boolean"}
+            schema["required"] = [*schema.get("required", ()), "stream"]
         if "logprobs" in properties:
             plain = {"type": ["boolean", "null"]}
             count = {"type": ["integer", "null"], "minimum": 0, "maximum": 5}

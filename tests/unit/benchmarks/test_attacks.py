@@ -28,6 +28,7 @@ HELD: dict[str, Any] = {
     "memory_most_mb": 900.0,
     "memory_after_mb": 190.0,
     "descriptors_before": 27,
+    "descriptors_under_attack": 700,
     "descriptors_after": 7,
     "ended": True,
     "held": True,
