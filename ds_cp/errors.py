@@ -95,5 +95,9 @@ class EngineDeadError(DsCpError):
     """The engine has stopped; no request can be served any more."""
 
 
+class StoppingError(EngineDeadError):
+    """The server is being stopped on purpose; ask another one, or this one after its restart."""
+
+
 class IntegrityError(EngineDeadError):
     """A fault of ds_cp: the KV ledger does not balance, so no result can be trusted."""

@@ -24,6 +24,8 @@ _UNITS = {"B": 1} | {
     for power, letter in enumerate("KMGT", start=1)
 }
 
+_JOINTS = str.maketrans("", "", "-_. ")  # what joins the words of a name
+
 
 class JsonError(ValueError):
     """Text that is not strict JSON. ``key``: the key that is given twice, if that is the fault."""
@@ -124,14 +126,14 @@ def misspelt(name: str, valid: Iterable[str]) -> str | None:
 
 
 def _joined(name: str) -> str:
-    return re.sub(r"[-_. ]", "", name).lower()
+    return name.translate(_JOINTS).lower()
 
 
 def _edits(a: str, b: str, most: int) -> int:
     """Characters to add, drop, replace or swap with a neighbour to make ``b`` of ``a``; any number
     above ``most`` stands for more than that."""
-    if abs(len(a) - len(b)) > most:
-        return most + 1
+    if abs(len(a) - len(b)) > most or len(set(a) - set(b)) > most:
+        return most + 1  # an edit makes up for one character that is not in b
     before, row = [0] * (len(b) + 1), list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         last, before, row = before, row, [i]

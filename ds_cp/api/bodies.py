@@ -20,9 +20,10 @@ from ds_cp.api.strict_model import Notes
 from ds_cp.api.transport.deadline import within
 from ds_cp.text import MAX_NAME_CHARS, JsonError, parse_json
 
-SMALL_BYTES = 64 * 1024  # bytes of a body that is parsed at once, and is in no bound of all bodies
+TINY_BYTES = 8 * 1024  # bytes of a body that is parsed at once, on the event loop
+SMALL_BYTES = 64 * 1024  # bytes of a body that is in no bound of all bodies
 HELD_BODIES = 16  # bodies of the largest size whose bytes are held at once
-GRACE_S = 2.0  # seconds of reading in which no body has to make room for others
+GRACE_S = 3.0  # seconds of reading in which no body has to make room for others
 _LOOK_S = 0.5  # seconds between looks for a body that has to make room
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -47,8 +48,9 @@ class Bodies:
     seconds, the time that it has to arrive, then its answer is 503. Meanwhile the slowest of those
     that have been read for ``GRACE_S`` seconds is cut off.
 
-    They are parsed and validated one at a time in a thread, which holds up the event loop only as
-    long as one call into C takes, because ``too_heavy`` has bounded what it makes.
+    Bodies above ``TINY_BYTES`` are parsed and validated in a thread, one at a time: it holds up the
+    event loop only as long as one call into C takes, because ``too_heavy`` has bounded what a large
+    body makes. Small ones have a thread of their own, so that they do not wait for large ones.
     """
 
     def __init__(
@@ -61,11 +63,13 @@ class Bodies:
         self._held: set[_Held] = set()
         self._line = asyncio.Lock()  # of the bodies that wait for room, the oldest first
         self._freed = asyncio.Event()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="ds_cp-body")
+        self._small = ThreadPoolExecutor(1, thread_name_prefix="ds_cp-small-body")
+        self._large = ThreadPoolExecutor(1, thread_name_prefix="ds_cp-large-body")
 
     def close(self) -> None:
-        """Cancel what waits for the thread."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        """Cancel what waits for the threads."""
+        for thread in (self._small, self._large):
+            thread.shutdown(wait=False, cancel_futures=True)
 
     @asynccontextmanager
     async def model(
@@ -155,13 +159,14 @@ class Bodies:
         self._freed.set()
 
     async def _parsed(self, data: bytes, kind: type[Model], notes: Notes) -> Model:
-        if len(data) <= SMALL_BYTES:
+        if len(data) <= TINY_BYTES:
             result = _to_model(data, kind, notes, None)
         else:
+            small = len(data) <= SMALL_BYTES
+            most = None if small else self._max_values()
+            thread = self._small if small else self._large
             loop = asyncio.get_running_loop()
-            future = loop.run_in_executor(
-                self._thread, _to_model, data, kind, notes, self._max_values()
-            )
+            future = loop.run_in_executor(thread, _to_model, data, kind, notes, most)
             try:
                 result = await within(self._timeout_s, future)
             except asyncio.TimeoutError:
@@ -199,7 +204,7 @@ def _invalid(reason: str, key: str | None = None) -> ApiError:
 def _busy(what: str) -> ApiError:
     return ApiError(
         503,
-        f"too many large bodies at once: there was no room for {what} in time; try again",
+        f"too many bodies at once: there was no room for {what} in time; try again",
         code="bodies_busy",
         headers={"Retry-After": "1"},
     )

@@ -57,9 +57,11 @@ class AppContext:
         return self.server.served_model_name or self.engine.info.model
 
     def check_ready(self) -> None:
-        """Raises ``ApiError`` 503 while the engine is starting or dead."""
-        if self.engine.state != "ready":
-            raise not_ready(self.engine.state)
+        """Raises ``ApiError`` 503 while the engine is starting, stopping or dead. A stalled one
+        may go on: requests wait for it."""
+        state = self.engine.state
+        if state not in ("ready", "stalled"):
+            raise not_ready(state)
 
     def check(self, model: str | None) -> None:
         """Raises ``ApiError`` 503 when the engine is not ready, 404 for another model's name."""

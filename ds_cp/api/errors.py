@@ -9,7 +9,14 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from ds_cp.errors import CapacityError, DsCpError, EngineDeadError, QueueFullError, RequestError
+from ds_cp.errors import (
+    CapacityError,
+    DsCpError,
+    EngineDeadError,
+    QueueFullError,
+    RequestError,
+    StoppingError,
+)
 from ds_cp.text import shorten
 
 RETRY_AFTER_S = 1  # seconds that a client is asked to wait when the queue is full
@@ -95,12 +102,12 @@ def internal_error(request_id: str) -> ApiError:
 
 
 def shutting_down() -> ApiError:
-    """503, for a request that has not finished by the end of the drain."""
+    """503, for a request that comes while the server stops, or has not finished by then."""
     return ApiError(503, "the server is shutting down", code="shutting_down")
 
 
 def not_ready(state: str) -> ApiError:
-    """503, while the engine is starting or dead."""
+    """503, while the engine is starting, stopping or dead."""
     if state == "starting":
         return ApiError(
             503,
@@ -108,6 +115,8 @@ def not_ready(state: str) -> ApiError:
             code="engine_starting",
             headers={"Retry-After": "2"},
         )
+    if state == "stopping":
+        return shutting_down()
     return ApiError(503, "the engine has stopped; restart the server", code="engine_dead")
 
 
@@ -124,6 +133,8 @@ def from_engine(err: DsCpError) -> ApiError | None:
     if isinstance(err, QueueFullError):
         retry = {"Retry-After": str(RETRY_AFTER_S)}
         return ApiError(429, message, code="queue_full", headers=retry)
+    if isinstance(err, StoppingError):
+        return shutting_down()
     if isinstance(err, EngineDeadError):
         return ApiError(503, "the engine has stopped; restart the server", code="engine_dead")
     return None

@@ -126,6 +126,7 @@ def _gauges(stats: EngineStats, name: str) -> Iterable[Metric]:
     for key, text, value in (
         ("num_requests_running", "Requests in the running batch.", stats.num_requests_running),
         ("num_requests_waiting", "Requests waiting to be scheduled.", stats.num_requests_waiting),
+        ("engine_step_age_seconds", "Age of the step that runs now.", stats.step_age_seconds),
         ("kv_cache_usage_perc", "KV blocks in use, 1 means all.", used / total if total else 0.0),
     ):
         family = GaugeMetricFamily(f"ds_cp:{key}", text, labels=("model_name",))

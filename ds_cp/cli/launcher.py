@@ -21,6 +21,7 @@ POLL_S = 0.05  # seconds between looks at the ranks
 # them; about once in a hundred failures under load, gloo misses that a peer is gone and waits
 # comm.timeout_s.
 FAILURE_GRACE_S = 5.0
+HURRY_GRACE_S = 5.0  # seconds after a second signal until SIGKILL: clients are told meanwhile
 # Signals that every rank gets as well.
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -29,9 +30,9 @@ def spawn(command: Sequence[str], ranks: int, env: Mapping[str, str], *, grace_s
     """Run ``command`` on ``ranks`` ranks and wait for all of them; the exit code of the job.
 
     SIGINT, SIGTERM and SIGHUP are passed on to every rank, which then has ``grace_s`` seconds to
-    end; a second signal kills them at once. When a rank fails, the others are ended. The kernel
-    kills the ranks when this process dies, and processes that a rank leaves behind in its session
-    are killed with it.
+    end. A second signal is passed on as SIGINT, which hurries them; a third kills them at once.
+    When a rank fails, the others are ended. The kernel kills the ranks when this process dies, and
+    processes that a rank leaves behind in its session are killed with it.
 
     ``LaunchError`` when a process cannot be started.
     """
@@ -86,8 +87,10 @@ class _Ranks:
         """Pass on new signals, reap ranks that have ended, kill the rest past the deadline."""
         for number in self._received[self._handled :]:
             self._handled += 1
-            if self._handled > 1:
+            if self._handled > 2:
                 self.kill()
+            elif self._handled == 2:
+                self._end(signal.SIGINT, HURRY_GRACE_S)
             else:
                 self._end(signal.SIGTERM if number == signal.SIGHUP else number, self._grace_s)
         for rank, process in list(self.alive.items()):
@@ -107,9 +110,8 @@ class _Ranks:
         if self._first_failure is None:
             return 0
         rank, code = self._first_failure
-        if not self._received and (code < 0 or (rank != 0 and code == 1)):
-            how = f"was ended by {_signal_name(-code)}" if code < 0 else "failed"
-            print(f"ds_cp: error: rank {rank} {how}; the job was ended", file=sys.stderr)
+        if not self._received and rank != 0 and code == 1:  # else it was said already, or by rank 0
+            _say(f"rank {rank} failed; the job was ended")
         return 128 - code if code < 0 else code
 
     def _end(self, number: int, grace_s: float) -> None:
@@ -131,6 +133,8 @@ class _Ranks:
             self._first_failure = (rank, code)
             if self._kill_at is None:
                 self._end(signal.SIGTERM, FAILURE_GRACE_S)
+            if code < 0 and not self._received:  # at once: the other ranks' words come later
+                _say(f"rank {rank} was ended by {_signal_name(-code)}; the job was ended")
 
 
 @contextlib.contextmanager
@@ -153,6 +157,10 @@ def _has_ended(process: subprocess.Popen[bytes]) -> bool:
     """Whether a child has ended, without reaping it."""
     found = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     return found is not None
+
+
+def _say(line: str) -> None:
+    print(f"ds_cp: error: {line}", file=sys.stderr, flush=True)
 
 
 def _free_port() -> int:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NoReturn, TypeAlias
 
 from ds_cp.cli.output import flush, prepare_streams, put, say
 from ds_cp.errors import DsCpError, LaunchError, OutputError
+from ds_cp.log_stream import drain_streams, take_over
 from ds_cp.topology.job import peek_rank
 
 if TYPE_CHECKING:
@@ -39,8 +40,12 @@ class _Parser(argparse.ArgumentParser):
 
 
 def run(argv: Sequence[str] | None = None) -> NoReturn:
-    """Run ``ds-cp`` as this process's only purpose, and end it."""
-    code = main(argv)
+    """Run ``ds-cp`` as this process's only purpose, and end it. What is said on stderr never holds
+    it up."""
+    try:
+        code = main(argv, own_process=True)
+    finally:
+        drain_streams()
     if "torch" not in sys.modules:
         sys.exit(code)
     from ds_cp.process import leave_process
@@ -48,11 +53,13 @@ def run(argv: Sequence[str] | None = None) -> NoReturn:
     leave_process(code)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, own_process: bool = False) -> int:
     """Run ``ds-cp``. Returns 0 done, 2 the user's input, 1 ours, 130 interrupted."""
     env = os.environ
     rank = peek_rank(env)
     has_stdout = prepare_streams()
+    if own_process:
+        take_over("stderr")
     try:
         code = _run_verb(argv, env, has_stdout or rank != 0)
         flush()

@@ -30,6 +30,7 @@ def prepare_streams() -> bool:
     for fd in range(3):
         if not was_open[fd]:
             os.open(os.devnull, os.O_RDWR)  # the lowest free number: ``fd``
+            os.set_inheritable(fd, True)  # or the ranks that we start would lack it again
     if sys.stdout is None:
         sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
     if sys.stderr is None:

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Mapping
 
 from ds_cp.cli.job import check_address, find_job, job_config, start_ranks, starts_ranks
+from ds_cp.log_stream import take_over
 from ds_cp.topology.job import peek_rank
 
 STOP_S = 10.0  # seconds beyond server.drain_timeout_s that ranks get after a signal
@@ -21,4 +22,5 @@ def serve(args: argparse.Namespace, env: Mapping[str, str]) -> int:
     job = find_job(config, env)
     from ds_cp.serve.supervisor import serve as serve_job
 
+    take_over("stdout", "stderr")  # neither may hold up a server
     return serve_job(config, job)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -108,6 +109,7 @@ class Group:
         if not ops:
             return Pending([], what, self._timeout_s)
         self.ledger.add(scheme, nbytes, inter)
+        began = time.monotonic()
         try:
             if ops[0][1].is_cuda:  # NCCL wants messages that progress together
                 batch = [
@@ -118,7 +120,7 @@ class Group:
             else:
                 works = [op(t, self.ranks[peer], group=self._handle) for op, t, peer in ops]
         except RuntimeError as err:
-            raise lost_peer(what, self._timeout_s, err) from err
+            raise lost_peer(what, began, self._timeout_s, err) from err
         return Pending(works, what, self._timeout_s)
 
     def _checked(self, peer: int, tensor: torch.Tensor) -> torch.Tensor:
@@ -144,10 +146,12 @@ class Group:
         nbytes = 2 * (self.size - 1) * tensor.numel() * tensor.element_size() // self.size
         spans_hosts = len(set(self.hosts)) > 1
         self.ledger.add(scheme, nbytes, nbytes if spans_hosts else 0)
+        began = time.monotonic()
         try:
             ds_comm.all_reduce(tensor, group=self._handle)
         except RuntimeError as err:
-            raise lost_peer(f"{scheme} in group {self.name}", self._timeout_s, err) from err
+            what = f"{scheme} in group {self.name}"
+            raise lost_peer(what, began, self._timeout_s, err) from err
 
     def broadcast(self, tensor: torch.Tensor, scheme: str) -> None:
         """Give member 0's ``tensor`` (same shape everywhere) to all, in place. ``ValueError`` and
@@ -163,12 +167,12 @@ class Group:
             nbytes = tensor.numel() * tensor.element_size()
             away = sum(host != self.hosts[0] for host in self.hosts)
             self.ledger.add(scheme, nbytes * (self.size - 1), nbytes * away)
+        began = time.monotonic()
         try:
             ds_comm.broadcast(tensor, src=self.ranks[0], group=self._handle)
         except RuntimeError as err:
-            raise lost_peer(
-                f"{scheme} broadcast in group {self.name}", self._timeout_s, err
-            ) from err
+            what = f"{scheme} broadcast in group {self.name}"
+            raise lost_peer(what, began, self._timeout_s, err) from err
 
     def barrier(self) -> None:
         """Wait until every member is here."""

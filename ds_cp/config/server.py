@@ -65,8 +65,15 @@ class Server(Section):
         json_schema_extra=unit_of("bytes"),
     )
     drain_timeout_s: Annotated[float, Field(ge=0, le=3600)] = Field(
-        default=30.0,
-        description="time that running requests get to finish after SIGTERM",
+        default=25.0,
+        description="time that running requests get to finish after SIGTERM; torchrun, deepspeed, "
+        "Slurm and Kubernetes kill 30 s after theirs unless told otherwise, mpirun at once",
+        json_schema_extra=unit_of("seconds"),
+    )
+    stall_s: Timeout = Field(
+        default=60.0,
+        description='time that one step may take before /health says 503 "stalled"; long '
+        "prompts are cut into steps of about a second",
         json_schema_extra=unit_of("seconds"),
     )
     header_timeout_s: Timeout = Field(

@@ -45,6 +45,7 @@ class EngineStats:
     num_preemptions: int = 0
     steps: int = 0
     step_seconds: float = 0.0
+    step_age_seconds: float = 0.0  # of the step that runs now; 0 between steps
     finished: dict[str, int] = field(default_factory=dict)  # finish_reason -> count
     mode_counts: dict[str, int] = field(default_factory=dict)  # scheduled items by mode
     comm_bytes: dict[str, int] = field(default_factory=dict)  # rank 0's sent bytes by scheme
@@ -73,7 +74,8 @@ class EngineInterface(Protocol):
 
     @property
     def state(self) -> str:
-        """ "starting", "ready" or "dead"."""
+        """ "starting"; "ready"; "stalled" while one step takes longer than ``server.stall_s``;
+        "stopping" once the server is being stopped; "dead"."""
         ...
 
     def generate(

@@ -21,6 +21,7 @@ from ds_cp.text import parse_json, shorten
 # File names of a model, and suffixes of files with weights.
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+MAX_JSON = 64 * 2**20  # bytes of config.json and the like
 MAX_HEADER = 100 * 2**20  # bytes of a header; safetensors itself accepts no more
 PICKLES = frozenset({".bin", ".pt", ".pth"})
 OTHER_WEIGHTS = PICKLES | {".safetensors", ".gguf", ".ckpt", ".h5", ".msgpack", ".onnx"}
@@ -62,7 +63,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     Raises ``ModelError`` when a file is missing, truncated or damaged, when a shard holds what the
     index does not put there, and when the directory holds no safetensors model.
     """
-    config = _read_config(folder)
+    config = read_config(folder)
     index, whole = _file_names(folder, config)
     if index is not None:
         listed = read_index(folder / index)
@@ -95,16 +96,24 @@ def some(names: Iterable[str]) -> str:
     return ", ".join(listed[:NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    if not path.is_file():
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json as it is. ``ModelError`` when there is none or it cannot be read."""
+    if not (folder / "config.json").is_file():
         raise ModelError(f"model {folder} has no config.json: {_without_config(folder)}")
+    return read_object(folder, "config.json")
+
+
+def read_object(folder: Path, name: str) -> dict[str, Any]:
+    """The JSON object in a file of the model; ``ModelError`` when it is not one."""
+    path = folder / name
     try:
+        if (size := path.stat().st_size) > MAX_JSON:
+            raise ValueError(f"it has {size} bytes, more than {MAX_JSON}")
         found = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict):
             raise ValueError("it is not an object")
     except (ValueError, OSError, RecursionError) as err:
-        raise ModelError(f"model {folder}: config.json cannot be read: {err}") from err
+        raise ModelError(f"model {folder}: {name} cannot be read: {err}") from err
     return found
 
 
@@ -126,7 +135,12 @@ def _file_names(folder: Path, config: Mapping[str, Any]) -> tuple[str | None, st
             f"model {folder}: config.json's transformers_weights is {shorten(repr(named))}, "
             "which is no file of this directory"
         )
-    return (named, WHOLE) if named.endswith(".safetensors.index.json") else (None, named)
+    if not named.endswith((".safetensors", ".safetensors.index.json")):
+        raise ModelError(
+            f"model {folder}: config.json's transformers_weights is {shorten(repr(named))}, "
+            "which is not a safetensors file: convert it to safetensors"
+        )
+    return (named, WHOLE) if named.endswith(".json") else (None, named)
 
 
 def read_index(index: Path) -> dict[str, str]:
@@ -135,7 +149,7 @@ def read_index(index: Path) -> dict[str, str]:
     try:
         listed = parse_json(index.read_text(encoding="utf-8"))["weight_map"]
         for name in listed.values():
-            if not isinstance(name, str) or Path(name).name != name:
+            if not isinstance(name, str) or Path(name).name != name or not name.isprintable():
                 raise ValueError(f"it names {name!r}, which is no file of this directory")
             if not name.endswith(".safetensors"):
                 raise ValueError(f"it names {name!r}, which is not a safetensors file")

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
-from ds_cp.errors import ModelError, UnsupportedModelError
-from ds_cp.model.checkpoint import INDEX, WHOLE, Checkpoint, read_checkpoint, read_index
+from ds_cp.errors import DsCpError, ModelError, UnsupportedModelError
+from ds_cp.model import private_folder
+from ds_cp.model.checkpoint import Checkpoint, read_checkpoint, read_config, some
 from ds_cp.model.consumed import (
     Loaded,
     check_consumed,
@@ -20,13 +19,21 @@ from ds_cp.model.consumed import (
     check_index,
     count_elements,
 )
+from ds_cp.model.data_only import data_only
+from ds_cp.model.faults import is_out_of_memory, model_at_fault
 from ds_cp.model.gguf import check_gguf_consumed, read_gguf
+from ds_cp.model.hub import fetch_config, fetch_tokenizer, fetch_weights
 from ds_cp.model.source import ModelSource
+from ds_cp.model.steering import without_steering
+from ds_cp.model.values import check_parameters, check_sizes, check_values
+from ds_cp.model.watch import describe_change, look_at
 from ds_cp.model.wiring import Decoder
-from ds_cp.text import shorten
+from ds_cp.text import shorten, show
 
 # By the name in the config.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# What every call of transformers gets: nothing is fetched, and no code of the model's is run.
+OURS = {"trust_remote_code": False, "local_files_only": True}
 
 
 def choose_dtype(asked: str, stored: torch.dtype | None, device: torch.device) -> torch.dtype:
@@ -42,45 +49,74 @@ def choose_dtype(asked: str, stored: torch.dtype | None, device: torch.device) -
     return stored
 
 
-def _where(source: ModelSource) -> tuple[str, dict[str, Any]]:
-    """The path or hub id that transformers gets, and the keyword that names a GGUF file."""
+@contextmanager
+def _config_folder(
+    source: ModelSource, stated: Mapping[str, Any]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A private folder to read the config from, and the keyword that names a GGUF file."""
     if source.kind == "gguf":
-        path = Path(source.where)
-        return str(path.parent), {"gguf_file": path.name}
-    return source.where, {}
+        with private_folder.gguf_folder(Path(source.where)) as view:
+            yield view, {"gguf_file": private_folder.GGUF}
+    else:
+        with private_folder.config_folder(stated) as view:
+            yield view, {}
+
+
+def _folder(source: ModelSource, fetch: Callable[[str], Path]) -> Path:
+    return Path(source.where) if source.kind == "directory" else fetch(source.where)
 
 
 def load_config(source: ModelSource) -> Any:
     """The model's transformers config.
 
     Raises ``UnsupportedModelError``, naming the architecture, when transformers does not know it or
-    it is an encoder-decoder, and ``ModelError`` when the config cannot be read.
+    it is an encoder-decoder, and ``ModelError`` when the config cannot be read or states a value
+    that cannot be, which it names.
     """
-    from transformers import AutoConfig
-
-    where, extra = _where(source)
-    try:
-        with _quiet():
-            config = AutoConfig.from_pretrained(where, trust_remote_code=False, **extra)
-    except (ValueError, KeyError) as err:
-        first = " ".join(str(err).split()).split(". ")[0][:300]
-        raise UnsupportedModelError(
-            f"model {source.where}: {first}; choose a decoder that this transformers knows"
-        ) from err
-    except (OSError, ImportError) as err:
-        raise ModelError(f"model {source.where} cannot be read: {_first_line(err)}") from err
-    except Exception as err:  # whatever the config classes raise for a value is about that value
-        reason = shorten(" ".join(str(err).split()), 300)
+    stated: Mapping[str, Any] = {}
+    if source.kind != "gguf":
+        stated = read_config(_folder(source, fetch_config))
+        check_values(source.where, stated)
+    with _config_folder(source, stated) as (view, extra):
+        config = _config_of(source.where, stated, view, extra)
+    check_values(source.where, config.to_dict())  # with what the class makes of it
+    config.name_or_path = source.where
+    if not hasattr(config.get_text_config(), "to_dict"):
+        keys = [key for key in ("text_config", "decoder", "generator") if key in stated]
         raise ModelError(
-            f"model {source.where}: transformers cannot use its config "
-            f"({type(err).__name__}: {reason}); fetch the model again, or correct config.json"
-        ) from err
+            f"model {source.where}: config.json's {' and '.join(keys)} is not a part that "
+            f"{config.model_type} has: correct it, or fetch the model again"
+        )
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
             f"model {source.where}: {config.model_type} is an encoder-decoder; "
-            "ds_cp serves decoders only"
+            "ds_cp serves decoders only (is_encoder_decoder)"
         )
     return config
+
+
+def _config_of(where: str, stated: Mapping[str, Any], view: str, extra: dict[str, Any]) -> Any:
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    kind = stated.get("model_type")
+    if kind is not None and kind not in CONFIG_MAPPING:
+        raise UnsupportedModelError(
+            f"model {where}: config.json's model_type is {show(kind)}, "
+            "which this transformers does not know; choose a decoder that it knows"
+        )
+    with model_at_fault(where, stated, "has a config that transformers cannot use"):
+        try:
+            with data_only(where), _quiet():
+                return AutoConfig.from_pretrained(view, **OURS, **extra)
+        except (ValueError, KeyError) as err:
+            first = _first_line(err, view, where).split(". ")[0][:300]
+            raise UnsupportedModelError(
+                f"model {where}: {first}; choose a decoder that this transformers knows"
+            ) from err
+        except (OSError, ImportError) as err:
+            raise ModelError(
+                f"model {where} cannot be read: {_first_line(err, view, where)}"
+            ) from err
 
 
 def load_model(
@@ -97,35 +133,23 @@ def load_model(
     ``UnsupportedModelError`` when transformers has no causal decoder for it, and torch's own error
     when there is not enough memory.
     """
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
-
-    checkpoint = None if source.kind == "gguf" else read_checkpoint(_folder(source))
+    checkpoint = packed = None
+    if source.kind == "gguf":
+        packed = read_gguf(Path(source.where))
+    else:
+        checkpoint = read_checkpoint(_folder(source, fetch_weights))
+        check_values(source.where, checkpoint.config)
+    files = _files(source, checkpoint)
+    before = look_at(files)
     stored = checkpoint.tensors if checkpoint else {}
-    packed = read_gguf(Path(source.where)) if checkpoint is None else {}
-    quantized = checkpoint is not None and _is_quantized(source.where, checkpoint.config)
-    view = ""
-    try:
-        with _only_the_model(source, checkpoint) as (view, extra), _quiet():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                view, dtype=dtype, trust_remote_code=False, output_loading_info=True,
-                use_safetensors=True if checkpoint else None, ignore_mismatched_sizes=True,
-                **extra,
-            )  # fmt: skip
-    except SafetensorError as err:
-        raise ModelError(f"model {source.where}: damaged weights: {_first_line(err)}") from err
-    except (OSError, ImportError) as err:
-        raise ModelError(
-            f"model {source.where} cannot be loaded: {_first_line(err, view)}"
-        ) from err
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as err:
-        if "can't allocate memory" in str(err):  # torch's RuntimeError; the caller knows a way out
-            raise
-        raise UnsupportedModelError(
-            f"model {source.where} is not a causal decoder that transformers can build: "
-            f"{_first_line(err, view)}"
-        ) from err
-    built, info = loaded
+    stated = checkpoint.config if checkpoint else {}
+    quantized = checkpoint is not None and _is_quantized(source.where, stated)
+    check_sizes(source.where, stated, stored, quantized)
+    with _weights_folder(source, checkpoint) as (view, extra):
+        _check_size(source.where, stated, stored, view, extra, quantized)
+        built, info = _build(source.where, stated, view, extra | {"dtype": dtype})
+    if change := describe_change(before, look_at(files)):
+        raise ModelError(f"model {source.where} changed while it was loaded: {change}; start again")
     built.config.name_or_path = source.where
     if checkpoint:
         check_index(built, source.where, checkpoint)
@@ -134,55 +158,76 @@ def load_model(
         check_gguf_consumed(Path(source.where), packed, count_elements(built))
     model: Decoder = built.eval().to(device)
     check_finite(model, source.where, stored)
+    lines += _steering_note(stated)
     for line in [*(checkpoint.notes if checkpoint else ()), *lines]:
         note(line)
     return model
 
 
-def _folder(source: ModelSource) -> Path:
-    """The directory that holds the model; for a hub id, its snapshot after fetching the files."""
-    if source.kind == "directory":
-        return Path(source.where)
-    from transformers.utils.hub import cached_file
-
-    optional = {"_raise_exceptions_for_missing_entries": False}
-    try:
-        config = cached_file(source.where, "config.json")
-        cached_file(source.where, "generation_config.json", **optional)
-        index = cached_file(source.where, INDEX, **optional)
-        files = [WHOLE]
-        if index is not None:
-            files = sorted(set(read_index(Path(index)).values()))
-        for name in files:
-            cached_file(source.where, name)
-    except (OSError, ValueError) as err:
-        raise ModelError(f"model {source.where} cannot be loaded: {_first_line(err)}") from err
-    assert config is not None  # its absence is an OSError
-    return Path(config).parent
+def _files(source: ModelSource, checkpoint: Checkpoint | None) -> tuple[Path, ...]:
+    if checkpoint is None:
+        return (Path(source.where),)
+    return tuple(checkpoint.folder / name for name in (private_folder.CONFIG, *checkpoint.files))
 
 
 @contextmanager
-def _only_the_model(
+def _weights_folder(
     source: ModelSource, checkpoint: Checkpoint | None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """A directory of links to what was checked, with an index of what the files hold, and nothing
-    else, so that this is what transformers loads: it would prefer a whole file to an index, and
-    apply an adapter that lies beside."""
-    with TemporaryDirectory(prefix="ds_cp-model-") as name:
-        view = Path(name)
-        if checkpoint is None:
-            file = Path(source.where)
-            (view / file.name).symlink_to(file.resolve())
-            yield name, {"gguf_file": file.name}
-            return
-        if checkpoint.index:
-            placed = {tensor: stored.file for tensor, stored in checkpoint.tensors.items()}
-            text = json.dumps({"metadata": {}, "weight_map": placed})
-            (view / checkpoint.index).write_text(text, encoding="utf-8")
-        for part in ("config.json", "generation_config.json", *checkpoint.files):
-            if (checkpoint.folder / part).is_file():
-                (view / part).symlink_to((checkpoint.folder / part).resolve())
-        yield name, {}
+    """A private folder to load the model from, and the keywords that go with it."""
+    if checkpoint is None:
+        with private_folder.gguf_folder(Path(source.where)) as view:
+            yield view, {"gguf_file": private_folder.GGUF}
+    else:
+        with private_folder.checkpoint_folder(source.where, checkpoint) as view:
+            yield view, {"use_safetensors": True}
+
+
+def _build(where: str, stated: Mapping[str, Any], view: str, extra: dict[str, Any]) -> Any:
+    """The model and what transformers reports of the load."""
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    unfit = "is not a causal decoder that transformers can build"
+    with model_at_fault(where, stated, unfit, UnsupportedModelError):
+        try:
+            with data_only(where), _quiet():
+                return AutoModelForCausalLM.from_pretrained(
+                    view, output_loading_info=True, ignore_mismatched_sizes=True, **OURS, **extra
+                )
+        except SafetensorError as err:
+            raise ModelError(f"model {where}: damaged weights: {_first_line(err)}") from err
+        except (OSError, ImportError) as err:
+            if is_out_of_memory(err):
+                raise
+            raise ModelError(
+                f"model {where} cannot be loaded: {_first_line(err, view, where)}"
+            ) from err
+
+
+def _check_size(
+    where: str, stated: Mapping[str, Any], stored: Mapping[str, Any], view: str,
+    extra: dict[str, Any], quantized: bool,
+) -> None:  # fmt: skip
+    """Look at the size of the model before any memory is taken for it."""
+    import transformers
+
+    if not stored:
+        return
+    auto: Any = transformers.AutoModelForCausalLM  # its methods state no types
+    config = _config_of(where, stated, view, {})
+    unfit = "is not a causal decoder that transformers can build"
+    with model_at_fault(where, stated, unfit, UnsupportedModelError), data_only(where), _quiet():
+        with torch.device("meta"):
+            empty = auto.from_config(config, trust_remote_code=False)
+    check_parameters(where, empty, stored, quantized)
+
+
+def _steering_note(stated: Mapping[str, Any]) -> list[str]:
+    dropped = without_steering(stated)[1]
+    if not dropped:
+        return []
+    return [f"how a model is loaded is not its config.json's to say: {some(dropped)} not used"]
 
 
 def _is_quantized(where: str, config: Mapping[str, Any]) -> bool:
@@ -231,18 +276,35 @@ def load_tokenizer(source: ModelSource) -> Any:
     """The model's transformers tokenizer. Raises ``ModelError`` when there is none that loads."""
     from transformers import AutoTokenizer
 
-    where, extra = _where(source)
+    where = source.where
+    view = ""
     try:
-        with _quiet():
-            return AutoTokenizer.from_pretrained(where, trust_remote_code=False, **extra)
+        with _tokenizer_folder(source) as (view, extra), data_only(where), _quiet():
+            tokenizer: Any = AutoTokenizer.from_pretrained(view, **OURS, **extra)
+    except DsCpError:
+        raise
     except Exception as err:  # the tokenizers package raises plain ones for a file of a newer one
         raise ModelError(
-            f"model {source.where} has no usable tokenizer: {_first_line(err)}"
+            f"model {where} has no usable tokenizer: {_first_line(err, view, where)}"
         ) from err
+    tokenizer.name_or_path = where
+    return tokenizer
 
 
-def _first_line(err: BaseException, view: str = "") -> str:
-    """One line of an error's message, without the path of the temporary directory ``view``."""
-    text = str(err).replace(view, "the model's directory") if view else str(err)
+@contextmanager
+def _tokenizer_folder(source: ModelSource) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A private folder to read the tokenizer from, and the keyword that names a GGUF file."""
+    if source.kind == "gguf":
+        with private_folder.gguf_folder(Path(source.where)) as view:
+            yield view, {"gguf_file": private_folder.GGUF}
+    else:
+        folder = _folder(source, fetch_tokenizer)
+        with private_folder.tokenizer_folder(source.where, folder) as view:
+            yield view, {}
+
+
+def _first_line(err: BaseException, view: str = "", where: str = "") -> str:
+    """One line of an error's message, without the path of the private folder ``view``."""
+    text = str(err).replace(view, where) if view else str(err)
     lines = text.strip().splitlines()
-    return lines[0][:300] if lines else type(err).__name__
+    return shorten(lines[0], 300) if lines else type(err).__name__

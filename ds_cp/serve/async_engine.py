@@ -21,10 +21,10 @@ from ds_cp.engine.core import EngineCore
 from ds_cp.engine.interface import EngineInfo, EngineStats
 from ds_cp.engine.loop import PipelinedLoop
 from ds_cp.engine.sign_of_life import idle_seconds
-from ds_cp.errors import DsCpError, EngineDeadError
+from ds_cp.errors import DsCpError, EngineDeadError, StoppingError
 from ds_cp.model.end_tokens import describe_tokenizer
 from ds_cp.outputs import Delta
-from ds_cp.plan import Idle, Outcome
+from ds_cp.plan import Idle, Outcome, Plan
 from ds_cp.sampling_params import RequestOptions, SamplingParams
 from ds_cp.scheduler.build import build_scheduler
 from ds_cp.serve.channel import Ready
@@ -40,7 +40,10 @@ class AsyncEngine:
     ``load_tokenizer`` runs in the engine's thread while the worker starts. ``paced``: clients wait
     for each token, so prefill is throttled while other requests decode. ``on_ready`` gets the
     start-up lines; ``on_death`` gets the error that ended the engine and the exit code, and is not
-    called after ``stop``. Both run in the engine's thread.
+    called after ``stop`` or ``fail``. Both run in the engine's thread.
+
+    A deliberate end: ``refuse_new`` while requests may finish, ``cut`` to tell those that have not,
+    ``stop``. From the first of these on, whatever ends a request is a ``StoppingError``.
     """
 
     info: EngineInfo
@@ -70,9 +73,12 @@ class AsyncEngine:
         self._core: EngineCore | None = None
         self._lock = threading.Lock()  # guards core and mailboxes; not held during a step
         self._wake = threading.Condition(self._lock)
-        self._stopping = False
+        self._refusing = False  # new requests, because the server is being stopped
+        self._stopping = False  # the loop of steps ends
+        self._failed = False  # by ``fail``
         self._mailboxes: dict[str, Mailbox] = {}  # by request id
-        self._step_seconds = 0.0
+        self._steps = _Timed(link)
+        self._stall_s = config.server.stall_s
         self._templates = TemplateProcesses()
         self._thread = threading.Thread(target=self._run, name="ds_cp engine", daemon=True)
 
@@ -82,7 +88,11 @@ class AsyncEngine:
 
     @property
     def state(self) -> str:
-        """ "starting", "ready" or "dead"."""
+        """As ``EngineInterface`` says."""
+        if self._refusing and not self._failed:
+            return "stopping"
+        if self._state == "ready" and self._steps.age_s > self._stall_s:
+            return "stalled"
         return self._state
 
     def check(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
@@ -137,10 +147,10 @@ class AsyncEngine:
             return self._ready_core().scheduler.rebalance()
 
     def _ready_core(self) -> EngineCore:
+        if self._refusing and not self._failed:
+            raise StoppingError("the server is stopping")
         if self._core is None or self._state != "ready":
             raise EngineDeadError(f"the engine is {self._state}")
-        if self._stopping:  # no step would answer it
-            raise EngineDeadError("the server is stopping")
         return self._core
 
     def stats(self) -> EngineStats:
@@ -150,24 +160,48 @@ class AsyncEngine:
                 return EngineStats()
             return replace(
                 self._core.stats(),
-                step_seconds=self._step_seconds,
+                step_seconds=self._steps.seconds,
+                step_age_seconds=self._steps.age_s,
                 comm_bytes={scheme: sent[0] for scheme, sent in self._link.sent.items()},
                 comm_exchanges={scheme: sent[1] for scheme, sent in self._link.sent.items()},
             )
 
+    # --- the end; called in the event loop
+
+    def refuse_new(self) -> None:
+        """New requests raise ``StoppingError`` from now on; those that were taken go on."""
+        self._refusing = True
+
+    def cut(self) -> None:
+        """Every unfinished request raises ``StoppingError``, at once, whatever the ranks do."""
+        self._refusing = True
+        self._end_requests(StoppingError("the server is stopping; this request was not finished"))
+
+    def fail(self, message: str) -> None:
+        """A rank has failed, which the worker may notice late: every request raises
+        ``EngineDeadError``, at once, unless the server is being stopped."""
+        if self._refusing:
+            return
+        self._failed = self._refusing = True
+        self._state = "dead"
+        self._end_requests(EngineDeadError(message))
+
+    def _end_requests(self, err: EngineDeadError) -> None:
+        with self._lock:
+            unfinished = list(self._mailboxes.values())
+        for mailbox in unfinished:
+            mailbox.put(err)
+
     async def stop(self, deadline_s: float) -> None:
         """End the engine: all ranks leave after the current step, and every unfinished request
-        raises ``EngineDeadError``.
+        raises ``StoppingError``.
 
-        Called in the event loop. Returns when the stop plan was sent, at the latest after
-        ``deadline_s``.
+        Returns when the stop plan was sent, at the latest after ``deadline_s``.
         """
+        self.cut()
         with self._wake:
             self._stopping = True
-            unfinished = list(self._mailboxes.values())
             self._wake.notify()
-        for mailbox in unfinished:
-            mailbox.put(EngineDeadError("the server is stopping; this request was not finished"))
         limit = time.monotonic() + deadline_s
         while self._thread.is_alive() and time.monotonic() < limit:
             await asyncio.sleep(0.02)
@@ -222,7 +256,7 @@ class AsyncEngine:
         idle_s = idle_seconds(self._config.comm.timeout_s)
         core = self._core
         assert core is not None
-        loop = PipelinedLoop(core, _Timed(self._link, self._add_seconds), self._lock)
+        loop = PipelinedLoop(core, self._steps, self._lock)
         worked = False
         while True:
             with self._wake:
@@ -236,8 +270,8 @@ class AsyncEngine:
                 if self._stopping:
                     break
             if idle:  # within comm.timeout_s, so that no rank gives rank 0 up
-                self._link.submit(Idle())
-                self._link.outcome()
+                self._steps.submit(Idle())
+                self._steps.outcome()
                 continue
             worked = True
             deltas = loop.advance()
@@ -247,9 +281,6 @@ class AsyncEngine:
         self._state = "dead"
         loop.settle()
         self._link.leave()
-
-    def _add_seconds(self, seconds: float) -> None:
-        self._step_seconds += seconds
 
     def _deliver(self, items: Sequence[tuple[Mailbox, Delta | DsCpError]]) -> None:
         def put() -> None:
@@ -264,22 +295,40 @@ class AsyncEngine:
         with self._lock:
             self._state = "dead"
             mailboxes = list(self._mailboxes.values())
-            stopping = self._stopping
-        self._deliver([(mailbox, EngineDeadError(str(err))) for mailbox in mailboxes])
-        if not stopping:
+        if self._failed:
+            return  # reported already
+        kind = StoppingError if self._refusing else EngineDeadError
+        self._deliver([(mailbox, kind(str(err))) for mailbox in mailboxes])
+        if not self._stopping:
             self._on_death(err, exit_code)
 
 
 class _Timed:
-    """A runner that reports the seconds of its steps."""
+    """A runner that knows the seconds of the steps so far, and the age of the one that runs."""
 
-    def __init__(self, link: WorkerLink, observe: Callable[[float], None]) -> None:
-        self.submit = link.submit
-        self._outcome = link.outcome
-        self._observe = observe
+    def __init__(self, link: WorkerLink) -> None:
+        self._link = link
+        self._outstanding = 0  # plans without an outcome
+        self._since: float | None = None  # the oldest of them runs, in time.monotonic()
+        self.seconds = 0.0
+
+    @property
+    def age_s(self) -> float:
+        """Seconds that the oldest plan without an outcome has been running; 0 without one."""
+        since = self._since
+        return 0.0 if since is None else time.monotonic() - since
+
+    def submit(self, plan: Plan) -> None:
+        """Hand over a plan."""
+        if not self._outstanding:
+            self._since = time.monotonic()
+        self._outstanding += 1
+        self._link.submit(plan)
 
     def outcome(self) -> Outcome:
-        """The oldest plan's outcome; its seconds are reported first."""
-        outcome = self._outcome()
-        self._observe(outcome.seconds)
+        """The oldest plan's outcome."""
+        outcome = self._link.outcome()
+        self._outstanding -= 1
+        self._since = time.monotonic() if self._outstanding else None
+        self.seconds += outcome.seconds
         return outcome

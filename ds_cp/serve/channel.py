@@ -33,10 +33,12 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
-    """The worker ends with an error; ``exit_code`` is what the command line returns."""
+    """The worker ends with an error; ``exit_code`` is what the command line returns.
+    ``cause_known``: it is more than the loss of a peer."""
 
     exit_code: int
     message: str
+    cause_known: bool = True
 
 
 class Result(msgspec.Struct, frozen=True, tag="result"):

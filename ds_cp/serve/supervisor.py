@@ -1,8 +1,11 @@
-"""The process that a launcher starts on every rank: it owns the worker and ends with its launcher.
+"""The process that a launcher starts on every rank: it owns the worker and outlives its launcher.
 
-Rank 0's supervisor also runs the HTTP application and the engine. Ctrl-C and SIGTERM reach every
-supervisor: rank 0 drains its requests and sends the stop plan to all workers; the other supervisors
-wait for their worker to end and kill it when it does not.
+Rank 0's supervisor also runs the HTTP application and the engine. A stop that is asked for, by a
+signal to any rank or by the end of the launcher, becomes rank 0's: it drains its requests and sends
+the stop plan to all workers; the other supervisors wait for their worker to end and kill it when it
+does not. A failure on any rank becomes rank 0's too, which names it before anything else is said.
+
+What decides how this process ends is set before a word is written.
 """
 
 from __future__ import annotations
@@ -10,32 +13,34 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-import os
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+import time
 from functools import partial
-from pathlib import Path
-from typing import Any
-
-import psutil
+from typing import TYPE_CHECKING, Any
 
 from ds_cp.config import Config
-from ds_cp.errors import DsCpError, EngineDeadError
+from ds_cp.errors import DsCpError, EngineDeadError, ModelError
 from ds_cp.model.source import ModelSource, find_model
-from ds_cp.serve.channel import Channel, Failed, FromWorker, Ready, WorkerSpec
-from ds_cp.startup.resources import choose_threads, socket_environment
+from ds_cp.model.watch import FilesWatch, watch_model
+from ds_cp.serve.channel import Channel, Failed, FromWorker, Ready
+from ds_cp.serve.job_link import FollowingLink, LeadingLink, link_name
+from ds_cp.serve.worker_child import SIGNALS, describe_end, ended, worker_child
 from ds_cp.topology.job import Job
+from ds_cp.topology.launcher_process import launcher_processes
 
-LEAVE_S = 5.0  # seconds for workers to end after the stop plan
+if TYPE_CHECKING:
+    from ds_cp.serve.async_engine import AsyncEngine
+
+LEAVE_S = 2.0  # seconds for workers to end after the stop plan
 POLL_S = 0.1  # seconds between looks at the worker and the launcher
-HURRY_S = 1.0  # seconds for the current step, when requests are not drained
-# Signals that end the job.
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# Words in the command line of a launcher's process.
-LAUNCHERS = ("deepspeed", "torchrun", "torch.distributed", "mpirun", "prterun", "prted", "ds-cp")
+HURRY_S = 1.0  # seconds for answers to reach their clients, when requests are not drained
+# Seconds within which signals are one: a launcher passes on what systemd sent to every process.
+SAME_S = 1.0
+CAUSE_S = 1.5  # seconds that rank 0 waits for the cause when its worker knows only of a lost peer
+FOLLOW_S = 5.0  # seconds that other ranks wait beyond the drain, which began on rank 0
 
 
 def serve(config: Config, job: Job) -> int:
@@ -52,34 +57,58 @@ class _Supervisor:
         self._job = job
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()  # end now rather than drain
+        self._asked = 0.0  # when the stop was asked for, in time.monotonic()
         self._loaded = False  # the worker can run plans
-        self._notified = False  # the cause of a failure was printed here, or reported to rank 0
+        self._reported = False  # the cause of a failure is known here, or to rank 0
+        self._failed = False
         self._exit_code = 0
-        self._ancestors = _launcher_processes()
+        self._launchers = launcher_processes(job.launcher)
+        self._engine: AsyncEngine | None = None
+        self._leading = LeadingLink(self._on_lost, self._on_stopping)
+        self._following = FollowingLink(job.rank, self._on_gone)
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
         leads = self._job.rank == 0
         found = (find_model(self._config.model), self._bind()) if leads else None
+        files = self._watch_files()  # as they are before the worker reads them
         for number in SIGNALS:
             loop.add_signal_handler(number, self._on_signal, number)
-        with _worker(self._config, self._job) as (process, channel):
+        link = self._leading if leads else self._following
+        if name := link_name(self._job):
+            await link.open(name)
+        with worker_child(self._config, self._job) as (process, channel):
             watch = asyncio.create_task(self._watch(process))
+            watch.add_done_callback(self._on_watched)
+            if files is not None:
+                files.start()
             try:
                 if found is not None:
                     await self._serve_http(channel, *found)
                 else:
                     await self._follow(channel)
-                await asyncio.wait({watch}, timeout=LEAVE_S)
+                await asyncio.wait({watch}, timeout=0 if self._failed and leads else LEAVE_S)
             finally:
                 watch.cancel()
+                await link.close()
         return self._exit_code
+
+    def _watch_files(self) -> FilesWatch | None:
+        """One process of each host looks after the model's files there."""
+        if self._job.rank != 0 and self._job.local_rank != 0:
+            return None
+        try:
+            return watch_model(
+                find_model(self._config.model), lambda line: _say(f"warning: {line}")
+            )
+        except ModelError:  # the worker says it
+            return None
 
     def _bind(self) -> list[socket.socket]:
         from ds_cp.api.transport.listen import bind
 
         server = self._config.server
-        return bind(server.host, server.port, lambda line: print(f"ds_cp: {line}", file=sys.stderr))
+        return bind(server.host, server.port, _say)
 
     # --- rank 0: the HTTP application
 
@@ -90,7 +119,7 @@ class _Supervisor:
         from ds_cp.api.transport.listen import urls
         from ds_cp.api.transport.server import serve_until
         from ds_cp.serve.async_engine import AsyncEngine
-        from ds_cp.serve.worker_link import ProcessLink, WorkerLostError
+        from ds_cp.serve.worker_link import ProcessLink, WorkerFailedError, WorkerLostError
 
         server = self._config.server
         loop = asyncio.get_running_loop()
@@ -98,14 +127,15 @@ class _Supervisor:
 
         def on_ready(ready: Ready) -> None:
             self._loaded = True
-            with contextlib.suppress(OSError):  # it serves, even if stdout cannot be written
-                for line in ready.summary:
-                    print(line)
-                print(f"ds_cp ready: {addresses}", flush=True)
+            for line in ready.summary:
+                print(line)
+            self._note_launchers()
+            print(f"ds_cp ready: {addresses}", flush=True)
 
         def on_death(err: DsCpError, exit_code: int) -> None:
             if not isinstance(err, WorkerLostError):  # _watch reports the exit code
-                loop.call_soon_threadsafe(self._fail, str(err), exit_code)
+                known = not isinstance(err, WorkerFailedError) or err.cause_known
+                loop.call_soon_threadsafe(self._on_death, str(err), exit_code, known)
 
         engine = AsyncEngine(
             self._config,
@@ -116,18 +146,32 @@ class _Supervisor:
             on_ready,
             on_death,
         )
+        self._engine = engine
         engine.start()
         app = create_app(engine, server)
         serving = asyncio.create_task(serve_until(app, listeners, server, self._stop))
         hurrying = asyncio.create_task(self._hurry.wait())
         await asyncio.wait({serving, hurrying}, return_when=asyncio.FIRST_COMPLETED)
-        hurried = hurrying.done()
         hurrying.cancel()
-        if hurried:  # requests in flight end with an error, so the server need not wait
-            await engine.stop(HURRY_S if self._loaded else 0.0)
-        await serving
-        if not hurried:
-            await engine.stop(LEAVE_S if self._loaded else 0.0)
+        if not serving.done():  # the engine has told its requests; others may still be on their way
+            await asyncio.wait({serving}, timeout=HURRY_S)
+        if not serving.done():
+            serving.cancel()
+            await asyncio.gather(serving, return_exceptions=True)
+        else:
+            serving.result()  # raises what the server raised, if it failed by itself
+        await engine.stop(LEAVE_S if self._loaded and not self._failed else 0.0)
+
+    def _note_launchers(self) -> None:
+        """Say what a job on one host lets other machines reach all the same."""
+        if not self._job.one_host:
+            return
+        for launcher in self._launchers:
+            if addresses := launcher.open_addresses():
+                _say(
+                    f"note: {launcher} listens on {' and '.join(addresses)}, for other machines "
+                    "too; see SECURITY.md"
+                )
 
     # --- other ranks
 
@@ -140,37 +184,109 @@ class _Supervisor:
                 self._loaded = True
                 message = await asyncio.to_thread(channel.receive, FromWorker)
             if isinstance(message, Failed):
-                self._notified, self._exit_code = True, message.exit_code
+                self._reported = True
+                if not self._stop.is_set():
+                    self._exit_code = message.exit_code
         except EngineDeadError:
             pass  # the worker has ended; _watch reports the exit code
 
-    # --- signals and deaths
+    # --- a stop that is asked for
 
     def _on_signal(self, number: int) -> None:
-        if number == signal.SIGINT or self._stop.is_set():
-            self._hurry.set()
-        self._stop.set()
+        again = self._stop.is_set() and time.monotonic() - self._asked >= SAME_S
+        # mpirun kills a quarter of a second after its SIGTERM.
+        hurry = number == signal.SIGINT or again or self._job.launcher == "mpi"
+        self._begin_stop(signal.Signals(number).name, hurry)
 
-    def _fail(self, message: str, exit_code: int) -> None:
-        if not self._stop.is_set():
-            self._notified, self._exit_code = True, exit_code
-            print(f"ds_cp: error: {message}", file=sys.stderr, flush=True)
-            self._stop.set()
+    def _on_stopping(self, rank: int, reason: str, hurry: bool) -> None:
+        self._begin_stop(f"{reason} on rank {rank}", hurry)
+
+    def _begin_stop(self, reason: str, hurry: bool) -> None:
+        """Stop the job; ``hurry`` tells the clients at once."""
+        first, hurried = not self._stop.is_set(), self._hurry.is_set()
+        if first:
+            self._asked = time.monotonic()
+        self._stop.set()
+        if self._engine is not None:
+            self._engine.refuse_new()
+            if hurry:
+                self._engine.cut()
+        if hurry:
+            self._hurry.set()
+        if self._failed or not (first or (hurry and not hurried)):
+            return
+        self._following.stopping(reason, hurry)
+        if self._job.rank == 0:
+            left = self._config.server.drain_timeout_s
+            what = "are told" if hurry else f"get up to {left:g} s"
+            _say(f"{reason}: stopping; requests in flight {what}")
+
+    # --- failures
+
+    def _on_death(self, message: str, exit_code: int, cause_known: bool) -> None:
+        """The engine has ended, and its requests know it. A lost peer is reported by its cause if
+        that comes in time."""
+        self._reported = True
+        if cause_known or not self._leading.is_open:
+            self._fail(message, exit_code)
+        else:
+            loop = asyncio.get_running_loop()
+            loop.call_later(CAUSE_S, self._fail, message, exit_code)
+
+    def _on_lost(self, rank: int, cause: str, since: float | None) -> None:
+        """Another rank's supervisor says that its worker has ended, or has itself ended."""
+        self._fail(cause if since is None else _noticed(cause, since), 1)
+
+    def _on_gone(self, pid: int) -> None:
+        """Rank 0's supervisor has been killed. Its launcher says so where that is ds-cp."""
+        says = self._job.rank == 1 and self._job.launcher != "ds-cp"
+        self._fail(f"the supervisor of rank 0 (process {pid}) was killed", 1, says)
+
+    def _fail(self, message: str, exit_code: int, says: bool = True) -> None:
+        if self._stop.is_set():
+            return
+        self._failed = self._reported = True
+        self._exit_code = exit_code
+        self._asked = time.monotonic()
+        if self._engine is not None:
+            self._engine.fail(message)
+        self._stop.set()
+        self._hurry.set()
+        if says:
+            _say(f"error: {message}")
+
+    # --- what this process watches
 
     async def _watch(self, process: subprocess.Popen[bytes]) -> None:
         """Stop when the launcher has ended, and kill a worker that outlives its time."""
-        asked: float | None = None
-        loop = asyncio.get_running_loop()
-        while process.poll() is None:
-            await asyncio.sleep(POLL_S)
-            if not all(map(_is_alive, self._ancestors)):
-                self._hurry.set()
-                self._stop.set()
-            if self._stop.is_set():
-                asked = asked or loop.time()
-                if loop.time() - asked >= self._patience_s():
+        with ended(process.pid) as worker_ended:
+            since = time.monotonic()  # the worker lived
+            while process.poll() is None:
+                since = time.monotonic()
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(worker_ended.wait(), POLL_S)
+                for launcher in [one for one in self._launchers if not one.is_alive]:
+                    self._launchers.remove(launcher)
+                    self._begin_stop(f"the launcher {launcher} has ended", hurry=False)
+                if self._stop.is_set() and time.monotonic() - self._asked >= self._patience_s():
                     process.kill()
-        self._report_end(process.returncode)
+        if self._stop.is_set() or self._reported:
+            return
+        if process.returncode == 0 and self._job.rank != 0:
+            return  # after the stop plan
+        cause = f"the worker of rank {self._job.rank} was ended by "
+        cause += describe_end(process.returncode)
+        if self._job.rank == 0:
+            self._fail(_noticed(cause, since), 1)
+            return
+        self._exit_code, self._reported = 1, True
+        if not await self._following.report(cause, since):
+            self._fail(_noticed(cause, since), 1)
+
+    def _on_watched(self, watch: asyncio.Task[None]) -> None:
+        """A watch that has failed is a fault of ours, which must not leave the server behind."""
+        if not watch.cancelled() and (err := watch.exception()) is not None:
+            self._fail(f"{type(err).__name__}: {err} (this is a fault of ds_cp)", 1)
 
     def _patience_s(self) -> float:
         """Seconds after the stop until the worker is killed: 0 while it loads, since nothing runs
@@ -179,16 +295,18 @@ class _Supervisor:
             return 0.0
         if self._job.rank == 0:
             return math.inf
-        return LEAVE_S + (0.0 if self._hurry.is_set() else self._config.server.drain_timeout_s)
+        drains = not (self._hurry.is_set() or self._failed)
+        return LEAVE_S + (self._config.server.drain_timeout_s + FOLLOW_S if drains else 0.0)
 
-    def _report_end(self, code: int) -> None:
-        """Report a worker that ended without a report of its own."""
-        if code == 0 or self._stop.is_set():
-            return
-        how = f"exit code {code}" if code > 0 else signal.Signals(-code).name
-        if not self._notified:
-            self._fail(f"the worker of rank {self._job.rank} was ended by {how}", 1)
-        self._stop.set()
+
+def _say(line: str) -> None:
+    """A line for people. Where stderr is a ``LogStream`` it waits for nobody."""
+    with contextlib.suppress(OSError, ValueError):  # ValueError: it was closed
+        print(f"ds_cp: {line}", file=sys.stderr, flush=True)
+
+
+def _noticed(cause: str, since: float) -> str:
+    return f"{cause} (noticed within {max(0.1, time.monotonic() - since):.1f} s)"
 
 
 def _load_tokenizer(source: ModelSource) -> Any:
@@ -196,78 +314,3 @@ def _load_tokenizer(source: ModelSource) -> Any:
     from ds_cp.model.loading import load_tokenizer
 
     return load_tokenizer(source)
-
-
-def _launcher_processes() -> list[psutil.Process]:
-    """The launcher's processes above this one. When one of them ends, the job has lost its owner:
-    SIGTERM to ``deepspeed`` ends its first process only and would orphan every rank.
-    """
-    found = []
-    with contextlib.suppress(psutil.Error):
-        for process in psutil.Process().parents():
-            words = process.cmdline()[:4]
-            if not any(name in os.path.basename(word) or name in word.split(".")
-                       for word in words for name in LAUNCHERS):  # fmt: skip
-                break
-            found.append(process)
-    return found
-
-
-def _is_alive(process: psutil.Process) -> bool:
-    """Whether it runs; a zombie does not."""
-    try:
-        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
-
-
-def _python_path(env: Mapping[str, str]) -> str:
-    """The worker finds the same ``ds_cp`` as this process, installed or not, from any folder."""
-    ours, others = str(Path(__file__).resolve().parents[2]), env.get("PYTHONPATH")
-    return os.pathsep.join([ours, others] if others else [ours])
-
-
-@contextlib.contextmanager
-def _worker(config: Config, job: Job) -> Iterator[tuple[subprocess.Popen[bytes], Channel]]:
-    """Start this rank's worker; on leaving, wait for its end or kill it."""
-    ours, theirs = socket.socketpair()
-    listen_fd = job.store_socket.fileno() if job.store_socket is not None else -1
-    threads = choose_threads(config, job.local_world_size or 1)
-    # The worker starts with these signals blocked: a terminal's Ctrl-C is for the supervisor alone.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "ds_cp.serve.worker_process", str(theirs.fileno())],
-            pass_fds=[theirs.fileno(), *([listen_fd] if listen_fd >= 0 else [])],
-            env={
-                **socket_environment(job),
-                **os.environ,
-                "OMP_NUM_THREADS": str(threads),
-                "PYTHONPATH": _python_path(os.environ),
-            },
-            stdin=subprocess.DEVNULL,
-        )
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        theirs.close()
-    if job.store_socket is not None:
-        job.store_socket.close()  # the worker has it now
-    channel = Channel(ours)
-    fields = {
-        name: getattr(job, name)
-        for name in ("rank", "world_size", "local_rank", "local_world_size", "hosts", "host",
-                     "launcher", "store_host", "store_port", "store_shared", "interface")
-    }  # fmt: skip
-    try:
-        channel.send(
-            WorkerSpec(
-                config.model_dump(mode="json", by_alias=True), fields, listen_fd, os.getpid()
-            )
-        )
-        yield process, channel
-    finally:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(0.5)
-        process.kill()
-        process.wait()
-        ours.close()

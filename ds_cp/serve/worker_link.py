@@ -43,11 +43,13 @@ class WorkerLink(Protocol):
 
 
 class WorkerFailedError(EngineDeadError):
-    """The worker has reported its failure, with its exit code."""
+    """The worker has reported its failure, with its exit code. ``cause_known``: it is more than the
+    loss of a peer."""
 
-    def __init__(self, message: str, exit_code: int) -> None:
+    def __init__(self, message: str, exit_code: int, cause_known: bool) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+        self.cause_known = cause_known
 
 
 class WorkerLostError(EngineDeadError):
@@ -96,7 +98,7 @@ class ProcessLink:
         except EngineDeadError as err:
             raise WorkerLostError(str(err)) from err
         if isinstance(message, Failed):
-            raise WorkerFailedError(message.message, message.exit_code)
+            raise WorkerFailedError(message.message, message.exit_code, message.cause_known)
         assert isinstance(message, kind)
         return message
 

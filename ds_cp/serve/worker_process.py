@@ -8,13 +8,15 @@ ends after the stop plan, when its peers are gone, or with its supervisor.
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import socket
 import sys
 import traceback
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ds_cp.errors import DsCpError
+from ds_cp.errors import CommError, DsCpError
+from ds_cp.log_stream import take_over
 from ds_cp.process import die_with_parent, leave_process
 from ds_cp.serve.channel import Channel, Failed, Ready, Result, WorkerSpec
 
@@ -26,18 +28,22 @@ def main(argv: list[str]) -> NoReturn:
     """Run until the stop plan, and exit the process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    take_over("stdout", "stderr")
     channel = Channel(socket.socket(fileno=int(argv[0])))
     try:
         spec: WorkerSpec = channel.receive(WorkerSpec)
         die_with_parent(spec.supervisor_pid)()
         _work(channel, spec)
     except DsCpError as err:
+        _report(channel, Failed(err.exit_code, str(err), not isinstance(err, CommError)))
         if err.__cause__ is not None and not isinstance(err.__cause__, DsCpError):
             traceback.print_exception(err.__cause__)  # raised on this rank
-        _give_up(channel, err.exit_code, str(err))
+        leave_process(err.exit_code)
     except BaseException as err:
+        message = f"{type(err).__name__}: {err} (this is a fault of ds_cp)"
+        _report(channel, Failed(1, message))
         traceback.print_exc()
-        _give_up(channel, 1, f"{type(err).__name__}: {err} (this is a fault of ds_cp)")
+        leave_process(1)
     leave_process(0)
 
 
@@ -78,13 +84,10 @@ def _json(config: dict[str, Any]) -> str:
     return json.dumps(config)
 
 
-def _give_up(channel: Channel, exit_code: int, message: str) -> NoReturn:
-    """Report the error and exit."""
-    try:
-        channel.send(Failed(exit_code, message))
-    except DsCpError:
-        pass  # the supervisor has ended too
-    leave_process(exit_code)
+def _report(channel: Channel, failed: Failed) -> None:
+    """Tell the supervisor, if it lives."""
+    with contextlib.suppress(DsCpError):
+        channel.send(failed)
 
 
 if __name__ == "__main__":

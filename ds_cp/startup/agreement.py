@@ -11,7 +11,6 @@ rank as a failed step does (``comm.failure.failing``).
 
 from __future__ import annotations
 
-import errno
 import traceback
 from collections.abc import Callable
 from typing import TypeVar, cast
@@ -30,6 +29,7 @@ from ds_cp.errors import (
     UnsupportedModelError,
     UserError,
 )
+from ds_cp.model.faults import is_out_of_memory
 
 T = TypeVar("T")
 REPORT = 1024  # bytes of a rank's report to rank 0
@@ -105,15 +105,6 @@ def exchange_reports(world: World, mine: Report) -> list[Report]:
 def gather_blocks(world: World, mine: int) -> list[int]:
     """Every rank's number of KV blocks, on every rank."""
     return [report.kv_blocks for report in exchange_reports(world, Report(0, "", mine))]
-
-
-def is_out_of_memory(err: BaseException) -> bool:
-    """Whether an allocation failed: torch says so with a RuntimeError on CPU."""
-    if isinstance(err, MemoryError | torch.OutOfMemoryError):
-        return True
-    if isinstance(err, OSError):
-        return err.errno == errno.ENOMEM
-    return isinstance(err, RuntimeError) and "can't allocate memory" in str(err)
 
 
 def _attempt(work: Callable[[], T]) -> tuple[T | None, DsCpError | None]:

@@ -63,6 +63,15 @@ def test_starting_then_ready_then_dead(launch: Any, tokenizer: Any) -> None:
 
     server = launch(FakeEngine(tokenizer))
     assert server.get("/health").json() == {"status": "ready"}
+    server.engine.state = "stalled"  # what comes waits: the step may end
+    reply = server.get("/health")
+    assert reply.status_code == 503 and reply.json() == {"status": "stalled"}
+    assert server.post("/v1/completions", {"prompt": "x", "max_tokens": 2}).status_code == 200
+    server.engine.state = "stopping"
+    reply = server.get("/health")
+    assert reply.status_code == 503 and reply.json() == {"status": "stopping"}
+    reply = server.post("/v1/completions", {"prompt": "x"})
+    assert reply.status_code == 503 and reply.json()["error"]["code"] == "shutting_down"
     server.engine.state = "dead"
     reply = server.get("/health")
     assert reply.status_code == 503 and reply.json() == {"status": "dead"}
@@ -97,6 +106,7 @@ def test_metrics(served: Running) -> None:
         num_preemptions=1,
         steps=9,
         step_seconds=1.5,
+        step_age_seconds=0.25,
         finished={"stop": 4, "length": 5},
         mode_counts={"local": 7, "ring": 2},
         comm_bytes={"ring_kv": 4096},
@@ -125,6 +135,7 @@ def test_metrics(served: Running) -> None:
     assert value("num_preemptions_total") == 1
     assert value("engine_steps_total") == 9
     assert value("engine_step_seconds_total") == 1.5
+    assert value("engine_step_age_seconds") == 0.25
     assert value("request_success_total", finished_reason="length") == 5
     assert value("mode_counts_total", mode="ring") == 2
     assert value("comm_bytes_total", scheme="ring_kv") == 4096

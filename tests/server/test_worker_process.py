@@ -12,7 +12,7 @@ import pytest
 from ds_cp.config import load_config
 from ds_cp.plan import Begin, Chunk, Idle, Plan, Sampling, StepPlan
 from ds_cp.serve.channel import Channel, Failed, FromWorker, Ready, Result
-from ds_cp.serve.supervisor import _worker
+from ds_cp.serve.worker_child import worker_child
 from ds_cp.topology.job import detect
 from tests.helpers.tiny import make_tiny_model
 
@@ -52,7 +52,7 @@ def test_a_failed_step_is_reported_by_its_cause(tmp_path: Path, mode: str, faili
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "DS_CP_LAUNCHER": "ds-cp",
             }  # fmt: skip
             job = detect({name: str(value) for name, value in place.items()}, timeout_s=60)
-            workers.append(stack.enter_context(_worker(config, job)))
+            workers.append(stack.enter_context(worker_child(config, job)))
         channels = [channel for _, channel in workers]
         for channel in channels:
             assert isinstance(received(channel, START_S), Ready)

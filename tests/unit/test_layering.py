@@ -20,6 +20,7 @@ LAYERS = {
     "text": 0,
     "layout": 0,
     "cost": 0,
+    "log_stream": 0,
     "process": 0,
     "facts": 1,
     "plan": 1,
@@ -75,6 +76,7 @@ WITHOUT_TORCH = [
     "cost.py",
     "facts.py",
     "layout.py",
+    "log_stream.py",
     "outputs.py",
     "plan.py",
     "process.py",
@@ -106,11 +108,13 @@ WITHOUT_TORCH = [
     "serve/async_engine.py",
     "serve/channel.py",
     "serve/mailbox.py",
+    "serve/job_link.py",
     "serve/supervisor.py",
+    "serve/worker_child.py",
     "serve/worker_link.py",
     "cli/",
 ]
-READS_ENVIRONMENT = ["topology/job.py", "cli/", "serve/supervisor.py", "engine/llm.py"]
+READS_ENVIRONMENT = ["topology/job.py", "cli/", "serve/worker_child.py", "engine/llm.py"]
 MAX_LINES = 350
 FORBIDDEN_MODULES = {"pickle", "cloudpickle", "dill", "marshal", "shelve"}
 FORBIDDEN_NAMES = {"eval", "exec"}

@@ -103,7 +103,7 @@ class WriteDeadline:
         sock = self._transport.get_extra_info("socket")
         try:
             (kernel,) = struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4)))
-        except OSError:  # not known of sockets here, or the socket is gone
+        except (OSError, ValueError):  # not known of sockets here, or the socket is gone
             kernel = 0
         return ours + int(kernel)
 

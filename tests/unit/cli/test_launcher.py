@@ -155,15 +155,30 @@ def test_deaf_ranks_are_killed_after_the_grace(tmp_path: Path) -> None:
     assert all_gone(pids, 2)
 
 
-def test_second_signal_ends_deaf_ranks_at_once(tmp_path: Path) -> None:
+def test_second_signal_hurries_and_a_third_kills(tmp_path: Path) -> None:
     process = start(2, DEAF + waiting(tmp_path), grace_s=60)
     pids = pids_in(tmp_path, 2)
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.3)
-    assert process.poll() is None
+    for _ in range(2):  # ranks get seconds to tell their clients
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+        assert process.poll() is None
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=5)
     assert process.returncode == 130
+    assert all_gone(pids, 2)
+
+
+def test_second_sigterm_reaches_ranks_as_what_hurries_them(tmp_path: Path) -> None:
+    hurried = "import signal, sys\nsignal.signal(15, signal.SIG_IGN)\n"
+    hurried += "signal.signal(2, lambda *_: sys.exit(0))\n"
+    process = start(2, hurried + waiting(tmp_path), grace_s=60)
+    pids = pids_in(tmp_path, 2)
+    process.terminate()
+    time.sleep(0.3)
+    assert process.poll() is None
+    process.terminate()
+    process.communicate(timeout=15)
+    assert process.returncode == 0
     assert all_gone(pids, 2)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 
 from ds_cp.config import load_config
 from ds_cp.engine.core import EngineCore
-from ds_cp.errors import DsCpError, EngineDeadError, RequestError
+from ds_cp.errors import CommError, DsCpError, EngineDeadError, RequestError, StoppingError
 from ds_cp.facts import Facts
 from ds_cp.plan import Outcome, Sampled, StepPlan
 from ds_cp.sampling_params import SamplingParams
@@ -55,16 +56,18 @@ class OneRank:
 
 
 class Served:
-    def __init__(self) -> None:
+    def __init__(self, rank: OneRank | None = None, server: dict[str, float] | None = None) -> None:
         self.died: list[DsCpError] = []
         self.engine: AsyncEngine
+        self._rank = rank or OneRank()
+        self._config = load_config({"model": "pretended", "server": server or {}})
 
     def run(self, work: Callable[[AsyncEngine], Any]) -> None:
         async def main() -> None:
             ready = asyncio.Event()
             loop = asyncio.get_running_loop()
             self.engine = AsyncEngine(
-                load_config({"model": "pretended"}), "pretended", OneRank(), loop, lambda: None,
+                self._config, "pretended", self._rank, loop, lambda: None,
                 lambda _: loop.call_soon_threadsafe(ready.set),  # type: ignore[arg-type, return-value]
                 lambda err, _: self.died.append(err),
             )  # fmt: skip
@@ -147,7 +150,7 @@ def test_a_request_that_comes_while_the_engine_stops_is_refused() -> None:
     async def work(engine: AsyncEngine) -> None:
         stopping = asyncio.create_task(engine.stop(10))
         with engine._lock:  # the thread cannot see yet that it should stop
-            engine._stopping = True
+            engine._stopping = engine._refusing = True
         with pytest.raises(EngineDeadError, match="stopping"):
             await asyncio.wait_for(ask(engine, "late"), 5)
         await stopping
@@ -155,3 +158,94 @@ def test_a_request_that_comes_while_the_engine_stops_is_refused() -> None:
     served = Served()
     served.run(work)
     assert not served.died
+
+
+class StuckRank(OneRank):
+    """Draws nothing while ``going`` is not set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.going = threading.Event()
+        self.going.set()
+        self.failure: DsCpError | None = None
+
+    def outcome(self) -> Outcome:
+        assert self.going.wait(20)
+        if self.failure is not None:
+            raise self.failure
+        return super().outcome()
+
+
+async def told(asking: asyncio.Task[list[int]]) -> BaseException | None:
+    await asyncio.wait({asking}, timeout=5)
+    return asking.exception()
+
+
+def test_a_step_that_takes_too_long_is_seen_until_it_ends() -> None:
+    rank = StuckRank()
+
+    async def work(engine: AsyncEngine) -> None:
+        assert engine.state == "ready" and engine.stats().step_age_seconds == 0
+        rank.going.clear()
+        asking = asyncio.create_task(ask(engine, "a"))
+        await until(lambda: engine.state == "stalled")
+        assert engine.stats().step_age_seconds > 0.5
+        also = asyncio.create_task(ask(engine, "b"))  # it waits with the others
+        rank.going.set()
+        assert await asking == await also == [7] * 9
+        await until(lambda: engine.state == "ready" and not engine.stats().step_age_seconds)
+
+    served = Served(rank, {"stall_s": 0.5})
+    served.run(work)
+    assert not served.died
+
+
+def test_a_drain_refuses_what_comes_and_finishes_what_runs() -> None:
+    rank = StuckRank()
+
+    async def work(engine: AsyncEngine) -> None:
+        rank.going.clear()
+        asking = asyncio.create_task(ask(engine, "a"))
+        await until(lambda: engine._steps.age_s > 0)
+        engine.refuse_new()
+        assert engine.state == "stopping"
+        for refused in (ask(engine, "b"), asyncio.to_thread(engine.check, [1], SamplingParams())):
+            with pytest.raises(StoppingError):
+                await refused
+        rank.going.set()
+        assert await asking == [7] * 9
+
+    Served(rank).run(work)
+
+
+@pytest.mark.parametrize("how", ["cut", "fail", "a rank ends during the drain", "it fails at once"])
+def test_requests_are_told_at_once_why_they_end(how: str) -> None:
+    """Although no step ends: the ranks wait for one that is gone."""
+    rank = StuckRank()
+    served = Served(rank)
+
+    async def work(engine: AsyncEngine) -> None:
+        rank.going.clear()
+        asking = asyncio.create_task(ask(engine, "a"))
+        await until(lambda: engine._steps.age_s > 0)
+        if how == "cut":
+            engine.cut()
+        elif how == "fail":
+            engine.fail("rank 1 is gone")
+        else:
+            if how.endswith("drain"):
+                engine.refuse_new()
+            rank.failure = CommError("a peer is gone")
+            rank.going.set()
+        deliberate = how in ("cut", "a rank ends during the drain")
+        assert type(await told(asking)) is (StoppingError if deliberate else EngineDeadError)
+        assert engine.state == ("stopping" if deliberate else "dead")
+        with pytest.raises(StoppingError if deliberate else EngineDeadError) as caught:
+            await ask(engine, "late")
+        assert type(caught.value) is (StoppingError if deliberate else EngineDeadError)
+        rank.failure = CommError("a peer is gone")
+        rank.going.set()
+        engine._thread.join(5)
+
+    served.run(work)
+    assert len(served.died) == (how != "fail")

@@ -1,0 +1,135 @@
+"""A folder of our own that holds a model as it was checked, and nothing else: that is what
+transformers gets, so that what is loaded is what was checked.
+
+transformers would prefer a whole file to an index, apply an adapter or read a pickle that lies
+beside, and follow what config.json says about how to load. Weights and vocabularies are links under
+names of ours; JSON files are copies without the keys that steer (``steering``).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from ds_cp.errors import ModelError
+from ds_cp.model.checkpoint import INDEX, WHOLE, Checkpoint, read_object
+from ds_cp.model.steering import end_tokens_only, without_files, without_steering
+from ds_cp.text import shorten
+
+CONFIG = "config.json"
+GENERATION = "generation_config.json"
+GGUF = "model.gguf"
+# Files that decide how text becomes token ids. Those of the second list are copied, not linked.
+TOKENIZER_DATA = (
+    "added_tokens.json", "bpe.codes", "byte_maps.json", "chat_template.jinja", "dict.txt",
+    "emoji.json", "entity_vocab.json", "merges.txt", "normalizer.json", "prophetnet.tokenizer",
+    "sentencepiece.bpe.model", "sentencepiece.model", "spiece.model", "spm.model", "spm_char.model",
+    "source.spm", "target.spm", "target_vocab.json", "tekken.json", "tiktoken.model",
+    "tokenizer.json", "tokenizer.model", "tokenizer.model.v1", "tokenizer.model.v2",
+    "tokenizer.model.v3", "vocab-src.json", "vocab-tgt.json", "vocab.json", "vocab.txt",
+    "word_pronunciation.json", "word_shape.json",
+)  # fmt: skip
+TOKENIZER_JSON = ("special_tokens_map.json", "tokenizer_config.json")
+TEMPLATES = "additional_chat_templates"
+
+
+@contextmanager
+def config_folder(config: Mapping[str, Any]) -> Iterator[str]:
+    """A folder with a config.json alone, ``config`` without what steers."""
+    with TemporaryDirectory(prefix="ds_cp-model-") as name:
+        _write(Path(name) / CONFIG, without_steering(config)[0])
+        yield name
+
+
+@contextmanager
+def gguf_folder(file: Path) -> Iterator[str]:
+    """A folder with the GGUF file alone, under the name ``GGUF``."""
+    with TemporaryDirectory(prefix="ds_cp-model-") as name:
+        (Path(name) / GGUF).symlink_to(file.resolve())
+        yield name
+
+
+@contextmanager
+def checkpoint_folder(where: str, checkpoint: Checkpoint) -> Iterator[str]:
+    """A folder with the config, the weights and an index of what the files hold."""
+    with TemporaryDirectory(prefix="ds_cp-model-") as name:
+        view, folder = Path(name), checkpoint.folder
+        _write(view / CONFIG, without_steering(checkpoint.config)[0])
+        if (folder / GENERATION).is_file():
+            found = read_object(folder, GENERATION)
+            _write(view / GENERATION, end_tokens_only(where, found))
+        if checkpoint.index:
+            placed = {tensor: stored.file for tensor, stored in checkpoint.tensors.items()}
+            _write(view / INDEX, {"metadata": {}, "weight_map": placed})
+        for file in checkpoint.files:
+            ours = file if checkpoint.index else WHOLE
+            (view / ours).symlink_to((folder / file).resolve())
+        yield name
+
+
+@contextmanager
+def tokenizer_folder(where: str, folder: Path) -> Iterator[str]:
+    """A folder with the config and the tokenizer's files.
+
+    Raises ``ModelError`` when a JSON file cannot be read, or names a tokenizer that is code of the
+    model's own.
+    """
+    with TemporaryDirectory(prefix="ds_cp-model-") as name:
+        view = Path(name)
+        if (folder / CONFIG).is_file():
+            config = read_object(folder, CONFIG)
+            _check_class(where, CONFIG, config)
+            _write(view / CONFIG, without_steering(config)[0])
+        for file in TOKENIZER_JSON:
+            if (folder / file).is_file():
+                found = read_object(folder, file)
+                if file == "tokenizer_config.json":
+                    _check_class(where, file, found)
+                _write(view / file, without_files(found)[0])
+        for file in TOKENIZER_DATA:
+            if (folder / file).is_file():
+                (view / file).symlink_to((folder / file).resolve())
+        for template in sorted((folder / TEMPLATES).glob("*.jinja")):
+            if template.is_file():
+                (view / TEMPLATES).mkdir(exist_ok=True)
+                (view / TEMPLATES / template.name).symlink_to(template.resolve())
+        yield name
+
+
+def _check_class(where: str, file: str, found: dict[str, Any]) -> None:
+    """A name that transformers knows must be a tokenizer's: it would load whatever it names."""
+    from transformers import PreTrainedTokenizerBase
+    from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+
+    named = found.get("tokenizer_class")
+    if named is not None and not isinstance(named, str):
+        raise ModelError(
+            f"model {where} has no usable tokenizer: {file}'s tokenizer_class is "
+            f"{shorten(repr(named))}, not a name; fetch the model again"
+        )
+    known = None
+    for name in dict.fromkeys((named, (named or "").removesuffix("Fast"))):
+        known = known or (tokenizer_class_from_name(name) if name else None)
+    if known is not None and not (
+        isinstance(known, type) and issubclass(known, PreTrainedTokenizerBase)
+    ):
+        raise ModelError(
+            f"model {where} has no usable tokenizer: {file}'s tokenizer_class "
+            f"{shorten(repr(named))} is not a tokenizer; fetch the model again"
+        )
+    code = found.get("auto_map")
+    of_its_own = isinstance(code, list) or (isinstance(code, dict) and "AutoTokenizer" in code)
+    if named and known is None and of_its_own:
+        raise ModelError(
+            f"model {where} has no usable tokenizer: {shorten(repr(named))} "
+            f"is code of the model's own ({file}'s auto_map), which ds_cp never runs; "
+            "choose a model with a tokenizer.json that transformers knows"
+        )
+
+
+def _write(file: Path, found: dict[str, Any]) -> None:
+    file.write_text(json.dumps(found), encoding="utf-8")

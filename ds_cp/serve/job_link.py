@@ -1,0 +1,220 @@
+"""Between the supervisors of a job on one host: what ends on one rank is known to rank 0 at once.
+
+A killed worker says nothing; its peers learn of it by a lost connection, and of the cause never.
+Its supervisor, which is its parent, knows both within a moment and tells rank 0's. A connection
+that ends without a good-bye is a supervisor that was killed. The socket is a local one, whose peers
+the kernel names: only processes of the same user are heard. Lines of JSON, bounded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import struct
+import sys
+from collections.abc import Callable
+
+import msgspec
+
+from ds_cp.topology.job import Job
+
+RETRY_S = 0.1  # seconds between tries to reach rank 0's supervisor, which may start later
+REPORT_S = 2.0  # seconds that a report waits for rank 0 to have it
+_LINE = 4096  # bytes of a message, at most
+
+
+class Hello(msgspec.Struct, frozen=True, tag="hello"):
+    """A supervisor's first message; both sides send it."""
+
+    rank: int
+    pid: int
+
+
+class Lost(msgspec.Struct, frozen=True, tag="lost"):
+    """The sender's worker has ended by no wish of anyone; ``since``: it lived at that
+    ``time.monotonic()``, which is one clock on one host."""
+
+    cause: str
+    since: float
+
+
+class Stopping(msgspec.Struct, frozen=True, tag="stopping"):
+    """The sender was asked to end. ``hurry``: without waiting for requests."""
+
+    reason: str
+    hurry: bool
+
+
+class Noted(msgspec.Struct, frozen=True, tag="noted"):
+    """Rank 0 has a ``Lost``."""
+
+
+class Bye(msgspec.Struct, frozen=True, tag="bye"):
+    """The sender ends as it should."""
+
+
+Message = Hello | Lost | Stopping | Noted | Bye
+
+
+def link_name(job: Job) -> str | None:
+    """The job's name in Linux's abstract namespace of local sockets; None where supervisors have no
+    link: one rank, several hosts, another system."""
+    if job.world_size == 1 or not job.one_host or not sys.platform.startswith("linux"):
+        return None
+    return f"\0ds_cp/{os.getuid()}/{job.store_port}"
+
+
+class _Peer:
+    """One connection."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether a process of this user is on the other side."""
+        sock = self._writer.get_extra_info("socket")
+        found = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        return bool(struct.unpack("3i", found)[1] == os.getuid())
+
+    def send(self, message: Message) -> None:
+        """Send one message; nothing happens when the other side is gone."""
+        with contextlib.suppress(OSError, RuntimeError):
+            self._writer.write(msgspec.json.encode(message) + b"\n")
+
+    async def receive(self) -> Message | None:
+        """The next message; None at the end, and for what is no message."""
+        try:
+            line = await self._reader.readuntil(b"\n")
+            return msgspec.json.decode(line, type=Message)
+        except (OSError, EOFError, asyncio.LimitOverrunError, msgspec.MsgspecError):
+            return None
+
+    def close(self) -> None:
+        """End the connection; what was sent still arrives."""
+        with contextlib.suppress(OSError, RuntimeError):
+            self._writer.close()
+
+
+class LeadingLink:
+    """Rank 0's side. ``on_lost`` gets the rank, the cause and the time it lived last, if known;
+    ``on_stopping`` the rank, the reason and whether to hurry. They run in the event loop."""
+
+    def __init__(
+        self,
+        on_lost: Callable[[int, str, float | None], None],
+        on_stopping: Callable[[int, str, bool], None],
+    ) -> None:
+        self._on_lost = on_lost
+        self._on_stopping = on_stopping
+        self._peers: set[_Peer] = set()
+        self._server: asyncio.AbstractServer | None = None
+
+    async def open(self, name: str) -> None:
+        """Listen. Where the name is taken, there is no link."""
+        with contextlib.suppress(OSError):
+            self._server = await asyncio.start_unix_server(self._attend, name, limit=_LINE)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether other supervisors can reach this one."""
+        return self._server is not None
+
+    async def close(self) -> None:
+        """Say good-bye to all."""
+        for peer in self._peers:
+            peer.send(Bye())
+            peer.close()
+        if self._server is not None:
+            self._server.close()
+
+    async def _attend(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        peer = _Peer(reader, writer)
+        hello = await peer.receive() if peer.is_ours else None
+        if not isinstance(hello, Hello):
+            peer.close()
+            return
+        peer.send(Hello(0, os.getpid()))
+        self._peers.add(peer)
+        try:
+            while not isinstance(message := await peer.receive(), Bye):
+                if isinstance(message, Lost):
+                    peer.send(Noted())
+                    self._on_lost(hello.rank, message.cause, message.since)
+                elif isinstance(message, Stopping):
+                    self._on_stopping(hello.rank, message.reason, message.hurry)
+                elif message is None:
+                    cause = f"the supervisor of rank {hello.rank} (process {hello.pid}) was killed"
+                    self._on_lost(hello.rank, cause, None)
+                    return
+        finally:
+            self._peers.discard(peer)
+            peer.close()
+
+
+class FollowingLink:
+    """Another rank's side. ``on_gone`` gets the process id of rank 0's supervisor when that ends
+    without a good-bye."""
+
+    def __init__(self, rank: int, on_gone: Callable[[int], None]) -> None:
+        self._rank = rank
+        self._on_gone = on_gone
+        self._peer: _Peer | None = None
+        self._connected = asyncio.Event()
+        self._noted = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    async def open(self, name: str) -> None:
+        """Begin to reach rank 0's supervisor."""
+        self._task = asyncio.create_task(self._run(name))
+
+    async def report(self, cause: str, since: float) -> bool:
+        """Tell rank 0 that this rank's worker is lost. Whether it has heard."""
+        if self._task is not None:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._report(Lost(cause, since)), REPORT_S)
+        return self._noted.is_set()
+
+    async def _report(self, lost: Lost) -> None:
+        await self._connected.wait()
+        assert self._peer is not None
+        self._peer.send(lost)
+        await self._noted.wait()
+
+    def stopping(self, reason: str, hurry: bool) -> None:
+        """Tell rank 0 that this rank was asked to end."""
+        if self._peer is not None:
+            self._peer.send(Stopping(reason, hurry))
+
+    async def close(self) -> None:
+        """Say good-bye."""
+        if self._peer is not None:
+            self._peer.send(Bye())
+            self._peer.close()
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _run(self, name: str) -> None:
+        while True:
+            with contextlib.suppress(OSError):
+                reader, writer = await asyncio.open_unix_connection(name, limit=_LINE)
+                break
+            await asyncio.sleep(RETRY_S)
+        peer = _Peer(reader, writer)
+        peer.send(Hello(self._rank, os.getpid()))
+        hello = await peer.receive() if peer.is_ours else None
+        if not isinstance(hello, Hello):
+            peer.close()
+            return
+        self._peer = peer
+        self._connected.set()
+        while not isinstance(message := await peer.receive(), Bye):
+            if isinstance(message, Noted):
+                self._noted.set()
+            elif message is None:
+                self._on_gone(hello.pid)
+                return

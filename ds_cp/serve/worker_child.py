@@ -1,0 +1,107 @@
+"""How a supervisor starts its worker process, sees its end at once, and never leaves it behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from ds_cp.config import Config
+from ds_cp.serve.channel import Channel, WorkerSpec
+from ds_cp.startup.resources import choose_threads, socket_environment
+from ds_cp.topology.job import Job
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)  # that end the job
+
+
+@contextlib.contextmanager
+def worker_child(config: Config, job: Job) -> Iterator[tuple[subprocess.Popen[bytes], Channel]]:
+    """Start this rank's worker; on leaving, wait for its end or kill it."""
+    ours, theirs = socket.socketpair()
+    listen_fd = job.store_socket.fileno() if job.store_socket is not None else -1
+    threads = choose_threads(config, job.local_world_size or 1)
+    # The worker starts with these signals blocked: a terminal's Ctrl-C is for the supervisor alone.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "ds_cp.serve.worker_process", str(theirs.fileno())],
+            pass_fds=[theirs.fileno(), *([listen_fd] if listen_fd >= 0 else [])],
+            env={
+                **socket_environment(job),
+                **os.environ,
+                "OMP_NUM_THREADS": str(threads),
+                "PYTHONPATH": _python_path(os.environ),
+            },
+            stdin=subprocess.DEVNULL,
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        theirs.close()
+    if job.store_socket is not None:
+        job.store_socket.close()  # the worker has it now
+    channel = Channel(ours)
+    fields = {
+        name: getattr(job, name)
+        for name in ("rank", "world_size", "local_rank", "local_world_size", "hosts", "host",
+                     "launcher", "store_host", "store_port", "store_shared", "interface")
+    }  # fmt: skip
+    try:
+        channel.send(
+            WorkerSpec(
+                config.model_dump(mode="json", by_alias=True), fields, listen_fd, os.getpid()
+            )
+        )
+        yield process, channel
+    finally:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.5)
+        process.kill()
+        process.wait()
+        ours.close()
+
+
+@contextlib.contextmanager
+def ended(pid: int) -> Iterator[asyncio.Event]:
+    """An event that is set in the moment in which a child ends, where the kernel can tell (Linux);
+    the child is not reaped."""
+    event = asyncio.Event()
+    try:
+        handle = os.pidfd_open(pid)
+    except (AttributeError, OSError):  # another system: who waits looks now and then
+        yield event
+        return
+    loop = asyncio.get_running_loop()
+
+    def on_end() -> None:
+        loop.remove_reader(handle)  # it stays readable
+        event.set()
+
+    loop.add_reader(handle, on_end)
+    try:
+        yield event
+    finally:
+        loop.remove_reader(handle)
+        os.close(handle)
+
+
+def describe_end(code: int) -> str:
+    """How a child ended, from ``Popen.returncode``: ``SIGSEGV``, ``exit code 1``."""
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:  # a real-time signal
+        name = f"signal {-code}"
+    return f"{name} (out of memory?)" if -code == signal.SIGKILL else name
+
+
+def _python_path(env: Mapping[str, str]) -> str:
+    """The worker finds the same ``ds_cp`` as this process, installed or not, from any folder."""
+    ours, others = str(Path(__file__).resolve().parents[2]), env.get("PYTHONPATH")
+    return os.pathsep.join([ours, others] if others else [ours])

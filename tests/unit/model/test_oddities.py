@@ -1,0 +1,252 @@
+"""What config.json, generation_config.json and tokenizer_config.json say can be anything: a start
+works, or ends in one line that names the model and the key. Generated from the files of a model, so
+that a new key of transformers is covered."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+
+from ds_cp.errors import ModelError, UnsupportedModelError
+from ds_cp.model import loading
+from ds_cp.model.end_tokens import describe_tokenizer, model_end_tokens
+from ds_cp.model.faults import model_at_fault
+from ds_cp.model.loading import load_config, load_model, load_tokenizer
+from ds_cp.model.source import find_model
+from ds_cp.model.values import check_values
+from ds_cp.model.wiring import check_positions, probe
+from tests.helpers.engines import tiny_llama
+from tests.helpers.tiny import make_tiny_model
+
+CPU = torch.device("cpu")
+MISSING = "missing"
+ODD: tuple[Any, ...] = (0, -1, None, "x", [], {}, 1e30, True, 10**9, 2**70, math.nan, MISSING)
+# Keys of tiny models' files whose value nothing of ds_cp reads: a few values will do.
+UNREAD = {
+    "architectures", "transformers_version", "use_cache", "_from_model_config", "backend",
+    "output_attentions", "output_hidden_states", "is_local", "local_files_only",
+}  # fmt: skip
+# How a value is refused that could be one, but not with these weights.
+OTHER_WEIGHTS = (" of its weights, the first", "but config.json makes it", "that no file holds")
+
+CONFIG = (
+    "attention_bias", "attention_dropout", "bos_token_id", "dtype", "eos_token_id", "head_dim",
+    "hidden_act", "hidden_size", "initializer_range", "intermediate_size",
+    "max_position_embeddings", "mlp_bias", "model_type", "num_attention_heads",
+    "num_hidden_layers", "num_key_value_heads", "pad_token_id", "pretraining_tp", "rms_norm_eps",
+    "rope_parameters", "tie_word_embeddings", "vocab_size", "architectures",
+    "transformers_version", "use_cache",
+)  # fmt: skip
+ADDED = (
+    "num_labels", "id2label", "text_config", "layer_types", "sliding_window", "per_layer_config",
+    "quantization_config", "torch_dtype", "is_encoder_decoder", "output_attentions", "rope_scaling",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_tiny_model(tmp_path_factory.mktemp("odd") / "model")
+    config = hf.LlamaConfig(
+        vocab_size=258, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64,
+        bos_token_id=None, eos_token_id=257, pad_token_id=257,
+    )  # fmt: skip
+    hf.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def start(folder: Path, tokenizer: bool) -> None:
+    """What a rank reads of the model until it is wired, or what rank 0 reads of the tokenizer."""
+    source = find_model(str(folder))
+    if tokenizer:
+        describe_tokenizer(load_tokenizer(source))
+        return
+    load_config(source)
+    decoder = load_model(source, torch.float32, CPU)
+    with model_at_fault(str(folder), decoder.config.to_dict(), "does not run"):
+        probe(decoder)
+        check_positions(decoder, decoder.config.get_text_config().max_position_embeddings)
+    model_end_tokens(decoder)
+
+
+def check(folder: Path, file: str, key: str, odd: Any, tokenizer: bool = False) -> None:
+    path = folder / file
+    before = path.read_text()
+    found = json.loads(before)
+    if odd is MISSING:
+        found.pop(key, None)
+    else:
+        found[key] = odd
+    path.write_text(json.dumps(found))
+    try:
+        start(folder, tokenizer)
+    except ModelError as err:
+        message = str(err)
+        assert "\n" not in message and len(message) < 1000, message
+        assert str(folder) in message, message
+        other = any(words in message for words in OTHER_WEIGHTS)
+        assert key in message or other or odd is MISSING, message
+    finally:
+        path.write_text(before)
+
+
+def odd_values(key: str) -> tuple[Any, ...]:
+    return (None, "x", {}) if key in UNREAD else ODD
+
+
+def test_the_keys_are_those_of_the_file(model: Path) -> None:
+    assert set(json.loads((model / "config.json").read_text())) == set(CONFIG)
+
+
+@pytest.mark.parametrize("key", CONFIG + ADDED)
+def test_config(model: Path, key: str) -> None:
+    for odd in odd_values(key):
+        check(model, "config.json", key, odd)
+
+
+def test_generation_config(model: Path) -> None:
+    for key in {**json.loads((model / "generation_config.json").read_text()), "bos_token_id": 0}:
+        for odd in odd_values(key):
+            check(model, "generation_config.json", key, odd)
+
+
+def test_tokenizer_config(model: Path) -> None:
+    more = ("auto_map", "extra_special_tokens", "chat_template")
+    keys = [*json.loads((model / "tokenizer_config.json").read_text()), *more]
+    for key in keys:
+        for odd in odd_values(key):
+            check(model, "tokenizer_config.json", key, odd, tokenizer=True)
+
+
+ROPE = {
+    "default": {"rope_theta": 1e4},
+    "linear": {"rope_theta": 1e4, "factor": 2.0},
+    "yarn": {"rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 32},
+    "longrope": {"rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64,
+                 "short_factor": [1.0] * 4, "long_factor": [1.0] * 4},
+    "llama3": {"rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 32,
+               "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ROPE)
+def test_rotary_parameters(kind: str) -> None:
+    good = {"rope_type": kind, **ROPE[kind]}
+    check_values("M", {"rope_parameters": good})
+    check_values("M", {"rope_parameters": {"full_attention": good}})
+    for key in ROPE[kind]:
+        for odd in (0, -1, "x", True, 2**70, math.nan, {"a": 1}):
+            if odd in (0, -1) and key.startswith(("short", "long", "low", "high")):
+                continue
+            for found in (good | {key: odd}, {"full_attention": good | {key: odd}}):
+                with pytest.raises(ModelError, match=rf"model M: config\.json's rope_.*\.{key} is"):
+                    check_values("M", {"rope_parameters": found})
+
+
+@pytest.mark.parametrize("kind", ["yarn", "longrope", "llama3"])
+def test_a_rotary_parameter_that_is_left_out(model: Path, kind: str) -> None:
+    for key in ROPE[kind]:
+        odd = {k: v for k, v in {"rope_type": kind, **ROPE[kind]}.items() if k != key}
+        check(model, "config.json", "rope_parameters", odd)
+    for odd in ([], [1.0] * 3):
+        rope = {"rope_type": "longrope", **ROPE["longrope"], "short_factor": odd}
+        check(model, "config.json", "rope_parameters", rope)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("num_hidden_layers", 10_000), ("num_hidden_layers", 13), ("hidden_size", 2**20),
+     ("vocab_size", 2**26), ("intermediate_size", 2**26), ("head_dim", 60_000),
+     ("num_experts", 10**6)],
+)  # fmt: skip
+def test_a_size_that_the_files_cannot_have_takes_no_memory(
+    model: Path, monkeypatch: pytest.MonkeyPatch, key: str, value: int
+) -> None:
+    """It is refused by name before transformers makes a tensor of it."""
+    config = json.loads((model / "config.json").read_text()) | {key: value}
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    built: list[Any] = []
+    monkeypatch.setattr(loading, "_build", lambda *a: built.append(a))
+    text = (model / "config.json").read_text()
+    (model / "config.json").write_text(json.dumps(config))
+    try:
+        with pytest.raises(ModelError, match=key):
+            load_model(find_model(str(model)), torch.float32, CPU)
+    finally:
+        (model / "config.json").write_text(text)
+    assert built == []
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 2**10  # KiB
+
+
+def test_a_size_whose_key_is_not_known_is_found_by_the_shape(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The largest tensor names the keys whose values are its sizes."""
+    monkeypatch.setattr(loading, "check_sizes", lambda *_: None)
+    text = (model / "config.json").read_text()
+    (model / "config.json").write_text(json.dumps(json.loads(text) | {"vocab_size": 2**26}))
+    try:
+        with pytest.raises(ModelError, match=r"is \[67108864, 16\] by vocab_size, hidden_size"):
+            load_model(find_model(str(model)), torch.float32, CPU)
+    finally:
+        (model / "config.json").write_text(text)
+
+
+def test_every_family_passes_with_its_defaults() -> None:
+    """What is checked here is true of every decoder that transformers knows."""
+    names = hf.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    checked = 0
+    for name in list(names)[::3]:  # a third takes a second; all passed when this was written
+        try:
+            config = hf.CONFIG_MAPPING[name]()
+        except Exception:  # a class without defaults, or one whose package is not installed
+            continue
+        check_values(name, json.loads(config.to_json_string(use_diff=False)))
+        checked += 1
+    assert checked > 50
+
+
+def divide(heads: Any) -> float:
+    return 1 / heads.n_groups
+
+
+def test_a_fault_names_the_key_that_the_failing_line_reads() -> None:
+    class Config:
+        n_groups = 0
+
+    config = {"n_groups": 0, "hidden_size": 4, "text_config": {"n_groups": 0}}
+    with pytest.raises(UnsupportedModelError) as caught:
+        with model_at_fault("M", config, "does not run", UnsupportedModelError):
+            divide(Config())
+    message = str(caught.value)
+    assert message.startswith("model M does not run with config.json's n_groups = 0 (ZeroDivision")
+    with pytest.raises(ModelError, match="with config.json's hidden_size = 4"):
+        with model_at_fault("M", config, "does not run"):
+            raise AssertionError("hidden_size\nis odd")
+
+
+@pytest.mark.parametrize(
+    "err", [MemoryError(), RuntimeError("can't allocate memory: 9"), UnsupportedModelError("x")]
+)
+def test_lack_of_memory_and_our_own_errors_are_no_fault_of_the_model(err: Exception) -> None:
+    with pytest.raises(type(err)) as caught, model_at_fault("M", {}, "does not run"):
+        raise err
+    assert caught.value is err
+
+
+def test_a_json_file_of_a_model_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_llama(hidden_size=16, intermediate_size=16).save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text("[" * 100_000)
+    with pytest.raises(ModelError, match=r"generation_config\.json cannot be read"):
+        load_model(find_model(str(tmp_path)), torch.float32, CPU)
+    with (tmp_path / "config.json").open("ab") as file:
+        file.truncate(2**40)
+    with pytest.raises(ModelError, match="has 1099511627776 bytes, more than"):
+        find_model(str(tmp_path))
