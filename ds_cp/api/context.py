@@ -21,7 +21,7 @@ from ds_cp.api.budget import (
     TEXT_BYTES,
     Held,
 )
-from ds_cp.api.errors import ApiError, not_ready
+from ds_cp.api.errors import ApiError, context_overflow, not_ready
 from ds_cp.api.generation import Generation, Job, in_client_names
 from ds_cp.api.logprobs import TokenTexts
 from ds_cp.api.metrics import ServerMetrics
@@ -191,13 +191,11 @@ class AppContext:
         else:
             asked, name = params.max_tokens, max_param
         if asked > room:
-            raise ApiError(
-                400,
+            raise context_overflow(
                 overflow_text(length, prompt, asked, prompt_param)
                 + f": {name} asks for {asked}, need {prompt + asked}, have {length}; "
                 "shorten the prompt" + (f" or lower {name}" if room > 0 else ""),
-                param=prompt_param if room < 1 else name,
-                code="context_length_exceeded",
+                prompt_param if room < 1 else name,
             )
         return params
 
