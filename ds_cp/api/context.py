@@ -130,9 +130,22 @@ class AppContext:
             with in_client_names(names):
                 self.engine.check(ids, fitting)
             jobs.append(Job(f"{answer_id}-{index}", ids, fitting, options))
+        jobs = [self._within_logprobs(job, sum(map(len, prompts)), len(prompts)) for job in jobs]
         new = sum(self._most_new_tokens(job) for job in jobs) * params.n
         self._reserve(held, sum(map(len, prompts)), new, params, stream, names)
         return Generation(self.engine, self.metrics, jobs, arrival, names)
+
+    def _within_logprobs(self, job: Job, prompt: int, prompts: int) -> Job:
+        """A job without ``max_tokens`` gets what fits, in the bound on log-probabilities too."""
+        params = job.params
+        if params.max_tokens is not None or params.logprobs is None:
+            return job
+        scored = 0 if params.prompt_logprobs is None else prompt * (params.prompt_logprobs + 1)
+        left = MAX_LOGPROBS - scored * params.n
+        most = left // ((params.logprobs + 1) * params.n * prompts)
+        if not max(params.min_tokens, 1) <= most < self._most_new_tokens(job):
+            return job
+        return replace(job, params=replace(params, max_tokens=most))
 
     def _most_new_tokens(self, job: Job) -> int:
         """Tokens of one answer at most."""
