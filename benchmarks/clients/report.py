@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,8 @@ def _sent(results: Sequence[Result]) -> str:
     for result in results:
         for sent in result["sent"]:
             fields = ", ".join(f"`{field}`" for field in sent["fields"])
-            headers = ", ".join(f"`{header}`" for header in sent["headers"])
+            families = {re.sub(r"^x-stainless-.*", "x-stainless-*", h) for h in sent["headers"]}
+            headers = ", ".join(f"`{header}`" for header in sorted(families))
             lines.append(
                 _line([result["name"], f"{sent['method']} {sent['path']}", fields, headers])
             )

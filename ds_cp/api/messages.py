@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from ds_cp.api.errors import FieldError, shown
 from ds_cp.api.foreign_fields import HARMLESS, MESSAGE, Unsupported
@@ -29,6 +29,14 @@ class ChatMessage(StrictModel):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Part]
     name: str | None = Field(None, max_length=MAX_PARTICIPANT_CHARS)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_text(cls, data: Any) -> Any:
+        """Some clients leave out an assistant's content where others send null."""
+        if isinstance(data, dict) and data.get("role") == "assistant" and "content" not in data:
+            return data | {"content": None}
+        return data
 
     @field_validator(
         "content",

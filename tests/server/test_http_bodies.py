@@ -131,10 +131,11 @@ def test_a_name_reaches_the_template_and_parts_are_joined(launch: Callable[..., 
     messages = [
         {"role": "user", "name": "ann", "content": parts},
         {"role": "assistant", "content": None},
+        {"role": "assistant"},
         {"role": "user", "content": "c"},
     ]
     ids = served.post("/tokenize", {"messages": messages}).json()["tokens"]
-    assert engine.tokenizer.decode(ids) == "ann: a\nb|assistant: |user: c|"
+    assert engine.tokenizer.decode(ids) == "ann: a\nb|assistant: |assistant: |user: c|"
 
 
 def test_a_false_that_the_template_reads_is_refused(launch: Callable[..., Running]) -> None:
