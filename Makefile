@@ -12,13 +12,15 @@ MAX_TOKENS ?= 64
 # deepspeed starts the "python" it was installed for, and mpirun the one on the PATH
 WITH_VENV := PATH="$(CURDIR)/$(BIN):$$PATH" VIRTUAL_ENV="$(CURDIR)/$(VENV)"
 
-.PHONY: help install model serve generate test unit checks format bench clean
+.PHONY: help install model serve generate test unit checks format bench clients fuzz attacks clean
 
 help:
 	@echo "make serve      four ranks serve a small model at http://127.0.0.1:8000"
 	@echo "make test       all tests"
 	@echo "make unit       the tests that start no ranks, under 90 s"
 	@echo "make generate   one completion over four ranks; PROMPT='...' MAX_TOKENS=64"
+	@echo "make clients    clients of OpenAI's protocol against the server; installs each by itself"
+	@echo "make fuzz       10,000 generated requests; make attacks: attacks beside honest streams"
 	@echo "make install | model | checks | format | bench | clean"
 
 install: $(STAMP)
@@ -66,6 +68,15 @@ format: install
 bench: install model
 	$(WITH_VENV) $(BIN)/torchrun --nproc-per-node 2 -m benchmarks.speed
 	$(WITH_VENV) $(BIN)/python -m benchmarks.attention_error
+
+clients: install model
+	$(WITH_VENV) $(BIN)/python -m benchmarks.clients
+
+fuzz: install model
+	$(WITH_VENV) $(BIN)/python -m benchmarks.fuzz
+
+attacks: install model
+	$(WITH_VENV) $(BIN)/python -m benchmarks.attacks
 
 clean:
 	rm -rf $(VENV) .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -2,7 +2,7 @@
 
 Each attack meets a fresh front. Longest gap of an honest stream, streams lost, time to its first
 event, /health beside it, the front's memory before, at most, and 10 s after, its descriptors. The
-attackers are processes of the lowest priority that keep to a share of one core each.
+attackers are processes of a low priority that keep to a share of one core each.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from benchmarks.common import RESULTS, commit, finish, machine, parser
 from benchmarks.server import front_of, serving
 from tests.helpers.attackers import KINDS, SHARE, TEMPLATE, attackers
 from tests.helpers.front import front, honest_streams
+from tests.helpers.jobs import post
 from tests.helpers.probe import Probe
-from tests.helpers.tiny import make_tiny_model
 
 STREAMS = 20
 AFTER_S = 10.0  # seconds after an attack at which memory must be back
@@ -45,14 +45,17 @@ MB = 2**20
 def measure(url: str, pid: int, kinds: Sequence[str], seconds: float) -> dict[str, Any]:
     """What honest streams meet beside these attacks, and what is left of them."""
     process = psutil.Process(pid)
+    warm(url)
     with Probe(url, process) as probe, honest_streams(url, STREAMS) as met:
         before, files = probe.memory, process.num_fds()
+        each_before = [round(size / MB, 1) for size in probe.memories]
         time.sleep(1.0)
         with attackers(url, kinds) as did:
             time.sleep(seconds)
+            held = process.num_fds()
         time.sleep(1.0)
     time.sleep(AFTER_S)
-    after = probe.memory
+    each = [round(size / MB, 1) for size in probe.memories]
     if probe.killed:
         raise AssertionError(f"killed at {probe.most / MB:.0f} MB, as it was taking the machine")
     return {
@@ -64,12 +67,23 @@ def measure(url: str, pid: int, kinds: Sequence[str], seconds: float) -> dict[st
         "health_s": round(probe.health_s, 3),
         "health_bad": probe.health_bad,
         "memory_before_mb": round(before / MB, 1),
+        "memory_before_each_mb": each_before,
         "memory_most_mb": round(probe.most / MB, 1),
-        "memory_after_mb": round(after / MB, 1),
+        "memory_after_mb": round(sum(each), 1),
+        "memory_after_each_mb": each,
         "descriptors_before": files,
+        "descriptors_under_attack": held,
         "descriptors_after": process.num_fds(),
         "attackers": did,
     }
+
+
+def warm(url: str) -> None:
+    """One ordinary exchange of each kind, so that what starts on first use is there before."""
+    messages = [{"role": "user", "content": "Hello"}]
+    post(f"{url}/v1/chat/completions", {"messages": messages, "max_tokens": 1})
+    tokens = post(f"{url}/tokenize", {"prompt": "Hello"})["tokens"]
+    post(f"{url}/detokenize", {"tokens": tokens})
 
 
 @contextmanager
@@ -80,6 +94,8 @@ def fake(folder: Path) -> Iterator[tuple[str, int]]:
 
 @contextmanager
 def real(folder: Path) -> Iterator[tuple[str, int]]:
+    from tests.helpers.tiny import make_tiny_model  # it imports transformers, which takes seconds
+
     model = make_tiny_model(folder / "tiny")
     (model / "chat_template.jinja").write_text(TEMPLATE)
     with serving(1, model=str(model), kv_cache={"tokens_per_rank": 8192}) as (url, _):
@@ -111,6 +127,7 @@ def holds(row: Mapping[str, Any]) -> bool:
     return bool(row["gap_s"] <= GAP_S and not row["lost"] and grown <= MEMORY_MB)
 
 
+WHEN = ("before", "under_attack", "after")
 HEADS = ("server", "attack", "longest gap", "lost", "first event", "/health", "memory, MB", "files")
 
 
@@ -128,7 +145,7 @@ def line(row: Mapping[str, Any]) -> str:
         f"{row['first_s']:.2f} s",
         f"{row['health_s']:.2f} s{bad}",
         " / ".join(f"{value:.0f}" for value in memory),
-        f"{row['descriptors_before']} / {row['descriptors_after']}",
+        " / ".join(str(row[f"descriptors_{when}"]) for when in WHEN),
     ]
     end = "" if row["held"] else " **miss**" if row["ended"] else " **miss**, did not end"
     return f"| {' | '.join(cells)}{end} |"
@@ -145,7 +162,8 @@ def main(argv: Sequence[str]) -> int:
     seconds = 5.0 if args.quick else args.seconds
     rows = []
     if args.only:
-        rows.append(attempt(fake, "+".join(args.only), args.only, seconds))
+        name = "all together" if tuple(args.only) == KINDS else "+".join(args.only)
+        rows.append(attempt(fake, name, args.only, seconds))
     else:
         rows.append(attempt(fake, "none", (), seconds))
         rows += [attempt(fake, kind, (kind,), seconds) for kind in KINDS]

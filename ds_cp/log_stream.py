@@ -26,6 +26,7 @@ class LogStream(io.TextIOBase):
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
+        self._line: bytes
         self._begin()
 
     @property

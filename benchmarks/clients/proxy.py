@@ -134,17 +134,20 @@ class Proxy:
 
 
 async def _copy(above: asyncio.StreamReader, writer: asyncio.StreamWriter, events: int) -> None:
-    """Hand an answer on; with ``events``, end it by an error event after that many."""
-    seen = b""
+    """Hand an answer on; with ``events``, end it by an error event after that many chunks."""
+    seen, handed = b"", 0
     while data := await above.read(65536):
         seen = (seen + data) if events else b""
-        if events and seen.count(b"data: ") > events:
+        ends = [found.end() for found in re.finditer(rb"\n\n\r\n", seen)]
+        if events and len(ends) >= events:
             error = b"data: " + json.dumps(not_ready("dead").body()).encode()
             text = error + b"\n\ndata: [DONE]\n\n"
-            writer.write(data + b"%x\r\n%s\r\n0\r\n\r\n" % (len(text), text))
+            last = b"%x\r\n%s\r\n0\r\n\r\n" % (len(text), text)
+            writer.write(seen[handed : ends[events - 1]] + last)
             await writer.drain()
             return
         writer.write(data)
+        handed += len(data)
         await writer.drain()
 
 

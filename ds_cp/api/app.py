@@ -24,6 +24,7 @@ from ds_cp.api.json_pieces import json_integers, json_object, json_text
 from ds_cp.api.json_route import strict_json_route
 from ds_cp.api.logprobs import TokenTexts
 from ds_cp.api.metrics import ServerMetrics
+from ds_cp.api.openapi import CHAT_ANSWERS, TEXT_ANSWERS
 from ds_cp.api.paced import PacedJson, Turns
 from ds_cp.api.protocol import (
     ChatRequest,
@@ -122,11 +123,11 @@ def package_version() -> str:
 def _completion_routes(context: AppContext, json_route: type[APIRoute]) -> APIRouter:
     router = APIRouter(route_class=json_route)
 
-    @router.post("/v1/chat/completions", response_model=None)
+    @router.post("/v1/chat/completions", response_model=None, responses=CHAT_ANSWERS)
     async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
         return await chat_completions(context, body, request)
 
-    @router.post("/v1/completions", response_model=None)
+    @router.post("/v1/completions", response_model=None, responses=TEXT_ANSWERS)
     async def create_completion(body: CompletionRequest, request: Request) -> Response:
         return await completions(context, body, request)
 

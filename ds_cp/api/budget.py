@@ -17,7 +17,9 @@ MIB = 2**20
 # Bytes of memory per unit, measured and rounded up.
 BODY_BYTES = 6  # per byte of a body: as received, as text, and parsed
 ID_BYTES = 48  # per token id of a list
-ENTRY_BYTES = 128  # per log-probability with its token, as an object or as JSON
+ENTRY_BYTES = 128  # per log-probability with its token, as JSON
+PACKED_BYTES = 16  # per log-probability, packed; and for each token:
+PACKED_TOKEN_BYTES = 80
 TEXT_BYTES = 8  # per token of a text as JSON; what a token has beyond is charged as it comes
 DELTA_BYTES = 48  # per token of a stream that waits for its client: text and id
 REQUEST_BYTES = 128 * 1024  # per request: its tasks, and what its connection's buffers hold
@@ -26,7 +28,8 @@ FREE_BODY_BYTES = 64 * 1024  # bytes of a body that are not charged: no list of 
 AUTO_SHARE = 1 / 8  # of the machine's memory
 AUTO_RANGE = (256 * MIB, 8192 * MIB)  # bytes
 LARGE_SHARE = 3 / 4  # of the budget for large requests; the rest is for small ones alone
-SMALL_SHARE = 1 / 1024  # of the budget: what a small request takes at most
+SMALL_SHARE = 1 / 1024  # of the budget: what a small request takes at most, or
+SMALL_BYTES = MIB
 RETRY_AFTER_S = 2  # seconds that a client is asked to wait while the budget is taken
 
 
@@ -40,7 +43,7 @@ class Budget:
     def has_room(self, more: int, whole: int) -> bool:
         """Whether a request that holds ``whole`` bytes in the end may take ``more`` now. Large
         requests leave a part of the budget to the small ones, so that they cannot keep them out."""
-        small = whole <= self.limit * SMALL_SHARE
+        small = whole <= max(self.limit * SMALL_SHARE, SMALL_BYTES)
         return self.used + more <= self.limit * (1.0 if small else LARGE_SHARE)
 
 

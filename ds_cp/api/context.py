@@ -15,11 +15,13 @@ from ds_cp.api.budget import (
     DELTA_BYTES,
     ENTRY_BYTES,
     ID_BYTES,
+    PACKED_BYTES,
+    PACKED_TOKEN_BYTES,
     REQUEST_BYTES,
     TEXT_BYTES,
     Held,
 )
-from ds_cp.api.errors import ApiError, not_ready
+from ds_cp.api.errors import ApiError, context_overflow, not_ready
 from ds_cp.api.generation import Generation, Job, in_client_names
 from ds_cp.api.logprobs import TokenTexts
 from ds_cp.api.metrics import ServerMetrics
@@ -32,7 +34,7 @@ from ds_cp.errors import RequestError
 from ds_cp.sampling_params import RequestOptions, SamplingParams
 
 # Log-probabilities of one answer, one per token, alternative and choice, at most: of the prompts
-# and of the new tokens together. A million are about 100 MB of memory and of JSON.
+# and of the new tokens together. A million are 50 to 100 MB of JSON.
 MAX_LOGPROBS = 1_000_000
 # Fields that the engine has by the same name.
 _COPIED = (
@@ -128,9 +130,22 @@ class AppContext:
             with in_client_names(names):
                 self.engine.check(ids, fitting)
             jobs.append(Job(f"{answer_id}-{index}", ids, fitting, options))
+        jobs = [self._within_logprobs(job, sum(map(len, prompts)), len(prompts)) for job in jobs]
         new = sum(self._most_new_tokens(job) for job in jobs) * params.n
         self._reserve(held, sum(map(len, prompts)), new, params, stream, names)
         return Generation(self.engine, self.metrics, jobs, arrival, names)
+
+    def _within_logprobs(self, job: Job, prompt: int, prompts: int) -> Job:
+        """A job without ``max_tokens`` gets what fits, in the bound on log-probabilities too."""
+        params = job.params
+        if params.max_tokens is not None or params.logprobs is None:
+            return job
+        scored = 0 if params.prompt_logprobs is None else prompt * (params.prompt_logprobs + 1)
+        left = MAX_LOGPROBS - scored * params.n
+        most = left // ((params.logprobs + 1) * params.n * prompts)
+        if not max(params.min_tokens, 1) <= most < self._most_new_tokens(job):
+            return job
+        return replace(job, params=replace(params, max_tokens=most))
 
     def _most_new_tokens(self, job: Job) -> int:
         """Tokens of one answer at most."""
@@ -165,8 +180,14 @@ class AppContext:
                 + " or ask for fewer",
                 name,
             )
-        fixed = REQUEST_BYTES + ID_BYTES * prompt + ENTRY_BYTES * scored
-        growing = new * (DELTA_BYTES if stream else TEXT_BYTES) + ENTRY_BYTES * drawn
+        fixed = REQUEST_BYTES + ID_BYTES * prompt
+        if scored:
+            fixed += PACKED_TOKEN_BYTES * prompt + PACKED_BYTES * scored
+        if not stream:
+            growing = TEXT_BYTES * new + ENTRY_BYTES * drawn
+        else:
+            each = DELTA_BYTES + (PACKED_TOKEN_BYTES if drawn else 0)
+            growing = each * new + PACKED_BYTES * drawn
         held.reserve(fixed + growing)
         held.spend(fixed)
 
@@ -183,13 +204,11 @@ class AppContext:
         else:
             asked, name = params.max_tokens, max_param
         if asked > room:
-            raise ApiError(
-                400,
+            raise context_overflow(
                 overflow_text(length, prompt, asked, prompt_param)
                 + f": {name} asks for {asked}, need {prompt + asked}, have {length}; "
                 "shorten the prompt" + (f" or lower {name}" if room > 0 else ""),
-                param=prompt_param if room < 1 else name,
-                code="context_length_exceeded",
+                prompt_param if room < 1 else name,
             )
         return params
 

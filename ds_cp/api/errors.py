@@ -106,6 +106,13 @@ def shutting_down() -> ApiError:
     return ApiError(503, "the server is shutting down", code="shutting_down")
 
 
+def context_overflow(message: str, param: str) -> ApiError:
+    """400, for what is longer than the model. The code is in the message as well: langchain-openai
+    looks for it in the text of an error, where openai 3 shows the message alone."""
+    code = "context_length_exceeded"
+    return ApiError(400, f"{message} ({code})", param=param, code=code)
+
+
 def not_ready(state: str) -> ApiError:
     """503, while the engine is starting, stopping or dead."""
     if state == "starting":

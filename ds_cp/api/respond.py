@@ -40,7 +40,7 @@ class Prompt:
 
     ids: list[int]
     cached_tokens: int = 0  # of the prefix cache
-    logprobs: tuple[TokenLogprob | None, ...] = ()  # one per token once they are known
+    logprobs: Sequence[TokenLogprob | None] = ()  # one per token once they are known
 
 
 @dataclass

@@ -8,7 +8,7 @@ from threading import Event
 from time import monotonic
 from typing import Any, TypeVar
 
-from ds_cp.api.errors import ApiError
+from ds_cp.api.errors import ApiError, context_overflow
 from ds_cp.api.lanes import Lanes, try_again
 from ds_cp.engine.interface import EngineInterface
 from ds_cp.errors import ChatTemplateError
@@ -156,12 +156,10 @@ class TextCodec:
     def _too_long(self, however: str, param: str) -> ApiError:
         """As OpenAI says it, so that clients know it."""
         length = self._engine.info.max_model_len
-        return ApiError(
-            400,
+        return context_overflow(
             f"This model's maximum context length is {length} tokens. However, {however}. "
             f"Please reduce the length of the {param}.",
-            param=param,
-            code="context_length_exceeded",
+            param,
         )
 
 

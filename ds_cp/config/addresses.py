@@ -35,8 +35,9 @@ def canonical_host(text: str) -> str | None:
         address = ipaddress.ip_address(text[1:-1] if bracketed else text)
     except ValueError:
         name = text.lower().removesuffix(".")
-        valid = not bracketed and ":" not in name and _AUTHORITY.fullmatch(name)
-        return name if valid and len(name) <= MAX_HOST_CHARS else None
+        if bracketed or ":" in name or name.endswith(".") or not text.isascii():
+            return None
+        return name if len(name) <= MAX_HOST_CHARS and _AUTHORITY.fullmatch(name) else None
     if bracketed and address.version == 4:
         return None
     if isinstance(address, ipaddress.IPv6Address):

@@ -71,7 +71,7 @@ class OutputCollector:
             first.request_id, self._prompt, first.prompt,
             tuple(self._completion(request) for request in self._answers),
             True, first.metrics(),
-            next((d.prompt_logprobs for d in self._deltas[0] if d.prompt_logprobs), None),
+            next((tuple(d.prompt_logprobs) for d in self._deltas[0] if d.prompt_logprobs), None),
         )  # fmt: skip
 
     def _completion(self, request: Request) -> CompletionOutput:

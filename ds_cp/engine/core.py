@@ -11,7 +11,7 @@ from typing import Any
 from ds_cp.engine.detokenize import Detokenizer, IncrementalDetokenizer
 from ds_cp.engine.interface import EngineStats
 from ds_cp.errors import IntegrityError, RequestError
-from ds_cp.outputs import Delta, TokenLogprob
+from ds_cp.outputs import Delta, PackedLogprobs, TokenLogprob, pack_logprob
 from ds_cp.plan import Outcome, Sampled, Scored, StepPlan
 from ds_cp.sampling_params import RequestOptions, SamplingParams
 from ds_cp.scheduler.request import Request
@@ -27,7 +27,7 @@ class _Call:
     request_id: str
     answers: list[_Answer] = field(default_factory=list)
     sent_prompt: bool = False  # the delta that describes the prompt went out
-    scores: dict[int, TokenLogprob] = field(default_factory=dict)  # by prompt position
+    scores: dict[int, bytes] = field(default_factory=dict)  # by prompt position, packed
 
 
 @dataclass(eq=False)
@@ -162,7 +162,8 @@ class EngineCore:
         if answer is not None and not answer.call.sent_prompt:
             prompt = answer.request.prompt
             for position, (logprob, top) in enumerate(scored.rows, scored.start):
-                answer.call.scores[position] = TokenLogprob(prompt[position], logprob, top)
+                item = TokenLogprob(prompt[position], logprob, top)
+                answer.call.scores[position] = pack_logprob(item)
 
     def _extend(self, answer: _Answer, got: Sampled) -> Delta:
         """Add one token to an answer."""
@@ -225,10 +226,10 @@ class EngineCore:
         return Delta(request.request_id, finish_reason="error", index=request.index)
 
     @staticmethod
-    def _scores(request: Request, call: _Call) -> tuple[TokenLogprob | None, ...] | None:
+    def _scores(request: Request, call: _Call) -> PackedLogprobs | None:
         if request.params.prompt_logprobs is None:
             return None
-        return (None, *(call.scores[p] for p in range(1, len(request.prompt))))
+        return PackedLogprobs([None, *(call.scores[p] for p in range(1, len(request.prompt)))])
 
     def _forget(self, answer: _Answer) -> None:
         reason = answer.request.finish_reason or "error"

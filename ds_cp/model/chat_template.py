@@ -179,6 +179,8 @@ def work_off(sock: socket.socket, render: Renderer) -> NoReturn:
         answer = _answer(job.work, render)
         try:
             raw = frame(answer)
+        except MemoryError:
+            raw = _NO_MEMORY
         except ValueError as err:  # half a surrogate pair, which no tokenizer takes
             raw = frame(Failed("raised", f"the rendering is not text: {_one_line(err)}"))
         _unlimit()
@@ -248,8 +250,7 @@ def _look(work: Look, render: Renderer) -> Looked:
 def _limit(limits: Limits) -> None:
     """Have the kernel end this process when it computes or lasts too long, and refuse it memory."""
     if size := _pages(0):
-        most = size + limits.memory_bytes
-        resource.setrlimit(resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
+        _limit_memory(size + limits.memory_bytes)
     signal.setitimer(signal.ITIMER_PROF, limits.cpu_s)
     signal.setitimer(signal.ITIMER_REAL, limits.wall_s)
 
@@ -257,6 +258,14 @@ def _limit(limits: Limits) -> None:
 def _unlimit() -> None:
     signal.setitimer(signal.ITIMER_PROF, 0)
     signal.setitimer(signal.ITIMER_REAL, 0)
+    _limit_memory(None)  # the next job may be a large one to read
+
+
+def _limit_memory(most: int | None) -> None:
+    """Bytes of address space; None for as many as the system allows."""
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    soft = hard if most is None else most if hard == resource.RLIM_INFINITY else min(most, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def _pages(field: int) -> int:

@@ -23,7 +23,7 @@ from ds_cp.text import shorten
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
 GGUF = "model.gguf"
-# Files that decide how text becomes token ids. Those of the second list are copied, not linked.
+# Files of a tokenizer. Those of the second list are copied, not linked.
 TOKENIZER_DATA = (
     "added_tokens.json", "bpe.codes", "byte_maps.json", "chat_template.jinja", "dict.txt",
     "emoji.json", "entity_vocab.json", "merges.txt", "normalizer.json", "prophetnet.tokenizer",
@@ -35,6 +35,12 @@ TOKENIZER_DATA = (
 )  # fmt: skip
 TOKENIZER_JSON = ("special_tokens_map.json", "tokenizer_config.json")
 TEMPLATES = "additional_chat_templates"
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files that decide how text becomes token ids, whether they are there or not."""
+    names = sorted({*TOKENIZER_JSON, *TOKENIZER_DATA})
+    return [*(folder / name for name in names), *sorted((folder / TEMPLATES).glob("*.jinja"))]
 
 
 @contextmanager
@@ -90,13 +96,10 @@ def tokenizer_folder(where: str, folder: Path) -> Iterator[str]:
                 if file == "tokenizer_config.json":
                     _check_class(where, file, found)
                 _write(view / file, without_files(found)[0])
-        for file in TOKENIZER_DATA:
-            if (folder / file).is_file():
-                (view / file).symlink_to((folder / file).resolve())
-        for template in sorted((folder / TEMPLATES).glob("*.jinja")):
-            if template.is_file():
-                (view / TEMPLATES).mkdir(exist_ok=True)
-                (view / TEMPLATES / template.name).symlink_to(template.resolve())
+        (view / TEMPLATES).mkdir()
+        for data in tokenizer_files(folder):
+            if data.name not in TOKENIZER_JSON and data.is_file():
+                (view / data.relative_to(folder)).symlink_to(data.resolve())
         yield name
 
 

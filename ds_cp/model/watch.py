@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ds_cp.errors import ModelError
 from ds_cp.model.checkpoint import read_checkpoint, some
-from ds_cp.model.private_folder import CONFIG, GENERATION, TOKENIZER_DATA, TOKENIZER_JSON
+from ds_cp.model.private_folder import CONFIG, GENERATION, tokenizer_files
 from ds_cp.model.source import ModelSource
 
 WEIGHTS = (".safetensors", ".gguf")  # these are mapped, all others were read at the start
@@ -42,10 +42,8 @@ def model_files(source: ModelSource) -> tuple[Path, ...]:
     folder = Path(source.where)
     found = read_checkpoint(folder)
     weights = (*((found.index,) if found.index else ()), *found.files)
-    return tuple(
-        folder / name
-        for name in (CONFIG, GENERATION, *weights, *TOKENIZER_JSON, *TOKENIZER_DATA)
-    )  # fmt: skip
+    named = tuple(folder / name for name in (CONFIG, GENERATION, *weights))
+    return named + tuple(tokenizer_files(folder))
 
 
 def look_at(files: tuple[Path, ...]) -> States:

@@ -56,9 +56,10 @@ class Migration:
         largest = blocks.largest_tokens
         if not largest:  # also when nothing runs: every request to come would be refused
             blocks.closed.discard(rank)
+            way_out = "reopen another one first" if blocks.num_ranks > 1 else "stop the job instead"
             raise CapacityError(
-                f"rank {rank} cannot be drained: no other rank is open, so that there would be "
-                "room for 0 tokens and a request needs at least 1; reopen another rank first",
+                f"rank {rank} cannot be drained: it is the last open one, without it there is room "
+                f"for 0 tokens, and every request needs 1 or more; {way_out}",
                 need=1, have=0, largest=0, param="rank",
             )  # fmt: skip
         for request in live:

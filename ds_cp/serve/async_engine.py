@@ -30,7 +30,7 @@ from ds_cp.scheduler.build import build_scheduler
 from ds_cp.serve.channel import Ready
 from ds_cp.serve.mailbox import Mailbox
 from ds_cp.serve.worker_link import WorkerLink
-from ds_cp.templates.chat import ChatTemplate
+from ds_cp.templates.chat import LOOK_S, ChatTemplate
 from ds_cp.templates.processes import TemplateProcesses
 
 
@@ -220,11 +220,13 @@ class AsyncEngine:
 
     def _become_ready(self) -> None:
         tokenizer = self._load_tokenizer()
-        chat_template = self._open_template(tokenizer)
+        chat_template = ChatTemplate(tokenizer, self._templates)
+        # While the worker starts, and not so long that a rank gives rank 0 up.
+        odd = chat_template.look(min(LOOK_S, idle_seconds(self._config.comm.timeout_s)))
         ready = self._link.ready()
         facts = ready.facts.with_tokenizer(*describe_tokenizer(tokenizer))
         said = facts.notes[len(ready.facts.notes) :]
-        ready = Ready(facts, (*ready.summary, *said, *chat_template.look()))
+        ready = Ready(facts, (*ready.summary, *said, *odd))
         scheduler = build_scheduler(self._config, facts, self._paced)
         with self._lock:
             self._core = EngineCore(scheduler, tokenizer)
@@ -243,14 +245,6 @@ class AsyncEngine:
             )
             self._state = "ready"
         self._on_ready(ready)
-
-    def _open_template(self, tokenizer: Any) -> ChatTemplate:
-        """The chat template; the process that renders it starts while the worker does."""
-        template = ChatTemplate(tokenizer, self._templates)
-        if template.choice.text is not None:
-            with contextlib.suppress(OSError):  # ``look`` tries again, and says why it cannot
-                self._templates.start()
-        return template
 
     def _loop_steps(self) -> None:
         idle_s = idle_seconds(self._config.comm.timeout_s)

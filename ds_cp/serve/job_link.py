@@ -89,7 +89,8 @@ class _Peer:
         """The next message; None at the end, and for what is no message."""
         try:
             line = await self._reader.readuntil(b"\n")
-            return msgspec.json.decode(line, type=Message)
+            message: Message = msgspec.json.decode(line, type=Message)
+            return message
         except (OSError, EOFError, asyncio.LimitOverrunError, msgspec.MsgspecError):
             return None
 
@@ -111,6 +112,7 @@ class LeadingLink:
         self._on_lost = on_lost
         self._on_stopping = on_stopping
         self._peers: set[_Peer] = set()
+        self._closed = False
         self._server: asyncio.AbstractServer | None = None
 
     async def open(self, name: str) -> None:
@@ -125,6 +127,7 @@ class LeadingLink:
 
     async def close(self) -> None:
         """Say good-bye to all."""
+        self._closed = True
         for peer in self._peers:
             peer.send(Bye())
             peer.close()
@@ -132,7 +135,11 @@ class LeadingLink:
             self._server.close()
 
     async def _attend(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        peer = _Peer(reader, writer)
+        # At the end of the loop; Python 3.11 would log the cancellation of such a task.
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._listen(_Peer(reader, writer))
+
+    async def _listen(self, peer: _Peer) -> None:
         hello = await peer.receive() if peer.is_ours else None
         if not isinstance(hello, Hello):
             peer.close()
@@ -147,8 +154,9 @@ class LeadingLink:
                 elif isinstance(message, Stopping):
                     self._on_stopping(hello.rank, message.reason, message.hurry)
                 elif message is None:
-                    cause = f"the supervisor of rank {hello.rank} (process {hello.pid}) was killed"
-                    self._on_lost(hello.rank, cause, None)
+                    if not self._closed:
+                        who = f"the supervisor of rank {hello.rank} (process {hello.pid})"
+                        self._on_lost(hello.rank, f"{who} was killed", None)
                     return
         finally:
             self._peers.discard(peer)
@@ -183,6 +191,13 @@ class FollowingLink:
         assert self._peer is not None
         self._peer.send(lost)
         await self._noted.wait()
+
+    async def until_end(self, seconds: float) -> None:
+        """Wait until rank 0's supervisor has ended, at most ``seconds``."""
+        if self._task is None:
+            await asyncio.sleep(seconds)
+        else:
+            await asyncio.wait({self._task}, timeout=seconds)
 
     def stopping(self, reason: str, hurry: bool) -> None:
         """Tell rank 0 that this rank was asked to end."""

@@ -2,8 +2,8 @@
 
 The engine never waits for a client, and no token is lost, so what waits here grows with the
 request. It is kept small: once ``APART`` items wait, further deltas of an answer are joined. A
-waiting token then holds some 40 bytes instead of 300, and 120 for each log-probability; the HTTP
-application counts on both when it admits a request.
+waiting token then holds some 40 bytes instead of 300, and 16 for each log-probability instead of
+120; the HTTP application counts on both when it admits a request.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import asyncio
 from collections import deque
 from dataclasses import replace
 from io import StringIO
+from typing import Any
 
 from ds_cp.errors import DsCpError
-from ds_cp.outputs import Delta, TokenLogprob
+from ds_cp.outputs import Delta, PackedLogprobs, pack_logprob
 
 APART = 64  # items that wait as they came
 JOINED_TOKENS = 256  # tokens of one joined delta at most
@@ -73,7 +74,7 @@ class _Joined:
         self._first = replace(first, text="", token_ids=(), logprobs=None)
         self._text = StringIO()
         self._ids: list[int] = []
-        self._logprobs: list[TokenLogprob] | None = None
+        self._logprobs: list[bytes | None] | None = None  # packed
         self._end: tuple[str | None, int | str | None] = (None, None)
         self._entries = 0
 
@@ -83,7 +84,8 @@ class _Joined:
         self._ids += delta.token_ids
         self._end = (delta.finish_reason, delta.stop_reason)
         if delta.logprobs is not None:
-            self._logprobs = [*(self._logprobs or ()), *delta.logprobs]
+            self._logprobs = self._logprobs or []
+            self._logprobs += map(pack_logprob, delta.logprobs)
             self._entries += sum(1 + len(item.top) for item in delta.logprobs)
 
     @property
@@ -93,11 +95,14 @@ class _Joined:
 
     def whole(self) -> Delta:
         """All of them."""
+        logprobs: tuple[Any, ...] | None = None
+        if self._logprobs is not None:
+            logprobs = tuple(PackedLogprobs(self._logprobs))
         return replace(
             self._first,
             token_ids=tuple(self._ids),
             text=self._text.getvalue(),
-            logprobs=None if self._logprobs is None else tuple(self._logprobs),
+            logprobs=logprobs,
             finish_reason=self._end[0],
             stop_reason=self._end[1],
         )

@@ -36,10 +36,13 @@ if TYPE_CHECKING:
 
 LEAVE_S = 2.0  # seconds for workers to end after the stop plan
 POLL_S = 0.1  # seconds between looks at the worker and the launcher
-HURRY_S = 1.0  # seconds for answers to reach their clients, when requests are not drained
+TOLD_S = 1.0  # seconds for the errors of a failed engine to reach their clients
 # Seconds within which signals are one: a launcher passes on what systemd sent to every process.
 SAME_S = 1.0
 CAUSE_S = 1.5  # seconds that rank 0 waits for the cause when its worker knows only of a lost peer
+# Seconds that another rank whose worker reported a failure waits for rank 0, which says the cause:
+# launchers end the job at the first exit.
+HEAD_START_S = 3.0
 FOLLOW_S = 5.0  # seconds that other ranks wait beyond the drain, which began on rank 0
 
 
@@ -61,6 +64,7 @@ class _Supervisor:
         self._loaded = False  # the worker can run plans
         self._reported = False  # the cause of a failure is known here, or to rank 0
         self._failed = False
+        self._pending: tuple[str, int] | None = None  # a failure whose cause may still come
         self._exit_code = 0
         self._launchers = launcher_processes(job.launcher)
         self._engine: AsyncEngine | None = None
@@ -149,17 +153,7 @@ class _Supervisor:
         self._engine = engine
         engine.start()
         app = create_app(engine, server)
-        serving = asyncio.create_task(serve_until(app, listeners, server, self._stop))
-        hurrying = asyncio.create_task(self._hurry.wait())
-        await asyncio.wait({serving, hurrying}, return_when=asyncio.FIRST_COMPLETED)
-        hurrying.cancel()
-        if not serving.done():  # the engine has told its requests; others may still be on their way
-            await asyncio.wait({serving}, timeout=HURRY_S)
-        if not serving.done():
-            serving.cancel()
-            await asyncio.gather(serving, return_exceptions=True)
-        else:
-            serving.result()  # raises what the server raised, if it failed by itself
+        await serve_until(app, listeners, server, self._stop, self._hurry)
         await engine.stop(LEAVE_S if self._loaded and not self._failed else 0.0)
 
     def _note_launchers(self) -> None:
@@ -187,6 +181,7 @@ class _Supervisor:
                 self._reported = True
                 if not self._stop.is_set():
                     self._exit_code = message.exit_code
+                    await self._following.until_end(HEAD_START_S)
         except EngineDeadError:
             pass  # the worker has ended; _watch reports the exit code
 
@@ -202,7 +197,10 @@ class _Supervisor:
         self._begin_stop(f"{reason} on rank {rank}", hurry)
 
     def _begin_stop(self, reason: str, hurry: bool) -> None:
-        """Stop the job; ``hurry`` tells the clients at once."""
+        """Stop the job; ``hurry`` tells the clients at once. A launcher that has seen a rank fail
+        asks for it too: then the failure is what ends the job."""
+        if self._pending is not None:
+            self._fail(*self._pending)
         first, hurried = not self._stop.is_set(), self._hurry.is_set()
         if first:
             self._asked = time.monotonic()
@@ -230,6 +228,7 @@ class _Supervisor:
         if cause_known or not self._leading.is_open:
             self._fail(message, exit_code)
         else:
+            self._pending = (message, exit_code)
             loop = asyncio.get_running_loop()
             loop.call_later(CAUSE_S, self._fail, message, exit_code)
 
@@ -251,7 +250,8 @@ class _Supervisor:
         if self._engine is not None:
             self._engine.fail(message)
         self._stop.set()
-        self._hurry.set()
+        # Requests of the engine know by now; what is still on its way does not hold up the end.
+        asyncio.get_running_loop().call_later(TOLD_S, self._hurry.set)
         if says:
             _say(f"error: {message}")
 

@@ -12,18 +12,13 @@ import torch
 
 from ds_cp.comm.wire import World
 from ds_cp.errors import ModelError
+from ds_cp.model.private_folder import tokenizer_files
 from ds_cp.model.source import ModelSource
 from ds_cp.model.wiring import Decoder
 from ds_cp.startup.agreement import Report, agreed, exchange_reports
 
 SAMPLES = 64  # elements of a tensor that are compared, evenly spaced, first and last included
 HEAD = 4 * 2**20  # bytes of a GGUF file that hold its tokenizer
-# Files that decide how text becomes token ids.
-TOKENIZER_FILES = (
-    "added_tokens.json", "chat_template.json", "merges.txt", "special_tokens_map.json",
-    "spiece.model", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json",
-    "vocab.txt",
-)  # fmt: skip
 PARTS = ("config", "tensor shapes", "weights", "tokenizer")
 Fingerprint = tuple[str, ...]  # a digest for each of PARTS; "": this rank has no such part
 
@@ -114,8 +109,7 @@ def _tokenizer(source: ModelSource | None) -> str:
         with path.open("rb") as gguf:
             digest.update(f"{path.stat().st_size}\n".encode() + gguf.read(HEAD))
         return _short(digest)
-    files = [path / name for name in TOKENIZER_FILES] + sorted(path.glob("*.jinja"))
-    present = [file for file in files if file.is_file()]
+    present = [file for file in tokenizer_files(path) if file.is_file()]
     for file in present:
         digest.update(f"{file.name} {file.stat().st_size}\n".encode() + file.read_bytes())
     return _short(digest) if present else ""

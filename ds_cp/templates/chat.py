@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ from ds_cp.templates.shape import AS_SENT, TEXT, Message, shaped, texts_of
 from ds_cp.text import shorten
 
 CPU_S = 3.0  # seconds of computing for one conversation; an honest one of 8 MB takes 0.2 s
-MEMORY_BYTES = 64 << 20  # bytes that a rendering may take, and MEMORY_PER_CHAR more per character
-MEMORY_PER_CHAR = 64
-LOOK_S = 5.0  # seconds by the clock that a start waits for a template to be examined
+# Bytes that a rendering may take: for any, and more for each character and each message or part.
+MEMORY_BYTES = 64 << 20
+MEMORY_PER_CHAR, MEMORY_PER_PIECE = 32, 2048
+LOOK_S = 15.0  # seconds by the clock that a start waits for a template to be examined
 OTHER_WAY = "use /v1/completions"
 TOO_SLOW = "chat_template_too_slow"
 _FILE = "chat_template.jinja"
+_MAX_FILE_BYTES = 64 << 20  # of tokenizer_config.json, some of which list a whole vocabulary
 _CODES = {"refused": "chat_template_refused", "time": TOO_SLOW}  # by what went wrong
 
 
@@ -65,6 +68,20 @@ def choose(templates: Any) -> Choice:
     if not templates.strip():
         return Choice(name, None, f"this model's chat template is empty; {OTHER_WAY}")
     return Choice(name, templates, notes=tuple(notes))
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of a conversation: characters of its texts, and messages and parts."""
+
+    chars: int = 0
+    pieces: int = 0
+
+    @staticmethod
+    def of(messages: Sequence[Message]) -> Size:
+        """Count."""
+        texts = [texts_of(message.get("content")) for message in messages]
+        return Size(sum(map(len, chain(*texts))), sum(1 + len(of_one) for of_one in texts))
 
 
 class ChatTemplate:
@@ -147,7 +164,7 @@ class ChatTemplate:
         if self._problem or self.choice.text is None:
             raise ChatTemplateError(self._problem, self._code)
         shapes = self._looked.shapes if self._looked else {}
-        chars = sum(len(text) for m in messages for text in texts_of(m.get("content")))
+        size = Size.of(messages)
         work = Render(
             self.choice.text,
             self._tokens,
@@ -156,13 +173,13 @@ class ChatTemplate:
             max_chars,
         )
         try:
-            answer = self.processes.run(work, self._limits(chars, deadline, cpu_s))
+            answer = self.processes.run(work, self._limits(size, deadline, cpu_s))
         except UnicodeEncodeError:
             raise ChatTemplateError("messages: half a surrogate pair is not text") from None
         if isinstance(answer, Rendered):
             return answer.text
         code = _CODES.get(_kind(answer), "chat_template_error")
-        raise ChatTemplateError(self._reason(answer, chars), code)
+        raise ChatTemplateError(self._reason(answer, size), code)
 
     def close(self) -> None:
         """End the processes."""
@@ -176,21 +193,23 @@ class ChatTemplate:
         try:
             if self._looked is None and not self._problem:
                 work = Look(self.choice.text or "", self._tokens)
-                answer = self.processes.run(work, self._limits(0, deadline))
+                answer = self.processes.run(work, self._limits(Size(), deadline))
                 if isinstance(answer, Looked):
                     self._looked = answer
                 else:
                     self._code = "chat_template_error"
-                    self._problem = f"{self._reason(answer, 0)}; {OTHER_WAY}"
+                    self._problem = f"{self._reason(answer, Size())}; {OTHER_WAY}"
         finally:
             self._looking.release()
 
-    def _limits(self, chars: int, deadline: float, cpu_s: float | None = None) -> Limits:
-        memory = self._memory_bytes + MEMORY_PER_CHAR * chars
+    def _limits(self, size: Size, deadline: float, cpu_s: float | None = None) -> Limits:
         cpu_s = self._cpu_s if cpu_s is None else min(cpu_s, self._cpu_s)
-        return Limits(cpu_s, max(deadline - time.monotonic(), 0.001), memory)
+        return Limits(cpu_s, max(deadline - time.monotonic(), 0.001), self._memory(size))
 
-    def _reason(self, answer: Answer, chars: int) -> str:
+    def _memory(self, size: Size) -> int:
+        return self._memory_bytes + MEMORY_PER_CHAR * size.chars + MEMORY_PER_PIECE * size.pieces
+
+    def _reason(self, answer: Answer, size: Size) -> str:
         """One line that names the template and says what happened."""
         kind = _kind(answer)
         text = answer.reason if isinstance(answer, Failed) else ""
@@ -199,9 +218,8 @@ class ChatTemplate:
             "raised": f"{self.name} fails on these messages: {text}",
             "broken": f"{self.name} does not compile: {text}",
             "lost": f"{self.name} leaves out what the user says, so it is not answered: {text!r}",
-            "long": f"{self.name} makes {text} of messages of {chars}",
-            "memory": f"{self.name} needs more than "
-            f"{(self._memory_bytes + MEMORY_PER_CHAR * chars) >> 20} MiB of memory",
+            "long": f"{self.name} makes {text} of messages of {size.chars}",
+            "memory": f"{self.name} needs more than {self._memory(size) >> 20} MiB of memory",
             "time": f"{self.name} does not end within {self._cpu_s:g} s of computing",
             "ended": f"{self.name} ended the process that renders it",
         }
@@ -226,7 +244,8 @@ def beside(folder: str, choice: Choice) -> list[str]:
         if not folder or not path.is_dir():
             return []
         stated = _stated(path / "tokenizer_config.json")
-        if (path / _FILE).is_file() and isinstance(stated, str) and stated != choice.text:
+        used = _read(path / _FILE) == choice.text is not None
+        if used and isinstance(stated, str) and stated != choice.text:
             notes.append(f"{_FILE} is used; tokenizer_config.json has another chat template")
         if choice.text is None and (path / "chat_template.json").is_file():
             notes.append("chat_template.json is of a processor; no tokenizer reads it")
@@ -236,7 +255,12 @@ def beside(folder: str, choice: Choice) -> list[str]:
 
 
 def _stated(path: Path) -> Any:
-    if not path.is_file():
-        return None
-    found = json.loads(path.read_text("utf-8"))
+    found = json.loads(_read(path) or "{}")
     return found.get("chat_template") if isinstance(found, dict) else None
+
+
+def _read(path: Path) -> str | None:
+    """A file's text; None where there is no such file, or one of no sensible size."""
+    if not path.is_file() or path.stat().st_size > _MAX_FILE_BYTES:
+        return None
+    return path.read_text("utf-8")

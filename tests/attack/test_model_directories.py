@@ -26,7 +26,8 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 from ds_cp.errors import ModelError
-from ds_cp.model import loading
+from ds_cp.model import loading, private_folder
+from ds_cp.model.checkpoint import read_checkpoint
 from ds_cp.model.data_only import data_only
 from ds_cp.model.loading import load_config, load_model, load_tokenizer
 from ds_cp.model.source import ModelSource, find_model
@@ -307,6 +308,23 @@ def test_traps_around_good_weights_are_passed_by(
     assert tokenizer(text)["input_ids"] == load_tokenizer(find_model(str(good)))(text)["input_ids"]
     assert type(model).__module__.startswith("transformers.models.")
     assert model.config._attn_implementation in ("eager", "sdpa")
+
+
+def test_transformers_sees_what_was_checked_and_nothing_else(folder: Path, canary: Canary) -> None:
+    for trap in (pickles_beside, adapter, code):
+        trap(folder, canary)
+    (folder / "x.gguf").write_bytes(b"GGUF")
+    os.mkfifo(folder / "vocab.json")  # a reader would wait for ever
+    with private_folder.gguf_folder(folder / "x.gguf") as view:
+        assert os.listdir(view) == ["model.gguf"]
+    with private_folder.checkpoint_folder("M", read_checkpoint(folder)) as view:
+        assert sorted(os.listdir(view)) == ["config.json", "generation_config.json", WHOLE]
+        assert json.loads(Path(view, "generation_config.json").read_text()).keys() <= {
+            "bos_token_id", "eos_token_id", "pad_token_id"}  # fmt: skip
+    with private_folder.tokenizer_folder("M", folder) as view:
+        assert sorted(os.listdir(view)) == [
+            "additional_chat_templates", "chat_template.jinja", "config.json", "tokenizer.json",
+            "tokenizer_config.json"]  # fmt: skip
 
 
 def test_keys_steer_at_no_depth(tmp_path: Path, canary: Canary) -> None:

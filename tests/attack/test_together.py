@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.attacks import FILES, MB, MEMORY_MB, SETTINGS
+from benchmarks.attacks import FILES, MB, MEMORY_MB, SETTINGS, warm
 from tests.helpers.attackers import KINDS, attackers
 from tests.helpers.front import front, honest_streams
 from tests.helpers.probe import Probe
@@ -20,6 +20,7 @@ GAP_S = 1.0 * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 def test_all_attacks_at_once(tmp_path: Path) -> None:
     with front(tmp_path, files=FILES, **SETTINGS) as attacked:
+        warm(attacked.url)
         process = psutil.Process(attacked.process.pid)
         with Probe(attacked.url, process) as probe, honest_streams(attacked.url, 20) as met:
             before = attacked.memory

@@ -7,13 +7,14 @@ from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
+from itertools import chain
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ds_cp.engine.interface import EngineInfo, EngineStats
 from ds_cp.errors import CapacityError, RequestError
-from ds_cp.outputs import Delta, TokenLogprob
+from ds_cp.outputs import Delta, PackedLogprobs, TokenLogprob
 from ds_cp.sampling_params import RequestOptions, SamplingParams
 from ds_cp.scheduler.admission import Limits, check_request
 from ds_cp.templates.chat import ChatTemplate
@@ -68,11 +69,13 @@ def expected_ids(prompt: list[int], count: int, vocab: int, index: int = 0) -> l
 def prompt_scores(prompt: list[int], top: int) -> tuple[TokenLogprob | None, ...]:
     """The fake engine's log-probabilities of a prompt: -0.25 times the position for each token, and
     the ``top`` most likely ones, the token itself first."""
-    scores: list[TokenLogprob | None] = [None]
-    for position, token_id in enumerate(prompt[1:], 1):
-        others = ((token_id, -0.25 * position), *((i, -50.0 - i) for i in range(top)))
-        scores.append(TokenLogprob(token_id, -0.25 * position, others[:top]))
-    return tuple(scores)
+    return (None, *(score_of(prompt, position, top) for position in range(1, len(prompt))))
+
+
+def score_of(prompt: list[int], position: int, top: int) -> TokenLogprob:
+    token_id = prompt[position]
+    others = ((token_id, -0.25 * position), *((i, -50.0 - i) for i in range(top)))
+    return TokenLogprob(token_id, -0.25 * position, others[:top])
 
 
 class FakeEngine:
@@ -180,7 +183,9 @@ class FakeEngine:
     def _with_prompt(self, delta: Delta, prompt: list[int], params: SamplingParams) -> Delta:
         scores = None
         if params.prompt_logprobs is not None:
-            scores = prompt_scores(prompt, params.prompt_logprobs)
+            top = params.prompt_logprobs
+            later = (score_of(prompt, position, top) for position in range(1, len(prompt)))
+            scores = PackedLogprobs.of(chain([None], later))
         return replace(delta, cached_tokens=self.cached, prompt_logprobs=scores)
 
     def _delta(

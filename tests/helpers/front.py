@@ -139,6 +139,7 @@ def serve(settings: Mapping[str, Any]) -> None:
     )
 
     values = {"port": 0, "drain_timeout_s": 1.0} | dict(settings)
+    values.setdefault("allowed_hosts", ["x"])  # what requests written as bytes say
     knobs = dict(values.pop("engine", {}))
     template = knobs.pop("chat_template", CHAT_TEMPLATE)
     engine = FakeEngine(make_tokenizer(template), knobs.pop("max_model_len", 4096))

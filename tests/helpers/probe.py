@@ -28,13 +28,18 @@ class Probe:
 
     @property
     def memory(self) -> int:
-        """Resident bytes."""
-        total = 0
+        """Resident bytes of all."""
+        return sum(self.memories)
+
+    @property
+    def memories(self) -> list[int]:
+        """Resident bytes of the process, then of each that it started."""
+        sizes = []
         with contextlib.suppress(psutil.Error):
             for process in [self.process, *self.process.children(recursive=True)]:
                 with contextlib.suppress(psutil.Error):
-                    total += process.memory_info().rss
-        return total
+                    sizes.append(process.memory_info().rss)
+        return sizes
 
     def __enter__(self) -> Probe:
         self._threads = [threading.Thread(target=run) for run in (self._sizes, self._health)]

@@ -119,20 +119,7 @@ def begin(start: Start, config: Write, launcher: str) -> Job:
 
 
 # Every launcher gets each signal once: one while it serves, the other while its workers load.
-# With a request in flight where the launcher leaves its ranks the time to finish it: mpirun kills
-# within a second, and SIGTERM to deepspeed ends its first process alone.
-
-
-@pytest.mark.parametrize("launcher", ["python", "torchrun", "ds-cp"])
-def test_sigterm_while_serving_drains(launcher: str, start: Start, config: Write) -> None:
-    job, url = serving(start, config, launcher)
-    stream = Stream(url)
-    job.process.terminate()
-    assert stream.was_finished(), (stream.events[-3:], stream.error, job.story())
-    job.gone(END_S)
-    assert "ds_cp: error" not in job.err, job.story()
-    if launcher != "torchrun":  # which calls every signal a failure
-        assert job.process.returncode == 0, job.story()
+# SIGTERM with requests in flight is in test_drain.
 
 
 @pytest.mark.parametrize("launcher", ["python", "torchrun", "ds-cp"])
@@ -151,7 +138,8 @@ def test_ctrl_c_while_serving(launcher: str, start: Start, config: Write) -> Non
     job.gone(END_S)
     stream.ended()
     if launcher == "deepspeed":
-        assert stream.was_finished() or stream.was_told(), (stream.events[-3:], job.story())
+        told = stream.was_told() and '"shutting_down"' in "".join(stream.events)
+        assert stream.was_finished() or told, (stream.events[-3:], job.story())
     assert "ds_cp: error" not in job.err, job.story()
 
 
@@ -179,18 +167,18 @@ def test_sigkill_to_the_launcher_while_serving(start: Start, config: Write) -> N
     job.gone(END_S)
 
 
-@pytest.mark.parametrize(("launcher", "rank"), [("python", 0), ("ds-cp", 1)])
-def test_sigkill_to_a_worker(launcher: str, rank: int, start: Start, config: Write) -> None:
-    job, url = serving(start, config, launcher)
+def test_sigkill_to_a_worker(start: Start, config: Write) -> None:
+    """Of the only rank; test_drain has those of other ranks."""
+    job, url = serving(start, config, "python")
     stream = Stream(url)
-    (worker,) = job.matching("serve.worker_process", rank)
+    (worker,) = job.matching("serve.worker_process", 0)
     worker.kill()
     job.gone(END_S)
     assert job.process.returncode not in (0, 2), job.story()
     (line,) = [line for line in job.err.splitlines() if "worker of rank" in line]
-    assert line == f"ds_cp: error: the worker of rank {rank} was ended by SIGKILL", job.story()
-    if rank == 0:
-        assert stream.was_told(), (stream.events[-3:], stream.error)
+    begins = "ds_cp: error: the worker of rank 0 was ended by SIGKILL (out of memory?) (noticed "
+    assert line.startswith(begins), job.story()
+    assert stream.was_told(), (stream.events[-3:], stream.error)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -321,14 +321,18 @@ def test_bound_on_log_probabilities(served: Running, monkeypatch: Any) -> None:
 
 
 def test_bound_on_the_log_probabilities_of_what_fits(served: Running, monkeypatch: Any) -> None:
-    """Without max_tokens, a chat may get as many tokens as fit."""
+    """Without max_tokens, a chat gets as many tokens as fit, in this bound too."""
     chat = {"messages": HELLO, "logprobs": True, "top_logprobs": 4}
     assert served.post(CHAT, chat).status_code == 200
     room = served.engine.info.max_model_len - len(served.engine.seen[0][0])
     monkeypatch.setattr(context, "MAX_LOGPROBS", 5 * room - 1)
-    error = served.post(CHAT, chat).json()["error"]
-    assert error["param"] == "max_tokens" and "set it" in error["message"]
+    [choice] = served.post(CHAT, chat).json()["choices"]
+    assert len(choice["logprobs"]["content"]) == room - 1 and choice["finish_reason"] == "length"
+    error = served.post(CHAT, chat | {"max_tokens": room}).json()["error"]
+    assert error["param"] == "max_tokens" and "lower max_tokens" in error["message"]
     assert served.post(CHAT, chat | {"max_tokens": room - 1}).status_code == 200
+    monkeypatch.setattr(context, "MAX_LOGPROBS", 4)  # not one token
+    assert served.post(CHAT, chat).json()["error"]["param"] == "max_tokens"
 
 
 def test_long_scored_prompts_do_not_hold_up_others(launch: Any, tokenizer: Any) -> None:

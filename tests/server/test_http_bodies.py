@@ -113,6 +113,7 @@ def test_overflow_begins_as_openais(served: Running) -> None:
         assert words in error["message"]
         assert f"Please reduce the length of the {what} or completion" in error["message"]
         assert "have 128; shorten the prompt" in error["message"]
+        assert error["message"].endswith(" (context_length_exceeded)")  # langchain looks for it
 
 
 def test_top_p_0_is_greedy(served: Running) -> None:

@@ -259,6 +259,21 @@ def raw(server: Running, request: str) -> tuple[int, bytes]:
     return int(answer.split(b" ")[1]), answer
 
 
+# -- hosts: tests/attack/test_rebinding.py has them without a key -------------------------------
+
+
+def test_with_a_key_the_key_counts(launch: Launch) -> None:
+    """A page has no key, so that names are not compared unless some are listed."""
+    server = launch(api_key=("secret",))
+    for host in ("gpu1.example", "10.0.0.7:8000"):
+        assert server.get("/v1/models", headers=KEY | {"Host": host}).status_code == 200
+        assert server.get("/v1/models", headers={"Host": host}).status_code == 401
+    error_of(server.get("/v1/models", headers=KEY | {"Host": "a@b"}), 400)
+    server = launch(api_key=("secret",), allowed_hosts=["gpu1.example"])
+    for host, status in (("gpu1.example:80", 200), ("localhost", 200), ("gpu2.example", 421)):
+        assert server.get("/v1/models", headers=KEY | {"Host": host}).status_code == status
+
+
 # -- metrics -----------------------------------------------------------------------------------
 
 

@@ -10,10 +10,11 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ds_cp.api.errors import ApiError
-from ds_cp.api.transport.routing import METHODS
+from ds_cp.api.json_route import WARNING_HEADER
+from ds_cp.api.transport.head import METHODS
 
 # Response headers that a page's script may read, beside those that it always may.
-EXPOSED = ("X-Request-Id", "Retry-After", "X-Ds-Cp-Warning")
+EXPOSED = ("X-Request-Id", "Retry-After", WARNING_HEADER)
 _PREFLIGHT_S = 600  # seconds that a browser may remember a preflight's answer
 
 
@@ -30,7 +31,7 @@ class Cors(CORSMiddleware):
         super().__init__(
             app,
             allow_origins=origins,
-            allow_methods=METHODS,
+            allow_methods=METHODS.split(", "),
             allow_headers=("*",),  # the headers of OpenAI's SDKs differ from version to version
             allow_private_network=True,
             expose_headers=EXPOSED,

@@ -9,7 +9,6 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-METHODS = ("GET", "HEAD", "OPTIONS", "POST")  # of all routes together
 _ROUTED = ("DELETE", "GET", "PATCH", "POST", "PUT")  # methods that a route may be declared with
 
 

@@ -18,7 +18,7 @@ from ds_cp.api.transport.accept import Acceptor
 from ds_cp.api.transport.capacity import Capacity, connection_bound
 from ds_cp.api.transport.connection import Connection, Shared
 from ds_cp.api.transport.head import METHODS
-from ds_cp.api.transport.middleware import ReadLimits, RequestIds
+from ds_cp.api.transport.middleware import Failures, ReadLimits, RequestIds
 from ds_cp.config import Server
 from ds_cp.process import give_large_blocks_back
 
@@ -123,7 +123,8 @@ async def serve_until(
 
 def _shared(server: Server) -> Shared:
     def within_limits(app: ASGIApp) -> ASGIApp:
-        return RequestIds(ReadLimits(app, server.max_body_bytes, server.body_timeout_s))
+        limits = ReadLimits(app, server.max_body_bytes, server.body_timeout_s)
+        return RequestIds(Failures(limits))
 
     return Shared(
         Capacity(connection_bound(server.max_connections)),

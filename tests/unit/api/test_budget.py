@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from ds_cp.api import trim
 from ds_cp.api.budget import BODY_BYTES, FREE_BODY_BYTES, MIB, Budget, Held, HoldMemory, auto_bytes
 from ds_cp.api.errors import ApiError
 
@@ -101,3 +102,25 @@ def test_bodies_are_charged_as_they_come() -> None:
 
 def test_auto_is_a_part_of_the_machine() -> None:
     assert 256 * MIB <= auto_bytes() <= 8192 * MIB
+
+
+def test_freed_memory_is_given_back_once_it_is_much(monkeypatch: Any) -> None:
+    monkeypatch.setattr(trim, "TRIM_AFTER_S", 0.01)
+    calls: list[int] = []
+    trimmer = trim.Trimmer()
+    monkeypatch.setattr(trimmer, "_trim", calls.append)
+
+    async def main() -> None:
+        for _ in range(3):
+            trimmer.released(trim.TRIM_BYTES // 4)
+        await asyncio.sleep(0.05)
+        assert calls == []
+        for _ in range(8):
+            trimmer.released(trim.TRIM_BYTES)
+        await asyncio.sleep(0.05)
+        assert calls == [0]
+        trimmer.released(trim.TRIM_BYTES - 1)
+        await asyncio.sleep(0.05)
+        assert calls == [0]
+
+    asyncio.run(main())

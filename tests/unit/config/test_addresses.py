@@ -5,6 +5,8 @@ from __future__ import annotations
 import ipaddress
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ds_cp.config import Server, canonical_host, canonical_origin, load_config, split_authority
 from ds_cp.errors import ConfigError
@@ -28,6 +30,8 @@ from ds_cp.errors import ConfigError
         ("[::1", None),
         ("", None),
         (".", None),
+        ("localhost..", None),
+        ("\u212a", None),  # its small letter is a k
         ("a b", None),
         ("user@localhost", None),
         ("localhost:80", None),
@@ -99,6 +103,18 @@ def test_authorities(text: str, found: tuple[str, int | None] | None) -> None:
 )
 def test_origins(text: str, origin: str | None) -> None:
     assert canonical_origin(text) == origin
+
+
+@given(st.text(st.sampled_from("aA1.:[]%@-_/ *\u0130\u212a\x00"), max_size=20))
+def test_one_spelling(text: str) -> None:
+    """Whatever is sent: no exception, the same again for what came out, and plain ASCII."""
+    host, origin = canonical_host(text), canonical_origin(f"http://{text}")
+    if host is not None:
+        assert host.isascii() and host == host.lower() and canonical_host(host) == host
+    if origin is not None:
+        assert canonical_origin(origin) == origin and "@" not in origin
+    found = split_authority(text)
+    assert found is None or ("@" not in found[0] and canonical_host(found[0]) == found[0])
 
 
 def test_the_hosts_that_are_answered() -> None:

@@ -39,7 +39,7 @@ def answer(ends_with: Any) -> tuple[list[int], str | None, tuple[str, ...]]:
             lambda: ends_with, on_ready, lambda err, code: None,
         )  # fmt: skip
         engine.start()
-        await asyncio.wait_for(ready.wait(), 10)
+        await asyncio.wait_for(ready.wait(), 30)
         params = SamplingParams(max_tokens=5, temperature=0.0)
         tokens: list[int] = []
         reason = None

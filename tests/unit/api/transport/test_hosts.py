@@ -61,7 +61,7 @@ def test_own_names_in_any_spelling(host: str) -> None:
 @pytest.mark.parametrize(
     "host",
     ["evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example",
-     "localhost..", "x.localhost", "127.1", "2130706433", "0x7f000001", "0.0.0.0", "10.0.0.1",
+     "x.localhost", "127.1", "2130706433", "0x7f000001", "0.0.0.0", "10.0.0.1",
      "127.0.0.2", "[::2]", "[::]", "gpu1.example.com", "xgpu1.example",
      "localhost,evil.example", "%6cocalhost"],
 )  # fmt: skip
@@ -75,7 +75,7 @@ def test_other_names_are_not_answered(host: str) -> None:
     "host",
     ["", " ", "localhost:x", "localhost:99999", "user@localhost", "evil@127.0.0.1", "a b", "[::1",
      "::1", "[::1]x", "http://localhost", "localhost/", "l\xf6calhost",
-     "localhost\x00", "localhost:80:80", "[fe80::1%25lo]"],
+     "localhost\x00", "localhost:80:80", "localhost..", "[fe80::1%25lo]"],
 )  # fmt: skip
 def test_what_is_no_host_is_refused(host: str) -> None:
     assert ask(host, known=None)[0] == 400

@@ -1,0 +1,58 @@
+"""What openapi.json says of the answers to completions: whole as JSON, streamed as events."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_Schema = dict[str, Any]
+_INTEGER: _Schema = {"type": "integer", "minimum": 0}
+_TEXT: _Schema = {"type": "string"}
+
+
+def _object(**properties: _Schema) -> _Schema:
+    """An object that has all of these properties; it may have more."""
+    return {"type": "object", "required": list(properties), "properties": properties}
+
+
+def _or_null(schema: _Schema) -> _Schema:
+    return {"anyOf": [schema, {"type": "null"}]}
+
+
+def _choice(**content: _Schema) -> _Schema:
+    return _object(
+        index=_INTEGER,
+        **content,
+        logprobs=_or_null({"type": "object"}),
+        finish_reason={"type": "string", "enum": ["stop", "length"]},
+        stop_reason=_or_null({"type": ["string", "integer"]}),
+    )
+
+
+def _whole(kind: str, choice: _Schema) -> _Schema:
+    return _object(
+        id=_TEXT,
+        object={"const": kind},
+        created=_INTEGER,
+        model=_TEXT,
+        choices={"type": "array", "minItems": 1, "items": choice},
+        usage=_object(
+            prompt_tokens=_INTEGER,
+            completion_tokens=_INTEGER,
+            total_tokens=_INTEGER,
+            prompt_tokens_details=_object(cached_tokens=_INTEGER),
+        ),
+    )
+
+
+def _answers(schema: _Schema) -> dict[int | str, dict[str, Any]]:
+    content = {"application/json": {"schema": schema}, "text/event-stream": {}}
+    return {200: {"description": "The answer, whole or (stream) as events.", "content": content}}
+
+
+CHAT_ANSWERS = _answers(
+    _whole(
+        "chat.completion",
+        _choice(message=_object(role={"const": "assistant"}, content=_TEXT)),
+    )
+)
+TEXT_ANSWERS = _answers(_whole("text_completion", _choice(text=_TEXT)))
