@@ -59,7 +59,7 @@ def test_idle_connections_are_nothing_to_others(tmp_path: Path, limit: int) -> N
         with honest_streams(served.url, 20) as met, contextlib.ExitStack() as stack:
             for sent in (b"", b"GET /health HTTP/1.1\r\nHo"):  # nothing, and half a head
                 hold(stack, served.port, 1100, sent)
-                assert slowest_health(served.port, 0.5) < 1.0
+                assert slowest_health(served.port, 0.5) < 2.0
                 assert served.descriptors < limit - 30  # files are left for everything else
         assert not met.lost and met.whole and met.gap_s < 1.0, met
         assert served.memory - memory < 100 << 20
@@ -99,7 +99,7 @@ def test_at_the_bound(tmp_path: Path) -> None:
                 (answer,) = ask(port, HEALTH.replace(b"/health", target))
                 assert answer.status == 200 and answer.headers["connection"] == "close"
             hold(stack, port, 60)  # they take turns in what is kept for health
-            assert slowest_health(port, 0.5) < 1.0
+            assert slowest_health(port, 0.5) < 2.0
             streams[0].close()  # a place is free again
             deadline = time.monotonic() + 5
             while ask(port, MODELS)[0].status != 200:

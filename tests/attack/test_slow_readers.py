@@ -16,8 +16,8 @@ from tests.helpers.front import Front, front, honest_streams
 
 C = "/v1/completions"
 # Answers above what the kernel takes for a client that does not read.
-ENGINE = {"max_model_len": 10_000}
-LONG = {"prompt": [5], "max_tokens": 8_000, "logprobs": 5}
+ENGINE = {"max_model_len": 5_000}
+LONG = {"prompt": [5], "max_tokens": 4_000, "logprobs": 5}
 
 
 @pytest.fixture(scope="module")
@@ -82,24 +82,23 @@ def test_a_client_that_reads_slowly_keeps_its_connection(served: Front) -> None:
             raw += part
             if time.monotonic() - begun < 3.0:
                 time.sleep(0.03)
-    assert len(raw.partition(b"\r\n\r\n")[2]) > 0.99 * len(whole) > 500_000
+    assert len(raw.partition(b"\r\n\r\n")[2]) > 0.99 * len(whole) > 400_000
 
 
 @pytest.mark.parametrize("signals", [1, 2])
 def test_they_do_not_hold_up_the_end(tmp_path: Path, signals: int) -> None:
-    """The drain ends in time, and at once when it is hurried."""
-    drain_timeout_s = 2.0 if signals == 1 else 60.0
-    with front(tmp_path, drain_timeout_s=drain_timeout_s, engine=ENGINE) as served:
-        deaf = [deaf_client(served, LONG | {"stream": number % 2 == 0}) for number in range(4)]
+    """A drain does not wait for them as long as for others, and not at all in a hurry."""
+    with front(tmp_path, drain_timeout_s=120.0, engine=ENGINE) as served:
+        deaf = [deaf_client(served, LONG | {"stream": stream}) for stream in (False, True)]
         for sock in deaf:
             assert sock.recv(10)  # its answer has begun
         for _ in range(signals):
             begun = time.monotonic()
             served.process.send_signal(signal.SIGTERM)
             time.sleep(0.3)
-        served.process.wait(20)
-        # Cancelled requests get 2 s to tell their clients, or 0.5 s in a hurry; then the process
-        # has to end, on a machine that may be busy.
-        assert time.monotonic() - begun < (7.0 if signals == 1 else 5.0)
+        # A client gets 5 s to read on once the server ends, or half a second in a hurry; then the
+        # process has to end, on a machine that may be busy.
+        served.process.wait(30)
+        assert time.monotonic() - begun < (20.0 if signals == 1 else 10.0)
         for sock in deaf:
             sock.close()
