@@ -14,19 +14,19 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from ds_cp.api.admin import rank_routes
-from ds_cp.api.bodies import Bodies
-from ds_cp.api.budget import ID_BYTES, Budget, HoldMemory, auto_bytes, held_by
-from ds_cp.api.chat import chat_completions
-from ds_cp.api.completions import completions
+from ds_cp.api.answers.budget import ID_BYTES, Budget, HoldMemory, auto_bytes, held_by
+from ds_cp.api.answers.chat import chat_completions
+from ds_cp.api.answers.completions import completions
+from ds_cp.api.answers.json_pieces import json_integers, json_object, json_text
+from ds_cp.api.answers.logprobs import TokenTexts
+from ds_cp.api.answers.paced import PacedJson, Turns
 from ds_cp.api.context import AppContext
 from ds_cp.api.errors import ApiError, ErrorBody, from_engine, from_validation
-from ds_cp.api.json_pieces import json_integers, json_object, json_text
-from ds_cp.api.json_route import strict_json_route
-from ds_cp.api.logprobs import TokenTexts
 from ds_cp.api.metrics import ServerMetrics
 from ds_cp.api.openapi import CHAT_ANSWERS, TEXT_ANSWERS
-from ds_cp.api.paced import PacedJson, Turns
-from ds_cp.api.protocol import (
+from ds_cp.api.requests.bodies import Bodies
+from ds_cp.api.requests.json_route import strict_json_route
+from ds_cp.api.requests.protocol import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,

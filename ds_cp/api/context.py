@@ -11,7 +11,7 @@ from typing import Any
 
 from starlette.requests import Request
 
-from ds_cp.api.budget import (
+from ds_cp.api.answers.budget import (
     DELTA_BYTES,
     ENTRY_BYTES,
     ID_BYTES,
@@ -21,12 +21,12 @@ from ds_cp.api.budget import (
     TEXT_BYTES,
     Held,
 )
+from ds_cp.api.answers.generation import Generation, Job, in_client_names
+from ds_cp.api.answers.logprobs import TokenTexts
+from ds_cp.api.answers.paced import Turns
 from ds_cp.api.errors import ApiError, context_overflow, not_ready
-from ds_cp.api.generation import Generation, Job, in_client_names
-from ds_cp.api.logprobs import TokenTexts
 from ds_cp.api.metrics import ServerMetrics
-from ds_cp.api.paced import Turns
-from ds_cp.api.protocol import SamplingRequest
+from ds_cp.api.requests.protocol import SamplingRequest
 from ds_cp.api.tokenization import TextCodec
 from ds_cp.config import Server
 from ds_cp.engine.interface import EngineInterface

@@ -19,10 +19,10 @@ from typing import Any, Literal, Union, get_args, get_origin
 import pytest
 from pydantic import BaseModel
 
-from ds_cp.api import protocol
 from ds_cp.api.app import create_app
-from ds_cp.api.bodies import SMALL_BYTES, _to_model
-from ds_cp.api.strict_model import Notes, StrictModel
+from ds_cp.api.requests import protocol
+from ds_cp.api.requests.bodies import SMALL_BYTES, _to_model
+from ds_cp.api.requests.strict_model import Notes, StrictModel
 from tests.helpers.front import front, honest_streams
 
 ROUTES: dict[type[BaseModel], str] = {

@@ -10,7 +10,8 @@ import httpx
 import openai
 import pytest
 
-from ds_cp.api import context, logprobs
+from ds_cp.api import context
+from ds_cp.api.answers import logprobs
 from tests.helpers.fake_engine import FakeEngine, expected_ids, prompt_scores
 from tests.server.conftest import Running, answer_text, wait_for
 

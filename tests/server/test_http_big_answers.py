@@ -15,10 +15,10 @@ import httpx
 import openai
 import pytest
 
-from ds_cp.api import json_pieces, logprobs, paced
+from ds_cp.api.answers import json_pieces, logprobs, paced
+from ds_cp.api.answers.budget import Budget, HoldMemory
+from ds_cp.api.answers.logprobs import TokenTexts
 from ds_cp.api.app import create_app
-from ds_cp.api.budget import Budget, HoldMemory
-from ds_cp.api.logprobs import TokenTexts
 from ds_cp.config import Server
 from ds_cp.outputs import TokenLogprob
 from tests.helpers.fake_engine import FakeEngine, expected_ids, prompt_scores
@@ -236,7 +236,7 @@ def test_the_pieces_are_the_whole(tokenizer: Any, monkeypatch: Any, kind: str, s
 @pytest.mark.parametrize("body", [{"echo": True}, {"echo": True, "logprobs": 20}])
 def test_pieces_of_a_stream(tokenizer: Any, monkeypatch: Any, body: dict[str, Any]) -> None:
     """A long prompt is echoed in many chunks, none of them large."""
-    monkeypatch.setattr("ds_cp.api.completions.ECHO_CHARS", 1000)
+    monkeypatch.setattr("ds_cp.api.answers.completions.ECHO_CHARS", 1000)
     engine = FakeEngine(tokenizer, max_model_len=8192)
     prompt = [*range(4, 200)] * 30
     app, budget = app_over(engine)

@@ -12,8 +12,8 @@ from typing import Any
 import httpx
 import pytest
 
-from ds_cp.api.bodies import GRACE_S, HELD_BODIES, SMALL_BYTES
-from ds_cp.api.json_route import warning
+from ds_cp.api.requests.bodies import GRACE_S, HELD_BODIES, SMALL_BYTES
+from ds_cp.api.requests.json_route import warning
 from tests.helpers.fake_engine import FakeEngine, make_tokenizer
 from tests.server.conftest import Running, error_of
 

@@ -319,7 +319,7 @@ def test_model_without_template(launch: Any) -> None:
 
 def test_partial_characters_in_logprobs(served: Running, tokenizer: Any) -> None:
     """A token that is one byte of a longer character: its byte in chat, a label in completions."""
-    from ds_cp.api.logprobs import TokenTexts
+    from ds_cp.api.answers.logprobs import TokenTexts
 
     texts = TokenTexts(served.engine)
     ids = tokenizer("\u20ac")["input_ids"]

@@ -345,7 +345,7 @@ def test_every_name_of_the_list_is_of_a_file(name: str) -> None:
         ("attention/kernels/x.py", "from ...kv.blocks import Blocks", 1),
         ("errors.py", "from ds_cp import init_inference", 1),
         ("api/app.py", "from ds_cp.comm import ring", 1),
-        ("api/chat.py", "from ds_cp.scheduler.request import Request", 1),
+        ("api/answers/chat.py", "from ds_cp.scheduler.request import Request", 1),
         ("scheduler/pacing.py", "from ds_cp.worker.state import WorkerState", 1),
         ("engine/core.py", "import ds_cp.api.app", 1),
         ("newthing/x.py", "", 0),

@@ -30,7 +30,7 @@ def test_they_are_the_same(items: list[TokenLogprob | None]) -> None:
 
 def test_they_are_small() -> None:
     """What the HTTP application counts for them."""
-    from ds_cp.api.budget import PACKED_BYTES, PACKED_TOKEN_BYTES
+    from ds_cp.api.answers.budget import PACKED_BYTES, PACKED_TOKEN_BYTES
 
     for top in (0, 20):
         row = tuple((i, -1.5 - i) for i in range(top))

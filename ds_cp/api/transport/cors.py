@@ -10,7 +10,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ds_cp.api.errors import ApiError
-from ds_cp.api.json_route import WARNING_HEADER
+from ds_cp.api.requests.json_route import WARNING_HEADER
 from ds_cp.api.transport.head import METHODS
 
 # Response headers that a page's script may read, beside those that it always may.

@@ -74,7 +74,7 @@ def test_nothing_is_lost_whatever_the_reader_does(top: int | None, reads: float)
 
 def test_waiting_tokens_hold_little() -> None:
     """What the HTTP application counts for a token of a stream, without log-probabilities."""
-    from ds_cp.api.budget import DELTA_BYTES
+    from ds_cp.api.answers.budget import DELTA_BYTES
 
     async def main() -> float:
         box = Mailbox()

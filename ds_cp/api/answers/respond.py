@@ -17,15 +17,15 @@ from typing import Any, ClassVar
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ds_cp.api.budget import Held, held_by
+from ds_cp.api.answers.budget import Held, held_by
+from ds_cp.api.answers.generation import Generation, unless_disconnected
+from ds_cp.api.answers.json_pieces import EncodedList, encode, json_array, json_object
+from ds_cp.api.answers.logprobs import prompt_items
+from ds_cp.api.answers.paced import PacedJson
+from ds_cp.api.answers.sse import EventStream, stream_events
 from ds_cp.api.context import AppContext, request_id_of
 from ds_cp.api.errors import ApiError
-from ds_cp.api.generation import Generation, unless_disconnected
-from ds_cp.api.json_pieces import EncodedList, encode, json_array, json_object
-from ds_cp.api.logprobs import prompt_items
-from ds_cp.api.paced import PacedJson
-from ds_cp.api.protocol import SamplingRequest
-from ds_cp.api.sse import EventStream, stream_events
+from ds_cp.api.requests.protocol import SamplingRequest
 from ds_cp.outputs import Delta, TokenLogprob
 
 ADMISSION_S = 1.0  # seconds that a stream waits for the engine's refusal before it answers 200

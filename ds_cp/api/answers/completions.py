@@ -10,12 +10,12 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ds_cp.api.budget import held_by
+from ds_cp.api.answers.budget import held_by
+from ds_cp.api.answers.json_pieces import json_array, json_object, json_text
+from ds_cp.api.answers.logprobs import BLOCK_LISTS, echo_blocks, echo_lists, legacy_block
+from ds_cp.api.answers.respond import Answer, Json, ending, respond
 from ds_cp.api.context import AppContext, request_options, sampling_params
-from ds_cp.api.json_pieces import json_array, json_object, json_text
-from ds_cp.api.logprobs import BLOCK_LISTS, echo_blocks, echo_lists, legacy_block
-from ds_cp.api.protocol import CompletionRequest
-from ds_cp.api.respond import Answer, Json, ending, respond
+from ds_cp.api.requests.protocol import CompletionRequest
 from ds_cp.outputs import Delta, TokenLogprob
 from ds_cp.sampling_params import SamplingParams
 

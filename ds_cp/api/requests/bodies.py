@@ -15,8 +15,8 @@ from starlette.requests import Request
 from starlette.types import Message
 
 from ds_cp.api.errors import ApiError, from_validation
-from ds_cp.api.json_weight import too_heavy
-from ds_cp.api.strict_model import Notes
+from ds_cp.api.requests.json_weight import too_heavy
+from ds_cp.api.requests.strict_model import Notes
 from ds_cp.api.transport.deadline import within
 from ds_cp.text import MAX_NAME_CHARS, JsonError, parse_json
 

@@ -9,7 +9,7 @@ from time import perf_counter
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from ds_cp.api.generation import until_disconnect
+from ds_cp.api.answers.generation import until_disconnect
 
 BATCH_S = 0.001  # seconds of work before the event loop gets its turn
 BATCH_BYTES = 64 * 1024  # bytes of one message to the client

@@ -10,8 +10,8 @@ from __future__ import annotations
 import psutil
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ds_cp.api.answers.trim import Trimmer
 from ds_cp.api.errors import ApiError
-from ds_cp.api.trim import Trimmer
 
 MIB = 2**20
 # Bytes of memory per unit, measured and rounded up.

@@ -12,9 +12,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope
 
-from ds_cp.api.bodies import Bodies
 from ds_cp.api.errors import ApiError
-from ds_cp.api.strict_model import Notes
+from ds_cp.api.requests.bodies import Bodies
+from ds_cp.api.requests.strict_model import Notes
 
 WARNING_HEADER = "X-Ds-Cp-Warning"
 _SHOWN_NAMES = 8  # unknown fields that the header names

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_cp.api import json_pieces, paced
-from ds_cp.api.json_pieces import (
+from ds_cp.api.answers import json_pieces, paced
+from ds_cp.api.answers.json_pieces import (
     EncodedList,
     encode,
     items_of,
@@ -21,7 +21,7 @@ from ds_cp.api.json_pieces import (
     json_object,
     json_text,
 )
-from ds_cp.api.paced import Turns
+from ds_cp.api.answers.paced import Turns
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 VALUES = st.recursive(

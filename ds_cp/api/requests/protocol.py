@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 from pydantic import Field, field_validator, model_validator
 
 from ds_cp.api.errors import FieldError, shown
-from ds_cp.api.foreign_fields import (
+from ds_cp.api.requests.foreign_fields import (
     BOTH,
     CHAT_ONLY,
     COMPLETION_ONLY,
@@ -31,8 +31,8 @@ from ds_cp.api.foreign_fields import (
     Unsupported,
     is_nothing,
 )
-from ds_cp.api.messages import MAX_MESSAGES, ChatMessage, plain_text
-from ds_cp.api.strict_model import StrictModel
+from ds_cp.api.requests.messages import MAX_MESSAGES, ChatMessage, plain_text
+from ds_cp.api.requests.strict_model import StrictModel
 from ds_cp.sampling_params import MAX_LOGIT_BIAS, MAX_N, MAX_SALT_CHARS, MAX_STOPS
 
 MAX_PROMPTS = 64  # prompts of one request

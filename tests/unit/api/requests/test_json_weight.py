@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from ds_cp.api.json_weight import MAX_DIGITS, MAX_MEMBERS, MAX_VALUES, too_heavy
+from ds_cp.api.requests.json_weight import MAX_DIGITS, MAX_MEMBERS, MAX_VALUES, too_heavy
 
 # Texts whose quotes, backslashes, brackets and commas are no part of the JSON around them.
 DECOYS = [

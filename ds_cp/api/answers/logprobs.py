@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
-from ds_cp.api.json_pieces import items_of
+from ds_cp.api.answers.json_pieces import items_of
 from ds_cp.engine.interface import EngineInterface
 from ds_cp.outputs import TokenLogprob
 

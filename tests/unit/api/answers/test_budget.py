@@ -7,8 +7,16 @@ from typing import Any
 
 import pytest
 
-from ds_cp.api import trim
-from ds_cp.api.budget import BODY_BYTES, FREE_BODY_BYTES, MIB, Budget, Held, HoldMemory, auto_bytes
+from ds_cp.api.answers import trim
+from ds_cp.api.answers.budget import (
+    BODY_BYTES,
+    FREE_BODY_BYTES,
+    MIB,
+    Budget,
+    Held,
+    HoldMemory,
+    auto_bytes,
+)
 from ds_cp.api.errors import ApiError
 
 

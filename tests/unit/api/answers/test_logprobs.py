@@ -6,8 +6,8 @@ import math
 from types import SimpleNamespace
 from typing import Any
 
-from ds_cp.api import logprobs
-from ds_cp.api.logprobs import TokenTexts, chat_entries
+from ds_cp.api.answers import logprobs
+from ds_cp.api.answers.logprobs import TokenTexts, chat_entries
 from ds_cp.outputs import TokenLogprob
 
 

@@ -12,9 +12,9 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from ds_cp.api.answers.generation import Generation, until_disconnect
+from ds_cp.api.answers.paced import Turns
 from ds_cp.api.errors import ApiError, from_engine, internal_error, shutting_down
-from ds_cp.api.generation import Generation, until_disconnect
-from ds_cp.api.paced import Turns
 from ds_cp.api.transport.deadline import within
 from ds_cp.errors import DsCpError
 from ds_cp.outputs import Delta

@@ -7,8 +7,8 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from ds_cp.api.errors import FieldError, shown
-from ds_cp.api.foreign_fields import HARMLESS, MESSAGE, Unsupported
-from ds_cp.api.strict_model import Notes, StrictModel, notes_of, sift, too_long
+from ds_cp.api.requests.foreign_fields import HARMLESS, MESSAGE, Unsupported
+from ds_cp.api.requests.strict_model import Notes, StrictModel, notes_of, sift, too_long
 
 MAX_MESSAGES = 10_000  # messages of one request
 MAX_PARTS = 1_000  # parts of one message

@@ -12,7 +12,7 @@ from annotated_types import MaxLen
 from pydantic import BaseModel, ConfigDict, ValidationInfo, model_validator
 
 from ds_cp.api.errors import FieldError, shown
-from ds_cp.api.foreign_fields import Unsupported, is_nothing
+from ds_cp.api.requests.foreign_fields import Unsupported, is_nothing
 from ds_cp.text import MAX_NAME_CHARS, closest, misspelt
 
 MAX_UNKNOWN = 32  # names of unknown fields in one body

@@ -13,9 +13,9 @@ from openai.types import completion_create_params as completion
 from openai.types.chat import completion_create_params as chat_completion
 from pydantic import BaseModel
 
-from ds_cp.api.bodies import _to_model
 from ds_cp.api.errors import ApiError
-from ds_cp.api.foreign_fields import (
+from ds_cp.api.requests.bodies import _to_model
+from ds_cp.api.requests.foreign_fields import (
     BOTH,
     CHAT_ONLY,
     COMPLETION_ONLY,
@@ -23,15 +23,15 @@ from ds_cp.api.foreign_fields import (
     MESSAGE,
     STREAM_OPTIONS,
 )
-from ds_cp.api.messages import ChatMessage
-from ds_cp.api.protocol import (
+from ds_cp.api.requests.messages import ChatMessage
+from ds_cp.api.requests.protocol import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
     StreamOptions,
     TokenizeRequest,
 )
-from ds_cp.api.strict_model import Notes
+from ds_cp.api.requests.strict_model import Notes
 
 NOTHING: list[Any] = [None, "", [], {}, False]
 WISHES: list[Any] = [{"wish": 1}, ["wish"], "wish"]
