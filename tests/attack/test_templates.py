@@ -30,7 +30,7 @@ def watched(attacked: Front) -> Iterator[list[int]]:
     over = threading.Event()
 
     def watch() -> None:
-        while not over.wait(0.1):
+        while not over.wait(0.3):
             try:
                 seen.append(attacked.memory)
             except Exception:  # a process ended while it was looked at
@@ -46,11 +46,11 @@ def watched(attacked: Front) -> Iterator[list[int]]:
 
 
 def test_a_template_without_end_costs_one_request(tmp_path: Path) -> None:
-    engine = {"delay_s": 0.02, "chat_template": TRAPS, "template_cpu_s": 0.4}
+    engine = {"delay_s": 0.02, "chat_template": TRAPS, "template_cpu_s": 0.3}
     with front(tmp_path, engine=engine, tokenize_timeout_s=50) as attacked:
         assert ask(attacked, "hello").status_code == 200
         before = attacked.memory
-        traps = ["loop", "memory", "recurse", "huge", "divide"] * 2
+        traps = ["loop", "memory", "recurse", "huge", "divide", "loop"]
         with honest_streams(attacked.url, 5) as met, watched(attacked) as memory:
             with ThreadPoolExecutor(len(traps)) as pool:
                 answers = [pool.submit(ask, attacked, trap) for trap in traps]
