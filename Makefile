@@ -49,7 +49,7 @@ generate: install model
 		--prompt "$$DS_CP_PROMPT" --max-tokens $(MAX_TOKENS)
 
 test: unit model
-	@$(WITH_VENV) $(BIN)/python -m pytest -q tests/dist tests/server
+	@$(WITH_VENV) $(BIN)/python -m pytest -q tests/dist tests/server tests/attack
 	@$(WITH_VENV) $(BIN)/python -m pytest -q -n 2 --dist loadfile tests/launch
 
 unit: install model

@@ -11,12 +11,12 @@ import linecache
 import re
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 
-from ds_cp.errors import DsCpError, ModelError
+from ds_cp.errors import DsCpError, ModelError, UnsupportedModelError
 from ds_cp.text import shorten, show
 
 REASON = 300  # characters of a library's message
@@ -58,6 +58,13 @@ def model_at_fault(
             "correct its config.json, fetch the model again, or choose a decoder "
             "that this transformers knows"
         ) from err
+
+
+def decoder_at_fault(decoder: Any, doing: str) -> AbstractContextManager[None]:
+    """Within, what the layers of a model of transformers raise is the model's fault, with the key;
+    an ``UnsupportedModelError``."""
+    where = decoder.config.name_or_path or type(decoder).__name__
+    return model_at_fault(where, decoder.config.to_dict(), doing, UnsupportedModelError)
 
 
 def reason(err: BaseException) -> str:

@@ -7,7 +7,6 @@ host is one line on every rank, not a hang.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -19,11 +18,11 @@ from ds_cp.comm.failure import failing
 from ds_cp.comm.links import measure_links
 from ds_cp.comm.wire import Group, World
 from ds_cp.config import Config
-from ds_cp.errors import ConfigError, UnsupportedModelError
+from ds_cp.errors import ConfigError
 from ds_cp.facts import Facts, LinkFacts
 from ds_cp.kv.pool import bytes_per_token
 from ds_cp.model.end_tokens import model_end_tokens
-from ds_cp.model.faults import model_at_fault
+from ds_cp.model.faults import decoder_at_fault
 from ds_cp.model.loading import choose_dtype, load_config, load_model
 from ds_cp.model.shard import RowSums, shard_model
 from ds_cp.model.source import ModelSource, find_model
@@ -141,12 +140,12 @@ def _serve(
         source = find_model(config.model) if model is None else model
         decoder = _load(config, source, world, note)
         # Refuses an architecture by its name before anything else is tried with it.
-        with _at_fault(decoder, "does not run"):
+        with decoder_at_fault(decoder, "does not run"):
             modules = [module for _, module in probe(decoder)]
         name, kernel = get_kernel(config.attention.backend, world.device, decoder.dtype)
         text = decoder.config.get_text_config()
         length = _max_model_len(config, getattr(text, "max_position_embeddings", None))
-        with _at_fault(decoder, "has positions that cannot be"):
+        with decoder_at_fault(decoder, "has positions that cannot be"):
             check_positions(decoder, length)
         found = fingerprint(decoder, source if isinstance(source, ModelSource) else None)
         return decoder, modules, name, kernel, length, found
@@ -156,8 +155,7 @@ def _serve(
     sums = RowSums(tp)
 
     def prepare() -> tuple[list[LayerSpec], Reference]:
-        with _at_fault(decoder, "does not run in transformers"):
-            reference = reference_logits(decoder, modules)
+        reference = reference_logits(decoder, modules)
         shard_model(decoder, sums)
         with sums.recording():
             layers = probe_layers(decoder)
@@ -177,12 +175,6 @@ def _serve(
         world, lambda: compare(architecture, decoder.dtype, reference, steps, replayed)
     )
     return Served(decoder, layers, kernel, name, length, error, reference.rounding)
-
-
-def _at_fault(decoder: Decoder, doing: str) -> AbstractContextManager[None]:
-    """Within, what the model's own layers raise is said as the model's fault, with the key."""
-    where = decoder.config.name_or_path or type(decoder).__name__
-    return model_at_fault(where, decoder.config.to_dict(), doing, UnsupportedModelError)
 
 
 def _load(

@@ -20,6 +20,7 @@ from ds_cp.attention import Kernel, LayerSpec
 from ds_cp.comm.wire import Group
 from ds_cp.errors import UnsupportedModelError
 from ds_cp.kv.pool import KVPool
+from ds_cp.model.faults import decoder_at_fault
 from ds_cp.model.shard import RowSums
 from ds_cp.model.wiring import CONTEXT, Decoder
 from ds_cp.plan import Begin, Chunk, Decodes, Sampling, StepPlan
@@ -70,7 +71,8 @@ def reference_logits(model: Decoder, modules: Sequence[nn.Module]) -> Reference:
         inputs["position_ids"] = torch.arange(LENGTH, device=model.device)[None]
     record = AttentionRecord(modules, LENGTH)
     rounding = 0.0
-    with torch.inference_mode():
+    at_fault = decoder_at_fault(model, "does not run in transformers")
+    with torch.inference_mode(), at_fault:
         model.set_attn_implementation("eager")
         with record.recording():
             logits = model(**inputs).logits[0].float()
