@@ -49,8 +49,8 @@ generate: install model
 		--prompt "$$DS_CP_PROMPT" --max-tokens $(MAX_TOKENS)
 
 test: unit model
-	@$(WITH_VENV) $(BIN)/python -m pytest -q tests/dist tests/server tests/attack
-	@$(WITH_VENV) $(BIN)/python -m pytest -q -n 2 --dist loadfile tests/launch
+	@$(WITH_VENV) $(BIN)/python -m pytest -q -n 2 --dist loadfile tests/dist tests/server tests/launch
+	@$(WITH_VENV) $(BIN)/python -m pytest -q tests/attack
 
 unit: install model
 	@$(WITH_VENV) $(BIN)/python -m pytest -q -n 2 tests/unit
