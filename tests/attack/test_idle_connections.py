@@ -8,6 +8,7 @@ import resource
 import socket
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -106,6 +107,19 @@ def test_at_the_bound(tmp_path: Path) -> None:
                 assert time.monotonic() < deadline
             for sock in streams[1:]:
                 assert read_all(sock).endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+        assert served.log.read_text() == ""
+
+
+def test_a_burst_at_the_bound(tmp_path: Path) -> None:
+    """Nobody is closed whose request is on its way: they are accepted a few at a time."""
+    with front(tmp_path, max_connections=8, engine={"delay_s": 0.05}) as served:
+        with contextlib.ExitStack() as stack, ThreadPoolExecutor(60) as clients:
+            streams = busy(served, stack, 8)
+            asked = list(clients.map(lambda _: ask(served.port, HEALTH), range(180)))
+            assert [[answer.status for answer in found] for found in asked] == [[200]] * 180
+            assert all(
+                read_all(sock).endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n") for sock in streams
+            )
         assert served.log.read_text() == ""
 
 
