@@ -156,6 +156,7 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
     def on_headers_complete(self) -> None:
         """A head is whole: the application is called."""
         method, version = self.parser.get_method(), self.parser.get_http_version()
+        self._bounds.head(len(self.url) + sum(len(n) + len(v) for n, v in self.headers))
         head = check_head(method, version, self.url, self.headers)
         if self.parser.should_upgrade():
             self._upgrade = True

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from ds_cp.api.transport.refusal import RefusedError, not_http
 
-METHODS = "GET, HEAD, POST, OPTIONS"  # of all routes together
+METHODS = ("GET", "HEAD", "POST", "OPTIONS")  # of all routes together
 EVERYTHING = b"*"  # the target of OPTIONS that means the server itself
 _ABSOLUTE = re.compile(rb"([a-z][a-z0-9+.-]*)://([^/?#]*)([^#]*)", re.IGNORECASE)
 _HOST = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(:[0-9]{0,5})?")
@@ -43,7 +43,9 @@ def check_head(method: bytes, version: str, target: bytes, headers: Headers) -> 
     if not version.startswith("1."):
         raise RefusedError(505, f"HTTP/{version} is not spoken here; use HTTP/1.1")
     if method == b"CONNECT":
-        raise RefusedError(405, "this server is no proxy for CONNECT", {"allow": METHODS})
+        raise RefusedError(
+            405, "this server is no proxy for CONNECT", {"allow": ", ".join(METHODS)}
+        )
     path, authority = _read_target(method, target)
     _check_codings(version, [value for name, value in headers if name == b"transfer-encoding"])
     hosts = [value for name, value in headers if name == b"host"]

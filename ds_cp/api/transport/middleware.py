@@ -22,7 +22,6 @@ from ds_cp.api.transport.deadline import within
 
 logger = logging.getLogger("ds_cp.api")
 
-MAX_HEADER_BYTES = 32 * 1024  # bytes of a request's headers
 MAX_TARGET_BYTES = 8 * 1024  # bytes of a request's URL
 BODY_BYTES_PER_S = 64 * 1024  # a body that arrives at this rate is never cut off
 _NO_CODING = ("", "identity")  # names of no content coding at all
@@ -125,7 +124,7 @@ class ApiKeys:
 
 
 class ReadLimits:
-    """Bounds the bytes of a request's headers, target and body, and the seconds of its body.
+    """Bounds the bytes of a request's target and body, and the seconds of its body.
 
     A body in a content coding (gzip, ...) is a 415: decoding would need bounds of its own. Chunked
     bodies are counted as they arrive. A body may take ``timeout_s`` seconds plus one for
@@ -153,9 +152,6 @@ class ReadLimits:
         target = len(scope.get("raw_path") or b"") + len(scope.get("query_string") or b"")
         if target > MAX_TARGET_BYTES:
             return ApiError(414, f"the URL has {target} bytes; at most {MAX_TARGET_BYTES}")
-        size = sum(len(name) + len(value) for name, value in scope["headers"])
-        if size > MAX_HEADER_BYTES:
-            return ApiError(431, f"the headers have {size} bytes; at most {MAX_HEADER_BYTES}")
         codings = ",".join(Headers(scope=scope).getlist("content-encoding")).lower().split(",")
         coding = next((name.strip() for name in codings if name.strip() not in _NO_CODING), None)
         if coding is not None:
