@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from ds_cp.api.transport.connection import Connection
 from tests.helpers.raw import answers, ask, connect, read_all
 from tests.server.conftest import Running
 
@@ -62,6 +64,30 @@ def test_a_body_that_is_whole_keeps_the_connection(launch: Launch) -> None:
     post = b"POST /v1/completions HTTP/1.1\r\nContent-Length: 2\r\n" + HOST + JSON + b"\r\n{}"
     last = PING.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
     assert [answer.status for answer in ask(server.port, post + last)] == [401, 200]
+
+
+def test_tiny_segments_are_read_in_turns(served: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 of them at once, then one or more in 10 ms, however fast they come."""
+    reads = 0
+    received = Connection.data_received
+
+    def count(self: Connection, data: bytes) -> None:
+        nonlocal reads
+        reads += 1
+        received(self, data)
+
+    monkeypatch.setattr(Connection, "data_received", count)
+    begun = time.monotonic()
+    with connect(served.port) as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.sendall(PING[:-2] + b"Connection: close\r\nA: ")
+        for _ in range(600):
+            sock.sendall(b"a")
+            time.sleep(0.001)
+        sock.sendall(b"\r\n\r\n")
+        (answer,) = answers(read_all(sock))
+    assert answer.status == 200
+    assert 64 <= reads <= 70 + (time.monotonic() - begun) / 0.01
 
 
 @pytest.mark.parametrize("before", [0, 1])
