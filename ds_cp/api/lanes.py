@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from threading import Event
 from typing import TypeVar
 
-from ds_cp.api.errors import ApiError
+from ds_cp.api.errors import RETRY_AFTER, ApiError
 
 SHORT_THREADS, LONG_THREADS = 2, 1  # pieces of work done at once in each lane
 MAX_WAITING = 256  # pieces of work in one lane
@@ -59,4 +59,4 @@ class Lanes:
 
 def try_again(message: str, code: str) -> ApiError:
     """503 for what may work a little later."""
-    return ApiError(503, f"{message}; try again", code=code, headers={"Retry-After": "1"})
+    return ApiError(503, f"{message}; try again", code=code, headers=RETRY_AFTER)

@@ -136,6 +136,8 @@ OTHERS: dict[str, tuple[bytes, list[int]]] = {
         POST + CHUNKED + b"\r\n" + CHUNKS + b"0\r\nX-Request-Id: no\r\n\r\n", [200]),
     "6.3 spaces around Content-Length": (
         POST + b"Content-Length: \t 32 \r\n\r\n" + BODY, [200]),
+    "6.2 zeros before Content-Length": (
+        POST + b"Content-Length: %s32\r\n\r\n" % (b"0" * 5000) + BODY, [200]),
     "5.5 a tab and bytes above 127 in a value": (PING + b"A: b\tc\xff\r\n\r\n", [200]),
     "2.2 empty lines before a request": (b"\r\n\r\n" + PING + b"\r\n", [200]),
     "2.5 HTTP/1.0 needs no Host": (b"GET /health HTTP/1.0\r\n\r\n", [200]),

@@ -112,7 +112,7 @@ def test_all_of_it_beside_honest_streams(served: Front) -> None:
 
 def test_tiny_segments_beside_honest_streams(served: Front) -> None:
     """Bodies and heads that arrive byte by byte are not refused: segments are not the sender's
-    choice alone. They are read in turns."""
+    choice alone. They are read in turns: tests/server/test_http_connections.py counts the reads."""
     body = POST.replace(b"Transfer-Encoding: chunked", b"Content-Length: 5000")
     with honest_streams(served.url, 20) as met:
         for start in (GET + b"a: ", body):

@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
+from ds_cp.api.transport.head import METHODS
 from ds_cp.errors import QueueFullError
 from tests.helpers.fake_engine import FakeEngine
 from tests.server.conftest import Running, error_of, wait_for
@@ -28,6 +29,7 @@ def routes_of(server: Running) -> dict[str, set[str]]:
         url = path.replace("{model}", "fake-model").replace("{rank}", "1")
         found[url] = {method.upper() for method in operations}
     assert len(found) > 10
+    assert set().union(*found.values()) <= set(METHODS)
     return found
 
 
@@ -269,6 +271,7 @@ def test_with_a_key_the_key_counts(launch: Launch) -> None:
         assert server.get("/v1/models", headers=KEY | {"Host": host}).status_code == 200
         assert server.get("/v1/models", headers={"Host": host}).status_code == 401
     error_of(server.get("/v1/models", headers=KEY | {"Host": "a@b"}), 400)
+    assert server.get("/v1/models", headers=KEY | {"Host": ""}).status_code == 200  # RFC 9112, 3.2
     server = launch(api_key=("secret",), allowed_hosts=["gpu1.example"])
     for host, status in (("gpu1.example:80", 200), ("localhost", 200), ("gpu2.example", 421)):
         assert server.get("/v1/models", headers=KEY | {"Host": host}).status_code == status

@@ -13,6 +13,7 @@ import httpx
 import openai
 import pytest
 
+from ds_cp.api.transport import wire
 from tests.server.conftest import Running, wait_for
 
 C = "/v1/completions"
@@ -224,6 +225,12 @@ def test_header_and_url_limits(served: Running) -> None:
     reply = served.get("/health", headers={"X-Big": "a" * 40_000})
     assert reply.status_code in (400, 431)
     assert reply.json()["error"]["type"] == "invalid_request_error"
+    room = wire.MAX_HEAD_BYTES - 1000  # the same bound, in one read or many
+    for size, status in ((room, 200), (room + 1000, 431), (room + 10_000, 431)):
+        sock = connect(served)
+        sock.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nX-Big: ")
+        sock.sendall(b"a" * size + b"\r\n\r\n")
+        assert b" %d " % status in read_all(sock)[:20]
     reply = served.get("/health", params={"q": "a" * 9000})
     assert reply.status_code == 414
     sock = connect(served)

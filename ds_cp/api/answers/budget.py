@@ -11,7 +11,7 @@ import psutil
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ds_cp.api.answers.trim import Trimmer
-from ds_cp.api.errors import ApiError
+from ds_cp.api.errors import RETRY_AFTER, ApiError
 
 MIB = 2**20
 # Bytes of memory per unit, measured and rounded up.
@@ -30,7 +30,6 @@ AUTO_RANGE = (256 * MIB, 8192 * MIB)  # bytes
 LARGE_SHARE = 3 / 4  # of the budget for large requests; the rest is for small ones alone
 SMALL_SHARE = 1 / 1024  # of the budget: what a small request takes at most, or
 SMALL_BYTES = MIB
-RETRY_AFTER_S = 2  # seconds that a client is asked to wait while the budget is taken
 
 
 class Budget:
@@ -82,7 +81,7 @@ class Held:
             "(server.max_buffered_bytes); try again in a moment, "
             "or lower max_tokens, n or the number of log-probabilities",
             code="server_busy",
-            headers={"Retry-After": str(RETRY_AFTER_S)},
+            headers=RETRY_AFTER,
         )
 
     def spend(self, size: int) -> None:

@@ -9,7 +9,7 @@ from time import perf_counter
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from ds_cp.api.answers.generation import until_disconnect
+from ds_cp.api.answers.generation import unless_disconnected
 
 BATCH_S = 0.001  # seconds of work before the event loop gets its turn
 BATCH_BYTES = 64 * 1024  # bytes of one message to the client
@@ -91,16 +91,7 @@ class PacedJson(Response):
             await self._start(send)
             await send({"type": "http.response.body", "body": bytes(head), "more_body": False})
             return
-        writing = asyncio.create_task(self._write(bytes(head), send))
-        leaving = asyncio.create_task(until_disconnect(receive))
-        try:
-            await asyncio.wait({writing, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if writing.done():
-                writing.result()
-        finally:
-            writing.cancel()
-            leaving.cancel()
-            await asyncio.gather(writing, leaving, return_exceptions=True)
+        await unless_disconnected(receive, self._write(bytes(head), send))
 
     async def _write(self, head: bytes, send: Send) -> None:
         await self._start(send)

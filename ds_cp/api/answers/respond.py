@@ -216,7 +216,7 @@ async def respond(
         keep_alive_s=context.server.keep_alive_s,
         request_id=request_id_of(request),
     )
-    return EventStream(events, generation, write_timeout_s=context.server.write_timeout_s)
+    return EventStream(events, generation)
 
 
 def ending(last: Delta | None) -> Json:

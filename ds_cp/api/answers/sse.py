@@ -12,7 +12,7 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from ds_cp.api.answers.generation import Generation, until_disconnect
+from ds_cp.api.answers.generation import Generation, unless_disconnected
 from ds_cp.api.answers.paced import Turns
 from ds_cp.api.errors import ApiError, from_engine, internal_error, shutting_down
 from ds_cp.api.transport.deadline import within
@@ -80,35 +80,26 @@ class EventStream(Response):
     """Sends events until the last one, or until the client leaves; then closes the generation.
 
     Unlike starlette's ``StreamingResponse`` it closes the iterator itself, instead of the garbage
-    collector; it gives up on a client that does not read for ``write_timeout_s`` seconds; and it
-    sends an error event when the server cancels it at the end of a drain.
+    collector; and it sends an error event when the server cancels it at the end of a drain. Clients
+    that do not read are the connection's to end.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(
-        self, events: AsyncIterator[bytes], generation: Generation, *, write_timeout_s: float
-    ) -> None:
+    def __init__(self, events: AsyncIterator[bytes], generation: Generation) -> None:
         self.status_code = 200
         self.background = None
         self._events = events
         self._generation = generation
-        self._write_timeout_s = write_timeout_s
         # A proxy that buffers would hide tokens and keep-alives alike.
         self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        writing = asyncio.create_task(self._write(send))
-        leaving = asyncio.create_task(until_disconnect(receive))
         try:
-            await asyncio.wait({writing, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if writing.done():
-                writing.result()
+            await unless_disconnected(receive, self._write(send))
         except asyncio.CancelledError:
-            await _stop(writing)
             await self._send_shutting_down(send)
         finally:
-            await _stop(writing, leaving)
             await self._generation.close()
 
     async def _write(self, send: Send) -> None:
@@ -116,8 +107,7 @@ class EventStream(Response):
         await send(head)
         async with aclosing(self._events) as events:  # type: ignore[type-var]
             async for data in events:
-                body = {"type": "http.response.body", "body": data, "more_body": True}
-                await within(self._write_timeout_s, send(body))
+                await send({"type": "http.response.body", "body": data, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _send_shutting_down(self, send: Send) -> None:
@@ -127,9 +117,3 @@ class EventStream(Response):
             await within(_LAST_EVENT_S, send(body))
         except (asyncio.TimeoutError, RuntimeError, OSError):
             logger.info("a stream ended before the event of the shutdown was sent")
-
-
-async def _stop(*tasks: asyncio.Task[Any]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)

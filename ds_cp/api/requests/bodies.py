@@ -14,7 +14,7 @@ from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import Message
 
-from ds_cp.api.errors import ApiError, from_validation
+from ds_cp.api.errors import RETRY_AFTER, ApiError, from_validation
 from ds_cp.api.requests.json_weight import too_heavy
 from ds_cp.api.requests.strict_model import Notes
 from ds_cp.api.transport.deadline import within
@@ -206,5 +206,5 @@ def _busy(what: str) -> ApiError:
         503,
         f"too many bodies at once: there was no room for {what} in time; try again",
         code="bodies_busy",
-        headers={"Retry-After": "1"},
+        headers=RETRY_AFTER,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import resource
 import time
+from itertools import chain
 from typing import Protocol
 
 from ds_cp.config.fields import Auto
@@ -27,14 +28,16 @@ class Capacity:
     """The open connections of a server, at most ``most`` and ``EXTRA_CONNECTIONS``.
 
     A connection counts from its accept to its end. It is idle while no request of it is in flight,
-    also before its first one is whole. At the bound the one that has been idle longest is closed.
+    from its first bytes on or a short while after it came: before that it is silent, and its
+    request may be on the way. At the bound the one that has been idle longest is closed.
     """
 
     def __init__(self, most: int) -> None:
         self.most = most
         self._open: set[Evictable] = set()
         self._idle: dict[Evictable, None] = {}  # the longest idle first
-        self._extra: set[Evictable] = set()
+        self._silent: dict[Evictable, None] = {}  # those of which nothing was said yet
+        self._extra: set[Evictable] = set()  # those beyond the bound
 
     def has_room(self) -> bool:
         """Whether another connection may be accepted now."""
@@ -42,9 +45,12 @@ class Capacity:
 
     def add(self, connection: Evictable) -> None:
         """A connection was accepted. It may cost another one its place."""
-        if len(self._open) >= self.most and not self.close_idle():
+        if len(self._open) >= self.most:
+            self.close_idle()  # which may be one beyond the bound
+        if self._is_full():
             self._extra.add(connection)
         self._open.add(connection)
+        self._silent[connection] = None
 
     def close_idle(self) -> bool:
         """Close the connection that has been idle longest; False if none is idle."""
@@ -60,10 +66,12 @@ class Capacity:
         self._open.discard(connection)
         self._extra.discard(connection)
         self._idle.pop(connection, None)
+        self._silent.pop(connection, None)
 
     def set_idle(self, connection: Evictable, idle: bool) -> None:
         """Whether it has no request in flight. The time that it is idle counts from the first call
         that says so."""
+        self._silent.pop(connection, None)
         if not idle:
             self._idle.pop(connection, None)
         elif connection in self._open:
@@ -71,7 +79,24 @@ class Capacity:
 
     def is_beyond(self, connection: Evictable) -> bool:
         """Whether it is beyond the bound: it was accepted there, and no room came since."""
-        return connection in self._extra and len(self._open) > self.most
+        return connection in self._extra and self._is_full()
+
+    def take_place(self, connection: Evictable) -> bool:
+        """Whether a request of it may be served. One beyond the bound changes places with one that
+        has no request, if there is one."""
+        if not self.is_beyond(connection):
+            self._extra.discard(connection)
+            return True
+        others = (one for one in chain(self._idle, self._silent) if one not in self._extra)
+        other = next(others, None)
+        if other is None:
+            return False
+        self._extra.remove(connection)
+        self._extra.add(other)
+        return True
+
+    def _is_full(self) -> bool:
+        return len(self._open) - len(self._extra) >= self.most
 
 
 def connection_bound(setting: Auto | int) -> int:

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httptools
-from starlette.types import ASGIApp, Message
+from starlette.types import ASGIApp
 from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from ds_cp.api.transport.capacity import Capacity, Seldom
+from ds_cp.api.transport.ending import end_by_closing, end_early
 from ds_cp.api.transport.flow import Flow, WriteDeadline
 from ds_cp.api.transport.head import EVERYTHING, check_head, is_unknown_method, without_upgrade
 from ds_cp.api.transport.refusal import RefusedError, not_http
@@ -22,8 +23,9 @@ from ds_cp.api.transport.wire import MAX_PIPELINED, READ_BYTES, Bounds
 logger = logging.getLogger("ds_cp.api")
 
 EXTRA_HEAD_S = 2.0  # seconds for the head of a request on a connection beyond the bound
+GRACE_S = 0.25  # seconds in which a connection that has sent nothing yet need not make room
 LAST_READ_S = 5.0  # seconds that a client gets to read on once the server is ending
-_LINGER_S = 1.0  # seconds of reading on after a refusal, so that the client can read it
+_LINGER_S = 1.0  # seconds of reading on after the last answer, so that the client can read it
 _LINGER_BYTES = 4 * 2**20  # bytes read on after the last request of a connection
 
 
@@ -56,6 +58,7 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         super().__init__(config, state, app_state)
         self._shared = shared
         self._bounds = Bounds()
+        self._heard = False  # something was read, or GRACE_S are over
         self._part = ""  # of a request being read: "head", "body", or "" between two
         self._ended = False  # a request was whole since this read began
         self._upgrade = False  # the head asks for another protocol, and is read again without that
@@ -80,7 +83,7 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         beyond = self._shared.capacity.is_beyond(self)
         patience = self._shared.header_timeout_s
         self._set_timer(min(patience, EXTRA_HEAD_S) if beyond else patience, self._on_late_head)
-        self._count()
+        self.loop.call_later(GRACE_S, self._hear)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Free its place."""
@@ -102,6 +105,7 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         if self.timeout_keep_alive_task is not None:
             self.timeout_keep_alive_task.cancel()
             self.timeout_keep_alive_task = None
+        self._hear()
         if self._deaf or self.parser is None:
             self._discard(len(data))
             return
@@ -152,21 +156,22 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
     def on_headers_complete(self) -> None:
         """A head is whole: the application is called."""
         method, version = self.parser.get_method(), self.parser.get_http_version()
+        self._bounds.head(len(self.url) + sum(len(n) + len(v) for n, v in self.headers))
         head = check_head(method, version, self.url, self.headers)
         if self.parser.should_upgrade():
             self._upgrade = True
             return
         self._stop_timer()
-        self._part = "body"
         self.url = head.target
         self.headers[:] = head.headers  # the same list is in the scope
         if version == "1.0":
             self.expect_100_continue = False  # RFC 9110, 10.1.1
         self.app = self._application_for(head.target)
         super().on_headers_complete()
-        cycle = self.cycle
+        self._part, cycle = "body", self.cycle  # only now does the request have a cycle
+        end_early(cycle, self._on_early_end)
         if version == "1.0":
-            _end_by_closing(cycle)
+            end_by_closing(cycle)
         if self._shared.capacity.is_beyond(self):
             cycle.keep_alive = False
         if not self.pipeline:
@@ -220,9 +225,9 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         if target == EVERYTHING:
             return self._shared.options
         path = target.partition(b"?")[0]
-        if self._shared.capacity.is_beyond(self) and path.rstrip(b"/") != b"/health":
-            return self._shared.busy
-        return self._application
+        if path.rstrip(b"/") == b"/health" or self._shared.capacity.take_place(self):
+            return self._application
+        return self._shared.busy
 
     def _renew_parser(self) -> None:
         self.parser = httptools.HttpRequestParser(self)
@@ -276,7 +281,8 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
             self._refuse()
 
     def _refuse(self) -> None:
-        """Write the refusal and wait for the client to close (RFC 9112, 9.6)."""
+        """Write the refusal, if any, and wait for the client to close (RFC 9112, 9.6). It keeps
+        its place only as long as nobody needs it."""
         self._stop_timer()
         if self.transport.is_closing():
             return
@@ -284,7 +290,7 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
             self.transport.write(self._refusal.answer())
         self.transport.write_eof()
         self.flow.resume_reading()
-        self._set_timer(_LINGER_S, self.transport.abort)
+        self._set_timer(_LINGER_S, self._on_lingered)
         self._count()
 
     def _discard(self, count: int) -> None:
@@ -301,14 +307,28 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         else:
             self.transport.close()
 
+    def _on_early_end(self) -> None:
+        self._deaf = True
+
+    def _on_lingered(self) -> None:
+        if self.flow.write_paused:  # it has yet to read its answer, which has a deadline of its own
+            self._set_timer(_LINGER_S, self._on_lingered)
+        else:
+            self.transport.abort()
+
     def _on_unread(self, waiting: int) -> None:
         self._shared.unread.warning(
             f"a client that did not read was closed; {waiting} bytes of its answer were left"
         )
         self.transport.abort()
 
+    def _hear(self) -> None:
+        if not self._heard:
+            self._heard = True
+            self._count()
+
     def _count(self) -> None:
-        idle = self._running is None and not self.flow.write_paused
+        idle = self._heard and self._running is None and not self.flow.write_paused
         self._shared.capacity.set_idle(self, idle)
 
     def _set_timer(self, seconds: float, call: Any) -> None:
@@ -319,17 +339,3 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-
-
-def _end_by_closing(cycle: RequestResponseCycle) -> None:
-    """Make the end of the connection the end of the answer: HTTP/1.0 knows no chunks (RFC 9112,
-    6.1)."""
-    send = cycle.send
-
-    async def plain_send(message: Message) -> None:
-        if message["type"] == "http.response.body":
-            cycle.expected_content_length = len(message.get("body", b""))
-        await send(message)  # type: ignore[arg-type]
-
-    cycle.chunked_encoding = False
-    cycle.send = plain_send  # type: ignore[method-assign, assignment]

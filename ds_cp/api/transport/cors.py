@@ -31,7 +31,7 @@ class Cors(CORSMiddleware):
         super().__init__(
             app,
             allow_origins=origins,
-            allow_methods=METHODS.split(", "),
+            allow_methods=METHODS,
             allow_headers=("*",),  # the headers of OpenAI's SDKs differ from version to version
             allow_private_network=True,
             expose_headers=EXPOSED,

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from uvicorn.protocols.http.flow_control import FlowControl
 
 WRITE_BYTES_PER_S = 1024  # a client that reads at this rate is never closed
+_LOOKS = 8  # in the time that a client gets: so much of it may be over when it is seen to stop
 _LEAST_WAIT_S = 0.05  # seconds between looks at the bytes that were read
 
 
@@ -45,7 +46,8 @@ class WriteDeadline:
     """The time that a client gets to read, counted while bytes wait in the transport's buffer.
 
     The credit of ``seconds`` runs out while bytes wait, and every ``WRITE_BYTES_PER_S`` bytes
-    taken give a second back. ``on_late`` is called with the bytes that were not taken.
+    taken give a second back, up to ``seconds``: who took much and stops has no more than that.
+    ``on_late`` is called with the bytes that were not taken.
     """
 
     def __init__(
@@ -68,7 +70,8 @@ class WriteDeadline:
         """The transport's buffer is no longer empty."""
         self._since = self._loop.time()
         self._waiting = self._unsent()
-        self._arm()
+        wait_s = max(min(self._left_s(), self._seconds / _LOOKS), _LEAST_WAIT_S)
+        self._timer = self._loop.call_later(wait_s, self._look)
 
     def end(self) -> None:
         """The buffer is empty, or the connection is gone."""
@@ -107,12 +110,10 @@ class WriteDeadline:
             kernel = 0
         return ours + int(kernel)
 
-    def _arm(self) -> None:
-        self._timer = self._loop.call_later(max(self._left_s(), _LEAST_WAIT_S), self._look)
-
     def _look(self) -> None:
-        if self._left_s() > 0:
-            self._arm()
+        self._credit_s = min(self._seconds, self._left_s())
+        if self._credit_s > 0:
+            self.begin()
         else:
             self._timer = None
             self._on_late(self._transport.get_write_buffer_size())

@@ -19,9 +19,9 @@ class Hosts:
     The IP address that the connection came in on is answered too: no page can own it. Ports are not
     compared, since proxies and tunnels change them.
 
-    A request without Host, which only HTTP/1.0 may send, comes from no browser and is answered.
-    Several, or one that is not valid, are a 400 (RFC 9112 3.2). The connection has put the
-    authority of a target in absolute form into Host.
+    A request without Host, which only HTTP/1.0 may send, comes from no browser and is answered. How
+    many there are and how they are written is the connection's to check (``check_head``); it also
+    puts the authority of a target in absolute form into Host.
     """
 
     def __init__(self, app: ASGIApp, hosts: Collection[str] | None) -> None:
@@ -36,23 +36,22 @@ class Hosts:
             await self.app(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> ApiError | None:
-        given = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
-        if not given and scope.get("http_version") == "1.0":
+        if self._hosts is None:
             return None
-        if len(given) != 1:
-            return ApiError(400, f"the request has {len(given)} Host headers; send one")
-        found = split_authority(given[0].strip(" \t"))
-        if found is None:
-            return ApiError(400, "the request's host is not valid; send Host: NAME[:PORT]")
-        host = found[0]
-        if self._hosts is None or host in self._hosts or host == _address_here(scope):
-            return None
-        return ApiError(
-            421,
-            f"this server does not answer to the host {host[:100]}; if that is its name, "
-            "add it to server.allowed_hosts in the config",
-            code="host_not_allowed",
-        )
+        for name, value in scope["headers"]:
+            if name != b"host":
+                continue
+            given = value.decode("latin-1")
+            found = split_authority(given.strip(" \t"))
+            host = found[0] if found else None
+            if host is None or (host not in self._hosts and host != _address_here(scope)):
+                return ApiError(
+                    421,
+                    f"this server does not answer to the host {given[:100]!r}; if that is its "
+                    "name, add it to server.allowed_hosts in the config",
+                    code="host_not_allowed",
+                )
+        return None
 
 
 def _address_here(scope: Scope) -> str | None:

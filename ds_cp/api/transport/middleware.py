@@ -22,13 +22,10 @@ from ds_cp.api.transport.deadline import within
 
 logger = logging.getLogger("ds_cp.api")
 
-MAX_HEADER_BYTES = 32 * 1024  # bytes of a request's headers
 MAX_TARGET_BYTES = 8 * 1024  # bytes of a request's URL
 BODY_BYTES_PER_S = 64 * 1024  # a body that arrives at this rate is never cut off
 _NO_CODING = ("", "identity")  # names of no content coding at all
 _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_LINGER_S = 1.0  # seconds of reading on after an early refusal
-_LINGER_BYTES = 4 * 2**20  # bytes read on after an early refusal
 
 
 class RequestIds:
@@ -127,12 +124,12 @@ class ApiKeys:
 
 
 class ReadLimits:
-    """Bounds the bytes of a request's headers, target and body, and the seconds of its body.
+    """Bounds the bytes of a request's target and body, and the seconds of its body.
 
     A body in a content coding (gzip, ...) is a 415: decoding would need bounds of its own. Chunked
     bodies are counted as they arrive. A body may take ``timeout_s`` seconds plus one for
-    each ``BODY_BYTES_PER_S`` received; then the answer is 408. An answer before the whole body was
-    read closes the connection, so that an endless body ends there.
+    each ``BODY_BYTES_PER_S`` received; then the answer is 408. An answer before the whole body
+    closes its connection, which reads no more of it.
     """
 
     def __init__(self, app: ASGIApp, max_body_bytes: int, timeout_s: float) -> None:
@@ -144,20 +141,17 @@ class ReadLimits:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        body = _Body(scope, receive, send, self._max, self._timeout_s)
+        body = _Body(scope, receive, self._max, self._timeout_s)
         error = self._refusal(scope)
         if error is not None:
-            await error.response()(scope, body.receive, body.send)
+            await error.response()(scope, body.receive, send)
         else:
-            await self.app(scope, body.receive, body.send)
+            await self.app(scope, body.receive, send)
 
     def _refusal(self, scope: Scope) -> ApiError | None:
         target = len(scope.get("raw_path") or b"") + len(scope.get("query_string") or b"")
         if target > MAX_TARGET_BYTES:
             return ApiError(414, f"the URL has {target} bytes; at most {MAX_TARGET_BYTES}")
-        size = sum(len(name) + len(value) for name, value in scope["headers"])
-        if size > MAX_HEADER_BYTES:
-            return ApiError(431, f"the headers have {size} bytes; at most {MAX_HEADER_BYTES}")
         codings = ",".join(Headers(scope=scope).getlist("content-encoding")).lower().split(",")
         coding = next((name.strip() for name in codings if name.strip() not in _NO_CODING), None)
         if coding is not None:
@@ -176,19 +170,15 @@ class ReadLimits:
 class _Body:
     """The reading side of one request."""
 
-    def __init__(
-        self, scope: Scope, receive: Receive, send: Send, max_bytes: int, timeout_s: float
-    ) -> None:
+    def __init__(self, scope: Scope, receive: Receive, max_bytes: int, timeout_s: float) -> None:
         headers = Headers(scope=scope)
         self._receive = receive
-        self._send = send
         self._max = max_bytes
         self._timeout_s = timeout_s
         self._begun = asyncio.get_running_loop().time()
         self._size = 0
         declared = headers.get("content-length", "0")
         self._whole = "transfer-encoding" not in headers and declared == "0"
-        self._waits = headers.get("expect", "").lower() == "100-continue"
 
     async def receive(self) -> Message:
         """The server's ``receive``, with the limits until the body is whole."""
@@ -204,34 +194,11 @@ class _Body:
                 f"the body was not received in time ({self._size} bytes so far); send it faster",
                 code="body_timeout",
             ) from None
-        self._count(message)
+        self._size += len(message.get("body", b""))
+        self._whole = message["type"] == "http.disconnect" or not message.get("more_body", False)
         if self._size > self._max:
             raise too_large(f"more than {self._max} bytes", self._max)
         return message
-
-    async def send(self, message: Message) -> None:
-        """The server's ``send``; an answer before the whole body closes the connection."""
-        if message["type"] == "http.response.start" and not self._whole:
-            MutableHeaders(scope=message)["Connection"] = "close"
-            if message["status"] != 408 and not self._waits:
-                await self._linger()
-        await self._send(message)
-
-    async def _linger(self) -> None:
-        """Read on for a while: closing with unread data could reset the connection before the
-        client has read the answer."""
-        end = asyncio.get_running_loop().time() + _LINGER_S
-        most = self._size + _LINGER_BYTES
-        while not self._whole and self._size < most:
-            left = end - asyncio.get_running_loop().time()
-            try:
-                self._count(await within(left, self._receive()))
-            except asyncio.TimeoutError:
-                return
-
-    def _count(self, message: Message) -> None:
-        self._size += len(message.get("body", b""))
-        self._whole = message["type"] == "http.disconnect" or not message.get("more_body", False)
 
 
 def too_large(size: str, limit: int) -> ApiError:

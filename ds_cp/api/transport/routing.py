@@ -9,7 +9,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-_ROUTED = ("DELETE", "GET", "PATCH", "POST", "PUT")  # methods that a route may be declared with
+from ds_cp.api.transport.head import METHODS
 
 
 class Routing:
@@ -53,7 +53,7 @@ def allowed_methods(routes: Sequence[BaseRoute], path: str) -> tuple[str, ...]:
         }  # fmt: skip
         return any(route.matches(scope)[0] is Match.FULL for route in routes)
 
-    found = {method for method in _ROUTED if has(method)}
+    found = {method for method in METHODS if has(method)}
     return tuple(sorted(found | ({"HEAD"} if "GET" in found else set())))
 
 

@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from ds_cp.api.errors import ApiError
+from ds_cp.api.errors import RETRY_AFTER, ApiError
 from ds_cp.api.transport.accept import Acceptor
 from ds_cp.api.transport.capacity import Capacity, connection_bound
 from ds_cp.api.transport.connection import Connection, Shared
@@ -25,7 +25,6 @@ from ds_cp.process import give_large_blocks_back
 logger = logging.getLogger("ds_cp.api")
 
 KEEP_ALIVE_CONNECTION_S = 30  # seconds that a connection may be idle between requests
-RETRY_AFTER_S = 1  # seconds that a client is asked to wait when every connection is taken
 _AFTER_CANCEL_S = 2.0  # seconds for requests cancelled at the end of a drain to answer
 _AFTER_HURRY_S = 0.5  # the same when the server is to end at once
 _PAUSE_S = 0.1  # seconds for the last bytes to reach the sockets
@@ -140,13 +139,13 @@ async def _busy(scope: Scope, receive: Receive, send: Send) -> None:
         503,
         "every connection of this server is taken; try again in a moment",
         code="too_many_connections",
-        headers={"Retry-After": str(RETRY_AFTER_S), "Connection": "close"},
+        headers={**RETRY_AFTER, "Connection": "close"},
     )
     await error.response()(scope, receive, send)
 
 
 async def _options(scope: Scope, receive: Receive, send: Send) -> None:
-    await Response(status_code=204, headers={"Allow": METHODS})(scope, receive, send)
+    await Response(status_code=204, headers={"Allow": ", ".join(METHODS)})(scope, receive, send)
 
 
 def _config(app: FastAPI, server: Server, access_log: bool) -> uvicorn.Config:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from ds_cp.api.transport.refusal import RefusedError
 
 READ_BYTES = 16 * 1024  # bytes of a connection that one turn of the loop reads
-MAX_HEAD_BYTES = 48 * 1024  # bytes on the wire before a head is whole; a read more may be held
+MAX_HEAD_BYTES = 32 * 1024  # bytes of a head on the wire
 MAX_LINES = 128  # header lines of a request, trailers included
 FREE_CHUNKS = 1024  # chunks of a body whatever they hold
 CHUNK_BYTES = 64  # bytes that the chunks beyond those hold on average, at least
@@ -41,6 +41,14 @@ class Bounds:
         self._lines += 1
         if self._lines > MAX_LINES:
             raise RefusedError(431, f"the request has more than {MAX_LINES} header lines")
+
+    def head(self, count: int) -> None:
+        """A head is whole; its target, names and values have ``count`` bytes. Raises
+        ``RefusedError``."""
+        if count > MAX_HEAD_BYTES:
+            raise RefusedError(
+                431, f"the head of the request has {count} bytes; at most {MAX_HEAD_BYTES}"
+            )
 
     def chunk(self) -> None:
         """A chunk begins. Raises ``RefusedError``."""

@@ -17,7 +17,7 @@ from ds_cp.api.answers.budget import (
     HoldMemory,
     auto_bytes,
 )
-from ds_cp.api.errors import ApiError
+from ds_cp.api.errors import RETRY_AFTER, ApiError
 
 
 def refusal(held: Held, size: int) -> ApiError:
@@ -34,7 +34,7 @@ def test_large_requests_leave_room_for_small_ones() -> None:
     first.reserve(700 * MIB)
     error = refusal(second, 100 * MIB)
     assert error.status_code == 503 and error.code == "server_busy"
-    assert error.headers == {"Retry-After": "2"}
+    assert error.headers == RETRY_AFTER
     assert "need 100.0 MiB" in error.detail and "700.0 of 1024.0 MiB" in error.detail
     small = [Held(budget) for _ in range(400)]
     for number, held in enumerate(small):

@@ -112,3 +112,30 @@ def test_seldom(caplog: pytest.LogCaptureFixture) -> None:
         always.warning("one")
         always.warning("two")
     assert caplog.messages == ["again", "one", "two"]
+
+
+def test_who_has_sent_nothing_yet_is_not_closed() -> None:
+    """Its request may be in the kernel. One that is whole beyond the bound goes first."""
+    capacity = Capacity(2)
+    silent = [Fake() for _ in range(2)]
+    later = [Fake() for _ in range(EXTRA_CONNECTIONS)]
+    for one in [*silent, *later]:
+        capacity.add(one)
+    assert not capacity.has_room() and not capacity.close_idle()
+    assert capacity.take_place(silent[0]) and capacity.take_place(later[0])  # from silent[0]
+    assert capacity.is_beyond(silent[0]) and not capacity.is_beyond(later[0])
+    for one in (later[0], silent[1]):
+        capacity.set_idle(one, False)
+    assert not capacity.take_place(later[1]) and not capacity.take_place(silent[0])
+    capacity.set_idle(silent[1], True)
+    assert capacity.take_place(later[1]) and not silent[1].closed
+    assert capacity.has_room() and capacity.close_idle() and silent[1].closed
+    assert not any(one.closed for one in [silent[0], *later])
+
+
+def test_the_bound_holds_when_one_beyond_it_makes_room() -> None:
+    capacity = Capacity(2)
+    opened(capacity, 2, idle=False)
+    (beyond,) = opened(capacity, 1, idle=True)
+    (later,) = opened(capacity, 1, idle=False)
+    assert beyond.closed and capacity.is_beyond(later)

@@ -106,6 +106,19 @@ def test_who_takes_at_the_rate_is_never_late(clock: Clock, transport: Transport)
     assert late
 
 
+def test_what_was_taken_at_once_is_no_time_for_later(clock: Clock, transport: Transport) -> None:
+    """The client's host takes as much as it has room for, whether or not the client reads."""
+    writing, late = deadline(clock, transport)
+    transport.waiting = 1000 * WRITE_BYTES_PER_S
+    writing.begin()
+    clock.run(1.0)
+    transport.waiting = 10
+    clock.run(9.0)
+    assert not late
+    clock.run(2.5)
+    assert late == [10]
+
+
 def test_pauses_add_up_within_a_request(clock: Clock, transport: Transport) -> None:
     """A stream whose client takes each event late, and one that is renewed by another request."""
     for renewed in (False, True):

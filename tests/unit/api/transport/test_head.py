@@ -107,3 +107,19 @@ def test_unknown_methods_are_told_from_what_is_no_request() -> None:
     assert is_unknown_method(b"\r\nfoo * HTTP/1.0\r\n")
     for data in (b"FOO /a HTTP/1.1", b"FOO  /a HTTP/1.1\r\n", b"F(O /a HTTP/1.1\r\n", b"FOO\r\n"):
         assert not is_unknown_method(data)
+
+
+@pytest.mark.parametrize(
+    ("given", "seen"),
+    [(b"14", b"14"), (b"0", b"0"), (b"000", b"0"), (b" 014\t", b"14"), (b"0" * 5000 + b"14", b"14"),
+     (b"9" * 19, b"9" * 19), (b"1" + b"0" * 19, None), (b"1" * 5000, None)],
+)  # fmt: skip
+def test_a_content_length_is_a_number_that_fits(given: bytes, seen: bytes | None) -> None:
+    """``int()`` refuses more than 4300 digits, zeros in front included."""
+    headers = [*HOST, (b"content-length", given)]
+    if seen is None:
+        with pytest.raises(RefusedError, match="Content-Length"):
+            check_head(b"POST", "1.1", b"/", headers)
+        return
+    found = check_head(b"POST", "1.1", b"/", headers).headers
+    assert dict(found)[b"content-length"] == seen

@@ -41,6 +41,8 @@ def test_heads_are_bounded_in_bytes_and_whole_requests_are_forgotten() -> None:
         bounds.whole()
     bounds.read(MAX_HEAD_BYTES, in_body=False)
     assert status_of(bounds.read, 1, False) == 431
+    bounds.head(MAX_HEAD_BYTES)
+    assert status_of(bounds.head, MAX_HEAD_BYTES + 1) == 431
 
 
 @pytest.mark.parametrize("size", [1, CHUNK_BYTES - 1, CHUNK_BYTES, 1000])

@@ -1,0 +1,135 @@
+"""Connections: answers before the whole body, and faults while a head is read."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from ds_cp.api.transport.connection import Connection
+from tests.helpers.raw import answers, ask, connect, read_all
+from tests.server.conftest import Running
+
+Launch = Callable[..., Running]
+HOST = b"Host: localhost\r\n"
+JSON = b"Content-Type: application/json\r\n"
+PING = b"GET /health HTTP/1.1\r\n" + HOST + b"\r\n"
+
+
+@pytest.mark.parametrize(
+    ("status", "head"),
+    [
+        (401, b"POST /v1/completions HTTP/1.1\r\nContent-Length: 50\r\n"),
+        (413, b"POST /v1/completions HTTP/1.1\r\nContent-Length: 99999999\r\n"),
+        (413, b"POST /v1/completions HTTP/1.1\r\nContent-Length: 99999999\r\n"
+         b"Expect: 100-continue\r\n"),
+        (415, b"POST /v1/completions HTTP/1.1\r\nContent-Length: 5\r\nContent-Encoding: br\r\n"),
+        (200, b"GET /health HTTP/1.1\r\nTransfer-Encoding: chunked\r\n"),
+        (200, b"OPTIONS /health HTTP/1.1\r\nContent-Length: 50\r\nOrigin: http://a.example\r\n"
+         b"Access-Control-Request-Method: GET\r\n"),
+    ],
+)  # fmt: skip
+def test_an_early_answer_comes_at_once(launch: Launch, status: int, head: bytes) -> None:
+    """It does not wait for the body, and its connection neither: others may have its place."""
+    server = launch(api_key=("secret",), max_connections=2, cors_origins=["http://a.example"])
+    socks = [connect(server.port) for _ in range(30)]  # beyond the 16 extra places
+    begun = time.monotonic()
+    for sock in socks:
+        sock.sendall(head + HOST + b"\r\n")
+        (answer,) = answers(read_all(sock))  # the server's half is closed behind it
+        assert (answer.status, answer.headers["connection"]) == (status, "close")
+    assert time.monotonic() - begun < 3.0  # the first tries found no place in a second or more
+    for sock in socks:
+        sock.close()
+
+
+def test_an_early_answer_is_read_by_who_is_still_sending(launch: Launch) -> None:
+    server = launch(api_key=("secret",))
+    with connect(server.port) as sock:
+        sock.sendall(b"POST /v1/completions HTTP/1.1\r\nContent-Length: 3000000\r\n" + HOST + JSON)
+        sock.sendall(b"\r\n")
+        for _ in range(30):
+            sock.sendall(b"x" * 100_000)
+            time.sleep(0.002)
+        (answer,) = answers(read_all(sock))
+    assert answer.status == 401
+
+
+def test_a_body_that_is_whole_keeps_the_connection(launch: Launch) -> None:
+    server = launch(api_key=("secret",))
+    post = b"POST /v1/completions HTTP/1.1\r\nContent-Length: 2\r\n" + HOST + JSON + b"\r\n{}"
+    last = PING.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
+    assert [answer.status for answer in ask(server.port, post + last)] == [401, 200]
+
+
+def test_tiny_segments_are_read_in_turns(served: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 of them at once, then one or more in 10 ms, however fast they come."""
+    reads = 0
+    received = Connection.data_received
+
+    def count(self: Connection, data: bytes) -> None:
+        nonlocal reads
+        reads += 1
+        received(self, data)
+
+    monkeypatch.setattr(Connection, "data_received", count)
+    begun = time.monotonic()
+    with connect(served.port) as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.sendall(PING[:-2] + b"Connection: close\r\nA: ")
+        for _ in range(600):
+            sock.sendall(b"a")
+            time.sleep(0.001)
+        sock.sendall(b"\r\n\r\n")
+        (answer,) = answers(read_all(sock))
+    assert answer.status == 200
+    assert 64 <= reads <= 70 + (time.monotonic() - begun) / 0.01
+
+
+@pytest.mark.parametrize("before", [0, 1])
+@pytest.mark.parametrize("wait_s", [0.0, 0.2])
+def test_a_fault_while_a_head_is_read(
+    served: Running, monkeypatch: pytest.MonkeyPatch, before: int, wait_s: float
+) -> None:
+    """The request has no cycle then; those before it are answered, and the server goes on."""
+    complete = HttpToolsProtocol.on_headers_complete
+
+    def fail(self: Any) -> None:
+        if self.url == b"/fault":
+            raise ZeroDivisionError
+        complete(self)
+
+    monkeypatch.setattr(HttpToolsProtocol, "on_headers_complete", fail)
+    with connect(served.port) as sock:
+        for _ in range(before):
+            sock.sendall(PING)
+            time.sleep(wait_s)
+        sock.sendall(PING.replace(b"/health", b"/fault"))
+        found = answers(read_all(sock))
+    assert [answer.status for answer in found] == [200] * before + [500]
+    assert found[-1].error["message"].startswith("internal error")
+    assert served.get("/health").status_code == 200
+
+
+def test_a_fault_while_a_head_is_read_behind_a_running_request(
+    served: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    complete = HttpToolsProtocol.on_headers_complete
+
+    def fail(self: Any) -> None:
+        if self.url == b"/fault":
+            raise ZeroDivisionError
+        complete(self)
+
+    monkeypatch.setattr(HttpToolsProtocol, "on_headers_complete", fail)
+    served.engine.delay_s = 0.02
+    body = b'{"prompt": [5], "max_tokens": 5}'
+    head = b"POST /v1/completions HTTP/1.1\r\n" + HOST + JSON
+    post = head + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    found = ask(served.port, post + PING.replace(b"/health", b"/fault"))
+    assert [answer.status for answer in found] == [200, 500]
+    assert served.engine.aborted == []
