@@ -104,8 +104,12 @@ def _replacements(where: str, guard: _Guard) -> list[tuple[Any, str, Any]]:
     found.append((constants, "is_offline_mode", lambda: guarded() or offline()))
     # Whoever finds kernels installed would fetch one rather than do without.
     installed: Any = vars(hub_kernels)["is_kernels_available"]
+
+    def is_kernels_available(*args: Any, **more: Any) -> Any:
+        return False if guarded() else installed(*args, **more)
+
     found += [  # by whatever module has taken the function
-        (module, "is_kernels_available", lambda *a, **k: not guarded() and installed(*a, **k))
+        (module, "is_kernels_available", is_kernels_available)
         for name, module in list(sys.modules.items())
         if name.startswith("transformers.")
         and vars(module).get("is_kernels_available") is installed

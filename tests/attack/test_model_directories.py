@@ -499,6 +499,7 @@ def test_a_process_that_is_forked_meanwhile_can_load() -> None:
     assert inside.wait(20)
     child = os.fork()
     if child == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(10)
         with data_only("N"):
             os._exit(0)

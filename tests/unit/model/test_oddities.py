@@ -20,6 +20,7 @@ from ds_cp.model.end_tokens import describe_tokenizer, model_end_tokens
 from ds_cp.model.faults import model_at_fault
 from ds_cp.model.loading import load_config, load_model, load_tokenizer
 from ds_cp.model.source import find_model
+from ds_cp.model.steering import STEERING, without_steering
 from ds_cp.model.values import check_values
 from ds_cp.model.wiring import check_positions, probe
 from tests.helpers.engines import tiny_llama
@@ -199,18 +200,79 @@ def test_a_size_whose_key_is_not_known_is_found_by_the_shape(
         (model / "config.json").write_text(text)
 
 
-def test_every_family_passes_with_its_defaults() -> None:
-    """What is checked here is true of every decoder that transformers knows."""
-    names = hf.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    checked = 0
-    for name in list(names)[::3]:  # a third takes a second; all passed when this was written
+@pytest.fixture(scope="module")
+def families() -> dict[str, dict[str, Any]]:
+    """config.json of every decoder that transformers knows, as its class makes it, by model type;
+    and of the decoders within larger models."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in hf.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         try:
-            config = hf.CONFIG_MAPPING[name]()
+            whole = hf.CONFIG_MAPPING[name]()
+            configs = whole, whole.get_text_config()
         except Exception:  # a class without defaults, or one whose package is not installed
             continue
-        check_values(name, json.loads(config.to_json_string(use_diff=False)))
-        checked += 1
-    assert checked > 50
+        for config in configs:
+            stated = json.loads(config.to_json_string(use_diff=False))
+            found[config.model_type] = stated
+    return found
+
+
+def test_every_family_passes_with_its_defaults(families: dict[str, dict[str, Any]]) -> None:
+    """What is checked here is true of every decoder that transformers knows."""
+    assert len(families) > 150
+    for name, stated in families.items():
+        check_values(name, stated)
+
+
+def changed(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: changed(inner) for key, inner in value.items()}
+    if isinstance(value, bool):
+        return not value
+    return value + 1 if isinstance(value, int | float) else value
+
+
+def lost(stated: dict[str, Any], kept: dict[str, Any]) -> set[str]:
+    """Keys of plain values that are not as they were stated, at any depth."""
+    found = set()
+    for key, value in stated.items():
+        if isinstance(value, dict):
+            found |= lost(value, kept[key]) if key in kept else set()
+        elif not isinstance(value, list) and kept.get(key, MISSING) != value:
+            found.add(key)
+    return found
+
+
+def test_what_a_config_states_is_kept(families: dict[str, dict[str, Any]]) -> None:
+    """Also where the default is an attribute of the class alone."""
+    for name, stated in families.items():
+        stated = changed(stated)
+        assert lost(stated, without_steering(stated)[0]) <= STEERING, name
+    stated = {"model_type": "nomic_bert", "tie_word_embeddings": False, "to_dict": 1}
+    assert without_steering(stated)[0].keys() == {"model_type", "tie_word_embeddings"}
+
+
+def test_a_padding_token_beyond_the_vocabulary_is_served(tmp_path: Path) -> None:
+    """Most families do not tell their embeddings of it; fine-tunes add one."""
+    config = hf.GPT2Config(
+        vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=32, pad_token_id=64,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    hf.GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    start(tmp_path, tokenizer=False)
+
+
+def test_keys_that_a_family_does_not_read_may_say_anything(tmp_path: Path) -> None:
+    config = hf.GPT2Config(
+        vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=32, bos_token_id=0,
+        eos_token_id=0,
+    )  # fmt: skip
+    hf.GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    odd = {"num_attention_heads": 2, "num_key_value_heads": 3, "intermediate_size": 512,
+           "first_k_dense_replace": 99, "pad_token_id": -100, "torch_dtype": "float"}  # fmt: skip
+    file.write_text(json.dumps(json.loads(file.read_text()) | odd))
+    start(tmp_path, tokenizer=False)
 
 
 def divide(heads: Any) -> float:
