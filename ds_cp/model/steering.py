@@ -46,6 +46,8 @@ QUIET = frozenset({
     "output_hidden_states", "return_dict", "use_return_dict", "use_cache", "torchscript",
     "is_local", "local_files_only", "low_cpu_mem_usage", "backend",
 })  # fmt: skip
+# Likewise in the tokenizer's files.
+WRITTEN = frozenset({"special_tokens_map_file", "tokenizer_file"})
 # Attributes of every config class that a config.json may state.
 STATED = frozenset({
     "model_type", "torch_dtype", "rope_scaling", "per_layer_config",
@@ -77,7 +79,10 @@ def without_files(config: Mapping[str, Any]) -> tuple[Json, list[str]]:
             return False
         return _steers(key) or key.endswith(("_file", "_files"))
 
-    return _copy(config, (), steers, dropped), _said(dropped)
+    kept = _copy(config, (), steers, dropped)
+    # Older versions of transformers wrote null, or a path of their own machine.
+    written = {key for key, value in config.items() if value is None} | WRITTEN
+    return kept, [path for path in _said(dropped) if path not in written]
 
 
 def end_tokens_only(where: str, generation: Mapping[str, Any]) -> Json:

@@ -8,6 +8,7 @@ as if the trap were not there; the mark is absent, and nothing has been asked of
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -15,9 +16,11 @@ import pickle
 import shutil
 import signal
 import socket
+import tempfile
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +114,7 @@ def start(folder: Path) -> tuple[Any, Any, list[str]]:
     source, notes = find_model(str(folder)), []
     load_config(source)
     model = load_model(source, torch.float32, CPU, notes.append)
-    return model, load_tokenizer(source), notes
+    return model, load_tokenizer(source, notes.append), notes
 
 
 def same_as(good: Path, model: Any) -> bool:
@@ -295,7 +298,8 @@ PASSED: dict[str, tuple[Trap, str]] = {
     "tokenizer files": (
         tokenizer_says(tokenizer_file=None, vocab_file=None, merges_file=None, spm_file=None,
                        added_tokens_file=None, fast_tokenizer_files=["canary.bin"],
-                       init_inputs=["x"], sp_model_kwargs={"model_file": "canary.bin"}), ""),
+                       init_inputs=["x"], sp_model_kwargs={"model_file": "canary.bin"}),
+        "tokenizer_config.json names no code or files to load: vocab_file"),
 }  # fmt: skip
 
 
@@ -375,6 +379,40 @@ def test_a_tokenizer_class_is_a_tokenizer(
         return
     with pytest.raises(ModelError, match=reason or "no usable tokenizer"):
         load_tokenizer(source)
+
+
+def test_a_tokenizer_in_a_file_of_another_name_is_refused(folder: Path) -> None:
+    """transformers would read the one for its version."""
+    for listed, refused in ((["tokenizer.json"], False), (["tokenizer.4.0.0.json"], True)):
+        edit(folder / "tokenizer_config.json", fast_tokenizer_files=listed)
+        with pytest.raises(ModelError) if refused else nullcontext() as caught:
+            load_tokenizer(find_model(str(folder)))
+        assert not refused or "fast_tokenizer_files names tokenizer.4.0.0.json" in str(caught)
+
+
+def test_a_folder_for_temporary_files_that_cannot_be_written_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    source = find_model(str(folder))
+    loads: tuple[Callable[[], Any], ...] = (
+        lambda: load_config(source),
+        lambda: load_model(source, torch.float32, CPU),
+        lambda: load_tokenizer(source),
+    )
+    for load in loads:
+        with monkeypatch.context() as patch:
+            patch.setattr(tempfile, "tempdir", str(folder / "none"))
+            with pytest.raises(ModelError, match=r"none .*\(No such file.*set TMPDIR"):
+                load()
+        with monkeypatch.context() as patch:
+            patch.setattr(private_folder, "_write", lambda *_: raises(full))
+            with pytest.raises(ModelError, match=r"No space left.*set TMPDIR"):
+                load()
+
+
+def raises(err: Exception) -> None:
+    raise err
 
 
 def test_a_tokenizer_of_its_own_code_is_refused(folder: Path, canary: Canary) -> None:
