@@ -270,7 +270,7 @@ def join(
             where += f" (it listens on {listening_address(rendezvous.listen_fd)[0]})"
         raise CommError(
             f"rank {rank} of {world_size} could not join the others at {where} "
-            f"within {timeout_s:g} s: {str(err).splitlines()[0][:200]}"
+            f"within {timeout_s:g} s: {(str(err).splitlines() or [type(err).__name__])[0][:200]}"
         ) from err
     topology = Topology.from_hosts(list(hosts or names))
     return World(rank, topology, device, timeout_s, joined=True, store=store)

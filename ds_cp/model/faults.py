@@ -21,6 +21,8 @@ from ds_cp.text import shorten, show
 
 REASON = 300  # characters of a library's message
 NAMED_KEYS = 3  # keys that a message names
+# What torch's layers call a value of config.json.
+NAMES = {"Padding_idx": "pad_token_id", "padding_idx": "pad_token_id"}
 WORD = re.compile(r"[A-Za-z_]\w*")
 
 
@@ -106,5 +108,5 @@ def _keys_read(err: BaseException, values: Mapping[str, Any]) -> list[str]:
 
 
 def _among(text: str, values: Mapping[str, Any]) -> list[str]:
-    words = dict.fromkeys(WORD.findall(text))
+    words = dict.fromkeys(NAMES.get(word, word) for word in WORD.findall(text))
     return [word for word in words if word in values and "_" in word][:NAMED_KEYS]

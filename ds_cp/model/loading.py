@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -272,14 +273,23 @@ def _quiet() -> Iterator[None]:
         hf_logging.set_verbosity(before)
 
 
-def load_tokenizer(source: ModelSource) -> Any:
-    """The model's transformers tokenizer. Raises ``ModelError`` when there is none that loads."""
+def _say(line: str) -> None:
+    with suppress(OSError, ValueError):  # ValueError: it was closed
+        print(f"ds_cp: note: {line}", file=sys.stderr, flush=True)
+
+
+def load_tokenizer(source: ModelSource, note: Callable[[str], None] = _say) -> Any:
+    """The model's transformers tokenizer. ``note`` gets a line on keys that are not used; it goes
+    to stderr where no other is given.
+
+    Raises ``ModelError`` when there is none that loads.
+    """
     from transformers import AutoTokenizer
 
     where = source.where
     view = ""
     try:
-        with _tokenizer_folder(source) as (view, extra), data_only(where), _quiet():
+        with _tokenizer_folder(source, note) as (view, extra), data_only(where), _quiet():
             tokenizer: Any = AutoTokenizer.from_pretrained(view, **OURS, **extra)
     except DsCpError:
         raise
@@ -292,14 +302,16 @@ def load_tokenizer(source: ModelSource) -> Any:
 
 
 @contextmanager
-def _tokenizer_folder(source: ModelSource) -> Iterator[tuple[str, dict[str, Any]]]:
+def _tokenizer_folder(
+    source: ModelSource, note: Callable[[str], None]
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """A private folder to read the tokenizer from, and the keyword that names a GGUF file."""
     if source.kind == "gguf":
         with private_folder.gguf_folder(Path(source.where)) as view:
             yield view, {"gguf_file": private_folder.GGUF}
     else:
         folder = _folder(source, fetch_tokenizer)
-        with private_folder.tokenizer_folder(source.where, folder) as view:
+        with private_folder.tokenizer_folder(source.where, folder, note) as view:
             yield view, {}
 
 

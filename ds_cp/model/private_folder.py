@@ -9,14 +9,15 @@ names of ours; JSON files are copies without the keys that steer (``steering``).
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from ds_cp.errors import ModelError
-from ds_cp.model.checkpoint import INDEX, WHOLE, Checkpoint, read_object
+from ds_cp.model.checkpoint import INDEX, WHOLE, Checkpoint, read_object, some
 from ds_cp.model.steering import end_tokens_only, without_files, without_steering
 from ds_cp.text import shorten
 
@@ -35,6 +36,7 @@ TOKENIZER_DATA = (
 )  # fmt: skip
 TOKENIZER_JSON = ("special_tokens_map.json", "tokenizer_config.json")
 TEMPLATES = "additional_chat_templates"
+VERSIONED = re.compile(r"tokenizer\..*\.json")  # the same, for some versions of transformers
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
@@ -44,26 +46,50 @@ def tokenizer_files(folder: Path) -> list[Path]:
 
 
 @contextmanager
+def own_folder(fill: Callable[[Path], None] = lambda folder: None) -> Iterator[str]:
+    """A new folder that nobody else reads, filled by ``fill``; it is gone afterwards, and at the
+    latest when this process ends by itself. ``ModelError`` where none can be made or written."""
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="ds_cp-model-", ignore_cleanup_errors=True)
+    except OSError as err:
+        raise _unwritable(err) from err
+    with folder as name:
+        try:
+            fill(Path(name))
+        except OSError as err:
+            raise _unwritable(err) from err
+        yield name
+
+
+def _unwritable(err: OSError) -> ModelError:
+    where = f" {tempfile.tempdir}" if tempfile.tempdir else ""
+    return ModelError(
+        f"the folder{where} for temporary files cannot be written ({err.strerror or err}): "
+        "a model is loaded through a small folder of links; "
+        "make room there, or set TMPDIR to a folder that can be written"
+    )
+
+
+@contextmanager
 def config_folder(config: Mapping[str, Any]) -> Iterator[str]:
     """A folder with a config.json alone, ``config`` without what steers."""
-    with TemporaryDirectory(prefix="ds_cp-model-") as name:
-        _write(Path(name) / CONFIG, without_steering(config)[0])
+    with own_folder(lambda view: _write(view / CONFIG, without_steering(config)[0])) as name:
         yield name
 
 
 @contextmanager
 def gguf_folder(file: Path) -> Iterator[str]:
     """A folder with the GGUF file alone, under the name ``GGUF``."""
-    with TemporaryDirectory(prefix="ds_cp-model-") as name:
-        (Path(name) / GGUF).symlink_to(file.resolve())
+    with own_folder(lambda view: (view / GGUF).symlink_to(file.resolve())) as name:
         yield name
 
 
 @contextmanager
 def checkpoint_folder(where: str, checkpoint: Checkpoint) -> Iterator[str]:
     """A folder with the config, the weights and an index of what the files hold."""
-    with TemporaryDirectory(prefix="ds_cp-model-") as name:
-        view, folder = Path(name), checkpoint.folder
+
+    def fill(view: Path) -> None:
+        folder = checkpoint.folder
         _write(view / CONFIG, without_steering(checkpoint.config)[0])
         if (folder / GENERATION).is_file():
             found = read_object(folder, GENERATION)
@@ -74,18 +100,23 @@ def checkpoint_folder(where: str, checkpoint: Checkpoint) -> Iterator[str]:
         for file in checkpoint.files:
             ours = file if checkpoint.index else WHOLE
             (view / ours).symlink_to((folder / file).resolve())
+
+    with own_folder(fill) as name:
         yield name
 
 
 @contextmanager
-def tokenizer_folder(where: str, folder: Path) -> Iterator[str]:
-    """A folder with the config and the tokenizer's files.
+def tokenizer_folder(
+    where: str, folder: Path, note: Callable[[str], None] = lambda line: None
+) -> Iterator[str]:
+    """A folder with the config and the tokenizer's files. ``note`` gets a line on each file with
+    keys that are left out.
 
     Raises ``ModelError`` when a JSON file cannot be read, or names a tokenizer that is code of the
-    model's own.
+    model's own or in a file of another name.
     """
-    with TemporaryDirectory(prefix="ds_cp-model-") as name:
-        view = Path(name)
+
+    def fill(view: Path) -> None:
         if (folder / CONFIG).is_file():
             config = read_object(folder, CONFIG)
             _check_class(where, CONFIG, config)
@@ -95,12 +126,29 @@ def tokenizer_folder(where: str, folder: Path) -> Iterator[str]:
                 found = read_object(folder, file)
                 if file == "tokenizer_config.json":
                     _check_class(where, file, found)
-                _write(view / file, without_files(found)[0])
+                    _check_versions(where, file, found)
+                kept, dropped = without_files(found)
+                _write(view / file, kept)
+                if dropped:
+                    note(f"{file} names no code or files to load: {some(dropped)} not used")
         (view / TEMPLATES).mkdir()
         for data in tokenizer_files(folder):
             if data.name not in TOKENIZER_JSON and data.is_file():
                 (view / data.relative_to(folder)).symlink_to(data.resolve())
+
+    with own_folder(fill) as name:
         yield name
+
+
+def _check_versions(where: str, file: str, found: dict[str, Any]) -> None:
+    """transformers would read such a file rather than tokenizer.json: other tokens, unsaid."""
+    named = found.get("fast_tokenizer_files")
+    others = [n for n in named if VERSIONED.search(str(n))] if isinstance(named, list) else []
+    if others:
+        raise ModelError(
+            f"model {where}: {file}'s fast_tokenizer_files names {some(map(str, others))}; ds_cp "
+            "reads tokenizer.json alone: put the right file there and remove the key"
+        )
 
 
 def _check_class(where: str, file: str, found: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ of the config class. Everything else describes the model, and is kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from ds_cp.errors import ModelError
@@ -31,7 +31,8 @@ STEERING = frozenset({
     "offload_buffers", "state_dict", "weights_only",
     # where and how tensors are placed
     "device_map", "max_memory", "device_mesh", "tp_plan", "tp_size", "distributed_config",
-    "low_cpu_mem_usage", "use_safetensors", "key_mapping",
+    "low_cpu_mem_usage", "use_safetensors", "key_mapping", "base_model_tp_plan",
+    "base_model_pp_plan", "base_model_ep_plan", "_auto_class",
     # the classes of a classifier, of which a list is made
     "num_labels", "id2label", "label2id", "problem_type",
     # what a forward call returns
@@ -45,6 +46,8 @@ QUIET = frozenset({
     "output_hidden_states", "return_dict", "use_return_dict", "use_cache", "torchscript",
     "is_local", "local_files_only", "low_cpu_mem_usage", "backend",
 })  # fmt: skip
+# Likewise in the tokenizer's files.
+WRITTEN = frozenset({"special_tokens_map_file", "tokenizer_file"})
 # Attributes of every config class that a config.json may state.
 STATED = frozenset({
     "model_type", "torch_dtype", "rope_scaling", "per_layer_config",
@@ -76,7 +79,10 @@ def without_files(config: Mapping[str, Any]) -> tuple[Json, list[str]]:
             return False
         return _steers(key) or key.endswith(("_file", "_files"))
 
-    return _copy(config, (), steers, dropped), _said(dropped)
+    kept = _copy(config, (), steers, dropped)
+    # Older versions of transformers wrote null, or a path of their own machine.
+    written = {key for key, value in config.items() if value is None} | WRITTEN
+    return kept, [path for path in _said(dropped) if path not in written]
 
 
 def end_tokens_only(where: str, generation: Mapping[str, Any]) -> Json:
@@ -138,10 +144,12 @@ def _class_names(model_type: Any) -> frozenset[str]:
     if isinstance(model_type, str) and model_type in CONFIG_MAPPING:
         cls = CONFIG_MAPPING[model_type]
 
-    def names() -> Iterator[str]:
-        stated = {field.name for field in dataclasses.fields(cls)} | STATED
-        for name in dir(cls):
-            if name not in stated and not isinstance(getattr(cls, name, None), property):
-                yield name
+    stated = {field.name for field in dataclasses.fields(cls)} | STATED
+    return frozenset(
+        name for name in dir(cls) if name not in stated and _takes_place(name, getattr(cls, name))
+    )
 
-    return frozenset(names())
+
+def _takes_place(name: str, of: Any) -> bool:
+    """A default that is a plain value is there to be stated otherwise."""
+    return name.startswith("__") or callable(of) or isinstance(of, dict | list | tuple)

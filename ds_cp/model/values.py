@@ -20,6 +20,8 @@ LAYERS = frozenset({
     "num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers",
     "num_nextn_predict_layers", "first_k_dense_replace",
 })  # fmt: skip
+# Of these, those that count no layers of which the files hold weights.
+NO_LAYERS = frozenset({"num_nextn_predict_layers", "first_k_dense_replace"})
 HEADS = frozenset({
     "num_attention_heads", "num_key_value_heads", "n_head", "n_heads", "num_heads", "num_kv_heads",
     "head_dim", "kv_channels", "multi_query_group_num",
@@ -46,7 +48,10 @@ MAY_BE_ZERO = frozenset({
 })  # fmt: skip
 # Keys that name the dtype of the weights, and its names.
 DTYPE_KEYS = ("dtype", "torch_dtype")
-DTYPES = ("float32", "bfloat16", "float16", "float64", "float8_e4m3fn", "float8_e5m2")
+DTYPES = (
+    "float32", "bfloat16", "float16", "float64", "float8_e4m3fn", "float8_e5m2",
+    "float", "half", "double",
+)  # fmt: skip
 # Keys that hold the parameters of the rotary embedding, and those of them that are numbers.
 ROPE = ("rope_parameters", "rope_scaling")
 ROPE_POSITIVE = frozenset({"rope_theta", "factor", "original_max_position_embeddings"})
@@ -79,7 +84,6 @@ def check_values(where: str, config: Mapping[str, Any]) -> None:
         raise _odd(where, "model_type", config["model_type"], "the name of an architecture")
     for part in _decoders(config):
         _check_heads(where, part)
-        _check_padding(where, part)
         for key in ROPE:
             if part.get(key) is not None and not isinstance(part[key], Mapping):
                 raise _odd(where, key, part[key], "an object")
@@ -87,10 +91,10 @@ def check_values(where: str, config: Mapping[str, Any]) -> None:
 
 
 def are_token_ids(value: Any) -> bool:
-    """None, one id or a list of ids; -1 stands for none in some configs."""
+    """None, one id or a list of ids; a negative one, as -1, stands for none in some configs."""
     listed = value if isinstance(value, list) else [value]
     return all(
-        i is None or (isinstance(i, int) and not isinstance(i, bool) and -1 <= i < 2**31)
+        i is None or (isinstance(i, int) and not isinstance(i, bool) and -(2**31) <= i < 2**31)
         for i in listed
     )
 
@@ -102,22 +106,21 @@ def check_sizes(
     weights are quantized."""
     if not stored:
         return
-    largest = max((max(t.shape, default=1) for t in stored.values()), default=1)
-    elements = max(math.prod(t.shape) for t in stored.values())
+    # A key that this family does not read may say anything below.
+    largest = max(math.prod(t.shape) for t in stored.values())
     for key, value in _parts(config):
         if not isinstance(value, int) or isinstance(value, bool):
             continue
-        if key in LAYERS and value > len(stored):
+        if key in LAYERS - NO_LAYERS and value > len(stored):
             raise ModelError(
                 f"model {where}: config.json's {key} is {value}, "
                 f"but its files hold {len(stored)} tensors in all: "
                 "config.json does not belong to these weights"
             )
-        bound = elements if key.startswith(("num", "n_r", "moe_num", "head")) else largest
-        if key in SIZES | HEADS and value > SPARE * bound * (PACKED if packed else 1):
+        if key in SIZES | HEADS and value > SPARE * largest * (PACKED if packed else 1):
             raise ModelError(
                 f"model {where}: config.json's {key} is {value}, "
-                f"but the largest dimension of a tensor in its files is {largest}: "
+                f"but the largest tensor in its files has {largest} elements: "
                 "config.json does not belong to these weights"
             )
 
@@ -153,19 +156,18 @@ def _check_ids(where: str, key: str, value: Any) -> None:
 
 
 def _check_heads(where: str, part: Mapping[str, Any]) -> None:
+    from transformers import CONFIG_MAPPING
+
+    kind = part.get("model_type")
+    if isinstance(kind, str) and kind in CONFIG_MAPPING:
+        if not hasattr(CONFIG_MAPPING[kind], "num_key_value_heads"):
+            return  # a key that this family does not read
     heads, kv_heads = part.get("num_attention_heads"), part.get("num_key_value_heads")
     if not isinstance(heads, int):
         return
     if isinstance(kv_heads, int) and heads % kv_heads:
         raise _odd(where, "num_key_value_heads", kv_heads,
                    f"a divisor of num_attention_heads, which is {heads}")  # fmt: skip
-
-
-def _check_padding(where: str, part: Mapping[str, Any]) -> None:
-    """Layers of embeddings count it from either end."""
-    padding, vocab = part.get("pad_token_id"), part.get("vocab_size")
-    if isinstance(padding, int) and isinstance(vocab, int) and not -vocab <= padding < vocab:
-        raise _odd(where, "pad_token_id", padding, f"below vocab_size, which is {vocab}")
 
 
 def _check_rope(where: str, path: str, found: Any) -> None:

@@ -16,6 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from ds_cp.attention.spec import LayerSpec
 from ds_cp.errors import UnsupportedModelError
+from ds_cp.model.faults import reason
 
 Decoder = PreTrainedModel  # a causal decoder with its language-model head
 
@@ -157,8 +158,7 @@ def probe(model: Decoder) -> list[tuple[LayerSpec, nn.Module]]:
             model(input_ids=token, position_ids=token, use_cache=False, **{CONTEXT: seen})
     except (TypeError, ValueError, KeyError, AttributeError) as err:
         raise UnsupportedModelError(
-            f"{name} does not run through transformers' attention interface: "
-            f"{str(err).splitlines()[0]}"
+            f"{name} does not run through transformers' attention interface: {reason(err)}"
         ) from err
     want = list(range(text.num_hidden_layers))
     if sorted(seen.layers) != want:

@@ -17,12 +17,14 @@ LIMIT = MAX_PLAN_BYTES  # bytes of the largest frame
 
 class WorkerSpec(msgspec.Struct, frozen=True):
     """The first message to a worker. ``job``: the fields of ``Job`` without its socket;
-    ``listen_fd``: the inherited descriptor of rank 0's store socket, or -1."""
+    ``listen_fd``: the inherited descriptor of rank 0's store socket, or -1; ``folder``: for the
+    worker's temporary files, removed by the supervisor however the worker ends."""
 
     config: dict[str, Any]
     job: dict[str, Any]
     listen_fd: int
     supervisor_pid: int
+    folder: str
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ds_cp.config import Config
+from ds_cp.model.private_folder import own_folder
 from ds_cp.serve.channel import Channel, WorkerSpec
 from ds_cp.startup.resources import choose_threads, socket_environment
 from ds_cp.topology.job import Job
@@ -22,7 +23,16 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)  # that end the job
 
 @contextlib.contextmanager
 def worker_child(config: Config, job: Job) -> Iterator[tuple[subprocess.Popen[bytes], Channel]]:
-    """Start this rank's worker; on leaving, wait for its end or kill it."""
+    """Start this rank's worker; on leaving, wait for its end or kill it, and remove its temporary
+    files. Raises ``ModelError`` where none can be written."""
+    with own_folder() as folder, _started(config, job, folder) as started:
+        yield started
+
+
+@contextlib.contextmanager
+def _started(
+    config: Config, job: Job, folder: str
+) -> Iterator[tuple[subprocess.Popen[bytes], Channel]]:
     ours, theirs = socket.socketpair()
     listen_fd = job.store_socket.fileno() if job.store_socket is not None else -1
     threads = choose_threads(config, job.local_world_size or 1)
@@ -54,7 +64,11 @@ def worker_child(config: Config, job: Job) -> Iterator[tuple[subprocess.Popen[by
     try:
         channel.send(
             WorkerSpec(
-                config.model_dump(mode="json", by_alias=True), fields, listen_fd, os.getpid()
+                config.model_dump(mode="json", by_alias=True),
+                fields,
+                listen_fd,
+                os.getpid(),
+                folder,
             )
         )
         yield process, channel
@@ -98,7 +112,8 @@ def describe_end(code: int) -> str:
         name = signal.Signals(-code).name
     except ValueError:  # a real-time signal
         name = f"signal {-code}"
-    return f"{name} (out of memory?)" if -code == signal.SIGKILL else name
+    why = {"SIGKILL": " (out of memory?)", "SIGBUS": " (a file of the weights was cut short?)"}
+    return name + why.get(name, "")
 
 
 def _python_path(env: Mapping[str, str]) -> str:

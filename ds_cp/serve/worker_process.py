@@ -12,6 +12,7 @@ import contextlib
 import signal
 import socket
 import sys
+import tempfile
 import traceback
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -33,6 +34,7 @@ def main(argv: list[str]) -> NoReturn:
     try:
         spec: WorkerSpec = channel.receive(WorkerSpec)
         die_with_parent(spec.supervisor_pid)()
+        tempfile.tempdir = spec.folder
         _work(channel, spec)
     except DsCpError as err:
         _report(channel, Failed(err.exit_code, str(err), not isinstance(err, CommError)))

@@ -8,14 +8,19 @@ as if the trap were not there; the mark is absent, and nothing has been asked of
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
+import pickle
 import shutil
+import signal
 import socket
+import tempfile
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +28,11 @@ import numpy
 import pytest
 import torch
 import transformers as hf
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
+from transformers import core_model_loading
+from transformers.integrations import hub_kernels
+from transformers.quantizers import quantizer_eetq, quantizer_mxfp4
 
 from ds_cp.errors import ModelError
 from ds_cp.model import loading, private_folder
@@ -105,7 +114,7 @@ def start(folder: Path) -> tuple[Any, Any, list[str]]:
     source, notes = find_model(str(folder)), []
     load_config(source)
     model = load_model(source, torch.float32, CPU, notes.append)
-    return model, load_tokenizer(source), notes
+    return model, load_tokenizer(source, notes.append), notes
 
 
 def same_as(good: Path, model: Any) -> bool:
@@ -289,7 +298,8 @@ PASSED: dict[str, tuple[Trap, str]] = {
     "tokenizer files": (
         tokenizer_says(tokenizer_file=None, vocab_file=None, merges_file=None, spm_file=None,
                        added_tokens_file=None, fast_tokenizer_files=["canary.bin"],
-                       init_inputs=["x"], sp_model_kwargs={"model_file": "canary.bin"}), ""),
+                       init_inputs=["x"], sp_model_kwargs={"model_file": "canary.bin"}),
+        "tokenizer_config.json names no code or files to load: vocab_file"),
 }  # fmt: skip
 
 
@@ -371,6 +381,40 @@ def test_a_tokenizer_class_is_a_tokenizer(
         load_tokenizer(source)
 
 
+def test_a_tokenizer_in_a_file_of_another_name_is_refused(folder: Path) -> None:
+    """transformers would read the one for its version."""
+    for listed, refused in ((["tokenizer.json"], False), (["tokenizer.4.0.0.json"], True)):
+        edit(folder / "tokenizer_config.json", fast_tokenizer_files=listed)
+        with pytest.raises(ModelError) if refused else nullcontext() as caught:
+            load_tokenizer(find_model(str(folder)))
+        assert not refused or "fast_tokenizer_files names tokenizer.4.0.0.json" in str(caught)
+
+
+def test_a_folder_for_temporary_files_that_cannot_be_written_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    source = find_model(str(folder))
+    loads: tuple[Callable[[], Any], ...] = (
+        lambda: load_config(source),
+        lambda: load_model(source, torch.float32, CPU),
+        lambda: load_tokenizer(source),
+    )
+    for load in loads:
+        with monkeypatch.context() as patch:
+            patch.setattr(tempfile, "tempdir", str(folder / "none"))
+            with pytest.raises(ModelError, match=r"none .*\(No such file.*set TMPDIR"):
+                load()
+        with monkeypatch.context() as patch:
+            patch.setattr(private_folder, "_write", lambda *_: raises(full))
+            with pytest.raises(ModelError, match=r"No space left.*set TMPDIR"):
+                load()
+
+
+def raises(err: Exception) -> None:
+    raise err
+
+
 def test_a_tokenizer_of_its_own_code_is_refused(folder: Path, canary: Canary) -> None:
     code(folder, canary)
     edit(folder / "tokenizer_config.json", tokenizer_class="EvilTokenizer")
@@ -382,8 +426,6 @@ def test_a_tokenizer_of_its_own_code_is_refused(folder: Path, canary: Canary) ->
 
 
 def unpicklers(file: Path) -> dict[str, Callable[[], Any]]:
-    import pickle
-
     numpy_file = file.with_suffix(".npy")
     numpy.save(numpy_file, numpy.array([Canary(file.parent)], dtype=object))
     with zipfile.ZipFile(file) as zipped:
@@ -437,17 +479,19 @@ def test_every_call_of_transformers_is_behind_that_wall(
         work[load]()
 
 
-def test_threads_that_begin_meanwhile_are_behind_it_and_others_are_not(tmp_path: Path) -> None:
-    """transformers loads tensors in threads of its own; a script's threads do as they did."""
+def test_other_threads_do_as_they_did(tmp_path: Path) -> None:
+    """Those that ran before, and those that begin meanwhile: a server's requests, say."""
     torch.save({"a": 1}, tmp_path / "x.pt")
     go, seen = threading.Event(), {}
 
     def read(name: str) -> None:
         go.wait(20)
-        try:
-            seen[name] = torch.load(tmp_path / "x.pt")
-        except ModelError as err:
-            seen[name] = str(err)
+        seen[name] = (
+            torch.load(tmp_path / "x.pt"),
+            pickle.loads(pickle.dumps(name)),
+            pickle.Unpickler(io.BytesIO(pickle.dumps(name))).load(),
+            constants.is_offline_mode(),
+        )
 
     old = threading.Thread(target=read, args=("old",))
     old.start()
@@ -458,8 +502,69 @@ def test_threads_that_begin_meanwhile_are_behind_it_and_others_are_not(tmp_path:
         go.set()
         for thread in (old, new):
             thread.join(20)
-    assert seen["old"] == {"a": 1} and "wants torch.load" in seen["new"]
+    assert seen == {name: ({"a": 1}, name, name, False) for name in ("old", "new")}
     assert kept(tmp_path / "x.pt") == {"a": 1}
+
+
+def test_threads_that_transformers_begins_for_the_load_are_behind_the_wall(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It reads tensors in a pool of its own."""
+    real, where = core_model_loading._materialize_copy, set[str]()
+
+    def materialize(*args: Any) -> Any:
+        where.add(threading.current_thread().name)
+        with pytest.raises(ModelError, match="wants pickle.loads to read a pickle"):
+            pickle.loads(pickle.dumps(1))
+        return real(*args)
+
+    monkeypatch.setattr(core_model_loading, "_materialize_copy", materialize)
+    load_model(find_model(str(folder)), torch.float32, CPU)
+    assert where and threading.current_thread().name not in where
+
+
+def test_a_process_that_is_forked_meanwhile_can_load() -> None:
+    """The lock of a thread that is not there any more would be waited for an hour."""
+    inside, done = threading.Event(), threading.Event()
+
+    def load() -> None:
+        with data_only("M"):
+            inside.set()
+            done.wait(20)
+
+    loader = threading.Thread(target=load)
+    loader.start()
+    assert inside.wait(20)
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(10)
+        with data_only("N"):
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    done.set()
+    loader.join(20)
+    assert os.waitstatus_to_exitcode(status) == 0
+
+
+def test_kernels_count_as_not_installed_while_a_model_loads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A quantization whose kernels come from the hub reads its weights without them, where it
+    can."""
+
+    def installed(*_: Any) -> bool:
+        return True
+
+    for module in (hub_kernels, quantizer_mxfp4, quantizer_eetq):
+        monkeypatch.setattr(module, "is_kernels_available", installed)
+    monkeypatch.setattr(quantizer_mxfp4, "is_triton_available", lambda *_: True)
+    monkeypatch.setattr(quantizer_mxfp4, "is_accelerate_available", lambda *_: True)
+    config = hf.Mxfp4Config()
+    with data_only("M"):
+        quantizer_mxfp4.Mxfp4HfQuantizer(config, pre_quantized=True).validate_environment()
+        assert not quantizer_eetq.is_kernels_available()
+    assert config.dequantize and quantizer_mxfp4.is_kernels_available()
 
 
 def test_loads_take_turns(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import socket
+import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 from ds_cp.config import load_config
 from ds_cp.plan import Begin, Chunk, Idle, Plan, Sampling, StepPlan
 from ds_cp.serve.channel import Channel, Failed, FromWorker, Ready, Result
-from ds_cp.serve.worker_child import worker_child
+from ds_cp.serve.worker_child import describe_end, worker_child
 from ds_cp.topology.job import detect
 from tests.helpers.tiny import make_tiny_model
 
@@ -68,3 +70,39 @@ def test_a_failed_step_is_reported_by_its_cause(tmp_path: Path, mode: str, faili
             assert failed.message.startswith(f"rank {failing} on {host}: IndexError: "), rank
             assert process.wait(AT_ONCE_S) == 1
         assert time.monotonic() - began < AT_ONCE_S
+
+
+def test_a_worker_that_is_killed_while_it_loads_leaves_no_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, folder = make_tiny_model(tmp_path / "model"), tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    monkeypatch.setenv("TMPDIR", str(folder))
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    place = {
+        "RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1,
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "DS_CP_LAUNCHER": "ds-cp",
+    }  # fmt: skip
+    job = detect({name: str(value) for name, value in place.items()}, timeout_s=60)
+    limit = time.monotonic() + START_S
+    with worker_child(load_config({"model": str(model)}), job) as (process, _):
+        while not list(folder.rglob("config.json")):
+            assert process.poll() is None and time.monotonic() < limit
+            process.send_signal(signal.SIGCONT)
+            time.sleep(0.002)
+            process.send_signal(signal.SIGSTOP)
+        process.kill()
+        process.wait()
+        assert list(folder.rglob("config.json"))
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(signal.SIGBUS, "SIGBUS (a file of the weights was cut short?)"),
+     (signal.SIGKILL, "SIGKILL (out of memory?)"), (signal.SIGSEGV, "SIGSEGV")],
+)  # fmt: skip
+def test_the_end_of_a_worker_is_said_by_its_signal(number: signal.Signals, said: str) -> None:
+    assert describe_end(-number) == said

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import math
 import resource
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from ds_cp.model.end_tokens import describe_tokenizer, model_end_tokens
 from ds_cp.model.faults import model_at_fault
 from ds_cp.model.loading import load_config, load_model, load_tokenizer
 from ds_cp.model.source import find_model
+from ds_cp.model.steering import STEERING, without_steering
 from ds_cp.model.values import check_values
 from ds_cp.model.wiring import check_positions, probe
 from tests.helpers.engines import tiny_llama
@@ -28,10 +30,12 @@ from tests.helpers.tiny import make_tiny_model
 CPU = torch.device("cpu")
 MISSING = "missing"
 ODD: tuple[Any, ...] = (0, -1, None, "x", [], {}, 1e30, True, 10**9, 2**70, math.nan, MISSING)
-# Keys of tiny models' files whose value nothing of ds_cp reads: a few values will do.
+# Keys of tiny models' files whose value nothing reads, or that never reach transformers: they are
+# odd together.
 UNREAD = {
     "architectures", "transformers_version", "use_cache", "_from_model_config", "backend",
-    "output_attentions", "output_hidden_states", "is_local", "local_files_only",
+    "output_attentions", "output_hidden_states", "is_local", "local_files_only", "num_labels",
+    "id2label", "pretraining_tp",
 }  # fmt: skip
 # How a value is refused that could be one, but not with these weights.
 OTHER_WEIGHTS = (" of its weights, the first", "but config.json makes it", "that no file holds")
@@ -76,14 +80,13 @@ def start(folder: Path, tokenizer: bool) -> None:
     model_end_tokens(decoder)
 
 
-def check(folder: Path, file: str, key: str, odd: Any, tokenizer: bool = False) -> None:
+def check(folder: Path, file: str, keys: set[str], odd: Any, tokenizer: bool = False) -> None:
+    """Start with ``odd`` as the value of all ``keys``."""
     path = folder / file
     before = path.read_text()
-    found = json.loads(before)
-    if odd is MISSING:
-        found.pop(key, None)
-    else:
-        found[key] = odd
+    found = {key: value for key, value in json.loads(before).items() if key not in keys}
+    if odd is not MISSING:
+        found |= dict.fromkeys(keys, odd)
     path.write_text(json.dumps(found))
     try:
         start(folder, tokenizer)
@@ -92,37 +95,42 @@ def check(folder: Path, file: str, key: str, odd: Any, tokenizer: bool = False) 
         assert "\n" not in message and len(message) < 1000, message
         assert str(folder) in message, message
         other = any(words in message for words in OTHER_WEIGHTS)
-        assert key in message or other or odd is MISSING, message
+        assert any(key in message for key in keys) or other or odd is MISSING, message
     finally:
         path.write_text(before)
 
 
-def odd_values(key: str) -> tuple[Any, ...]:
-    return (None, "x", {}) if key in UNREAD else ODD
+def one_by_one(keys: Iterable[str]) -> list[set[str]]:
+    """The keys to be odd at once: those that something reads alone."""
+    keys = set(keys)
+    return [*({key} for key in sorted(keys - UNREAD)), *([keys & UNREAD] if keys & UNREAD else [])]
 
 
 def test_the_keys_are_those_of_the_file(model: Path) -> None:
     assert set(json.loads((model / "config.json").read_text())) == set(CONFIG)
 
 
-@pytest.mark.parametrize("key", CONFIG + ADDED)
-def test_config(model: Path, key: str) -> None:
-    for odd in odd_values(key):
-        check(model, "config.json", key, odd)
+@pytest.mark.parametrize(
+    "keys", one_by_one(CONFIG + ADDED), ids=lambda keys: " ".join(sorted(keys))
+)
+def test_config(model: Path, keys: set[str]) -> None:
+    for odd in ODD:
+        check(model, "config.json", keys, odd)
 
 
 def test_generation_config(model: Path) -> None:
-    for key in {**json.loads((model / "generation_config.json").read_text()), "bos_token_id": 0}:
-        for odd in odd_values(key):
-            check(model, "generation_config.json", key, odd)
+    stated = json.loads((model / "generation_config.json").read_text())
+    for keys in one_by_one({*stated, "bos_token_id"}):
+        for odd in ODD:
+            check(model, "generation_config.json", keys, odd)
 
 
 def test_tokenizer_config(model: Path) -> None:
     more = ("auto_map", "extra_special_tokens", "chat_template")
-    keys = [*json.loads((model / "tokenizer_config.json").read_text()), *more]
-    for key in keys:
-        for odd in odd_values(key):
-            check(model, "tokenizer_config.json", key, odd, tokenizer=True)
+    stated = json.loads((model / "tokenizer_config.json").read_text())
+    for keys in one_by_one({*stated, *more}):
+        for odd in ODD:
+            check(model, "tokenizer_config.json", keys, odd, tokenizer=True)
 
 
 ROPE = {
@@ -154,10 +162,10 @@ def test_rotary_parameters(kind: str) -> None:
 def test_a_rotary_parameter_that_is_left_out(model: Path, kind: str) -> None:
     for key in ROPE[kind]:
         odd = {k: v for k, v in {"rope_type": kind, **ROPE[kind]}.items() if k != key}
-        check(model, "config.json", "rope_parameters", odd)
+        check(model, "config.json", {"rope_parameters"}, odd)
     for odd in ([], [1.0] * 3):
         rope = {"rope_type": "longrope", **ROPE["longrope"], "short_factor": odd}
-        check(model, "config.json", "rope_parameters", rope)
+        check(model, "config.json", {"rope_parameters"}, rope)
 
 
 @pytest.mark.parametrize(
@@ -199,18 +207,79 @@ def test_a_size_whose_key_is_not_known_is_found_by_the_shape(
         (model / "config.json").write_text(text)
 
 
-def test_every_family_passes_with_its_defaults() -> None:
-    """What is checked here is true of every decoder that transformers knows."""
-    names = hf.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    checked = 0
-    for name in list(names)[::3]:  # a third takes a second; all passed when this was written
+@pytest.fixture(scope="module")
+def families() -> dict[str, dict[str, Any]]:
+    """config.json of every decoder that transformers knows, as its class makes it, by model type;
+    and of the decoders within larger models."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in hf.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         try:
-            config = hf.CONFIG_MAPPING[name]()
+            whole = hf.CONFIG_MAPPING[name]()
+            configs = whole, whole.get_text_config()
         except Exception:  # a class without defaults, or one whose package is not installed
             continue
-        check_values(name, json.loads(config.to_json_string(use_diff=False)))
-        checked += 1
-    assert checked > 50
+        for config in configs:
+            stated = json.loads(config.to_json_string(use_diff=False))
+            found[config.model_type] = stated
+    return found
+
+
+def test_every_family_passes_with_its_defaults(families: dict[str, dict[str, Any]]) -> None:
+    """What is checked here is true of every decoder that transformers knows."""
+    assert len(families) > 150
+    for name, stated in families.items():
+        check_values(name, stated)
+
+
+def changed(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: changed(inner) for key, inner in value.items()}
+    if isinstance(value, bool):
+        return not value
+    return value + 1 if isinstance(value, int | float) else value
+
+
+def lost(stated: dict[str, Any], kept: dict[str, Any]) -> set[str]:
+    """Keys of plain values that are not as they were stated, at any depth."""
+    found = set()
+    for key, value in stated.items():
+        if isinstance(value, dict):
+            found |= lost(value, kept[key]) if key in kept else set()
+        elif not isinstance(value, list) and kept.get(key, MISSING) != value:
+            found.add(key)
+    return found
+
+
+def test_what_a_config_states_is_kept(families: dict[str, dict[str, Any]]) -> None:
+    """Also where the default is an attribute of the class alone."""
+    for name, stated in families.items():
+        stated = changed(stated)
+        assert lost(stated, without_steering(stated)[0]) <= STEERING, name
+    stated = {"model_type": "nomic_bert", "tie_word_embeddings": False, "to_dict": 1}
+    assert without_steering(stated)[0].keys() == {"model_type", "tie_word_embeddings"}
+
+
+def test_a_padding_token_beyond_the_vocabulary_is_served(tmp_path: Path) -> None:
+    """Most families do not tell their embeddings of it; fine-tunes add one."""
+    config = hf.GPT2Config(
+        vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=32, pad_token_id=64,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    hf.GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    start(tmp_path, tokenizer=False)
+
+
+def test_keys_that_a_family_does_not_read_may_say_anything(tmp_path: Path) -> None:
+    config = hf.GPT2Config(
+        vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=32, bos_token_id=0,
+        eos_token_id=0,
+    )  # fmt: skip
+    hf.GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    odd = {"num_attention_heads": 2, "num_key_value_heads": 3, "intermediate_size": 512,
+           "first_k_dense_replace": 99, "pad_token_id": -100, "torch_dtype": "float"}  # fmt: skip
+    file.write_text(json.dumps(json.loads(file.read_text()) | odd))
+    start(tmp_path, tokenizer=False)
 
 
 def divide(heads: Any) -> float:

@@ -59,6 +59,16 @@ def test_unsupported_architectures_are_named(name: str, words: str) -> None:
     assert "\n" not in str(caught.value) and caught.value.exit_code == 2
 
 
+def test_an_error_without_a_message_is_named_by_its_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise ValueError
+
+    model = tiny_llama()
+    monkeypatch.setattr(model.model, "forward", fail)
+    with pytest.raises(UnsupportedModelError, match="attention interface: ValueError"):
+        probe_layers(model)
+
+
 def test_what_a_supported_model_states() -> None:
     specs = probe_layers(tiny_llama())
     assert len(specs) == 2
