@@ -44,9 +44,9 @@ def strict_json_route(
     """A class of routes for POST bodies in JSON, which ``bodies`` reads.
 
     Another content type is a 415: JSON's own is the one that pages of other sites cannot send
-    unasked. Fields of a valid body that were ignored because they are unknown are counted, and
-    named in a header of the answer, also of a refusal that comes later; ``refuse_unknown`` makes
-    them a 400.
+    unasked. Fields of a valid body that were ignored because they are unknown are named in a header
+    of the answer, also of a refusal, and counted unless it is one; ``refuse_unknown`` makes them a
+    400.
     """
 
     class StrictJsonRoute(APIRoute):
@@ -67,7 +67,6 @@ def strict_json_route(
                 value = await bodies.model(request, kind, notes)
                 ignored = notes.ignored
                 headers = {WARNING_HEADER: warning(ignored)} if ignored else {}
-                count_ignored(len(ignored))
                 try:
                     response = await handler(ModelRequest(request.scope, request.receive, value))
                 except (ApiError, DsCpError) as err:
@@ -76,7 +75,9 @@ def strict_json_route(
                         raise
                     refusal.headers = {**(refusal.headers or {}), **headers}
                     raise refusal from err
-                response.headers.update(headers)
+                if ignored:
+                    count_ignored(len(ignored))
+                    response.headers.update(headers)
                 return response
 
             return strict
