@@ -138,7 +138,7 @@ class AppContext:
         if params.max_tokens is None:
             new = sum(min(self._most_new_tokens(job), OPEN_TOKENS) for job in jobs) * params.n
         self._reserve(held, sum(map(len, prompts)), new, params, stream)
-        return Generation(self.engine, self.metrics, jobs, arrival, names)
+        return Generation(self.engine, self.metrics, jobs, arrival, names, held)
 
     def _within_logprobs(self, job: Job, prompt: int, prompts: int) -> Job:
         """A job without ``max_tokens`` gets what fits, in the bound on log-probabilities too."""

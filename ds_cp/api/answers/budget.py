@@ -103,6 +103,7 @@ class Held:
     def unspend(self, size: int) -> None:
         """``size`` bytes that were taken are free, and may be taken again."""
         self._charge(self._reserved, self.spent - size)
+        self._freed(size)
 
     def take(self, size: int) -> None:
         """Reserve and spend at once."""

@@ -86,9 +86,9 @@ def test_what_is_given_back_is_free_and_told() -> None:
     held.spend(90)
     assert (held.size, budget.used) == (100, 100)  # 40 beyond what is reserved
     held.unspend(70)
-    assert (held.spent, held.size, budget.used, freed) == (30, 60, 60, [20])
+    assert (held.spent, held.size, budget.used, freed) == (30, 60, 60, [20, 70])
     held.release()
-    assert (held.size, budget.used, freed) == (0, 0, [20, 30])
+    assert (held.size, budget.used, freed) == (0, 0, [20, 70, 30])
 
 
 def test_auto_is_a_part_of_the_machine() -> None:
