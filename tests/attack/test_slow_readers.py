@@ -50,6 +50,8 @@ def wait_until_closed(served: Front, before: int, seconds: float) -> None:
 def settled(served: Front) -> int:
     """Descriptors once a connection has come and gone: libraries open theirs by then."""
     assert httpx.post(served.url + C, json={"prompt": [5], "max_tokens": 1}).status_code == 200
+    chat = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1}  # starts the templates
+    assert httpx.post(served.url + "/v1/chat/completions", json=chat, timeout=30).is_success
     time.sleep(0.2)
     return served.descriptors
 

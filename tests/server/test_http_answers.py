@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import time
 from dataclasses import replace
 from typing import Any
@@ -119,7 +118,7 @@ def test_an_engine_that_ends_before_every_answer_did(served: Running) -> None:
 
 
 def test_what_waits_for_a_slow_reader_is_charged(launch: Any, tokenizer: Any) -> None:
-    """A stream without max_tokens grows beyond the budget: others wait, it runs to its end."""
+    """A stream without max_tokens grows beyond the budget: it runs on, others have to come again."""
     taken = [0]
 
     class Counting(FakeEngine):
@@ -134,18 +133,12 @@ def test_what_waits_for_a_slow_reader_is_charged(launch: Any, tokenizer: Any) ->
     ask = {"messages": [{"role": "user", "content": "x"}]}
     body = ask | {"n": 8, "stream": True, "logprobs": True, "top_logprobs": 20}
     count = 8 * (1_000_000 // (8 * 21))  # as many as log-probabilities are allowed
-    small = httpx.HTTPTransport(socket_options=[(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)])
-    with (
-        httpx.Client(transport=small, timeout=30) as client,
-        client.stream("POST", server.url + CHAT, json=body) as reply,
-    ):
+    with httpx.stream("POST", server.url + CHAT, json=body, timeout=30) as reply:
         assert reply.status_code == 200
         assert wait_for(lambda: taken[0] == count, 20)
         refused = server.post(CHAT, ask | {"max_tokens": 1})
         assert error_of(refused, 503)["code"] == "server_busy"
-        text = reply.read()
-    assert text.count(b'"finish_reason": "length"') == 8 and text.endswith(b"data: [DONE]\n\n")
-    assert text.count(b'"top_logprobs"') == count
+        assert engine.aborted == []
     assert wait_for(lambda: server.post(CHAT, ask | {"max_tokens": 1}).status_code == 200)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 
-TRIM_BYTES = 32 * 2**20  # bytes that requests have held and released between two trims
+TRIM_BYTES = 8 * 2**20  # bytes that requests have held and released between two trims
 TRIM_AFTER_S = 0.5  # seconds from the release, in which the request's objects end
 TRIM_EVERY_S = 3.0  # seconds between two trims at least
 
