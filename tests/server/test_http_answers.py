@@ -118,7 +118,7 @@ def test_an_engine_that_ends_before_every_answer_did(served: Running) -> None:
 
 
 def test_what_waits_for_a_slow_reader_is_charged(launch: Any, tokenizer: Any) -> None:
-    """A stream without max_tokens grows beyond the budget: it runs on, others have to come again."""
+    """A stream without max_tokens grows beyond the budget: it runs on, others are refused."""
     taken = [0]
 
     class Counting(FakeEngine):
