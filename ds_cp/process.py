@@ -1,4 +1,4 @@
-"""How a process of ours ends, at once or with its parent, and gives memory back. No torch here."""
+"""How a process of ours ends, at once or with its parent. No torch here."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from typing import NoReturn
 from ds_cp.log_stream import LogStream, drain_streams
 
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
-_M_MMAP_THRESHOLD = -3  # of mallopt(3)
-_LARGE_BLOCK = 1 << 20  # bytes of a block that is given back to the system once it is free
 
 
 def leave_process(code: int) -> NoReturn:
@@ -45,16 +43,3 @@ def die_with_parent(parent: int) -> Callable[[], None]:
             os._exit(1)
 
     return ask
-
-
-def give_large_blocks_back() -> None:
-    """Let every block of memory above ``_LARGE_BLOCK`` go back to the system when it is freed.
-
-    By itself glibc keeps blocks of the sizes that it has seen freed, up to 32 MB each: after a
-    flood of large requests a server would stay hundreds of MB larger. Elsewhere than on Linux with
-    glibc it does nothing.
-    """
-    if sys.platform.startswith("linux"):
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-        if mallopt is not None:
-            mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK)

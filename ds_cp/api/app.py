@@ -66,9 +66,12 @@ def create_app(engine: EngineInterface, server: Server) -> FastAPI:
     )
 
     def model_length() -> int:
-        return engine.info.max_model_len if engine.state == "ready" else 0
+        context.check_ready()
+        return engine.info.max_model_len
 
-    bodies = Bodies(server.max_body_bytes, server.body_timeout_s, model_length)
+    limit = server.max_buffered_bytes
+    budget = Budget(auto_bytes() if limit == "auto" else limit)
+    bodies = Bodies(server.max_body_bytes, server.body_timeout_s, model_length, budget.limit)
     json_route = strict_json_route(
         bodies, server.unknown_fields == "refuse", context.metrics.ignored_fields
     )
@@ -96,8 +99,7 @@ def create_app(engine: EngineInterface, server: Server) -> FastAPI:
     app.add_exception_handler(HTTPException, _on_http)
     app.add_exception_handler(DsCpError, _on_typed)
     # The last one added is the outermost.
-    limit = server.max_buffered_bytes
-    app.add_middleware(HoldMemory, budget=Budget(auto_bytes() if limit == "auto" else limit))
+    app.add_middleware(HoldMemory, budget=budget)
     if server.api_keys:
         app.add_middleware(ApiKeys, keys=server.api_keys)
     app.add_middleware(Routing, routes=app.router.routes)

@@ -14,7 +14,6 @@ from starlette.requests import Request
 from ds_cp.api.answers.budget import (
     DELTA_BYTES,
     ENTRY_BYTES,
-    ID_BYTES,
     PACKED_BYTES,
     PACKED_TOKEN_BYTES,
     REQUEST_BYTES,
@@ -36,6 +35,9 @@ from ds_cp.sampling_params import RequestOptions, SamplingParams
 # Log-probabilities of one answer, one per token, alternative and choice, at most: of the prompts
 # and of the new tokens together. A million are 50 to 100 MB of JSON.
 MAX_LOGPROBS = 1_000_000
+# Tokens of an answer without max_tokens that are reserved: few have more. What it has beyond is
+# charged as it waits, and keeps out new requests, not this one.
+OPEN_TOKENS = 1024
 # Fields that the engine has by the same name.
 _COPIED = (
     "n temperature top_p top_k min_p seed stop stop_token_ids min_tokens ignore_eos logit_bias "
@@ -126,14 +128,17 @@ class AppContext:
         names = {"prompt": prompt_param, "max_tokens": max_param}
         jobs = []
         for index, ids in enumerate(prompts):
-            fitting = self._fit(len(ids), params, prompt_param, max_words or max_param, clamp)
+            fitting = self.fit(len(ids), params, prompt_param, max_words or max_param, clamp)
             with in_client_names(names):
                 self.engine.check(ids, fitting)
             jobs.append(Job(f"{answer_id}-{index}", ids, fitting, options))
         jobs = [self._within_logprobs(job, sum(map(len, prompts)), len(prompts)) for job in jobs]
         new = sum(self._most_new_tokens(job) for job in jobs) * params.n
-        self._reserve(held, sum(map(len, prompts)), new, params, stream, names)
-        return Generation(self.engine, self.metrics, jobs, arrival, names)
+        self._check_logprobs(sum(map(len, prompts)), new, params, names)
+        if params.max_tokens is None:
+            new = sum(min(self._most_new_tokens(job), OPEN_TOKENS) for job in jobs) * params.n
+        self._reserve(held, sum(map(len, prompts)), new, params, stream)
+        return Generation(self.engine, self.metrics, jobs, arrival, names, held)
 
     def _within_logprobs(self, job: Job, prompt: int, prompts: int) -> Job:
         """A job without ``max_tokens`` gets what fits, in the bound on log-probabilities too."""
@@ -156,18 +161,11 @@ class AppContext:
         return max(longest - len(job.prompt_token_ids), 1)
 
     @staticmethod
-    def _reserve(
-        held: Held,
-        prompt: int,
-        new: int,
-        params: SamplingParams,
-        stream: bool,
-        names: Mapping[str, str],
+    def _check_logprobs(
+        prompt: int, new: int, params: SamplingParams, names: Mapping[str, str]
     ) -> None:
-        """Check the log-probabilities of ``prompt`` and ``new`` tokens, of all answers together,
-        and charge ``held`` for what they and the texts can come to."""
-        scored = 0 if params.prompt_logprobs is None else prompt * (params.prompt_logprobs + 1)
-        drawn = 0 if params.logprobs is None else new * (params.logprobs + 1)
+        """Check the log-probabilities of ``prompt`` and ``new`` tokens, of all answers together."""
+        scored, drawn = _logprobs(prompt, new, params)
         count = scored * params.n + drawn
         if count > MAX_LOGPROBS:
             too_long = scored * params.n > MAX_LOGPROBS
@@ -180,20 +178,28 @@ class AppContext:
                 + " or ask for fewer",
                 name,
             )
-        fixed = REQUEST_BYTES + ID_BYTES * prompt
-        if scored:
-            fixed += PACKED_TOKEN_BYTES * prompt + PACKED_BYTES * scored
+
+    @staticmethod
+    def _reserve(held: Held, prompt: int, new: int, params: SamplingParams, stream: bool) -> None:
+        """Charge ``held`` for the log-probabilities of ``prompt`` and ``new`` tokens, of all
+        answers together, and for the texts."""
+        scored, drawn = _logprobs(prompt, new, params)
+        fixed = PACKED_TOKEN_BYTES * prompt + PACKED_BYTES * scored if scored else 0
         if not stream:
             growing = TEXT_BYTES * new + ENTRY_BYTES * drawn
         else:
             each = DELTA_BYTES + (PACKED_TOKEN_BYTES if drawn else 0)
             growing = each * new + PACKED_BYTES * drawn
-        held.reserve(fixed + growing)
+        held.reserve(REQUEST_BYTES + fixed + growing)
         held.spend(fixed)
 
-    def _fit(
+    def fit(
         self, prompt: int, params: SamplingParams, prompt_param: str, max_param: str, clamp: bool
     ) -> SamplingParams:
+        """``params`` for a prompt of so many tokens; ``clamp`` lowers ``max_tokens`` to what fits.
+
+        Raises ``ApiError`` 400 when both together are longer than the model.
+        """
         length = self.engine.info.max_model_len
         room = length - prompt
         least = max(params.min_tokens, 1)
@@ -211,6 +217,14 @@ class AppContext:
                 prompt_param if room < 1 else name,
             )
         return params
+
+
+def _logprobs(prompt: int, new: int, params: SamplingParams) -> tuple[int, int]:
+    """Log-probabilities of the prompts, and of the new tokens."""
+    return (
+        0 if params.prompt_logprobs is None else prompt * (params.prompt_logprobs + 1),
+        0 if params.logprobs is None else new * (params.logprobs + 1),
+    )
 
 
 def sampling_params(

@@ -28,10 +28,12 @@ from ds_cp.plan import Idle, Outcome, Plan
 from ds_cp.sampling_params import RequestOptions, SamplingParams
 from ds_cp.scheduler.build import build_scheduler
 from ds_cp.serve.channel import Ready
-from ds_cp.serve.mailbox import Mailbox
 from ds_cp.serve.worker_link import WorkerLink
 from ds_cp.templates.chat import LOOK_S, ChatTemplate
 from ds_cp.templates.processes import TemplateProcesses
+
+# What a request has for its reader, who takes it at once; an error ends it.
+_Mailbox = asyncio.Queue[Delta | DsCpError]
 
 
 class AsyncEngine:
@@ -76,7 +78,7 @@ class AsyncEngine:
         self._refusing = False  # new requests, because the server is being stopped
         self._stopping = False  # the loop of steps ends
         self._failed = False  # by ``fail``
-        self._mailboxes: dict[str, Mailbox] = {}  # by request id
+        self._mailboxes: dict[str, _Mailbox] = {}  # by request id
         self._steps = _Timed(link)
         self._stall_s = config.server.stall_s
         self._templates = TemplateProcesses()
@@ -108,7 +110,7 @@ class AsyncEngine:
     ) -> AsyncIterator[Delta]:
         """Deltas until the last one of every answer; closing the iterator aborts the request. A
         refusal is raised before the first delta."""
-        mailbox = Mailbox()
+        mailbox: _Mailbox = asyncio.Queue()
         prompt = tuple(prompt_token_ids)  # copied before the lock is taken
         with self._wake:
             self._ready_core().add(request_id, prompt, params, options)
@@ -118,6 +120,8 @@ class AsyncEngine:
         try:
             while unfinished:
                 delta = await mailbox.get()
+                if isinstance(delta, DsCpError):
+                    raise delta
                 unfinished -= delta.finish_reason is not None
                 yield delta
         finally:
@@ -190,7 +194,7 @@ class AsyncEngine:
         with self._lock:
             unfinished = list(self._mailboxes.values())
         for mailbox in unfinished:
-            mailbox.put(err)
+            mailbox.put_nowait(err)
 
     async def stop(self, deadline_s: float) -> None:
         """End the engine: all ranks leave after the current step, and every unfinished request
@@ -276,10 +280,10 @@ class AsyncEngine:
         loop.settle()
         self._link.leave()
 
-    def _deliver(self, items: Sequence[tuple[Mailbox, Delta | DsCpError]]) -> None:
+    def _deliver(self, items: Sequence[tuple[_Mailbox, Delta | DsCpError]]) -> None:
         def put() -> None:
             for mailbox, item in items:
-                mailbox.put(item)
+                mailbox.put_nowait(item)
 
         if items:
             with contextlib.suppress(RuntimeError):  # the loop has closed

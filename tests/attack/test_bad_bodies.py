@@ -207,9 +207,10 @@ def test_the_worst_bodies_hold_up_no_other_stream(tmp_path: Path) -> None:
             before = attacked.memory
             while batch := list(islice(worst, ATTACKERS)):
                 for name, status, reply in attackers.map(partial(post, attacked.port), batch):
-                    assert status in (200, 400, 503), (name, status, reply[:200])
+                    assert status in (200, 400), (name, status, reply[:200])
         after, most = attacked.memory, peak(attacked.process.pid)
         assert "Traceback" not in attacked.log.read_text()
     assert not met.lost, met.why
-    assert met.gap_s <= 1.0, met  # 0.1 s on an idle machine
+    # The aim is 0.1 s, which benchmarks/attacks.py measures on an idle machine. This one is not.
+    assert met.gap_s <= 1.0, met
     assert most - before < 300 << 20 and after - before < 100 << 20

@@ -84,8 +84,9 @@ class FakeEngine:
     ``delay_s`` comes before every token, ``first_delay_s`` before the first; ``eager_s`` is the
     delay of requests with ``ignore_eos``, so that an attack can be quicker. ``refuse`` is raised
     before the first delta, ``break_after`` (n, error) after n tokens. ``end`` replaces the last
-    finish reason. ``short`` gives answers (by index) that stop after that many tokens; in each step
-    the answers come in their order, or ``backwards``. ``cached`` is how many tokens of every prompt
+    finish reason. ``open_tokens`` are what an answer without ``max_tokens`` has, else as many as
+    fit. ``short`` gives answers (by index) that stop after that many tokens; in each step the
+    answers come in their order, or ``backwards``. ``cached`` is how many tokens of every prompt
     were in the prefix cache. ``drained`` ranks cannot all be drained, and hold ``blocks`` (by rank)
     until a test takes them away; ``moving`` is what a rebalance says.
     """
@@ -112,6 +113,7 @@ class FakeEngine:
         self.eager_s: float | None = None
         self.refuse: Exception | None = None
         self.break_after: tuple[int, Exception] | None = None
+        self.open_tokens: int | None = None
         self.end: str | None = None
         self.short: dict[int, int] = {}
         self.backwards = False
@@ -144,7 +146,7 @@ class FakeEngine:
         left = set(range(params.n))
         try:
             room = self.info.max_model_len - len(prompt_token_ids)
-            count = min(room, params.max_tokens or room)
+            count = min(room, params.max_tokens or self.open_tokens or room)
             vocab = self.info.vocab_size
             total = [sum(prompt_token_ids)]  # as good as the prompt, and soon added up
             walks = [expected_ids(total, count, vocab, i) for i in range(params.n)]

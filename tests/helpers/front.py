@@ -19,7 +19,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +142,10 @@ def serve(settings: Mapping[str, Any]) -> None:
     values.setdefault("allowed_hosts", ["x"])  # what requests written as bytes say
     knobs = dict(values.pop("engine", {}))
     template = knobs.pop("chat_template", CHAT_TEMPLATE)
-    engine = FakeEngine(make_tokenizer(template), knobs.pop("max_model_len", 4096))
+    length = knobs.pop("max_model_len", 4096)
+    engine = FakeEngine(make_tokenizer(template), length)
+    engine.info = replace(engine.info, kv_capacity_tokens=2 * length, largest_request_tokens=length)
+    engine.open_tokens = 100  # as many as an honest stream that sets max_tokens has
     if cpu_s := knobs.pop("template_cpu_s", None):
         engine.chat_template = ChatTemplate(engine.tokenizer, template_processes(), cpu_s)
     for name, value in knobs.items():

@@ -16,6 +16,8 @@ from urllib.parse import urlsplit
 
 TOKENS = 100  # of one stream; another one follows
 
+TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
+
 
 class Clients:
     def __init__(self, url: str, streams: int) -> None:
@@ -46,14 +48,22 @@ class Clients:
             first = False
 
     async def _stream(self, index: int, first: bool) -> None:
-        body = {"prompt": f"honest {index}", "max_tokens": TOKENS, "stream": True}
+        body: dict[str, object] = {"stream": True}
+        if index % 2:  # as most clients ask: without max_tokens, so that the model ends it
+            path = CHAT
+            body["messages"] = [{"role": "user", "content": f"honest {index}"}]
+        else:
+            path = TEXT
+            body |= {"prompt": f"honest {index}", "max_tokens": TOKENS}
         data = json.dumps(body).encode()
         sent = time.monotonic()
         reader, writer = await asyncio.open_connection(self.host, self.port)
         try:
             writer.write(
-                b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n"
-                b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(data) + data
+                b"POST %s HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n"
+                b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+                % (path.encode(), len(data))
+                + data
             )
             head = await reader.readuntil(b"\r\n\r\n")
             if b" 200 " not in head.split(b"\r\n")[0]:

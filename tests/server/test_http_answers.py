@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -13,7 +14,7 @@ import pytest
 from ds_cp.api import context
 from ds_cp.api.answers import logprobs
 from tests.helpers.fake_engine import FakeEngine, expected_ids, prompt_scores
-from tests.server.conftest import Running, answer_text, wait_for
+from tests.server.conftest import Running, answer_text, error_of, wait_for
 
 MODEL = "fake-model"
 C = "/v1/completions"
@@ -116,8 +117,8 @@ def test_an_engine_that_ends_before_every_answer_did(served: Running) -> None:
     assert reply.status_code == 503 and reply.json()["error"]["code"] == "engine_dead"
 
 
-def test_slow_readers_hold_back_every_answer(launch: Any, tokenizer: Any) -> None:
-    """Deltas wait in a queue of 64, for all answers together."""
+def test_what_waits_for_a_slow_reader_is_charged(launch: Any, tokenizer: Any) -> None:
+    """A stream without max_tokens grows beyond the budget: it runs on, others are refused."""
     taken = [0]
 
     class Counting(FakeEngine):
@@ -126,17 +127,19 @@ def test_slow_readers_hold_back_every_answer(launch: Any, tokenizer: Any) -> Non
                 taken[0] += 1
                 yield delta
 
-    server = launch(Counting(tokenizer, max_model_len=200_000), write_timeout_s=60.0)
-    body = {"prompt": [5], "n": 8, "max_tokens": 5_900, "stream": True, "logprobs": 20}
-    with httpx.stream("POST", server.url + C, json=body, timeout=20) as reply:
+    engine = Counting(tokenizer, max_model_len=200_000)
+    engine.info = replace(engine.info, largest_request_tokens=200_000)
+    server = launch(engine, write_timeout_s=60.0, max_buffered_bytes="16MiB")
+    ask = {"messages": [{"role": "user", "content": "x"}]}
+    body = ask | {"n": 8, "stream": True, "logprobs": True, "top_logprobs": 20}
+    count = 8 * (1_000_000 // (8 * 21))  # as many as log-probabilities are allowed
+    with httpx.stream("POST", server.url + CHAT, json=body, timeout=30) as reply:
         assert reply.status_code == 200
-        assert wait_for(lambda: taken[0] > 64)
-        before = -1
-        while taken[0] != before:  # the sockets' buffers fill up, then nothing moves
-            before = taken[0]
-            time.sleep(0.5)
-        assert taken[0] < 8 * 5_900 / 2
-    assert wait_for(lambda: not server.engine.live)
+        assert wait_for(lambda: taken[0] == count, 20)
+        refused = server.post(CHAT, ask | {"max_tokens": 1})
+        assert error_of(refused, 503)["code"] == "server_busy"
+        assert engine.aborted == []
+    assert wait_for(lambda: server.post(CHAT, ask | {"max_tokens": 1}).status_code == 200)
 
 
 # -- log-probabilities of the prompt -------------------------------------------------------------

@@ -16,7 +16,7 @@ import openai
 import pytest
 
 from ds_cp.api.answers import json_pieces, logprobs, paced
-from ds_cp.api.answers.budget import Budget, HoldMemory
+from ds_cp.api.answers.budget import REQUEST_BYTES, SMALL_BYTES, Budget, HoldMemory
 from ds_cp.api.answers.logprobs import TokenTexts
 from ds_cp.api.app import create_app
 from ds_cp.config import Server
@@ -250,6 +250,30 @@ def test_pieces_of_a_stream(tokenizer: Any, monkeypatch: Any, body: dict[str, An
     assert len(choices) > 6 and max(map(len, events)) < 100_000
     assert max(map(len, messages)) < paced.BATCH_BYTES + 100_000
     assert budget.used == 0
+
+
+OPEN = {"messages": MESSAGES, "stream": True}
+SCORED = OPEN | {"logprobs": True, "top_logprobs": 5}
+
+
+@pytest.mark.parametrize("body", [OPEN, SCORED, SCORED | {"stream": False}])
+def test_a_chat_without_max_tokens_is_a_small_request(tokenizer: Any, body: Any) -> None:
+    """It could get 128K tokens: 6 MB, and 100 MB with five alternatives."""
+    held: list[int] = []
+
+    class Watched(FakeEngine):
+        async def generate(self, *args: Any) -> Any:
+            held.append(budget.used)
+            async for delta in super().generate(*args):
+                yield delta
+
+    engine = Watched(tokenizer, max_model_len=131_072)
+    engine.info = replace(engine.info, largest_request_tokens=131_072)
+    engine.open_tokens = 20
+    app, budget = app_over(engine)
+    start, _, _ = asyncio.run(ask(app, CHAT, body))
+    assert start["status"] == 200 and engine.seen[0][1].max_tokens in (None, 166_666)
+    assert REQUEST_BYTES < held[0] < SMALL_BYTES and budget.used == 0
 
 
 # -- over a real connection --------------------------------------------------------------------

@@ -11,11 +11,21 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.requests import Request
 
-from ds_cp.api.requests.bodies import GRACE_S, HELD_BODIES, SMALL_BYTES
+from ds_cp.api.answers.budget import ID_BYTES
+from ds_cp.api.requests.bodies import (
+    GRACE_S,
+    HELD_BODIES,
+    MODEL_BYTES,
+    SMALL_BYTES,
+    Bodies,
+    kept_bytes,
+)
 from ds_cp.api.requests.json_route import warning
+from ds_cp.api.requests.protocol import ChatRequest, CompletionRequest
 from tests.helpers.fake_engine import FakeEngine, make_tokenizer
-from tests.server.conftest import Running, error_of
+from tests.server.conftest import Running, error_of, wait_for
 
 C, CHAT = "/v1/completions", "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "hi"}]
@@ -47,6 +57,9 @@ def test_ignored_fields_are_named_in_a_header(
     if path in (C, CHAT):
         stream = served.post(path, body | odd | {"stream": True})
         assert stream.headers[HEADER] == said and "data: [DONE]" in stream.text
+    model = {"model": "other"}
+    refused = served.post(path, body | odd | model)
+    assert refused.status_code == 404 and refused.headers[HEADER] == said
     count = 6.0 if path in (C, CHAT) else 3.0
     counted = f'ds_cp:ignored_fields_total{{model_name="fake-model"}} {count}'
     assert counted in served.get("/metrics").text.splitlines()
@@ -181,19 +194,92 @@ def test_stalled_large_bodies_make_room(launch: Callable[..., Running]) -> None:
     assert send(served, C, large).status_code == 200
 
 
-def test_no_room_is_a_503_with_retry_after(launch: Callable[..., Running]) -> None:
-    engine = FakeEngine(make_tokenizer(), max_model_len=200_000)
-    engine.first_delay_s = 3.0
-    served = launch(engine, max_body_bytes=100_000, body_timeout_s=1.0)
-    large = json.dumps({"prompt": "x", "max_tokens": 1, "metadata": {"a": "b" * 99_000}})
+def stalled(served: Running, stack: ExitStack, length: int, sent: int) -> None:
+    """A body of which ``sent`` bytes have come."""
+    connection = stack.enter_context(socket.create_connection(("127.0.0.1", served.port)))
+    connection.sendall(
+        f"POST {C} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {length}\r\n\r\n{'{':<{sent}}".encode()
+    )
+
+
+@pytest.mark.parametrize("budget", ["auto", "16MiB"])
+def test_no_room_is_a_503_with_retry_after(launch: Callable[..., Running], budget: str) -> None:
+    """Bodies share 16 times the largest, and half of the budget."""
+    served = launch(max_body_bytes=600_000, body_timeout_s=1.0, max_buffered_bytes=budget)
+    large = json.dumps({"prompt": "x", "max_tokens": 1, "metadata": {"a": "b" * 590_000}})
     with ExitStack() as stack:
-        for _ in range(HELD_BODIES):
+        for _ in range(HELD_BODIES if budget == "auto" else 2):
+            stalled(served, stack, 600_000, 90_000)
+        time.sleep(0.2)
+        reply = send(served, C, large)
+        assert error_of(reply, 503)["code"] == "bodies_busy"
+        assert reply.headers["retry-after"] == "1"
+        assert send(served, C, '{"prompt": "x"}').status_code == 200
+    assert send(served, C, large).status_code == 200
+
+
+def test_a_body_that_was_parsed_makes_room(launch: Callable[..., Running]) -> None:
+    """While its answer is made it holds what the request keeps, and no more."""
+    engine = FakeEngine(make_tokenizer(), max_model_len=200_000)
+    engine.first_delay_s = 30.0
+    served = launch(engine, max_body_bytes=600_000, body_timeout_s=1.0, max_buffered_bytes="16MiB")
+    large = json.dumps({"prompt": "x", "max_tokens": 1, "metadata": {"a": "b" * 590_000}})
+    with ExitStack() as stack:
+        for number in range(2 * HELD_BODIES):
             connection = stack.enter_context(socket.create_connection(("127.0.0.1", served.port)))
             connection.sendall(
                 f"POST {C} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
                 f"Content-Length: {len(large)}\r\n\r\n{large}".encode()
             )
-        time.sleep(0.5)
-        reply = send(served, C, large)
-        assert error_of(reply, 503)["code"] == "bodies_busy"
-        assert reply.headers["retry-after"] == "1"
+            assert wait_for(lambda number=number: len(engine.live) == number + 1)
+
+
+def test_what_a_request_keeps_of_its_body_stays_charged() -> None:
+    kept = kept_bytes(CompletionRequest.model_validate({"prompt": "a" * 1000, "stop": "b" * 100}))
+    assert 1100 + MODEL_BYTES <= kept <= 1300 + MODEL_BYTES
+    kept = kept_bytes(CompletionRequest.model_validate({"prompt": [[5] * 100, [5] * 50]}))
+    assert kept == 150 * ID_BYTES + MODEL_BYTES
+    chat = {"messages": [{"role": "user", "content": "\U0001f600" * 1000}] * 3}
+    kept = kept_bytes(ChatRequest.model_validate(chat))
+    assert 3 * 4000 + 4 * MODEL_BYTES <= kept <= 3 * 4200 + 4 * MODEL_BYTES
+
+
+@pytest.mark.parametrize("length", ["0" * 5000 + "14", "9" * 5000, "14"])
+def test_no_declared_length_is_too_long_to_read(length: str) -> None:
+    scope = {"type": "http", "headers": [(b"content-length", length.encode())]}
+    expected = Bodies(10**6, 1.0, lambda: 0, 10**9)._expected(Request(scope))
+    assert expected == (14 if length == "14" else 10**6)
+
+
+def test_a_large_body_waits_for_a_model(launch: Callable[..., Running]) -> None:
+    """How much may be in it depends on the model's length, which a stalled engine has too."""
+    engine = FakeEngine(make_tokenizer(), max_model_len=1_300_000)
+    served = launch(engine)
+    large = json.dumps({"prompt": [5] * 1_200_000, "max_tokens": 1})
+    engine.state = "starting"
+    assert send(served, C, '{"prompt": "x", "session_id": 1}').status_code == 503
+    reply = send(served, C, large)
+    assert error_of(reply, 503)["code"] == "engine_starting" and "retry-after" in reply.headers
+    engine.state = "stalled"
+    assert send(served, C, large).status_code == 200
+
+
+def test_prompts_are_refused_one_by_one(launch: Callable[..., Running]) -> None:
+    """The second is not encoded when the first is longer than the model."""
+    engine = FakeEngine(make_tokenizer(), max_model_len=128)
+    encoded = []
+    tokenizer = engine.tokenizer
+
+    class Counting:
+        def __call__(self, text: str, **rest: Any) -> Any:
+            encoded.append(text)
+            return tokenizer(text, **rest)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(tokenizer, name)
+
+    engine.tokenizer = Counting()
+    served = launch(engine)
+    error = error_of(served.post(C, {"prompt": ["a fox " * 300] * 64}), 400)
+    assert error["code"] == "context_length_exceeded" and len(encoded) == 1

@@ -107,7 +107,6 @@ WITHOUT_TORCH = [
     "serve/__init__.py",
     "serve/async_engine.py",
     "serve/channel.py",
-    "serve/mailbox.py",
     "serve/job_link.py",
     "serve/supervisor.py",
     "serve/worker_child.py",

@@ -1,14 +1,16 @@
 """The memory that the front holds for its clients: bounded in sum, counted before it is taken.
 
-A request is charged for its body as it arrives, and at its admission for its prompt and for the
-largest answer that it can get. What does not fit any more is refused with 503 and a time to retry;
-what has been admitted runs to its end.
+A request is charged for its body while this is read (``Bodies``), then for what it keeps of it,
+and at its admission for the largest answer that it asks for. What does not fit any more is refused
+with 503 and a time to retry; what has been admitted runs to its end.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import psutil
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ds_cp.api.answers.trim import Trimmer
 from ds_cp.api.errors import RETRY_AFTER, ApiError
@@ -23,7 +25,6 @@ PACKED_TOKEN_BYTES = 80
 TEXT_BYTES = 8  # per token of a text as JSON; what a token has beyond is charged as it comes
 DELTA_BYTES = 48  # per token of a stream that waits for its client: text and id
 REQUEST_BYTES = 128 * 1024  # per request: its tasks, and what its connection's buffers hold
-FREE_BODY_BYTES = 64 * 1024  # bytes of a body that are not charged: no list of them is long
 
 AUTO_SHARE = 1 / 8  # of the machine's memory
 AUTO_RANGE = (256 * MIB, 8192 * MIB)  # bytes
@@ -47,26 +48,24 @@ class Budget:
 
 
 class Held:
-    """What one request holds of the budget, up to ``release``."""
+    """What one request holds of the budget, up to ``release``: what it may come to hold, or what it
+    has taken if that is more. ``freed`` is told of bytes that it had taken and gives back."""
 
-    def __init__(self, budget: Budget) -> None:
+    def __init__(self, budget: Budget, freed: Callable[[int], None] = lambda _: None) -> None:
         self._budget = budget
-        self._unspent = 0  # of what is reserved
-        self.size = 0
+        self._freed = freed
+        self._reserved = 0
+        self.spent = 0  # bytes that it has taken
+        self.size = 0  # bytes that it is charged
 
-    def reserve(self, size: int) -> None:
-        """Charge ``size`` bytes that the request may come to hold.
+    def has_room(self, size: int) -> bool:
+        """Whether ``size`` bytes can be reserved now."""
+        return self._budget.has_room(size, self.size + size)
 
-        Raises ``ApiError``: 503 while others hold the budget, 400 when it could never be had.
-        """
-        budget, whole = self._budget, self.size + size
-        if budget.has_room(size, whole):
-            budget.used += size
-            self.size = whole
-            self._unspent += size
-            return
-        most = int(budget.limit * LARGE_SHARE)
-        if whole > most:
+    def check_size(self, size: int) -> None:
+        """Raises ``ApiError`` 400 when ``size`` bytes more could never be had."""
+        whole, most = self.size + size, int(self._budget.limit * LARGE_SHARE)
+        if whole > most and not self.has_room(size):
             raise ApiError(
                 400,
                 f"this request may need {_mib(whole)} MiB for its body and its answer; at most "
@@ -74,10 +73,21 @@ class Held:
                 "lower max_tokens, n or the number of log-probabilities, or raise that limit",
                 code="request_too_large",
             )
+
+    def reserve(self, size: int) -> None:
+        """Charge ``size`` bytes that the request may come to hold.
+
+        Raises ``ApiError``: 503 while others hold the budget, 400 when it could never be had.
+        """
+        self.check_size(size)
+        if self.has_room(size):
+            self._charge(self._reserved + size, self.spent)
+            return
+        budget = self._budget
         raise ApiError(
             503,
-            f"this request may need {_mib(whole)} MiB for its body and its answer, and others hold "
-            f"{_mib(budget.used - self.size)} of {_mib(budget.limit)} MiB "
+            f"this request may need {_mib(self.size + size)} MiB for its body and its answer, and "
+            f"others hold {_mib(budget.used - self.size)} of {_mib(budget.limit)} MiB "
             "(server.max_buffered_bytes); try again in a moment, "
             "or lower max_tokens, n or the number of log-probabilities",
             code="server_busy",
@@ -87,30 +97,38 @@ class Held:
     def spend(self, size: int) -> None:
         """Take ``size`` bytes of what is reserved. What is not, is charged now and never refused:
         the request has been admitted."""
-        over = max(size - self._unspent, 0)
-        self._unspent = max(self._unspent - size, 0)
-        self.size += over
-        self._budget.used += over
+        self._charge(self._reserved, self.spent + size)
 
-    @property
-    def spent(self) -> int:
-        """Bytes that it has taken, of ``size``."""
-        return self.size - self._unspent
+    def unspend(self, size: int) -> None:
+        """``size`` bytes that were taken are free, and may be taken again."""
+        self._charge(self._reserved, self.spent - size)
+        self._freed(size)
 
     def take(self, size: int) -> None:
         """Reserve and spend at once."""
         self.reserve(size)
         self.spend(size)
 
+    def give_back(self, size: int) -> None:
+        """The opposite of ``take``."""
+        self._charge(self._reserved - size, self.spent - size)
+        self._freed(size)
+
     def release(self) -> None:
         """Give back everything. May be called twice."""
-        self._budget.used -= self.size
-        self.size = self._unspent = 0
+        freed = self.spent
+        self._charge(0, 0)
+        self._freed(freed)
+
+    def _charge(self, reserved: int, spent: int) -> None:
+        before = self.size
+        self._reserved, self.spent, self.size = reserved, spent, max(reserved, spent)
+        self._budget.used += self.size - before
 
 
 class HoldMemory:
-    """ASGI layer: gives every request a ``Held`` in ``scope["state"]["held"]``, charges its body,
-    and releases it once the answer was sent or its client has left."""
+    """ASGI layer: gives every request a ``Held`` in ``scope["state"]["held"]``, and releases it
+    once the answer was sent or its client has left."""
 
     def __init__(self, app: ASGIApp, budget: Budget) -> None:
         self.app = app
@@ -121,23 +139,11 @@ class HoldMemory:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        held = Held(self._budget)
+        held = Held(self._budget, self._trimmer.released)
         scope.setdefault("state", {})["held"] = held
-        received = 0
-
-        async def counted() -> Message:
-            nonlocal received
-            message = await receive()
-            before = max(received, FREE_BODY_BYTES)
-            received += len(message.get("body", b""))
-            if received > before:
-                held.take(BODY_BYTES * (received - before))
-            return message
-
         try:
-            await self.app(scope, counted, send)
+            await self.app(scope, receive, send)
         finally:
-            self._trimmer.released(held.spent)
             held.release()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ds_cp.api.answers.budget import held_by
+from ds_cp.api.answers.budget import ID_BYTES, held_by
 from ds_cp.api.answers.json_pieces import json_array, json_object, json_text
 from ds_cp.api.answers.logprobs import chat_entries
 from ds_cp.api.answers.respond import Answer, Choice, Json, ending, respond
@@ -33,6 +33,8 @@ async def chat_completions(context: AppContext, body: ChatRequest, request: Requ
         names={"max_tokens": max_param, "logprobs": "top_logprobs"},
     )
     ids = await context.codec.encode_chat([message.for_template() for message in body.messages])
+    held = held_by(request.scope)
+    held.take(ID_BYTES * len(ids))
     answer = _ChatAnswer(context, body, ids, params.n)
     generation = context.start(
         answer.id,
@@ -40,7 +42,7 @@ async def chat_completions(context: AppContext, body: ChatRequest, request: Requ
         params,
         request_options(body, request),
         arrival,
-        held_by(request.scope),
+        held,
         stream=bool(body.stream),
         prompt_param="messages",
         max_param=max_param,

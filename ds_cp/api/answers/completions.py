@@ -10,7 +10,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ds_cp.api.answers.budget import held_by
+from ds_cp.api.answers.budget import ID_BYTES, held_by
 from ds_cp.api.answers.json_pieces import json_array, json_object, json_text
 from ds_cp.api.answers.logprobs import BLOCK_LISTS, echo_blocks, echo_lists, legacy_block
 from ds_cp.api.answers.respond import Answer, Json, ending, respond
@@ -28,9 +28,17 @@ async def completions(context: AppContext, body: CompletionRequest, request: Req
     arrival = monotonic()
     context.check(body.model)
     params = _params(body)
-    prompts = [
-        await context.codec.encode(item) if isinstance(item, str) else item for item in body.prompt
-    ]
+    held, clamp = held_by(request.scope), body.max_tokens is None
+    max_words = "max_tokens 0 with echo" if body.only_prompt else "max_tokens"
+    prompts = []
+    for item in body.prompt:
+        if isinstance(item, str):
+            ids = await context.codec.encode(item)
+            held.take(ID_BYTES * len(ids))
+        else:
+            ids = item
+        context.fit(len(ids), params, "prompt", max_words, clamp)  # before the next one is encoded
+        prompts.append(ids)
     answer = _CompletionAnswer(context, body, prompts, params.n)
     generation = context.start(
         answer.id,
@@ -38,11 +46,11 @@ async def completions(context: AppContext, body: CompletionRequest, request: Req
         params,
         request_options(body, request),
         arrival,
-        held_by(request.scope),
+        held,
         stream=bool(body.stream),
         prompt_param="prompt",
-        max_words="max_tokens 0 with echo" if body.only_prompt else "",
-        clamp=body.max_tokens is None,
+        max_words=max_words,
+        clamp=clamp,
     )
     return await respond(context, request, answer, generation, stream=bool(body.stream))
 

@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import Any, TypeVar
 
+from ds_cp.api.answers.budget import Held
+from ds_cp.api.answers.mailbox import Mailbox
 from ds_cp.api.metrics import ServerMetrics
 from ds_cp.engine.interface import EngineInterface
 from ds_cp.errors import EngineDeadError, RequestError
 from ds_cp.outputs import Delta
 from ds_cp.sampling_params import RequestOptions, SamplingParams
-
-_BUFFERED = 64  # deltas that wait for a slow client before its engine requests are held back
 
 Result = TypeVar("Result")
 
@@ -60,14 +60,15 @@ class Generation:
         jobs: Sequence[Job],
         arrival: float,
         names: Mapping[str, str],
+        held: Held,
     ) -> None:
         self._engine = engine
         self._names = names  # the client's name of a parameter, where it differs
         self._metrics = metrics
         self._arrival = arrival  # of the HTTP request, in seconds of time.monotonic()
-        self._queue: asyncio.Queue[tuple[int, Delta | Exception]] = asyncio.Queue(_BUFFERED)
+        self._mailbox = Mailbox(held)  # what waits for a slow client is charged to ``held``
         self._unfinished = sum(job.params.n for job in jobs)  # answers
-        self._waiting: asyncio.Task[tuple[int, Delta | Exception]] | None = None
+        self._waiting: asyncio.Task[tuple[int, Delta]] | None = None
         loop = asyncio.get_running_loop()
         self._answered: list[asyncio.Future[None]] = [loop.create_future() for _ in jobs]
         self._tasks = [
@@ -92,14 +93,12 @@ class Generation:
         Raises what the engine raised for any job.
         """
         if self._waiting is None:
-            self._waiting = asyncio.create_task(self._queue.get())
+            self._waiting = asyncio.create_task(self._mailbox.get())
         done, _ = await asyncio.wait({self._waiting}, timeout=timeout_s)
         if not done:
             return None
-        index, item = self._waiting.result()
-        self._waiting = None
-        if isinstance(item, Exception):
-            raise item
+        waited, self._waiting = self._waiting, None
+        index, item = waited.result()
         if item.finish_reason is not None:
             self._unfinished -= 1
         return index, item
@@ -144,7 +143,7 @@ class Generation:
                     times.observe(delta, ended)
                     if not self._answered[index].done():
                         self._answered[index].set_result(None)
-                    await self._queue.put((index, delta))
+                    self._mailbox.put(index, delta)
                     if ended:
                         return
             raise EngineDeadError(f"request {job.request_id} ended without a finish reason")
@@ -152,7 +151,7 @@ class Generation:
             ended = True
             if not self._answered[index].done():
                 self._answered[index].set_exception(err)
-            await self._queue.put((index, err))
+            self._mailbox.put(index, err)
         finally:
             if not ended:
                 self._engine.abort(job.request_id)

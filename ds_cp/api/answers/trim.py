@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import ctypes
 
-TRIM_BYTES = 32 * 2**20  # bytes that requests have held and released between two trims
+TRIM_BYTES = 8 * 2**20  # bytes that requests have held and released between two trims
 TRIM_AFTER_S = 0.5  # seconds from the release, in which the request's objects end
+TRIM_EVERY_S = 3.0  # seconds between two trims at least
 
 
 class Trimmer:
@@ -20,16 +21,21 @@ class Trimmer:
         self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         self._released = 0
         self._due = False
+        self._next = 0.0  # seconds of the loop's clock
 
     def released(self, size: int) -> None:
         """Some request has released ``size`` bytes. Called in the event loop."""
         self._released += size
         if self._trim is not None and not self._due and self._released >= TRIM_BYTES:
             self._due = True
-            asyncio.get_running_loop().call_later(TRIM_AFTER_S, self._start)
+            loop = asyncio.get_running_loop()
+            loop.call_at(max(loop.time() + TRIM_AFTER_S, self._next), self._start)
 
     def _start(self) -> None:
         self._due, self._released = False, 0
         assert self._trim is not None
-        # In a thread: ctypes lets go of the interpreter meanwhile.
-        asyncio.get_running_loop().run_in_executor(None, self._trim, 0)
+        loop = asyncio.get_running_loop()
+        self._next = loop.time() + TRIM_EVERY_S
+        # In a thread, without the interpreter. The event loop waits all the same where it allocates
+        # from the arena that is being trimmed: milliseconds for some 100 MB, and so not often.
+        loop.run_in_executor(None, self._trim, 0)

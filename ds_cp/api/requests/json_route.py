@@ -12,9 +12,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope
 
-from ds_cp.api.errors import ApiError
+from ds_cp.api.errors import ApiError, from_engine
 from ds_cp.api.requests.bodies import Bodies
 from ds_cp.api.requests.strict_model import Notes
+from ds_cp.errors import DsCpError
 
 WARNING_HEADER = "X-Ds-Cp-Warning"
 _SHOWN_NAMES = 8  # unknown fields that the header names
@@ -43,8 +44,9 @@ def strict_json_route(
     """A class of routes for POST bodies in JSON, which ``bodies`` reads.
 
     Another content type is a 415: JSON's own is the one that pages of other sites cannot send
-    unasked. Fields that were ignored because they are unknown are named in a header of the answer
-    and counted; ``refuse_unknown`` makes them a 400.
+    unasked. Fields of a valid body that were ignored because they are unknown are named in a header
+    of the answer, also of a refusal, and counted unless it is one; ``refuse_unknown`` makes them a
+    400.
     """
 
     class StrictJsonRoute(APIRoute):
@@ -62,12 +64,20 @@ def strict_json_route(
                 if kind is None:
                     return await handler(request)
                 notes = Notes(refuse_unknown)
-                async with bodies.model(request, kind, notes) as value:
-                    known = ModelRequest(request.scope, request.receive, value)
-                    response = await handler(known)
-                if ignored := notes.ignored:
+                value = await bodies.model(request, kind, notes)
+                ignored = notes.ignored
+                headers = {WARNING_HEADER: warning(ignored)} if ignored else {}
+                try:
+                    response = await handler(ModelRequest(request.scope, request.receive, value))
+                except (ApiError, DsCpError) as err:
+                    refusal = from_engine(err) if isinstance(err, DsCpError) else err
+                    if refusal is None:
+                        raise
+                    refusal.headers = {**(refusal.headers or {}), **headers}
+                    raise refusal from err
+                if ignored:
                     count_ignored(len(ignored))
-                    response.headers[WARNING_HEADER] = warning(ignored)
+                    response.headers.update(headers)
                 return response
 
             return strict

@@ -20,7 +20,6 @@ from ds_cp.api.transport.connection import Connection, Shared
 from ds_cp.api.transport.head import METHODS
 from ds_cp.api.transport.middleware import Failures, ReadLimits, RequestIds
 from ds_cp.config import Server
-from ds_cp.process import give_large_blocks_back
 
 logger = logging.getLogger("ds_cp.api")
 
@@ -94,7 +93,6 @@ async def serve_until(
     every connection is closed, whether or not its client reads: within 3 seconds, or one in a
     hurry. Closes ``listeners``. Raises what the server raises if it fails by itself.
     """
-    give_large_blocks_back()
     hurry = hurry or asyncio.Event()
     http = _Server(_config(app, server, access_log), listeners, _shared(server))
     running = asyncio.create_task(http.serve())

@@ -9,9 +9,10 @@ from dataclasses import replace
 
 import pytest
 
+from ds_cp.api.answers.budget import DELTA_BYTES, MIB, PACKED_BYTES, Budget, Held
+from ds_cp.api.answers.mailbox import APART, JOINED_ENTRIES, JOINED_TOKENS, Mailbox
 from ds_cp.errors import EngineDeadError
 from ds_cp.outputs import Delta, TokenLogprob
-from ds_cp.serve.mailbox import APART, JOINED_ENTRIES, JOINED_TOKENS, Mailbox
 
 
 def a_delta(index: int, number: int, top: int | None, last: bool = False) -> Delta:
@@ -51,13 +52,13 @@ def test_nothing_is_lost_whatever_the_reader_does(top: int | None, reads: float)
     ]
 
     async def main() -> list[Delta]:
-        box, got = Mailbox(), []
+        box, got = Mailbox(Held(Budget(MIB))), []
         for number, delta in enumerate(sent):
-            box.put(delta)
+            box.put(0, delta)
             if number < 200 or dice.random() < reads:
-                got.append(await box.get())
+                got.append((await box.get())[1])
         while sum(delta.finish_reason is not None for delta in got) < answers:
-            got.append(await asyncio.wait_for(box.get(), 5))
+            got.append((await asyncio.wait_for(box.get(), 5))[1])
         return got
 
     got = asyncio.run(main())
@@ -74,15 +75,14 @@ def test_nothing_is_lost_whatever_the_reader_does(top: int | None, reads: float)
 
 def test_waiting_tokens_hold_little() -> None:
     """What the HTTP application counts for a token of a stream, without log-probabilities."""
-    from ds_cp.api.answers.budget import DELTA_BYTES
 
     async def main() -> float:
-        box = Mailbox()
+        box = Mailbox(Held(Budget(MIB)))
         for number in range(APART):
-            box.put(a_delta(0, number, None))
+            box.put(0, a_delta(0, number, None))
         tracemalloc.start()
         for number in range(20_000):
-            box.put(Delta("r", (number + 1000,), "abcd"))
+            box.put(0, Delta("r", (number + 1000,), "abcd"))
         size = tracemalloc.get_traced_memory()[0]
         tracemalloc.stop()
         return size / 20_000
@@ -92,16 +92,16 @@ def test_waiting_tokens_hold_little() -> None:
 
 def test_an_error_comes_after_what_was_said_before_it() -> None:
     async def main() -> None:
-        box = Mailbox()
+        box = Mailbox(Held(Budget(MIB)))
         sent = [a_delta(0, number, None) for number in range(2 * APART)]
         for delta in sent:
-            box.put(delta)
-        box.put(Delta("r", finish_reason="error"))
-        box.put(EngineDeadError("over"))
+            box.put(0, delta)
+        box.put(0, Delta("r", finish_reason="error"))
+        box.put(0, EngineDeadError("over"))
         got: list[Delta] = []
         with pytest.raises(EngineDeadError):
             while True:
-                got.append(await box.get())
+                got.append((await box.get())[1])
         assert got[-1] == Delta("r", finish_reason="error")
         assert joined(got[:-1], 0) == joined(sent, 0)
 
@@ -110,11 +110,48 @@ def test_an_error_comes_after_what_was_said_before_it() -> None:
 
 def test_a_reader_that_waits_is_woken() -> None:
     async def main() -> None:
-        box = Mailbox()
+        box = Mailbox(Held(Budget(MIB)))
         reading = asyncio.create_task(box.get())
         await asyncio.sleep(0)
         assert not reading.done()
-        box.put(a_delta(0, 5, None))
-        assert await asyncio.wait_for(reading, 5) == a_delta(0, 5, None)
+        box.put(0, a_delta(0, 5, None))
+        assert await asyncio.wait_for(reading, 5) == (0, a_delta(0, 5, None))
+
+    asyncio.run(main())
+
+
+def test_what_waits_is_charged_and_never_refused() -> None:
+    """Beyond what was reserved, and beyond the whole budget; it keeps new requests out."""
+
+    async def main() -> None:
+        budget = Budget(MIB)
+        held = Held(budget)
+        held.reserve(100_000)
+        box = Mailbox(held)
+        sent = [a_delta(0, number, 20) for number in range(4000)]
+        for delta in sent:
+            box.put(0, delta)
+        assert budget.used > (4000 - APART) * 21 * PACKED_BYTES > budget.limit
+        assert not Held(budget).has_room(1)
+        got = []
+        while sum(len(delta.token_ids) for delta in got) < 4000:
+            got.append((await box.get())[1])
+        assert joined(got, 0) == joined(sent, 0)
+        assert held.spent == 0 and budget.used == 100_000
+
+    asyncio.run(main())
+
+
+def test_jobs_are_not_mixed() -> None:
+    async def main() -> None:
+        box = Mailbox(Held(Budget(MIB)))
+        for number in range(200):
+            for job in range(2):
+                box.put(job, a_delta(0, 1000 * job + number + 1, None))
+        seen: dict[int, list[int]] = {0: [], 1: []}
+        while len(seen[0]) + len(seen[1]) < 400:
+            job, delta = await box.get()
+            seen[job] += delta.token_ids
+        assert seen == {job: [*range(1000 * job + 1, 1000 * job + 201)] for job in range(2)}
 
     asyncio.run(main())
