@@ -21,6 +21,7 @@ from ds_cp.errors import ChatTemplateError
 from ds_cp.model.loading import load_tokenizer
 from ds_cp.model.source import ModelSource
 from ds_cp.templates.chat import ChatTemplate, beside, choose
+from ds_cp.templates.messages import Ended
 from ds_cp.templates.processes import TemplateProcesses
 from tests.helpers import chat_templates as templates
 from tests.helpers.fake_engine import make_tokenizer, template_processes
@@ -250,6 +251,25 @@ def test_processes_that_are_killed_are_replaced(processes: TemplateProcesses) ->
     assert psutil.wait_procs(everyone, timeout=5)[1] == []
     with pytest.raises(OSError, match="have been ended"):
         render(template, HELLO)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGRTMIN + 9])
+def test_a_worker_that_is_killed_says_nothing_of_the_template(number: int) -> None:
+    class Killed(TemplateProcesses):
+        killed = 0
+
+        def run(self, work: Any, limits: Any) -> Any:
+            self.killed += 1
+            if self.killed < 3:
+                return Ended(number, 0)
+            return template_processes().run(work, limits)
+
+    template = opened(templates.CHATML, Killed())
+    [line] = template.look(60)
+    assert "cannot be rendered: the process that renders" in line and "ended (" in line
+    with pytest.raises(OSError, match="ended"):
+        render(template, HELLO)
+    assert "hello" in render(template, HELLO)
 
 
 def test_renderings_do_not_wait_for_one_that_loops() -> None:
