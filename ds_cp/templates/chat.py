@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import threading
 import time
@@ -27,6 +28,12 @@ OTHER_WAY = "use /v1/completions"
 TOO_SLOW = "chat_template_too_slow"
 _FILE = "chat_template.jinja"
 _MAX_FILE_BYTES = 64 << 20  # of tokenizer_config.json, some of which list a whole vocabulary
+_QUOTED = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
+# What a template has or is told anyway, and words of its language.
+_GIVEN = frozenset(
+    "messages message role content name type text loop if elif else endif for endfor in is not and "
+    "or set endset true false none macro endmacro defined namespace raise_exception".split()
+)
 _CODES = {"refused": "chat_template_refused", "time": TOO_SLOW}  # by what went wrong
 
 
@@ -40,6 +47,12 @@ class Choice:
     problem: str = ""
     notes: tuple[str, ...] = ()
     absent: bool = False
+
+    def names(self) -> set[str]:
+        """Names in the template's code that a value from outside can stand for: neither what
+        follows a dot or is in quotes, nor what every rendering has."""
+        code = " ".join(re.findall(r"\{[{%].*?[%}]\}", self.text or "", re.DOTALL))
+        return set(re.findall(r"(?<![\w.])[^\W\d]\w*", _QUOTED.sub("''", code))) - _GIVEN
 
 
 def choose(templates: Any) -> Choice:
