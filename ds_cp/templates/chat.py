@@ -28,7 +28,8 @@ OTHER_WAY = "use /v1/completions"
 TOO_SLOW = "chat_template_too_slow"
 _FILE = "chat_template.jinja"
 _MAX_FILE_BYTES = 64 << 20  # of tokenizer_config.json, some of which list a whole vocabulary
-_QUOTED = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
+_QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
+_CODE = re.compile(rf"\{{[{{%](?:{_QUOTED.pattern}|[^'\"])*?[%}}]\}}", re.DOTALL)
 # What a template has or is told anyway, and words of its language.
 _GIVEN = frozenset(
     "messages message role content name type text loop if elif else endif for endfor in is not and "
@@ -51,8 +52,8 @@ class Choice:
     def names(self) -> set[str]:
         """Names in the template's code that a value from outside can stand for: neither what
         follows a dot or is in quotes, nor what every rendering has."""
-        code = " ".join(re.findall(r"\{[{%].*?[%}]\}", self.text or "", re.DOTALL))
-        return set(re.findall(r"(?<![\w.])[^\W\d]\w*", _QUOTED.sub("''", code))) - _GIVEN
+        code = " ".join(_QUOTED.sub("''", found) for found in _CODE.findall(self.text or ""))
+        return set(re.findall(r"(?<![\w.])[^\W\d]\w*", code)) - _GIVEN
 
 
 def choose(templates: Any) -> Choice:
