@@ -20,7 +20,7 @@ from jinja2.exceptions import TemplateError
 from ds_cp.errors import ChatTemplateError
 from ds_cp.model.loading import load_tokenizer
 from ds_cp.model.source import ModelSource
-from ds_cp.templates.chat import ChatTemplate, beside, choose
+from ds_cp.templates.chat import MEMORY_BYTES, ChatTemplate, beside, choose
 from ds_cp.templates.messages import Ended
 from ds_cp.templates.processes import TemplateProcesses
 from tests.helpers import chat_templates as templates
@@ -283,16 +283,14 @@ def test_renderings_do_not_wait_for_one_that_loops() -> None:
         assert all(isinstance(future.exception(60), ChatTemplateError) for future in looping)
 
 
-def test_a_long_conversation_after_a_short_one_has_its_own_limits(
-    processes: TemplateProcesses,
-) -> None:
-    template = opened(templates.CHATML, processes)
-    long = "word " * 1_600_000 + "\U0001f9ff"  # four bytes a character, once one is beyond the BMP
+def test_a_long_conversation_after_a_short_one_has_its_own_limits() -> None:
+    template = opened(templates.CHATML, memory_bytes=MEMORY_BYTES // 4)
+    long = "word " * 400_000 + "\U0001f9ff"  # four bytes a character, once one is beyond the BMP
     for _ in range(2):
         assert len(render(template, HELLO)) < 100
-        text = render(template, [HELLO[0] | {"content": long}], max_chars=10**7)
+        text = render(template, [HELLO[0] | {"content": long}], max_chars=3 * 10**6)
         assert long in text
-    with pytest.raises(ChatTemplateError, match="characters of messages of 8000001"):
+    with pytest.raises(ChatTemplateError, match="characters of messages of 2000001"):
         render(template, [HELLO[0] | {"content": long}], max_chars=10**6)
 
 
