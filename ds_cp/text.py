@@ -111,12 +111,16 @@ def misspelt(name: str, valid: Iterable[str]) -> str | None:
 
     Case, and whether words are joined by a line, a blank or nothing, do not count. Otherwise one
     character more, fewer, other or swapped with its neighbour is a slip where the longer name has
-    four to seven characters, two such are in longer names, and none is in shorter ones.
+    four to seven characters, two such are in longer names, and none is in shorter ones. A name
+    with a word more, as in stream_id, is no slip.
     """
-    plain = _joined(name[:MAX_NAME_CHARS])
+    name = name[:MAX_NAME_CHARS]
+    plain, stems = _joined(name), _stems(name)
     best: tuple[int, str] | None = None
     for known in valid:
         other = _joined(known)
+        if other in stems or other.removesuffix("s") in stems:
+            continue
         length = max(len(plain), len(other))
         most = 0 if length < 4 else 1 if length < 8 else 2
         slips = _edits(plain, other, most)
@@ -127,6 +131,13 @@ def misspelt(name: str, valid: Iterable[str]) -> str | None:
 
 def _joined(name: str) -> str:
     return name.translate(_JOINTS).lower()
+
+
+def _stems(name: str) -> set[str]:
+    """The name, joined, without its last words: those have two characters or more."""
+    spaced = re.sub(r"([a-z])([A-Z])", r"\1 \2", name)
+    ends = [match.start() for match in re.finditer(r"[-_. ]+(?=[^-_. ]{2})", spaced)]
+    return {_joined(spaced[:end]) for end in ends}
 
 
 def _edits(a: str, b: str, most: int) -> int:
@@ -168,7 +179,12 @@ def allowed(schema: Mapping[str, Any]) -> str:
     """What a JSON schema node admits, in words: ``"auto" or an integer from 1 to 64 (ranks)``."""
     options: list[str] = []
     for option in schema.get("anyOf", [schema]):
-        options += _words(option)
+        if option.get("type") == "array":
+            options.append(
+                "a list of such" if options else f"a list, each item {allowed(option['items'])}"
+            )
+        else:
+            options += _words(option)
     words = " or ".join(filter(None, [", ".join(options[:-1]), options[-1]]))
     return f"{words} ({schema['unit']})" if "unit" in schema else words
 
@@ -187,8 +203,6 @@ def _words(schema: Mapping[str, Any]) -> list[str]:
         return [f"{noun} from {schema['minimum']} to {schema['maximum']}"]
     if kind == "boolean":
         return ["true or false"]
-    if kind == "array":
-        return ["a list of such"]
     if kind == "string" and "examples" in schema:
         return [f"a size such as {json.dumps(schema['examples'][0])}"]
     if kind == "string":

@@ -63,7 +63,6 @@ def main(argv: Sequence[str]) -> int:
     arguments.add_argument("--out", type=Path, default=RESULTS / "fuzz.json")
     args = arguments.parse_args(argv)
     python = environment("schemathesis", PACKAGES)
-    few = max(1, args.cases // 12)
     half = max(1, args.cases // 2)
     few = max(1, args.cases // 12)
     legs = (

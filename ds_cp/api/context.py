@@ -81,9 +81,10 @@ class AppContext:
 
     def check_template_kwargs(self, given: Mapping[str, Any] | None) -> None:
         """Raises ``ApiError`` 400 for a false that the model's chat template would heed."""
-        template = str(getattr(self.engine.tokenizer, "chat_template", None))
-        for name, value in (given or {}).items():
-            if value is False and name in template:
+        wishes = [name for name, value in (given or {}).items() if value is False]
+        names = self.engine.chat_template.choice.names() if wishes else ()
+        for name in wishes:
+            if name in names:
                 raise ApiError(
                     400,
                     f"chat_template_kwargs is not supported: this model's template reads {name!r}, "

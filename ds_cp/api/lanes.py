@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from ds_cp.api.errors import RETRY_AFTER, ApiError
 
-SHORT_THREADS, LONG_THREADS = 2, 1  # pieces of work done at once in each lane
+THREADS = 2  # pieces of work done at once in each lane
 MAX_WAITING = 256  # pieces of work in one lane
 
 Result = TypeVar("Result")
@@ -21,8 +21,8 @@ class Lanes:
 
     def __init__(self, name: str) -> None:
         self._pools = {
-            False: ThreadPoolExecutor(SHORT_THREADS, thread_name_prefix=f"ds_cp-{name}"),
-            True: ThreadPoolExecutor(LONG_THREADS, thread_name_prefix=f"ds_cp-long-{name}"),
+            False: ThreadPoolExecutor(THREADS, thread_name_prefix=f"ds_cp-{name}"),
+            True: ThreadPoolExecutor(THREADS, thread_name_prefix=f"ds_cp-long-{name}"),
         }
         self._held = {False: 0, True: 0}  # works in a lane, waiting or in a thread
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from threading import Event
 from time import monotonic
 from typing import Any, TypeVar
@@ -168,18 +168,38 @@ def _encode_bounded(
 ) -> list[int] | None:
     """Token ids of a text; None when they are more than ``most``, or ``stop`` is set.
 
-    The tokens of a long text are counted in pieces first: they take a hundred bytes each while the
-    text is tokenized as a whole, which cannot be interrupted.
+    A token takes a hundred bytes while a text is tokenized as a whole, which cannot be interrupted.
+    So where a long text may have too many, they are counted in pieces first.
     """
-    if len(text) > LONG_CHARS:
+    if len(text) > LONG_CHARS and not _must_fit(tokenizer, text, most):
         count = 0
-        for begin in range(0, len(text), LONG_CHARS):
+        for piece in _pieces(text):
             if stop.is_set():
                 return None
-            count += len(_encode(tokenizer, text[begin : begin + LONG_CHARS], False)) - CUT_TOKENS
+            count += len(_encode(tokenizer, piece, False)) - CUT_TOKENS
             if count > most:
                 return None
-    return _encode(tokenizer, text, add_special_tokens)
+    return None if stop.is_set() else _encode(tokenizer, text, add_special_tokens)
+
+
+def _must_fit(tokenizer: Any, text: str, most: int) -> bool:
+    """Whether a text has at most ``most`` tokens for sure: its bytes are no more. A token of the
+    tokenizers library stands for a byte or more of the normalized text; of others nothing is known.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or len(text) > most:
+        return False
+    normalizer, size = backend.normalizer, 0
+    for piece in _pieces(text):
+        normal = piece if normalizer is None else normalizer.normalize_str(piece)
+        size += len(normal.encode())
+        if size > most:
+            return False
+    return True
+
+
+def _pieces(text: str) -> Iterator[str]:
+    return (text[begin : begin + LONG_CHARS] for begin in range(0, len(text), LONG_CHARS))
 
 
 def _encode(tokenizer: Any, text: str, add_special_tokens: bool) -> list[int]:

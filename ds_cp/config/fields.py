@@ -26,41 +26,33 @@ def _bytes(value: Any) -> Any:
 
 
 Tokens = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
-# JSON schemas of bytes, and of one budget or one for each rank.
-_SIZE_SCHEMA: dict[str, Any] = {
-    "anyOf": [
+_AUTO_SCHEMA: dict[str, Any] = {"const": "auto", "type": "string"}
+
+
+def _sizes(least: int) -> list[dict[str, Any]]:
+    """JSON schemas of bytes, as text and as a number."""
+    return [
         {"type": "string", "pattern": SIZE_PATTERN, "examples": ["512MiB"]},
-        {"type": "integer", "minimum": 1, "maximum": MAX_MEMORY},
+        {"type": "integer", "minimum": least, "maximum": MAX_MEMORY},
     ]
-}
-_BUDGET_SCHEMA: dict[str, Any] = {
-    "anyOf": [
-        {"const": "auto", "type": "string"},
-        *_SIZE_SCHEMA["anyOf"],
-        {"type": "array", "items": _SIZE_SCHEMA, "minItems": 1, "maxItems": MAX_RANKS},
-    ]
-}
+
+
+_SIZE_LIST_SCHEMA = {
+    "type": "array", "items": {"anyOf": _sizes(1)}, "minItems": 1, "maxItems": MAX_RANKS,
+}  # fmt: skip
 _OneBudget = Annotated[int, Field(ge=1, le=MAX_MEMORY)]
 MemoryBudget = Annotated[
     Auto
     | _OneBudget
     | Annotated[tuple[_OneBudget, ...], Field(min_length=1, max_length=MAX_RANKS)],
     BeforeValidator(_bytes),
-    WithJsonSchema(_BUDGET_SCHEMA),
+    WithJsonSchema({"anyOf": [_AUTO_SCHEMA, *_sizes(1), _SIZE_LIST_SCHEMA]}),
 ]
 MIN_BUFFERED = 16 << 20  # bytes: some requests must fit
 MemorySize = Annotated[
     Auto | Annotated[int, Field(ge=MIN_BUFFERED, le=MAX_MEMORY)],
     BeforeValidator(_bytes),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"const": "auto", "type": "string"},
-                _SIZE_SCHEMA["anyOf"][0],
-                {"type": "integer", "minimum": MIN_BUFFERED, "maximum": MAX_MEMORY},
-            ]
-        }
-    ),
+    WithJsonSchema({"anyOf": [_AUTO_SCHEMA, *_sizes(MIN_BUFFERED)]}),
 ]
 TokenBudget = Annotated[
     Auto | Tokens | Annotated[tuple[Tokens, ...], Field(min_length=1, max_length=MAX_RANKS)],

@@ -228,7 +228,7 @@ def _left_out(work: Render, text: str, render: Renderer) -> str | None:
         raise
     except Exception:
         return lost
-    return None if missing(marks, rendered) is None else lost
+    return None if missing(marks, rendered.casefold()) is None else lost
 
 
 _NO_MEMORY = frame(Failed("memory", ""))

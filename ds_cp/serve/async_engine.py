@@ -165,7 +165,7 @@ class AsyncEngine:
             return replace(
                 self._core.stats(),
                 step_seconds=self._steps.seconds,
-                step_age_seconds=self._steps.age_s,
+                step_age_seconds=0.0 if self._state == "dead" else self._steps.age_s,
                 comm_bytes={scheme: sent[0] for scheme, sent in self._link.sent.items()},
                 comm_exchanges={scheme: sent[1] for scheme, sent in self._link.sent.items()},
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import threading
 import time
@@ -27,6 +28,13 @@ OTHER_WAY = "use /v1/completions"
 TOO_SLOW = "chat_template_too_slow"
 _FILE = "chat_template.jinja"
 _MAX_FILE_BYTES = 64 << 20  # of tokenizer_config.json, some of which list a whole vocabulary
+_QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
+_CODE = re.compile(rf"\{{[{{%](?:{_QUOTED.pattern}|[^'\"])*?[%}}]\}}", re.DOTALL)
+# What a template has or is told anyway, and words of its language.
+_GIVEN = frozenset(
+    "messages message role content name type text loop if elif else endif for endfor in is not and "
+    "or set endset true false none macro endmacro defined namespace raise_exception".split()
+)
 _CODES = {"refused": "chat_template_refused", "time": TOO_SLOW}  # by what went wrong
 
 
@@ -40,6 +48,12 @@ class Choice:
     problem: str = ""
     notes: tuple[str, ...] = ()
     absent: bool = False
+
+    def names(self) -> set[str]:
+        """Names in the template's code that a value from outside can stand for: neither what
+        follows a dot or is in quotes, nor what every rendering has."""
+        code = " ".join(_QUOTED.sub("''", found) for found in _CODE.findall(self.text or ""))
+        return set(re.findall(r"(?<![\w.])[^\W\d]\w*", code)) - _GIVEN
 
 
 def choose(templates: Any) -> Choice:
@@ -99,7 +113,7 @@ class ChatTemplate:
         memory_bytes: int = MEMORY_BYTES,
     ) -> None:
         self.choice = choose(getattr(tokenizer, "chat_template", None))
-        self.processes = processes
+        self._processes = processes
         named = getattr(tokenizer, "special_tokens_map", {})
         self._tokens = {str(name): str(token) for name, token in named.items()}
         self._folder = str(getattr(tokenizer, "name_or_path", ""))
@@ -157,7 +171,7 @@ class ChatTemplate:
         ``content`` of a message: a text, a list of text parts, or None. Raises
         ``ChatTemplateError`` when there is no template, or it refuses or fails or needs too much,
         or a user's text is not in its rendering; ``TimeoutError`` after ``timeout_s`` seconds;
-        ``OSError`` when no process can be started.
+        ``OSError`` when no process can be started, or one is killed from outside.
         """
         deadline = time.monotonic() + timeout_s
         self._look(deadline)
@@ -173,17 +187,13 @@ class ChatTemplate:
             max_chars,
         )
         try:
-            answer = self.processes.run(work, self._limits(size, deadline, cpu_s))
+            answer = self._run(work, self._limits(size, deadline, cpu_s))
         except UnicodeEncodeError:
             raise ChatTemplateError("messages: half a surrogate pair is not text") from None
         if isinstance(answer, Rendered):
             return answer.text
         code = _CODES.get(_kind(answer), "chat_template_error")
         raise ChatTemplateError(self._reason(answer, size), code)
-
-    def close(self) -> None:
-        """End the processes."""
-        self.processes.close()
 
     def _look(self, deadline: float) -> None:
         if self._looked is not None or self._problem:
@@ -193,7 +203,7 @@ class ChatTemplate:
         try:
             if self._looked is None and not self._problem:
                 work = Look(self.choice.text or "", self._tokens)
-                answer = self.processes.run(work, self._limits(Size(), deadline))
+                answer = self._run(work, self._limits(Size(), deadline))
                 if isinstance(answer, Looked):
                     self._looked = answer
                 else:
@@ -201,6 +211,15 @@ class ChatTemplate:
                     self._problem = f"{self._reason(answer, Size())}; {OTHER_WAY}"
         finally:
             self._looking.release()
+
+    def _run(self, work: Render | Look, limits: Limits) -> Answer:
+        """An answer that says something of the template. A process that ended, but for its time,
+        does not: the system may have killed it for another's memory. It raises ``OSError``."""
+        answer = self._processes.run(work, limits)
+        if isinstance(answer, Ended) and answer.signal != signal.SIGPROF:
+            how = signal.strsignal(answer.signal) if answer.signal else f"code {answer.code}"
+            raise OSError(f"the process that renders {self.name} ended ({how})")
+        return answer
 
     def _limits(self, size: Size, deadline: float, cpu_s: float | None = None) -> Limits:
         cpu_s = self._cpu_s if cpu_s is None else min(cpu_s, self._cpu_s)
@@ -213,7 +232,7 @@ class ChatTemplate:
         """One line that names the template and says what happened."""
         kind = _kind(answer)
         text = answer.reason if isinstance(answer, Failed) else ""
-        reasons = {
+        return {
             "refused": f"the model's chat template refuses these messages: {text}",
             "raised": f"{self.name} fails on these messages: {text}",
             "broken": f"{self.name} does not compile: {text}",
@@ -221,19 +240,11 @@ class ChatTemplate:
             "long": f"{self.name} makes {text} of messages of {size.chars}",
             "memory": f"{self.name} needs more than {self._memory(size) >> 20} MiB of memory",
             "time": f"{self.name} does not end within {self._cpu_s:g} s of computing",
-            "ended": f"{self.name} ended the process that renders it",
-        }
-        if isinstance(answer, Ended) and kind == "ended":
-            how = signal.Signals(answer.signal).name if answer.signal else f"code {answer.code}"
-            return f"{reasons[kind]} ({how})"
-        return reasons[kind]
+        }[kind]
 
 
 def _kind(answer: Answer) -> str:
-    if isinstance(answer, Failed):
-        return answer.kind
-    timed_out = isinstance(answer, Ended) and answer.signal == signal.SIGPROF
-    return "time" if timed_out else "ended"
+    return answer.kind if isinstance(answer, Failed) else "time"
 
 
 def beside(folder: str, choice: Choice) -> list[str]:

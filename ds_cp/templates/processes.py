@@ -47,7 +47,7 @@ _START = (
 class TemplateProcesses:
     """A nursery and its workers. May be called from several threads.
 
-    The nursery is started by ``start`` or by the first job, and again when it is gone. It ends when
+    The nursery is started by the first job, and again when it is gone. It ends when
     this process ends, however that happens: its end of a socket is closed then.
     """
 
@@ -57,11 +57,6 @@ class TemplateProcesses:
         self._control: socket.socket | None = None
         self._idle: list[socket.socket] = []
         self._closed = False
-
-    def start(self) -> None:
-        """Start the nursery, unless it runs. Returns before it is ready. Raises ``OSError``."""
-        with self._lock:
-            self._started()
 
     def run(self, work: Render | Look, limits: Limits) -> Answer:
         """Do one piece of work. ``Ended`` with ``signal.SIGPROF`` is a job that computed for too

@@ -67,11 +67,12 @@ def missing(messages: Sequence[Message], rendering: str) -> str | None:
 
 def mostly_there(messages: Sequence[Message], rendering: str) -> bool:
     """Whether the words of every user's text are in the rendering, in their order, but for
-    ``MAX_MISSING``: a template may change space, escape signs and take out words that steer it."""
-    position = 0
+    ``MAX_MISSING``: a template may change space and case, escape signs and take out words that
+    steer it."""
+    rendering, position = rendering.casefold(), 0
     for text in _said_by_users(messages):
         gone = 0
-        for match in re.finditer(r"\w+", text):
+        for match in re.finditer(r"\w+", text.casefold()):
             found = rendering.find(match.group(), position)
             if found < 0:
                 gone += 1
@@ -84,7 +85,7 @@ def mostly_there(messages: Sequence[Message], rendering: str) -> bool:
 
 def marked(messages: Sequence[Message]) -> list[Message]:
     """The messages with a mark in place of each text of a user: where a mark is not rendered,
-    neither is the text."""
+    neither is the text. Marks are in small letters, which a template may change."""
     marks = (f"{_FIRST}{i}x" for i in range(1 << 62))
     return [
         {**message, "content": _replaced(message["content"], marks)}
@@ -183,5 +184,6 @@ def _try(
         raise
     except Exception as err:
         return False, f"{type(err).__name__}: {err}"
+    rendering = rendering.casefold()
     marks = [_FIRST, _SECOND] if shape == PARTS else [_FIRST]
     return all(mark in rendering for mark in marks) and _LEAK not in rendering, None

@@ -156,8 +156,8 @@ class Attacker:
             connection.close()
 
     async def big_answers(self, number: int) -> None:
-        """As many log-probabilities as the server gives: large requests, then smaller ones."""
-        n, top = ((128, 20), (64, 20), (64, 5), (16, 5))[number % 4]
+        """As many log-probabilities as the server gives, and fewer."""
+        n, top = ((64, 20), (64, 5), (16, 5))[number % 3]
         body: dict[str, Any] = {"max_tokens": 100, "n": n, "ignore_eos": True}
         if number % 2:
             await self.ask(TEXT, dumped(body | {"prompt": "a", "logprobs": top}))

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,11 @@ class Front:
         share is counted once."""
         ours = psutil.Process(self.process.pid)
         everyone = [ours, *ours.children(recursive=True)]
-        return sum(process.memory_full_info().pss for process in everyone)
+        total = 0
+        for process in everyone:
+            with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):  # it has ended meanwhile
+                total += process.memory_full_info().pss
+        return total
 
     @property
     def descriptors(self) -> int:

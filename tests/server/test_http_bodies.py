@@ -152,10 +152,21 @@ def test_a_name_reaches_the_template_and_parts_are_joined(launch: Callable[..., 
 
 
 def test_a_false_that_the_template_reads_is_refused(launch: Callable[..., Running]) -> None:
-    template = "{% if enable_thinking is defined %}no{% endif %}{{ messages[0].content }}"
+    template = "{% if enable_thinking is defined %}no{% endif %}{{ messages[0].content }} "
+    template += "{% for m in messages[1:] %}{{ m['a'] + 'a think' + m.role }}{% endfor %} a"
     served = launch(FakeEngine(make_tokenizer(template)))
     body = {"messages": HELLO, "max_tokens": 2}
-    for given in ({}, {"enable_thinking": None}, {"other": False}, None):
+    for given in (
+        {},
+        {"enable_thinking": None},
+        {"other": False},
+        None,
+        {"role": False},
+        {"a": False},
+        {"thinking": False},
+        {"think": False},
+        {"messages": False},
+    ):
         assert served.post(CHAT, body | {"chat_template_kwargs": given}).status_code == 200
     for given in ({"enable_thinking": False}, {"enable_thinking": True}, {"other": 1}):
         error = error_of(served.post(CHAT, body | {"chat_template_kwargs": given}), 400)

@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 import pytest
+from tokenizers import normalizers
 
 from ds_cp.api.lanes import MAX_WAITING, Lanes
 from ds_cp.api.tokenization import LONG_CHARS, TextCodec
@@ -119,6 +120,48 @@ def test_the_tokens_of_a_long_text_are_counted_first() -> None:
         asyncio.run(codec.encode("a" * (30 * LONG_CHARS)))
     assert caught.value.code == "context_length_exceeded"  # type: ignore[attr-defined]
     assert counting.given == [LONG_CHARS] * 5  # the rest was not looked at
+    codec.close()
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "text", "counted"),
+    [
+        (None, "a" * 4 * LONG_CHARS, False),
+        (None, "\xe9" * 2 * LONG_CHARS, False),  # two bytes
+        (None, "\xe9" * 3 * LONG_CHARS, True),
+        (normalizers.NFKC(), "a" * 4 * LONG_CHARS, False),
+        (normalizers.NFKC(), "\ufdfa" * (LONG_CHARS + 1), True),  # becomes 18 characters
+    ],
+)
+def test_a_long_text_that_must_fit_is_not_counted(
+    normalizer: Any, text: str, counted: bool
+) -> None:
+    class Noting(Counting):
+        backend_tokenizer = make_tokenizer().backend_tokenizer
+
+    Noting.backend_tokenizer.normalizer = normalizer
+    noting = Noting()
+    codec = codec_over(noting, length=LONG_CHARS)
+    asyncio.run(codec.encode(text))
+    assert (noting.given == [len(text)]) != counted
+    codec.close()
+
+
+def test_two_long_texts_are_tokenized_at_once() -> None:
+    both = threading.Barrier(2, timeout=20)
+
+    class Meeting(Counting):
+        def __call__(self, text: str, **rest: Any) -> dict[str, list[int]]:
+            both.wait()
+            return super().__call__(text, **rest)
+
+    codec = codec_over(Meeting(), length=LONG_CHARS, timeout_s=20)
+
+    async def two() -> None:
+        text = "a" * (LONG_CHARS + 1)
+        await asyncio.gather(codec.encode(text), codec.encode(text))
+
+    asyncio.run(two())
     codec.close()
 
 

@@ -10,7 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ds_cp.text import JsonError, closest, misspelt, nearest, parse_json, parse_size, shorten, show
+from ds_cp.text import (
+    JsonError,
+    allowed,
+    closest,
+    misspelt,
+    nearest,
+    parse_json,
+    parse_size,
+    shorten,
+    show,
+)
 
 
 @given(
@@ -83,7 +93,9 @@ NAMES = ["temperature", "top_p", "top_k", "n", "stop", "seed", "model", "max_tok
         ("tmpratur", None), ("top-p", "top_p"), ("topK", "top_k"), ("N", "n"), ("m", None),
         ("id", None), ("sotp", "stop"), ("stpo", "stop"), ("opts", None), ("step", "stop"),
         ("models", "model"), ("max tokens", "max_tokens"), ("maxtoken", "max_tokens"),
-        ("max_new_tokens", None), ("", None), ("_", None), ("x" * 10**6, None),
+        ("max_new_tokens", None), ("stop_id", None), ("modelId", None), ("model_ids", None),
+        ("user-ids", None), ("mode_l", "model"), ("temper_ature", "temperature"),
+        ("", None), ("_", None), ("x" * 10**6, None),
     ],
 )  # fmt: skip
 def test_misspelt_is_a_slip_or_two(name: str, meant: str | None) -> None:
@@ -110,6 +122,20 @@ def test_shown_values_are_one_short_line() -> None:
     assert shorten("x" * 100, 10) == "xxxxxxx..."
     assert show({"a": [1, "ü"]}) == '{"a": [1, "ü"]}'
     assert show(object()) == "of type object"
+
+
+def test_what_a_schema_admits_in_words() -> None:
+    text = {"type": "string", "minLength": 1, "maxLength": 9}
+    texts = {"type": "array", "items": text, "maxItems": 3}
+    for schema, words in (
+        (texts, "a list, each item a string of 1 to 9 characters"),
+        (
+            {"anyOf": [texts, {"type": "null"}]},
+            "a list, each item a string of 1 to 9 characters or null",
+        ),
+        ({"anyOf": [text, texts]}, "a string of 1 to 9 characters or a list of such"),
+    ):
+        assert allowed(schema) == words
 
 
 @given(st.text(min_size=1))

@@ -12,7 +12,7 @@ from annotated_types import MaxLen
 from pydantic import BaseModel, ConfigDict, ValidationInfo, model_validator
 
 from ds_cp.api.errors import FieldError, shown
-from ds_cp.api.requests.foreign_fields import Unsupported, is_nothing
+from ds_cp.api.requests.foreign_fields import FRONT_ENDS, Unsupported, is_nothing, is_one_of
 from ds_cp.text import MAX_NAME_CHARS, closest, misspelt
 
 MAX_UNKNOWN = 32  # names of unknown fields in one body
@@ -42,7 +42,11 @@ class Notes:
         if is_nothing(value) or (place, name) in self._seen:
             return
         valid = list(known)
-        near = misspelt(name, valid)
+        near = None
+        if name not in FRONT_ENDS:
+            near = misspelt(name, valid)
+        elif is_one_of(value, FRONT_ENDS[name]):
+            return
         if near is not None or self.refuse:
             raise FieldError(unknown_field(name, valid, near), name)
         if len(self._seen) == MAX_UNKNOWN:
@@ -74,7 +78,7 @@ def sift(
         if name in known:
             kept[name] = value
         elif name in unsupported:
-            if not unsupported[name].accepts(value):
+            if not unsupported[name].accepts(value, data):
                 raise FieldError(f"{name} is not supported: {unsupported[name].hint}", name)
         elif name not in harmless:
             notes.unknown(place, name, value, [*known, *unsupported])

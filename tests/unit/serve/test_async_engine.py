@@ -243,6 +243,8 @@ def test_requests_are_told_at_once_why_they_end(how: str) -> None:
         with pytest.raises(StoppingError if deliberate else EngineDeadError) as caught:
             await ask(engine, "late")
         assert type(caught.value) is (StoppingError if deliberate else EngineDeadError)
+        if not deliberate:
+            assert engine.stats().step_age_seconds == 0
         rank.failure = CommError("a peer is gone")
         rank.going.set()
         engine._thread.join(5)

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
+from ds_cp.serve import async_engine
 from tests.helpers.chat_templates import CHATML, PARTS
+from tests.helpers.fake_engine import template_processes
 from tests.unit.serve.test_end_tokens import answer, tokenizer
 
 
@@ -21,7 +23,17 @@ from tests.unit.serve.test_end_tokens import answer, tokenizer
         (PARTS, "the model's chat template ('default') reads content as parts"),
     ],
 )
-def test_the_start_says_what_is_odd(templates: Any, line: str | None) -> None:
+def test_the_start_says_what_is_odd(
+    templates: Any, line: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Shared:  # whose start takes half a second
+        run = staticmethod(template_processes().run)
+
+        def close(self) -> None:
+            pass
+
+    if line is not None:  # the first case starts and ends its own
+        monkeypatch.setattr(async_engine, "TemplateProcesses", Shared)
     served = tokenizer(50, "t9")
     served.chat_template = templates
     tokens, reason, lines = answer(served)

@@ -20,7 +20,8 @@ from jinja2.exceptions import TemplateError
 from ds_cp.errors import ChatTemplateError
 from ds_cp.model.loading import load_tokenizer
 from ds_cp.model.source import ModelSource
-from ds_cp.templates.chat import ChatTemplate, beside, choose
+from ds_cp.templates.chat import MEMORY_BYTES, ChatTemplate, beside, choose
+from ds_cp.templates.messages import Ended
 from ds_cp.templates.processes import TemplateProcesses
 from tests.helpers import chat_templates as templates
 from tests.helpers.fake_engine import make_tokenizer, template_processes
@@ -252,6 +253,25 @@ def test_processes_that_are_killed_are_replaced(processes: TemplateProcesses) ->
         render(template, HELLO)
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGRTMIN + 9])
+def test_a_worker_that_is_killed_says_nothing_of_the_template(number: int) -> None:
+    class Killed(TemplateProcesses):
+        killed = 0
+
+        def run(self, work: Any, limits: Any) -> Any:
+            self.killed += 1
+            if self.killed < 3:
+                return Ended(number, 0)
+            return template_processes().run(work, limits)
+
+    template = opened(templates.CHATML, Killed())
+    [line] = template.look(60)
+    assert "cannot be rendered: the process that renders" in line and "ended (" in line
+    with pytest.raises(OSError, match="ended"):
+        render(template, HELLO)
+    assert "hello" in render(template, HELLO)
+
+
 def test_renderings_do_not_wait_for_one_that_loops() -> None:
     template = opened(templates.TRAPS, cpu_s=0.5)
     render(template, HELLO)
@@ -263,16 +283,14 @@ def test_renderings_do_not_wait_for_one_that_loops() -> None:
         assert all(isinstance(future.exception(60), ChatTemplateError) for future in looping)
 
 
-def test_a_long_conversation_after_a_short_one_has_its_own_limits(
-    processes: TemplateProcesses,
-) -> None:
-    template = opened(templates.CHATML, processes)
-    long = "word " * 1_600_000 + "\U0001f9ff"  # four bytes a character, once one is beyond the BMP
+def test_a_long_conversation_after_a_short_one_has_its_own_limits() -> None:
+    template = opened(templates.CHATML, memory_bytes=MEMORY_BYTES // 4)
+    long = "word " * 400_000 + "\U0001f9ff"  # four bytes a character, once one is beyond the BMP
     for _ in range(2):
         assert len(render(template, HELLO)) < 100
-        text = render(template, [HELLO[0] | {"content": long}], max_chars=10**7)
+        text = render(template, [HELLO[0] | {"content": long}], max_chars=3 * 10**6)
         assert long in text
-    with pytest.raises(ChatTemplateError, match="characters of messages of 8000001"):
+    with pytest.raises(ChatTemplateError, match="characters of messages of 2000001"):
         render(template, [HELLO[0] | {"content": long}], max_chars=10**6)
 
 

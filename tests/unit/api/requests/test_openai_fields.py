@@ -19,6 +19,7 @@ from ds_cp.api.requests.foreign_fields import (
     BOTH,
     CHAT_ONLY,
     COMPLETION_ONLY,
+    FRONT_ENDS,
     HARMLESS,
     MESSAGE,
     STREAM_OPTIONS,
@@ -233,12 +234,50 @@ def test_a_near_name_is_refused_with_what_it_means(name: str, meant: str) -> Non
 
 @pytest.mark.parametrize(
     "name",
-    ["mirostat", "typical_p", "tfs", "chat_id", "session_id", "title", "id", "features", "files",
+    ["mode", "models", "top_a", "stream_id", "streamId", "prompt_id", "messages_id", "message_id",
+     "mirostat", "typical_p", "tfs", "chat_id", "session_id", "title", "id", "features", "files",
      "background_tasks", "provider", "transforms", "x", "", "options", "num_ctx", "keep_alive"],
 )  # fmt: skip
 def test_a_front_ends_own_field_is_ignored(name: str) -> None:
     result, ignored = read(ChatRequest, {"messages": [HELLO], name: 5})
     assert isinstance(result, ChatRequest) and ignored == [name]
+
+
+def test_a_front_ends_neutral_values_pass() -> None:
+    for name, values in FRONT_ENDS.items():
+        for value in values:
+            for refuse in (False, True):
+                result, ignored = read(ChatRequest, {"messages": [HELLO], name: value}, refuse)
+                assert isinstance(result, ChatRequest) and not ignored, name
+    assert not set(FRONT_ENDS) & {*ChatRequest.model_fields, *BOTH, *CHAT_ONLY}
+
+
+@pytest.mark.parametrize(
+    ("fields", "refused"),
+    [
+        ({"max_new_tokens": 2, "max_tokens": 2}, None),
+        ({"max_new_tokens": 2, "max_completion_tokens": 2}, None),
+        ({"n_predict": 2, "max_tokens": 3}, "n_predict"),
+        ({"n_predict": True, "max_tokens": 1}, "n_predict"),
+        ({"max_new_tokens": 2}, "max_new_tokens"),
+        ({"min_new_tokens": 0}, None),
+        ({"min_new_tokens": 2}, "min_new_tokens"),
+        ({"min_length": 2, "min_tokens": 2}, None),
+        ({"stop_sequences": ["a"], "stop": "a"}, None),
+        ({"stop_sequence": ["a", "b"], "stop": ["a", "b"]}, None),
+        ({"stop_sequences": ["a", "b"], "stop": ["a"]}, "stop_sequences"),
+        ({"repeat_penalty": 1.1, "repetition_penalty": 1.1}, None),
+    ],
+)
+def test_another_name_passes_beside_the_served_one(
+    fields: dict[str, Any], refused: str | None
+) -> None:
+    body = {"messages": [HELLO]} | fields
+    if refused is None:
+        result, ignored = read(ChatRequest, body)
+        assert isinstance(result, ChatRequest) and not ignored
+    else:
+        assert error(ChatRequest, body).param == refused
 
 
 def test_unknown_names_are_looked_up_once_and_are_few() -> None:
