@@ -127,7 +127,7 @@ def test_one_write_above_the_limit_is_cut(pipe: Pipe, monkeypatch: pytest.Monkey
 
 
 def test_lines_of_two_ranks_do_not_tear(pipe: Pipe) -> None:
-    """On a pipe that is full now and then."""
+    """Which both wait for room in a pipe."""
     line = "x" * 1200 + "\n"
     children = []
     for letter in "ab":
@@ -137,6 +137,7 @@ def test_lines_of_two_ranks_do_not_tear(pipe: Pipe) -> None:
             stream.write(line.replace("x", letter) * 300)
             os._exit(0 if stream.drain(20) else 1)
     os.close(pipe[1])
+    time.sleep(0.3)  # now it is full
     got = read_all(pipe[0])
     assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
     assert sorted(got.splitlines(True)) == [line.replace("x", c) for c in "ab" for _ in range(300)]
