@@ -186,10 +186,11 @@ class _Supervisor:
                 message = await asyncio.to_thread(channel.receive, FromWorker)
             if isinstance(message, Failed):
                 self._reported = True
-                if not self._may_fail:
+                known = message.cause_known  # else, during a drain, rank 0 may have left
+                if not self._may_fail and (known or not self._stop.is_set()):
                     self._exit_code = message.exit_code
                     # While they load, the ranks agree on what rank 0 is to say.
-                    if message.cause_known and self._loaded:
+                    if known and self._loaded:
                         await self._following.report(Lost(self._named(message), message.exit_code))
                     await self._following.until_end(HEAD_START_S)
         except EngineDeadError:
