@@ -14,10 +14,13 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
+from typing import Any, BinaryIO, cast
 
 LIMIT = 1 << 20  # bytes that wait to be written, at most; later lines are dropped
 LAST_WORDS_S = 1.0  # seconds that the end of a process waits for what is not written yet
 _LINE = 1 << 16  # bytes of an unfinished line that are kept back, at most
+_PIECE = 4096  # bytes that Linux writes to a pipe as one: lines of several processes stay whole
 
 
 class LogStream(io.TextIOBase):
@@ -33,6 +36,19 @@ class LogStream(io.TextIOBase):
     def encoding(self) -> str:  # type: ignore[override]
         """Of what is written."""
         return "utf-8"
+
+    @property
+    def errors(self) -> str:  # type: ignore[override]
+        """What is done about text that has no bytes."""
+        return "backslashreplace"
+
+    @property
+    def buffer(self) -> BinaryIO:
+        """The same stream for bytes."""
+        return cast(BinaryIO, _Bytes(self))
+
+    def reconfigure(self, **_: Any) -> None:
+        """Nothing: libraries ask for an encoding or a buffering, and this stream has its own."""
 
     def fileno(self) -> int:
         """The descriptor; what is written to it directly may come before what waits here."""
@@ -51,28 +67,35 @@ class LogStream(io.TextIOBase):
 
     def write(self, text: str) -> int:
         """Take ``text``; its whole lines are on their way. Returns its length."""
-        data = text.encode("utf-8", "backslashreplace")
-        if self._pid != os.getpid():  # a fork: the thread, and what waits for it, are the parent's
-            self._begin()
-        with self._changed:
+        self.write_bytes(text.encode("utf-8", "backslashreplace"))
+        return len(text)
+
+    def write_bytes(self, data: bytes) -> None:
+        """Take ``data``, as ``write`` does."""
+        with self._mine():
             lines, end, rest = (self._line + data).rpartition(b"\n")
             self._line = rest
             self._queue(lines + end)
             if len(rest) > _LINE:
                 self._flush_line()
-        return len(text)
 
     def flush(self) -> None:
         """Send an unfinished line on its way too. Waits for nothing."""
-        if self._pid == os.getpid():
-            with self._changed:
-                self._flush_line()
+        with self._mine():
+            self._flush_line()
 
     def drain(self, seconds: float = LAST_WORDS_S) -> bool:
         """Wait until all is written, at most ``seconds``; whether it is."""
-        self.flush()
-        with self._changed:
+        with self._mine():
+            self._flush_line()
             return self._changed.wait_for(lambda: not self._waiting, seconds)
+
+    def _mine(self) -> threading.Condition:
+        """The lock of this process: after a fork the thread, what waits for it, and perhaps the
+        lock are the parent's."""
+        if self._pid != os.getpid():
+            self._begin()
+        return self._changed
 
     def _begin(self) -> None:
         self._pid = os.getpid()
@@ -90,12 +113,18 @@ class LogStream(io.TextIOBase):
     def _queue(self, data: bytes) -> None:
         if not data:
             return
-        if self._waiting + len(data) > LIMIT:
-            self._dropped += max(1, data.count(b"\n"))
-            return
-        if self._dropped:
+        room = LIMIT - self._waiting
+        dropped = 0
+        if len(data) > room:
+            keep = data.rfind(b"\n", 0, max(0, room)) + 1 or (0 if self._waiting else room)
+            dropped = data.count(b"\n", keep) or 1
+            data = data[:keep]
+        if data and self._dropped:
             note = f"ds_cp: {self._dropped} lines are missing here: nobody read on\n".encode()
             data, self._dropped = note + data, 0
+        self._dropped += dropped
+        if not data:
+            return
         self._parts.append(data)
         self._waiting += len(data)
         if self._thread is None:
@@ -109,13 +138,51 @@ class LogStream(io.TextIOBase):
                 self._changed.wait_for(lambda: bool(self._parts))
                 data = b"".join(self._parts)
                 self._parts.clear()
-            left = data
             with contextlib.suppress(OSError):  # closed, or the disk is full: the rest is lost
-                while left:
-                    left = left[os.write(self._fd, left) :]
+                for left in _pieces(data):
+                    while left:
+                        left = left[os.write(self._fd, left) :]
             with self._changed:
                 self._waiting -= len(data)
                 self._changed.notify_all()
+
+
+class _Bytes(io.RawIOBase):
+    """A ``LogStream`` as others write bytes to it."""
+
+    def __init__(self, text: LogStream) -> None:
+        self._text = text
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._text.fileno()
+
+    def isatty(self) -> bool:
+        return self._text.isatty()
+
+    def write(self, data: Any) -> int:
+        taken = bytes(data)
+        self._text.write_bytes(taken)
+        return len(taken)
+
+    def flush(self) -> None:
+        self._text.flush()
+
+    def close(self) -> None:
+        pass  # the text goes on
+
+
+def _pieces(data: bytes) -> Iterator[bytes]:
+    """``data`` in whole lines, as many as ``_PIECE`` holds; a longer line alone."""
+    at = 0
+    while at < len(data):
+        end = len(data)
+        if end - at > _PIECE:
+            end = data.rfind(b"\n", at, at + _PIECE) + 1 or data.find(b"\n", at) + 1 or end
+        yield data[at:end]
+        at = end
 
 
 def take_over(*names: str) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from typing import NoReturn
 
 from ds_cp.log_stream import LogStream, drain_streams
 
+SAME_S = 1.0  # seconds within which signals that ask for an end are one
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
@@ -26,6 +29,31 @@ def leave_process(code: int) -> NoReturn:
                 code = code or 1
     drain_streams()
     os._exit(code)
+
+
+class StopSignals:
+    """Counts the signals that ask this process to end.
+
+    A launcher passes on what systemd sent to every process as well: what comes within ``SAME_S``
+    seconds of the last one that counted is the same one, unless it is the first SIGINT, which asks
+    for more than SIGTERM does.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._last = -math.inf  # in time.monotonic()
+        self._interrupted = False
+
+    def take(self, number: int) -> bool:
+        """Take one that has come; whether it is a new one."""
+        now = time.monotonic()
+        more = number == signal.SIGINT and not self._interrupted
+        if now - self._last < SAME_S and not more:
+            return False
+        self._interrupted |= number == signal.SIGINT
+        self._last = now
+        self.count += 1
+        return True
 
 
 def die_with_parent(parent: int) -> Callable[[], None]:

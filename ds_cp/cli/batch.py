@@ -172,7 +172,8 @@ class _Lead:
             self._report = report
             show(report)
 
-        with _progress(self._args.input) as show, _signals(on_signal):
+        shown = self._out if self._args.output == STDOUT else None
+        with _progress(self._args.input, shown) as show, _signals(on_signal):
             async with open_app(self._config, self._job) as app:
                 running = True
                 self._deaths = getattr(app.state, "deaths", [])
@@ -264,10 +265,10 @@ def _signals(on_signal: Callable[[int], None]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _progress(source: str) -> Iterator[Callable[[BatchReport], None]]:
+def _progress(source: str, answers: TextIO | None) -> Iterator[Callable[[BatchReport], None]]:
     """A function that shows a report on one line of stderr; it does nothing where stderr is no
-    terminal."""
-    if not sys.stderr.isatty():
+    terminal, or where the answers go to one, in whose way it would be."""
+    if not sys.stderr.isatty() or (answers is not None and answers.isatty()):
         yield lambda report: None
         return
     total = _count_lines(source)

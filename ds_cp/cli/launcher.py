@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType
 
 from ds_cp.errors import LaunchError
-from ds_cp.process import die_with_parent
+from ds_cp.process import StopSignals, die_with_parent
 
 LAUNCHER = "ds-cp"  # as ranks learn it from their environment
 POLL_S = 0.05  # seconds between looks at the ranks
@@ -21,7 +21,9 @@ POLL_S = 0.05  # seconds between looks at the ranks
 # them; about once in a hundred failures under load, gloo misses that a peer is gone and waits
 # comm.timeout_s.
 FAILURE_GRACE_S = 5.0
-HURRY_GRACE_S = 5.0  # seconds after a second signal until SIGKILL: clients are told meanwhile
+# Seconds after a second signal until SIGKILL. Clients are told meanwhile; what a rank waits for at
+# most, from their end to its last words, is some 7 s together.
+HURRY_GRACE_S = 8.0
 # Signals that every rank gets as well.
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -30,9 +32,10 @@ def spawn(command: Sequence[str], ranks: int, env: Mapping[str, str], *, grace_s
     """Run ``command`` on ``ranks`` ranks and wait for all of them; the exit code of the job.
 
     SIGINT, SIGTERM and SIGHUP are passed on to every rank, which then has ``grace_s`` seconds to
-    end. A second signal is passed on as SIGINT, which hurries them; a third kills them at once.
-    When a rank fails, the others are ended. The kernel kills the ranks when this process dies, and
-    processes that a rank leaves behind in its session are killed with it.
+    end. A second signal is passed on as SIGINT, which hurries them; a third kills them at once
+    (``StopSignals`` counts them). When a rank fails, the others are ended. The kernel kills the
+    ranks when this process dies, and processes that a rank leaves behind in its session are killed
+    with it.
 
     ``LaunchError`` when a process cannot be started.
     """
@@ -53,6 +56,7 @@ class _Ranks:
         self.alive: dict[int, subprocess.Popen[bytes]] = {}
         self._received = received
         self._handled = 0
+        self._signals = StopSignals()
         self._grace_s = grace_s
         self._kill_at: float | None = None
         self._first_failure: tuple[int, int] | None = None  # rank, return code
@@ -87,9 +91,11 @@ class _Ranks:
         """Pass on new signals, reap ranks that have ended, kill the rest past the deadline."""
         for number in self._received[self._handled :]:
             self._handled += 1
-            if self._handled > 2:
+            if not self._signals.take(number):
+                continue
+            if self._signals.count > 2:
                 self.kill()
-            elif self._handled == 2:
+            elif self._signals.count == 2:
                 self._end(signal.SIGINT, HURRY_GRACE_S)
             else:
                 self._end(signal.SIGTERM if number == signal.SIGHUP else number, self._grace_s)

@@ -41,7 +41,7 @@ class _Parser(argparse.ArgumentParser):
 
 def run(argv: Sequence[str] | None = None) -> NoReturn:
     """Run ``ds-cp`` as this process's only purpose, and end it. What is said on stderr never holds
-    it up."""
+    up a server or its launcher; other verbs write it at once, in order with their results."""
     try:
         code = main(argv, own_process=True)
     finally:
@@ -58,10 +58,8 @@ def main(argv: Sequence[str] | None = None, *, own_process: bool = False) -> int
     env = os.environ
     rank = peek_rank(env)
     has_stdout = prepare_streams()
-    if own_process:
-        take_over("stderr")
     try:
-        code = _run_verb(argv, env, has_stdout or rank != 0)
+        code = _run_verb(argv, env, has_stdout or rank != 0, own_process)
         flush()
         return code
     except DsCpError as err:
@@ -79,7 +77,9 @@ def main(argv: Sequence[str] | None = None, *, own_process: bool = False) -> int
         return 1
 
 
-def _run_verb(argv: Sequence[str] | None, env: Mapping[str, str], has_stdout: bool) -> int:
+def _run_verb(
+    argv: Sequence[str] | None, env: Mapping[str, str], has_stdout: bool, own_process: bool
+) -> int:
     try:
         args = build_parser().parse_args(argv)
     except SystemExit:  # after --help
@@ -88,6 +88,8 @@ def _run_verb(argv: Sequence[str] | None, env: Mapping[str, str], has_stdout: bo
     if _prints(args) and not has_stdout:
         raise OutputError("stdout is closed; open it, for example with > FILE")
     verb: Verb = args.verb
+    if own_process and verb is _serve:
+        take_over("stderr")
     return verb(args, env)
 
 

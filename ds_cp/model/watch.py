@@ -100,10 +100,10 @@ class FilesWatch:
 
 
 def watch_model(source: ModelSource, say: Callable[[str], None]) -> FilesWatch | None:
-    """A watch over the files as they are now; ``None`` when they cannot be read, which the load
-    says."""
+    """A watch over the files as they are now; ``None`` of a hub id, which has none, and when they
+    cannot be read, which the load says."""
     try:
-        return FilesWatch(source, say)
+        return FilesWatch(source, say) if model_files(source) else None
     except (ModelError, OSError):
         return None
 

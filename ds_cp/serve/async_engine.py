@@ -45,7 +45,7 @@ class AsyncEngine:
     called after ``stop`` or ``fail``. Both run in the engine's thread.
 
     A deliberate end: ``refuse_new`` while requests may finish, ``cut`` to tell those that have not,
-    ``stop``. From the first of these on, whatever ends a request is a ``StoppingError``.
+    ``stop``. From ``cut`` on, whatever ends a request is a ``StoppingError``.
     """
 
     info: EngineInfo
@@ -76,6 +76,7 @@ class AsyncEngine:
         self._lock = threading.Lock()  # guards core and mailboxes; not held during a step
         self._wake = threading.Condition(self._lock)
         self._refusing = False  # new requests, because the server is being stopped
+        self._cut = False  # unfinished requests were told that it stops
         self._stopping = False  # the loop of steps ends
         self._failed = False  # by ``fail``
         self._mailboxes: dict[str, _Mailbox] = {}  # by request id
@@ -178,13 +179,13 @@ class AsyncEngine:
 
     def cut(self) -> None:
         """Every unfinished request raises ``StoppingError``, at once, whatever the ranks do."""
-        self._refusing = True
+        self._refusing = self._cut = True
         self._end_requests(StoppingError("the server is stopping; this request was not finished"))
 
     def fail(self, message: str) -> None:
         """A rank has failed, which the worker may notice late: every request raises
-        ``EngineDeadError``, at once, unless the server is being stopped."""
-        if self._refusing:
+        ``EngineDeadError``, at once, also during a drain, unless it was told of the stop."""
+        if self._cut:
             return
         self._failed = self._refusing = True
         self._state = "dead"
@@ -295,7 +296,7 @@ class AsyncEngine:
             mailboxes = list(self._mailboxes.values())
         if self._failed:
             return  # reported already
-        kind = StoppingError if self._refusing else EngineDeadError
+        kind = StoppingError if self._cut else EngineDeadError
         self._deliver([(mailbox, kind(str(err))) for mailbox in mailboxes])
         if not self._stopping:
             self._on_death(err, exit_code)

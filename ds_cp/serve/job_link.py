@@ -3,7 +3,9 @@
 A killed worker says nothing; its peers learn of it by a lost connection, and of the cause never.
 Its supervisor, which is its parent, knows both within a moment and tells rank 0's. A connection
 that ends without a good-bye is a supervisor that was killed. The socket is a local one, whose peers
-the kernel names: only processes of the same user are heard. Lines of JSON, bounded.
+the kernel names: only processes of the same user are heard, and of each rank only one. Its name
+says which process launched the job, so that what a failed start left behind does not find the next
+job on the same port. Lines of JSON, bounded.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import os
 import socket
 import struct
 import sys
+import time
 from collections.abc import Callable
 
 import msgspec
@@ -33,11 +36,12 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
 
 
 class Lost(msgspec.Struct, frozen=True, tag="lost"):
-    """The sender's worker has ended by no wish of anyone; ``since``: it lived at that
-    ``time.monotonic()``, which is one clock on one host."""
+    """The sender's worker has ended by no wish of anyone; the job's exit code. ``since``: it lived
+    at that ``time.monotonic()``, which is one clock on one host; None when it said the cause."""
 
     cause: str
-    since: float
+    exit_code: int = 1
+    since: float | None = None
 
 
 class Stopping(msgspec.Struct, frozen=True, tag="stopping"):
@@ -58,12 +62,13 @@ class Bye(msgspec.Struct, frozen=True, tag="bye"):
 Message = Hello | Lost | Stopping | Noted | Bye
 
 
-def link_name(job: Job) -> str | None:
+def link_name(job: Job, launched_by: str = "") -> str | None:
     """The job's name in Linux's abstract namespace of local sockets; None where supervisors have no
-    link: one rank, several hosts, another system."""
+    link: one rank, several hosts, another system. ``launched_by``: the launcher's process, the same
+    for all ranks."""
     if job.world_size == 1 or not job.one_host or not sys.platform.startswith("linux"):
         return None
-    return f"\0ds_cp/{os.getuid()}/{job.store_port}"
+    return f"\0ds_cp/{os.getuid()}/{job.store_port}/{launched_by}"
 
 
 class _Peer:
@@ -101,17 +106,22 @@ class _Peer:
 
 
 class LeadingLink:
-    """Rank 0's side. ``on_lost`` gets the rank, the cause and the time it lived last, if known;
-    ``on_stopping`` the rank, the reason and whether to hurry. They run in the event loop."""
+    """Rank 0's side. Each function gets the rank: ``on_lost`` with what it reported, ``on_gone``
+    with the process id of a supervisor that ended without a good-bye, ``on_stopping`` with the
+    reason and whether to hurry. They run in the event loop."""
 
     def __init__(
         self,
-        on_lost: Callable[[int, str, float | None], None],
+        world_size: int,
+        on_lost: Callable[[int, Lost], None],
+        on_gone: Callable[[int, int], None],
         on_stopping: Callable[[int, str, bool], None],
     ) -> None:
+        self._world_size = world_size
         self._on_lost = on_lost
+        self._on_gone = on_gone
         self._on_stopping = on_stopping
-        self._peers: set[_Peer] = set()
+        self._peers: dict[int, _Peer] = {}  # by rank
         self._closed = False
         self._server: asyncio.AbstractServer | None = None
 
@@ -128,7 +138,7 @@ class LeadingLink:
     async def close(self) -> None:
         """Say good-bye to all."""
         self._closed = True
-        for peer in self._peers:
+        for peer in self._peers.values():
             peer.send(Bye())
             peer.close()
         if self._server is not None:
@@ -141,34 +151,37 @@ class LeadingLink:
 
     async def _listen(self, peer: _Peer) -> None:
         hello = await peer.receive() if peer.is_ours else None
-        if not isinstance(hello, Hello):
+        if not isinstance(hello, Hello) or not self._expects(hello.rank):
             peer.close()
             return
         peer.send(Hello(0, os.getpid()))
-        self._peers.add(peer)
+        self._peers[hello.rank] = peer
         try:
             while not isinstance(message := await peer.receive(), Bye):
                 if isinstance(message, Lost):
                     peer.send(Noted())
-                    self._on_lost(hello.rank, message.cause, message.since)
+                    self._on_lost(hello.rank, message)
                 elif isinstance(message, Stopping):
                     self._on_stopping(hello.rank, message.reason, message.hurry)
                 elif message is None:
                     if not self._closed:
-                        who = f"the supervisor of rank {hello.rank} (process {hello.pid})"
-                        self._on_lost(hello.rank, f"{who} was killed", None)
+                        self._on_gone(hello.rank, hello.pid)
                     return
         finally:
-            self._peers.discard(peer)
+            del self._peers[hello.rank]
             peer.close()
+
+    def _expects(self, rank: int) -> bool:
+        return 0 < rank < self._world_size and rank not in self._peers
 
 
 class FollowingLink:
-    """Another rank's side. ``on_gone`` gets the process id of rank 0's supervisor when that ends
-    without a good-bye."""
+    """Another rank's side. ``on_gone`` gets 0 and the process id of rank 0's supervisor when that
+    ends without a good-bye. ``patience_s``: seconds that rank 0 may start later."""
 
-    def __init__(self, rank: int, on_gone: Callable[[int], None]) -> None:
+    def __init__(self, rank: int, patience_s: float, on_gone: Callable[[int, int], None]) -> None:
         self._rank = rank
+        self._patience_s = patience_s
         self._on_gone = on_gone
         self._peer: _Peer | None = None
         self._connected = asyncio.Event()
@@ -179,11 +192,11 @@ class FollowingLink:
         """Begin to reach rank 0's supervisor."""
         self._task = asyncio.create_task(self._run(name))
 
-    async def report(self, cause: str, since: float) -> bool:
+    async def report(self, lost: Lost) -> bool:
         """Tell rank 0 that this rank's worker is lost. Whether it has heard."""
-        if self._task is not None:
+        if self._task is not None and not self._task.done():
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._report(Lost(cause, since)), REPORT_S)
+                await asyncio.wait_for(self._report(lost), REPORT_S)
         return self._noted.is_set()
 
     async def _report(self, lost: Lost) -> None:
@@ -194,7 +207,7 @@ class FollowingLink:
 
     async def until_end(self, seconds: float) -> None:
         """Wait until rank 0's supervisor has ended, at most ``seconds``."""
-        if self._task is None:
+        if self._task is None or self._peer is None:
             await asyncio.sleep(seconds)
         else:
             await asyncio.wait({self._task}, timeout=seconds)
@@ -214,10 +227,14 @@ class FollowingLink:
             await asyncio.gather(self._task, return_exceptions=True)
 
     async def _run(self, name: str) -> None:
+        end = time.monotonic() + self._patience_s
         while True:
-            with contextlib.suppress(OSError):
+            try:
                 reader, writer = await asyncio.open_unix_connection(name, limit=_LINE)
                 break
+            except OSError:
+                if time.monotonic() >= end:
+                    return
             await asyncio.sleep(RETRY_S)
         peer = _Peer(reader, writer)
         peer.send(Hello(self._rank, os.getpid()))
@@ -231,5 +248,5 @@ class FollowingLink:
             if isinstance(message, Noted):
                 self._noted.set()
             elif message is None:
-                self._on_gone(hello.pid)
+                self._on_gone(0, hello.pid)
                 return

@@ -1,9 +1,10 @@
 """The process that a launcher starts on every rank: it owns the worker and outlives its launcher.
 
-Rank 0's supervisor also runs the HTTP application and the engine. A stop that is asked for, by a
-signal to any rank or by the end of the launcher, becomes rank 0's: it drains its requests and sends
-the stop plan to all workers; the other supervisors wait for their worker to end and kill it when it
-does not. A failure on any rank becomes rank 0's too, which names it before anything else is said.
+Rank 0's supervisor also runs the HTTP application and the engine. On one host, a stop that is asked
+for, by a signal to any rank or by the end of the launcher, becomes rank 0's: it drains its requests
+and sends the stop plan to all workers; the other supervisors wait for their worker to end and kill
+it when it does not. A failure on any rank becomes rank 0's too, which names it before anything else
+is said, also during a drain. Those of several hosts do not know of each other.
 
 What decides how this process ends is set before a word is written.
 """
@@ -25,8 +26,9 @@ from ds_cp.config import Config
 from ds_cp.errors import DsCpError, EngineDeadError, ModelError
 from ds_cp.model.source import ModelSource, find_model
 from ds_cp.model.watch import FilesWatch, watch_model
+from ds_cp.process import StopSignals
 from ds_cp.serve.channel import Channel, Failed, FromWorker, Ready
-from ds_cp.serve.job_link import FollowingLink, LeadingLink, link_name
+from ds_cp.serve.job_link import FollowingLink, LeadingLink, Lost, link_name
 from ds_cp.serve.worker_child import SIGNALS, describe_end, ended, worker_child
 from ds_cp.topology.job import Job
 from ds_cp.topology.launcher_process import launcher_processes
@@ -37,8 +39,6 @@ if TYPE_CHECKING:
 LEAVE_S = 2.0  # seconds for workers to end after the stop plan
 POLL_S = 0.1  # seconds between looks at the worker and the launcher
 TOLD_S = 1.0  # seconds for the errors of a failed engine to reach their clients
-# Seconds within which signals are one: a launcher passes on what systemd sent to every process.
-SAME_S = 1.0
 CAUSE_S = 1.5  # seconds that rank 0 waits for the cause when its worker knows only of a lost peer
 # Seconds that another rank whose worker reported a failure waits for rank 0, which says the cause:
 # launchers end the job at the first exit.
@@ -64,12 +64,14 @@ class _Supervisor:
         self._loaded = False  # the worker can run plans
         self._reported = False  # the cause of a failure is known here, or to rank 0
         self._failed = False
+        self._leaving = False  # the workers were told to end, or are killed
+        self._signals = StopSignals()
         self._pending: tuple[str, int] | None = None  # a failure whose cause may still come
         self._exit_code = 0
         self._launchers = launcher_processes(job.launcher)
         self._engine: AsyncEngine | None = None
-        self._leading = LeadingLink(self._on_lost, self._on_stopping)
-        self._following = FollowingLink(job.rank, self._on_gone)
+        self._leading = LeadingLink(job.world_size, self._on_lost, self._on_gone, self._on_stopping)
+        self._following = FollowingLink(job.rank, config.comm.timeout_s, self._on_gone)
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
@@ -79,7 +81,8 @@ class _Supervisor:
         for number in SIGNALS:
             loop.add_signal_handler(number, self._on_signal, number)
         link = self._leading if leads else self._following
-        if name := link_name(self._job):
+        nearest = self._launchers[0].identity if self._launchers else ""
+        if name := link_name(self._job, nearest):
             await link.open(name)
         with worker_child(self._config, self._job) as (process, channel):
             watch = asyncio.create_task(self._watch(process))
@@ -137,9 +140,9 @@ class _Supervisor:
             print(f"ds_cp ready: {addresses}", flush=True)
 
         def on_death(err: DsCpError, exit_code: int) -> None:
-            if not isinstance(err, WorkerLostError):  # _watch reports the exit code
-                known = not isinstance(err, WorkerFailedError) or err.cause_known
-                loop.call_soon_threadsafe(self._on_death, str(err), exit_code, known)
+            lost = isinstance(err, WorkerLostError)  # _watch reports the exit code
+            known = not isinstance(err, WorkerFailedError) or err.cause_known
+            loop.call_soon_threadsafe(self._on_death, str(err), exit_code, known, lost)
 
         engine = AsyncEngine(
             self._config,
@@ -154,6 +157,10 @@ class _Supervisor:
         engine.start()
         app = create_app(engine, server)
         await serve_until(app, listeners, server, self._stop, self._hurry)
+        end = time.monotonic() + CAUSE_S
+        while self._pending is not None and not self._may_fail and time.monotonic() < end:
+            await asyncio.sleep(POLL_S)
+        self._leaving = True
         await engine.stop(LEAVE_S if self._loaded and not self._failed else 0.0)
 
     def _note_launchers(self) -> None:
@@ -179,17 +186,27 @@ class _Supervisor:
                 message = await asyncio.to_thread(channel.receive, FromWorker)
             if isinstance(message, Failed):
                 self._reported = True
-                if not self._stop.is_set():
+                known = message.cause_known  # else, during a drain, rank 0 may have left
+                if not self._may_fail and (known or not self._stop.is_set()):
                     self._exit_code = message.exit_code
+                    # While they load, the ranks agree on what rank 0 is to say.
+                    if known and self._loaded:
+                        await self._following.report(Lost(self._named(message), message.exit_code))
                     await self._following.until_end(HEAD_START_S)
         except EngineDeadError:
             pass  # the worker has ended; _watch reports the exit code
 
+    def _named(self, failed: Failed) -> str:
+        if failed.message.startswith("rank "):
+            return failed.message
+        return f"rank {self._job.rank} on {self._job.host}: {failed.message}"
+
     # --- a stop that is asked for
 
     def _on_signal(self, number: int) -> None:
-        again = self._stop.is_set() and time.monotonic() - self._asked >= SAME_S
+        self._signals.take(number)
         # mpirun kills a quarter of a second after its SIGTERM.
+        again = self._signals.count > 1
         hurry = number == signal.SIGINT or again or self._job.launcher == "mpi"
         self._begin_stop(signal.Signals(number).name, hurry)
 
@@ -204,6 +221,8 @@ class _Supervisor:
         first, hurried = not self._stop.is_set(), self._hurry.is_set()
         if first:
             self._asked = time.monotonic()
+            if not self._signals.count:  # the same may come as a signal too
+                self._signals.take(signal.SIGTERM)
         self._stop.set()
         if self._engine is not None:
             self._engine.refuse_new()
@@ -221,29 +240,42 @@ class _Supervisor:
 
     # --- failures
 
-    def _on_death(self, message: str, exit_code: int, cause_known: bool) -> None:
+    @property
+    def _may_fail(self) -> bool:
+        """Whether the job ends by now however its workers do: a failure is known, nothing was
+        loaded, the clients were told, or the workers were."""
+        known = self._failed or self._hurry.is_set()
+        return self._stop.is_set() and (known or self._leaving or not self._loaded)
+
+    def _on_death(self, message: str, exit_code: int, cause_known: bool, lost: bool) -> None:
         """The engine has ended, and its requests know it. A lost peer is reported by its cause if
-        that comes in time."""
-        self._reported = True
-        if cause_known or not self._leading.is_open:
+        that comes in time, and a ``lost`` worker by how it ended."""
+        if self._may_fail:
+            return
+        self._reported = self._reported or not lost
+        if not lost and (cause_known or not self._leading.is_open):
             self._fail(message, exit_code)
         else:
             self._pending = (message, exit_code)
             loop = asyncio.get_running_loop()
             loop.call_later(CAUSE_S, self._fail, message, exit_code)
 
-    def _on_lost(self, rank: int, cause: str, since: float | None) -> None:
-        """Another rank's supervisor says that its worker has ended, or has itself ended."""
-        self._fail(cause if since is None else _noticed(cause, since), 1)
+    def _on_lost(self, rank: int, lost: Lost) -> None:
+        """Another rank's supervisor says that its worker has ended."""
+        cause = lost.cause if lost.since is None else _noticed(lost.cause, lost.since)
+        self._fail(cause, lost.exit_code)
 
-    def _on_gone(self, pid: int) -> None:
-        """Rank 0's supervisor has been killed. Its launcher says so where that is ds-cp."""
-        says = self._job.rank == 1 and self._job.launcher != "ds-cp"
-        self._fail(f"the supervisor of rank 0 (process {pid}) was killed", 1, says)
+    def _on_gone(self, rank: int, pid: int) -> None:
+        """Another rank's supervisor has been killed. ds-cp as launcher says so, but not once it was
+        signalled; of rank 0's, one rank does."""
+        says = self._job.rank <= 1 and (self._job.launcher != "ds-cp" or self._stop.is_set())
+        self._fail(f"the supervisor of rank {rank} (process {pid}) was killed", 1, says)
 
     def _fail(self, message: str, exit_code: int, says: bool = True) -> None:
-        if self._stop.is_set():
+        if self._may_fail:
             return
+        if self._stop.is_set():
+            message += ", during the drain"
         self._failed = self._reported = True
         self._exit_code = exit_code
         self._asked = time.monotonic()
@@ -269,8 +301,9 @@ class _Supervisor:
                     self._launchers.remove(launcher)
                     self._begin_stop(f"the launcher {launcher} has ended", hurry=False)
                 if self._stop.is_set() and time.monotonic() - self._asked >= self._patience_s():
+                    self._leaving = True
                     process.kill()
-        if self._stop.is_set() or self._reported:
+        if self._may_fail or self._reported:
             return
         if process.returncode == 0 and self._job.rank != 0:
             return  # after the stop plan
@@ -280,7 +313,7 @@ class _Supervisor:
             self._fail(_noticed(cause, since), 1)
             return
         self._exit_code, self._reported = 1, True
-        if not await self._following.report(cause, since):
+        if not await self._following.report(Lost(cause, since=since)):
             self._fail(_noticed(cause, since), 1)
 
     def _on_watched(self, watch: asyncio.Task[None]) -> None:

@@ -19,6 +19,7 @@ from ds_cp.startup.resources import choose_threads, socket_environment
 from ds_cp.topology.job import Job
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # that end the job
+WAIT_S = 0.5  # seconds for a worker to end at the last
 
 
 @contextlib.contextmanager
@@ -74,7 +75,7 @@ def _started(
         yield process, channel
     finally:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(0.5)
+            process.wait(WAIT_S)
         process.kill()
         process.wait()
         ours.close()

@@ -12,6 +12,7 @@ import ipaddress
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
@@ -61,6 +62,15 @@ class LauncherProcess:
             return bool(self.process.is_running() and self.process.status() != psutil.STATUS_ZOMBIE)
         except psutil.NoSuchProcess:
             return False
+
+    @property
+    def identity(self) -> str:
+        """No other process of this host has had it, nor will have it. Linux; else its id."""
+        start = ""
+        with contextlib.suppress(OSError, IndexError):  # of another user, perhaps
+            text = Path(f"/proc/{self.process.pid}/stat").read_text(errors="replace")
+            start = text.rpartition(")")[2].split()[19]  # in ticks since the system's start
+        return f"{self.process.pid}.{start}"
 
     def open_addresses(self) -> list[str]:
         """Where it listens for other machines too: ``*:29500``. Empty where that cannot be seen."""

@@ -168,17 +168,20 @@ def test_sigkill_to_the_launcher_while_serving(start: Start, config: Write) -> N
 
 
 def test_sigkill_to_a_worker(start: Start, config: Write) -> None:
-    """Of the only rank; test_drain has those of other ranks."""
+    """Of the only rank, during a drain; test_drain has those of other ranks."""
     job, url = serving(start, config, "python")
     stream = Stream(url)
     (worker,) = job.matching("serve.worker_process", 0)
+    job.process.terminate()
+    job.until("its drain", lambda: "SIGTERM: stopping" in job.err, END_S)
     worker.kill()
     job.gone(END_S)
     assert job.process.returncode not in (0, 2), job.story()
     (line,) = [line for line in job.err.splitlines() if "worker of rank" in line]
     begins = "ds_cp: error: the worker of rank 0 was ended by SIGKILL (out of memory?) (noticed "
-    assert line.startswith(begins), job.story()
+    assert line.startswith(begins) and line.endswith(" s), during the drain"), job.story()
     assert stream.was_told(), (stream.events[-3:], stream.error)
+    assert '"engine_dead"' in stream.events[-2], job.story()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

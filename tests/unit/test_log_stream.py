@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -62,10 +63,10 @@ def test_a_pipe_that_nobody_reads(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -
     print("after", file=stream)
     assert stream.drain(5)
     os.close(pipe[1])
-    kept = got.count(b"\n")
-    assert read_all(pipe[0]) == (
-        f"ds_cp: {10_000 - kept} lines are missing here: nobody read on\nafter\n"
-    )
+    *lines, note, last = (got.decode() + read_all(pipe[0])).splitlines()
+    assert [int(line) for line in lines] == [*range(len(lines))] and len(lines) < 5000
+    missing = 10_000 - len(lines)
+    assert (note, last) == (f"ds_cp: {missing} lines are missing here: nobody read on", "after")
 
 
 @pytest.mark.parametrize("leads", ["/dev/full", "closed"])
@@ -78,21 +79,97 @@ def test_what_cannot_be_written_is_no_error(leads: str) -> None:
     assert stream.drain(5)
 
 
-def test_a_fork_writes_on_its_own(pipe: Pipe) -> None:
+@pytest.mark.parametrize("says", ["child", ""])
+def test_a_fork_writes_on_its_own(pipe: Pipe, says: str) -> None:
+    """Also when something of the parent's waits, and the lock is taken; with nothing to write it
+    waits for nothing."""
     stream = LogStream(pipe[1])
     print("parent", file=stream)
     assert stream.drain(5)
-    child = os.fork()
-    if child == 0:
-        print("child", file=stream)
-        os._exit(0 if stream.drain(5) else 1)
-    assert os.waitpid(child, 0)[1] == 0
+    stream.write("parent's half")
+    with stream._changed:
+        stream._waiting += 9
+        child = os.fork()
+        if child == 0:
+            signal.alarm(10)
+            if says:
+                print(says, file=stream)
+            stream.flush()
+            os._exit(0 if stream.drain(5) else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        stream._waiting -= 9
     os.close(pipe[1])
-    assert read_all(pipe[0]) == "parent\nchild\n"
+    assert read_all(pipe[0]) == "parent\n" + (f"{says}\n" if says else "")
+
+
+def test_what_libraries_ask_of_stderr(pipe: Pipe) -> None:
+    stream = LogStream(pipe[1])
+    stream.reconfigure(encoding="utf-8", errors="replace", line_buffering=True)  # type: ignore
+    stream.buffer.write("bytes ü".encode())
+    stream.buffer.flush()
+    print("", stream.encoding, stream.errors, stream.buffer.fileno() == pipe[1], file=stream)
+    assert stream.drain(5)
+    os.close(pipe[1])
+    assert read_all(pipe[0]) == "bytes ü utf-8 backslashreplace True\n"
+
+
+def test_one_write_above_the_limit_is_cut(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In whole lines where there are any, and what is missing is said."""
+    monkeypatch.setattr(log_stream, "LIMIT", 10_000)
+    stream = LogStream(pipe[1])
+    for text in ("line\n" * 2500, "x" * 10_050 + "\n", "end\n"):
+        stream.write(text)
+        assert stream.drain(5)
+    os.close(pipe[1])
+    note = "ds_cp: {} lines are missing here: nobody read on\n"
+    want = "line\n" * 2000 + note.format(500) + "x" * 10_000 + note.format(1) + "end\n"
+    assert read_all(pipe[0]) == want
+
+
+def test_lines_of_two_ranks_do_not_tear(pipe: Pipe) -> None:
+    """Which both wait for room in a pipe."""
+    line = "x" * 1200 + "\n"
+    children = []
+    for letter in "ab":
+        children.append(child := os.fork())
+        if child == 0:
+            stream = LogStream(pipe[1])
+            stream.write(line.replace("x", letter) * 300)
+            os._exit(0 if stream.drain(20) else 1)
+    os.close(pipe[1])
+    time.sleep(0.3)  # now it is full
+    got = read_all(pipe[0])
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    assert sorted(got.splitlines(True)) == [line.replace("x", c) for c in "ab" for _ in range(300)]
+
+
+IN_ORDER = """
+import sys
+from ds_cp.cli import main
+from ds_cp.cli.output import flush, put, say
+
+def verb(args, env):
+    for number in range(100):
+        say(f"stderr {number}")
+        put(f"stdout {number}")
+        flush()
+    return 0
+
+main._version = verb
+main.run(["version"])
+"""
+
+
+def test_stderr_of_a_verb_comes_in_order_with_its_results(tmp_path: Path) -> None:
+    with (tmp_path / "both").open("wb") as both:
+        argv = [sys.executable, "-c", IN_ORDER]
+        assert subprocess.run(argv, stdout=both, stderr=both, timeout=60).returncode == 0
+    want = [f"{name} {number}" for number in range(100) for name in ("stderr", "stdout")]
+    assert (tmp_path / "both").read_text().splitlines() == want
 
 
 def test_the_end_of_a_process_waits_only_so_long_for_its_words(pipe: Pipe, tmp_path: Path) -> None:
-    """Also an error of the command line, and a rank that has used torch."""
+    """Also an error of a server's command line, and a rank that has used torch."""
     os.set_blocking(pipe[1], False)
     try:
         while True:
@@ -101,7 +178,7 @@ def test_the_end_of_a_process_waits_only_so_long_for_its_words(pipe: Pipe, tmp_p
         os.set_blocking(pipe[1], True)
     leave = "from ds_cp.process import leave_process; from ds_cp.log_stream import take_over; "
     leave += "import sys; take_over('stderr'); print('last', file=sys.stderr); leave_process(3)"
-    for argv, code in ((["-c", leave], 3), (["-m", "ds_cp.cli", "generate", "--prompt", "x"], 2)):
+    for argv, code in ((["-c", leave], 3), (["-m", "ds_cp.cli", "serve"], 2)):
         began = time.monotonic()
         process = subprocess.Popen([sys.executable, *argv], stderr=pipe[1], stdout=pipe[1])
         try:

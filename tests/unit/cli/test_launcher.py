@@ -13,7 +13,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ds_cp.cli import launcher
+from ds_cp.api.transport import server
+from ds_cp.cli import launcher, serve
+from ds_cp.log_stream import LAST_WORDS_S
+from ds_cp.process import SAME_S
+from ds_cp.serve import supervisor, worker_child
 
 ROOT = Path(__file__).resolve().parents[3]
 LAUNCH = """
@@ -159,8 +163,10 @@ def test_second_signal_hurries_and_a_third_kills(tmp_path: Path) -> None:
     process = start(2, DEAF + waiting(tmp_path), grace_s=60)
     pids = pids_in(tmp_path, 2)
     for _ in range(2):  # ranks get seconds to tell their clients
-        process.send_signal(signal.SIGINT)
-        time.sleep(0.3)
+        for _ in range(3):  # within a moment: one signal, as the supervisors count too
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.1)
+        time.sleep(SAME_S)
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=5)
@@ -175,11 +181,20 @@ def test_second_sigterm_reaches_ranks_as_what_hurries_them(tmp_path: Path) -> No
     pids = pids_in(tmp_path, 2)
     process.terminate()
     time.sleep(0.3)
+    process.terminate()  # the same one
+    time.sleep(SAME_S)
     assert process.poll() is None
     process.terminate()
     process.communicate(timeout=15)
     assert process.returncode == 0
     assert all_gone(pids, 2)
+
+
+def test_the_grace_is_longer_than_what_a_rank_waits_for() -> None:
+    """From its clients' end to its last words; without a process that stands still."""
+    rest = 2 * supervisor.LEAVE_S + supervisor.TOLD_S + worker_child.WAIT_S + LAST_WORDS_S
+    assert server._AFTER_HURRY_S + server._PAUSE_S + rest < launcher.HURRY_GRACE_S
+    assert server._AFTER_CANCEL_S + server._PAUSE_S + rest < serve.STOP_S
 
 
 def test_killed_launcher_leaves_no_rank(tmp_path: Path) -> None:

@@ -124,6 +124,7 @@ def test_a_gguf_file_is_watched_and_a_hub_id_is_not(tmp_path: Path) -> None:
 
 def test_a_model_that_cannot_be_read_is_not_watched(tmp_path: Path) -> None:
     assert watch_model(ModelSource("directory", str(tmp_path / "none")), print) is None
+    assert watch_model(ModelSource("hub", "org/model"), print) is None  # nothing to look at
 
 
 def test_the_thread_says_it_once_and_ends(folder: Path) -> None:

@@ -238,7 +238,7 @@ def test_requests_are_told_at_once_why_they_end(how: str) -> None:
             rank.failure = CommError("a peer is gone")
             rank.going.set()
         deliberate = how in ("cut", "a rank ends during the drain")
-        assert type(await told(asking)) is (StoppingError if deliberate else EngineDeadError)
+        assert type(await told(asking)) is (StoppingError if how == "cut" else EngineDeadError)
         assert engine.state == ("stopping" if deliberate else "dead")
         with pytest.raises(StoppingError if deliberate else EngineDeadError) as caught:
             await ask(engine, "late")

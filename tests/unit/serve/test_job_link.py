@@ -9,11 +9,13 @@ import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from ds_cp.serve import job_link
-from ds_cp.serve.job_link import FollowingLink, LeadingLink, link_name
+from ds_cp.serve.job_link import FollowingLink, LeadingLink, Lost, link_name
 from ds_cp.topology.job import Job
+from ds_cp.topology.launcher_process import LauncherProcess
 
 
 class Both:
@@ -21,13 +23,16 @@ class Both:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.lost: list[tuple[int, str, float | None]] = []
+        self.lost: list[tuple[int, Lost]] = []
         self.stopping: list[tuple[int, str, bool]] = []
-        self.gone: list[int] = []
+        self.gone: list[tuple[int, int]] = []
         self.leading = LeadingLink(
-            lambda *args: self.lost.append(args), lambda *args: self.stopping.append(args)
+            3,
+            lambda *args: self.lost.append(args),
+            lambda *args: self.gone.append(args),
+            lambda *args: self.stopping.append(args),
         )
-        self.following = FollowingLink(2, self.gone.append)
+        self.following = FollowingLink(2, 10.0, lambda *args: self.gone.append(args))
 
     async def until(self, done: Callable[[], bool]) -> None:
         end = time.monotonic() + 10
@@ -54,30 +59,45 @@ def run(work: Callable[[Both], Awaitable[None]]) -> Both:
 
 
 def test_a_lost_worker_is_reported_with_its_cause() -> None:
+    lost = Lost("the worker of rank 2 was ended by SIGKILL", 3, 12.5)
+
     async def work(both: Both) -> None:
-        assert await both.following.report("the worker of rank 2 was ended by SIGKILL", 12.5)
+        assert await both.following.report(lost)
         both.following.stopping("SIGTERM", False)
         await both.until(lambda: bool(both.stopping))
 
     both = run(work)
-    assert both.lost == [(2, "the worker of rank 2 was ended by SIGKILL", 12.5)]
+    assert both.lost == [(2, lost)]
     assert both.stopping == [(2, "SIGTERM", False)] and not both.gone
 
 
 @pytest.mark.parametrize("who", ["following", "leading"])
 def test_an_end_without_a_good_bye_is_a_death(who: str) -> None:
     async def work(both: Both) -> None:
-        peer = both.following._peer if who == "following" else next(iter(both.leading._peers))
+        peer = both.following._peer if who == "following" else both.leading._peers[2]
         assert peer is not None
         peer.close()
         await both.until(lambda: bool(both.lost or both.gone))
 
     both = run(work)
-    if who == "following":
-        cause = f"the supervisor of rank 2 (process {os.getpid()}) was killed"
-        assert both.lost == [(2, cause, None)]
-    else:
-        assert both.gone == [os.getpid()]
+    assert (2 if who == "following" else 0, os.getpid()) in both.gone and not both.lost
+
+
+@pytest.mark.parametrize("rank", [-1, 0, 2, 3])
+def test_a_rank_that_cannot_be_is_refused(rank: int) -> None:
+    """Rank 0 listens, rank 2 is there, and there are three."""
+
+    async def work(both: Both) -> None:
+        other = FollowingLink(rank, 10.0, lambda *args: None)
+        await other.open(both.name)
+        assert other._task is not None
+        await asyncio.wait_for(other._task, 5)
+        assert not await other.report(Lost("it is not of this job"))
+        await other.close()
+        assert await both.following.report(Lost("it is"))
+
+    both = run(work)
+    assert both.lost == [(2, Lost("it is"))] and not both.gone
 
 
 def test_a_good_bye_is_none() -> None:
@@ -135,10 +155,12 @@ def test_nobody_to_report_to(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(job_link, "REPORT_S", 0.2)
 
     async def main() -> None:
-        link = FollowingLink(1, lambda pid: None)
-        assert not await link.report("no link at all", 0.0)
+        link = FollowingLink(1, 0.3, lambda rank, pid: None)
+        assert not await link.report(Lost("no link at all"))
         await link.open(f"\0ds_cp-test/nobody/{time.monotonic_ns()}")
-        assert not await link.report("nobody listens", 0.0)
+        assert not await link.report(Lost("nobody listens"))
+        assert link._task is not None
+        await asyncio.wait_for(link._task, 5)  # it does not try for ever
         await link.close()
 
     asyncio.run(main())
@@ -149,6 +171,9 @@ def test_who_has_a_link() -> None:
         return Job(0, size, 0, here, hosts, "a", "torchrun", "127.0.0.1", 29500)
 
     name = link_name(job(2, 2, ("a", "a")))
-    assert name is not None and name.startswith("\0") and name.endswith("/29500")
+    assert name is not None and name.startswith("\0") and name.endswith("/29500/")
+    one, other = (LauncherProcess("x", psutil.Process(pid)).identity for pid in (1, os.getpid()))
+    assert one.startswith("1.") and one != other
+    assert len({name, link_name(job(2, 2, None), one), link_name(job(2, 2, None), other)}) == 3
     assert link_name(job(1, 1, ("a",))) is None
     assert link_name(job(4, 2, None)) is None and link_name(job(2, 1, ("a", "b"))) is None
