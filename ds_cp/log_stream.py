@@ -203,3 +203,9 @@ def drain_streams(seconds: float = LAST_WORDS_S) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, LogStream):
             stream.drain(max(0.0, end - time.monotonic()))
+
+
+def say(line: str) -> None:
+    """A line for people, on stderr. Where that is a ``LogStream`` it waits for nobody."""
+    with contextlib.suppress(OSError, ValueError):  # ValueError: it was closed
+        print(f"ds_cp: {line}", file=sys.stderr, flush=True)

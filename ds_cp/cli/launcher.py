@@ -7,12 +7,12 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType
 
 from ds_cp.errors import LaunchError
+from ds_cp.log_stream import say
 from ds_cp.process import StopSignals, die_with_parent
 
 LAUNCHER = "ds-cp"  # as ranks learn it from their environment
@@ -117,7 +117,7 @@ class _Ranks:
             return 0
         rank, code = self._first_failure
         if not self._received and rank != 0 and code == 1:  # else it was said already, or by rank 0
-            _say(f"rank {rank} failed; the job was ended")
+            say(f"error: rank {rank} failed; the job was ended")
         return 128 - code if code < 0 else code
 
     def _end(self, number: int, grace_s: float) -> None:
@@ -140,7 +140,7 @@ class _Ranks:
             if self._kill_at is None:
                 self._end(signal.SIGTERM, FAILURE_GRACE_S)
             if code < 0 and not self._received:  # at once: the other ranks' words come later
-                _say(f"rank {rank} was ended by {_signal_name(-code)}; the job was ended")
+                say(f"error: rank {rank} was ended by {_signal_name(-code)}; the job was ended")
 
 
 @contextlib.contextmanager
@@ -163,10 +163,6 @@ def _has_ended(process: subprocess.Popen[bytes]) -> bool:
     """Whether a child has ended, without reaping it."""
     found = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     return found is not None
-
-
-def _say(line: str) -> None:
-    print(f"ds_cp: error: {line}", file=sys.stderr, flush=True)
 
 
 def _free_port() -> int:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ds_cp.errors import DsCpError, ModelError, UnsupportedModelError
+from ds_cp.log_stream import say
 from ds_cp.model import private_folder
 from ds_cp.model.checkpoint import Checkpoint, read_checkpoint, read_config, some
 from ds_cp.model.consumed import (
@@ -274,8 +274,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _say(line: str) -> None:
-    with suppress(OSError, ValueError):  # ValueError: it was closed
-        print(f"ds_cp: note: {line}", file=sys.stderr, flush=True)
+    say(f"note: {line}")
 
 
 def load_tokenizer(source: ModelSource, note: Callable[[str], None] = _say) -> Any:

@@ -17,19 +17,19 @@ import math
 import signal
 import socket
 import subprocess
-import sys
 import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ds_cp.config import Config
 from ds_cp.errors import DsCpError, EngineDeadError, ModelError
+from ds_cp.log_stream import say
 from ds_cp.model.source import ModelSource, find_model
 from ds_cp.model.watch import FilesWatch, watch_model
 from ds_cp.process import StopSignals
 from ds_cp.serve.channel import Channel, Failed, FromWorker, Ready
 from ds_cp.serve.job_link import FollowingLink, LeadingLink, Lost, link_name
-from ds_cp.serve.worker_child import SIGNALS, describe_end, ended, worker_child
+from ds_cp.serve.worker_child import SIGNALS, describe_end, ended, noticed, worker_child
 from ds_cp.topology.job import Job
 from ds_cp.topology.launcher_process import launcher_processes
 
@@ -43,6 +43,9 @@ CAUSE_S = 1.5  # seconds that rank 0 waits for the cause when its worker knows o
 # Seconds that another rank whose worker reported a failure waits for rank 0, which says the cause:
 # launchers end the job at the first exit.
 HEAD_START_S = 3.0
+# Seconds for the report of a worker that has ended to be read: rank 0's engine may still be loading
+# the tokenizer, other ranks wait for nothing else.
+FIRST_WORD_S, LAST_WORD_S = 30.0, 1.0
 FOLLOW_S = 5.0  # seconds that other ranks wait beyond the drain, which began on rank 0
 
 
@@ -105,9 +108,7 @@ class _Supervisor:
         if self._job.rank != 0 and self._job.local_rank != 0:
             return None
         try:
-            return watch_model(
-                find_model(self._config.model), lambda line: _say(f"warning: {line}")
-            )
+            return watch_model(find_model(self._config.model), lambda line: say(f"warning: {line}"))
         except ModelError:  # the worker says it
             return None
 
@@ -115,7 +116,7 @@ class _Supervisor:
         from ds_cp.api.transport.listen import bind
 
         server = self._config.server
-        return bind(server.host, server.port, _say)
+        return bind(server.host, server.port, say)
 
     # --- rank 0: the HTTP application
 
@@ -169,10 +170,8 @@ class _Supervisor:
             return
         for launcher in self._launchers:
             if addresses := launcher.open_addresses():
-                _say(
-                    f"note: {launcher} listens on {' and '.join(addresses)}, for other machines "
-                    "too; see SECURITY.md"
-                )
+                open_to = f"{launcher} listens on {' and '.join(addresses)}"
+                say(f"note: {open_to}, for other machines too; see SECURITY.md")
 
     # --- other ranks
 
@@ -236,7 +235,7 @@ class _Supervisor:
         if self._job.rank == 0:
             left = self._config.server.drain_timeout_s
             what = "are told" if hurry else f"get up to {left:g} s"
-            _say(f"{reason}: stopping; requests in flight {what}")
+            say(f"{reason}: stopping; requests in flight {what}")
 
     # --- failures
 
@@ -262,7 +261,7 @@ class _Supervisor:
 
     def _on_lost(self, rank: int, lost: Lost) -> None:
         """Another rank's supervisor says that its worker has ended."""
-        cause = lost.cause if lost.since is None else _noticed(lost.cause, lost.since)
+        cause = lost.cause if lost.since is None else noticed(lost.cause, lost.since)
         self._fail(cause, lost.exit_code)
 
     def _on_gone(self, rank: int, pid: int) -> None:
@@ -285,7 +284,7 @@ class _Supervisor:
         # Requests of the engine know by now; what is still on its way does not hold up the end.
         asyncio.get_running_loop().call_later(TOLD_S, self._hurry.set)
         if says:
-            _say(f"error: {message}")
+            say(f"error: {message}")
 
     # --- what this process watches
 
@@ -303,6 +302,8 @@ class _Supervisor:
                 if self._stop.is_set() and time.monotonic() - self._asked >= self._patience_s():
                     self._leaving = True
                     process.kill()
+        if process.returncode > 0:  # it left by itself, and has said why unless it crashed
+            await self._hear(FIRST_WORD_S if self._job.rank == 0 else LAST_WORD_S)
         if self._may_fail or self._reported:
             return
         if process.returncode == 0 and self._job.rank != 0:
@@ -310,11 +311,19 @@ class _Supervisor:
         cause = f"the worker of rank {self._job.rank} was ended by "
         cause += describe_end(process.returncode)
         if self._job.rank == 0:
-            self._fail(_noticed(cause, since), 1)
+            self._fail(noticed(cause, since), 1)
             return
         self._exit_code, self._reported = 1, True
         if not await self._following.report(Lost(cause, since=since)):
-            self._fail(_noticed(cause, since), 1)
+            self._fail(noticed(cause, since), 1)
+
+    async def _hear(self, seconds: float) -> None:
+        """Wait for the worker's report, or for the end of what it sent, at most ``seconds``."""
+        limit = time.monotonic() + seconds
+        while time.monotonic() < limit:
+            if self._may_fail or self._reported or self._pending is not None:
+                return
+            await asyncio.sleep(0.02)
 
     def _on_watched(self, watch: asyncio.Task[None]) -> None:
         """A watch that has failed is a fault of ours, which must not leave the server behind."""
@@ -330,16 +339,6 @@ class _Supervisor:
             return math.inf
         drains = not (self._hurry.is_set() or self._failed)
         return LEAVE_S + (self._config.server.drain_timeout_s + FOLLOW_S if drains else 0.0)
-
-
-def _say(line: str) -> None:
-    """A line for people. Where stderr is a ``LogStream`` it waits for nobody."""
-    with contextlib.suppress(OSError, ValueError):  # ValueError: it was closed
-        print(f"ds_cp: {line}", file=sys.stderr, flush=True)
-
-
-def _noticed(cause: str, since: float) -> str:
-    return f"{cause} (noticed within {max(0.1, time.monotonic() - since):.1f} s)"
 
 
 def _load_tokenizer(source: ModelSource) -> Any:

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -115,6 +116,12 @@ def describe_end(code: int) -> str:
         name = f"signal {-code}"
     why = {"SIGKILL": " (out of memory?)", "SIGBUS": " (a file of the weights was cut short?)"}
     return name + why.get(name, "")
+
+
+def noticed(cause: str, since: float) -> str:
+    """A cause with the time that it took to notice; ``since``: when all was well, in
+    ``time.monotonic()``."""
+    return f"{cause} (noticed within {max(0.1, time.monotonic() - since):.1f} s)"
 
 
 def _python_path(env: Mapping[str, str]) -> str:
