@@ -28,7 +28,9 @@ def files() -> Iterator[None]:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 4096
     if hard != resource.RLIM_INFINITY and hard < wanted:
-        pytest.skip(f"the clients need {wanted} open files, the hard limit is {hard}; raise it: ulimit -Hn")
+        pytest.skip(
+            f"the clients need {wanted} open files, the hard limit is {hard}; raise it: ulimit -Hn"
+        )
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
     yield
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

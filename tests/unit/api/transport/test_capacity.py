@@ -90,7 +90,9 @@ def test_the_bound_is_below_the_limit_of_files(
     """In a process of its own, since a hard limit cannot be raised again."""
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     if most != resource.RLIM_INFINITY and most < hard:
-        pytest.skip(f"the case needs {hard} open files, the hard limit is {most}; raise it: ulimit -Hn")
+        pytest.skip(
+            f"the case needs {hard} open files, the hard limit is {most}; raise it: ulimit -Hn"
+        )
     code = (
         "import resource\n"
         "from ds_cp.api.transport.capacity import connection_bound\n"
