@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 
 from ds_cp.config import load_config
 from ds_cp.errors import EngineDeadError
+from ds_cp.serve import supervisor as supervisor_module
 from ds_cp.serve.channel import Failed, Ready
 from ds_cp.serve.job_link import Lost
 from ds_cp.serve.supervisor import _Supervisor
@@ -69,6 +72,29 @@ def test_a_killed_supervisor_is_said_once(capsys: pytest.CaptureFixture[str]) ->
 
     assert asyncio.run(work(False)) == ""
     assert "was killed, during the drain" in asyncio.run(work(True))
+
+
+@pytest.mark.parametrize("reports", [True, False])
+def test_a_worker_that_left_is_asked_why(
+    reports: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its report may be read after its end is seen: rank 0's engine loads the tokenizer first."""
+    monkeypatch.setattr(supervisor_module, "FIRST_WORD_S", 20.0 if reports else 0.1)
+
+    async def work() -> int:
+        one = supervisor()
+        process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(2)"])
+        process.wait()
+        if reports:
+            asyncio.get_running_loop().call_later(0.3, one._on_death, "it", 2, True, False)
+        await one._watch(process)
+        return int(one._exit_code)
+
+    code, said = asyncio.run(work()), capsys.readouterr().err
+    if reports:
+        assert (code, said) == (2, "ds_cp: error: it\n")
+    else:
+        assert code == 1 and "rank 0 was ended by exit code 2" in said
 
 
 class Link:

@@ -143,7 +143,7 @@ print(kept, resident() - before)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc; run it on Linux")
 def test_freed_blocks_leave_although_others_stay() -> None:
     said = subprocess.check_output([sys.executable, "-c", _FREES], timeout=60)
     kept, left = map(int, said.split())
