@@ -14,7 +14,7 @@ from typing import Protocol
 
 import torch
 
-from ds_cp.attention.batched_decode import BatchedDecode
+
 from ds_cp.attention.kernels import Kernel, get_kernel
 from ds_cp.attention.local import LocalAttention
 from ds_cp.attention.ring import RingPassKV, RingPassQ

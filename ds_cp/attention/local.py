@@ -6,29 +6,30 @@ from collections.abc import Sequence
 
 import torch
 
-from ds_cp.attention.fold import attend
-from ds_cp.attention.kernels import Kernel
-from ds_cp.attention.spec import KeyValues, LayerSpec
+from ds_cp.attention.batch import BatchPlan, IndexUpload, Part, Shards
+from ds_cp.attention.kernels import PagedKernel
+from ds_cp.attention.pages import Pages
+from ds_cp.attention.spec import LayerSpec
 from ds_cp.attention.state import Partial
-from ds_cp.layout import Runs
 
 
 class LocalAttention:
-    """One step's local items, as (positions of the queries, positions of the keys); called once per
-    layer."""
+    """One step's local items; called once per layer. ``me``: this rank's index in the group."""
 
-    def __init__(self, items: Sequence[tuple[Runs, Runs]]) -> None:
-        self._runs = list(items)
+    def __init__(
+        self, items: Sequence[Shards], me: int, first_row: int, upload: IndexUpload
+    ) -> None:
+        parts = [Part(item.q_runs[me], item.blocks[me]) for item in items]
+        self._plan = BatchPlan(parts, first_row, upload)
 
     def __call__(
         self,
-        q: Sequence[torch.Tensor],
-        kv: Sequence[KeyValues],
-        kernel: Kernel,
+        q_THD: torch.Tensor,
+        q_positions: torch.Tensor,
+        pages: Pages,
+        kernel: PagedKernel,
         spec: LayerSpec,
-    ) -> list[Partial]:
-        """Per item this rank's ``q_THD`` and keys and values -> the partial over all keys."""
-        return [
-            attend(kernel, q[i], kv[i], q_runs, k_runs, spec)
-            for i, (q_runs, k_runs) in enumerate(self._runs)
-        ]
+        into: Partial,
+    ) -> None:
+        """Fold the attention of this mode's rows over all their keys into ``into``."""
+        kernel.paged_attention(q_THD, q_positions, pages, self._plan.batch(), spec, into)

@@ -15,8 +15,9 @@ class LayerSpec:
 
     ``scale``: factor on q.k; ``window``: keys at distance >= window are masked (None: no window);
     ``softcap``: c * tanh(x / c) on the scaled scores before softmax; ``sinks``: ``[H]`` logits;
-    head counts are this rank's own (a tensor-parallel shard has fewer). Raises ``ValueError`` when
-    KV heads do not divide query heads.
+    head counts are this rank's own (a tensor-parallel shard has fewer). ``head_dim``: of queries
+    and keys; ``v_head_dim``: of values and outputs (None: the same). Raises ``ValueError`` when KV
+    heads do not divide query heads.
     """
 
     num_q_heads: int
@@ -26,6 +27,12 @@ class LayerSpec:
     window: int | None = None
     softcap: float | None = None
     sinks: torch.Tensor | None = None
+    v_head_dim: int | None = None
+
+    @property
+    def v_dim(self) -> int:
+        """Dims of a head's value."""
+        return self.head_dim if self.v_head_dim is None else self.v_head_dim
 
     def __post_init__(self) -> None:
         if self.num_kv_heads < 1 or self.num_q_heads % self.num_kv_heads:

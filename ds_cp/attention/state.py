@@ -47,22 +47,29 @@ def split_heads(q_THD: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
 
 
 def empty_partial(
-    num_tokens: int, num_heads: int, head_dim: int, device: torch.device | str = "cpu"
+    num_tokens: int,
+    num_heads: int,
+    head_dim: int,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> Partial:
-    """The identity of ``merge``: out 0, lse -inf, fp32."""
-    out = torch.zeros(num_tokens, num_heads, head_dim, dtype=torch.float32, device=device)
-    lse = torch.full((num_tokens, num_heads), NEG_INF, dtype=torch.float32, device=device)
+    """The identity of ``merge``: out 0, lse -inf."""
+    out = torch.zeros(num_tokens, num_heads, head_dim, dtype=dtype, device=device)
+    lse = torch.full((num_tokens, num_heads), NEG_INF, dtype=dtype, device=device)
     return Partial(out, lse)
 
 
 def merge(a: Partial, b: Partial) -> Partial:
-    """The partial of the union of two disjoint key sets, in fp32. Neither input is changed.
+    """The partial of the union of two disjoint key sets, in fp32 (fp64 where a side is). Neither
+    input is changed.
 
     Exact, associative and commutative up to rounding; an empty side leaves the other as it is, even
     if its output holds NaN, and two empty sides give the empty partial. Shapes as in ``Partial``.
     """
-    out = a.out.to(torch.float32, copy=True)
-    return _fold(Partial(out, a.lse.to(torch.float32)), b)
+    dtype = torch.float64 if torch.float64 in (a.lse.dtype, b.lse.dtype) else torch.float32
+    folded = Partial(a.out.to(dtype, copy=True), a.lse.to(dtype, copy=True))
+    merge_rows(folded, b, None)
+    return folded
 
 
 def merge_all(parts: Iterable[Partial]) -> Partial:
@@ -71,12 +78,12 @@ def merge_all(parts: Iterable[Partial]) -> Partial:
     One partial is returned as it is. Raises ``ValueError`` when there is none.
     """
     folded: Partial | None = None
-    owned = False  # the running sum may be written in place once it is ours
+    owned = False  # the running partial may be overwritten once it is ours
     for part in parts:
         if folded is None:
             folded = part
         elif owned:
-            folded = _fold(folded, part)
+            merge_rows(folded, part, None)
         else:
             folded, owned = merge(folded, part), True
     if folded is None:
@@ -84,27 +91,27 @@ def merge_all(parts: Iterable[Partial]) -> Partial:
     return folded
 
 
-def _fold(a: Partial, b: Partial) -> Partial:
-    """Merge ``b`` into ``a`` (fp32, overwritten).
+def merge_rows(into: Partial, part: Partial, rows: torch.Tensor | None) -> None:
+    """Fold ``part`` into the rows ``rows`` (int64 ``[R]``, each once; None: all, in order) of
+    ``into``, which is overwritten.
 
     out = (1 - w) a + w b with w = sigmoid(b.lse - a.lse), which is exact when one side is empty;
     the bare sigmoid form gives NaN for empty + empty and 0 * NaN for an empty side that holds NaN.
+    No look at the values: nothing here waits for a device.
     """
-    a_empty, b_empty = torch.isneginf(a.lse), torch.isneginf(b.lse)
-    lse = torch.logaddexp(a.lse, b.lse)
-    weight = torch.sigmoid(b.lse - a.lse).masked_fill_(b_empty, 0.0)
-    a_out, b_out = a.out, b.out.to(torch.float32)
-    if _may_hold(a_empty):
-        a_out = a_out.masked_fill_(a_empty.unsqueeze(-1), 0.0)
-    if _may_hold(b_empty):
-        b_out = b_out.masked_fill(b_empty.unsqueeze(-1), 0.0)
-    return Partial(a_out.lerp_(b_out, weight.unsqueeze(-1)), lse)
-
-
-def _may_hold(flags: torch.Tensor) -> bool:
-    """False when no flag is set, where that is cheap to know. On a CPU the look saves a pass over
-    the output; on other devices it would stop the host at every merge until the device is done."""
-    return flags.device.type != "cpu" or bool(flags.any())
+    a_out, a_lse = (into.out, into.lse) if rows is None else (into.out[rows], into.lse[rows])
+    b_out, b_lse = part.out.to(a_out.dtype), part.lse.to(a_lse.dtype)
+    a_empty, b_empty = torch.isneginf(a_lse), torch.isneginf(b_lse)
+    weight = torch.sigmoid(b_lse - a_lse).masked_fill_(b_empty, 0.0).unsqueeze(-1)
+    a_out = torch.where(a_empty.unsqueeze(-1), 0.0, a_out)
+    b_out = torch.where(b_empty.unsqueeze(-1), 0.0, b_out)
+    out, lse = torch.lerp(a_out, b_out, weight), torch.logaddexp(a_lse, b_lse)
+    if rows is None:
+        into.out.copy_(out)
+        into.lse.copy_(lse)
+    else:
+        into.out.index_copy_(0, rows, out)
+        into.lse.index_copy_(0, rows, lse)
 
 
 def add_sinks(part: Partial, sinks_H: torch.Tensor) -> Partial:

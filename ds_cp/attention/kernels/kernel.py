@@ -1,0 +1,63 @@
+"""What a kernel is: attention over pages, by position, of a whole step's requests in one call."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from ds_cp.attention.batch import PagedBatch
+from ds_cp.attention.pages import Pages
+from ds_cp.attention.spec import LayerSpec
+from ds_cp.attention.state import Partial
+
+
+class PagedKernel(Protocol):
+    """One implementation, chosen when an engine is built and checked on its device then.
+
+    ``name``: as in ``attention.backend``; ``packed``: the order of the pages that it reads and
+    writes (see ``ds_cp.attention.pages``).
+    """
+
+    name: str
+    packed: bool
+
+    def refuses(self, spec: LayerSpec, block_size: int, dtype: torch.dtype) -> str:
+        """Why it cannot serve such a layer, as the end of a sentence; "" when it can."""
+        ...
+
+    def paged_attention(
+        self,
+        q_THD: torch.Tensor,
+        q_positions: torch.Tensor,
+        pages: Pages,
+        batch: PagedBatch,
+        spec: LayerSpec,
+        into: Partial | None = None,
+    ) -> Partial:
+        """Attention of the queries over the keys that ``batch`` gives each request.
+
+        A query at position p sees a key at k iff ``k <= p`` and, with a window W, ``k > p - W``.
+        ``q_THD``: ``[T, H, D]``, any strides; ``q_positions``: int64 ``[T]``. Returns ``out [T, H,
+        Dv]`` and natural-log ``lse [T, H]``, both fp32 (fp64 for fp64 queries), ``(0, -inf)`` for a
+        row that sees nothing or belongs to no request. With ``into``, the same merged into that
+        partial, which is overwritten and returned; other rows of it are left as they are. Sinks
+        are not the kernel's: they enter once, at the end.
+        """
+        ...
+
+    def write(
+        self,
+        pages: Pages,
+        k_TGD: torch.Tensor,
+        v_TGD: torch.Tensor,
+        blocks: torch.Tensor,
+        places: torch.Tensor,
+    ) -> None:
+        """Store T tokens, token t at place ``places[t]`` of block ``blocks[t]`` (int64)."""
+        ...
+
+    def merge_rows(self, into: Partial, part: Partial, rows: torch.Tensor | None) -> None:
+        """Fold ``part`` (``[R, H, Dv]``, any float dtype) into rows ``rows`` (int64 ``[R]``, each
+        once; None: all, in order) of ``into``, which is fp32 and overwritten."""
+        ...
