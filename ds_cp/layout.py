@@ -8,13 +8,75 @@ of slots instead of positions, are ``Runs`` too.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from array import array
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 Run = tuple[int, int]
 Runs = tuple[Run, ...]
 Home = tuple[int, int]
 
 LAYOUTS = ("zigzag", "contiguous")
+
+
+class Block(NamedTuple):
+    """One block of keys: its number in a rank's pages, the position of its first key, and how many
+    keys it holds. Key j is at position ``first + j``."""
+
+    number: int
+    first: int
+    keys: int
+
+
+class Blocks:
+    """Blocks of one request on one rank, ascending by position, kept as three vectors of integers
+    so that a step copies them at once. ``num_keys``: the sum of ``keys``."""
+
+    __slots__ = ("firsts", "keys", "num_keys", "numbers")
+
+    def __init__(self, blocks: Iterable[Block] = ()) -> None:
+        self.numbers, self.firsts, self.keys = array("q"), array("q"), array("q")
+        self.num_keys = 0
+        for block in blocks:
+            self.append(*block)
+
+    def append(self, number: int, first: int, keys: int) -> None:
+        """Add a block behind the others."""
+        self.numbers.append(number)
+        self.firsts.append(first)
+        self.keys.append(keys)
+        self.num_keys += keys
+
+    def fill(self, keys: int) -> None:
+        """Put ``keys`` more keys into the last block."""
+        self.keys[-1] += keys
+        self.num_keys += keys
+
+    def within(self, low: int, high: int) -> Blocks:
+        """The blocks with some position in ``low .. high - 1``, as a new object."""
+        begin = bisect_right(self.firsts, low)
+        if begin and self.firsts[begin - 1] + self.keys[begin - 1] > low:
+            begin -= 1
+        return self[begin : max(bisect_left(self.firsts, high), begin)]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __iter__(self) -> Iterator[Block]:
+        return map(Block, self.numbers, self.firsts, self.keys)
+
+    def __getitem__(self, where: slice) -> Blocks:
+        cut = Blocks()
+        cut.numbers, cut.firsts = self.numbers[where], self.firsts[where]
+        cut.keys = self.keys[where]
+        cut.num_keys = sum(cut.keys)
+        return cut
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Blocks) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 def total(runs: Iterable[Run]) -> int:

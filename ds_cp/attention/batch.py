@@ -5,22 +5,18 @@ Built once a step, from plain integers, and used in every layer that sees the sa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 
-from ds_cp.layout import Runs, total
+from ds_cp.layout import Block, Blocks, Runs, total
 
-
-class Block(NamedTuple):
-    """One block of keys: its number in the pages, the position of its first key, and how many keys
-    it holds. Key j is at position ``first + j``."""
-
-    block: int
-    first: int
-    keys: int
+__all__ = [
+    "BatchPlan", "Block", "Blocks", "IndexUpload", "PagedBatch", "Part", "Shards",
+    "blocks_of_runs", "in_window", "make_batch",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -33,7 +29,7 @@ class Shards:
     """
 
     q_runs: tuple[Runs, ...]
-    blocks: tuple[tuple[Block, ...], ...]
+    blocks: tuple[Blocks, ...]
 
 
 @dataclass(frozen=True)
@@ -42,28 +38,35 @@ class Part:
     ``blocks``. Both ascend by position; keys that lie elsewhere are simply not there."""
 
     q_runs: Runs
-    blocks: Sequence[Block]
+    blocks: Blocks
 
 
 class IndexUpload:
     """Index vectors of one step: collected as integers, then on the device by one copy."""
 
     def __init__(self) -> None:
-        self._values: list[int] = []
+        self._values = array("q")
         self._tensor: torch.Tensor | None = None
 
-    def add(self, values: Sequence[int]) -> slice:
+    def add(self, values: Iterable[int]) -> slice:
         """Keep ``values``; what is returned finds them again after ``send``."""
         if self._tensor is not None:
             raise RuntimeError("index vectors are added before they are sent")
         begin = len(self._values)
-        self._values += values
+        self._values.extend(values)
+        return slice(begin, len(self._values))
+
+    def add_all(self, vectors: Iterable[array[int]]) -> slice:
+        """``add`` of several vectors, one behind the other."""
+        begin = len(self._values)
+        for values in vectors:
+            self.add(values)
         return slice(begin, len(self._values))
 
     def send(self, device: torch.device) -> None:
         """Copy everything to ``device``: one copy, from pinned memory and without waiting where
         that is another device."""
-        values = torch.tensor(self._values, dtype=torch.int64)
+        values = torch.frombuffer(self._values or array("q", [0]), dtype=torch.int64)
         if device.type == "cuda":
             values = values.pin_memory().to(device, non_blocking=True)
         self._tensor = values
@@ -108,17 +111,17 @@ class BatchPlan:
         self._parts = tuple(parts)
         self._upload = upload
         rows = [total(part.q_runs) for part in self._parts]
-        keys = [sum(block.keys for block in part.blocks) for part in self._parts]
+        keys = [part.blocks.num_keys for part in self._parts]
         self._sizes = (sum(rows), max(rows, default=0), max(keys, default=0))
         self._first_row = first_row
         self._batch: PagedBatch | None = None
-        flat = [block for part in self._parts for block in part.blocks]
+        blocks = [part.blocks for part in self._parts]
         self._where = [
             upload.add(_starts(first_row, rows)),
-            upload.add(_starts(0, [len(part.blocks) for part in self._parts])),
-            upload.add([block.block for block in flat]),
-            upload.add([block.first for block in flat]),
-            upload.add([block.keys for block in flat]),
+            upload.add(_starts(0, [len(some) for some in blocks])),
+            upload.add_all(some.numbers for some in blocks),
+            upload.add_all(some.firsts for some in blocks),
+            upload.add_all(some.keys for some in blocks),
         ]
 
     def batch(self) -> PagedBatch:
@@ -144,19 +147,18 @@ def make_batch(parts: Sequence[Part], device: torch.device, first_row: int = 0) 
     return plan.batch()
 
 
-def in_window(blocks: Sequence[Block], first_query: int, window: int | None) -> list[Block]:
+def in_window(blocks: Blocks, first_query: int, window: int | None) -> Blocks:
     """The blocks that queries from position ``first_query`` on can see: all without a window."""
     if window is None:
-        return list(blocks)
-    return [b for b in blocks if b.first + b.keys > first_query - window + 1]
+        return blocks
+    return blocks.within(first_query - window + 1, 1 << 62)
 
 
-def blocks_of_runs(runs: Runs, block_size: int, number: int = 0) -> list[Block]:
-    """Blocks, numbered from ``number`` on, that hold the keys at ``runs`` in storage order: each
-    run begins a block of its own."""
+def blocks_of_runs(runs: Runs, block_size: int) -> Blocks:
+    """Blocks that hold the keys at ``runs`` in storage order, numbered from 0 on: each run begins a
+    block of its own. Ascending by position, whatever the order of the runs."""
     found: list[Block] = []
     for start, length in runs:
         for at in range(0, length, block_size):
-            keys = min(block_size, length - at)
-            found.append(Block(number + len(found), start + at, keys))
-    return found
+            found.append(Block(len(found), start + at, min(block_size, length - at)))
+    return Blocks(sorted(found, key=lambda block: block.first))

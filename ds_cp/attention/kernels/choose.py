@@ -41,9 +41,10 @@ def choose_kernel(
     dtype: torch.dtype,
     layers: Sequence[LayerSpec],
     block_size: int,
+    check: bool = True,
 ) -> Choice:
-    """The kernel called ``name``, or with "auto" the first that can serve ``layers``. Raises
-    ``ConfigError`` when one asked for by name cannot."""
+    """The kernel called ``name``, or with "auto" the first that can serve ``layers`` and, with
+    ``check``, passes the self-test. Raises ``ConfigError`` when one asked for by name does not."""
     known = makers(device)
     if name != "auto" and name not in known:
         raise ConfigError(
@@ -55,7 +56,8 @@ def choose_kernel(
         try:
             kernel = known[each](device, dtype)
             problem = _refusal(kernel, layers, block_size, dtype)
-            problem = problem or fault(kernel, layers, block_size, dtype, device)
+            if check and not problem:
+                problem = fault(kernel, layers, block_size, dtype, device)
         except KernelUnavailable as err:
             problem = str(err)
         if not problem:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ds_cp.attention.batch import Block, Part, make_batch
+from ds_cp.attention.batch import Block, Blocks, Part, make_batch
 from ds_cp.attention.kernels.kernel import PagedKernel
 from ds_cp.attention.kernels.reference import ReferenceKernel
 from ds_cp.attention.pages import Pages, PageShape, empty_pages
@@ -33,7 +33,7 @@ class Case:
     softcap: float | None = None
 
 
-def _chain(first_block: int, size: int, keys: Runs) -> tuple[Block, ...]:
+def _chain(first_block: int, size: int, keys: Runs) -> Blocks:
     """Blocks from ``first_block`` on, last to first so that they are out of order, that hold the
     keys at ``keys``."""
     found = []
@@ -41,7 +41,7 @@ def _chain(first_block: int, size: int, keys: Runs) -> tuple[Block, ...]:
         for at in range(0, length, size):
             found.append((start + at, min(size, length - at)))
     numbers = range(first_block + len(found) - 1, first_block - 1, -1)
-    return tuple(Block(n, first, count) for n, (first, count) in zip(numbers, found, strict=True))
+    return Blocks(Block(n, first, count) for n, (first, count) in zip(numbers, found, strict=True))
 
 
 def cases(size: int) -> Iterator[Case]:
@@ -53,12 +53,12 @@ def cases(size: int) -> Iterator[Case]:
     yield Case("full", (Part(((new, 9),), long),))
     yield Case("later chunk", (Part(((s + 1, new - s - 1),), long),))
     yield Case("two runs of rows", (Part(((1, s), (2 * s, s + 1)), long),))
-    yield Case("keys that lie elsewhere", (Part(((s, 2 * s),), (long[0], long[3])),))
+    yield Case("keys that lie elsewhere", (Part(((s, 2 * s),), Blocks(b for i, b in enumerate(long) if i in (0, 3))),))
     yield Case("keys of the future", (Part(((0, 5),), long[1:]),))
     decode = [Part(((n - 1, 1),), _chain(4 * i, s, ((0, n),))) for i, n in
               enumerate((1, s, s + 1, 2 * s + 3, 3 * s))]  # fmt: skip
     yield Case("decode rows", tuple(decode))
-    yield Case("no keys", (Part(((7, 3),), ()), decode[2], Part(((0, 1),), ())))
+    yield Case("no keys", (Part(((7, 3),), Blocks()), decode[2], Part(((0, 1),), Blocks())))
     yield Case("no rows", (decode[1], Part((), long), decode[3]))
     yield Case("prompt beside decodes", (*decode[3:], Part(((0, s + 5),), _chain(0, s, ((0, s + 5),)))))
     for window in (1, s // 2 + 1, s + 3):
