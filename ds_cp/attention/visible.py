@@ -1,0 +1,95 @@
+"""Which blocks some queries can see, and rows as a step's modes pick them: integers before layers
+run, views and index vectors then."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
+
+import torch
+
+from ds_cp.attention.batch import Block, IndexUpload, Shards
+from ds_cp.attention.kernels import PagedKernel
+from ds_cp.attention.state import Partial
+from ds_cp.layout import Runs
+
+P = TypeVar("P")
+
+
+def visible(blocks: Sequence[Block], q_runs: Runs, window: int | None) -> list[int]:
+    """Indices of the ``blocks`` in which some query at ``q_runs`` sees a key. Both ascend by
+    position."""
+    found: list[int] = []
+    done = 0
+    for start, length in q_runs if blocks else ():
+        end = bisect_right(blocks, start + length - 1, key=_first)
+        begin = 0 if window is None else bisect_right(blocks, start - window, key=_last)
+        found += range(max(begin, done), end)
+        done = max(done, end)
+    return found
+
+
+def sees(blocks: Sequence[Block], q_runs: Runs, window: int | None) -> bool:
+    """Whether ``visible`` would find any; quick where the queries come after all keys."""
+    if not blocks or not q_runs:
+        return False
+    if blocks[-1].first <= q_runs[0][0]:
+        return window is None or _last(blocks[-1]) > q_runs[0][0] - window
+    return bool(visible(blocks, q_runs, window))
+
+
+def _first(block: Block) -> int:
+    return block.first
+
+
+def _last(block: Block) -> int:
+    return block.first + block.keys - 1
+
+
+def by_window(
+    windows: Iterable[int | None], items: Iterable[Shards], make: Callable[[int | None], P]
+) -> dict[int | None, P]:
+    """A plan for each of ``windows``; those that hide nothing of any item share the one for None.
+    All ranks come to the same, because all know the items."""
+    end = max((sum(runs[-1]) for item in items for runs in item.q_runs if runs), default=0)
+    made: dict[int | None, P] = {}
+    plans: dict[int | None, P] = {}
+    for window in windows:
+        kind = None if window is None or window >= end else window
+        if kind not in made:
+            made[kind] = make(kind)
+        plans[window] = made[kind]
+    return plans
+
+
+class Rows:
+    """Some rows of a tensor, ascending: a stretch is a view of it, others are an index vector."""
+
+    def __init__(self, rows: Sequence[int], upload: IndexUpload) -> None:
+        self.count = len(rows)
+        self._upload = upload
+        stretch = bool(rows) and rows[-1] - rows[0] + 1 == len(rows)
+        self._stretch = slice(rows[0], rows[-1] + 1) if stretch else None
+        self._where = slice(0, 0) if stretch else upload.add(rows)
+
+    def of(self, x: torch.Tensor) -> torch.Tensor:
+        """These rows of ``x``, contiguous."""
+        if self._stretch is not None:
+            return x[self._stretch].contiguous()
+        return x.index_select(0, self._upload[self._where])
+
+    def copy(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """Copy these rows of ``x`` to ``out``."""
+        if self._stretch is not None:
+            out.copy_(x[self._stretch])
+        else:
+            torch.index_select(x, 0, self._upload[self._where], out=out)
+
+    def fold(self, into: Partial, part: Partial, kernel: PagedKernel) -> None:
+        """Merge ``part`` into these rows of ``into``."""
+        if self._stretch is not None:
+            here = Partial(into.out[self._stretch], into.lse[self._stretch])
+            kernel.merge_rows(here, part, None)
+        else:
+            kernel.merge_rows(into, part, self._upload[self._where])
