@@ -56,8 +56,8 @@ class Asking:
         self._between = route.between
 
         def mine_of(item: int, owner: int) -> Part:
-            runs, held = items[item].q_runs[owner], items[item].blocks[me]
-            return Part(runs, [held[i] for i in visible(held, runs, window)])
+            runs = items[item].q_runs[owner]
+            return Part(runs, visible(items[item].blocks[me], runs, window))
 
         own = [mine_of(i, me) for i in range(len(items))]
         self._own = BatchPlan(own, first_row, upload) if any(p.blocks for p in own) else None

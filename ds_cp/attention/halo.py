@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 import torch
 
-from ds_cp.attention.batch import BatchPlan, Block, IndexUpload, Part, Shards
+from ds_cp.attention.batch import BatchPlan, Block, Blocks, IndexUpload, Part, Shards
 from ds_cp.attention.kernels import PagedKernel
 from ds_cp.attention.pages import Pages
 from ds_cp.attention.spec import LayerSpec
 from ds_cp.attention.state import Partial
-from ds_cp.attention.visible import Rows, visible
+from ds_cp.attention.visible import Rows, renumbered, visible
 from ds_cp.comm.wire import Group
 
 
@@ -35,32 +35,32 @@ class Halo:
         self._sends: list[tuple[int, int]] = []  # peer, blocks for it
         going: list[int] = []
         for peer in peers:
-            theirs = [
-                item.blocks[me][i].block
-                for item in items
-                for i in visible(item.blocks[me], item.q_runs[peer], window)
-            ]
-            if theirs:
-                self._sends.append((peer, len(theirs)))
-                going += theirs
+            begin = len(going)
+            for item in items:
+                going += visible(item.blocks[me], item.q_runs[peer], window).numbers
+            if len(going) > begin:
+                self._sends.append((peer, len(going) - begin))
         self._recvs: list[tuple[int, int]] = []  # peer, blocks from it
         arriving: list[list[Block]] = [[] for _ in items]
         at = 0
         for peer in peers:
             begin = at
             for found, item in zip(arriving, items, strict=True):
-                for i in visible(item.blocks[peer], item.q_runs[me], window):
-                    found.append(item.blocks[peer][i]._replace(block=at))
-                    at += 1
+                theirs = visible(item.blocks[peer], item.q_runs[me], window)
+                found += renumbered(theirs, at)
+                at += len(theirs)
             if at > begin:
                 self._recvs.append((peer, at - begin))
         self._going = Rows(going, upload)
         self._coming = at
-        own, away = [], []
-        for found, item in zip(arriving, items, strict=True):
-            mine = visible(item.blocks[me], item.q_runs[me], window)
-            own.append(Part(item.q_runs[me], [item.blocks[me][i] for i in mine]))
-            away.append(Part(item.q_runs[me], sorted(found, key=lambda block: block.first)))
+        own = [
+            Part(item.q_runs[me], visible(item.blocks[me], item.q_runs[me], window))
+            for item in items
+        ]
+        away = [
+            Part(item.q_runs[me], Blocks(sorted(found, key=lambda block: block.first)))
+            for found, item in zip(arriving, items, strict=True)
+        ]
         self._own = BatchPlan(own, first_row, upload) if any(p.blocks for p in own) else None
         self._away = BatchPlan(away, first_row, upload) if at else None
 

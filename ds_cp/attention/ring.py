@@ -15,14 +15,14 @@ from collections.abc import Sequence
 import torch
 
 from ds_cp.attention.asking import Asking
-from ds_cp.attention.batch import BatchPlan, Block, IndexUpload, Part, Shards
+from ds_cp.attention.batch import BatchPlan, IndexUpload, Part, Shards
 from ds_cp.attention.halo import Halo
 from ds_cp.attention.kernels import PagedKernel
 from ds_cp.attention.mode import Mode
 from ds_cp.attention.pages import Pages
 from ds_cp.attention.spec import LayerSpec
 from ds_cp.attention.state import Partial
-from ds_cp.attention.visible import Rows, by_window
+from ds_cp.attention.visible import Rows, by_window, renumbered, visible
 from ds_cp.attention.wireform import new_rows, pack_partial, unpack_partial
 from ds_cp.comm.ring import RingExchange
 from ds_cp.comm.tree import TreeRoutes
@@ -119,7 +119,7 @@ class _BlocksRound:
         self._group = group
         self._members = ring_members(items, group)
         self._counts = [sum(len(item.blocks[r]) for item in items) for r in range(group.size)]
-        self._going = Rows([b.block for item in items for b in item.blocks[me]], upload)
+        self._going = Rows([n for item in items for n in item.blocks[me].numbers], upload)
         self._plans: dict[int, BatchPlan] = {}  # whose shard -> my rows over it
         self._buffers: dict[object, tuple[torch.Tensor, torch.Tensor]] = {}
         for origin in self._members if any(item.q_runs[me] for item in items) else ():
@@ -127,12 +127,13 @@ class _BlocksRound:
                 continue
             parts, at = [], 0
             for item in items:
-                blocks: Sequence[Block] = item.blocks[origin]
+                blocks = item.blocks[origin]
                 if origin != me:  # as they lie in the shard that travels
-                    blocks = [b._replace(block=at + i) for i, b in enumerate(blocks)]
-                parts.append(Part(item.q_runs[me], blocks))
+                    blocks = renumbered(blocks, at)
                 at += len(blocks)
-            self._plans[origin] = BatchPlan(parts, first_row, upload)
+                parts.append(Part(item.q_runs[me], visible(blocks, item.q_runs[me], None)))
+            if any(part.blocks for part in parts):
+                self._plans[origin] = BatchPlan(parts, first_row, upload)
 
     def __call__(
         self,

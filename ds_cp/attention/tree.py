@@ -23,6 +23,8 @@ from ds_cp.attention.visible import by_window
 from ds_cp.comm.tree import TreeRoutes
 from ds_cp.comm.wire import Group
 
+__all__ = ["TreeAttention", "TreeRoutes"]
+
 # Names in the ledger.
 SCHEME_Q = "tree_q"
 SCHEME_PARTIALS = "tree_partials"

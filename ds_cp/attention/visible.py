@@ -3,48 +3,59 @@ run, views and index vectors then."""
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from array import array
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import torch
 
-from ds_cp.attention.batch import Block, IndexUpload, Shards
+from ds_cp.attention.batch import Blocks, IndexUpload, Shards
 from ds_cp.attention.kernels import PagedKernel
 from ds_cp.attention.state import Partial
 from ds_cp.layout import Runs
 
 P = TypeVar("P")
+NO_BLOCKS = Blocks()
 
 
-def visible(blocks: Sequence[Block], q_runs: Runs, window: int | None) -> list[int]:
-    """Indices of the ``blocks`` in which some query at ``q_runs`` sees a key. Both ascend by
-    position."""
-    found: list[int] = []
-    done = 0
-    for start, length in q_runs if blocks else ():
-        end = bisect_right(blocks, start + length - 1, key=_first)
-        begin = 0 if window is None else bisect_right(blocks, start - window, key=_last)
-        found += range(max(begin, done), end)
-        done = max(done, end)
-    return found
+def visible(blocks: Blocks, q_runs: Runs, window: int | None) -> Blocks:
+    """The ``blocks`` in which some query at ``q_runs`` sees a key. Both ascend by position."""
+    if not blocks or not q_runs:
+        return NO_BLOCKS
+    if window is None:
+        end = sum(q_runs[-1])
+        return blocks if blocks.firsts[-1] < end else blocks.within(0, end)
+    stretches: list[tuple[int, int]] = []  # indices, begin and end
+    for start, length in q_runs:
+        end = bisect_left(blocks.firsts, start + length)
+        begin = bisect_right(blocks.firsts, start - window + 1)
+        if begin and blocks.firsts[begin - 1] + blocks.keys[begin - 1] > start - window + 1:
+            begin -= 1
+        if stretches:
+            begin = max(begin, stretches[-1][1])
+        if begin < end:
+            stretches.append((begin, end))
+    parts = [blocks[begin:end] for begin, end in stretches]
+    return parts[0] if len(parts) == 1 else Blocks(block for part in parts for block in part)
 
 
-def sees(blocks: Sequence[Block], q_runs: Runs, window: int | None) -> bool:
+def sees(blocks: Blocks, q_runs: Runs, window: int | None) -> bool:
     """Whether ``visible`` would find any; quick where the queries come after all keys."""
     if not blocks or not q_runs:
         return False
-    if blocks[-1].first <= q_runs[0][0]:
-        return window is None or _last(blocks[-1]) > q_runs[0][0] - window
+    if window is None:
+        return blocks.firsts[0] < sum(q_runs[-1])
+    if blocks.firsts[-1] <= q_runs[0][0]:
+        return blocks.firsts[-1] + blocks.keys[-1] > q_runs[0][0] - window + 1
     return bool(visible(blocks, q_runs, window))
 
 
-def _first(block: Block) -> int:
-    return block.first
-
-
-def _last(block: Block) -> int:
-    return block.first + block.keys - 1
+def renumbered(blocks: Blocks, begin: int) -> Blocks:
+    """The same blocks, numbered from ``begin`` on, as they lie after they have travelled."""
+    moved = blocks[:]
+    moved.numbers = array("q", range(begin, begin + len(blocks)))
+    return moved
 
 
 def by_window(

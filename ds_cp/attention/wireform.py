@@ -14,7 +14,9 @@ def row_bytes(spec: LayerSpec, dtype: torch.dtype) -> int:
     return spec.num_q_heads * (spec.v_dim * dtype.itemsize + 4)
 
 
-def new_rows(num_rows: int, spec: LayerSpec, dtype: torch.dtype, like: torch.Tensor) -> torch.Tensor:
+def new_rows(
+    num_rows: int, spec: LayerSpec, dtype: torch.dtype, like: torch.Tensor
+) -> torch.Tensor:
     """Memory for ``num_rows`` partials, ``[num_rows, row_bytes]`` uint8, where ``like`` is."""
     return like.new_empty(num_rows, row_bytes(spec, dtype), dtype=torch.uint8)
 
