@@ -90,9 +90,7 @@ class Wire:
         """Bytes of new KV that travels from its owner to its home."""
         if not item.ships:
             return 0
-        stay = sum(
-            len(set(positions(s.q_runs)) & set(positions(s.new_runs))) for s in item.shards
-        )
+        stay = sum(len(set(positions(s.q_runs)) & set(positions(s.new_runs))) for s in item.shards)
         return (item.count - stay) * self.KV
 
     def rounds(self, items: Sequence[Item]) -> int:
