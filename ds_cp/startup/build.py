@@ -91,9 +91,7 @@ def _build(
     kernel = served.kernel.kernel
     pool = local_phase(
         world,
-        lambda: allocate_pool(
-            budget, layers, size, kernel.packed, decoder.dtype, world, cp.rank
-        ),
+        lambda: allocate_pool(budget, layers, size, kernel.packed, decoder.dtype, world, cp.rank),
     )
     blocks = gather_blocks(world, pool.num_blocks)
     flops = local_phase(
