@@ -25,8 +25,10 @@ SIZES: dict[str, Any] = {
 }
 LATENT = {"q_lora_rank": 24, "kv_lora_rank": 20, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16,
           "v_head_dim": 12}  # fmt: skip
-EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48,
-           "n_group": 1, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1}  # fmt: skip
+EXPERTS = {
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "n_group": 1,
+    "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1,
+}  # fmt: skip
 # Name in transformers -> changes to the sizes above. All but the last expand a latent into keys and
 # values; the last has twice the KV heads, a window and sinks in its sliding layers.
 FAMILIES: dict[str, dict[str, Any]] = {

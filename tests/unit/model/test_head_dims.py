@@ -27,7 +27,10 @@ class Fp64Attention:
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         if layer in self.stored:
-            k, v = (torch.cat([old, new], 2) for old, new in zip(self.stored[layer], (k, v)))
+            k, v = (
+                torch.cat([old, new], 2)
+                for old, new in zip(self.stored[layer], (k, v), strict=True)
+            )
         self.stored[layer] = k, v
         spec, group = self.layers[layer], q.shape[1] // k.shape[1]
         keys, values = (x[0].double().repeat_interleave(group, 0) for x in (k, v))

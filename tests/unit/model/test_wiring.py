@@ -63,7 +63,7 @@ def unsupported(name: str) -> Any:
         ("llama4", r"Llama4ForCausalLM has layers of type chunked_attention \(queries see"),
         (
             "deepseek_v32",
-            r"DeepseekV32ForCausalLM has layers of type indexed_attention \(sparse: an",
+            r"DeepseekV32ForCausalLM has layers of type indexed_attention \(sparse",
         ),
         ("an indexer that the config does not tell", r"indexed_attention \(sparse: an indexer"),
         ("qwen3_next", r"Qwen3NextForCausalLM has layers of type linear_attention \(a recurrent"),
