@@ -125,8 +125,8 @@ TYPES = {
 
 
 @pytest.mark.parametrize(("kernel", "capability"), [
-    (KERNELS[0], 80), (KERNELS[1], 80), (KERNELS[1], 90), (KERNELS[2], 80), (KERNELS[3], 90),
-    (KERNELS[4], 90), (KERNELS[5], 80),
+    (KERNELS[0], 90), (KERNELS[1], 80), (KERNELS[2], 80), (KERNELS[3], 90), (KERNELS[4], 90),
+    (KERNELS[5], 80),
 ], ids=lambda value: getattr(value, "__name__", str(value)))  # fmt: skip
 def test_kernels_compile_without_a_device(
     kernel: Any, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
