@@ -175,7 +175,7 @@ class Attention {
     shape_.amx = layer.amx && layer.type == kBfloat16;
     shape_.scale = static_cast<float>(layer.scale);
     shape_.softcap = static_cast<float>(layer.softcap);
-    shape_.window = layer.window > 0 ? layer.window : INT64_MAX;
+    shape_.window = layer.window > 0 ? std::min(layer.window, kNoWindow) : kNoWindow;
     element_ = layer.type == kBfloat16 ? 2 : 4;
   }
 

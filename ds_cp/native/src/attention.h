@@ -23,6 +23,7 @@ constexpr int kMaxRows = 96;      // rows of a row tile (query heads of one KV h
 constexpr int kMaxSegments = 1024;              // of one tile
 constexpr int kMaxColumns = 2 * kTile;          // of one tile: a block may begin at its end
 constexpr int64_t kMaxPosition = int64_t{1} << 40;
+constexpr int64_t kNoWindow = int64_t{1} << 50;  // longer than any
 constexpr int kRound = 32;        // columns; ranges of a row's softmax begin at multiples of it
 
 enum Type { kFloat32 = 0, kBfloat16 = 1 };
@@ -46,7 +47,7 @@ struct Shape {
   int32_t amx;     // matrix products by ATen's brgemm
   float scale;
   float softcap;   // 0: none
-  int64_t window;  // INT64_MAX: none
+  int64_t window;  // kNoWindow: none
 };
 
 // Attention of some rows over some keys, not yet divided: out = acc / sum, lse = (max + log2 sum)

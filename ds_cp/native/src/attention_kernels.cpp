@@ -447,7 +447,7 @@ void tile_of(Work& work, const Segment* segments, int count) {
     for (int g = 0; g < num_groups; ++g) {
       const Group& group = groups[g];
       if (low > group.high) continue;
-      if (s.window != INT64_MAX && high <= group.low - s.window) continue;
+      if (high <= group.low - s.window) continue;
       scores_for<T>(group.rows, n)(a + group.row * s.k_dim, s.k_dim, strips, tile.strip_ld,
                                    s.k_dim / p, work.scores + group.row * ld, ld);
     }
@@ -485,7 +485,7 @@ void tile_of(Work& work, const Segment* segments, int count) {
         const auto step = values_for<T>(group.rows, n);
         const A* mine = weights + group.row * weight_ld;
         if (group.begin <= tile.runs[first].column && tile.runs[end - 1].end <= group.end) {
-          step(mine, weight_ld, tile.runs + first, end - first, tile.run_ld * p, dim, acc, s.v_pad);
+          step(mine, weight_ld, tile.runs + first, end - first, tile.run_ld, dim, acc, s.v_pad);
           continue;
         }
         for (int r = first; r < end; ++r) {
@@ -495,7 +495,7 @@ void tile_of(Work& work, const Segment* segments, int count) {
           if (from >= run.end) continue;
           run.data += (from - run.column) * tile.run_ld;
           run.column = from;
-          step(mine, weight_ld, &run, 1, tile.run_ld * p, dim, acc, s.v_pad);
+          step(mine, weight_ld, &run, 1, tile.run_ld, dim, acc, s.v_pad);
         }
       }
     }
