@@ -14,8 +14,8 @@ import torch
 
 from ds_cp.attention import Kernel, LayerSpec
 from ds_cp.comm.control import Control
+from ds_cp.comm.device import synchronize
 from ds_cp.comm.failure import failing
-from ds_cp.comm.links import synchronize
 from ds_cp.comm.pending import Pending
 from ds_cp.comm.wire import Group, World
 from ds_cp.kv.pool import KVPool
