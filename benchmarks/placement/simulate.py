@@ -181,7 +181,7 @@ class Run:
                         self._read(reads, table.last_rank, table.num_tokens)
             for item in decodes:
                 for shard in item.shards:
-                    self._read(reads, shard.rank, total(shard.k_runs))
+                    self._read(reads, shard.rank, shard.blocks.num_keys)
             tally.busiest += max(reads)
 
     def _read(self, reads: list[int], rank: int, tokens: int) -> None:
