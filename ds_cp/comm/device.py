@@ -19,14 +19,6 @@ PAUSE_S = 50e-6  # between looks afterwards; it grows to MAX_PAUSE_S
 MAX_PAUSE_S = 1e-3
 PEERS_S = 0.2  # between looks after the peers
 
-# For the environment of a process that uses NCCL. Its watchdog would end the process by an abort,
-# before the cause is known and told; the deadline here raises instead.
-NCCL_ENVIRONMENT = {
-    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
-    "TORCH_NCCL_ENABLE_MONITORING": "0",
-    "TORCH_NCCL_BLOCKING_WAIT": "0",
-}
-
 
 class Mark(Protocol):
     """A place in a device's queue, as ``torch.cuda.Event``."""
@@ -72,6 +64,6 @@ def synchronize(device: torch.device) -> None:
 
 def mark_here(device: torch.device) -> Mark:
     """A mark at the end of what is queued on the current stream."""
-    event = torch.cuda.Event()
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record(torch.cuda.current_stream(device))
     return event

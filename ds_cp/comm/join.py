@@ -89,9 +89,11 @@ def join(
         neighbours = (
             Neighbours(rank, near, processes, store, timeout_s, cores()) if shared_memory else None
         )
+        mine = (hellos[rank].key, hellos[rank].gpu)
         world = World(
             rank, topology, device, timeout_s, joined=True, store=store, backend=chosen,
             neighbours=neighbours,
+            sharing=sum((hello.key, hello.gpu) == mine for hello in hellos) if mine[1] else 1,
         )  # fmt: skip
         world.notes = [*notes, *_notes_of_all(world)]
     except (RuntimeError, DistError) as err:

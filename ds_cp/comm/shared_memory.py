@@ -45,7 +45,7 @@ class Process:
     host: str
 
 
-class Unavailable(Exception):
+class UnavailableError(Exception):
     """Why memory cannot be shared, in a few words."""
 
 
@@ -170,7 +170,7 @@ class Neighbours:
                 channel, fd = self._make(key, ranks)
             else:
                 channel = self._enter(key, ranks, seat)
-        except Unavailable as err:
+        except UnavailableError as err:
             reason = str(err)
             if seat == 0:
                 self._store.set(key, f"- {reason}")
@@ -209,7 +209,7 @@ class Neighbours:
         where, _, rest = self._store.get(key).decode().partition(" ")
         library, shape, pidfds = self._look(ranks)
         if where == "-":
-            raise Unavailable(rest)
+            raise UnavailableError(rest)
         number, token = rest.split(" ")
         with _refusing(f"the memory of rank {ranks[0]} cannot be opened"):
             fd = open_memory(f"/proc/{int(where)}/fd/{int(number)}", shape.nbytes(library))
@@ -221,19 +221,19 @@ class Neighbours:
                 os.close(fd)
 
     def _look(self, ranks: Sequence[int]) -> tuple[Library, Shape, list[int]]:
-        """What every seat needs before there is a channel. Raises ``Unavailable``."""
+        """What every seat needs before there is a channel. Raises ``UnavailableError``."""
         library = self._find()
         if isinstance(library, str):
-            raise Unavailable(library)
+            raise UnavailableError(library)
         if len(ranks) > ch.MAX_MEMBERS:
-            raise Unavailable(f"{len(ranks)} ranks are more than {ch.MAX_MEMBERS}")
+            raise UnavailableError(f"{len(ranks)} ranks are more than {ch.MAX_MEMBERS}")
         mine = self._processes[self._rank]
         for rank in ranks:
             other = self._processes[rank]
             if other.host != mine.host:
-                raise Unavailable(f"rank {rank} runs under another kernel or network")
+                raise UnavailableError(f"rank {rank} runs under another kernel or network")
             if other.namespace != mine.namespace:
-                raise Unavailable(f"rank {rank} is in another pid namespace")
+                raise UnavailableError(f"rank {rank} is in another pid namespace")
         small = len(ranks) > MANY
         shape = Shape(len(ranks), RING_BYTES // 4 if small else RING_BYTES)
         return library, shape, [self._life(rank) for rank in ranks]
@@ -254,7 +254,7 @@ def _refusing(what: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, AttributeError) as err:
         words = err.strerror if isinstance(err, OSError) and err.strerror else str(err)
-        raise Unavailable(f"{what} ({words})") from None
+        raise UnavailableError(f"{what} ({words})") from None
 
 
 def private_memory(nbytes: int) -> int:

@@ -25,9 +25,7 @@ class Host:
             copy.copy_(tensor, non_blocking=True)
             copies.append(copy)
         if tensors:
-            event = torch.cuda.Event()
-            event.record(torch.cuda.current_stream(tensors[0].device))
-            event.synchronize()
+            torch.cuda.current_stream(tensors[0].device).synchronize()
         return copies
 
     def up(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:

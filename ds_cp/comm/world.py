@@ -29,12 +29,14 @@ class World:
     """This process's place in the job: its rank, every rank's host, and the groups it is in.
 
     ``backend``: what carries the tensors of a CUDA device; ``neighbours``: makes shared memory with
-    the ranks of this host, None when that is off; ``notes``: lines for the start-up summary.
+    the ranks of this host, None when that is off; ``sharing``: ranks, this one among them, that
+    compute on its CUDA device; ``notes``: lines for the start-up summary.
     """
 
     def __init__(
         self, rank: int, topology: Topology, device: torch.device, timeout_s: float, joined: bool,
         store: Any = None, backend: Backend = "gloo", neighbours: Neighbours | None = None,
+        sharing: int = 1,
     ) -> None:  # fmt: skip
         self.rank = rank
         self.size = topology.size
@@ -42,6 +44,7 @@ class World:
         self.device = device
         self.timeout_s = timeout_s
         self.backend = backend
+        self.sharing = sharing
         self.ledger = Ledger()
         self.local_work = LocalWork()
         self.store = store  # of the ranks that joined: keys and values, also after ``leave``

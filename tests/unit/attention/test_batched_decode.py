@@ -10,12 +10,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from ds_cp.attention.kernels.sdpa import sdpa_kernel, sdpa_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds_cp.attention import BatchedDecode, Kernel, LayerSpec, batched_decode, get_kernel
 from ds_cp.attention.kernels.reference import reference_kernel, reference_rows
+from ds_cp.attention.kernels.sdpa import sdpa_kernel, sdpa_rows
 from tests.helpers import flash_attn
 from tests.helpers.oracle import full_attention
 

@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from ds_cp.attention.kernels.sdpa import sdpa_kernel, sdpa_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds_cp.attention import Kernel, LayerSpec, get_kernel, kernels
 from ds_cp.attention.kernels import Block, kernel_notes, reference, sdpa
 from ds_cp.attention.kernels.reference import reference_kernel, reference_rows
+from ds_cp.attention.kernels.sdpa import sdpa_kernel, sdpa_rows
 from ds_cp.attention.spec import Padding
 from ds_cp.attention.tiles import cover
 from ds_cp.errors import ConfigError
