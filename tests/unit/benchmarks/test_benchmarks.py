@@ -19,7 +19,7 @@ from benchmarks.placement.traces import BLOCK, Cell, Session, make_trace
 from benchmarks.placement.wire import LAYERS, Wire
 from ds_cp.attention import LayerSpec
 from ds_cp.attention.kernels.reference import ReferenceKernel
-from ds_cp.comm.tree import TreeExchange
+from ds_cp.comm.tree import Route, RowBlock
 from ds_cp.kv.pool import KVPool
 from ds_cp.topology.hosts import Topology
 from ds_cp.worker.shipment import SCHEME_SHIP
@@ -119,18 +119,15 @@ def test_tree_hops_are_those_of_the_exchange() -> None:
     """Every owner and every set of holders on uneven hosts."""
     for hosts in ("aaaa", "aabb", "abbb", "abcab"):
         ranks = range(len(hosts))
+        of_rank = [sorted(set(hosts)).index(host) for host in hosts]
         for owner in ranks:
             for held in range(1, 2 ** len(hosts)):
-                holds = [[bool(held >> r & 1) for r in ranks]]
-                rows = [[int(r == owner) for r in ranks]]
+                holders = tuple(r for r in ranks if held >> r & 1)
                 messages = crossing = 0
                 for rank in ranks:
-                    group = RecordingGroup(hosts, rank)
-                    tree = TreeExchange(group, rows, holds)  # type: ignore[arg-type]
-                    for out, _ in tree._levels:
-                        messages += len(out)
-                        crossing += sum(hosts[peer] != hosts[rank] for peer in out)
-                holders = [r for r in ranks if holds[0][r]]
+                    route = Route([RowBlock(0, owner, 1, holders)], of_rank, rank)
+                    messages += len(route.away) + len(route.inside)
+                    crossing += len(route.away)
                 assert Wire(hosts).tree_hops(owner, holders) == (messages, crossing)
 
 
