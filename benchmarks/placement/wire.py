@@ -83,18 +83,14 @@ class Wire:
 
     @staticmethod
     def holders(item: Item) -> set[int]:
-        """Ranks with keys of the item while attention runs: KV that ships is still with owners."""
-        if not item.ships:
-            return {s.rank for s in item.shards if total(s.k_runs)}
-        return {s.rank for s in item.shards if total(s.k_runs) > s.new or total(s.q_runs)}
+        """Ranks with keys of the item while attention runs: new KV has been shipped home."""
+        return {s.rank for s in item.shards if s.blocks.num_keys}
 
     def shipped(self, item: Item) -> int:
         """Bytes of new KV that travels from its owner to its home."""
         if not item.ships:
             return 0
-        stay = sum(
-            len(set(positions(s.q_runs)) & set(positions(s.new_home_runs))) for s in item.shards
-        )
+        stay = sum(len(set(positions(s.q_runs)) & set(positions(s.new_runs))) for s in item.shards)
         return (item.count - stay) * self.KV
 
     def rounds(self, items: Sequence[Item]) -> int:

@@ -1,4 +1,4 @@
-"""This rank's keys and values as tensors. Callers name the slots; the pool does not know which
+"""This rank's keys and values as tensors. Callers name the blocks; the pool does not know which
 request holds one."""
 
 from __future__ import annotations
@@ -9,101 +9,72 @@ from collections.abc import Sequence
 
 import torch
 
-from ds_cp.attention.spec import KeyValues, LayerSpec
-
-Extents = Sequence[tuple[int, int]]
-MAX_PIECES = 4  # extents that are read in place; with more, a copy costs less than their calls
+from ds_cp.attention.pages import Pages, PageShape
+from ds_cp.attention.spec import LayerSpec
 
 
 def bytes_per_token(layers: Sequence[LayerSpec], dtype: torch.dtype) -> int:
     """KV bytes of one token over all layers on one rank (its own KV heads only)."""
-    return sum(2 * s.num_kv_heads * s.head_dim for s in layers) * dtype.itemsize
+    return sum(s.num_kv_heads * (s.head_dim + s.v_dim) for s in layers) * dtype.itemsize
 
 
 class KVPool:
-    """``num_slots`` token slots per layer, stored heads first ``[G, slots, D]`` so that an extent
-    of one head is one stretch of memory. All zero at first: an unwritten slot may be read under
-    a mask, where NaN would count. Allocated and touched at once, so that the memory is there or the
-    start fails; with ``lazy``, on CPU, pages are claimed as slots are first written.
+    """``num_blocks`` blocks of ``block_size`` tokens, block-major: one block's keys and values of
+    all layers are one stretch of memory, so that a move is one copy. ``packed``: the order within a
+    block that the kernel wants (see ``ds_cp.attention.pages``).
+
+    All zero at first, and ``open`` makes a block zero again when its first token is written: a slot
+    without a token may be read under a mask, where NaN would count. Allocated and touched at once,
+    so that the memory is there or the start fails; with ``lazy``, on CPU, memory is claimed as
+    blocks are first written.
     """
 
     def __init__(
         self,
         layers: Sequence[LayerSpec],
-        num_slots: int,
+        num_blocks: int,
+        block_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        packed: bool = False,
         lazy: bool = False,
     ) -> None:
-        self.num_slots = num_slots
+        self.num_blocks = num_blocks
+        self.block_size = block_size
         self.dtype = dtype
-        self.nbytes = num_slots * bytes_per_token(layers, dtype)
-        self._kv = [
-            _zeros((2, spec.num_kv_heads, num_slots, spec.head_dim), dtype, device, lazy)
-            for spec in layers
-        ]
+        shapes = [PageShape.of(spec, block_size, dtype, packed) for spec in layers]
+        self.block_elements = sum(shape.stride for shape in shapes)
+        self._data = _zeros((num_blocks, self.block_elements), dtype, device, lazy)
+        self._pages, at = [], 0
+        for shape in shapes:
+            self._pages.append(Pages(self._data[:, at : at + shape.stride], shape))
+            at += shape.stride
 
-    def write(
-        self,
-        layer: int,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        slots: torch.Tensor,
-        extents: Extents = (),
-    ) -> None:
-        """Store ``k`` and ``v`` ``[G, T, D]`` at the T ``slots`` (int64); ``extents`` are the same
-        slots as runs where the caller knows them: few long ones are copied as stretches."""
-        keys, values = self._kv[layer]
-        if not 0 < len(extents) <= 2:
-            keys.index_copy_(1, slots, k)
-            values.index_copy_(1, slots, v)
-            return
-        at = 0
-        for slot, length in extents:
-            keys[:, slot : slot + length] = k[:, at : at + length]
-            values[:, slot : slot + length] = v[:, at : at + length]
-            at += length
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole pool."""
+        return self._data.nbytes
 
-    def read(self, layer: int, extents: Extents) -> KeyValues:
-        """K and V of the slots: views of the extents while they are few, else one copy."""
-        both = self._kv[layer]
-        parts = [both[:, :, slot : slot + length] for slot, length in extents]
-        if not parts:
-            parts = [both[:, :, :0]]
-        elif len(parts) > MAX_PIECES:
-            parts = [torch.cat(parts, dim=2)]
-        return KeyValues(tuple((p[0].transpose(0, 1), p[1].transpose(0, 1)) for p in parts))
+    def layer(self, layer: int) -> Pages:
+        """The pages of one layer."""
+        return self._pages[layer]
 
-    def of_layer(self, layer: int) -> torch.Tensor:
-        """All slots of one layer, ``[2, G, slots, D]``: keys, then values."""
-        return self._kv[layer]
+    def open(self, blocks: torch.Tensor) -> None:
+        """Blocks (int64) that get their first tokens now, and not all of them: set to zero."""
+        if len(blocks):
+            self._data.index_fill_(0, blocks, 0)
 
-    def get_blocks(self, blocks: Sequence[int], block_size: int) -> torch.Tensor:
-        """A copy of whole blocks in all layers, ``[blocks, elements of one block]``."""
-        rows = [
-            torch.cat(
-                [kv[:, :, b * block_size : (b + 1) * block_size].flatten() for kv in self._kv]
-            )
-            for b in blocks
-        ]
-        return torch.stack(rows)
+    def get_blocks(self, blocks: Sequence[int]) -> torch.Tensor:
+        """A copy of whole blocks in all layers, ``[blocks, block_elements]``."""
+        return self._data[torch.tensor(blocks, device=self._data.device)]
 
-    def put_blocks(self, blocks: Sequence[int], block_size: int, content: torch.Tensor) -> None:
+    def put_blocks(self, blocks: Sequence[int], content: torch.Tensor) -> None:
         """Overwrite whole blocks with what ``get_blocks`` gave, here or on another rank."""
-        for block, row in zip(blocks, content, strict=True):
-            at = 0
-            for kv in self._kv:
-                view = kv[:, :, block * block_size : (block + 1) * block_size]
-                view.copy_(row[at : at + view.numel()].view(view.shape))
-                at += view.numel()
-
-    def block_elements(self, block_size: int) -> int:
-        """Elements of one block over all layers."""
-        return sum(2 * kv.shape[1] * block_size * kv.shape[3] for kv in self._kv)
+        self._data[torch.tensor(blocks, device=self._data.device)] = content
 
 
 def _zeros(
-    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, lazy: bool
+    shape: tuple[int, int], dtype: torch.dtype, device: torch.device, lazy: bool
 ) -> torch.Tensor:
     if not lazy or device.type != "cpu":
         return torch.empty(shape, dtype=dtype, device=device).zero_()

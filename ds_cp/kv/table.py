@@ -2,8 +2,7 @@
 
 Block i holds the positions ``i * block_size`` to ``(i + 1) * block_size - 1``, on whichever rank,
 so that a block means the same for every request that begins with the same tokens. A *slot* is one
-token's place in a rank's pool: ``block * block_size + offset``; an *extent* is ``(first slot,
-length)``, a run of adjacent slots that a dense kernel can read at once.
+token's place in a rank's pool: ``block * block_size + place in the block``.
 """
 
 from __future__ import annotations
@@ -11,10 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import islice
 
-from ds_cp.layout import Home, Run, Runs
-
-Extents = tuple[tuple[int, int], ...]
-Part = tuple[Runs, Extents]
+from ds_cp.layout import Blocks, Home, Run, Runs, join
 
 NEAR = 64  # blocks at the end of a sequence that ``newest_on`` looks at
 
@@ -26,7 +22,7 @@ class SequenceTable:
     no block without a token. Raises ``ValueError`` when they do not.
     """
 
-    __slots__ = ("_on", "_parts", "block_size", "homes", "num_tokens")
+    __slots__ = ("_blocks", "_on", "block_size", "homes", "num_tokens")
 
     def __init__(self, block_size: int, homes: Iterable[Home] = (), num_tokens: int = 0) -> None:
         self.block_size = block_size
@@ -35,7 +31,7 @@ class SequenceTable:
         self._on: dict[int, int] = {}  # rank -> blocks there
         for rank, _ in self.homes:
             self._on[rank] = self._on.get(rank, 0) + 1
-        self._parts: dict[int, tuple[list[Run], list[Run]]] | None = None
+        self._blocks: dict[int, Blocks] | None = None
         if not 0 <= num_tokens <= len(self.homes) * block_size:
             raise ValueError(
                 f"{len(self.homes)} blocks of {block_size} do not hold {num_tokens} tokens"
@@ -89,15 +85,15 @@ class SequenceTable:
         self.homes.extend(homes)
         begin = self.num_tokens
         self.num_tokens += tokens
-        if self._parts is not None:
-            self._enter(begin, self.num_tokens, self._parts)
+        if self._blocks is not None:
+            self._enter(begin, self.num_tokens, self._blocks)
 
     def append_one(self) -> None:
         """Store one more token in an open slot, which the caller knows to be there: the fast path
         of a decode."""
         self.num_tokens += 1
-        if self._parts is not None:
-            self._enter(self.num_tokens - 1, self.num_tokens, self._parts)
+        if self._blocks is not None:
+            self._enter(self.num_tokens - 1, self.num_tokens, self._blocks)
 
     def blocks_for(self, tokens: int) -> int:
         """How many new blocks ``tokens`` more tokens need."""
@@ -111,38 +107,40 @@ class SequenceTable:
         self._on[old] -= 1
         if not self._on[old]:
             del self._on[old]
-        self._parts = None
+        self._blocks = None
 
-    def part(self, rank: int) -> Part:
-        """What ``rank`` holds, by position: runs of positions, and their slots as extents."""
-        if self._parts is None:
-            self._parts = {}
-            self._enter(0, self.num_tokens, self._parts)
-        runs, extents = self._parts.get(rank, ((), ()))
-        return tuple(runs), tuple(extents)
+    def blocks_on(self, rank: int) -> Blocks:
+        """The blocks that ``rank`` holds, by position. The same object, updated, from call to call:
+        the caller copies what it keeps."""
+        if self._blocks is None:
+            self._blocks = {}
+            self._enter(0, self.num_tokens, self._blocks)
+        return self._blocks.get(rank) or Blocks()
+
+    def runs_on(self, rank: int, start: int = 0) -> Runs:
+        """The positions from ``start`` on that ``rank`` holds."""
+        runs: list[Run] = []
+        index, size = start // self.block_size, self.block_size
+        for at, (home, _) in enumerate(self.homes[index:], index):
+            if home == rank:
+                low, high = max(at * size, start), min((at + 1) * size, self.num_tokens)
+                runs.append((low, high - low))
+        return join(runs)
 
     def slot(self, position: int) -> tuple[int, int]:
         """``(rank, slot)`` of the token at ``position``."""
         rank, block = self.homes[position // self.block_size]
         return rank, block * self.block_size + position % self.block_size
 
-    def _enter(self, begin: int, end: int, parts: dict[int, tuple[list[Run], list[Run]]]) -> None:
+    def _enter(self, begin: int, end: int, blocks: dict[int, Blocks]) -> None:
         """Add the positions from ``begin`` to ``end`` to what each rank holds."""
         size = self.block_size
         while begin < end:
-            index, offset = divmod(begin, size)
-            count = min(size - offset, end - begin)
+            index, place = divmod(begin, size)
+            count = min(size - place, end - begin)
             rank, block = self.homes[index]
-            runs, extents = parts.setdefault(rank, ([], []))
-            _extend(runs, begin, count)
-            _extend(extents, block * size + offset, count)
+            if place:
+                blocks[rank].fill(count)
+            else:
+                blocks.setdefault(rank, Blocks()).append(block, begin, count)
             begin += count
-
-
-def _extend(runs: list[Run], start: int, count: int) -> None:
-    if runs:
-        first, length = runs[-1]
-        if first + length == start:
-            runs[-1] = (first, length + count)
-            return
-    runs.append((start, count))

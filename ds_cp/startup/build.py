@@ -12,8 +12,8 @@ from typing import Any, cast
 
 from torch import nn
 
-from ds_cp.attention import Kernel, LayerSpec, get_kernel
-from ds_cp.attention.kernels import kernel_notes
+from ds_cp.attention import LayerSpec, choose_kernel
+from ds_cp.attention.kernels.choose import Choice
 from ds_cp.comm.failure import failing
 from ds_cp.comm.links import measure_links
 from ds_cp.comm.wire import Group, World
@@ -50,8 +50,7 @@ class Served:
 
     decoder: Decoder
     layers: Sequence[LayerSpec]
-    kernel: Kernel
-    kernel_name: str
+    kernel: Choice
     max_model_len: int
     exactness: float
     rounding: float
@@ -89,8 +88,12 @@ def _build(
         world,
         lambda: decide_budget(config, world, grid, cp.rank, per_token, served.max_model_len),
     )
-    pool = local_phase(world, lambda: allocate_pool(budget, layers, decoder.dtype, world, cp.rank))
-    blocks = gather_blocks(world, pool.num_slots // size)
+    kernel = served.kernel.kernel
+    pool = local_phase(
+        world,
+        lambda: allocate_pool(budget, layers, size, kernel.packed, decoder.dtype, world, cp.rank),
+    )
+    blocks = gather_blocks(world, pool.num_blocks)
     flops = local_phase(
         world, lambda: achieved_flops(text.hidden_size, decoder.dtype, world.device)
     )
@@ -101,7 +104,7 @@ def _build(
         tp_size=tp.size,
         device=str(world.device.type),
         dtype=str(decoder.dtype).removeprefix("torch."),
-        kernel=served.kernel_name,
+        kernel=kernel.name,
         max_model_len=served.max_model_len,
         vocab_size=text.vocab_size,
         eos_token_ids=model_end_tokens(decoder),
@@ -118,11 +121,11 @@ def _build(
         flops_per_s=flops,
         weights=active_weights(decoder),
         head_dim=layers[0].head_dim,
-        notes=(*notes, *kernel_notes(served.kernel_name, served.kernel, layers)),
+        notes=(*notes, *served.kernel.notes),
         rounding=served.rounding,
         kv_reason=budget.reason,
     )
-    return Worker(world, cp, tp, decoder, layers, pool, served.kernel, size), facts
+    return Worker(world, cp, tp, decoder, layers, pool, kernel), facts
 
 
 def _serve(
@@ -136,36 +139,39 @@ def _serve(
     """Load, compare with the other ranks, shard, wire, and compare with transformers. ``note``
     gets a line on each part of the checkpoint that is not used."""
 
-    def load() -> tuple[Decoder, list[nn.Module], str, Kernel, int, Fingerprint]:
+    def load() -> tuple[Decoder, list[nn.Module], int, Fingerprint]:
         source = find_model(config.model) if model is None else model
         decoder = _load(config, source, world, note)
         # Refuses an architecture by its name before anything else is tried with it.
         with decoder_at_fault(decoder, "does not run"):
             modules = [module for _, module in probe(decoder)]
-        name, kernel = get_kernel(config.attention.backend, world.device, decoder.dtype)
         text = decoder.config.get_text_config()
         length = _max_model_len(config, getattr(text, "max_position_embeddings", None))
         with decoder_at_fault(decoder, "has positions that cannot be"):
             check_positions(decoder, length)
         found = fingerprint(decoder, source if isinstance(source, ModelSource) else None)
-        return decoder, modules, name, kernel, length, found
+        return decoder, modules, length, found
 
-    decoder, modules, name, kernel, length, found = local_phase(world, load)
+    decoder, modules, length, found = local_phase(world, load)
     agree_on_model(world, found)
     sums = RowSums(tp)
 
-    def prepare() -> tuple[list[LayerSpec], Reference]:
+    def prepare() -> tuple[list[LayerSpec], Reference, Choice]:
         reference = reference_logits(decoder, modules)
         shard_model(decoder, sums)
         with sums.recording():
             layers = probe_layers(decoder)
         _check_heads(decoder.config.get_text_config(), layers, tp.size)
-        return layers, reference
+        kernel = choose_kernel(
+            config.attention.backend, world.device, decoder.dtype, layers,
+            config.kv_cache.block_size,
+        )  # fmt: skip
+        return layers, reference, kernel
 
-    layers, reference = local_phase(world, prepare)
+    layers, reference, kernel = local_phase(world, prepare)
 
     def serve(record: AttentionRecord | None) -> list[Step]:
-        return served_logits(decoder, layers, kernel, cp, sums, record)
+        return served_logits(decoder, layers, kernel.kernel, cp, sums, record)
 
     steps = joint_phase(world, lambda: serve(None))
     # The same models have the same record on all ranks, so all of them replay or none.
@@ -174,7 +180,7 @@ def _serve(
     error = local_phase(
         world, lambda: compare(architecture, decoder.dtype, reference, steps, replayed)
     )
-    return Served(decoder, layers, kernel, name, length, error, reference.rounding)
+    return Served(decoder, layers, kernel, length, error, reference.rounding)
 
 
 def _load(

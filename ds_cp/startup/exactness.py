@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ds_cp.attention import Kernel, LayerSpec
+from ds_cp.attention import LayerSpec, PagedKernel
 from ds_cp.comm.wire import Group
 from ds_cp.errors import UnsupportedModelError
 from ds_cp.kv.pool import KVPool
@@ -26,7 +26,7 @@ from ds_cp.model.wiring import CONTEXT, Decoder
 from ds_cp.plan import Begin, Chunk, Decodes, Sampling, StepPlan
 from ds_cp.startup.layerwise import AttentionRecord
 from ds_cp.worker.state import WorkerState
-from ds_cp.worker.step_context import StepContext
+from ds_cp.worker.step_context import Layers, StepContext
 
 FIRST, SECOND = 10, 7  # tokens of the two chunks of the long prompt
 SHORT = 6  # tokens of the short prompt; it begins as the long one does
@@ -91,7 +91,7 @@ def reference_logits(model: Decoder, modules: Sequence[nn.Module]) -> Reference:
 def served_logits(
     model: Decoder,
     layers: Sequence[LayerSpec],
-    kernel: Kernel,
+    kernel: PagedKernel,
     cp: Group,
     sums: RowSums,
     record: AttentionRecord | None = None,
@@ -103,18 +103,18 @@ def served_logits(
     reference's inputs; its errors are then in the record, and logits show everything else.
     """
     with sums.expected(STEPS), torch.inference_mode():
-        pool = KVPool(layers, 4 * BLOCK, model.dtype, cp.device)
+        pool = KVPool(layers, 4, BLOCK, model.dtype, cp.device, kernel.packed)
+        shared = Layers(layers, pool, kernel, cp)
         state = WorkerState(cp.rank, BLOCK)
         steps = []
         for name, plan in _plans(cp.rank, _tokens(model)):
-            step = StepContext(state.apply(plan), cp, layers, pool, kernel)
-            ids = torch.tensor([step.token_ids], device=cp.device)
-            positions = torch.tensor([step.positions], device=cp.device)
-            with record.replaying(name, step.positions) if record else nullcontext():
+            step = StepContext(state.apply(plan), shared)
+            with record.replaying(name, step.row_positions) if record else nullcontext():
                 out = model(
-                    input_ids=ids, position_ids=positions, use_cache=False, **{CONTEXT: step}
-                )
-            steps.append(Step(name, tuple(step.positions), out.logits[0].float()))
+                    input_ids=step.ids, position_ids=step.positions, use_cache=False,
+                    **{CONTEXT: step},
+                )  # fmt: skip
+            steps.append(Step(name, tuple(step.row_positions), out.logits[0].float()))
         return steps
 
 

@@ -73,11 +73,18 @@ def decide_budget(
 
 
 def allocate_pool(
-    budget: KVBudget, layers: Sequence[LayerSpec], dtype: torch.dtype, world: World, cp_rank: int
+    budget: KVBudget,
+    layers: Sequence[LayerSpec],
+    block_size: int,
+    packed: bool,
+    dtype: torch.dtype,
+    world: World,
+    cp_rank: int,
 ) -> KVPool:
     """This rank's KV. ``ConfigError``, with the numbers, when the memory cannot be had."""
     try:
-        return KVPool(layers, budget.tokens, dtype, world.device, lazy=budget.lazy)
+        blocks = budget.tokens // block_size
+        return KVPool(layers, blocks, block_size, dtype, world.device, packed, lazy=budget.lazy)
     except (RuntimeError, MemoryError, OSError) as err:
         if not is_out_of_memory(err):
             raise

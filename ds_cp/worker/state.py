@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ds_cp.kv.table import Extents, SequenceTable
-from ds_cp.layout import Home, Runs, join, tail, total
+from ds_cp.kv.table import SequenceTable
+from ds_cp.layout import Blocks, Home, Runs, join, total
 from ds_cp.plan import Begin, Chunk, Fork, Sampling, StepPlan
 
 NO_TOKEN = -1  # in place of a token id that this rank does not know
@@ -23,8 +23,7 @@ class RunningSequence:
     """One running request. ``tokens``: known to all ranks, the prompt first; never changed, and
     shared by all answers to a prompt. ``drawn``: the number of outputs drawn so far, the same on
     all ranks; ``sampler``: the rank that drew the last one, and ``last``: its value, on that rank.
-    ``outputs``: values of the output as far as known here. ``resting``: the shards of ranks that
-    add nothing in decode steps, until their part changes.
+    ``outputs``: values of the output as far as known here.
     """
 
     number: int
@@ -36,7 +35,6 @@ class RunningSequence:
     sampler: int = -1
     last: int = NO_TOKEN
     outputs: list[int] = field(default_factory=list)
-    resting: dict[int, Shard] = field(default_factory=dict)
 
     @property
     def prompt(self) -> tuple[int, ...]:
@@ -49,22 +47,19 @@ class Shard:
     """One rank's part in one request's step.
 
     ``q_runs``: positions of the new tokens that this rank owns (it alone runs the layers on them);
-    ``k_runs``: positions of all tokens whose KV has its home here, the new ones last, in storage
-    order; ``extents``: their slots, as (first slot, length); ``new_home_runs`` and ``new_extents``:
-    the same of the new ones alone.
+    ``blocks``: all blocks whose home is here, those of new tokens included; ``new_runs``: positions
+    of the new tokens that are stored here.
     """
 
     rank: int
     q_runs: Runs
-    k_runs: Runs
-    extents: Extents
-    new_home_runs: Runs
-    new_extents: Extents
+    blocks: Blocks
+    new_runs: Runs
 
     @property
     def new(self) -> int:
         """How many new tokens are stored here."""
-        return total(self.new_home_runs)
+        return total(self.new_runs)
 
 
 @dataclass(frozen=True)
@@ -90,7 +85,7 @@ class Item:
     @property
     def ships(self) -> bool:
         """Whether some new token's home is not its owner, so that its KV has to travel once."""
-        return any(s.q_runs != s.new_home_runs for s in self.shards)
+        return any(s.q_runs != s.new_runs for s in self.shards)
 
 
 @dataclass(frozen=True)
@@ -153,7 +148,6 @@ class WorkerState:
                 sequence = self.sequences.get(number)
                 if sequence is not None:  # or it was preempted after this was decided
                     sequence.table.replace(transfer.index, transfer.target)
-                    sequence.resting.clear()
         for begin in plan.begins:
             self._begin(begin)
         grown: dict[int, Home] = dict(plan.grown)
@@ -227,18 +221,13 @@ class WorkerState:
             if owner == self.rank:
                 work.decodes.append(sequence)
         else:
-            q_runs: Runs = ((start, 1),)
-            resting = sequence.resting
-            shards = []
-            for rank in table.span:
-                shard = None if rank == owner else resting.get(rank)
-                if shard is None:
-                    shard = self._shard(table, rank, q_runs if rank == owner else (), start)
-                    resting[rank] = shard
-                shards.append(shard)
-            resting.pop(owner, None)
+            new: Runs = ((start, 1),)
+            shards = tuple(
+                Shard(rank, mine := new if rank == owner else (), table.blocks_on(rank), mine)
+                for rank in table.span
+            )
             work.ranks.update(table.span)
-            work.items.append(Item(sequence, mode, ring_pass, start, 1, tuple(shards), True))
+            work.items.append(Item(sequence, mode, ring_pass, start, 1, shards, True))
         self._draw(sequence, owner, work)
 
     @staticmethod
@@ -247,10 +236,9 @@ class WorkerState:
         sequence.drawn += 1
         sequence.sampler = rank
 
-    def _shard(self, table: SequenceTable, rank: int, q_runs: Runs, start: int) -> Shard:
-        runs, extents = table.part(rank)
-        new = tuple((max(s, start), s + n - max(s, start)) for s, n in runs if s + n > start)
-        return Shard(rank, join(q_runs), runs, extents, new, tail(extents, total(new)))
+    @staticmethod
+    def _shard(table: SequenceTable, rank: int, q_runs: Runs, start: int) -> Shard:
+        return Shard(rank, join(q_runs), table.blocks_on(rank), table.runs_on(rank, start))
 
 
 def _owner(owners: Sequence[tuple[int, Runs]], position: int) -> int:
@@ -265,11 +253,9 @@ def check_item(item: Item) -> None:
     tokens."""
     want = list(range(item.start, item.start + item.count))
     owned = sorted(p for s in item.shards for a, n in s.q_runs for p in range(a, a + n))
-    homed = sorted(p for s in item.shards for a, n in s.new_home_runs for p in range(a, a + n))
+    homed = sorted(p for s in item.shards for a, n in s.new_runs for p in range(a, a + n))
     name = f"request {item.sequence.number}"
     assert owned == want, f"{name}: owners cover {len(owned)} of {item.count} new tokens"
     assert homed == want, f"{name}: homes cover {len(homed)} of {item.count} new tokens"
-    stored = sum(total(s.k_runs) for s in item.shards)
+    stored = sum(s.blocks.num_keys for s in item.shards)
     assert stored == item.start + item.count, f"{name}: {stored} tokens stored"
-    for shard in item.shards:
-        assert total(shard.k_runs) == total(shard.extents)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import msgspec
 import torch
 
-from ds_cp.attention import Kernel, LayerSpec
+from ds_cp.attention import LayerSpec, PagedKernel
 from ds_cp.comm.control import Control
 from ds_cp.comm.failure import failing
 from ds_cp.comm.links import synchronize
@@ -33,7 +33,7 @@ from ds_cp.plan import (
 from ds_cp.worker.outcome import Times, pack, rows_of, unpack, width_of
 from ds_cp.worker.sampler import History, Row, Score, sample_rows, score_prompt
 from ds_cp.worker.state import Draw, Handoff, StepWork, WorkerState
-from ds_cp.worker.step_context import StepContext
+from ds_cp.worker.step_context import Layers, StepContext
 
 # Names in the ledger.
 SCHEME_TOKEN = "next_token"
@@ -64,18 +64,16 @@ class Worker:
         model: Decoder,
         layers: Sequence[LayerSpec],
         pool: KVPool,
-        kernel: Kernel,
-        block_size: int,
+        kernel: PagedKernel,
     ) -> None:
         self.world = world
         self.control = Control(world)
         self.cp = cp
         self.tp = tp
         self.model = model
-        self.layers = list(layers)
         self.pool = pool
-        self.kernel = kernel
-        self.state = WorkerState(cp.rank, block_size)
+        self.layers = Layers(list(layers), pool, kernel, cp)
+        self.state = WorkerState(cp.rank, pool.block_size)
         self.model_seconds = 0.0  # in the model's forward call, attention included
         self._histories: dict[int, History] = {}  # of requests that looked back here
 
@@ -127,7 +125,7 @@ class Worker:
             coming = self._expect(work, width)
             self._transfer(plan.transfers)
             self._hand_over(work.handoffs)
-            step = StepContext(work, self.cp, self.layers, self.pool, self.kernel)
+            step = StepContext(work, self.layers)
             drawn: list[Sampled] = []
             scores: list[Score | None] = []
             if step.num_rows:
@@ -148,12 +146,9 @@ class Worker:
         device = self.cp.device
         synchronize(device)
         began = time.perf_counter()
-        ids = torch.tensor([step.token_ids], dtype=torch.int64, device=device)
-        positions = torch.tensor([step.positions], dtype=torch.int64, device=device)
-        rows = torch.tensor(step.logit_rows, dtype=torch.int64, device=device)
         out = self.model(
-            input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=rows,
-            **{CONTEXT: step},
+            input_ids=step.ids, position_ids=step.positions, use_cache=False,
+            logits_to_keep=step.logit_rows, **{CONTEXT: step},
         )  # fmt: skip
         logits: torch.Tensor = out.logits[0]
         synchronize(device)
@@ -232,19 +227,19 @@ class Worker:
             self._transfer_batch(batch)
 
     def _transfer_batch(self, batch: Sequence[Transfer]) -> None:
-        me, size, pool = self.cp.rank, self.state.block_size, self.pool
+        me, pool = self.cp.rank, self.pool
         pairs: dict[tuple[int, int], list[tuple[int, int]]] = {}
         for transfer in batch:
             (source, from_block), (target, to_block) = transfer.source, transfer.target
             if me in (source, target):
                 pairs.setdefault((source, target), []).append((from_block, to_block))
         content = {
-            pair: pool.get_blocks([b for b, _ in blocks], size)
+            pair: pool.get_blocks([b for b, _ in blocks])
             for pair, blocks in sorted(pairs.items())
             if pair[0] == me
         }
         sends = [(target, data) for (_, target), data in content.items() if target != me]
-        elements = pool.block_elements(size)
+        elements = pool.block_elements
         recvs = [
             (source, torch.empty(len(blocks), elements, dtype=pool.dtype, device=self.cp.device))
             for (source, target), blocks in sorted(pairs.items())
@@ -255,7 +250,7 @@ class Worker:
         content.update({(source, me): data for source, data in recvs})
         for (source, target), data in content.items():
             if target == me:
-                pool.put_blocks([b for _, b in pairs[source, target]], size, data)
+                pool.put_blocks([b for _, b in pairs[source, target]], data)
 
     def _expect(self, work: StepWork, width: int) -> _Coming | None:
         """Rank 0: start to receive the rows of the other ranks, before my own part, so that none of

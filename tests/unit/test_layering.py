@@ -29,6 +29,7 @@ LAYERS = {
     "config": 1,
     "topology": 2,
     "templates": 2,
+    "native": 2,
     "comm": 3,
     "attention": 4,
     "kv": 4,
@@ -77,6 +78,7 @@ WITHOUT_TORCH = [
     "facts.py",
     "layout.py",
     "log_stream.py",
+    "native/",
     "outputs.py",
     "plan.py",
     "process.py",
@@ -113,7 +115,13 @@ WITHOUT_TORCH = [
     "serve/worker_link.py",
     "cli/",
 ]
-READS_ENVIRONMENT = ["topology/job.py", "cli/", "serve/worker_child.py", "engine/llm.py"]
+READS_ENVIRONMENT = [
+    "topology/job.py",
+    "cli/",
+    "serve/worker_child.py",
+    "engine/llm.py",
+    "native/__main__.py",
+]
 MAX_LINES = 350
 FORBIDDEN_MODULES = {"pickle", "cloudpickle", "dill", "marshal", "shelve"}
 FORBIDDEN_NAMES = {"eval", "exec"}

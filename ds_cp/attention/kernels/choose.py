@@ -51,7 +51,7 @@ def choose_kernel(
             f"attention.backend {name!r} is not for {device.type}; choose auto or one of "
             f"{', '.join(known)}"
         )
-    notes = []
+    notes: list[str] = []
     for each in known if name == "auto" else (name,):
         try:
             kernel = known[each](device, dtype)
