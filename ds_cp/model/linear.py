@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from ds_cp.model.wiring import Decoder
 from ds_cp.native import Library, load
-from ds_cp.native.linear import DTYPES, LinearOps, PackedLinear
+from ds_cp.model.packed_linear import DTYPES, LinearOps, PackedLinear
 
 # What may be asked of a weight without reading it.
 _SHAPE = frozenset(
