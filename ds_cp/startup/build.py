@@ -36,6 +36,7 @@ from ds_cp.startup.kv_budget import allocate_pool, decide_budget
 from ds_cp.startup.layerwise import AttentionRecord
 from ds_cp.startup.packing import Packing, plan_packing
 from ds_cp.startup.resources import ranks_at_once
+from ds_cp.startup.shapes import mean_shape, shape_notes
 from ds_cp.startup.weights import active_weights
 from ds_cp.topology.hosts import resolve_grid
 from ds_cp.worker.worker import Worker
@@ -100,6 +101,7 @@ def _build(
         world, lambda: achieved_flops(text.hidden_size, decoder.dtype, world.device)
     )
     links = measure_links(world)
+    shape = mean_shape(layers)
     facts = Facts(
         hosts=world.topology.hosts,
         cp_size=cp.size,
@@ -110,20 +112,20 @@ def _build(
         max_model_len=served.max_model_len,
         vocab_size=text.vocab_size,
         eos_token_ids=model_end_tokens(decoder),
-        num_q_heads=layers[0].num_q_heads * tp.size,
-        num_kv_heads=layers[0].num_kv_heads * tp.size,
+        num_q_heads=shape.num_q_heads * tp.size,
+        num_kv_heads=shape.num_kv_heads * tp.size,
         block_size=size,
         blocks_per_rank=tuple(blocks[c * tp.size] for c in range(cp.size)),
         bytes_per_token=per_token,
         num_layers=len(layers),
         threads=threads,
-        ranks_at_once=ranks_at_once(world.device.type, threads, world.size),
+        ranks_at_once=ranks_at_once(world.device.type, threads, world.size, world.sharing),
         exactness=served.exactness,
         links=tuple(LinkFacts(x.name, x.latency_us, x.gb_per_s) for x in links),
         flops_per_s=flops,
         weights=active_weights(decoder),
-        head_dim=layers[0].head_dim,
-        notes=(*notes, *served.kernel.notes),
+        head_dim=shape.head_dim,
+        notes=(*world.notes, *notes, *shape_notes(layers, tp.size), *served.kernel.notes),
         rounding=served.rounding,
         kv_reason=budget.reason,
     )

@@ -115,11 +115,11 @@ def _one(budget: int | tuple[int, ...], name: str, cp_rank: int, cp_size: int) -
 
 
 def free_bytes(world: World) -> tuple[int, int]:
-    """Free bytes for one rank, and how many ranks share that memory: a CUDA device is one rank's,
-    the memory of a host is all its ranks'."""
+    """Free bytes for one rank, and how many ranks share that memory: that of a CUDA device is its
+    ranks', that of a host all its ranks'."""
     if world.device.type == "cuda":
         torch.cuda.empty_cache()  # what sharding freed, torch's allocator would keep
         free, _ = torch.cuda.mem_get_info(world.device)
-        return int(free), 1
+        return int(free) // world.sharing, world.sharing
     sharing = world.topology.local_size(world.rank)
     return int(psutil.virtual_memory().available) // sharing, sharing
