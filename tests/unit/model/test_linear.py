@@ -1,4 +1,4 @@
-"""Packed linear layers: right against fp64, the same bits in any company, and only where allowed."""
+"""Packed linear layers: right against fp64, the same bits in any company, and only where safe."""
 
 from __future__ import annotations
 
