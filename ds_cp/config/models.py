@@ -196,6 +196,12 @@ class Config(Section):
         description="CPU threads of one rank; auto: the host's cores / its ranks, at least 1",
         json_schema_extra=unit_of("threads"),
     )
+    linear_layers: Literal["auto", "packed", "torch"] = Field(
+        default="auto",
+        description="who computes linear layers on a CPU: packed (weights laid out once for the "
+        "processor, a copy on every rank; a token's bits do not depend on the others of its step), "
+        "torch, or auto: packed where there is a native library and memory for it",
+    )
     context_parallel: ContextParallel = Field(
         default_factory=ContextParallel, description="splitting sequences over ranks"
     )

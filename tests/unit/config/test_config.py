@@ -26,6 +26,7 @@ DEFAULTS = {
     "device": "auto",
     "max_model_len": "auto",
     "threads_per_rank": "auto",
+    "linear_layers": "auto",
     "context_parallel.size": "auto",
     "context_parallel.mode": "auto",
     "context_parallel.ring_pass": "auto",
