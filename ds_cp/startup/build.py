@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from ds_cp.attention import LayerSpec, choose_kernel
+from ds_cp.attention import LayerSpec
 from ds_cp.attention.kernels.choose import Choice
 from ds_cp.comm.failure import failing
 from ds_cp.comm.links import measure_links
@@ -32,6 +32,7 @@ from ds_cp.startup.agreement import gather_blocks, joint_phase, local_phase
 from ds_cp.startup.exactness import Reference, Step, compare, reference_logits, served_logits
 from ds_cp.startup.fingerprint import Fingerprint, agree_on_model, fingerprint
 from ds_cp.startup.flops import achieved_flops
+from ds_cp.startup.kernel_choice import choose_for_all
 from ds_cp.startup.kv_budget import allocate_pool, decide_budget
 from ds_cp.startup.layerwise import AttentionRecord
 from ds_cp.startup.packing import Packing, plan_packing
@@ -161,20 +162,17 @@ def _serve(
     agree_on_model(world, found)
     sums = RowSums(tp)
 
-    def prepare() -> tuple[list[LayerSpec], Reference, Choice, Packing]:
+    def prepare() -> tuple[list[LayerSpec], Reference, Packing]:
         reference = reference_logits(decoder, modules)
         shard_model(decoder, sums)
         with sums.recording():
             layers = probe_layers(decoder)
             packing = plan_packing(config.linear_layers, decoder, world, kept=is_callers)
         _check_heads(decoder.config.get_text_config(), layers, tp.size)
-        kernel = choose_kernel(
-            config.attention.backend, world.device, decoder.dtype, layers,
-            config.kv_cache.block_size,
-        )  # fmt: skip
-        return layers, reference, kernel, packing
+        return layers, reference, packing
 
-    layers, reference, kernel, packing = local_phase(world, prepare)
+    layers, reference, packing = local_phase(world, prepare)
+    kernel = choose_for_all(world, config, decoder.dtype, layers)
     # All ranks of a host looked at its free memory before any of them takes some.
     if line := local_phase(world, packing):
         note(line)

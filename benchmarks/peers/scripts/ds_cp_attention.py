@@ -63,7 +63,9 @@ class Call:
         for _, length in k_runs[me]:
             ends.append(ends[-1] + -(-length // BLOCK))
         slots = [
-            first * BLOCK + i for first, (_, n) in zip(ends, k_runs[me], strict=False) for i in range(n)
+            first * BLOCK + i
+            for first, (_, n) in zip(ends, k_runs[me], strict=False)
+            for i in range(n)
         ]
         at = torch.tensor(slots, dtype=torch.int64)
         self.blocks, self.places = at // BLOCK, at % BLOCK

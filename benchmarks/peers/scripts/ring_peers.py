@@ -47,7 +47,11 @@ def ring_flash_attn(group: Any) -> Any:
     """Its zigzag ring, with a module of that one function in the place of flash-attn."""
     package, interface = types.ModuleType("flash_attn"), types.ModuleType("interface")
     interface._flash_attn_forward = flash_attn_forward  # type: ignore[attr-defined]
-    for name in ("_flash_attn_backward", "_flash_attn_varlen_forward", "_flash_attn_varlen_backward"):
+    for name in (
+        "_flash_attn_backward",
+        "_flash_attn_varlen_forward",
+        "_flash_attn_varlen_backward",
+    ):
         setattr(interface, name, None)
     sys.modules["flash_attn"] = package
     sys.modules["flash_attn.flash_attn_interface"] = interface

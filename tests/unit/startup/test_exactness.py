@@ -216,12 +216,12 @@ class WrongIn:
 def test_a_kernel_that_is_wrong_in_one_place(
     monkeypatch: pytest.MonkeyPatch, place: str, step: str, dtype: torch.dtype, by: float
 ) -> None:
-    choose_kernel = build.choose_kernel
+    choose = build.choose_for_all
 
     def wrong(*args: Any) -> Choice:
-        return Choice(WrongIn(choose_kernel(*args).kernel, place, by))
+        return Choice(WrongIn(choose(*args).kernel, place, by))
 
-    monkeypatch.setattr(build, "choose_kernel", wrong)
+    monkeypatch.setattr(build, "choose_for_all", wrong)
     what = "logits of" if dtype == torch.float32 else "attention of layer 0 in"
     with pytest.raises(UnsupportedModelError, match=f"{what} the {step} differ"):
         engine_of(tiny_llama(initializer_range=0.2).to(dtype))
@@ -237,7 +237,7 @@ def test_a_pool_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     def late(self: Any, pages: Any, k: Any, v: Any, blocks: Any, places: Any) -> None:
         write(self, pages, k, v, blocks, (places + 1) % pages.shape.block_size)
 
-    monkeypatch.setattr(build, "choose_kernel", lambda *_: Choice(ReferenceKernel()))
+    monkeypatch.setattr(build, "choose_for_all", lambda *_: Choice(ReferenceKernel()))
     monkeypatch.setattr(ReferenceKernel, "write", late)
     with pytest.raises(UnsupportedModelError, match="logits of the"):
         engine_of(tiny_llama(initializer_range=0.2))
