@@ -18,7 +18,6 @@ from benchmarks.placement.traces import (
 )
 from benchmarks.placement.wire import KV_HEADS, Q_HEADS, Wire, rates
 from ds_cp.errors import CapacityError
-from ds_cp.layout import total
 from ds_cp.plan import StepPlan
 from ds_cp.sampling_params import SamplingParams
 from ds_cp.scheduler.admission import Limits

@@ -129,7 +129,14 @@ class BatchPlan:
         if self._batch is None:
             starts, block_starts, blocks, firsts, keys = (self._upload[x] for x in self._where)
             self._batch = PagedBatch(
-                self._parts, self._first_row, *self._sizes, starts, block_starts, blocks, firsts, keys
+                self._parts,
+                self._first_row,
+                *self._sizes,
+                starts,
+                block_starts,
+                blocks,
+                firsts,
+                keys,
             )
         return self._batch
 

@@ -261,7 +261,9 @@ def test_blocks_are_three_vectors_and_are_cut_by_position(
     blocks = layout.Blocks(layout.Block(*block) for block in expected)
     assert list(blocks) == expected and len(blocks) == len(expected)
     held = [first + j for _, first, keys in expected for j in range(keys)]
-    assert blocks.num_keys == len(held) and expand(blocks.runs()) == held and is_tight(blocks.runs())
+    assert (
+        blocks.num_keys == len(held) and expand(blocks.runs()) == held and is_tight(blocks.runs())
+    )
     slots = [number * 5 + j for number, _, keys in expected for j in range(keys)]
     assert expand(blocks.extents(5)) == slots
     low, high = data.draw(st.integers(-2, 80)), data.draw(st.integers(-2, 80))

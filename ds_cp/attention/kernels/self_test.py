@@ -53,14 +53,19 @@ def cases(size: int) -> Iterator[Case]:
     yield Case("full", (Part(((new, 9),), long),))
     yield Case("later chunk", (Part(((s + 1, new - s - 1),), long),))
     yield Case("two runs of rows", (Part(((1, s), (2 * s, s + 1)), long),))
-    yield Case("keys that lie elsewhere", (Part(((s, 2 * s),), Blocks(b for i, b in enumerate(long) if i in (0, 3))),))
+    yield Case(
+        "keys that lie elsewhere",
+        (Part(((s, 2 * s),), Blocks(b for i, b in enumerate(long) if i in (0, 3))),),
+    )
     yield Case("keys of the future", (Part(((0, 5),), long[1:]),))
     decode = [Part(((n - 1, 1),), _chain(4 * i, s, ((0, n),))) for i, n in
               enumerate((1, s, s + 1, 2 * s + 3, 3 * s))]  # fmt: skip
     yield Case("decode rows", tuple(decode))
     yield Case("no keys", (Part(((7, 3),), Blocks()), decode[2], Part(((0, 1),), Blocks())))
     yield Case("no rows", (decode[1], Part((), long), decode[3]))
-    yield Case("prompt beside decodes", (*decode[3:], Part(((0, s + 5),), _chain(0, s, ((0, s + 5),)))))
+    yield Case(
+        "prompt beside decodes", (*decode[3:], Part(((0, s + 5),), _chain(0, s, ((0, s + 5),))))
+    )
     for window in (1, s // 2 + 1, s + 3):
         yield Case(f"window {window}", (Part(((0, new),), long),), window)
         yield Case(f"window {window}, decode rows", tuple(decode), window)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds_cp.kv import POLICIES, BlockAllocator, SequenceTable, place, place_block
-from ds_cp.layout import LAYOUTS, assign, positions, total
+from ds_cp.layout import LAYOUTS, assign, positions
 
 
 @dataclass
@@ -310,7 +310,9 @@ def test_a_request_alone_grows_to_the_sum_of_all_ranks(
     parts = [table.blocks_on(rank) for rank in range(len(budgets))]
     assert sorted(p for part in parts for p in positions(part.runs())) == list(range(capacity))
     for budget, part in zip(budgets, parts, strict=True):
-        assert sorted(positions(part.extents(block_size))) == list(range(budget * block_size)), "each slot once"
+        assert sorted(positions(part.extents(block_size))) == list(range(budget * block_size)), (
+            "each slot once"
+        )
     allocator.release(table.homes)
     allocator.check_integrity({})
     assert allocator.available() == budgets

@@ -90,7 +90,9 @@ def test_a_local_request_stays_local_if_one_rank_can_hold_it() -> None:
     assert len(ranks_of(request)) == 1 and ranks_of(request) != {source}
     table = request.table
     assert table is not None
-    assert len(table.blocks_on(table.last_rank).extents(table.block_size)) <= 3, "few extents to read"
+    assert len(table.blocks_on(table.last_rank).extents(table.block_size)) <= 3, (
+        "few extents to read"
+    )
     assert request.modes == ["local", "tree"], "it spanned for the step between"
     cluster.settle()
     cluster.check_output(filler)
