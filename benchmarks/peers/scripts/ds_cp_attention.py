@@ -60,17 +60,8 @@ class Call:
         shape = PageShape.of(self.spec, BLOCK, dtype, self.kernel.packed)
         slots, first = [], 0  # each run begins a block of its own
         for _, length in k_runs[me]:
-<<<<<<< HEAD
             slots += [first * BLOCK + i for i in range(length)]
             first += -(-length // BLOCK)
-=======
-            ends.append(ends[-1] + -(-length // BLOCK))
-        slots = [
-            first * BLOCK + i
-            for first, (_, n) in zip(ends, k_runs[me], strict=False)
-            for i in range(n)
-        ]
->>>>>>> core
         at = torch.tensor(slots, dtype=torch.int64)
         self.pages = empty_pages(shape, max(1, first), cpu)
         self.blocks, self.places = at // BLOCK, at % BLOCK
