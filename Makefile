@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ds-cp-installed
+NATIVE := ds_cp/native/build.py $(wildcard ds_cp/native/src/*.cpp ds_cp/native/src/*.h)
 MODEL_DIR := .cache/smollm2-135m-instruct
 CONFIG ?= configs/quickstart.json
 RANKS ?= 4
@@ -25,7 +26,7 @@ help:
 
 install: $(STAMP)
 
-$(STAMP): setup.py constraints.txt
+$(STAMP): setup.py constraints.txt $(NATIVE)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "ds_cp needs Python 3.10 or newer; try make $(MAKECMDGOALS) PYTHON=python3.11" >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

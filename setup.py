@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import re
+import sys
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).resolve().parent
 VERSION = re.search(
@@ -36,6 +41,42 @@ TEST = [
     "mypy>=1.10",
 ]
 
+
+def build_native(folder: Path) -> None:
+    """Put the native library into ``folder`` (a copy of ds_cp/native). An install never fails by
+    it: without a compiler torch's operators are used, and the start of an engine says so."""
+    spec = importlib.util.spec_from_file_location("build", HERE / "ds_cp" / "native" / "build.py")
+    native = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = native  # its dataclass looks its own module up
+    spec.loader.exec_module(native)
+    try:
+        built = native.build(folder, os.environ.get("CXX") or None)
+    except Exception as err:  # whatever a foreign tool chain may do
+        print(f"ds_cp: the native library was not built: {err}", file=sys.stderr)
+    else:
+        print(f"ds_cp: built {built.path} for {', '.join(built.isas)}")
+
+
+class BuildWithNative(build_py):
+    """The package's files, and the native library beside its sources."""
+
+    def run(self) -> None:
+        super().run()
+        in_place = self.editable_mode
+        build_native((HERE if in_place else Path(self.build_lib)) / "ds_cp" / "native")
+
+
+class NativeWheel(bdist_wheel):
+    """A wheel for this kind of machine and any Python 3: the library knows nothing of Python."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.root_is_pure = False
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
 setup(
     name="ds_cp",
     version=VERSION,
@@ -45,7 +86,8 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["ds_cp", "ds_cp.*"]),
-    package_data={"ds_cp": ["py.typed"]},
+    package_data={"ds_cp": ["py.typed"], "ds_cp.native": ["src/*.cpp", "src/*.h"]},
+    cmdclass={"build_py": BuildWithNative, "bdist_wheel": NativeWheel},
     install_requires=[
         "torch>=2.13.0",
         "deepspeed>=0.19.8",

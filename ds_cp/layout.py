@@ -60,6 +60,14 @@ class Blocks:
             begin -= 1
         return self[begin : max(bisect_left(self.firsts, high), begin)]
 
+    def runs(self) -> Runs:
+        """The positions of all keys."""
+        return join(zip(self.firsts, self.keys, strict=True))
+
+    def extents(self, block_size: int) -> Runs:
+        """The slots of all keys: place j of block b is slot ``b * block_size + j``."""
+        return join((b * block_size, n) for b, n in zip(self.numbers, self.keys, strict=True))
+
     def __len__(self) -> int:
         return len(self.numbers)
 

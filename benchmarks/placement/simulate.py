@@ -18,7 +18,6 @@ from benchmarks.placement.traces import (
 )
 from benchmarks.placement.wire import KV_HEADS, Q_HEADS, Wire, rates
 from ds_cp.errors import CapacityError
-from ds_cp.layout import total
 from ds_cp.plan import StepPlan
 from ds_cp.sampling_params import SamplingParams
 from ds_cp.scheduler.admission import Limits
@@ -181,7 +180,7 @@ class Run:
                         self._read(reads, table.last_rank, table.num_tokens)
             for item in decodes:
                 for shard in item.shards:
-                    self._read(reads, shard.rank, total(shard.k_runs))
+                    self._read(reads, shard.rank, shard.blocks.num_keys)
             tally.busiest += max(reads)
 
     def _read(self, reads: list[int], rank: int, tokens: int) -> None:

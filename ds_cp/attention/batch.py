@@ -127,8 +127,17 @@ class BatchPlan:
     def batch(self) -> PagedBatch:
         """The batch, once the upload was sent; the same one each time."""
         if self._batch is None:
-            vectors = [self._upload[where] for where in self._where]
-            self._batch = PagedBatch(self._parts, self._first_row, *self._sizes, *vectors)
+            starts, block_starts, blocks, firsts, keys = (self._upload[x] for x in self._where)
+            self._batch = PagedBatch(
+                self._parts,
+                self._first_row,
+                *self._sizes,
+                starts,
+                block_starts,
+                blocks,
+                firsts,
+                keys,
+            )
         return self._batch
 
 

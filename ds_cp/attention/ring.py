@@ -1,27 +1,33 @@
 """Mode ``ring``: shards travel around the ranks, each rank folds the shard in hand.
 
-pass-KV (Ring Attention, arXiv 2310.01889): keys and values travel, every rank folds each shard into
-its own queries; a hop hides under the attention of the shard in hand. pass-Q (arXiv 2411.01783,
-algorithms 2 to 4): queries travel, every rank attends them over its own keys, and one all-to-all
-brings the partials back to the owners. Shards differ in length and may be empty: all sizes come
-from the spans, which every rank knows.
+pass-KV (Ring Attention, arXiv 2310.01889): whole blocks of keys and values travel, every rank folds
+each shard into its own queries; a hop hides under the attention of the shard in hand. pass-Q (arXiv
+2411.01783, algorithms 2 to 4): queries travel, every rank attends them over its own keys, and one
+all-to-all brings the partials back to the owners. Shards differ in length and may be empty: all
+sizes come from what every rank knows. Windowed layers go no round: each rank is sent, or asks for,
+just what its queries see, in one exchange.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 
-from ds_cp.attention.fold import attend
-from ds_cp.attention.kernels import Kernel
-from ds_cp.attention.spec import KeyValues, LayerSpec, Span
-from ds_cp.attention.state import Partial, merge_all
-from ds_cp.attention.wireform import pack_partial, row_bytes, unpack_partial
+from ds_cp.attention.asking import Asking
+from ds_cp.attention.batch import BatchPlan, IndexUpload, Part, Shards
+from ds_cp.attention.halo import Halo
+from ds_cp.attention.kernels import PagedKernel
+from ds_cp.attention.mode import Mode
+from ds_cp.attention.pages import Pages
+from ds_cp.attention.spec import LayerSpec
+from ds_cp.attention.state import Partial
+from ds_cp.attention.visible import Rows, by_window, renumbered, visible
+from ds_cp.attention.wireform import new_rows, pack_partial, unpack_partial
 from ds_cp.comm.ring import RingExchange
+from ds_cp.comm.tree import TreeRoutes
 from ds_cp.comm.wire import Group
-from ds_cp.layout import total
+from ds_cp.layout import positions, total
 
 # Names in the ledger.
 SCHEME_KV = "ring_pass_kv"
@@ -29,178 +35,226 @@ SCHEME_Q = "ring_pass_q"
 SCHEME_Q_BACK = "ring_pass_q_partials"
 
 
-def ring_members(items: Sequence[Span], group: Group) -> list[int]:
+def ring_members(items: Sequence[Shards], group: Group) -> list[int]:
     """The ranks that own a query or hold a key of any item, in the group's ring order."""
-    return [
-        r
-        for r in group.ring
-        if any(total(span.q_runs[r]) or total(span.k_runs[r]) for span in items)
-    ]
+    return [r for r in group.ring if any(item.q_runs[r] or item.blocks[r] for item in items)]
 
 
 class RingPassKV:
-    """One step's items, keys and values travelling; called once per layer."""
+    """One step's items, keys and values travelling; called once per layer.
 
-    def __init__(self, items: Sequence[Span], group: Group) -> None:
-        self._items = list(items)
-        self._group = group
-        self._members = ring_members(items, group)
-        self._lengths = [[total(span.k_runs[r]) for span in items] for r in range(group.size)]
+    My rows of the items follow one another from ``first_row`` on in the step's queries;
+    ``windows``: the distinct ones of the model's layers.
+    """
+
+    def __init__(
+        self,
+        items: Sequence[Shards],
+        group: Group,
+        first_row: int,
+        windows: Sequence[int | None],
+        upload: IndexUpload,
+    ) -> None:
+        def plan(window: int | None) -> Mode:
+            if window is None:
+                return _BlocksRound(items, group, first_row, upload)
+            return Halo(items, group, first_row, window, upload, SCHEME_KV)
+
+        self._plans = by_window(windows, items, plan)
 
     def __call__(
         self,
-        q: Sequence[torch.Tensor],
-        kv: Sequence[KeyValues],
-        kernel: Kernel,
+        q_THD: torch.Tensor,
+        q_positions: torch.Tensor,
+        pages: Pages,
+        kernel: PagedKernel,
         spec: LayerSpec,
-    ) -> list[Partial]:
-        """Per item this rank's ``q_THD`` and keys and values -> the partial over all keys."""
-        me = self._group.rank
-        if me not in self._members:
-            return [
-                attend(kernel, q[i], kv[i].none(), (), (), spec) for i in range(len(self._items))
-            ]
-        ring = RingExchange(self._group, self._members, SCHEME_KV)
-        parts: list[list[Partial]] = [[] for _ in self._items]
-        shard = self._pack(kv, spec) if ring.size > 1 else None
-        held = list(kv)
-        for step in range(ring.size):
-            origin = self._members[ring.origin(step)]
-            if shard is not None and step + 1 < ring.size:
-                after = self._members[ring.origin(step + 1)]
-                ring.post(shard, shard.new_empty(self._elements(after, spec)))
-            for i, span in enumerate(self._items):
-                if q[i].shape[0] and held[i].num_tokens:
-                    runs = span.q_runs[me], span.k_runs[origin]
-                    parts[i].append(attend(kernel, q[i], held[i], *runs, spec))
-            if step + 1 < ring.size:
-                shard = ring.wait()
-                held = self._unpack(shard, self._members[ring.origin(step + 1)], spec)
-        return [
-            merge_all(found)
-            if found
-            else attend(kernel, q[i], kv[i].none(), self._mine(i), (), spec)
-            for i, found in enumerate(parts)
-        ]
-
-    def _mine(self, item: int) -> tuple[tuple[int, int], ...]:
-        return self._items[item].q_runs[self._group.rank]
-
-    def _elements(self, rank: int, spec: LayerSpec) -> int:
-        return 2 * sum(self._lengths[rank]) * spec.num_kv_heads * spec.head_dim
-
-    def _pack(self, kv: Sequence[KeyValues], spec: LayerSpec) -> torch.Tensor:
-        """Items one after the other, each as ``[2, G, S, D]`` (K, then V) flattened."""
-        buffer = kv[0].pieces[0][0].new_empty(self._elements(self._group.rank, spec))
-        at = 0
-        for item in kv:
-            shape = (2, spec.num_kv_heads, item.num_tokens, spec.head_dim)
-            both = buffer[at : at + math.prod(shape)].view(shape)
-            begin = 0
-            for k_SGD, v_SGD in item.pieces:
-                end = begin + k_SGD.shape[0]
-                both[0, :, begin:end] = k_SGD.transpose(0, 1)
-                both[1, :, begin:end] = v_SGD.transpose(0, 1)
-                begin = end
-            at += math.prod(shape)
-        return buffer
-
-    def _unpack(self, shard: torch.Tensor, rank: int, spec: LayerSpec) -> list[KeyValues]:
-        items = []
-        at = 0
-        for length in self._lengths[rank]:
-            shape = (2, spec.num_kv_heads, length, spec.head_dim)
-            both = shard[at : at + math.prod(shape)].view(shape).transpose(1, 2)
-            items.append(KeyValues(((both[0], both[1]),)))
-            at += math.prod(shape)
-        return items
+        into: Partial,
+    ) -> None:
+        """As in ``Mode``."""
+        self._plans[spec.window](q_THD, q_positions, pages, kernel, spec, into)
 
 
 class RingPassQ:
-    """One step's items, queries travelling; called once per layer."""
+    """One step's items, queries travelling; called once per layer. Arguments as in
+    ``RingPassKV``."""
 
-    def __init__(self, items: Sequence[Span], group: Group) -> None:
-        self._items = list(items)
-        self._group = group
-        self._members = ring_members(items, group)
-        self._lengths = [[total(span.q_runs[r]) for span in items] for r in range(group.size)]
-        self._holds = [[bool(total(span.k_runs[r])) for span in items] for r in range(group.size)]
+    def __init__(
+        self,
+        items: Sequence[Shards],
+        group: Group,
+        first_row: int,
+        windows: Sequence[int | None],
+        upload: IndexUpload,
+    ) -> None:
+        def plan(window: int | None) -> Mode:
+            if window is None:
+                return _QueriesRound(items, group, first_row, upload)
+            names = SCHEME_Q, SCHEME_Q_BACK
+            return Asking(items, group, first_row, window, upload, TreeRoutes(), names)
+
+        self._plans = by_window(windows, items, plan)
 
     def __call__(
         self,
-        q: Sequence[torch.Tensor],
-        kv: Sequence[KeyValues],
-        kernel: Kernel,
+        q_THD: torch.Tensor,
+        q_positions: torch.Tensor,
+        pages: Pages,
+        kernel: PagedKernel,
         spec: LayerSpec,
-    ) -> list[Partial]:
-        """Per item this rank's ``q_THD`` and keys and values -> the partial over all keys."""
-        me = self._group.rank
-        if me not in self._members:
-            return [
-                attend(kernel, q[i], kv[i].none(), (), (), spec) for i in range(len(self._items))
-            ]
-        ring = RingExchange(self._group, self._members, SCHEME_Q)
-        shard = torch.cat([x.flatten(1).flatten() for x in q]) if ring.size > 1 else None
-        queries = list(q)
-        visits: dict[int, list[Partial]] = {}  # owner of the queries -> my partial per item
+        into: Partial,
+    ) -> None:
+        """As in ``Mode``."""
+        self._plans[spec.window](q_THD, q_positions, pages, kernel, spec, into)
+
+
+class _BlocksRound:
+    """Every member's blocks pass every member. The next hop is under way before the shard in hand
+    is attended; two buffers take turns, and my own shard is attended where it lies."""
+
+    def __init__(
+        self, items: Sequence[Shards], group: Group, first_row: int, upload: IndexUpload
+    ) -> None:
+        me = group.rank
+        self._group = group
+        self._members = ring_members(items, group)
+        self._counts = [sum(len(item.blocks[r]) for item in items) for r in range(group.size)]
+        self._going = Rows([n for item in items for n in item.blocks[me].numbers], upload)
+        self._plans: dict[int, BatchPlan] = {}  # whose shard -> my rows over it
+        self._buffers: dict[object, tuple[torch.Tensor, torch.Tensor]] = {}
+        for origin in self._members if any(item.q_runs[me] for item in items) else ():
+            if not self._counts[origin]:
+                continue
+            parts, at = [], 0
+            for item in items:
+                blocks = item.blocks[origin]
+                if origin != me:  # as they lie in the shard that travels
+                    blocks = renumbered(blocks, at)
+                at += len(blocks)
+                parts.append(Part(item.q_runs[me], visible(blocks, item.q_runs[me], None)))
+            if any(part.blocks for part in parts):
+                self._plans[origin] = BatchPlan(parts, first_row, upload)
+
+    def __call__(
+        self,
+        q_THD: torch.Tensor,
+        q_positions: torch.Tensor,
+        pages: Pages,
+        kernel: PagedKernel,
+        spec: LayerSpec,
+        into: Partial,
+    ) -> None:
+        if self._group.rank not in self._members:
+            return
+        ring = RingExchange(self._group, self._members, SCHEME_KV)
+        held, spare = pages, pages.data
+        if ring.size > 1:
+            mine, spare = self._pair(pages)
+            shard = mine[: self._counts[self._group.rank]]
+            self._going.copy(pages.data[:, : pages.shape.elements], shard)
         for step in range(ring.size):
-            origin = self._members[ring.origin(step)]
-            if shard is not None and step + 1 < ring.size:
-                after = self._members[ring.origin(step + 1)]
-                ring.post(shard, shard.new_empty(self._elements(after, spec)))
-            visits[origin] = [
-                attend(kernel, queries[i], kv[i], span.q_runs[origin], span.k_runs[me], spec)
-                for i, span in enumerate(self._items)
-            ]
-            if step + 1 < ring.size:
-                shard = ring.wait()
-                queries = self._unpack(shard, self._members[ring.origin(step + 1)], spec)
-        return self._bring_back(visits, q, spec)
+            last = step + 1 == ring.size
+            if not last:
+                after = self._counts[self._members[ring.origin(step + 1)]]
+                ring.post(shard, spare[:after])
+            plan = self._plans.get(self._members[ring.origin(step)])
+            if plan is not None:
+                kernel.paged_attention(q_THD, q_positions, held, plan.batch(), spec, into)
+            if not last:
+                mine, spare, shard = spare, mine, ring.wait()
+                held = Pages(shard, pages.shape)
 
-    def _elements(self, rank: int, spec: LayerSpec) -> int:
-        return sum(self._lengths[rank]) * spec.num_q_heads * spec.head_dim
+    def _pair(self, pages: Pages) -> tuple[torch.Tensor, torch.Tensor]:
+        """Two buffers for the largest shard, one pair for all layers of a shape."""
+        kind = pages.shape
+        if kind not in self._buffers:
+            most = max(self._counts[r] for r in self._members)
+            both = pages.data.new_empty(2, most, pages.shape.elements)
+            self._buffers[kind] = both[0], both[1]
+        return self._buffers[kind]
 
-    def _unpack(self, shard: torch.Tensor, rank: int, spec: LayerSpec) -> list[torch.Tensor]:
-        rows = shard.view(-1, spec.num_q_heads, spec.head_dim)
-        return list(torch.split(rows, self._lengths[rank]))
 
-    def _bring_back(
-        self, visits: dict[int, list[Partial]], q: Sequence[torch.Tensor], spec: LayerSpec
-    ) -> list[Partial]:
-        """The all-to-all: partials go to the queries' owners, which fold them in ring order."""
-        me, dtype = self._group.rank, q[0].dtype
-        sends, recvs = [], []
+class _QueriesRound:
+    """Every member's queries visit every member; partials return to the owners in one exchange."""
+
+    def __init__(
+        self, items: Sequence[Shards], group: Group, first_row: int, upload: IndexUpload
+    ) -> None:
+        me = group.rank
+        self._group = group
+        self._upload = upload
+        self._members = ring_members(items, group)
+        counts = [[total(item.q_runs[r]) for item in items] for r in range(group.size)]
+        self._counts = [sum(rows) for rows in counts]
+        self._own = Rows(range(first_row, first_row + self._counts[me]), upload)
+        self._plans: dict[int, BatchPlan] = {}  # whose queries -> these over my blocks
+        self._places: dict[int, slice] = {}
+        self._answers: dict[int, Rows] = {}  # owner -> its rows that I can answer
+        self._back: dict[int, Rows] = {}  # holder -> my rows that it answers
+        holds = [[bool(item.blocks[r]) for item in items] for r in range(group.size)]
         for peer in self._members:
+            if self._counts[peer] and any(item.blocks[me] for item in items):
+                parts = [Part(item.q_runs[peer], item.blocks[me]) for item in items]
+                begin = first_row if peer == me else 0
+                self._plans[peer] = BatchPlan(parts, begin, upload)
             if peer == me:
                 continue
-            theirs = [
-                pack_partial(part, dtype)
-                for i, part in enumerate(visits[peer])
-                if self._holds[me][i] and self._lengths[peer][i]
-            ]
-            if theirs:
-                sends.append((peer, torch.cat(theirs)))
-            rows = sum(n for i, n in enumerate(self._lengths[me]) if self._holds[peer][i])
-            if rows:
-                shape = (rows, row_bytes(spec, dtype))
-                recvs.append((peer, torch.empty(shape, dtype=torch.uint8, device=q[0].device)))
+            places = [p for item in items for p in positions(item.q_runs[peer])]
+            self._places[peer] = upload.add(places)
+            self._answers[peer] = Rows(_rows_where(counts[peer], holds[me], 0), upload)
+            self._back[peer] = Rows(_rows_where(counts[me], holds[peer], first_row), upload)
+
+    def __call__(
+        self,
+        q_THD: torch.Tensor,
+        q_positions: torch.Tensor,
+        pages: Pages,
+        kernel: PagedKernel,
+        spec: LayerSpec,
+        into: Partial,
+    ) -> None:
+        if self._group.rank not in self._members:
+            return
+        ring = RingExchange(self._group, self._members, SCHEME_Q)
+        dtype = q_THD.dtype
+        shard = self._own.of(q_THD) if ring.size > 1 else q_THD
+        spare = [self._buffer(q_THD), self._buffer(q_THD)] if ring.size > 1 else []
+        sends, recvs = [], []
+        for step in range(ring.size):
+            origin = self._members[ring.origin(step)]
+            last = step + 1 == ring.size
+            if not last:
+                after = self._counts[self._members[ring.origin(step + 1)]]
+                ring.post(shard, spare[step % 2][:after])
+            plan = self._plans.get(origin)
+            if plan is not None and step == 0:
+                kernel.paged_attention(q_THD, q_positions, pages, plan.batch(), spec, into)
+            elif plan is not None and self._answers[origin].count:
+                at = self._upload[self._places[origin]]
+                part = kernel.paged_attention(shard, at, pages, plan.batch(), spec)
+                answers = self._answers[origin]
+                part = Partial(answers.of(part.out), answers.of(part.lse))
+                sends.append((origin, pack_partial(part, dtype)))
+            if not last:
+                shard = ring.wait()
+        for peer, rows in self._back.items():
+            recvs.append((peer, new_rows(rows.count, spec, dtype, into.out)))
         self._group.exchange(sends, recvs, SCHEME_Q_BACK).wait()
-        arrived = {
-            peer: iter(
-                torch.split(
-                    rows, [n for i, n in enumerate(self._lengths[me]) if self._holds[peer][i]]
-                )
-            )
-            for peer, rows in recvs
-        }
-        merged = []
-        for i in range(len(self._items)):
-            parts = []
-            for peer in self._members:
-                if peer == me:
-                    if self._holds[me][i]:
-                        parts.append(visits[me][i])
-                elif self._holds[peer][i] and peer in arrived:
-                    parts.append(unpack_partial(next(arrived[peer]), spec, dtype))
-            merged.append(merge_all(parts) if parts else visits[me][i])
-        return merged
+        for peer, arrived in recvs:
+            if len(arrived):
+                found = unpack_partial(arrived, spec, dtype)
+                self._back[peer].fold(into, found, kernel)
+
+    def _buffer(self, q_THD: torch.Tensor) -> torch.Tensor:
+        most = max(self._counts[r] for r in self._members)
+        return q_THD.new_empty(most, *q_THD.shape[1:])
+
+
+def _rows_where(counts: Sequence[int], holds: Sequence[bool], begin: int) -> list[int]:
+    """Of rows that lie item by item from ``begin`` on, those of the items that are held."""
+    rows: list[int] = []
+    for count, held in zip(counts, holds, strict=True):
+        if held:
+            rows += range(begin, begin + count)
+        begin += count
+    return rows

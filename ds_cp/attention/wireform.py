@@ -1,5 +1,5 @@
-"""Partials as rows of bytes: ``H * (D * e + 4)`` a query for elements of e bytes, out in the
-model's dtype and lse in fp32."""
+"""Partials as rows of bytes: ``H * (Dv * e + 4)`` a query for elements of e bytes, out in the
+model's dtype, then lse in fp32."""
 
 from __future__ import annotations
 
@@ -11,23 +11,42 @@ from ds_cp.attention.state import Partial, dense
 
 def row_bytes(spec: LayerSpec, dtype: torch.dtype) -> int:
     """Bytes of one query's partial on the wire."""
-    return spec.num_q_heads * (spec.head_dim * dtype.itemsize + 4)
+    return spec.num_q_heads * (spec.v_dim * dtype.itemsize + 4)
+
+
+def new_rows(
+    num_rows: int, spec: LayerSpec, dtype: torch.dtype, like: torch.Tensor
+) -> torch.Tensor:
+    """Memory for ``num_rows`` partials, ``[num_rows, row_bytes]`` uint8, where ``like`` is."""
+    return like.new_empty(num_rows, row_bytes(spec, dtype), dtype=torch.uint8)
 
 
 def pack_partial(part: Partial, dtype: torch.dtype) -> torch.Tensor:
-    """``[T, row_bytes]`` uint8. One rounding to the model's dtype, nothing in fp32."""
-    out = dense(part.out.to(dtype).flatten(1)).view(torch.uint8)
-    lse = dense(part.lse.to(torch.float32)).view(torch.uint8)
-    return torch.cat([out, lse], dim=1)
+    """``[T, row_bytes]`` uint8: a pass over out and one over lse. One rounding to the model's
+    dtype, nothing in fp32."""
+    num_rows, num_heads, v_dim = part.out.shape
+    cut = num_heads * v_dim * dtype.itemsize
+    rows = part.out.new_empty(num_rows, cut + num_heads * 4, dtype=torch.uint8)
+    if _aligned(cut, rows.shape[1], dtype):
+        rows[:, :cut].view(dtype).view(part.out.shape).copy_(part.out)
+        rows[:, cut:].view(torch.float32).copy_(part.lse)
+    else:
+        rows[:, :cut] = dense(part.out.to(dtype).flatten(1)).view(torch.uint8)
+        rows[:, cut:] = dense(part.lse.to(torch.float32)).view(torch.uint8)
+    return rows
 
 
 def unpack_partial(rows: torch.Tensor, spec: LayerSpec, dtype: torch.dtype) -> Partial:
-    """The inverse of ``pack_partial``; out comes back as fp32."""
-    num_heads, head_dim = spec.num_q_heads, spec.head_dim
-    cut = num_heads * head_dim * dtype.itemsize
-    # Cloned: a single row counts as contiguous where it is, and may not be aligned to its dtype.
-    out, lse = (
-        part.clone(memory_format=torch.contiguous_format) for part in (rows[:, :cut], rows[:, cut:])
-    )
-    out = out.view(dtype).view(-1, num_heads, head_dim)
-    return Partial(out.to(torch.float32), lse.view(torch.float32))
+    """The inverse of ``pack_partial``: out in ``dtype`` and lse, views of ``rows`` wherever the
+    numbers are aligned to their size there. So fold it before ``rows`` is written again."""
+    shape = len(rows), spec.num_q_heads, spec.v_dim
+    cut = spec.num_q_heads * spec.v_dim * dtype.itemsize
+    out, lse = rows[:, :cut], rows[:, cut:]
+    if not _aligned(cut, rows.shape[1], dtype):
+        out, lse = (x.clone(memory_format=torch.contiguous_format) for x in (out, lse))
+    return Partial(out.view(dtype).view(shape), lse.view(torch.float32))
+
+
+def _aligned(cut: int, width: int, dtype: torch.dtype) -> bool:
+    """Whether every row's numbers begin at a multiple of their own size."""
+    return cut % 4 == 0 and width % max(4, dtype.itemsize) == 0

@@ -2,7 +2,7 @@
 
 Block i holds the positions ``i * block_size`` to ``(i + 1) * block_size - 1``, on whichever rank,
 so that a block means the same for every request that begins with the same tokens. A *slot* is one
-token's place in a rank's pool: (block, place in the block).
+token's place in a rank's pool: ``block * block_size + place in the block``.
 """
 
 from __future__ import annotations
@@ -127,11 +127,10 @@ class SequenceTable:
                 runs.append((low, high - low))
         return join(runs)
 
-    def slot(self, position: int) -> tuple[int, int, int]:
-        """``(rank, block, place)`` of the token at ``position``."""
-        index, place = divmod(position, self.block_size)
-        rank, block = self.homes[index]
-        return rank, block, place
+    def slot(self, position: int) -> tuple[int, int]:
+        """``(rank, slot)`` of the token at ``position``."""
+        rank, block = self.homes[position // self.block_size]
+        return rank, block * self.block_size + position % self.block_size
 
     def _enter(self, begin: int, end: int, blocks: dict[int, Blocks]) -> None:
         """Add the positions from ``begin`` to ``end`` to what each rank holds."""

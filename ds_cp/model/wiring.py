@@ -28,13 +28,24 @@ HARMLESS = frozenset(
      "output_hidden_states", "output_router_logits", "logits_to_keep", "position_embeddings"}
 )  # fmt: skip
 KNOWN_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+# Layer types of transformers' configs that are not softmax attention over all earlier tokens or
+# over a window, and what they are instead.
+OTHER_LAYER_TYPES = {
+    "chunked_attention": "queries see their own chunk of the sequence only",
+    "compressed_sparse_attention": "keys of several tokens are compressed into one",
+    "heavily_compressed_attention": "keys of many tokens are compressed into one",
+    "indexed_attention": "sparse: an indexer picks the keys that a query sees",
+    "linear_attention": "a recurrent state stands for the keys",
+    "noncausal_full_attention": "queries see later tokens",
+}
 
 
 class Attend(Protocol):
     """One step's attention, asked layer by layer."""
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """``q [1, H, T, D]``, ``k, v [1, G, T, D]``, rotated -> ``[1, T, H, D]``."""
+        """``q [1, H, T, D]``, ``k [1, G, T, D]``, rotated, and ``v [1, G, T, Dv]`` ->
+        ``[1, T, H, Dv]``."""
         ...
 
 
@@ -77,7 +88,7 @@ class _Probe:
         self.modules: dict[int, nn.Module] = {}
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return torch.zeros_like(q).transpose(1, 2)
+        return q.new_zeros(1, q.shape[2], q.shape[1], v.shape[3])
 
     def record(
         self,
@@ -102,10 +113,10 @@ class _Probe:
             )
         if causal is False:
             raise UnsupportedModelError(f"{where} is not causal; ds_cp serves causal decoders")
-        if not q.shape[3] == k.shape[3] == v.shape[3]:
+        if k.shape[:3] != v.shape[:3] or k.shape[2] != 1 or q.shape[3] != k.shape[3]:
             raise UnsupportedModelError(
-                f"{where} has head dims {q.shape[3]}, {k.shape[3]}, {v.shape[3]} for q, k, v; "
-                "ds_cp needs them equal (latent attention is not served)"
+                f"{where} gives its attention queries {list(q.shape)}, keys {list(k.shape)} and "
+                f"values {list(v.shape)} for one token; ds_cp stores one key and value a token"
             )
         if mask is not None:
             raise UnsupportedModelError(f"{where} builds its own attention mask")
@@ -122,6 +133,7 @@ class _Probe:
             window=int(window) if window else None,
             softcap=float(softcap) if softcap else None,
             sinks=sinks.detach() if sinks is not None else None,
+            v_head_dim=None if v.shape[3] == q.shape[3] else v.shape[3],
         )
 
 
@@ -136,16 +148,14 @@ def probe(model: Decoder) -> list[tuple[LayerSpec, nn.Module]]:
     Runs one token, and leaves the model wired.
 
     Raises ``UnsupportedModelError``, naming the architecture, when some layer is not plain softmax
-    attention through the interface (state-space and linear layers, chunked masks, several KV
-    widths).
+    attention through the interface (state-space and linear layers, sparse and chunked ones).
     """
     config = model.config
     text = config.get_text_config()
     name = type(model).__name__
-    kinds = set(getattr(text, "layer_types", None) or ()) - KNOWN_LAYER_TYPES
-    if kinds:
+    if kinds := _other_kinds(model):
         raise UnsupportedModelError(
-            f"{name} has layers of type {', '.join(sorted(kinds))}; "
+            f"{name} has layers of type {', '.join(kinds)}; "
             "ds_cp serves decoders whose layers are all full or sliding-window softmax attention"
         )
     if getattr(config, "is_encoder_decoder", False):
@@ -171,6 +181,16 @@ def probe(model: Decoder) -> list[tuple[LayerSpec, nn.Module]]:
                    if kind == "sliding_attention" and seen.layers[i].window is None]:  # fmt: skip
         raise UnsupportedModelError(f"{name}: layers {sliding[:8]} slide but do not state a window")
     return [(seen.layers[i], seen.modules[i]) for i in want]
+
+
+def _other_kinds(model: Decoder) -> list[str]:
+    """Types of layers that ds_cp does not serve, each with what it is where that is known."""
+    types = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    # A config may call a layer full attention whose module has an indexer all the same.
+    if any(type(module).__name__.endswith("Indexer") for module in model.modules()):
+        types.add("indexed_attention")
+    kinds = sorted(types - KNOWN_LAYER_TYPES)
+    return [f"{k} ({OTHER_LAYER_TYPES[k]})" if k in OTHER_LAYER_TYPES else k for k in kinds]
 
 
 def check_positions(model: Decoder, max_model_len: int) -> None:

@@ -56,6 +56,11 @@ class Shard:
     blocks: Blocks
     new_runs: Runs
 
+    @property
+    def new(self) -> int:
+        """How many new tokens are stored here."""
+        return total(self.new_runs)
+
 
 @dataclass(frozen=True)
 class Item:

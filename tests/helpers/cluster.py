@@ -19,7 +19,7 @@ import msgspec
 
 from ds_cp.cost import CostModel
 from ds_cp.engine.core import EngineCore
-from ds_cp.layout import positions
+from ds_cp.layout import Blocks, positions
 from ds_cp.outputs import Delta
 from ds_cp.plan import Outcome, Sampled, Scored, StepPlan, Transfer, decode_plan, encode_plan
 from ds_cp.sampling_params import RequestOptions, SamplingParams
@@ -503,8 +503,9 @@ class Cluster:
             self._check_item(item, works)
             known = self.lives[item.sequence.number].contents
             for shard in item.shards:
-                new = zip(positions(shard.new_home_runs), positions(shard.new_extents), strict=True)
-                for position, slot in new:
+                for position in positions(shard.new_runs):
+                    home, slot = item.sequence.table.slot(position)
+                    assert home == shard.rank, "a token is stored elsewhere"
                     self._write(written, shard.rank, slot, known[position])
         for rank, work in enumerate(works):
             for sequence in work.decodes:
@@ -516,12 +517,12 @@ class Cluster:
                 self._write(written, rank, slot, self.lives[sequence.number].contents[position])
         for item in items.values():
             for shard in item.shards:
-                self._read(item.sequence.number, shard.rank, shard.k_runs, shard.extents)
+                self._read(item.sequence.number, shard.rank, shard.blocks)
         for rank, work in enumerate(works):
             for sequence in work.decodes:
-                runs, extents = sequence.table.part(rank)
-                assert runs == ((0, sequence.table.num_tokens),)
-                self._read(sequence.number, rank, runs, extents)
+                blocks = sequence.table.blocks_on(rank)
+                assert blocks.runs() == ((0, sequence.table.num_tokens),)
+                self._read(sequence.number, rank, blocks)
         return items
 
     @staticmethod
@@ -538,15 +539,16 @@ class Cluster:
         written[rank, slot] = content
         self.memory[rank][slot] = content
 
-    def _read(self, number: int, rank: int, runs: Sequence, extents: Sequence) -> None:
+    def _read(self, number: int, rank: int, blocks: Blocks) -> None:
         memory, known = self.memory[rank], self.lives[number].contents
-        held = [content for slot, n in extents for content in memory[slot : slot + n]]
-        want = [content for start, n in runs for content in known[start : start + n]]
+        slots = positions(blocks.extents(self.block_size))
+        held = [memory[slot] for slot in slots]
+        want = [known[position] for position in positions(blocks.runs())]
         assert held == want, f"request {number} reads what is not its own on rank {rank}"
 
     def _check_item(self, item: Item, works: Sequence[StepWork]) -> None:
         check_item(item)
-        stored = sorted(run for shard in item.shards for run in shard.k_runs)
+        stored = sorted(run for shard in item.shards for run in shard.blocks.runs())
         at = 0
         for start, length in stored:
             assert start == at, "a position is stored twice or nowhere"

@@ -248,3 +248,24 @@ def test_overlap_is_the_positions_of_both(a: Runs, b: Runs) -> None:
     found = layout.overlap(one, two)
     assert expand(found) == sorted(set(expand(a)) & set(expand(b)))
     assert is_tight(found)
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 5)), max_size=8), st.data())
+def test_blocks_are_three_vectors_and_are_cut_by_position(
+    gaps: list[tuple[int, int]], data: st.DataObject
+) -> None:
+    expected, at = [], 0
+    for number, (gap, keys) in enumerate(gaps):
+        expected.append((7 * number % 5, at + gap, keys))
+        at += gap + keys
+    blocks = layout.Blocks(layout.Block(*block) for block in expected)
+    assert list(blocks) == expected and len(blocks) == len(expected)
+    held = [first + j for _, first, keys in expected for j in range(keys)]
+    assert (
+        blocks.num_keys == len(held) and expand(blocks.runs()) == held and is_tight(blocks.runs())
+    )
+    slots = [number * 5 + j for number, _, keys in expected for j in range(keys)]
+    assert expand(blocks.extents(5)) == slots
+    low, high = data.draw(st.integers(-2, 80)), data.draw(st.integers(-2, 80))
+    want = [b for b in expected if any(low <= b[1] + j < high for j in range(b[2]))]
+    assert list(blocks.within(low, high)) == want

@@ -123,7 +123,9 @@ def capped(
         if mask is not None:
             scores += mask[some] if mask.dim() == 2 else mask.unsqueeze(1)
         if causal:
-            scores.masked_fill_(at > torch.arange(low, some.stop, device=q.device)[:, None], NEG_INF)
+            scores.masked_fill_(
+                at > torch.arange(low, some.stop, device=q.device)[:, None], NEG_INF
+            )
         found = torch.logsumexp(scores, dim=-1)
         weights = torch.exp_(scores.sub_(found.unsqueeze(-1)))
         out[:, :, some] = torch.matmul(weights, v_t).flatten(1, 2)

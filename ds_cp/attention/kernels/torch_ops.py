@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ds_cp.attention.batch import Block, Blocks, PagedBatch, Part, in_window
+from ds_cp.attention.batch import Block, PagedBatch, Part, in_window
 from ds_cp.attention.kernels.operators import Operator, cpu_op, hide_blind, operator
 from ds_cp.attention.kernels.single_rows import SingleRows
-from ds_cp.attention.pages import Pages, PageShape
+from ds_cp.attention.pages import Pages
 from ds_cp.attention.spec import LayerSpec
 from ds_cp.attention.state import NEG_INF, Partial, dense, empty_partial, merge_rows, split_heads
 from ds_cp.attention.tiles import Tile, cover
@@ -104,9 +104,7 @@ class TorchKernel:
         merge_rows(into, part, rows)
 
 
-def _plan(
-    batch: PagedBatch, q_positions: torch.Tensor, pages: Pages, spec: LayerSpec
-) -> _Plan:
+def _plan(batch: PagedBatch, q_positions: torch.Tensor, pages: Pages, spec: LayerSpec) -> _Plan:
     shape, requests, row, slots, single = pages.shape, [], batch.first_row, 0, False
     for part in batch.parts:
         rows = total(part.q_runs)
@@ -139,9 +137,7 @@ def _stretches(part: Part, size: int, window: int | None) -> Iterator[_Stretch]:
     yield from _stretch(part, some, size, window)
 
 
-def _stretch(
-    part: Part, blocks: list[Block], size: int, window: int | None
-) -> Iterator[_Stretch]:
+def _stretch(part: Part, blocks: list[Block], size: int, window: int | None) -> Iterator[_Stretch]:
     runs: list[Run] = []
     for block in blocks:
         runs += [(block.first, block.keys), (NOWHERE, size - block.keys)]
@@ -155,9 +151,7 @@ def _stretch(
         yield _Stretch(tuple(copies), at, tiles)
 
 
-def _gathered(
-    plan: _Plan, stretch: _Stretch, pages: Pages
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _gathered(plan: _Plan, stretch: _Stretch, pages: Pages) -> tuple[torch.Tensor, torch.Tensor]:
     """K ``[G, S, D]`` and V ``[G, S, Dv]`` of a stretch; valid until the next call."""
     size = pages.shape.block_size
     for room, there in ((plan.keys, pages.keys()), (plan.values, pages.values())):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds_cp.kv import POLICIES, BlockAllocator, SequenceTable, place, place_block
-from ds_cp.layout import LAYOUTS, assign, positions, total
+from ds_cp.layout import LAYOUTS, assign, positions
 
 
 @dataclass
@@ -256,7 +256,7 @@ def grow(
 
 def stored(table: SequenceTable, ranks: int) -> list[int]:
     """Tokens on each rank."""
-    return [total(table.part(rank)[0]) for rank in range(ranks)]
+    return [table.blocks_on(rank).num_keys for rank in range(ranks)]
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -307,10 +307,12 @@ def test_a_request_alone_grows_to_the_sum_of_all_ranks(
         assert grow(allocator, table, policy, layout, step)
         allocator.check_integrity()
     assert not grow(allocator, table, policy, layout, 1)
-    parts = [table.part(rank) for rank in range(len(budgets))]
-    assert sorted(p for runs, _ in parts for p in positions(runs)) == list(range(capacity))
-    for budget, (_, extents) in zip(budgets, parts, strict=True):
-        assert sorted(positions(extents)) == list(range(budget * block_size)), "each slot once"
+    parts = [table.blocks_on(rank) for rank in range(len(budgets))]
+    assert sorted(p for part in parts for p in positions(part.runs())) == list(range(capacity))
+    for budget, part in zip(budgets, parts, strict=True):
+        assert sorted(positions(part.extents(block_size))) == list(range(budget * block_size)), (
+            "each slot once"
+        )
     allocator.release(table.homes)
     allocator.check_integrity({})
     assert allocator.available() == budgets

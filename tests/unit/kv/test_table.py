@@ -24,6 +24,14 @@ def maximal_runs(numbers: list[int]) -> Pairs:
     return tuple(runs)
 
 
+def part(table: SequenceTable, rank: int) -> tuple[Pairs, Pairs]:
+    """Positions on a rank, and their slots."""
+    blocks = table.blocks_on(rank)
+    runs = blocks.runs()
+    assert table.runs_on(rank) == runs and blocks.num_keys == sum(n for _, n in runs)
+    return runs, blocks.extents(table.block_size)
+
+
 def check(table: SequenceTable, homes: list[Home], tokens: int, ranks: int) -> None:
     """Everything the table says, worked out from ``homes`` position by position."""
     size = table.block_size
@@ -39,7 +47,7 @@ def check(table: SequenceTable, homes: list[Home], tokens: int, ranks: int) -> N
         there = [home for home in homes[-NEAR:] if home[0] == rank]
         assert table.newest_on(rank) == (there[-1] if there else None)
         mine = [p for p in range(tokens) if places[p][0] == rank]
-        runs, extents = table.part(rank)
+        runs, extents = part(table, rank)
         assert runs == maximal_runs(mine)
         assert extents == maximal_runs([places[p][1] for p in mine])
 
@@ -80,29 +88,32 @@ def test_by_hand() -> None:
     table = SequenceTable(4)
     assert (table.num_tokens, table.span, table.last_rank, table.open_slots) == (0, (), -1, 0)
     table.append([(1, 5), (0, 9), (1, 6)], 10)
-    assert table.part(1) == (((0, 4), (8, 2)), ((20, 6),)), "adjacent slots are one extent"
-    assert table.part(0) == (((4, 4),), ((36, 4),))
-    assert table.part(2) == ((), ())
+    assert part(table, 1) == (((0, 4), (8, 2)), ((20, 6),)), "adjacent slots are one extent"
+    assert part(table, 0) == (((4, 4),), ((36, 4),))
+    assert part(table, 2) == ((), ())
     table.append_one()
     table.append([(0, 2)], 2)
-    assert table.part(1)[0] == ((0, 4), (8, 4))
-    assert table.part(0) == (((4, 4), (12, 1)), ((36, 4), (8, 1)))
+    assert part(table, 1)[0] == ((0, 4), (8, 4))
+    assert part(table, 0) == (((4, 4), (12, 1)), ((36, 4), (8, 1)))
     assert (table.slot(11), table.slot(12)) == ((1, 27), (0, 8))
     table.replace(1, (2, 0))
-    assert (table.span, table.num_blocks(0), table.part(2)) == (
+    assert (table.span, table.num_blocks(0), part(table, 2)) == (
         (0, 1, 2),
         1,
         (((4, 4),), ((0, 4),)),
     )
 
 
-def test_a_part_is_a_snapshot() -> None:
-    """What a step was given does not change when the next one is planned."""
+def test_blocks_grow_with_the_table_and_a_cut_of_them_does_not() -> None:
     table = SequenceTable(4, [(0, 0)], 2)
-    part = table.part(0)
+    blocks = table.blocks_on(0)
+    cut = blocks[:]
     table.append_one()
     table.append([(0, 1)], 2)
-    assert part == (((0, 2),), ((0, 2),)) and table.part(0) == (((0, 5),), ((0, 5),))
+    assert list(cut) == [(0, 0, 2)] and list(blocks) == [(0, 0, 4), (1, 4, 1)]
+    assert (cut.num_keys, blocks.num_keys) == (2, 5) and table.blocks_on(0) is blocks
+    table.replace(0, (1, 9))
+    assert list(table.blocks_on(0)) == [(1, 4, 1)] and list(table.blocks_on(1)) == [(9, 0, 4)]
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,9 @@ def test_a_local_request_stays_local_if_one_rank_can_hold_it() -> None:
     assert len(ranks_of(request)) == 1 and ranks_of(request) != {source}
     table = request.table
     assert table is not None
-    assert len(table.part(table.last_rank)[1]) <= 3, "few extents to read"
+    assert len(table.blocks_on(table.last_rank).extents(table.block_size)) <= 3, (
+        "few extents to read"
+    )
     assert request.modes == ["local", "tree"], "it spanned for the step between"
     cluster.settle()
     cluster.check_output(filler)
@@ -613,7 +615,7 @@ def fewest(runs: list[int], count: int) -> int:
 
 def extents(request: Request, rank: int) -> int:
     assert request.table is not None
-    return len(request.table.part(rank)[1])
+    return len(request.table.blocks_on(rank).extents(request.table.block_size))
 
 
 def abort_all(cluster: Cluster) -> None:

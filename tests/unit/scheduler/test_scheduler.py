@@ -483,7 +483,7 @@ def test_unequal_pools_add_up() -> None:
     request = cluster.add(prompt(4 * 64), greedy(1))
     plan = stepped(cluster)
     (item,) = cluster.items[0].values()
-    assert [total(s.k_runs) for s in item.shards] == [64, 192]
+    assert [s.blocks.num_keys for s in item.shards] == [64, 192]
     assert [total(s.q_runs) for s in item.shards] == [128, 128]
     assert item.ships and plan.chunks[0].mode == "ring"
     cluster.check_output(request)
@@ -505,7 +505,7 @@ def test_layout_of_a_long_prompt(layout: str) -> None:
     assert [s.q_runs for s in one.shards] == want[layout][::-1]
     assert [s.q_runs for s in other.shards] == want[layout]
     for item in (one, other):
-        assert [s.k_runs for s in item.shards] == [s.q_runs for s in item.shards]
+        assert [s.blocks.runs() for s in item.shards] == [s.q_runs for s in item.shards]
         assert not item.ships
 
 

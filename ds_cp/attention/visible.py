@@ -1,0 +1,107 @@
+"""Which blocks some queries can see, and rows as a step's modes pick them: integers before layers
+run, views and index vectors then."""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
+
+import torch
+
+from ds_cp.attention.batch import Blocks, IndexUpload, Shards
+from ds_cp.attention.kernels import PagedKernel
+from ds_cp.attention.state import Partial
+from ds_cp.layout import Runs
+
+P = TypeVar("P")
+NO_BLOCKS = Blocks()
+
+
+def visible(blocks: Blocks, q_runs: Runs, window: int | None) -> Blocks:
+    """The ``blocks`` in which some query at ``q_runs`` sees a key. Both ascend by position."""
+    if not blocks or not q_runs:
+        return NO_BLOCKS
+    if window is None:
+        end = sum(q_runs[-1])
+        return blocks if blocks.firsts[-1] < end else blocks.within(0, end)
+    stretches: list[tuple[int, int]] = []  # indices, begin and end
+    for start, length in q_runs:
+        end = bisect_left(blocks.firsts, start + length)
+        begin = bisect_right(blocks.firsts, start - window + 1)
+        if begin and blocks.firsts[begin - 1] + blocks.keys[begin - 1] > start - window + 1:
+            begin -= 1
+        if stretches:
+            begin = max(begin, stretches[-1][1])
+        if begin < end:
+            stretches.append((begin, end))
+    parts = [blocks[begin:end] for begin, end in stretches]
+    return parts[0] if len(parts) == 1 else Blocks(block for part in parts for block in part)
+
+
+def sees(blocks: Blocks, q_runs: Runs, window: int | None) -> bool:
+    """Whether ``visible`` would find any; quick where the queries come after all keys."""
+    if not blocks or not q_runs:
+        return False
+    if window is None:
+        return blocks.firsts[0] < sum(q_runs[-1])
+    if blocks.firsts[-1] <= q_runs[0][0]:
+        return blocks.firsts[-1] + blocks.keys[-1] > q_runs[0][0] - window + 1
+    return bool(visible(blocks, q_runs, window))
+
+
+def renumbered(blocks: Blocks, begin: int) -> Blocks:
+    """The same blocks, numbered from ``begin`` on, as they lie after they have travelled."""
+    moved = blocks[:]
+    moved.numbers = array("q", range(begin, begin + len(blocks)))
+    return moved
+
+
+def by_window(
+    windows: Iterable[int | None], items: Iterable[Shards], make: Callable[[int | None], P]
+) -> dict[int | None, P]:
+    """A plan for each of ``windows``; those that hide nothing of any item share the one for None.
+    All ranks come to the same, because all know the items."""
+    end = max((sum(runs[-1]) for item in items for runs in item.q_runs if runs), default=0)
+    made: dict[int | None, P] = {}
+    plans: dict[int | None, P] = {}
+    for window in windows:
+        kind = None if window is None or window >= end else window
+        if kind not in made:
+            made[kind] = make(kind)
+        plans[window] = made[kind]
+    return plans
+
+
+class Rows:
+    """Some rows of a tensor in a given order: a stretch is a view of it, others are an index
+    vector."""
+
+    def __init__(self, rows: Sequence[int], upload: IndexUpload) -> None:
+        self.count = len(rows)
+        self._upload = upload
+        stretch = bool(rows) and all(row == rows[0] + i for i, row in enumerate(rows))
+        self._stretch = slice(rows[0], rows[-1] + 1) if stretch else None
+        self._where = slice(0, 0) if stretch else upload.add(rows)
+
+    def of(self, x: torch.Tensor) -> torch.Tensor:
+        """These rows of ``x``, contiguous."""
+        if self._stretch is not None:
+            return x[self._stretch].contiguous()
+        return x.index_select(0, self._upload[self._where])
+
+    def copy(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """Copy these rows of ``x`` to ``out``."""
+        if self._stretch is not None:
+            out.copy_(x[self._stretch])
+        else:
+            torch.index_select(x, 0, self._upload[self._where], out=out)
+
+    def fold(self, into: Partial, part: Partial, kernel: PagedKernel) -> None:
+        """Merge ``part`` into these rows of ``into``."""
+        if self._stretch is not None:
+            here = Partial(into.out[self._stretch], into.lse[self._stretch])
+            kernel.merge_rows(here, part, None)
+        else:
+            kernel.merge_rows(into, part, self._upload[self._where])
