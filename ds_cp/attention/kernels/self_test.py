@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ds_cp.attention.batch import Block, Blocks, Part, make_batch
+from ds_cp.attention.batch import Blocks, Part, make_batch
 from ds_cp.attention.kernels.kernel import PagedKernel
 from ds_cp.attention.kernels.reference import ReferenceKernel
 from ds_cp.attention.pages import Pages, PageShape, empty_pages
@@ -160,9 +160,7 @@ def merges_rows(kernel: PagedKernel, device: torch.device) -> bool:
     return True
 
 
-def _error(
-    kernel: PagedKernel, case: Case, spec: LayerSpec, pages: Pages, plain: Pages
-) -> float:
+def _error(kernel: PagedKernel, case: Case, spec: LayerSpec, pages: Pages, plain: Pages) -> float:
     """Largest difference to the reference; infinite when an empty row is not empty."""
     device = pages.data.device
     gen = torch.Generator().manual_seed(11)
@@ -188,9 +186,7 @@ def _error(
     return max(errors)
 
 
-def _filled(
-    kernel: PagedKernel, shape: PageShape, device: torch.device
-) -> tuple[Pages, Pages]:
+def _filled(kernel: PagedKernel, shape: PageShape, device: torch.device) -> tuple[Pages, Pages]:
     """The kernel's pages, written by it, between others as in a pool; the same in plain order."""
     blocks, size = num_blocks(shape.block_size), shape.block_size
     room = torch.zeros(blocks, 3 * shape.stride, dtype=shape.dtype, device=device)
