@@ -112,9 +112,7 @@ def _prefill_plan(batch: PagedBatch, spec: LayerSpec, shape: PageShape) -> Prefi
     heads_per_kv, tile = spec.num_q_heads // spec.num_kv_heads, prefill_tile(shape)
     key = ("triton prefill", heads_per_kv, tile, shape.block_size, spec.window)
     if key not in batch.derived:
-        batch.derived[key] = plan_prefill(
-            batch, heads_per_kv, tile, shape.block_size, spec.window
-        )
+        batch.derived[key] = plan_prefill(batch, heads_per_kv, tile, shape.block_size, spec.window)
     plan = batch.derived[key]
     assert plan is None or isinstance(plan, PrefillPlan)
     return plan
