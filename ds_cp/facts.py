@@ -32,7 +32,7 @@ class Facts:
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     num_layers: int
-    num_q_heads: int  # of the whole model
+    num_q_heads: int  # of the whole model; heads and dim are the mean over layers, rounded
     num_kv_heads: int
     block_size: int
     blocks_per_rank: tuple[int, ...]  # one per cp rank
@@ -43,7 +43,7 @@ class Facts:
     links: tuple[LinkFacts, ...]
     flops_per_s: float  # of a linear layer on rank 0, while all ranks compute
     weights: int  # parameters on one rank that a token passes: of experts, those it is routed to
-    head_dim: int
+    head_dim: int  # mean of keys' and values'
     notes: tuple[str, ...] = ()
     rounding: float = 0.0  # as exactness, of transformers' own sdpa attention to its eager one
     kv_reason: str = ""  # what decided rank 0's KV budget

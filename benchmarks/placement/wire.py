@@ -28,7 +28,8 @@ class Wire:
     and (N-1) * H*(D*e+4) back, per layer. Over several hosts each row goes once to each
     other host, to the rank there that carries it for the owner; a carrier without keys counts as
     one more receiver. Rounds: one out and one back, and the same again between hosts.
-    Ring pass-KV over n ranks: (n-1) * S * 2*G*D*e; pass-Q: (n-1) * T * H*D*e out, and
+    Ring pass-KV over n ranks: (n-1) * 2*G*D*e for each token of S and of the room in the last
+    block; pass-Q: (n-1) * T * H*D*e out, and
     T * H*(D*e+4) back from every other holder. KV whose home is not its owner: 2*G*D*e a token.
     """
 
@@ -64,12 +65,18 @@ class Wire:
             elif item.mode == "ring":
                 around = self._ring_size(item, items)
                 if item.ring_pass == "kv":
-                    sent += (around - 1) * (item.start + item.count) * self.KV
+                    sent += (around - 1) * self.whole_blocks(item) * self.KV
                 else:
                     sent += (around - 1) * item.count * self.ROW_OUT
                     for owner, rows in owned.items():
                         sent += rows * len(held - {owner}) * self.ROW_BACK
         return sent, crossed
+
+    @staticmethod
+    def whole_blocks(item: Item) -> int:
+        """Tokens of the blocks that travel: those stored, and the room in the last one."""
+        table = item.sequence.table
+        return len(table.homes) * table.block_size
 
     def _ring_size(self, item: Item, items: Sequence[Item]) -> int:
         """Items of one span share a ring, of all ranks that own or hold something of any."""

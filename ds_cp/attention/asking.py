@@ -24,6 +24,8 @@ from ds_cp.comm.tree import Ask, RowBlock, TreeRoutes
 from ds_cp.comm.wire import Group, Message
 from ds_cp.layout import positions, total
 
+Count = tuple[int, int]  # (peer, rows)
+
 
 @dataclass(frozen=True)
 class _Peer:
@@ -32,6 +34,19 @@ class _Peer:
     rank: int
     own: Rows
     carried: Rows
+
+    @property
+    def count(self) -> int:
+        """Rows that it answers."""
+        return self.own.count + self.carried.count
+
+    def fold(self, found: Partial, mine: Partial, others: Partial, kernel: PagedKernel) -> None:
+        """Merge its answers into my rows and into those that I carry."""
+        cut = self.own.count
+        if cut:
+            self.own.fold(mine, Partial(found.out[:cut], found.lse[:cut]), kernel)
+        if self.carried.count:
+            self.carried.fold(others, Partial(found.out[cut:], found.lse[cut:]), kernel)
 
 
 class Asking:
@@ -80,7 +95,7 @@ class Asking:
             for r in route.inside
         ]
 
-        def counts(ask: Ask) -> list[tuple[int, int]]:
+        def counts(ask: Ask) -> list[Count]:
             return [(peer, route.rows_in(found)) for peer, found in ask.items()]
 
         self._carried, self._asked_by = counts(route.carried), counts(route.asked)
@@ -102,49 +117,36 @@ class Asking:
         if self._between:
             sends = [(peer.rank, peer.own.of(q_THD)) for peer in self._away]
             self._group.exchange(sends, _cut(carried, self._carried), self._scheme_q).wait()
-        sends = [(peer.rank, _rows_for(peer, q_THD, asked)) for peer in self._inside]
-        pending = self._group.exchange(sends, _cut(close, self._asked_by), self._scheme_q)
+        pending = None
+        if self._inside or self._asked_by:
+            sends = [(peer.rank, _rows_for(peer, q_THD, asked)) for peer in self._inside]
+            pending = self._group.exchange(sends, _cut(close, self._asked_by), self._scheme_q)
         if self._own is not None:
             kernel.paged_attention(q_THD, q_positions, pages, self._own.batch(), spec, into)
-        pending.wait()
+        if pending is not None:
+            pending.wait()
         if self._asked is not None:
             at = self._upload[self._asked_at]
             part = kernel.paged_attention(asked, at, pages, self._asked.batch(), spec)
         else:
             part = empty_partial(len(asked), spec.num_q_heads, spec.v_dim, asked.device)
-        self._back(part, self._asked_by, self._num_carried, self._inside, dtype, kernel, spec, into)
-        if self._between:
-            self._back(part, self._carried, 0, self._away, dtype, kernel, spec, into)
 
-    def _back(
-        self,
-        part: Partial,
-        answers: Sequence[tuple[int, int]],
-        begin: int,
-        peers: Sequence[_Peer],
-        dtype: torch.dtype,
-        kernel: PagedKernel,
-        spec: LayerSpec,
-        into: Partial,
-    ) -> None:
-        """Send rows of ``part`` from ``begin`` on back to who asked, fold what ``peers`` answer, by
-        rank."""
-        end = begin + sum(count for _, count in answers)
-        sends: list[Message] = []
-        if answers:
-            mine = Partial(part.out[begin:end], part.lse[begin:end])
-            sends = _cut(pack_partial(mine, dtype), answers)
-        recvs = [
-            (p.rank, new_rows(p.own.count + p.carried.count, spec, dtype, into.out)) for p in peers
-        ]
-        self._group.exchange(sends, recvs, self._scheme_back).wait()
-        for peer, (_, rows) in zip(peers, recvs, strict=True):
-            if peer.own.count:
-                found = unpack_partial(rows[: peer.own.count], spec, dtype)
-                peer.own.fold(into, found, kernel)
-            if peer.carried.count:
-                found = unpack_partial(rows[peer.own.count :], spec, dtype)
-                peer.carried.fold(part, found, kernel)
+        def back(answers: Sequence[Count], begin: int, peers: Sequence[_Peer]) -> None:
+            """Send rows of ``part`` from ``begin`` on back to who asked, fold what ``peers``
+            answer, by rank."""
+            if not answers and not peers:
+                return
+            end = begin + sum(count for _, count in answers)
+            packed = pack_partial(Partial(part.out[begin:end], part.lse[begin:end]), dtype)
+            recvs = [(peer.rank, new_rows(peer.count, spec, dtype, packed)) for peer in peers]
+            self._group.exchange(_cut(packed, answers), recvs, self._scheme_back).wait()
+            for peer, (_, rows) in zip(peers, recvs, strict=True):
+                found = unpack_partial(rows, spec, dtype)
+                peer.fold(found, into, part, kernel)
+
+        back(self._asked_by, self._num_carried, self._inside)
+        if self._between:
+            back(self._carried, 0, self._away)
 
 
 def row_blocks(items: Sequence[Shards], size: int, window: int | None) -> tuple[RowBlock, ...]:
@@ -168,7 +170,7 @@ def _rows_for(peer: _Peer, q_THD: torch.Tensor, arrived: torch.Tensor) -> torch.
     return torch.cat([peer.own.of(q_THD), peer.carried.of(arrived)])
 
 
-def _cut(rows: torch.Tensor, counts: Sequence[tuple[int, int]]) -> list[Message]:
+def _cut(rows: torch.Tensor, counts: Sequence[Count]) -> list[Message]:
     """Each peer's stretch of ``rows``."""
     parts = torch.split(rows, [count for _, count in counts]) if counts else ()
     return [(peer, part) for (peer, _), part in zip(counts, parts, strict=True)]

@@ -75,12 +75,13 @@ def by_window(
 
 
 class Rows:
-    """Some rows of a tensor, ascending: a stretch is a view of it, others are an index vector."""
+    """Some rows of a tensor in a given order: a stretch is a view of it, others are an index
+    vector."""
 
     def __init__(self, rows: Sequence[int], upload: IndexUpload) -> None:
         self.count = len(rows)
         self._upload = upload
-        stretch = bool(rows) and rows[-1] - rows[0] + 1 == len(rows)
+        stretch = bool(rows) and all(row == rows[0] + i for i, row in enumerate(rows))
         self._stretch = slice(rows[0], rows[-1] + 1) if stretch else None
         self._where = slice(0, 0) if stretch else upload.add(rows)
 

@@ -89,7 +89,8 @@ class RowSums:
 
 
 def shard_model(model: Decoder, sums: RowSums) -> int:
-    """Keep this rank's share of every column and row layer; returns how many layers were split.
+    """Keep this rank's share of every column and row layer, and of what the plan splits by heads;
+    returns how many layers were split.
 
     Row layers then add up their parts through ``sums``. Call it before the KV pool is sized. A
     group of one splits nothing. Raises ``ConfigError`` when the head counts do not divide,
@@ -126,6 +127,10 @@ def shard_model(model: Decoder, sums: RowSums) -> int:
             _split_columns(path, module, group)
         else:
             _split_rows(path, module, sums)
+    for path, parameter in list(model.base_model.named_parameters()):
+        # One number a head that belongs to no linear layer, such as attention sinks.
+        if parameter.ndim == 1 and _style(path, plan) == "colwise":
+            _split_per_head(path, parameter, model.base_model, group)
     return len(found)
 
 
@@ -142,6 +147,12 @@ def _share(size: int, path: str, group: Group) -> slice:
         )
     part = size // group.size
     return slice(group.rank * part, (group.rank + 1) * part)
+
+
+def _split_per_head(path: str, whole: nn.Parameter, root: nn.Module, group: Group) -> None:
+    owner, _, name = path.rpartition(".")
+    part = whole[_share(len(whole), path, group)].detach().clone()
+    setattr(root.get_submodule(owner), name, nn.Parameter(part, requires_grad=False))
 
 
 def _split_columns(path: str, layer: nn.Linear, group: Group) -> None:

@@ -12,7 +12,7 @@ rank as a failed step does (``comm.failure.failing``).
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar, cast
 
 import msgspec
@@ -105,6 +105,11 @@ def exchange_reports(world: World, mine: Report) -> list[Report]:
 def gather_blocks(world: World, mine: int) -> list[int]:
     """Every rank's number of KV blocks, on every rank."""
     return [report.kv_blocks for report in exchange_reports(world, Report(0, "", mine))]
+
+
+def gather_names(world: World, mine: Sequence[str]) -> list[list[str]]:
+    """Every rank's list of names (without blanks), on every rank."""
+    return [r.message.split() for r in exchange_reports(world, Report(0, " ".join(mine), 0))]
 
 
 def _attempt(work: Callable[[], T]) -> tuple[T | None, DsCpError | None]:

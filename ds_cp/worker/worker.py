@@ -15,7 +15,6 @@ import torch
 from ds_cp.attention import LayerSpec, PagedKernel
 from ds_cp.comm.control import Control
 from ds_cp.comm.failure import failing
-from ds_cp.comm.links import synchronize
 from ds_cp.comm.pending import Pending
 from ds_cp.comm.wire import Group, World
 from ds_cp.kv.pool import KVPool
@@ -134,7 +133,7 @@ class Worker:
                 scores = _score(step, logits)
             elif step.spans:
                 step.attend_without_tokens(self.model.dtype, self.cp.device)
-            synchronize(self.cp.device)  # or the time would be that of launching kernels
+            self.world.wait_for_device()  # or the time would be that of launching kernels
             times = Times(time.perf_counter() - began, self.model_seconds - before)
             outcome = self._collect(plan, work, coming, pack(times, drawn, scores, width))
         # Rank 0's own time ends when all rows are in: the step did not end before.
@@ -144,14 +143,14 @@ class Worker:
     def _forward(self, step: StepContext) -> torch.Tensor:
         """Logits ``[rows wanted, V]`` of the flat batch ``[1, T]``."""
         device = self.cp.device
-        synchronize(device)
+        self.world.wait_for_device()
         began = time.perf_counter()
         out = self.model(
             input_ids=step.ids, position_ids=step.positions, use_cache=False,
             logits_to_keep=step.logit_rows, **{CONTEXT: step},
         )  # fmt: skip
         logits: torch.Tensor = out.logits[0]
-        synchronize(device)
+        self.world.wait_for_device()
         self.model_seconds += time.perf_counter() - began
         return logits
 
@@ -170,6 +169,7 @@ class Worker:
         if self.tp.size > 1:
             shared = torch.tensor(tokens or [0] * len(step.draws), device=self.tp.device)
             self.tp.broadcast(shared, SCHEME_TOKEN)
+            self.world.wait_for_device()
             tokens = shared.tolist()
         for draw, token in zip(step.draws, tokens, strict=True):
             draw.sequence.last = token
@@ -208,6 +208,8 @@ class Worker:
         ]
         if sends or recvs:
             self.cp.exchange(sends, recvs, SCHEME_TOKEN).wait()
+        if recvs:
+            self.world.wait_for_device()
         for peer, tokens in recvs:
             for handoff, token in zip(coming[peer], tokens.tolist(), strict=True):
                 handoff.sequence.last = token

@@ -18,13 +18,13 @@ def full_attention(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``[T, H, D]`` and lse ``[T, H]`` in fp64, head by head (K and V expanded, dense mask)."""
+    """``[T, H, Dv]`` and lse ``[T, H]`` in fp64, head by head (K and V expanded, dense mask)."""
     q, k, v = q.double(), k.double(), v.double()
     num_heads, num_kv_heads = q.shape[1], k.shape[1]
     seen = k_pos[None, :] <= q_pos[:, None]
     if window is not None:
         seen &= k_pos[None, :] > q_pos[:, None] - window
-    out = torch.empty_like(q)
+    out = q.new_empty(*q.shape[:2], v.shape[2])
     lse = torch.empty(q.shape[0], num_heads, dtype=torch.float64)
     for head in range(num_heads):
         kv = head * num_kv_heads // num_heads

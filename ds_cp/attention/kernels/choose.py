@@ -14,12 +14,12 @@ from ds_cp.attention.spec import LayerSpec
 from ds_cp.errors import ConfigError
 
 
-class KernelUnavailable(Exception):
+class KernelUnavailableError(Exception):
     """A kernel cannot run here; the message is the reason, as the end of a sentence."""
 
 
-# name -> makes the kernel for a device and dtype, or raises ``KernelUnavailable``
-Maker = Callable[[torch.device, torch.dtype], PagedKernel]
+# makes a kernel for a device, or raises ``KernelUnavailableError``
+Maker = Callable[[torch.device], PagedKernel]
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,59 @@ class Choice:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Candidates:
+    """What can serve a model on this rank. ``kernels``: those that can, the preferred one first;
+    ``problems``: of the others by name, why not."""
+
+    kernels: tuple[PagedKernel, ...]
+    problems: dict[str, str]
+
+
 def makers(device: torch.device) -> dict[str, Maker]:
     """Every kernel for that kind of device by name, the preferred one first."""
-    return {"reference": lambda device, dtype: ReferenceKernel()}
+    if device.type == "cuda":
+        return {"triton": _triton, "sdpa": _torch, "reference": _reference}
+    return {"cpu": _cpu, "sdpa": _torch, "reference": _reference}
+
+
+def find_kernels(
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    layers: Sequence[LayerSpec],
+    block_size: int,
+    *,
+    check: bool = True,
+    enough: int = 1,
+) -> Candidates:
+    """The kernels called ``name``, or with "auto" the first ``enough``, that can serve ``layers``
+    on this rank and, with ``check``, pass the self-test. Raises ``ConfigError`` for a name that is
+    not for this device."""
+    known = makers(device)
+    if name != "auto" and name not in known:
+        raise ConfigError(
+            f"attention.backend {name!r} is not for {device.type}: choose auto or one of "
+            f"{', '.join(known)}"
+        )
+    found: list[PagedKernel] = []
+    problems: dict[str, str] = {}
+    for each in known if name == "auto" else (name,):
+        if len(found) == enough:
+            break
+        try:
+            kernel = known[each](device)
+        except KernelUnavailableError as err:
+            problems[each] = str(err)
+            continue
+        problem = _refusal(kernel, layers, block_size, dtype)
+        if check and not problem:
+            problem = fault(kernel, layers, block_size, dtype, device)
+        if problem:
+            problems[each] = problem
+        else:
+            found.append(kernel)
+    return Candidates(tuple(found), problems)
 
 
 def choose_kernel(
@@ -43,27 +93,26 @@ def choose_kernel(
     block_size: int,
     check: bool = True,
 ) -> Choice:
-    """The kernel called ``name``, or with "auto" the first that can serve ``layers`` and, with
-    ``check``, passes the self-test. Raises ``ConfigError`` when one asked for by name does not."""
-    known = makers(device)
-    if name != "auto" and name not in known:
-        raise ConfigError(
-            f"attention.backend {name!r} is not for {device.type}; choose auto or one of "
-            f"{', '.join(known)}"
-        )
-    notes: list[str] = []
-    for each in known if name == "auto" else (name,):
-        try:
-            kernel = known[each](device, dtype)
-            problem = _refusal(kernel, layers, block_size, dtype)
-            if check and not problem:
-                problem = fault(kernel, layers, block_size, dtype, device)
-        except KernelUnavailable as err:
-            problem = str(err)
-        if not problem:
+    """The first of ``find_kernels``. Raises ``ConfigError`` when there is none."""
+    found = find_kernels(name, device, dtype, layers, block_size, check=check)
+    return agree_on_kernel(name, found, [list(_names(found))])
+
+
+def agree_on_kernel(name: str, mine: Candidates, ranks: Sequence[Sequence[str]]) -> Choice:
+    """The first of my kernels that every rank has: pages travel, and all read them alike.
+    ``ranks``: the names that each rank found. Raises ``ConfigError`` when there is none."""
+    notes = [f"kernel {each} is not used: {why}" for each, why in mine.problems.items()]
+    for kernel in mine.kernels:
+        missing = [rank for rank, names in enumerate(ranks) if kernel.name not in names]
+        if not missing:
             return Choice(kernel, tuple(notes))
-        notes.append(f"kernel {each} is not used: {problem}")
-    raise ConfigError(f"attention.backend is {name}, but {problem}: set attention.backend to auto")
+        notes.append(f"kernel {kernel.name} is not used: ranks {missing[:8]} cannot run it")
+    why = "; ".join(notes) or "no kernel is known for this device"
+    raise ConfigError(f"attention.backend is {name}, but {why}: set attention.backend to auto")
+
+
+def _names(found: Candidates) -> Sequence[str]:
+    return [kernel.name for kernel in found.kernels]
 
 
 def _refusal(
@@ -73,3 +122,36 @@ def _refusal(
         if reason := kernel.refuses(spec, block_size, dtype):
             return reason
     return ""
+
+
+def _cpu(device: torch.device) -> PagedKernel:
+    from ds_cp.attention.kernels.cpu import CpuKernel
+    from ds_cp.native import load
+
+    library = load()
+    if isinstance(library, str):
+        raise KernelUnavailableError(library)
+    return CpuKernel(library)
+
+
+def _triton(device: torch.device) -> PagedKernel:
+    try:
+        from ds_cp.attention.kernels.triton_kernel import TritonKernel
+    except Exception as err:  # a build for another torch may raise anything at import
+        raise KernelUnavailableError(_import_failed("triton", err)) from err
+    return TritonKernel()
+
+
+def _torch(device: torch.device) -> PagedKernel:
+    from ds_cp.attention.kernels.torch_ops import TorchKernel
+
+    return TorchKernel()
+
+
+def _reference(device: torch.device) -> PagedKernel:
+    return ReferenceKernel()
+
+
+def _import_failed(package: str, err: Exception) -> str:
+    first = (str(err).splitlines() or [""])[0][:200]
+    return f"{package} cannot be imported ({type(err).__name__}: {first})"

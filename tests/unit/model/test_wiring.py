@@ -35,12 +35,23 @@ def unsupported(name: str) -> Any:
             **SIZES, intermediate_size_mlp=32, num_key_value_heads=2, head_dim=8,
             num_local_experts=2, num_experts_per_tok=1, attention_chunk_size=16,
             moe_layers=[]))  # fmt: skip
-    if name == "deepseek":
-        return hf.DeepseekV3ForCausalLM(hf.DeepseekV3Config(
+    if name == "deepseek_v32":
+        return hf.DeepseekV32ForCausalLM(hf.DeepseekV32Config(
             **SIZES, num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8,
             qk_nope_head_dim=8, v_head_dim=8, first_k_dense_replace=2, n_routed_experts=2,
             num_experts_per_tok=1, n_group=1, topk_group=1, n_shared_experts=1,
-            moe_intermediate_size=16))  # fmt: skip
+            moe_intermediate_size=16, index_topk=4, index_n_heads=2, index_head_dim=16,
+        ))  # fmt: skip
+    if name == "an indexer that the config does not tell":
+        model = unsupported("deepseek_v32")
+        model.config.layer_types = ["full_attention", "full_attention"]
+        return model
+    if name == "qwen3_next":
+        return hf.Qwen3NextForCausalLM(hf.Qwen3NextConfig(
+            **SIZES, num_key_value_heads=2, head_dim=8, num_experts=2, num_experts_per_tok=1,
+            moe_intermediate_size=16, shared_expert_intermediate_size=16,
+            linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8,
+            linear_value_head_dim=8))  # fmt: skip
     raise ValueError(name)
 
 
@@ -49,8 +60,13 @@ def unsupported(name: str) -> Any:
     [
         ("mamba", "MambaForCausalLM"),
         ("bloom", "BloomForCausalLM"),
-        ("llama4", "Llama4ForCausalLM has layers of type chunked_attention"),
-        ("deepseek", "DeepseekV3ForCausalLM.*latent attention"),
+        ("llama4", r"Llama4ForCausalLM has layers of type chunked_attention \(queries see"),
+        (
+            "deepseek_v32",
+            r"DeepseekV32ForCausalLM has layers of type indexed_attention \(sparse",
+        ),
+        ("an indexer that the config does not tell", r"indexed_attention \(sparse: an indexer"),
+        ("qwen3_next", r"Qwen3NextForCausalLM has layers of type linear_attention \(a recurrent"),
     ],
 )
 def test_unsupported_architectures_are_named(name: str, words: str) -> None:

@@ -1,0 +1,111 @@
+"""A linear layer whose weights were packed once for the processor: ``y = x @ W^T + b``.
+
+A row of y has the same bits whatever the number of rows beside it and the number of threads (see
+``src/linear.h``). bf16 and fp32; sums in fp32, rounded once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+
+from ds_cp.native.library import Library
+
+ISAS = ("avx512bf16", "avx512", "avx2", "baseline")  # by their numbers in src/isa.h
+DTYPES = (torch.bfloat16, torch.float32)
+ALIGN = 64  # bytes
+UNIT = 16  # columns: biases are padded to a multiple of it
+_INT, _POINTER = ctypes.c_int64, ctypes.c_void_p
+
+
+class _Linear(ctypes.Structure):
+    """``Linear`` of src/linear.h."""
+
+    _fields_ = [
+        ("packed", _POINTER), ("bias", _POINTER),
+        ("n", _INT), ("k", _INT), ("bf16", _INT), ("isa", _INT),
+    ]  # fmt: skip
+
+
+class LinearOps:
+    """The functions of the library for linear layers. ``isa``: one of ``library.isas``; the best
+    one by default."""
+
+    def __init__(self, library: Library, isa: str | None = None) -> None:
+        self.isa = isa or library.isas[0]
+        int_, pointer = _INT, _POINTER
+        self._elements = library.function("ds_cp_linear_elements", [int_] * 3, int_)
+        self._pack = library.function(
+            "ds_cp_linear_pack", [pointer, int_, int_, int_, int_, pointer, int_]
+        )
+        self._run = library.function(
+            "ds_cp_linear", [pointer, pointer, int_, int_, pointer, int_, int_]
+        )
+
+    def bytes_of(self, weight: torch.Tensor) -> int:
+        """Bytes of the packed form of ``weight`` (fp32 or bf16 ``[N, K]``)."""
+        n, k = weight.shape
+        count: int = self._elements(n, k, weight.dtype == torch.bfloat16)
+        return count * weight.element_size() + ALIGN
+
+    def pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> PackedLinear:
+        """``weight [N, K]`` and ``bias [N]`` packed, copies of both. Raises ``ValueError`` for
+        others than fp32 and bf16 matrices on the CPU."""
+        if weight.dtype not in DTYPES or weight.dim() != 2 or weight.device.type != "cpu":
+            raise ValueError(
+                f"a {weight.dim()}-dimensional {weight.dtype} weight on {weight.device} cannot be "
+                "packed"
+            )
+        if 0 in weight.shape:
+            raise ValueError("an empty weight cannot be packed")
+        return PackedLinear(self, weight.detach(), None if bias is None else bias.detach())
+
+
+class PackedLinear:
+    """Computes one linear layer: ``[..., K]`` -> ``[..., N]`` in the dtype of the weights."""
+
+    def __init__(self, ops: LinearOps, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self.n, self.k = weight.shape
+        self.dtype = weight.dtype
+        weight = weight if weight.stride(1) == 1 else weight.contiguous()
+        half, size = weight.dtype == torch.bfloat16, weight.element_size()
+        raw = torch.empty(ops.bytes_of(weight) // size, dtype=weight.dtype)
+        self._packed = raw[-raw.data_ptr() % ALIGN // size :]
+        ops._pack(
+            weight.data_ptr(), weight.stride(0), self.n, self.k, half, self._packed.data_ptr(),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        self._bias: torch.Tensor | None = None
+        if bias is not None:
+            self._bias = torch.zeros(-(-self.n // UNIT) * UNIT)
+            self._bias[: self.n] = bias
+        self._struct = _Linear(
+            self._packed.data_ptr(), None if self._bias is None else self._bias.data_ptr(),
+            self.n, self.k, half, ISAS.index(ops.isa),
+        )  # fmt: skip
+        self._address = ctypes.addressof(self._struct)
+        self._run: Any = ops._run
+
+    def __call__(self, input: torch.Tensor) -> torch.Tensor:
+        """Raises ``ValueError`` for an input of another width, dtype or device."""
+        *ahead, k = input.shape
+        if k != self.k or input.dtype != self.dtype or not input.is_cpu:
+            raise ValueError(
+                f"a packed layer takes {self.k} features of {self.dtype} on the CPU, got {k} of "
+                f"{input.dtype} on {input.device}"
+            )
+        x, stride = input, k
+        if not input.is_contiguous():
+            rows = input.reshape(-1, k)
+            x = rows if rows.stride(1) == 1 else rows.contiguous()
+            stride = x.stride(0)
+        y = x.new_empty((*ahead, self.n))
+        count = x.numel() // k
+        if count:
+            self._run(
+                self._address, x.data_ptr(), count, stride, y.data_ptr(), self.n,
+                torch.get_num_threads(),
+            )  # fmt: skip
+        return y
