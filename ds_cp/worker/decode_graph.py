@@ -54,7 +54,7 @@ class CudaGraph:
         """As in ``Graph``. The first run, on a stream of its own, compiles kernels and fills
         workspaces, which a capture must not."""
         current = torch.cuda.current_stream(self._device)
-        side = torch.cuda.Stream(self._device)
+        side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         side.wait_stream(current)
         with torch.cuda.stream(side):
             run()

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ds_cp.attention.kernels.cuda import CudaKernel
+from ds_cp.attention.kernels.dense import candidates
 from ds_cp.attention.kernels.kernel import PagedKernel
 from ds_cp.attention.kernels.reference import ReferenceKernel
 from ds_cp.attention.kernels.self_test import fault
@@ -42,7 +44,7 @@ class Candidates:
 def makers(device: torch.device) -> dict[str, Maker]:
     """Every kernel for that kind of device by name, the preferred one first."""
     if device.type == "cuda":
-        return {"triton": _triton, "sdpa": _torch, "reference": _reference}
+        return {"cuda": _cuda, "triton": _triton, "sdpa": _torch, "reference": _reference}
     return {"cpu": _cpu, "sdpa": _torch, "reference": _reference}
 
 
@@ -105,7 +107,7 @@ def agree_on_kernel(name: str, mine: Candidates, ranks: Sequence[Sequence[str]])
     for kernel in mine.kernels:
         missing = [rank for rank, names in enumerate(ranks) if kernel.name not in names]
         if not missing:
-            return Choice(kernel, tuple(notes))
+            return Choice(kernel, (*notes, *getattr(kernel, "notes", ())))
         notes.append(f"kernel {kernel.name} is not used: ranks {missing[:8]} cannot run it")
     why = "; ".join(notes) or "no kernel is known for this device"
     raise ConfigError(f"attention.backend is {name}, but {why}: set attention.backend to auto")
@@ -132,6 +134,10 @@ def _cpu(device: torch.device) -> PagedKernel:
     if isinstance(library, str):
         raise KernelUnavailableError(library)
     return CpuKernel(library)
+
+
+def _cuda(device: torch.device) -> PagedKernel:
+    return CudaKernel(_triton(device), candidates(device), device)
 
 
 def _triton(device: torch.device) -> PagedKernel:
