@@ -24,8 +24,12 @@ def choose_for_all(
 
     def look(enough: int) -> tuple[Candidates, list[list[str]]]:
         found = local_phase(
-            world, lambda: find_kernels(name, world.device, dtype, layers, size, enough=enough)
-        )
+            world,
+            lambda: find_kernels(
+                name, world.device, dtype, layers, size,
+                enough=enough, deterministic=config.attention.deterministic,
+            ),
+        )  # fmt: skip
         return found, gather_names(world, [kernel.name for kernel in found.kernels])
 
     found, ranks = look(1)

@@ -160,7 +160,8 @@ class StepContext:
         whole = self._whole_prompts(q_THD, k_TGD, v_TGD, spec)
         if whole is not None:
             return whole.unsqueeze(0)
-        pages = replace(pages, fresh=Fresh(q_THD, k_TGD, v_TGD))
+        if isinstance(self._kernel, CudaKernel):
+            pages = replace(pages, fresh=Fresh(q_THD, k_TGD, v_TGD))
         into = empty_partial(len(q_THD), spec.num_q_heads, spec.v_dim, q.device)
         for mode in self._modes:
             mode(q_THD, self.positions[0], pages, self._kernel, spec, into)

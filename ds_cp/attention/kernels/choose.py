@@ -57,11 +57,15 @@ def find_kernels(
     *,
     check: bool = True,
     enough: int = 1,
+    deterministic: bool = False,
 ) -> Candidates:
     """The kernels called ``name``, or with "auto" the first ``enough``, that can serve ``layers``
-    on this rank and, with ``check``, pass the self-test. Raises ``ConfigError`` for a name that is
-    not for this device."""
+    on this rank and, with ``check``, pass the self-test; with ``deterministic`` only those whose
+    rows do not depend on how prompts are cut. Raises ``ConfigError`` for a name that is not for
+    this device."""
     known = makers(device)
+    if deterministic:
+        known.pop("cuda", None)
     if name != "auto" and name not in known:
         raise ConfigError(
             f"attention.backend {name!r} is not for {device.type}: choose auto or one of "

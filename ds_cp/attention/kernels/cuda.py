@@ -2,8 +2,9 @@
 
 A run of new tokens whose keys are all here is a causal square over the step's own K and V, which
 the layer left side by side, below a rectangle of earlier keys. Large ones go to the operator that
-``dense`` found, the rest to the paged kernel, folded into one partial. Where ``deterministic``,
-everything is the paged kernel's: a row must not depend on how its prompt was cut into chunks.
+``dense`` found, the rest to the paged kernel, folded into one partial. So a row depends, by
+rounding, on how its prompt was cut into chunks; where it must not, the paged kernel alone is taken
+(``attention.deterministic``).
 """
 
 from __future__ import annotations
@@ -61,11 +62,10 @@ class CudaKernel:
         paged: PagedKernel,
         choices: Sequence[Candidate],
         device: torch.device,
-        deterministic: bool = False,
     ) -> None:
         self.packed = paged.packed
         self._paged = paged
-        self._choices = () if deterministic else tuple(choices)
+        self._choices = tuple(choices)
         self._device = device
         self._found: dict[tuple[int, int, int, bool], Found] = {}
         self.notes: list[str] = []
