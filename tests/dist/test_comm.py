@@ -263,8 +263,8 @@ def everything_alone(group: Group, world: World) -> None:
     pending.wait()
     assert (group.size, group.rank, group.ring, group.hosts) == (1, 0, (0,), (0,))
     assert RingExchange(group, [0], "ring").size == 1
-    route = TreeRoutes().find((RowBlock(0, 0, 2, (0,)),), group.hosts, 0)
-    assert not (route.between or route.inside or route.asked or route.arriving)
+    route = TreeRoutes().find((RowBlock(0, 0, 2, (0,)),), group.hosts, group.rank)
+    assert not (route.away or route.carried or route.inside or route.asked or route.between)
     for mode, pass_ in (("local", "kv"), ("ring", "kv"), ("ring", "q"), ("tree", "kv")):
         assert attention_error(group, mode, pass_) <= 2e-6
     assert world.ledger.schemes() == {}

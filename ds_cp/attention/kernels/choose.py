@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from ds_cp.attention.kernels.cuda import CudaKernel
-from ds_cp.attention.kernels.dense import candidates
+from ds_cp.attention.kernels.dense import DenseError, NotInstalledError, candidates
 from ds_cp.attention.kernels.kernel import PagedKernel
 from ds_cp.attention.kernels.reference import ReferenceKernel
 from ds_cp.attention.kernels.self_test import fault
@@ -185,8 +185,17 @@ def _cuda(device: torch.device) -> PagedKernel:
 
 
 def _flash(device: torch.device) -> PagedKernel:
-    chosen = [one for one in candidates(device) if one.name.startswith("flash-attn")]
-    return CudaKernel(_triton(device), chosen, device)
+    """The kernel "cuda" with that package or not at all."""
+    chosen, why = [one for one in candidates(device) if one.name.startswith("flash-attn")], ""
+    for one in chosen:
+        try:
+            one.load()
+            return CudaKernel(_triton(device), chosen, device)
+        except NotInstalledError:
+            pass
+        except DenseError as err:
+            why = why or f"{one.name} cannot be used: {err}"
+    raise KernelUnavailableError(why or "the package flash-attn is not installed")
 
 
 def _triton(device: torch.device) -> PagedKernel:
