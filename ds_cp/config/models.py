@@ -131,10 +131,13 @@ class Scheduler(Section):
 
 
 class Attention(Section):
-    """The block kernel."""
+    """The kernel."""
 
-    backend: Literal["auto", "reference", "sdpa", "flash_attn"] = Field(
-        default="auto", description="kernel for attention over one rank's keys"
+    backend: Literal["auto", "cpu", "triton", "flash_attn", "sdpa", "reference"] = Field(
+        default="auto",
+        description="kernel for attention over one rank's keys; cpu: the native one, for CPUs; "
+        "triton, flash_attn: for CUDA devices; sdpa: torch's operators; reference: plain math; "
+        "auto: the first of them that serves the model on every rank and passes a check at start",
     )
 
 

@@ -142,7 +142,6 @@ class Worker:
 
     def _forward(self, step: StepContext) -> torch.Tensor:
         """Logits ``[rows wanted, V]`` of the flat batch ``[1, T]``."""
-        device = self.cp.device
         self.world.wait_for_device()
         began = time.perf_counter()
         out = self.model(

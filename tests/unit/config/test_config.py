@@ -232,8 +232,8 @@ def test_unknown_key_names_itself_and_the_nearest(raw: Any, path: str, near: str
 
 def test_keys_of_later_are_not_accepted_yet() -> None:
     assert "unknown key kv_cache.dtype" in refusal(nested("kv_cache.dtype", "fp8"))
-    assert '"triton"; it must be "auto", "reference"' in refusal(
-        nested("attention.backend", "triton")
+    assert '"flex"; it must be "auto", "cpu", "triton"' in refusal(
+        nested("attention.backend", "flex")
     )
 
 
