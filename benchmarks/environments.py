@@ -12,7 +12,9 @@ PARENT = Path(".cache/environments")
 INSTALL_S = 600  # seconds that pip gets
 
 
-def environment(name: str, packages: Sequence[str], parent: Path = PARENT) -> Path:
+def environment(
+    name: str, packages: Sequence[str], parent: Path = PARENT, install_s: float = INSTALL_S
+) -> Path:
     """The python of the environment ``name`` with ``packages`` in it; made where it is missing or
     was made for other packages. Raises ``RuntimeError`` with pip's last lines."""
     folder = parent / name
@@ -21,8 +23,8 @@ def environment(name: str, packages: Sequence[str], parent: Path = PARENT) -> Pa
     wanted = mark(packages)
     if not (python.exists() and stamp.exists() and stamp.read_text() == wanted):
         stamp.unlink(missing_ok=True)
-        _run([sys.executable, "-m", "venv", "--clear", str(folder)])
-        _run([str(python), "-m", "pip", "install", "--quiet", *packages])
+        _run([sys.executable, "-m", "venv", "--clear", str(folder)], INSTALL_S)
+        _run([str(python), "-m", "pip", "install", "--quiet", *packages], install_s)
         stamp.write_text(wanted)
     return python.absolute()
 
@@ -32,8 +34,8 @@ def mark(packages: Sequence[str]) -> str:
     return hashlib.sha256("\n".join([sys.version, *packages]).encode()).hexdigest()
 
 
-def _run(command: Sequence[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=INSTALL_S)
+def _run(command: Sequence[str], limit_s: float) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s)
     if done.returncode:
         last = "\n".join(done.stderr.splitlines()[-5:])
         raise RuntimeError(f"{' '.join(command)} failed with {done.returncode}:\n{last}")

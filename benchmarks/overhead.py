@@ -33,7 +33,6 @@ import torch
 
 import ds_cp.worker.worker as worker_module
 from benchmarks.common import MODEL, command, finish, machine, parser
-from ds_cp.attention import Kernel
 from ds_cp.comm.wire import World
 from ds_cp.config import Config, load_config
 from ds_cp.engine.core import EngineCore
@@ -177,11 +176,9 @@ def clocks(worker: Worker) -> Iterator[Clock]:
         ):
             timed = clock.around(name, getattr(owner, attribute))
             stack.enter_context(patch.object(owner, attribute, timed))
-        kernel = worker.kernel
-        timed_kernel = Kernel(
-            clock.around("kernel", kernel.block), clock.around("kernel", kernel.rows)
-        )
-        stack.enter_context(patch.object(worker, "kernel", timed_kernel))
+        kernel = worker.layers.kernel
+        timed_kernel = clock.around("kernel", kernel.paged_attention)
+        stack.enter_context(patch.object(kernel, "paged_attention", timed_kernel))
         attend = StepContext.attend
 
         def timed_attend(self: StepContext, *args: Any) -> torch.Tensor:

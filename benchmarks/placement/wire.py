@@ -28,7 +28,8 @@ class Wire:
     and (N-1) * H*(D*e+4) back, per layer. Over several hosts each row goes once to each
     other host, to the rank there that carries it for the owner; a carrier without keys counts as
     one more receiver. Rounds: one out and one back, and the same again between hosts.
-    Ring pass-KV over n ranks: (n-1) * S * 2*G*D*e; pass-Q: (n-1) * T * H*D*e out, and
+    Ring pass-KV over n ranks: (n-1) * 2*G*D*e for each token of S and of the room in the last
+    block; pass-Q: (n-1) * T * H*D*e out, and
     T * H*(D*e+4) back from every other holder. KV whose home is not its owner: 2*G*D*e a token.
     """
 
@@ -58,18 +59,24 @@ class Wire:
             held = self.holders(item)
             if item.mode == "tree":
                 for owner, rows in owned.items():
-                    hops, crossing = self.tree_hops(owner, held)
+                    hops, crossing = self.tree_hops(owner, self.seen(item, owner))
                     sent += rows * hops * (self.ROW_OUT + self.ROW_BACK)
                     crossed += rows * crossing * (self.ROW_OUT + self.ROW_BACK)
             elif item.mode == "ring":
                 around = self._ring_size(item, items)
                 if item.ring_pass == "kv":
-                    sent += (around - 1) * (item.start + item.count) * self.KV
+                    sent += (around - 1) * self.whole_blocks(item) * self.KV
                 else:
                     sent += (around - 1) * item.count * self.ROW_OUT
                     for owner, rows in owned.items():
                         sent += rows * len(held - {owner}) * self.ROW_BACK
         return sent, crossed
+
+    @staticmethod
+    def whole_blocks(item: Item) -> int:
+        """Tokens of the blocks that travel: those stored, and the room in the last one."""
+        table = item.sequence.table
+        return len(table.homes) * table.block_size
 
     def _ring_size(self, item: Item, items: Sequence[Item]) -> int:
         """Items of one span share a ring, of all ranks that own or hold something of any."""
@@ -86,6 +93,12 @@ class Wire:
         """Ranks with keys of the item while attention runs: new KV has been shipped home."""
         return {s.rank for s in item.shards if s.blocks.num_keys}
 
+    @staticmethod
+    def seen(item: Item, owner: int) -> set[int]:
+        """Holders of keys that the owner's queries see: not all are before these."""
+        end = max((a + n for s in item.shards if s.rank == owner for a, n in s.q_runs), default=0)
+        return {s.rank for s in item.shards if len(s.blocks) and s.blocks.firsts[0] < end}
+
     def shipped(self, item: Item) -> int:
         """Bytes of new KV that travels from its owner to its home."""
         if not item.ships:
@@ -99,7 +112,7 @@ class Wire:
         for item in items:
             for shard in item.shards:
                 if item.mode == "tree" and total(shard.q_runs):
-                    hops, crossing = self.tree_hops(shard.rank, self.holders(item))
+                    hops, crossing = self.tree_hops(shard.rank, self.seen(item, shard.rank))
                     between |= crossing > 0
                     inside |= hops > crossing
         return 2 * LAYERS * (between + inside)

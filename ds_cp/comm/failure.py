@@ -18,10 +18,9 @@ from typing import TypeVar
 
 import msgspec
 
-from ds_cp.comm.wire import World
+from ds_cp.comm.world import FAILURE, World
 from ds_cp.errors import CommError, DsCpError, RankFailedError
 
-FAILURE = "failure"  # key of the first failure
 READ = "failure/read"  # prefix of the keys by which ranks say that they have read it
 STORE_S = 5.0  # seconds to wait for the store, whose host may be gone
 LEAVE_S = 5.0  # seconds to close connections; NCCL may wait for a message that never comes

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ds_cp.comm.wire import Group, World
+from ds_cp.comm.world import World
 
 SMALL = 1024  # bytes of a message that shows the latency
 LARGE = 2 * 2**20  # bytes of a message that shows the rate
@@ -43,8 +43,8 @@ def measure_links(world: World) -> tuple[LinkSpeed, ...]:
         pairs.append(("between hosts", topology.ranks_on(1)[0]))
     found = []
     for name, peer in pairs:
-        small = _one_way(world.everybody, peer, SMALL, SMALL_ROUNDS)
-        large = _one_way(world.everybody, peer, LARGE, LARGE_ROUNDS)
+        small = _one_way(world, peer, SMALL, SMALL_ROUNDS)
+        large = _one_way(world, peer, LARGE, LARGE_ROUNDS)
         rate = LARGE / large / 1e9 if large else 0.0
         found.append(LinkSpeed(name, small * 1e6, rate))
     world.everybody.barrier()
@@ -52,12 +52,13 @@ def measure_links(world: World) -> tuple[LinkSpeed, ...]:
     return tuple(found)
 
 
-def _one_way(group: Group, peer: int, nbytes: int, rounds: int) -> float:
+def _one_way(world: World, peer: int, nbytes: int, rounds: int) -> float:
     """Half of the fastest round trip in seconds, on rank 0 and on ``peer``; 0 on other ranks.
 
     A message counts once it is in the device's memory: NCCL's ``wait`` only orders CUDA streams, so
     the device is waited for before the clock is read.
     """
+    group = world.everybody
     if group.rank not in (0, peer):
         return 0.0
     other = peer if group.rank == 0 else 0
@@ -65,7 +66,7 @@ def _one_way(group: Group, peer: int, nbytes: int, rounds: int) -> float:
     back = torch.empty_like(data)
     best = float("inf")
     for _ in range(rounds):
-        synchronize(group.device)
+        world.wait_for_device()
         began = time.perf_counter()
         if group.rank == 0:
             group.exchange([(other, data)], [], SCHEME).wait()
@@ -73,12 +74,6 @@ def _one_way(group: Group, peer: int, nbytes: int, rounds: int) -> float:
         else:
             group.exchange([], [(other, back)], SCHEME).wait()
             group.exchange([(other, data)], [], SCHEME).wait()
-        synchronize(group.device)
+        world.wait_for_device()
         best = min(best, time.perf_counter() - began)
     return best / 2
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what was queued on it; on CPU nothing is."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from collections.abc import Callable
 
 from ds_cp.errors import CommError
 
 
-def lost_peer(what: str, began: float, timeout_s: float, err: RuntimeError) -> CommError:
+def lost_peer(what: str, began: float, timeout_s: float, err: Exception) -> CommError:
     """The error for ``what``, an exchange that began at that ``time.monotonic()`` and that a peer
     did not answer."""
     cause = (str(err).splitlines() or [type(err).__name__])[0][:200]
+    if time.monotonic() - began < 0.9 * timeout_s:  # gloo counts from a moment before
+        return gone_peer(what, began, cause)
+    return silent_peer(what, timeout_s, cause)
+
+
+def gone_peer(what: str, began: float, cause: str) -> CommError:
+    """The error when a peer's process or connection has ended."""
     waited = time.monotonic() - began
-    if waited < 0.9 * timeout_s:  # gloo counts from a moment before
-        return CommError(
-            f"{what}: a peer is gone, noticed {waited:.1f} s after the exchange began ({cause}); "
-            "see the other ranks' logs"
-        )
+    return CommError(
+        f"{what}: a peer is gone, noticed {waited:.1f} s after the exchange began ({cause}); "
+        "see the other ranks' logs"
+    )
+
+
+def silent_peer(what: str, timeout_s: float, cause: str) -> CommError:
+    """The error when a peer is there and says nothing for as long as it may."""
     return CommError(
         f"{what}: a peer was silent for {timeout_s:g} s ({cause}); "
         "see the other ranks' logs, or raise comm.timeout_s"
@@ -25,22 +35,25 @@ def lost_peer(what: str, began: float, timeout_s: float, err: RuntimeError) -> C
 
 
 class Pending:
-    """An exchange that was started. Wait for it exactly once."""
+    """An exchange that was started. Wait for it exactly once.
 
-    def __init__(self, works: list[Any], what: str, timeout_s: float) -> None:
-        self._works: list[Any] | None = works
+    ``finish`` blocks until every message has arrived, and raises ``CommError``; None when nothing
+    is left to be done.
+    """
+
+    __slots__ = ("_finish", "_waited", "_what")
+
+    def __init__(self, finish: Callable[[], None] | None, what: str) -> None:
+        self._finish = finish
         self._what = what
-        self._began = time.monotonic()
-        self._timeout_s = timeout_s
+        self._waited = False
 
     def wait(self) -> None:
         """Block until every message has arrived. ``CommError`` after the job's time limit;
         ``RuntimeError``, a fault of ds_cp, the second time."""
-        if self._works is None:
+        if self._waited:
             raise RuntimeError(f"{self._what}: waited for twice")
-        works, self._works = self._works, None
-        try:
-            for work in works:
-                work.wait()
-        except RuntimeError as err:
-            raise lost_peer(self._what, self._began, self._timeout_s, err) from err
+        self._waited = True
+        finish, self._finish = self._finish, None
+        if finish is not None:
+            finish()

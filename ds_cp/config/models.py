@@ -131,18 +131,46 @@ class Scheduler(Section):
 
 
 class Attention(Section):
-    """The block kernel."""
+    """The kernel."""
 
-    backend: Literal["auto", "reference", "sdpa", "flash_attn"] = Field(
-        default="auto", description="kernel for attention over one rank's keys"
+    backend: Literal["auto", "cpu", "cuda", "triton", "flash_attn", "sdpa", "reference"] = Field(
+        default="auto",
+        description="kernel for attention over one rank's keys; cpu: the native one, for CPUs; "
+        "cuda: triton, and for what is dense in a prompt the fastest of flash-attn, cuDNN and "
+        "torch's flash operator; flash_attn: cuda with that package; triton: for CUDA devices; sdpa: torch's operators; reference: "
+        "plain math; auto: the first of them that serves the model on every rank and passes a "
+        "check at start",
     )
+    deterministic: bool = Field(
+        default=False,
+        description="whether attention on CUDA must not depend on how a prompt was cut into "
+        "chunks, and so on what else runs: kernel triton, never cuda; CPU kernels do not depend on "
+        "it in any case",
+    )
+
+    @model_validator(mode="after")
+    def _not_both(self) -> Attention:
+        if self.deterministic and self.backend == "cuda":
+            raise ValueError(
+                "attention.deterministic is true, but attention.backend cuda cuts a prompt where "
+                "its chunks end; set attention.backend to triton or to auto"
+            )
+        return self
 
 
 class Comm(Section):
     """How ranks find and talk to each other."""
 
     backend: Literal["auto", "gloo", "nccl"] = Field(
-        default="auto", description="collective library; auto: nccl on CUDA devices, gloo otherwise"
+        default="auto",
+        description="what carries tensors between ranks; nccl wants one GPU for each rank, gloo "
+        "copies a GPU's tensors through the host's memory; auto: nccl on CUDA devices that no two "
+        "ranks share, gloo otherwise",
+    )
+    shared_memory: bool = Field(
+        default=True,
+        description="ranks of one host exchange through memory that they share, which nobody else "
+        "can open, where the system lets them; gloo only carries what goes to other hosts",
     )
     timeout_s: Annotated[float, Field(ge=5, le=86400)] = Field(
         default=300.0,
@@ -174,6 +202,10 @@ class Config(Section):
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         default="auto", description="type of weights and KV; auto: the model's own"
     )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto",
+        description="where ranks compute; several may share a GPU; auto: cuda where there is any",
+    )
     max_model_len: Auto | Tokens = Field(
         default="auto",
         description="longest prompt plus answer; auto: the model's own limit",
@@ -183,6 +215,12 @@ class Config(Section):
         default="auto",
         description="CPU threads of one rank; auto: the host's cores / its ranks, at least 1",
         json_schema_extra=unit_of("threads"),
+    )
+    linear_layers: Literal["auto", "packed", "torch"] = Field(
+        default="auto",
+        description="who computes linear layers on a CPU: packed (weights laid out once for the "
+        "processor, a copy on every rank; a token's bits do not depend on the others of its step), "
+        "torch, or auto: packed where there is a native library and memory for it",
     )
     context_parallel: ContextParallel = Field(
         default_factory=ContextParallel, description="splitting sequences over ranks"

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from ds_cp.attention import LayerSpec, choose_kernel
+from ds_cp.attention import LayerSpec
 from ds_cp.attention.kernels.choose import Choice
 from ds_cp.comm.failure import failing
 from ds_cp.comm.links import measure_links
@@ -23,6 +23,7 @@ from ds_cp.facts import Facts, LinkFacts
 from ds_cp.kv.pool import bytes_per_token
 from ds_cp.model.end_tokens import model_end_tokens
 from ds_cp.model.faults import decoder_at_fault
+from ds_cp.model.linear import unpack
 from ds_cp.model.loading import choose_dtype, load_config, load_model
 from ds_cp.model.shard import RowSums, shard_model
 from ds_cp.model.source import ModelSource, find_model
@@ -31,12 +32,15 @@ from ds_cp.startup.agreement import gather_blocks, joint_phase, local_phase
 from ds_cp.startup.exactness import Reference, Step, compare, reference_logits, served_logits
 from ds_cp.startup.fingerprint import Fingerprint, agree_on_model, fingerprint
 from ds_cp.startup.flops import achieved_flops
+from ds_cp.startup.kernel_choice import choose_for_all
 from ds_cp.startup.kv_budget import allocate_pool, decide_budget
 from ds_cp.startup.layerwise import AttentionRecord
+from ds_cp.startup.packing import Packing, plan_packing
 from ds_cp.startup.resources import ranks_at_once
 from ds_cp.startup.shapes import mean_shape, shape_notes
 from ds_cp.startup.weights import active_weights
 from ds_cp.topology.hosts import resolve_grid
+from ds_cp.worker.decode_graph import cuda_graphs
 from ds_cp.worker.worker import Worker
 
 
@@ -117,17 +121,22 @@ def _build(
         bytes_per_token=per_token,
         num_layers=len(layers),
         threads=threads,
-        ranks_at_once=ranks_at_once(world.device.type, threads, world.size),
+        ranks_at_once=ranks_at_once(world.device.type, threads, world.size, world.sharing),
         exactness=served.exactness,
         links=tuple(LinkFacts(x.name, x.latency_us, x.gb_per_s) for x in links),
         flops_per_s=flops,
         weights=active_weights(decoder),
         head_dim=shape.head_dim,
-        notes=(*notes, *shape_notes(layers, tp.size), *served.kernel.notes),
+        notes=(*world.notes, *notes, *shape_notes(layers, tp.size), *served.kernel.notes),
         rounding=served.rounding,
         kv_reason=budget.reason,
     )
-    return Worker(world, cp, tp, decoder, layers, pool, kernel), facts
+    worker = Worker(world, cp, tp, decoder, layers, pool, kernel)
+    if world.device.type == "cuda" and tp.size == 1:  # sums between ranks are not captured
+        longest = -(-served.max_model_len // size)
+        rows = config.scheduler.max_num_seqs
+        worker.capture_decodes(rows, longest, cuda_graphs(world.device))
+    return worker, facts
 
 
 def _serve(
@@ -138,8 +147,8 @@ def _serve(
     tp: Group,
     note: Callable[[str], None],
 ) -> Served:
-    """Load, compare with the other ranks, shard, wire, and compare with transformers. ``note``
-    gets a line on each part of the checkpoint that is not used."""
+    """Load, compare with the other ranks, shard, wire, pack, and compare with transformers.
+    ``note`` gets a line on each part of the checkpoint that is not used, and one on packing."""
 
     def load() -> tuple[Decoder, list[nn.Module], int, Fingerprint]:
         source = find_model(config.model) if model is None else model
@@ -154,23 +163,25 @@ def _serve(
         found = fingerprint(decoder, source if isinstance(source, ModelSource) else None)
         return decoder, modules, length, found
 
+    is_callers = isinstance(model, Decoder)
     decoder, modules, length, found = local_phase(world, load)
     agree_on_model(world, found)
     sums = RowSums(tp)
 
-    def prepare() -> tuple[list[LayerSpec], Reference, Choice]:
+    def prepare() -> tuple[list[LayerSpec], Reference, Packing]:
         reference = reference_logits(decoder, modules)
         shard_model(decoder, sums)
         with sums.recording():
             layers = probe_layers(decoder)
+            packing = plan_packing(config.linear_layers, decoder, world, kept=is_callers)
         _check_heads(decoder.config.get_text_config(), layers, tp.size)
-        kernel = choose_kernel(
-            config.attention.backend, world.device, decoder.dtype, layers,
-            config.kv_cache.block_size,
-        )  # fmt: skip
-        return layers, reference, kernel
+        return layers, reference, packing
 
-    layers, reference, kernel = local_phase(world, prepare)
+    layers, reference, packing = local_phase(world, prepare)
+    kernel = choose_for_all(world, config, decoder.dtype, layers)
+    # All ranks of a host looked at its free memory before any of them takes some.
+    if line := local_phase(world, packing):
+        note(line)
 
     def serve(record: AttentionRecord | None) -> list[Step]:
         return served_logits(decoder, layers, kernel.kernel, cp, sums, record)
@@ -189,6 +200,7 @@ def _load(
     config: Config, model: Decoder | ModelSource, world: World, note: Callable[[str], None]
 ) -> Decoder:
     if isinstance(model, Decoder):
+        unpack(model)  # what an earlier engine made of it
         return cast(Decoder, model.train(False))
     found = load_config(model)
     dtype = choose_dtype(config.dtype, getattr(found, "dtype", None), world.device)

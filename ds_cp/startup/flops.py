@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from ds_cp.comm.links import synchronize
+from ds_cp.comm.device import synchronize
 
 ROWS = 256  # tokens of one trial
 TRIALS = 3  # the fastest counts

@@ -14,7 +14,8 @@ from ds_cp.topology.job import Job
 def join_job(job: Job, config: Config) -> tuple[World, int]:
     """Join the other ranks. Returns the world and this rank's number of CPU threads.
 
-    Raises ``ConfigError`` when there is no device for this rank or ranks have other configs,
+    Raises ``ConfigError`` when there is no device for this rank, ranks share one under NCCL, or
+    have other configs,
     ``CommError`` when not all ranks arrive in ``comm.timeout_s``, ``LaunchError`` when rank 0
     cannot listen.
     """
@@ -33,20 +34,27 @@ def join_job(job: Job, config: Config) -> tuple[World, int]:
         device=device,
         timeout_s=config.comm.timeout_s,
         digest=config.model_dump_json(exclude={"server"}),
+        backend=config.comm.backend,
+        shared_memory=config.comm.shared_memory,
     )
     return world, threads
 
 
 def choose_device(config: Config, local_rank: int) -> torch.device:
-    """This rank's device: CUDA for nccl, and for "auto" where there is any; NCCL needs one device
-    for each rank: ``ConfigError`` when there are fewer."""
-    backend = config.comm.backend
-    if backend == "gloo" or (backend == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
+    """This rank's device. Ranks of a host take its CUDA devices in turn, so that several share one
+    where there are more ranks. ``ConfigError`` when the config asks for CUDA and there is none."""
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if config.device == "cuda" and not there:
         raise ConfigError(
-            f"comm.backend {backend} needs one CUDA device per rank, "
-            f"but local rank {local_rank} has none of {torch.cuda.device_count()}: "
-            "start fewer ranks, or set comm.backend to gloo"
+            "device is cuda, but torch finds no CUDA device on this host: "
+            "set device to cpu or auto, or look at what nvidia-smi and torch.version.cuda say"
         )
-    return torch.device("cuda", local_rank)
+    if config.comm.backend == "nccl" and (config.device == "cpu" or not there):
+        why = "device is cpu" if config.device == "cpu" else "this host has none"
+        raise ConfigError(
+            f"comm.backend nccl carries tensors of CUDA devices, but {why}: "
+            "set comm.backend to gloo or auto"
+        )
+    if config.device == "cpu" or not there:
+        return torch.device("cpu")
+    return torch.device("cuda", local_rank % there)

@@ -40,7 +40,7 @@ def decide_budget(
     Raises ``ConfigError``, with the numbers, when it is less than a block or more than is free.
     """
     kv, size = config.kv_cache, config.kv_cache.block_size
-    free, sharing = _free_bytes(world)
+    free, sharing = free_bytes(world)
     lazy = False
     if kv.tokens_per_rank != "auto":
         tokens = _one(kv.tokens_per_rank, "tokens_per_rank", cp_rank, grid.cp_size)
@@ -84,7 +84,10 @@ def allocate_pool(
     """This rank's KV. ``ConfigError``, with the numbers, when the memory cannot be had."""
     try:
         blocks = budget.tokens // block_size
-        return KVPool(layers, blocks, block_size, dtype, world.device, packed, lazy=budget.lazy)
+        return KVPool(
+            layers, blocks, block_size, dtype, world.device, packed,
+            lazy=budget.lazy, scratch=world.device.type == "cuda",
+        )  # fmt: skip
     except (RuntimeError, MemoryError, OSError) as err:
         if not is_out_of_memory(err):
             raise
@@ -93,7 +96,7 @@ def allocate_pool(
 
 
 def _too_large(need: int, world: World, cp_rank: int) -> ConfigError:
-    free, sharing = _free_bytes(world)
+    free, sharing = free_bytes(world)
     whose = f"for each of the host's {sharing} ranks" if sharing > 1 else "there"
     return ConfigError(
         f"kv_cache asks for {need} bytes on cp rank {cp_rank}, but {free} bytes are free {whose}: "
@@ -114,12 +117,12 @@ def _one(budget: int | tuple[int, ...], name: str, cp_rank: int, cp_size: int) -
     return budget[cp_rank]
 
 
-def _free_bytes(world: World) -> tuple[int, int]:
-    """Free bytes for one rank, and how many ranks share that memory: a CUDA device is one rank's,
-    the memory of a host is all its ranks'."""
+def free_bytes(world: World) -> tuple[int, int]:
+    """Free bytes for one rank, and how many ranks share that memory: that of a CUDA device is its
+    ranks', that of a host all its ranks'."""
     if world.device.type == "cuda":
         torch.cuda.empty_cache()  # what sharding freed, torch's allocator would keep
         free, _ = torch.cuda.mem_get_info(world.device)
-        return int(free), 1
+        return int(free) // world.sharing, world.sharing
     sharing = world.topology.local_size(world.rank)
     return int(psutil.virtual_memory().available) // sharing, sharing

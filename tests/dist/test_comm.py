@@ -21,9 +21,9 @@ import torch
 
 from ds_cp.attention import LayerSpec, Span, attention
 from ds_cp.comm.control import Control
-from ds_cp.comm.ring import RingExchange
-from ds_cp.comm.tree import TreeExchange
 from ds_cp.comm.pending import Pending
+from ds_cp.comm.ring import RingExchange
+from ds_cp.comm.tree import RowBlock, TreeRoutes
 from ds_cp.comm.wire import Group, Rendezvous, World, join
 from ds_cp.errors import CommError, ConfigError, LaunchError
 from tests.helpers.oracle import full_attention
@@ -50,6 +50,7 @@ def four_ranks(world: World) -> dict[str, Any]:
         check(world, whole)
         whole.barrier()
     return {
+        "carrier": type(whole.transport).__name__,
         "sums": sums_over_sub_groups(world),
         "plans": [plan(world, size) for size in SIZES],
         "oversize": oversize(world),
@@ -161,7 +162,7 @@ def oversize(world: World) -> list[str]:
         found.append(refusal(CommError, Control(world).broadcast, too_much))
         frame = torch.zeros(Control.FRAME, dtype=torch.uint8)
         frame[:8] = torch.tensor(list((2**50).to_bytes(8, "little")), dtype=torch.uint8)
-        ds_comm.broadcast(frame, src=0)
+        world.everybody.broadcast(frame, "plan")
     else:
         found.append(refusal(CommError, Control(world).broadcast, None))
     assert plan(world, 100)  # the channel goes on
@@ -262,18 +263,25 @@ def everything_alone(group: Group, world: World) -> None:
     pending.wait()
     assert (group.size, group.rank, group.ring, group.hosts) == (1, 0, (0,), (0,))
     assert RingExchange(group, [0], "ring").size == 1
-    tree = TreeExchange(group, [[2]], [[True]])
-    assert tree.levels_up() == 0
-    assert tree.share({(0, 0): x}, x[:0], "tree")[(0, 0)] is x
+    route = TreeRoutes().find((RowBlock(0, 0, 2, (0,)),), group.hosts, group.rank)
+    assert not (route.away or route.carried or route.inside or route.asked or route.between)
     for mode, pass_ in (("local", "kv"), ("ring", "kv"), ("ring", "q"), ("tree", "kv")):
         assert attention_error(group, mode, pass_) <= 2e-6
     assert world.ledger.schemes() == {}
 
 
-@pytest.fixture(scope="module")
-def four() -> list[dict[str, Any]]:
-    """What four ranks found; misuse that was not refused has failed there, with its traceback."""
-    return run_ranks(four_ranks, 4)
+CARRIERS = {"shared memory": ("aaaa", True), "gloo": ("aaaa", False), "both": ("abab", True)}
+
+
+@pytest.fixture(scope="module", params=CARRIERS)
+def four(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    """What four ranks found over each carrier; misuse that was not refused has failed there, with
+    its traceback."""
+    hosts, shared = CARRIERS[request.param]
+    found = run_ranks(four_ranks, 4, hosts=list(hosts), shared_memory=shared)
+    kinds = {"shared memory": "SharedMemory", "gloo": "ProcessGroup", "both": "Routed"}
+    assert {rank["carrier"] for rank in found} == {kinds[request.param]}
+    return found
 
 
 def test_all_reduce_sums_over_the_group_only(four: list[dict[str, Any]]) -> None:
@@ -382,10 +390,12 @@ def one_hop(group: Group) -> None:
     ring.wait()
 
 
-def test_a_silent_peer_is_an_error_within_the_limit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shared", [True, False], ids=["shared memory", "gloo"])
+def test_a_silent_peer_is_an_error_within_the_limit(tmp_path: Path, shared: bool) -> None:
     """In groups too: torch gives a new group half an hour unless given another limit."""
     limit = 3.0
-    found = run_ranks(against_silence, 2, tmp_path / "done", comm_timeout=limit)[1]
+    done = tmp_path / "done"
+    found = run_ranks(against_silence, 2, done, comm_timeout=limit, shared_memory=shared)[1]
     names = {
         "exchange": "hello in group a",
         "all_reduce": "sum in group b",
@@ -413,13 +423,17 @@ def against_death(world: World, notes: Path) -> None:
     (notes / f"{world.rank}.json").write_text(json.dumps(found))
 
 
-def test_a_dead_peer_is_an_error_at_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("carrier", CARRIERS)
+def test_a_dead_peer_is_an_error_at_once(tmp_path: Path, carrier: str) -> None:
     """Long before the limit of 60 s, on every rank that waits for it."""
     with pytest.raises(RankError, match="rank 1"):
-        run_ranks(against_death, 3, tmp_path, comm_timeout=60)
+        hosts, shared = CARRIERS[carrier]
+        run_ranks(
+            against_death, 3, tmp_path, comm_timeout=60, hosts=list(hosts[:3]), shared_memory=shared
+        )
     for rank in (0, 2):
         for seconds, text in json.loads((tmp_path / f"{rank}.json").read_text()):
-            assert seconds < 20
+            assert seconds < (5 if carrier == "shared memory" else 20)
             noticed = re.search(r"in group cp: a peer is gone, noticed ([\d.]+) s after", text)
             assert noticed and abs(float(noticed[1]) - seconds) < 1, text
 

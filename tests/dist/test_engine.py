@@ -357,7 +357,7 @@ def resident_kv(world: World, budget_mib: list[int]) -> float:
     at_start = process.memory_info().rss - before
     engine.generate([make_prompt(500)] * 3, greedy(2))
     grown = process.memory_info().rss - before
-    held = sum(kv.untyped_storage().nbytes() for kv in engine._worker.pool._kv)
+    held = engine._worker.pool.nbytes
     assert 0.95 * mine <= held <= mine, (held, mine)
     assert engine.facts.blocks_per_rank[world.rank] * 64 * engine.facts.bytes_per_token == held
     assert at_start >= 0.95 * mine, "the memory is there before the first request"

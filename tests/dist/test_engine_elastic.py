@@ -492,13 +492,13 @@ def copy_blocks(world: World, plans: list[Copies]) -> list[list[int]]:
     """Each block holds a number; what this rank's blocks hold after each plan."""
     kv = {"block_size": SIZE, "tokens_per_rank": SIZE * BLOCKS}
     worker = engine_on(world, the_model(), {"kv_cache": kv})._worker
-    elements, found = worker.pool.block_elements(SIZE), []
+    elements, found = worker.pool.block_elements, []
     for step, copies in enumerate(plans, 1):
         whole = torch.arange(BLOCKS, dtype=torch.float32) + 100 * world.rank
-        worker.pool.put_blocks(range(BLOCKS), SIZE, whole[:, None].expand(-1, elements))
+        worker.pool.put_blocks(range(BLOCKS), whole[:, None].expand(-1, elements))
         moves = tuple(Transfer((), 0, source, target) for source, target in copies)
         worker.run(StepPlan(step, transfers=moves))
-        held = worker.pool.get_blocks(range(BLOCKS), SIZE)
+        held = worker.pool.get_blocks(range(BLOCKS))
         assert torch.equal(held, held[:, :1].expand(-1, elements)), "blocks are copied whole"
         found.append([int(value) for value in held[:, 0]])
     return found

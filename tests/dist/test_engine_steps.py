@@ -103,7 +103,7 @@ def failing_rows(world: World) -> list[tuple[str, int, bool]]:
     """(finish reason, number of tokens, whether it has scores) of four requests in one batch: the
     second cannot be drawn after two tokens, the third cannot be scored."""
     engine = engine_on(world, tiny_llama(), kv(256))
-    draw, score = sampler._sample_one, sampler.score_prompt
+    draw, score = sampler.sample_one, sampler.score_prompt
 
     def bad_draw(logits_V: torch.Tensor, row: sampler.Row) -> Any:
         if row.how.seed == 22 and row.index == 2:
@@ -115,7 +115,7 @@ def failing_rows(world: World) -> list[tuple[str, int, bool]]:
             raise RuntimeError("a row that cannot be scored (pretended)")
         return score(logits_TV, tokens, top)
 
-    sampler._sample_one = bad_draw
+    sampler.sample_one = bad_draw
     worker_module.score_prompt = bad_score  # type: ignore[attr-defined]
     params = [
         SamplingParams(max_tokens=5, seed=11),

@@ -26,11 +26,13 @@ def run_ranks(
     hosts: Sequence[str] | None = None,
     timeout: float = 120.0,
     comm_timeout: float = 60.0,
+    shared_memory: bool = True,
 ) -> list[Any]:
     """Call ``fn(world, *args)`` on ``size`` ranks and return their results, rank 0 first.
 
     ``fn`` and ``args`` must be importable and picklable (the children come from a fork server that
-    has torch loaded already). ``hosts`` fakes a host name per rank.
+    has torch loaded already). ``hosts`` fakes a host name per rank; ``shared_memory``: between ranks
+    of one of these.
     """
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(
@@ -44,8 +46,9 @@ def run_ranks(
         for rank in range(size):
             mine, theirs = context.Pipe(duplex=False)
             bound = listener if rank == 0 else None
+            settings = {"timeout_s": comm_timeout, "shared_memory": shared_memory}
             child = context.Process(
-                target=_child, args=(fn, rank, size, port, bound, hosts, comm_timeout, theirs, args)
+                target=_child, args=(fn, rank, size, port, bound, hosts, settings, theirs, args)
             )
             child.start()
             theirs.close()
@@ -95,7 +98,7 @@ def _child(
     port: int,
     listener: socket.socket | None,
     hosts: Sequence[str],
-    comm_timeout: float,
+    settings: dict[str, Any],
     pipe: Connection,
     args: tuple[Any, ...],
 ) -> None:
@@ -112,7 +115,7 @@ def _child(
             host=hosts[rank],
             hosts=hosts,
             device=torch.device("cpu"),
-            timeout_s=comm_timeout,
+            **settings,
         )
         pipe.send((True, fn(world, *args)))
         world.leave()

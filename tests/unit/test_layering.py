@@ -59,8 +59,8 @@ SIDEWAYS = {("kv", "attention"), ("outputs", "sampling_params")}  # attention kn
 
 ONLY_IN = {
     "mpi4py": ["topology/mpi.py"],
-    "deepspeed": ["comm/wire.py"],
-    "torch.distributed": ["comm/wire.py"],
+    "deepspeed": ["comm/process_group.py"],
+    "torch.distributed": ["comm/process_group.py"],
     "flash_attn": ["attention/kernels/flash.py"],
     "triton": [
         f"attention/kernels/triton_{part}.py"
@@ -228,8 +228,8 @@ def use_problems(file: str, tree: ast.Module) -> list[str]:
             name = dotted(node)
             if name == "torch.load" or node.attr in FORBIDDEN_ATTRIBUTES:
                 found.append((node.lineno, f"uses {name}"))
-            if within(name, "torch.distributed") and not file.startswith("comm/wire.py"):
-                found.append((node.lineno, f"uses {name}; only comm/wire.py may"))
+            if within(name, "torch.distributed") and not file.startswith("comm/process_group.py"):
+                found.append((node.lineno, f"uses {name}; only comm/process_group.py may"))
             if name in ("os.environ", "os.getenv"):
                 if not file.startswith(tuple(READS_ENVIRONMENT)):
                     found.append((node.lineno, "reads the environment"))

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
+from ds_cp.attention.kernels.cuda import CudaKernel
+from ds_cp.attention.kernels.dense import DenseError, NotInstalledError, candidates
 from ds_cp.attention.kernels.kernel import PagedKernel
 from ds_cp.attention.kernels.reference import ReferenceKernel
 from ds_cp.attention.kernels.self_test import fault
@@ -14,12 +17,12 @@ from ds_cp.attention.spec import LayerSpec
 from ds_cp.errors import ConfigError
 
 
-class KernelUnavailable(Exception):
+class KernelUnavailableError(Exception):
     """A kernel cannot run here; the message is the reason, as the end of a sentence."""
 
 
-# name -> makes the kernel for a device and dtype, or raises ``KernelUnavailable``
-Maker = Callable[[torch.device, torch.dtype], PagedKernel]
+# makes a kernel for a device, or raises ``KernelUnavailableError``
+Maker = Callable[[torch.device], PagedKernel]
 
 
 @dataclass(frozen=True)
@@ -30,9 +33,80 @@ class Choice:
     notes: tuple[str, ...] = ()
 
 
+class Told(NamedTuple):
+    """What a rank tells the others: the kernels that it can use, and of others by name, why
+    not."""
+
+    names: tuple[str, ...]
+    problems: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What can serve a model on this rank. ``kernels``: those that can, the preferred one first;
+    ``problems``: of the others by name, why not; ``order``: every name that was asked for, the
+    preferred one first."""
+
+    kernels: tuple[PagedKernel, ...]
+    problems: dict[str, str]
+    order: tuple[str, ...]
+
+    def told(self) -> Told:
+        """The same, for the other ranks."""
+        return Told(tuple(kernel.name for kernel in self.kernels), self.problems)
+
+
 def makers(device: torch.device) -> dict[str, Maker]:
     """Every kernel for that kind of device by name, the preferred one first."""
-    return {"reference": lambda device, dtype: ReferenceKernel()}
+    if device.type == "cuda":
+        return {"cuda": _cuda, "triton": _triton, "sdpa": _torch, "reference": _reference}
+    return {"cpu": _cpu, "sdpa": _torch, "reference": _reference}
+
+
+def find_kernels(
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    layers: Sequence[LayerSpec],
+    block_size: int,
+    *,
+    check: bool = True,
+    enough: int = 1,
+    deterministic: bool = False,
+) -> Candidates:
+    """The kernels called ``name``, or with "auto" the first ``enough``, that can serve ``layers``
+    on this rank and, with ``check``, pass the self-test; with ``deterministic`` only those whose
+    rows do not depend on how prompts are cut. Raises ``ConfigError`` for a name that is not for
+    this device."""
+    known = makers(device)
+    if name == "flash_attn" and device.type == "cuda":
+        known = {"flash_attn": _flash}
+    if deterministic:
+        known.pop("cuda", None)
+    if name != "auto" and name not in known:
+        raise ConfigError(
+            f"attention.backend {name!r} is not for {device.type}: set attention.backend to auto "
+            f"or to one of {', '.join(known)}"
+        )
+    found: list[PagedKernel] = []
+    problems: dict[str, str] = {}
+    order = tuple(known) if name == "auto" else (name,)
+    for each in order:
+        if len(found) == enough:
+            break
+        try:
+            kernel = known[each](device)
+        except KernelUnavailableError as err:
+            problems[each] = str(err)
+            continue
+        problem = _refusal(kernel, layers, block_size, dtype)
+        if check and not problem:
+            problem = fault(kernel, layers, block_size, dtype, device)
+        if problem:
+            problems[each] = problem
+        else:
+            found.append(kernel)
+    return Candidates(tuple(found), problems, order)
 
 
 def choose_kernel(
@@ -43,27 +117,48 @@ def choose_kernel(
     block_size: int,
     check: bool = True,
 ) -> Choice:
-    """The kernel called ``name``, or with "auto" the first that can serve ``layers`` and, with
-    ``check``, passes the self-test. Raises ``ConfigError`` when one asked for by name does not."""
-    known = makers(device)
-    if name != "auto" and name not in known:
-        raise ConfigError(
-            f"attention.backend {name!r} is not for {device.type}; choose auto or one of "
-            f"{', '.join(known)}"
-        )
+    """The first of ``find_kernels``. Raises ``ConfigError`` when there is none."""
+    found = find_kernels(name, device, dtype, layers, block_size, check=check)
+    return agree_on_kernel(name, found, [found.told()])
+
+
+def agree_on_kernel(
+    name: str, mine: Candidates, ranks: Sequence[Told], hosts: Sequence[str] = ()
+) -> Choice:
+    """The first kernel that every rank has: pages travel, and all read them alike. ``ranks``: what
+    each rank found, mine included; ``hosts``: of each rank, for the lines. Raises ``ConfigError``,
+    which names a rank that lacks the kernel and why, when there is none."""
+    have = {kernel.name: kernel for kernel in mine.kernels}
     notes: list[str] = []
-    for each in known if name == "auto" else (name,):
-        try:
-            kernel = known[each](device, dtype)
-            problem = _refusal(kernel, layers, block_size, dtype)
-            if check and not problem:
-                problem = fault(kernel, layers, block_size, dtype, device)
-        except KernelUnavailable as err:
-            problem = str(err)
-        if not problem:
-            return Choice(kernel, tuple(notes))
-        notes.append(f"kernel {each} is not used: {problem}")
-    raise ConfigError(f"attention.backend is {name}, but {problem}: set attention.backend to auto")
+    for each in _in_order(mine, ranks):
+        lacking = [rank for rank, told in enumerate(ranks) if each not in told.names]
+        if not lacking:
+            kernel = have[each]
+            said = (*notes, *_consequence(notes, each), *getattr(kernel, "notes", ()))
+            return Choice(kernel, said)
+        why = ranks[lacking[0]].problems.get(each) or "it is not known there"
+        where = ""
+        if len(lacking) < len(ranks):
+            where = f"rank {lacking[0]}{f' on {hosts[lacking[0]]}' if hosts else ''}: "
+        notes.append(f"kernel {each} is not used: {where}{why}")
+    why = "; ".join(notes) or "no kernel is known for this device"
+    raise ConfigError(f"attention.backend is {name}, but {why}: set attention.backend to auto")
+
+
+def _in_order(mine: Candidates, ranks: Sequence[Told]) -> list[str]:
+    """Every kernel that a rank has or tried, the preferred one first: all ranks prefer alike."""
+    known = {name for told in ranks for name in (*told.names, *told.problems)}
+    return [name for name in mine.order if name in known]
+
+
+def _consequence(notes: Sequence[str], name: str) -> list[str]:
+    """What it means that the native kernel is not used."""
+    if name != "sdpa" or not any(note.startswith("kernel cpu ") for note in notes):
+        return []
+    return [
+        "attention runs on torch's operators, which are slower, in bfloat16 about 2.5 times: "
+        "`ds-cp doctor` says what the native kernel needs"
+    ]
 
 
 def _refusal(
@@ -73,3 +168,54 @@ def _refusal(
         if reason := kernel.refuses(spec, block_size, dtype):
             return reason
     return ""
+
+
+def _cpu(device: torch.device) -> PagedKernel:
+    from ds_cp.attention.kernels.cpu import CpuKernel
+    from ds_cp.native import load
+
+    library = load()
+    if isinstance(library, str):
+        raise KernelUnavailableError(library)
+    return CpuKernel(library)
+
+
+def _cuda(device: torch.device) -> PagedKernel:
+    return CudaKernel(_triton(device), candidates(device), device)
+
+
+def _flash(device: torch.device) -> PagedKernel:
+    """The kernel "cuda" with that package or not at all."""
+    chosen, why = [one for one in candidates(device) if one.name.startswith("flash-attn")], ""
+    for one in chosen:
+        try:
+            one.load()
+            return CudaKernel(_triton(device), chosen, device)
+        except NotInstalledError:
+            pass
+        except DenseError as err:
+            why = why or f"{one.name} cannot be used: {err}"
+    raise KernelUnavailableError(why or "the package flash-attn is not installed")
+
+
+def _triton(device: torch.device) -> PagedKernel:
+    try:
+        from ds_cp.attention.kernels.triton_kernel import TritonKernel
+    except Exception as err:  # a build for another torch may raise anything at import
+        raise KernelUnavailableError(_import_failed("triton", err)) from err
+    return TritonKernel()
+
+
+def _torch(device: torch.device) -> PagedKernel:
+    from ds_cp.attention.kernels.torch_ops import TorchKernel
+
+    return TorchKernel()
+
+
+def _reference(device: torch.device) -> PagedKernel:
+    return ReferenceKernel()
+
+
+def _import_failed(package: str, err: Exception) -> str:
+    first = (str(err).splitlines() or [""])[0][:200]
+    return f"{package} cannot be imported ({type(err).__name__}: {first})"

@@ -1,196 +1,243 @@
-"""torch's own fused attention operators that return the log-sum-exp, on CPU and on CUDA.
+"""Attention over pages by torch's own fused operators: for processors that the native kernel is not
+built for, and for CUDA devices without a better one.
 
-Their peculiarities, handled here and nowhere else (torch 2.13):
-- CPU flash: ``is_causal`` is top-left aligned, so it is used for squares only; a row that sees
-  nothing gets out 0 and lse **0**, which is set to -inf here; masks must be float.
-- CPU flash reads grouped KV heads without expansion, but with few query rows it is several times
-  faster when the query heads of one KV head are folded into rows; without a mask that is exact.
-- All of them read the last dimension with stride 1 whatever it is, on CPU without a check; q, k and
-  v are made dense first.
-- CUDA flash wants fp16 or bf16, no mask and at most 256 dims a head; the memory-efficient one takes
-  a mask and fp32 and pads the lse. Both want K and V expanded to the query heads unless heads are
-  folded, and head dims that are multiples of 8: others are padded with zeros, which changes no
-  score.
-- No operator knows a soft cap: those layers take the reference kernel.
+Requests with one row go to ``single_rows``. The rows of any other are covered by tiles
+(``ds_cp.attention.tiles``) over its keys, which are gathered heads first, a bounded stretch at a
+time, and what tiles find is folded in their order.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
-from ds_cp.attention.kernels.reference import reference_kernel, reference_rows
-from ds_cp.attention.spec import LayerSpec, Padding
-from ds_cp.attention.state import (
-    NEG_INF,
-    Partial,
-    dense,
-    empty_partial,
-    merge_all,
-    split_heads,
-)
+from ds_cp.attention.batch import Block, PagedBatch, Part, in_window
+from ds_cp.attention.kernels.operators import Operator, cpu_op, hide_blind, operator
+from ds_cp.attention.kernels.single_rows import SingleRows
+from ds_cp.attention.pages import Pages
+from ds_cp.attention.spec import LayerSpec
+from ds_cp.attention.state import NEG_INF, Partial, dense, empty_partial, merge_rows, split_heads
 from ds_cp.attention.tiles import Tile, cover
-from ds_cp.layout import Runs
+from ds_cp.layout import Run, join, total
 
+STRETCH_KEYS = 16_384  # keys gathered at once; stretches begin at multiples of it in positions
+NOWHERE = 1 << 62  # position of a slot that holds no key: after every query
 OP_ROWS = 32  # query rows of one task of the CPU operator, while there are few rows
-CUDA_DIM = 8  # dims: CUDA's operators take head_dims that are multiples of it
-FLASH_DIM = 256  # dims: largest head_dim of CUDA's flash operator
 PART_KEYS = 1536  # least keys of a part; with fewer the merge costs more than it saves
 
 
-def sdpa_kernel(
-    q_THD: torch.Tensor,
-    k_SGD: torch.Tensor,
-    v_SGD: torch.Tensor,
-    q_runs: Runs,
-    k_runs: Runs,
-    spec: LayerSpec,
-) -> Partial:
-    """Attention by torch's fused operators, tile by tile, merged in tile order.
+@dataclass(frozen=True)
+class _Stretch:
+    """Blocks gathered at once: ``(first slot, block number, blocks)`` of each run of blocks that
+    lie in a row, the slots there are, and the tiles over them."""
 
-    Shapes, masks and the empty case as in ``ds_cp.attention.kernels``. ``out`` is in q's dtype when
-    one tile was enough for a row, else fp32.
-    """
-    if spec.softcap is not None:
-        return reference_kernel(q_THD, k_SGD, v_SGD, q_runs, k_runs, spec)
-    q_THD, k_SGD, v_SGD = dense(q_THD), dense(k_SGD), dense(v_SGD)
-    num_tokens = q_THD.shape[0]
-    tiles = cover(q_runs, k_runs, spec.window) if num_tokens and k_SGD.shape[0] else ()
-    if len(tiles) == 1 and tiles[0].rows == num_tokens:
-        return _tile(q_THD, k_SGD, v_SGD, tiles[0], spec)
-    whole = empty_partial(num_tokens, q_THD.shape[1], q_THD.shape[2], q_THD.device)
-    for low, high, group in _row_groups(tiles):
-        parts = [
-            _grow(_tile(q_THD, k_SGD, v_SGD, tile, spec), tile.row - low, high - low)
-            for tile in group
-        ]
-        part = merge_all(parts)
-        whole.out[low:high] = part.out
-        whole.lse[low:high] = part.lse
-    return whole
+    copies: tuple[tuple[int, int, int], ...]
+    slots: int
+    tiles: tuple[Tile, ...]
 
 
-def sdpa_rows(
-    q_BHD: torch.Tensor,
-    k_BGSD: torch.Tensor,
-    v_BGSD: torch.Tensor,
-    padding: Padding,
-    spec: LayerSpec,
-) -> Partial:
-    """One query per row over its own keys, in one call; query heads of a KV head are folded into
-    rows."""
-    if spec.softcap is not None:
-        return reference_rows(q_BHD, k_BGSD, v_BGSD, padding, spec)
-    q_BGFD = split_heads(dense(q_BHD), spec.num_kv_heads)
-    k_BGSD, v_BGSD = dense(k_BGSD), dense(v_BGSD)
-    if q_BHD.device.type == "cpu":
-        out, lse = _cpu_op(q_BGFD, k_BGSD, v_BGSD, spec.scale, padding.mask, False)
-    else:
-        mask = padding.mask.expand(*q_BGFD.shape[:3], -1)
-        out, lse = _cuda_masked(q_BGFD, k_BGSD, v_BGSD, spec.scale, mask)
-    return Partial(out.flatten(1, 2), lse.flatten(1, 2))
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """What a step's calls for layers of one shape and window have in common: per request of several
+    rows its first row and its stretches; the single rows; K and V as they are gathered."""
+
+    requests: list[tuple[int, list[_Stretch]]]
+    single: SingleRows | None
+    keys: torch.Tensor
+    values: torch.Tensor
 
 
-def _row_groups(tiles: tuple[Tile, ...]) -> list[tuple[int, int, list[Tile]]]:
-    """Tiles whose rows overlap, gathered into (first row, end row, tiles) with disjoint rows."""
-    groups: list[tuple[int, int, list[Tile]]] = []
-    for tile in sorted(tiles, key=lambda t: (t.row, -t.rows)):
-        if groups and tile.row < groups[-1][1]:
-            low, high, members = groups[-1]
-            groups[-1] = (low, max(high, tile.row + tile.rows), [*members, tile])
-        else:
-            groups.append((tile.row, tile.row + tile.rows, [tile]))
-    return groups
+class TorchKernel:
+    """``PagedKernel`` by torch's operators."""
+
+    name = "sdpa"
+    packed = False
+
+    def refuses(self, spec: LayerSpec, block_size: int, dtype: torch.dtype) -> str:
+        """Serves every layer."""
+        return ""
+
+    def paged_attention(
+        self,
+        q_THD: torch.Tensor,
+        q_positions: torch.Tensor,
+        pages: Pages,
+        batch: PagedBatch,
+        spec: LayerSpec,
+        into: Partial | None = None,
+    ) -> Partial:
+        """As in ``PagedKernel``."""
+        if into is None:
+            dtype = torch.float64 if q_THD.dtype == torch.float64 else torch.float32
+            into = empty_partial(len(q_THD), spec.num_q_heads, spec.v_dim, q_THD.device, dtype)
+        key = ("sdpa", pages.shape, spec.window, spec.num_q_heads)
+        plan = batch.derived.get(key)
+        if not isinstance(plan, _Plan):
+            plan = batch.derived[key] = _plan(batch, q_positions, pages, spec)
+        op = operator(spec, q_THD.device)
+        if plan.single is not None:
+            _fold(into, plan.single.rows, plan.single.attend(q_THD, pages, op))
+        for row, stretches in plan.requests:
+            for stretch in stretches:
+                k_GSD, v_GSD = _gathered(plan, stretch, pages)
+                for tile in stretch.tiles:
+                    rows = slice(row + tile.row, row + tile.row + tile.rows)
+                    _fold(into, rows, _tile(dense(q_THD[rows]), k_GSD, v_GSD, tile, spec, op))
+        return into
+
+    def write(
+        self,
+        pages: Pages,
+        k_TGD: torch.Tensor,
+        v_TGD: torch.Tensor,
+        blocks: torch.Tensor,
+        places: torch.Tensor,
+    ) -> None:
+        """As in ``PagedKernel``."""
+        pages.write(k_TGD, v_TGD, blocks, places)
+
+    def merge_rows(self, into: Partial, part: Partial, rows: torch.Tensor | None) -> None:
+        """As in ``PagedKernel``."""
+        merge_rows(into, part, rows)
 
 
-def _grow(part: Partial, offset: int, rows: int) -> Partial:
-    """A partial of some rows as a partial of all rows of its group: the others saw nothing."""
-    if part.lse.shape[0] == rows:
-        return part
-    grown = empty_partial(rows, part.out.shape[1], part.out.shape[2], part.out.device)
-    grown.out[offset : offset + part.lse.shape[0]] = part.out
-    grown.lse[offset : offset + part.lse.shape[0]] = part.lse
-    return grown
-
-
-def _tile(
-    q_THD: torch.Tensor, k_SGD: torch.Tensor, v_SGD: torch.Tensor, tile: Tile, spec: LayerSpec
-) -> Partial:
-    q, k, v = q_THD, k_SGD, v_SGD
-    if tile.rows != q.shape[0]:
-        q = q[tile.row : tile.row + tile.rows]
-    if tile.keys != k.shape[0]:
-        k = k[tile.key : tile.key + tile.keys]
-        v = v[tile.key : tile.key + tile.keys]
-    if tile.kind == "full":
-        return _folded(q, k, v, spec)
-    mask = _band_mask(tile, spec, q) if tile.kind == "band" else None
-    op = _cpu_op if q.device.type == "cpu" else _cuda_op
-    out, lse = op(_heads_first(q), _heads_first(k), _heads_first(v), spec.scale, mask, mask is None)
-    part = Partial(out[0].transpose(0, 1), lse[0].transpose(0, 1))
-    if mask is None:
-        return part
-    blind = torch.isneginf(mask).all(dim=-1)
-    return Partial(
-        part.out.masked_fill(blind[:, None, None], 0.0),
-        part.lse.masked_fill(blind[:, None], NEG_INF),
+def _plan(batch: PagedBatch, q_positions: torch.Tensor, pages: Pages, spec: LayerSpec) -> _Plan:
+    shape, requests, row, slots, single = pages.shape, [], batch.first_row, 0, False
+    for part in batch.parts:
+        rows = total(part.q_runs)
+        single = single or (rows == 1 and len(part.blocks) > 0)
+        if rows > 1:
+            stretches = list(_stretches(part, shape.block_size, spec.window))
+            slots = max([slots, *(stretch.slots for stretch in stretches)])
+            requests.append((row, stretches))
+        row += rows
+    one_row = SingleRows(batch, q_positions, shape, spec) if single else None
+    return _Plan(
+        requests,
+        one_row if one_row is not None and one_row.num_chunks else None,
+        pages.data.new_empty(shape.num_kv_heads, slots, shape.k_dim),
+        pages.data.new_empty(shape.num_kv_heads, slots, shape.v_dim),
     )
 
 
-def _folded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: LayerSpec) -> Partial:
+def _stretches(part: Part, size: int, window: int | None) -> Iterator[_Stretch]:
+    """A request's blocks, a bounded number of slots at a time, with what its rows see of them."""
+    first_query = min(start for start, length in part.q_runs if length)
+    some: list[Block] = []
+    most = max(1, STRETCH_KEYS // size)
+    for block in in_window(part.blocks, first_query, window):
+        elsewhere = some and block.first // STRETCH_KEYS != some[0].first // STRETCH_KEYS
+        if elsewhere or len(some) == most:
+            yield from _stretch(part, some, size, window)
+            some = []
+        some.append(block)
+    yield from _stretch(part, some, size, window)
+
+
+def _stretch(part: Part, blocks: list[Block], size: int, window: int | None) -> Iterator[_Stretch]:
+    runs: list[Run] = []
+    for block in blocks:
+        runs += [(block.first, block.keys), (NOWHERE, size - block.keys)]
+    tiles = cover(part.q_runs, join(runs), window)
+    if tiles:
+        by_place = join((block.number, 1) for block in blocks)
+        copies, at = [], 0
+        for number, count in by_place:
+            copies.append((at, number, count))
+            at += count * size
+        yield _Stretch(tuple(copies), at, tiles)
+
+
+def _gathered(plan: _Plan, stretch: _Stretch, pages: Pages) -> tuple[torch.Tensor, torch.Tensor]:
+    """K ``[G, S, D]`` and V ``[G, S, Dv]`` of a stretch; valid until the next call."""
+    size = pages.shape.block_size
+    for room, there in ((plan.keys, pages.keys()), (plan.values, pages.values())):
+        for at, number, count in stretch.copies:
+            here = room[:, at : at + count * size]
+            here.view(len(room), count, size, -1).copy_(
+                there[number : number + count].transpose(0, 1)
+            )
+    return plan.keys[:, : stretch.slots], plan.values[:, : stretch.slots]
+
+
+def _fold(into: Partial, rows: slice | torch.Tensor, part: Partial) -> None:
+    """Merge ``part`` into the rows. On a CPU, where a look at values costs nothing, rows that hold
+    nothing yet are written over, which gives the same bits."""
+    if into.lse.device.type == "cpu" and bool(torch.isneginf(into.lse[rows]).all()):
+        into.out[rows] = part.out.to(into.out.dtype)
+        into.lse[rows] = part.lse.to(into.lse.dtype)
+    elif isinstance(rows, slice):
+        merge_rows(Partial(into.out[rows], into.lse[rows]), part, None)
+    else:
+        merge_rows(into, part, rows)
+
+
+def _tile(
+    q_THD: torch.Tensor,
+    k_GSD: torch.Tensor,
+    v_GSD: torch.Tensor,
+    tile: Tile,
+    spec: LayerSpec,
+    op: Operator,
+) -> Partial:
+    k = k_GSD[None, :, tile.key : tile.key + tile.keys]
+    v = v_GSD[None, :, tile.key : tile.key + tile.keys]
+    if tile.kind == "full":
+        return _folded(q_THD, k, v, spec, op)
+    q = q_THD.transpose(0, 1).unsqueeze(0)
+    if tile.kind == "causal":
+        out, lse = op(q, k, v, None, True)
+    else:
+        mask = _band_mask(tile, spec, q_THD)
+        out, lse = hide_blind(mask, *op(q, k, v, mask, False))
+    return Partial(out[0].transpose(0, 1), lse[0].transpose(0, 1))
+
+
+def _folded(
+    q_THD: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: LayerSpec, op: Operator
+) -> Partial:
     """All keys visible: fold the H/G query heads of each KV head into rows, ``[1, G, H/G * T,
     D]``."""
-    num_tokens, num_heads, head_dim = q.shape
-    fold = num_heads // spec.num_kv_heads
-    op = _cpu_op if q.device.type == "cpu" else _cuda_op
-    if num_tokens == 1:  # a decode step: the fold is a view
-        rows = q.reshape(spec.num_kv_heads, fold, head_dim)
-    else:
-        rows = split_heads(q, spec.num_kv_heads).permute(1, 2, 0, 3).flatten(1, 2)
-    parts = _parts(spec.num_kv_heads * -(-rows.shape[1] // OP_ROWS), k) if op is _cpu_op else 1
-    if parts > 1:
+    fold = (spec.num_kv_heads, spec.num_q_heads // spec.num_kv_heads, len(q_THD))
+    rows = split_heads(q_THD, spec.num_kv_heads).permute(1, 2, 0, 3).flatten(1, 2).unsqueeze(0)
+    parts = _parts(spec.num_kv_heads * -(-rows.shape[2] // OP_ROWS), k.shape[2])
+    if parts > 1 and k.device.type == "cpu" and spec.softcap is None:
         out, lse = _in_parts(rows, k, v, spec.scale, parts)
     else:
-        out, lse = op(rows.unsqueeze(0), _heads_first(k), _heads_first(v), spec.scale, None, False)
-    if num_tokens == 1:
-        return Partial(out.reshape(1, num_heads, head_dim), lse.reshape(1, num_heads))
-    by_head = (spec.num_kv_heads, fold, num_tokens)
-    out = out[0].reshape(*by_head, head_dim).permute(2, 0, 1, 3).flatten(1, 2)
-    lse = lse[0].reshape(by_head).permute(2, 0, 1).flatten(1, 2)
-    return Partial(out, lse)
+        out, lse = op(rows, k, v, None, False)
+    out = out.reshape(*fold, -1).permute(2, 0, 1, 3).flatten(1, 2)
+    return Partial(out, lse.reshape(fold).permute(2, 0, 1).flatten(1, 2))
 
 
-def _parts(tasks: int, k_SGD: torch.Tensor) -> int:
+def _parts(tasks: int, keys: int) -> int:
     """The number of parts to cut the CPU operator's keys into. It deals out whole (head, rows)
     tasks to threads, and a few tasks do not divide evenly: 3 KV heads keep 2 threads busy for the
     time of 4. Each part of the keys is a task of its own."""
     threads = torch.get_num_threads()
     if tasks >= 8 * threads or tasks % threads == 0:
         return 1
-    return max(1, min(threads // math.gcd(tasks, threads), k_SGD.shape[0] // PART_KEYS))
+    return max(1, min(threads // math.gcd(tasks, threads), keys // PART_KEYS))
 
 
 def _in_parts(
-    rows_GRD: torch.Tensor, k_SGD: torch.Tensor, v_SGD: torch.Tensor, scale: float, parts: int
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, parts: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over equal parts of the keys side by side and over the few that are left, merged
-    (split-KV, as flash-decoding does it). ``[1, G, R, D]`` fp32 and ``[1, G, R]``."""
-    each = k_SGD.shape[0] // parts
-    k, v = (
-        x[: parts * each].view(parts, each, *x.shape[1:]).transpose(1, 2) for x in (k_SGD, v_SGD)
+    (split-KV, as flash-decoding does it). ``q [1, G, R, D]`` -> ``[1, G, R, Dv]``, ``[1, G,
+    R]``."""
+    each = k.shape[2] // parts
+    many_k, many_v = (
+        x[0, :, : parts * each].view(k.shape[1], parts, each, -1).transpose(0, 1) for x in (k, v)
     )
-    out, lse = _cpu_op(rows_GRD.expand(parts, -1, -1, -1), k, v, scale, None, False)
-    if parts * each < k_SGD.shape[0]:
-        k, v = (_heads_first(x[parts * each :]) for x in (k_SGD, v_SGD))
-        last = _cpu_op(rows_GRD.unsqueeze(0), k, v, scale, None, False)
+    out, lse = cpu_op(scale, q.expand(parts, -1, -1, -1), many_k, many_v, None, False)
+    if parts * each < k.shape[2]:
+        last = cpu_op(scale, q, k[:, :, parts * each :], v[:, :, parts * each :], None, False)
         out, lse = torch.cat([out, last[0]]), torch.cat([lse, last[1]])
     weights = torch.softmax(lse, dim=0).unsqueeze(-1)
     return (out * weights).sum(dim=0, keepdim=True), torch.logsumexp(lse, dim=0, keepdim=True)
-
-
-def _heads_first(x_THD: torch.Tensor) -> torch.Tensor:
-    return x_THD.transpose(0, 1).unsqueeze(0)
 
 
 def _band_mask(tile: Tile, spec: LayerSpec, q: torch.Tensor) -> torch.Tensor:
@@ -200,82 +247,3 @@ def _band_mask(tile: Tile, spec: LayerSpec, q: torch.Tensor) -> torch.Tensor:
     k_pos = torch.arange(tile.key_pos, tile.key_pos + tile.keys, device=q.device)
     hidden = (k_pos > q_pos) | (k_pos <= q_pos - spec.window)
     return torch.zeros(hidden.shape, dtype=q.dtype, device=q.device).masked_fill_(hidden, NEG_INF)
-
-
-def _cpu_op(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    scale: float,
-    mask: torch.Tensor | None,
-    causal: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, 0.0, causal, attn_mask=mask, scale=scale
-    )
-    return out, lse
-
-
-def _cuda_op(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    scale: float,
-    mask: torch.Tensor | None,
-    causal: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    if k.shape[1] != q.shape[1]:
-        fold = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(fold, dim=1), v.repeat_interleave(fold, dim=1)
-    half = q.dtype in (torch.float16, torch.bfloat16)
-    if mask is None and half and q.shape[3] <= FLASH_DIM:
-        out, lse = _cuda_flash(_padded(q), _padded(k), _padded(v), scale, causal)
-        return out[..., : q.shape[3]], lse
-    if mask is not None:
-        # The operator reads the mask in aligned strides: pad the last dim, then cut the view.
-        width = -(-mask.shape[1] // 16) * 16
-        room = mask.new_zeros(mask.shape[0], width)
-        room[:, : mask.shape[1]] = mask
-        mask = room[:, : mask.shape[1]].expand(1, q.shape[1], -1, -1)
-    return _cuda_masked(q, k, v, scale, mask, causal)
-
-
-def _cuda_masked(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    scale: float,
-    mask: torch.Tensor | None,
-    causal: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    out, lse = _cuda_efficient(_padded(q), _padded(k), _padded(v), scale, mask, causal)
-    return out[..., : q.shape[3]], lse[:, :, : q.shape[2]]
-
-
-def _padded(x: torch.Tensor) -> torch.Tensor:
-    """``x`` with zeros up to the next multiple of ``CUDA_DIM`` dims a head."""
-    missing = -x.shape[3] % CUDA_DIM
-    return torch.nn.functional.pad(x, (0, missing)) if missing else x
-
-
-def _cuda_flash(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    found = torch.ops.aten._scaled_dot_product_flash_attention(
-        q, k, v, 0.0, causal, False, scale=scale
-    )
-    return found[0], found[1]
-
-
-def _cuda_efficient(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    scale: float,
-    mask: torch.Tensor | None,
-    causal: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    found = torch.ops.aten._scaled_dot_product_efficient_attention(
-        q, k, v, mask, True, 0.0, causal, scale=scale
-    )
-    return found[0], found[1]

@@ -7,7 +7,7 @@ import triton
 
 from ds_cp.attention.batch import PagedBatch
 from ds_cp.attention.kernels import triton_merge
-from ds_cp.attention.kernels.choose import KernelUnavailable
+from ds_cp.attention.kernels.choose import KernelUnavailableError
 from ds_cp.attention.kernels.triton_decode import DecodePlan, decode, plan_decode
 from ds_cp.attention.kernels.triton_prefill import PrefillPlan, plan_prefill, prefill
 from ds_cp.attention.kernels.triton_tables import MAX_DIM, Call, prefill_tile
@@ -77,13 +77,15 @@ class TritonKernel:
 
 
 def make_triton(device: torch.device, dtype: torch.dtype) -> TritonKernel:
-    """The kernel, once a first small launch compiled and ran. Raises ``KernelUnavailable`` when the
+    """The kernel, once a first small launch compiled and ran. Raises ``KernelUnavailableError`` when the
     device is too old, or Triton finds no C compiler for its launchers, or cannot compile."""
     if device.type != "cuda":
-        raise KernelUnavailable("it needs a CUDA device")
+        raise KernelUnavailableError("it needs a CUDA device")
     have = torch.cuda.get_device_capability(device)
     if have < CAPABILITY:
-        raise KernelUnavailable(f"the device has compute capability {have[0]}.{have[1]}, not 8.0")
+        raise KernelUnavailableError(
+            f"the device has compute capability {have[0]}.{have[1]}, not 8.0"
+        )
     kernel = TritonKernel()
     pages = empty_pages(PageShape(16, 1, 16, 16, dtype), 1, device)
     one = torch.zeros(1, 1, 16, dtype=dtype, device=device)
@@ -93,7 +95,7 @@ def make_triton(device: torch.device, dtype: torch.dtype) -> TritonKernel:
         torch.cuda.synchronize(device)
     except Exception as err:  # whatever its compiler, linker or driver says
         first = (str(err).strip() or type(err).__name__).splitlines()[0]
-        raise KernelUnavailable(f"triton {triton.__version__} fails here: {first}") from err
+        raise KernelUnavailableError(f"triton {triton.__version__} fails here: {first}") from err
     return kernel
 
 

@@ -17,12 +17,14 @@ from benchmarks.placement import report
 from benchmarks.placement.simulate import POLICIES, Run, compare
 from benchmarks.placement.traces import BLOCK, Cell, Session, make_trace
 from benchmarks.placement.wire import LAYERS, Wire
-from ds_cp.attention import LayerSpec, get_kernel
-from ds_cp.comm.tree import TreeExchange
+from ds_cp.attention import LayerSpec
+from ds_cp.attention.kernels.reference import ReferenceKernel
+from ds_cp.comm.tree import Route, RowBlock
 from ds_cp.kv.pool import KVPool
 from ds_cp.topology.hosts import Topology
+from ds_cp.worker.shipment import SCHEME_SHIP
 from ds_cp.worker.state import StepWork
-from ds_cp.worker.step_context import SCHEME_SHIP, StepContext
+from ds_cp.worker.step_context import Layers, StepContext
 
 H, G, D, E = 9, 3, 64, 4  # SmolLM2-135M, fp32
 TINY = (
@@ -74,9 +76,9 @@ class RecordingGroup:
 def attend(cell: Cell, rank: int, work: StepWork) -> RecordingGroup:
     """One layer of the real step on one rank."""
     group, spec = RecordingGroup(cell.hosts, rank), LayerSpec(H, G, D, 0.125)
-    pool = KVPool([spec], cell.blocks[rank] * BLOCK, torch.float32, group.device)
-    _, kernel = get_kernel("sdpa", group.device, torch.float32)
-    step = StepContext(work, group, [spec], pool, kernel)  # type: ignore[arg-type]
+    pool = KVPool([spec], cell.blocks[rank], BLOCK, torch.float32, group.device)
+    layers = Layers([spec], pool, ReferenceKernel(), group)  # type: ignore[arg-type]
+    step = StepContext(work, layers)
     q, kv = torch.zeros(1, H, step.num_rows, D), torch.zeros(1, G, step.num_rows, D)
     step.attend(0, q, kv, kv)
     return group
@@ -117,18 +119,15 @@ def test_tree_hops_are_those_of_the_exchange() -> None:
     """Every owner and every set of holders on uneven hosts."""
     for hosts in ("aaaa", "aabb", "abbb", "abcab"):
         ranks = range(len(hosts))
+        of_rank = [sorted(set(hosts)).index(host) for host in hosts]
         for owner in ranks:
             for held in range(1, 2 ** len(hosts)):
-                holds = [[bool(held >> r & 1) for r in ranks]]
-                rows = [[int(r == owner) for r in ranks]]
+                holders = tuple(r for r in ranks if held >> r & 1)
                 messages = crossing = 0
                 for rank in ranks:
-                    group = RecordingGroup(hosts, rank)
-                    tree = TreeExchange(group, rows, holds)  # type: ignore[arg-type]
-                    for out, _ in tree._levels:
-                        messages += len(out)
-                        crossing += sum(hosts[peer] != hosts[rank] for peer in out)
-                holders = [r for r in ranks if holds[0][r]]
+                    route = Route([RowBlock(0, owner, 1, holders)], of_rank, rank)
+                    messages += len(route.away) + len(route.inside)
+                    crossing += len(route.away)
                 assert Wire(hosts).tree_hops(owner, holders) == (messages, crossing)
 
 
@@ -159,7 +158,7 @@ def test_placement_figures_add_up(policy: str) -> None:
         for item in run.works[0].items:
             if item.sequence.number in decoding and item.mode == "tree":
                 spanning += 1
-                longest = max(longest, *(sum(n for _, n in s.k_runs) for s in item.shards))
+                longest = max(longest, *(s.blocks.num_keys for s in item.shards))
                 before += LAYERS * (len(item.shards) - 1) * H * (2 * D * E + 4)
         assert run.tally.decode_bytes == before
         run.scheduler.check_integrity()

@@ -23,8 +23,10 @@ FILES = sorted(path for path in CONFIGS.glob("*.json") if path != SCHEMA)
 # The keys of the contract and of this test alone: a key added or renamed has to be added here.
 DEFAULTS = {
     "dtype": "auto",
+    "device": "auto",
     "max_model_len": "auto",
     "threads_per_rank": "auto",
+    "linear_layers": "auto",
     "context_parallel.size": "auto",
     "context_parallel.mode": "auto",
     "context_parallel.ring_pass": "auto",
@@ -41,7 +43,9 @@ DEFAULTS = {
     "scheduler.decode_slowdown": 2.0,
     "scheduler.max_queue": 256,
     "attention.backend": "auto",
+    "attention.deterministic": False,
     "comm.backend": "auto",
+    "comm.shared_memory": True,
     "comm.timeout_s": 300,
     "comm.interface": "auto",
     "comm.hosts": "auto",
@@ -229,9 +233,11 @@ def test_unknown_key_names_itself_and_the_nearest(raw: Any, path: str, near: str
 
 def test_keys_of_later_are_not_accepted_yet() -> None:
     assert "unknown key kv_cache.dtype" in refusal(nested("kv_cache.dtype", "fp8"))
-    assert '"triton"; it must be "auto", "reference"' in refusal(
-        nested("attention.backend", "triton")
+    assert '"flex"; it must be "auto", "cpu", "triton"' in refusal(
+        nested("attention.backend", "flex")
     )
+    both = {"attention": {"backend": "cuda", "deterministic": True}}
+    assert "set attention.backend to triton or to auto" in refusal({"model": "m", **both})
 
 
 BOUNDS = {
@@ -285,8 +291,8 @@ def test_bounds_of_the_slowdown() -> None:
 
 
 @pytest.mark.parametrize("bad", ["true", "auto", 1, 0, None, [], {}])
-def test_prefix_caching_is_true_or_false(bad: Any) -> None:
-    path = "kv_cache.prefix_caching"
+@pytest.mark.parametrize("path", ["kv_cache.prefix_caching", "comm.shared_memory"])
+def test_a_switch_is_true_or_false(path: str, bad: Any) -> None:
     assert at(load_config(nested(path, False)), path) is False
     said = refusal(nested(path, bad))
     assert said == f"the config: {path} is {json.dumps(bad)}; it must be true or false"
@@ -303,6 +309,7 @@ def test_prefix_caching_is_true_or_false(bad: Any) -> None:
         "attention.backend",
         "comm.backend",
         "comm.hosts",
+        "device",
     ],
 )
 def test_wrong_choice_lists_the_choices(path: str) -> None:

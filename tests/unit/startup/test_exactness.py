@@ -10,7 +10,9 @@ import pytest
 import torch
 import transformers as hf
 
-from ds_cp.attention import Kernel
+from ds_cp.attention import PagedKernel
+from ds_cp.attention.kernels.choose import Choice
+from ds_cp.attention.kernels.reference import ReferenceKernel
 from ds_cp.comm.wire import World
 from ds_cp.engine.llm import LLMEngine
 from ds_cp.errors import ModelError, UnsupportedModelError
@@ -188,25 +190,22 @@ def test_large_scores_in_bf16_are_served() -> None:
 # --- a kernel that is wrong in one place
 
 
-def off(part: Any, by: float) -> Any:
-    return type(part)(part.out * (1 + by), part.lse)
+class WrongIn:
+    """A kernel whose output is off by a share in one of the three steps of the check."""
 
+    def __init__(self, kernel: PagedKernel, place: str, by: float) -> None:
+        self.name, self.packed = kernel.name, kernel.packed
+        self.write, self.merge_rows = kernel.write, kernel.merge_rows
+        self.refuses = kernel.refuses
+        self._kernel, self._place, self._by = kernel, place, by
 
-def wrong_in(place: str, by: float) -> Callable[[Kernel], Kernel]:
-    def make(kernel: Kernel) -> Kernel:
-        def block(q: Any, k: Any, v: Any, q_runs: Any, k_runs: Any, spec: Any) -> Any:
-            part = kernel.block(q, k, v, q_runs, k_runs, spec)
-            first = q_runs[0][0] if q_runs else 0
-            wrong = {"first": first == 0, "second": first > 0}.get(place, False)
-            return off(part, by) if wrong else part
-
-        def one_each(*args: Any) -> Any:
-            part = kernel.rows(*args)
-            return off(part, by) if place == "decode" else part
-
-        return Kernel(block, one_each)
-
-    return make
+    def paged_attention(self, q: Any, at: Any, pages: Any, batch: Any, *rest: Any) -> Any:
+        part = self._kernel.paged_attention(q, at, pages, batch, *rest)
+        first = batch.parts[0].q_runs[0][0]
+        step = "decode" if batch.max_rows == 1 else "second" if first else "first"
+        if step == self._place:
+            part.out.mul_(1 + self._by)
+        return part
 
 
 @pytest.mark.parametrize(
@@ -217,13 +216,12 @@ def wrong_in(place: str, by: float) -> Callable[[Kernel], Kernel]:
 def test_a_kernel_that_is_wrong_in_one_place(
     monkeypatch: pytest.MonkeyPatch, place: str, step: str, dtype: torch.dtype, by: float
 ) -> None:
-    get_kernel = build.get_kernel
+    choose = build.choose_for_all
 
-    def wrong(*args: Any) -> tuple[str, Kernel]:
-        name, kernel = get_kernel(*args)
-        return name, wrong_in(place, by)(kernel)
+    def wrong(*args: Any) -> Choice:
+        return Choice(WrongIn(choose(*args).kernel, place, by))
 
-    monkeypatch.setattr(build, "get_kernel", wrong)
+    monkeypatch.setattr(build, "choose_for_all", wrong)
     what = "logits of" if dtype == torch.float32 else "attention of layer 0 in"
     with pytest.raises(UnsupportedModelError, match=f"{what} the {step} differ"):
         engine_of(tiny_llama(initializer_range=0.2).to(dtype))
@@ -234,11 +232,12 @@ def test_a_kernel_that_is_wrong_in_one_place(
 
 def test_a_pool_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys of a block are read one slot late: only later chunks and decodes can see it."""
-    read = exactness.KVPool.read
+    write = ReferenceKernel.write
 
-    def late(self: Any, layer: int, extents: Any) -> Any:
-        return read(self, layer, [(max(slot - 1, 0), n) for slot, n in extents])
+    def late(self: Any, pages: Any, k: Any, v: Any, blocks: Any, places: Any) -> None:
+        write(self, pages, k, v, blocks, (places + 1) % pages.shape.block_size)
 
-    monkeypatch.setattr(exactness.KVPool, "read", late)
+    monkeypatch.setattr(build, "choose_for_all", lambda *_: Choice(ReferenceKernel()))
+    monkeypatch.setattr(ReferenceKernel, "write", late)
     with pytest.raises(UnsupportedModelError, match="logits of the"):
         engine_of(tiny_llama(initializer_range=0.2))

@@ -21,7 +21,10 @@ from transformers import (
 )
 
 from ds_cp.plan import Sampled, Sampling
+from ds_cp.worker import sampler
+from ds_cp.worker.choose import best_ids
 from ds_cp.worker.sampler import History, Row, sample_rows, score_prompt
+from ds_cp.worker.together import sample_together
 
 VOCAB = 50
 
@@ -623,3 +626,117 @@ def test_a_row_that_raises_gets_no_token() -> None:
     assert second == Sampled(2, -1, 0.0)
     assert [first] == sample_rows(logits[:1], rows[:1])
     assert [third] == sample_rows(logits[2:], rows[2:])
+
+
+# --- the way of a GPU, on the CPU
+
+
+def together(logits_RV: torch.Tensor, rows: Sequence[Row]) -> list[Sampled]:
+    """As ``sample_rows`` where logits are on a GPU: no row by itself."""
+    return sampler._in_lots(logits_RV, best_ids(logits_RV), rows)
+
+
+def as_good(got: Sequence[Sampled], want: Sequence[Sampled], logits_RV: torch.Tensor) -> None:
+    """The same tokens and log-probabilities; of equals among the best, any."""
+    assert [s.token for s in got] == [s.token for s in want]
+    assert [s.logprob for s in got] == [s.logprob for s in want]
+    for mine, other in zip(got, want, strict=True):
+        assert [value for _, value in mine.top] == [value for _, value in other.top]
+
+
+@pytest.mark.parametrize(("vocab", "copies"), [(VOCAB, 6), (1000, 4), (49152, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_chosen_together_are_those_chosen_alone(
+    vocab: int, copies: int, dtype: torch.dtype
+) -> None:
+    for seed in range(3):
+        logits, rows = mixed(vocab + seed, vocab, copies)
+        logits = logits.to(dtype)
+        before = logits.clone()
+        got = together(logits, rows)
+        as_good(got, sample_rows(logits, rows), logits)
+        assert torch.equal(logits, before)
+        alone = [together(logits[i : i + 1], [row])[0] for i, row in enumerate(rows)]
+        assert got == alone, "bit for bit, whatever the company"
+        part = random.Random(seed).sample(range(len(rows)), 5)
+        assert together(logits[part], [rows[i] for i in part]) == [alone[i] for i in part]
+
+
+@given(
+    st.integers(0, 10**6), st.integers(1, 12), st.sampled_from([1, 2, 7, 50, 300]),
+    st.sampled_from([0.01, 1.0, 30.0]), st.booleans(),
+)  # fmt: skip
+def test_any_rows_together(seed: int, count: int, vocab: int, spread: float, equals: bool) -> None:
+    """Any filters side by side, many equal scores, rows that are no numbers, tokens that cannot
+    come."""
+    rng = random.Random(seed)
+    logits = some_logits(seed, count * vocab, spread).view(count, vocab)
+    if equals:
+        logits = logits.round()
+    logits[torch.rand(count, vocab) < 0.2] = -math.inf
+    if rng.random() < 0.3:
+        logits[rng.randrange(count), rng.randrange(vocab)] = rng.choice([math.nan, math.inf])
+    rows = []
+    for number in range(count):
+        output = [rng.randrange(vocab) for _ in range(rng.choice([0, 3, 80]))]
+        biases = rng.sample(range(vocab), min(vocab, rng.choice([0, 0, 3])))
+        way = how(
+            temperature=rng.choice([0.0, 1e-30, 0.7, 1.0, 2.0]), top_k=rng.choice([-1, 0, 3, 40]),
+            top_p=rng.choice([1e-320, 0.1, 0.8, 1.0, 1.0]), min_p=rng.choice([0.0, 0.0, 0.05, 1.0]),
+            seed=rng.randrange(-(2**63), 2**63), logprobs=rng.choice([-1, 0, 2, 20]),
+            repetition_penalty=rng.choice([5e-324, 1.0, 1.0, 1.7]),
+            presence_penalty=rng.choice([0.0, 0.5]), frequency_penalty=rng.choice([0.0, -0.4]),
+            early_banned=tuple(rng.sample(range(vocab), min(vocab, rng.choice([0, 0, 2, 300])))),
+            logit_bias=tuple((t, rng.uniform(-5, 5)) for t in sorted(biases)),
+        )  # fmt: skip
+        prompt = [rng.randrange(vocab) for _ in range(rng.choice([0, 4]))]
+        rows.append(Row(number, len(output), way, History(prompt, output)))
+    as_good(together(logits, rows), sample_rows(logits, rows), logits)
+
+
+def test_the_number_of_operations_does_not_grow_with_the_rows() -> None:
+    """What is launched on a GPU, and how often the host waits for it: once for how many tokens a
+    filter leaves, once for the answer."""
+
+    def launched(count: int) -> Counter[str]:
+        rows = [
+            Row(n, 0, how(top_p=0.9, temperature=0.5 + n / 64, seed=n, logprobs=2))
+            for n in range(count)
+        ]
+        logits = torch.randn(count, 300, generator=torch.Generator().manual_seed(0))
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+            together(logits, rows)
+        return Counter(event.name for event in found.events() if event.name.startswith("aten::"))
+
+    few, many = launched(2), launched(64)
+    assert few == many
+    assert many["aten::item"] == 1 and many["aten::nonzero"] == 1, "the two that wait, with the end"
+
+
+def test_an_id_outside_the_vocabulary_is_found_before_the_device_sees_it() -> None:
+    logits = torch.stack([some_logits(n) for n in range(3)])
+    for bad in (how(logit_bias=((VOCAB, 1.0),)), how(early_banned=(-1,))):
+        rows = [Row(1, 0, how()), Row(2, 0, bad), Row(3, 0, how(logprobs=2))]
+        with pytest.raises(ValueError, match="in a vocabulary of 50"):
+            sample_together(logits, best_ids(logits), [0, 1, 2], rows)
+        first, second, third = together(logits, rows)
+        assert second == Sampled(2, -1, 0.0)
+        assert [first, third] == sample_rows(logits[[0, 2]], [rows[0], rows[2]])
+
+
+def test_more_rows_than_fit_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, rows = mixed(3, 1000, 4)
+    want = together(logits, rows)
+    monkeypatch.setattr(sampler, "TOGETHER", 2500)
+    assert together(logits, rows) == want
+
+
+@pytest.mark.gpu
+def test_rows_on_a_gpu_are_those_on_the_cpu() -> None:
+    """Draws by the same numbers; a GPU rounds sums in another order, so a few may differ."""
+    logits, rows = mixed(5, 32000, 8)
+    want = sample_rows(logits, rows)
+    got = sample_rows(logits.cuda(), rows)
+    assert sum(a.token != b.token for a, b in zip(got, want, strict=True)) <= 1
+    alone = [sample_rows(logits[i : i + 1].cuda(), [row])[0] for i, row in enumerate(rows)]
+    assert [s.token for s in alone] == [s.token for s in got]

@@ -1,0 +1,124 @@
+"""Some ranks of the job that exchange messages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from ds_cp.comm.pending import Pending
+from ds_cp.comm.transport import Message, Transport
+
+if TYPE_CHECKING:
+    from ds_cp.comm.world import World
+
+
+class Group:
+    """Some ranks of the job that exchange messages.
+
+    ``ranks``: world ranks in group order; ``rank``: this rank's index in it; ``hosts``: host index
+    of every member; ``ring``: the order (of group indices) in which a ring visits the members so
+    that it enters each host once; ``transport``: carries what is on the CPU; ``on_device``: what is
+    on a CUDA device. Both may be exchanged for others, which see every message. A group of one does
+    no call and returns the same types. Raises ``ValueError`` when this rank is not a member.
+    """
+
+    def __init__(
+        self, name: str, ranks: Sequence[int], world: World, transport: Transport | None,
+        on_device: Transport | None = None,
+    ) -> None:  # fmt: skip
+        if world.rank not in ranks:
+            raise ValueError(f"group {name}: rank {world.rank} is not a member of {list(ranks)}")
+        self.name = name
+        self.ranks = tuple(ranks)
+        self.rank = self.ranks.index(world.rank)
+        self.size = len(self.ranks)
+        sub = world.topology.subset(self.ranks)
+        self.hosts = tuple(sub.host_index(r) for r in range(self.size))
+        self.ring = sub.ring_order()
+        self.device = world.device
+        self.ledger = world.ledger
+        self.transport = transport
+        self.on_device = on_device
+        self._local_work = world.local_work
+
+    def close(self) -> None:
+        """Wake the peers that wait for this rank and give the connections up; no call may
+        follow."""
+        for transport in (self.transport, self.on_device):
+            if transport is not None:
+                transport.close()
+
+    def __repr__(self) -> str:
+        return f"Group({self.name}, ranks={list(self.ranks)}, rank={self.rank})"
+
+    def exchange(self, sends: Sequence[Message], recvs: Sequence[Message], scheme: str) -> Pending:
+        """Start one round: send each tensor to its peer, receive into each buffer from its peer.
+
+        Tensors are contiguous, any dtype, all on the CPU or all on the device. They stay untouched
+        until the round was waited for. Between two ranks messages keep their order. Empty tensors
+        are skipped on both sides. The ledger counts the payload under ``scheme``. Raises
+        ``ValueError`` for a tensor that is not contiguous, ``CommError`` when a peer is gone.
+        """
+        self._local_work.refuse(scheme, self.name)
+        coming = [self._checked(message) for message in recvs if message[1].numel()]
+        going = [self._checked(message) for message in sends if message[1].numel()]
+        what = f"{scheme} in group {self.name}"
+        if not coming and not going:
+            return Pending(None, what)
+        nbytes = inter = 0
+        for peer, tensor in going:
+            nbytes += tensor.nbytes
+            if self.hosts[peer] != self.hosts[self.rank]:
+                inter += tensor.nbytes
+        self.ledger.add(scheme, nbytes, inter)
+        return self._carrier((going or coming)[0][1]).exchange(going, coming, what)
+
+    def _checked(self, message: Message) -> Message:
+        peer, tensor = message
+        if peer == self.rank or not 0 <= peer < self.size:
+            raise ValueError(f"group {self.name}: rank {self.rank} cannot message rank {peer}")
+        if not tensor.is_contiguous():
+            raise ValueError(f"group {self.name}: tensors on the wire must be contiguous")
+        return message
+
+    def _carrier(self, tensor: torch.Tensor) -> Transport:
+        found = self.on_device if tensor.is_cuda else self.transport
+        assert found is not None, f"group {self.name} has nothing that carries {tensor.device.type}"
+        return found
+
+    def all_reduce(self, tensor: torch.Tensor, scheme: str) -> None:
+        """Sum ``tensor`` over the group in place; within a host in the order of the ranks.
+
+        Raises ``ValueError`` for a tensor that is not contiguous (what was reduced would be a
+        temporary, and lost), ``CommError`` when a peer is gone.
+        """
+        self._local_work.refuse(scheme, self.name)
+        if self.size == 1:
+            return
+        if not tensor.is_contiguous():
+            raise ValueError(f"group {self.name}: all_reduce of a non-contiguous tensor")
+        nbytes = 2 * (self.size - 1) * tensor.numel() * tensor.element_size() // self.size
+        spans_hosts = len(set(self.hosts)) > 1
+        self.ledger.add(scheme, nbytes, nbytes if spans_hosts else 0)
+        self._carrier(tensor).all_reduce(tensor, f"{scheme} in group {self.name}")
+
+    def broadcast(self, tensor: torch.Tensor, scheme: str) -> None:
+        """Give member 0's ``tensor`` (same shape everywhere) to all, in place. ``ValueError`` and
+        ``CommError`` as in ``all_reduce``."""
+        self._local_work.refuse(scheme, self.name)
+        if self.size == 1:
+            return
+        if not tensor.is_contiguous():
+            raise ValueError(f"group {self.name}: broadcast of a non-contiguous tensor")
+        if self.rank == 0:
+            nbytes = tensor.numel() * tensor.element_size()
+            away = sum(host != self.hosts[0] for host in self.hosts)
+            self.ledger.add(scheme, nbytes * (self.size - 1), nbytes * away)
+        self._carrier(tensor).broadcast(tensor, f"{scheme} broadcast in group {self.name}")
+
+    def barrier(self) -> None:
+        """Wait until every member is here."""
+        token = torch.zeros(1, dtype=torch.int32)
+        self.all_reduce(token, "barrier")

@@ -1,0 +1,204 @@
+"""A process joins the job: where the ranks meet, what they tell each other, what they agree on."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import msgspec
+import torch
+
+from ds_cp.comm import process_group
+from ds_cp.comm.process_group import DistError
+from ds_cp.comm.shared_memory import Neighbours, Process
+from ds_cp.comm.world import Backend, World, cores
+from ds_cp.errors import CommError, ConfigError
+from ds_cp.topology.hosts import Topology, name_hosts
+from ds_cp.topology.net import host_key, listening_address
+
+
+@dataclass(frozen=True)
+class Rendezvous:
+    """Where the ranks of one job meet.
+
+    ``listen_fd`` is rank 0's listening socket (bound by the launch code, loopback for one-host
+    jobs); the other ranks, and rank 0 of a job whose store exists already (torchrun), are clients.
+    ``prefix`` keeps the keys of one generation of workers apart from the next.
+    """
+
+    host: str
+    port: int
+    listen_fd: int | None = None
+    prefix: str = "gen0"
+
+
+class Hello(msgspec.Struct, array_like=True):
+    """What a rank says of itself. ``mark``: digest of its config; ``key``: alike on one host;
+    ``gpu``: a word for its CUDA device, "" without one."""
+
+    mark: str
+    key: str
+    host: str
+    pid: int
+    namespace: str
+    gpu: str = ""
+
+
+def join(
+    rank: int,
+    world_size: int,
+    rendezvous: Rendezvous,
+    *,
+    host: str,
+    hosts: Sequence[str] | None,
+    device: torch.device,
+    timeout_s: float,
+    digest: str = "",
+    backend: Literal["auto", "gloo", "nccl"] = "auto",
+    shared_memory: bool = True,
+) -> World:
+    """Join the job and learn its hosts.
+
+    ``host`` is this process's host name; ``hosts`` the host of every rank when the launch code
+    knows it (MPI), else ``None`` and the names are exchanged through the store, where two hosts of
+    one name get different ones. ``digest``: what all ranks must have in common (their config).
+    ``backend``: see ``agree_on_backend``; ``shared_memory``: between ranks of a host, where it can
+    be had. Raises ``CommError`` when not all ranks arrive in time, ``LaunchError`` when the store
+    cannot listen, ``ConfigError`` when ranks were started differently or share a GPU under NCCL.
+    """
+    try:
+        store = process_group.open_store(
+            rendezvous.host, rendezvous.port, rendezvous.listen_fd if rank == 0 else None,
+            rendezvous.prefix, timeout_s,
+        )  # fmt: skip
+        hellos = _introduce(rank, world_size, host, digest, device, store)
+        names = list(hosts or _names(hellos))
+        try:
+            _check_configs(hellos)
+            chosen, notes = agree_on_backend(backend, names, [hello.gpu for hello in hellos])
+        except ConfigError:
+            _stay_until_read(rank, world_size, store)
+            raise
+        process_group.start(rank, world_size, store, device, chosen == "nccl", timeout_s)
+        topology = Topology.from_hosts(names)
+        near = topology.ranks_on(topology.host_index(rank))
+        processes = [Process(hello.pid, hello.namespace, hello.key) for hello in hellos]
+        neighbours = (
+            Neighbours(rank, near, processes, store, timeout_s, cores()) if shared_memory else None
+        )
+        mine = (hellos[rank].key, hellos[rank].gpu)
+        world = World(
+            rank, topology, device, timeout_s, joined=True, store=store, backend=chosen,
+            neighbours=neighbours,
+            sharing=sum((hello.key, hello.gpu) == mine for hello in hellos) if mine[1] else 1,
+        )  # fmt: skip
+        world.notes = [*notes, *_notes_of_all(world)]
+    except (RuntimeError, DistError) as err:
+        where = f"{rendezvous.host} port {rendezvous.port}"
+        if rank == 0 and rendezvous.listen_fd is not None:
+            where += f" (it listens on {listening_address(rendezvous.listen_fd)[0]})"
+        raise CommError(
+            f"rank {rank} of {world_size} could not join the others at {where} "
+            f"within {timeout_s:g} s: {(str(err).splitlines() or [type(err).__name__])[0][:200]}"
+        ) from err
+    return world
+
+
+def agree_on_backend(
+    asked: Literal["auto", "gloo", "nccl"], hosts: Sequence[str], gpus: Sequence[str]
+) -> tuple[Backend, list[str]]:
+    """What carries the tensors of CUDA devices, and notes on it, from every rank's host and device
+    ("" for the CPU).
+
+    NCCL wants a device for each rank: "auto" takes gloo where ranks share one; "nccl" is a
+    ``ConfigError`` then, and on the CPU. A job is all on the CPU or all on CUDA devices.
+    """
+    without = [rank for rank, gpu in enumerate(gpus) if not gpu]
+    if without and len(without) < len(gpus):
+        raise ConfigError(
+            f"ranks {without[:8]} compute on the CPU and the others on CUDA devices: "
+            "set device to cpu, or start ranks only where there is a GPU"
+        )
+    if without:
+        if asked == "nccl":
+            raise ConfigError(
+                "comm.backend nccl moves tensors of CUDA devices, but the ranks compute on the "
+                "CPU: set comm.backend to auto"
+            )
+        return "gloo", []
+    if asked == "gloo":
+        return "gloo", []
+    for host in dict.fromkeys(hosts):
+        here = [gpu for gpu, name in zip(gpus, hosts, strict=True) if name == host]
+        if (number := len(set(here))) < len(here):
+            what = f"{len(here)} ranks on {number} GPU{'s' * (number != 1)}"
+            if asked == "nccl":
+                raise ConfigError(
+                    f"comm.backend nccl needs one GPU for each rank, but host {host} has {what}: "
+                    "start fewer ranks, or set comm.backend to gloo"
+                )
+            note = f"host {host} has {what}: they exchange by gloo, since NCCL needs one for each"
+            return "gloo", [note]
+    return "nccl", []
+
+
+def _introduce(
+    rank: int, size: int, host: str, digest: str, device: torch.device, store: Any
+) -> list[Hello]:
+    """Publish what this rank says of itself; returns what every rank says, rank 0 first."""
+    mine = Hello(
+        hashlib.sha256(digest.encode()).hexdigest(), host_key(), host, os.getpid(),
+        _pid_namespace(), _gpu(device),
+    )  # fmt: skip
+    store.set(f"hello/{rank}", msgspec.json.encode(mine).decode())
+    return [msgspec.json.decode(store.get(f"hello/{r}"), type=Hello) for r in range(size)]
+
+
+def _names(hellos: Sequence[Hello]) -> list[str]:
+    hosts = [(hello.host, hello.key) for hello in hellos]
+    return list(name_hosts([hosts.index(own) for own in hosts], [hello.host for hello in hellos]))
+
+
+def _check_configs(hellos: Sequence[Hello]) -> None:
+    odd = [r for r, hello in enumerate(hellos) if hello.mark != hellos[0].mark]
+    if odd:
+        raise ConfigError(
+            f"ranks {odd[:8]} were started with another config than rank 0: "
+            "start every rank with the same file and options"
+        )
+
+
+def _stay_until_read(rank: int, size: int, store: Any) -> None:
+    """Rank 0 is the store: it must stay until the other ranks have read what all said."""
+    store.set(f"read/{rank}", "")
+    if rank == 0:
+        store.wait([f"read/{r}" for r in range(size)])
+
+
+def _notes_of_all(world: World) -> list[str]:
+    """What each host says of its shared memory, on every rank, in the order of the hosts."""
+    if world.size == 1:
+        return []
+    leaders = world.topology.leaders
+    if world.rank in leaders:
+        world.store.set(f"notes/{world.rank}", "\n".join(world.notes))
+    said = [world.store.get(f"notes/{leader}").decode() for leader in leaders]
+    return [line for text in said for line in text.splitlines()]
+
+
+def _pid_namespace() -> str:
+    try:
+        return str(os.stat("/proc/self/ns/pid").st_ino)
+    except OSError:
+        return f"of process {os.getpid()}"  # nobody else's
+
+
+def _gpu(device: torch.device) -> str:
+    """A word for a CUDA device that two ranks share only when it is the same one."""
+    if device.type != "cuda":
+        return ""
+    properties = torch.cuda.get_device_properties(device)
+    return str(getattr(properties, "uuid", "") or device.index)

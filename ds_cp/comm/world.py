@@ -1,0 +1,149 @@
+"""This process's place in the job."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+
+from ds_cp.comm import process_group
+from ds_cp.comm.device import mark_here, wait_until
+from ds_cp.comm.group import Group
+from ds_cp.comm.ledger import Ledger
+from ds_cp.comm.local_work import LocalWork
+from ds_cp.comm.process_group import DistError, ProcessGroup
+from ds_cp.comm.shared_memory import Neighbours, SharedMemory
+from ds_cp.comm.staging import Staged
+from ds_cp.comm.transport import Routed, Transport
+from ds_cp.errors import CommError
+from ds_cp.topology.hosts import Topology
+
+Backend = Literal["gloo", "nccl"]
+FAILURE = "failure"  # key in the store: why a rank has given the job up
+
+
+class World:
+    """This process's place in the job: its rank, every rank's host, and the groups it is in.
+
+    ``backend``: what carries the tensors of a CUDA device; ``neighbours``: makes shared memory with
+    the ranks of this host, None when that is off; ``sharing``: ranks, this one among them, that
+    compute on its CUDA device; ``notes``: lines for the start-up summary.
+    """
+
+    def __init__(
+        self, rank: int, topology: Topology, device: torch.device, timeout_s: float, joined: bool,
+        store: Any = None, backend: Backend = "gloo", neighbours: Neighbours | None = None,
+        sharing: int = 1,
+    ) -> None:  # fmt: skip
+        self.rank = rank
+        self.size = topology.size
+        self.topology = topology
+        self.device = device
+        self.timeout_s = timeout_s
+        self.backend = backend
+        self.sharing = sharing
+        self.ledger = Ledger()
+        self.local_work = LocalWork()
+        self.store = store  # of the ranks that joined: keys and values, also after ``leave``
+        self.failure: BaseException | None = None  # why this world is of no use any more
+        self.agreed: BaseException | None = None  # an error that all ranks raise, and go on
+        self.notes: list[str] = []
+        self._joined = joined
+        self._neighbours = neighbours
+        self._near: list[SharedMemory] = []
+        self._made = 0  # groups, the same number on every rank
+        self._groups: list[Group] = []
+        ranks = range(self.size)
+        far = process_group.everybody(ranks, timeout_s) if self.size > 1 else None
+        self.everybody = self._with_carriers("world", ranks, far)
+
+    def group(self, name: str, members: Sequence[Sequence[int]]) -> Group:
+        """Make one group of each list of world ranks and return this rank's.
+
+        Collective: every rank calls it, in the same order, with the same lists. Raises
+        ``ValueError`` unless these are a partition of the ranks, ``CommError`` when a rank does not
+        come.
+        """
+        flat = sorted(r for ranks in members for r in ranks)
+        if flat != list(range(self.size)):
+            raise ValueError(f"group {name}: {members} is not a partition of {self.size} ranks")
+        mine: Group | None = None
+        for ranks in members:
+            far = process_group.new_group(ranks, self.timeout_s) if len(ranks) > 1 else None
+            if self.rank in ranks:
+                mine = self._with_carriers(name, ranks, far)
+        assert mine is not None
+        return mine
+
+    def _with_carriers(self, name: str, ranks: Sequence[int], far: ProcessGroup | None) -> Group:
+        self._made += 1
+        here: Transport | None = far
+        if far is not None and self._neighbours is not None:
+            hosts = [self.topology.host_index(r) for r in ranks]
+            me = list(ranks).index(self.rank)
+            near = self._share(ranks, [i for i, host in enumerate(hosts) if host == hosts[me]])
+            if len(set(hosts)) > 1:
+                here = Routed(me, hosts, near, far)
+            elif near is not None:
+                here = near
+        there: Transport | None = None
+        if self.device.type == "cuda" and here is not None:
+            there = far if self.backend == "nccl" else Staged(here)
+        group = Group(name, ranks, self, here, there)
+        self._groups.append(group)
+        return group
+
+    def _share(self, ranks: Sequence[int], members: Sequence[int]) -> SharedMemory | None:
+        """Shared memory between those members, if they are several and each of them can."""
+        if len(members) < 2 or self._neighbours is None:
+            return None
+        try:
+            found = self._neighbours.join(f"near/{self._made}", ranks, members)
+        except (RuntimeError, DistError) as err:
+            text = (str(err).splitlines() or [""])[0][:200]
+            raise CommError(f"a rank of this host did not come to share memory ({text})") from err
+        if isinstance(found, SharedMemory):
+            self._near.append(found)
+            return found
+        host = self.topology.hosts[self.rank]
+        note = f"ranks on {host} exchange by gloo, not through shared memory: {found}"
+        if note not in self.notes:
+            self.notes.append(note)
+        return None
+
+    def wait_for_device(self) -> None:
+        """Block until the device has done what is queued on the current stream, exchanges over NCCL
+        among it. ``CommError`` when a peer is gone, or after the job's time limit."""
+        if self.device.type != "cuda":
+            return
+        if self.size == 1:
+            torch.cuda.synchronize(self.device)
+            return
+        wait_until(mark_here(self.device), self.timeout_s, self._lost)
+
+    def _lost(self) -> str:
+        """Who is known to be gone: by the cause that it wrote, or by its process."""
+        with contextlib.suppress(Exception):
+            if self.store.check([FAILURE]):
+                return "a rank has failed"
+        found = next((who for near in self._near if (who := near.lost()) is not None), None)
+        return "" if found is None else f"rank {found} has ended"
+
+    def leave(self) -> None:
+        """Leave: every peer that waits for this rank wakes, and gloo's threads end here, even if
+        this world is still referred to."""
+        if self._joined:
+            for group in self._groups:
+                group.close()
+            process_group.leave()
+            if self._neighbours is not None:
+                self._neighbours.close()
+        self._joined = False
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))

@@ -1,0 +1,189 @@
+"""Linear layers of a loaded decoder computed by a packed operator, the model's code untouched.
+
+What is replaced is the ``forward`` of single ``nn.Linear`` modules, and only of those that compute
+nothing but ``x @ W^T + b`` and whose weight nobody else reads: a trial call shows who does. The
+packed weights take the place of the originals, of which shape and dtype stay (on the meta device,
+so that a reader fails instead of getting wrong numbers).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from ds_cp.model.native_norm import NativeNorm
+from ds_cp.model.packed_linear import DTYPES, MOST, LinearOps, PackedGroup, PackedLinear
+from ds_cp.model.wiring import Decoder
+from ds_cp.native import Library, load
+
+# What may be asked of a weight without reading it.
+_SHAPE = frozenset(
+    {torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel,
+     *(getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "ndim", "requires_grad"))}
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A linear layer that may be packed. ``shared``: its weight is another module's too, which goes
+    on reading it, so that it stays where it is. ``input``: layers with the same number follow one
+    another and get the same tensor."""
+
+    name: str
+    module: nn.Linear
+    shared: bool
+    input: int
+
+
+def candidates(model: Decoder, call: Callable[[], object]) -> list[Candidate]:
+    """The layers that may be packed; ``call`` runs the model once, on a token or more.
+
+    Left out: subclasses and layers with a ``forward`` of their own, quantized or other dtypes,
+    layers that ``call`` does not reach, and those whose weight would go although other code than
+    their own call reads it. Experts that are held as one parameter are no linear layers.
+    """
+    owners: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(module)
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and _is_plain(module)
+    }
+    with _Uses(list(found.values())) as uses:
+        call()
+    first = next(iter(model.parameters()), None)  # says on which device the model is
+    names = {module: name for name, module in found.items()}
+    made = []
+    for module, number in uses.calls.items():  # in the order of the calls
+        shared = any(owner is not module for owner in owners[id(module.weight)])
+        if shared or (module not in uses.foreign and module.weight is not first):
+            made.append(Candidate(names[module], module, shared, number))
+    return made
+
+
+def _is_plain(module: nn.Linear) -> bool:
+    tensors = [t for t in (module.weight, module.bias) if t is not None]
+    return (
+        "forward" not in module.__dict__
+        and all(type(t) is nn.Parameter and t.device.type == "cpu" for t in tensors)
+        and module.weight.dtype in DTYPES
+        and module.weight.numel() > 0
+        and module.weight.is_contiguous()
+        and all(t.dtype == module.weight.dtype for t in tensors)
+    )
+
+
+class _Uses(TorchFunctionMode):
+    """Within: notes who reads the weights and biases of ``modules``."""
+
+    def __init__(self, modules: Sequence[nn.Linear]) -> None:
+        super().__init__()
+        self._owner = {
+            id(t): module for module in modules for t in (module.weight, module.bias)
+            if t is not None
+        }  # fmt: skip
+        self._modules = modules
+        self._inside: list[nn.Module] = []
+        self.calls: dict[nn.Linear, int] = {}  # in their order, with the number of the input
+        self.foreign: set[nn.Module] = set()  # whose weight or bias other code read
+        self._last: torch.Tensor | None = None  # input
+        self._inputs = 0
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> _Uses:
+        for module in self._modules:
+            self._hooks.append(module.register_forward_pre_hook(self._enter, prepend=True))
+            self._hooks.append(module.register_forward_hook(self._leave, prepend=True))
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        for hook in self._hooks:
+            hook.remove()
+
+    def _enter(self, module: nn.Linear, args: Any) -> None:
+        self._inside.append(module)
+        given = args[0] if args else None
+        if given is None or given is not self._last or module in self.calls:
+            self._inputs += 1  # one that is called twice shares its input with nobody
+        self._last = None if module in self.calls else given
+        self.calls[module] = self._inputs
+
+    def _leave(self, module: nn.Module, *_: Any) -> None:
+        self._inside.pop()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for argument in (*args, *(kwargs or {}).values()):
+            owner = self._owner.get(id(argument))
+            if owner is None or func in _SHAPE:
+                continue
+            own = func is nn.functional.linear and self._inside and self._inside[-1] is owner
+            if not own:
+                self.foreign.add(owner)
+        return func(*args, **(kwargs or {}))
+
+
+def pack_linears(found: Sequence[Candidate], ops: LinearOps, keep: bool) -> str:
+    """Replace what the layers compute; one line that says what was done.
+
+    ``keep``: leave the original weights in place (a model that the caller goes on using). Weights
+    that another module shares, such as tied embeddings, stay in any case.
+    """
+    packed = doubled = 0
+    groups: dict[int, list[PackedLinear]] = {}
+    for one in found:
+        layer = one.module
+        size = ops.bytes_of(layer.weight)
+        computed = ops.pack(layer.weight, layer.bias)
+        groups.setdefault(one.input, []).append(computed)
+        setattr(layer, "forward", computed)  # noqa: B010
+        packed += size
+        if keep or one.shared:
+            doubled += size
+            continue
+        empty = torch.empty_like(layer.weight, device="meta")
+        layer.weight = nn.Parameter(empty, requires_grad=False)
+    for group in groups.values():
+        if 1 < len(group) <= MOST:
+            PackedGroup(ops, group)
+    line = f"linear layers: {len(found)} packed for {ops.isa}, {packed / 2**20:.0f} MiB"
+    if doubled:
+        why = "the caller's model keeps its weights" if keep else "tied weights stay too"
+        line += f" ({why}: {doubled / 2**20:.0f} MiB twice)"
+    return line
+
+
+def unpack(model: Decoder) -> None:
+    """Give the modules of a model whose weights were kept their own ``forward`` again."""
+    for module in model.modules():
+        if isinstance(module.__dict__.get("forward"), PackedLinear | NativeNorm):
+            del module.__dict__["forward"]
+
+
+def give_back(model: Decoder, attention: str | None) -> None:
+    """Make a model that the caller brought work with transformers alone again, with the
+    ``attention`` that it had; ``None``: it is not a caller's model, and nothing is done."""
+    if attention is not None:
+        model.set_attn_implementation(attention)
+        unpack(model)
+
+
+def packing_ops(dtype: torch.dtype) -> LinearOps | str:
+    """What packs here, or why it would not be faster than torch's operators."""
+    library = load()
+    if not isinstance(library, Library):
+        return library
+    if library.isas[0] == "baseline":
+        return "this processor has no AVX2"
+    if dtype == torch.bfloat16 and torch.cpu.get_capabilities().get("amx_tile"):
+        return "torch's use AMX, which packed ones do not"
+    return LinearOps(library)

@@ -1,0 +1,51 @@
+"""Whether the linear layers of the model are packed on this rank, and what start-up says of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ds_cp.comm.wire import World
+from ds_cp.errors import ConfigError
+from ds_cp.model.linear import candidates, pack_linears, packing_ops
+from ds_cp.model.native_norm import replace_norms
+from ds_cp.model.wiring import Decoder, probe_layers
+from ds_cp.startup.kv_budget import free_bytes
+
+MEMORY_SHARE = 0.6  # of the memory that is free for a rank, which packed weights may take
+Packing = Callable[[], str]  # does it, or nothing, and returns a line for the start
+
+
+def plan_packing(how: str, model: Decoder, world: World, kept: bool) -> Packing:
+    """Look which layers can be packed and whether their copy has room; ``how``: ``linear_layers``
+    of the config; ``kept``: the originals stay. Runs the model on one token.
+
+    Raises ``ConfigError`` when ``how`` is ``packed`` and it cannot be done.
+    """
+    if how == "torch" or world.device.type != "cpu":
+        return lambda: ""
+
+    def refused(why: str) -> Packing:
+        if how == "packed":
+            raise ConfigError(f"linear_layers is packed, but {why}; set it to auto or torch")
+        return lambda: f"linear layers: torch's operators ({why})"
+
+    ops = packing_ops(model.dtype)
+    if isinstance(ops, str):
+        return refused(ops)
+    found = candidates(model, lambda: probe_layers(model))
+    if not found:
+        return refused(f"{type(model).__name__} in {model.dtype} has none that can be packed")
+    need = sum(ops.bytes_of(one.module.weight) for one in found)
+    free, _ = free_bytes(world)
+    if need > MEMORY_SHARE * free and how == "auto":
+        return refused(
+            f"packed ones take {need / 2**30:.1f} GiB a rank, "
+            f"more than {MEMORY_SHARE:.0%} of {free / 2**30:.1f} GiB free"
+        )
+
+    def pack() -> str:
+        line = pack_linears(found, ops, kept)
+        norms = replace_norms(model)
+        return line + (f"; {norms} RMS norms are native" if norms else "")
+
+    return pack
