@@ -5,7 +5,6 @@ Triton's interpreter, which has to be chosen before triton is imported:
 
 from __future__ import annotations
 
-import itertools
 import random
 import sys
 import time
@@ -213,14 +212,9 @@ def same(got: Partial, want: Partial, limit: float) -> None:
 
 
 def check_self_test(device: torch.device) -> None:
-    """Each of the start's cases with one of its numbers of heads, in turn."""
-    groups = itertools.cycle(((3, 1), (8, 1), (1, 1), (3, 2)))
-    for case in self_test.cases(16):
-        group, heads = next(groups)
-        spec = LayerSpec(group * heads, heads, 16, 0.25, case.window, case.softcap)
-        shape = PageShape(16, heads, 16, 16, torch.float32)
-        error = self_test.error_of(TritonKernel(), case, spec, shape, device)
-        assert error <= 2e-6, (case.name, error)
+    """The start's own check."""
+    layer = LayerSpec(4, 2, 16, 0.25)
+    assert self_test.fault(TritonKernel(), [layer], 16, torch.float32, device) == ""
 
 
 def check_company(device: torch.device) -> None:
