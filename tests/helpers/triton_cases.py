@@ -212,9 +212,11 @@ def same(got: Partial, want: Partial, limit: float) -> None:
 
 
 def check_self_test(device: torch.device) -> None:
-    """The start's own check."""
+    """The start's own check; with fewer keys where it is interpreted."""
     layer = LayerSpec(4, 2, 16, 0.25)
-    assert self_test.fault(TritonKernel(), [layer], 16, torch.float32, device) == ""
+    far = self_test.FAR if device.type == "cuda" else 70
+    with mock.patch.object(self_test, "FAR", far):
+        assert self_test.fault(TritonKernel(), [layer], 16, torch.float32, device) == ""
 
 
 def check_company(device: torch.device) -> None:

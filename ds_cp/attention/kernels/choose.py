@@ -101,7 +101,7 @@ def find_kernels(
             continue
         problem = _refusal(kernel, layers, block_size, dtype)
         if check and not problem:
-            problem = fault(kernel, layers, block_size, dtype, device)
+            problem = _fault(kernel, layers, block_size, dtype, device)
         if problem:
             problems[each] = problem
         else:
@@ -161,6 +161,21 @@ def _consequence(notes: Sequence[str], name: str) -> list[str]:
     ]
 
 
+def _fault(
+    kernel: PagedKernel,
+    layers: Sequence[LayerSpec],
+    block_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> str:
+    """What the self-test finds; a kernel that raises in it is as wrong as one that errs."""
+    try:
+        return fault(kernel, layers, block_size, dtype, device)
+    except Exception as err:  # a compiler, a driver, a package made for another torch
+        first = (str(err).splitlines() or [""])[0][:200]
+        return f"it fails in the check at start ({type(err).__name__}: {first})"
+
+
 def _refusal(
     kernel: PagedKernel, layers: Sequence[LayerSpec], block_size: int, dtype: torch.dtype
 ) -> str:
@@ -200,10 +215,10 @@ def _flash(device: torch.device) -> PagedKernel:
 
 def _triton(device: torch.device) -> PagedKernel:
     try:
-        from ds_cp.attention.kernels.triton_kernel import TritonKernel
+        from ds_cp.attention.kernels.triton_kernel import make_triton
     except Exception as err:  # a build for another torch may raise anything at import
         raise KernelUnavailableError(_import_failed("triton", err)) from err
-    return TritonKernel()
+    return make_triton(device, torch.bfloat16)
 
 
 def _torch(device: torch.device) -> PagedKernel:

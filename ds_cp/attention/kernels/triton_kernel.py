@@ -76,7 +76,7 @@ class TritonKernel:
         triton_merge.merge_stacked(into, part.out.unsqueeze(0), part.lse.unsqueeze(0), rows)
 
 
-def make_triton(device: torch.device) -> TritonKernel:
+def make_triton(device: torch.device, dtype: torch.dtype) -> TritonKernel:
     """The kernel, once a first small launch compiled and ran. Raises ``KernelUnavailableError``
     when the device is too old, or Triton finds no C compiler for its launchers, or cannot
     compile."""
@@ -88,8 +88,8 @@ def make_triton(device: torch.device) -> TritonKernel:
             f"the device has compute capability {have[0]}.{have[1]}, not 8.0"
         )
     kernel = TritonKernel()
-    pages = empty_pages(PageShape(16, 1, 16, 16, torch.bfloat16), 1, device)
-    one = torch.zeros(1, 1, 16, dtype=torch.bfloat16, device=device)
+    pages = empty_pages(PageShape(16, 1, 16, 16, dtype), 1, device)
+    one = torch.zeros(1, 1, 16, dtype=dtype, device=device)
     zero = torch.zeros(1, dtype=torch.int64, device=device)
     try:
         kernel.write(pages, one, one, zero, zero)

@@ -168,7 +168,7 @@ def test_refuses_by_name() -> None:
     assert "576" in kernel.refuses(LayerSpec(8, 1, 576, 0.1), 16, torch.bfloat16)
     assert "512" in kernel.refuses(LayerSpec(8, 1, 64, 0.1, v_head_dim=512), 16, torch.bfloat16)
     with pytest.raises(KernelUnavailableError, match="CUDA device"):
-        make_triton(torch.device("cpu"))
+        make_triton(torch.device("cpu"), torch.bfloat16)
 
 
 def test_every_shape_has_a_tile() -> None:
@@ -195,7 +195,7 @@ def test_passes_the_self_test_on_a_device(dtype: torch.dtype, dims: tuple[int, i
 
     layer = LayerSpec(8, 2, dims[0], dims[0] ** -0.5, v_head_dim=dims[1])
     device = torch.device("cuda")
-    assert fault(make_triton(device), [layer], 16, dtype, device) == ""
+    assert fault(make_triton(device, dtype), [layer], 16, dtype, device) == ""
 
 
 @pytest.mark.gpu
