@@ -26,7 +26,8 @@ class KVPool:
     All zero at first, and ``open`` makes a block zero again when its first token is written: a slot
     without a token may be read under a mask, where NaN would count. Allocated and touched at once,
     so that the memory is there or the start fails; with ``lazy``, on CPU, memory is claimed as
-    blocks are first written.
+    blocks are first written. With ``scratch`` there is one more block, of that number, for what is
+    written and never read: padded rows of a captured step.
     """
 
     def __init__(
@@ -38,13 +39,16 @@ class KVPool:
         device: torch.device,
         packed: bool = False,
         lazy: bool = False,
+        scratch: bool = False,
     ) -> None:
         self.num_blocks = num_blocks
+        self.scratch = num_blocks if scratch else None
         self.block_size = block_size
         self.dtype = dtype
         shapes = [PageShape.of(spec, block_size, dtype, packed) for spec in layers]
         self.block_elements = sum(shape.stride for shape in shapes)
-        self._data = _zeros((num_blocks, self.block_elements), dtype, device, lazy)
+        rows = num_blocks + scratch
+        self._data = _zeros((rows, self.block_elements), dtype, device, lazy)
         self._pages, at = [], 0
         for shape in shapes:
             self._pages.append(Pages(self._data[:, at : at + shape.stride], shape))

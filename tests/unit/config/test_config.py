@@ -43,6 +43,7 @@ DEFAULTS = {
     "scheduler.decode_slowdown": 2.0,
     "scheduler.max_queue": 256,
     "attention.backend": "auto",
+    "attention.deterministic": False,
     "comm.backend": "auto",
     "comm.shared_memory": True,
     "comm.timeout_s": 300,
@@ -235,6 +236,8 @@ def test_keys_of_later_are_not_accepted_yet() -> None:
     assert '"flex"; it must be "auto", "cpu", "triton"' in refusal(
         nested("attention.backend", "flex")
     )
+    both = {"attention": {"backend": "cuda", "deterministic": True}}
+    assert "set attention.backend to triton or to auto" in refusal({"model": "m", **both})
 
 
 BOUNDS = {
