@@ -56,7 +56,7 @@ def not_built(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_names_by_device_the_preferred_one_first() -> None:
     assert list(makers(CPU)) == ["cpu", "sdpa", "reference"]
-    assert list(makers(CUDA))[0] == "triton" and list(makers(CUDA))[-2:] == ["sdpa", "reference"]
+    assert list(makers(CUDA)) == ["cuda", "triton", "sdpa", "reference"]
 
 
 def test_a_name_of_another_device() -> None:
@@ -166,3 +166,13 @@ def test_ranks_that_have_nothing_in_common() -> None:
         agree_on_kernel("cpu", Candidates((Fast(),), {}, ("cpu",)), ranks, ["a", "b"])
     with pytest.raises(ConfigError, match="rank 1 on b: the native library is not built"):
         agree_on_kernel("cpu", Candidates((), {"cpu": ABSENT}, ("cpu",)), ranks, ["a", "b"])
+
+
+def test_a_kernel_that_is_asked_for_by_another_name() -> None:
+    """``flash_attn`` is the kernel ``cuda`` with that package or not at all."""
+    asked = Candidates((Fast(),), {}, ("flash_attn",))
+    choice = agree_on_kernel("flash_attn", asked, [Told(("cpu",), {})] * 2, ["a", "b"])
+    assert choice.kernel.name == "cpu" and choice.notes == ()
+    ranks = [Told(("cpu",), {}), Told((), {"flash_attn": "it is not installed"})]
+    with pytest.raises(ConfigError, match="flash_attn is not used.*it is not installed"):
+        agree_on_kernel("flash_attn", asked, ranks, ["a", "b"])
