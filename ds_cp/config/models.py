@@ -138,7 +138,8 @@ class Attention(Section):
         description="kernel for attention over one rank's keys; cpu: the native one, for CPUs; "
         "cuda: triton, and for what is dense in a prompt the fastest of flash-attn, cuDNN and "
         "torch's flash operator; flash_attn: cuda with that package; triton: for CUDA devices; "
-        "sdpa: torch's operators; reference: plain math; auto: the first of them that serves the model on every rank and passes a "
+        "sdpa: torch's operators; reference: plain math; auto: the first of them that serves the "
+        "model on every rank and passes a "
         "check at start",
     )
     deterministic: bool = Field(
