@@ -10,16 +10,18 @@ CONFIG ?= configs/quickstart.json
 RANKS ?= 4
 PROMPT ?= Gravity is
 MAX_TOKENS ?= 64
+PEERS ?=
 # deepspeed starts the "python" it was installed for, and mpirun the one on the PATH
 WITH_VENV := PATH="$(CURDIR)/$(BIN):$$PATH" VIRTUAL_ENV="$(CURDIR)/$(VENV)"
 
-.PHONY: help install model serve generate test unit checks format bench clients fuzz attacks clean
+.PHONY: help install model serve generate test unit checks format bench bench-peers clients fuzz attacks clean
 
 help:
 	@echo "make serve      four ranks serve a small model at http://127.0.0.1:8000"
 	@echo "make test       all tests"
 	@echo "make unit       the tests that start no ranks, under 90 s"
 	@echo "make generate   one completion over four ranks; PROMPT='...' MAX_TOKENS=64"
+	@echo "make bench-peers  ds_cp beside its peers, under 40 minutes on an idle machine; PEERS='--quick'"
 	@echo "make clients    clients of OpenAI's protocol against the server; installs each by itself"
 	@echo "make fuzz       10,000 generated requests; make attacks: attacks beside honest streams"
 	@echo "make install | model | checks | format | bench | clean"
@@ -69,6 +71,9 @@ format: install
 bench: install model
 	$(WITH_VENV) $(BIN)/torchrun --nproc-per-node 2 -m benchmarks.speed
 	$(WITH_VENV) $(BIN)/python -m benchmarks.attention_error
+
+bench-peers: install model
+	$(WITH_VENV) $(BIN)/python -m benchmarks.peers $(PEERS)
 
 clients: install model
 	$(WITH_VENV) $(BIN)/python -m benchmarks.clients

@@ -15,7 +15,7 @@ from benchmarks.peers.players import PlayerError
 
 @dataclass(frozen=True)
 class Peer:
-    """What pip installs, the packages whose versions the page shows, and packages to take out again:
+    """What pip installs, the packages whose versions the page shows, and what is taken out again:
     builds for CUDA that break an import on a CPU."""
 
     packages: tuple[str, ...]

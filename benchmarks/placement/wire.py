@@ -59,7 +59,7 @@ class Wire:
             held = self.holders(item)
             if item.mode == "tree":
                 for owner, rows in owned.items():
-                    hops, crossing = self.tree_hops(owner, held)
+                    hops, crossing = self.tree_hops(owner, self.seen(item, owner))
                     sent += rows * hops * (self.ROW_OUT + self.ROW_BACK)
                     crossed += rows * crossing * (self.ROW_OUT + self.ROW_BACK)
             elif item.mode == "ring":
@@ -93,6 +93,12 @@ class Wire:
         """Ranks with keys of the item while attention runs: new KV has been shipped home."""
         return {s.rank for s in item.shards if s.blocks.num_keys}
 
+    @staticmethod
+    def seen(item: Item, owner: int) -> set[int]:
+        """Holders of keys that the owner's queries see: not all are before these."""
+        end = max((a + n for s in item.shards if s.rank == owner for a, n in s.q_runs), default=0)
+        return {s.rank for s in item.shards if len(s.blocks) and s.blocks.firsts[0] < end}
+
     def shipped(self, item: Item) -> int:
         """Bytes of new KV that travels from its owner to its home."""
         if not item.ships:
@@ -106,7 +112,7 @@ class Wire:
         for item in items:
             for shard in item.shards:
                 if item.mode == "tree" and total(shard.q_runs):
-                    hops, crossing = self.tree_hops(shard.rank, self.holders(item))
+                    hops, crossing = self.tree_hops(shard.rank, self.seen(item, shard.rank))
                     between |= crossing > 0
                     inside |= hops > crossing
         return 2 * LAYERS * (between + inside)

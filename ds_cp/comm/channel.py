@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import mmap
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,6 +34,8 @@ class _Calls:
     """The functions of the native library, as it exports them."""
 
     size: Any
+    map: Any
+    unmap: Any
     format: Any
     open: Any
     post: Any
@@ -51,6 +52,8 @@ def _calls(library: Library) -> _Calls:
     get = library.function
     return _Calls(
         get("ds_cp_shm_bytes", [i32, u64], u64),
+        get("ds_cp_shm_map", [i32, u64], pointer),
+        get("ds_cp_shm_unmap", [pointer, u64]),
         get("ds_cp_shm_format", [pointer, i32, u64, c.c_char_p]),
         get("ds_cp_shm_open", [pointer, i32, i32, u64, c.c_char_p, pointer, i64], pointer),
         get("ds_cp_shm_post", [pointer, c.c_char_p, i64], i64),
@@ -84,8 +87,7 @@ class Channel:
     ``fd``: the channel's memory, of ``shape.nbytes``, which is mapped and need not stay open;
     ``me``: this member's index; ``pidfds``: of every member's process, -1 for me; ``spin_s``: how
     long a wait looks before it sleeps; ``make``: this seat is the first, and makes the channel of
-    zeroed memory. Raises ``ValueError`` when the memory is not this channel, ``OSError`` when it
-    cannot be mapped.
+    zeroed memory. Raises ``ValueError`` when the memory is not this channel or cannot be mapped.
     """
 
     def __init__(
@@ -95,17 +97,15 @@ class Channel:
         if len(token) != TOKEN or len(pidfds) != shape.members:
             raise ValueError("a channel's token has 16 bytes, and each member a pidfd")
         self._calls = _calls(library)
-        self._map: mmap.mmap | None = mmap.mmap(fd, shape.nbytes(library))
-        # Neither for child processes nor for a dump of this one.
-        for advice in (mmap.MADV_DONTFORK, mmap.MADV_DONTDUMP):
-            self._map.madvise(advice)
-        self._view: Any = ctypes.c_char.from_buffer(self._map)
-        memory = ctypes.addressof(self._view)
+        self._nbytes = shape.nbytes(library)
+        self._memory: int | None = self._calls.map(fd, self._nbytes)
+        if self._memory is None:
+            raise ValueError(f"{self._nbytes} bytes cannot be mapped")
         if make:
-            self._calls.format(memory, shape.members, shape.ring_bytes, token)
+            self._calls.format(self._memory, shape.members, shape.ring_bytes, token)
         lives = (ctypes.c_int * len(pidfds))(*pidfds)
         self._handle: int | None = self._calls.open(
-            memory, shape.members, me, shape.ring_bytes, token, lives, round(spin_s * 1e9)
+            self._memory, shape.members, me, shape.ring_bytes, token, lives, round(spin_s * 1e9)
         )
         if self._handle is None:
             self._unmap()
@@ -175,7 +175,6 @@ class Channel:
         return ChannelError(reason, peer, expected.value, found.value)
 
     def _unmap(self) -> None:
-        self._view = None
-        if self._map is not None:
-            self._map.close()
-        self._map = None
+        memory, self._memory = self._memory, None
+        if memory is not None:
+            self._calls.unmap(memory, self._nbytes)

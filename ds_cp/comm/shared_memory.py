@@ -28,8 +28,9 @@ from ds_cp.comm.transport import Message, sum_in_order
 from ds_cp.errors import CommError
 from ds_cp.native import Library, load
 
-RING_BYTES = 4 * 2**20  # from each member to each other; claimed as it is touched
-MANY = 8  # members above which the rings are a quarter of that
+# Bytes from each member to each other, by the number of members; claimed as they are touched. Large
+# ones let a sender go on before its peer reads.
+RING_BYTES = {4: 8 * 2**20, 8: 4 * 2**20, ch.MAX_MEMBERS: 2**20}
 SPIN_S = 200e-6  # that a wait looks before it sleeps, where every rank has a core
 NAME = "ds_cp"  # of the memory, in /proc/PID/maps
 _NOEXEC = 0x8  # MFD_NOEXEC_SEAL, which Python does not know yet
@@ -234,8 +235,8 @@ class Neighbours:
                 raise UnavailableError(f"rank {rank} runs under another kernel or network")
             if other.namespace != mine.namespace:
                 raise UnavailableError(f"rank {rank} is in another pid namespace")
-        small = len(ranks) > MANY
-        shape = Shape(len(ranks), RING_BYTES // 4 if small else RING_BYTES)
+        ring_bytes = next(size for most, size in RING_BYTES.items() if len(ranks) <= most)
+        shape = Shape(len(ranks), ring_bytes)
         return library, shape, [self._life(rank) for rank in ranks]
 
     def _life(self, rank: int) -> int:

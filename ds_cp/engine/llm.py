@@ -26,6 +26,7 @@ from ds_cp.engine.sign_of_life import SignOfLife, idle_seconds
 from ds_cp.errors import ConfigError, EngineDeadError, RequestError
 from ds_cp.facts import Facts
 from ds_cp.model.end_tokens import describe_tokenizer
+from ds_cp.model.linear import give_back
 from ds_cp.model.loading import load_tokenizer
 from ds_cp.model.source import ModelSource, find_model
 from ds_cp.model.wiring import Decoder
@@ -323,8 +324,7 @@ class LLMEngine:
         """Leave the job. Every rank calls it; calling it again does nothing. A model object that
         the caller brought works with transformers alone again."""
         if self._world is not None:
-            if self._attention_before is not None:
-                self._worker.model.set_attn_implementation(self._attention_before)
+            give_back(self._worker.model, self._attention_before)
             self._world.leave()
             self._world = None
 

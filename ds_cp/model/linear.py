@@ -16,9 +16,9 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from ds_cp.model.packed_linear import DTYPES, LinearOps, PackedLinear
 from ds_cp.model.wiring import Decoder
 from ds_cp.native import Library, load
-from ds_cp.native.linear import DTYPES, LinearOps, PackedLinear
 
 # What may be asked of a weight without reading it.
 _SHAPE = frozenset(
@@ -30,7 +30,7 @@ _SHAPE = frozenset(
 @dataclass(frozen=True)
 class Candidate:
     """A linear layer that may be packed. ``shared``: its weight is another module's too, which goes
-    on reading it."""
+    on reading it, so that it stays where it is."""
 
     name: str
     module: nn.Linear
@@ -41,8 +41,8 @@ def candidates(model: Decoder, call: Callable[[], object]) -> list[Candidate]:
     """The layers that may be packed; ``call`` runs the model once, on a token or more.
 
     Left out: subclasses and layers with a ``forward`` of their own, quantized or other dtypes,
-    layers that ``call`` does not reach, and those whose weight is read by other code than their own
-    call. Experts that are held as one parameter are no linear layers.
+    layers that ``call`` does not reach, and those whose weight would go although other code than
+    their own call reads it. Experts that are held as one parameter are no linear layers.
     """
     owners: dict[int, list[nn.Module]] = {}
     for module in model.modules():
@@ -57,13 +57,13 @@ def candidates(model: Decoder, call: Callable[[], object]) -> list[Candidate]:
     with _Uses(list(found.values())) as uses:
         call()
     first = next(iter(model.parameters()), None)  # says on which device the model is
-    return [
-        Candidate(
-            name, module, any(owner is not module for owner in owners[id(module.weight)])
-        )
-        for name, module in found.items()
-        if uses.only_by_its_call(module) and module.weight is not first
-    ]  # fmt: skip
+    made = []
+    for name, module in found.items():
+        shared = any(owner is not module for owner in owners[id(module.weight)])
+        replaceable = uses.only_by_its_call(module) and module.weight is not first
+        if uses.called(module) and (shared or replaceable):
+            made.append(Candidate(name, module, shared))
+    return made
 
 
 def _is_plain(module: nn.Linear) -> bool:
@@ -96,6 +96,10 @@ class _Uses(TorchFunctionMode):
     def only_by_its_call(self, module: nn.Linear) -> bool:
         """Whether ``module`` was called and nobody else read its tensors."""
         return module in self._called and module not in self._foreign
+
+    def called(self, module: nn.Linear) -> bool:
+        """Whether ``module`` was called at all."""
+        return module in self._called
 
     def __enter__(self) -> _Uses:
         for module in self._modules:
@@ -158,9 +162,21 @@ def unpack(model: Decoder) -> None:
             del module.__dict__["forward"]
 
 
-def packing_ops() -> LinearOps | str:
+def give_back(model: Decoder, attention: str | None) -> None:
+    """Make a model that the caller brought work with transformers alone again, with the
+    ``attention`` that it had; ``None``: it is not a caller's model, and nothing is done."""
+    if attention is not None:
+        model.set_attn_implementation(attention)
+        unpack(model)
+
+
+def packing_ops(dtype: torch.dtype) -> LinearOps | str:
     """What packs here, or why it would not be faster than torch's operators."""
     library = load()
     if not isinstance(library, Library):
         return library
-    return "this processor has no AVX2" if library.isas[0] == "baseline" else LinearOps(library)
+    if library.isas[0] == "baseline":
+        return "this processor has no AVX2"
+    if dtype == torch.bfloat16 and torch.cpu.get_capabilities().get("amx_tile"):
+        return "torch's use AMX, which packed ones do not"
+    return LinearOps(library)

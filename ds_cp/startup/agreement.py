@@ -12,7 +12,7 @@ rank as a failed step does (``comm.failure.failing``).
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar, cast
 
 import msgspec
@@ -34,6 +34,7 @@ from ds_cp.model.faults import is_out_of_memory
 T = TypeVar("T")
 REPORT = 1024  # bytes of a rank's report to rank 0
 MESSAGE = 800  # bytes of the message in it
+REASON = 240  # characters of one of several reasons in a message
 # Errors that keep their class on every rank.
 KINDS: tuple[type[DsCpError], ...] = (
     CommError, ConfigError, ModelError, TopologyError, UnsupportedModelError,
@@ -107,9 +108,18 @@ def gather_blocks(world: World, mine: int) -> list[int]:
     return [report.kv_blocks for report in exchange_reports(world, Report(0, "", mine))]
 
 
-def gather_names(world: World, mine: Sequence[str]) -> list[list[str]]:
-    """Every rank's list of names (without blanks), on every rank."""
-    return [r.message.split() for r in exchange_reports(world, Report(0, " ".join(mine), 0))]
+def gather_told(
+    world: World, names: Sequence[str], reasons: Mapping[str, str]
+) -> list[tuple[tuple[str, ...], dict[str, str]]]:
+    """Every rank's names, and its reasons by name, on every rank. Names have no blanks; a reason is
+    one line and is cut where it is long."""
+    lines = [f"{name} {reason[:REASON]}" for name, reason in reasons.items()]
+    reports = exchange_reports(world, Report(0, "\n".join(lines), digests=tuple(names)))
+    told = []
+    for report in reports:
+        pairs = (line.partition(" ") for line in report.message.splitlines())
+        told.append((report.digests, {name: reason for name, _, reason in pairs}))
+    return told
 
 
 def _attempt(work: Callable[[], T]) -> tuple[T | None, DsCpError | None]:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 
 from ds_cp.attention import LayerSpec
-from ds_cp.attention.kernels.choose import Candidates, Choice, agree_on_kernel, find_kernels
+from ds_cp.attention.kernels.choose import Candidates, Choice, Told, agree_on_kernel, find_kernels
 from ds_cp.comm.wire import World
 from ds_cp.config import Config
-from ds_cp.startup.agreement import gather_names, local_phase
+from ds_cp.startup.agreement import gather_told, local_phase
 
 EVERY = 99  # more than there are
 
@@ -22,7 +22,7 @@ def choose_for_all(
     Collective. Raises ``ConfigError``, on every rank, when there is none."""
     name, size = config.attention.backend, config.kv_cache.block_size
 
-    def look(enough: int) -> tuple[Candidates, list[list[str]]]:
+    def look(enough: int) -> tuple[Candidates, list[Told]]:
         found = local_phase(
             world,
             lambda: find_kernels(
@@ -30,9 +30,10 @@ def choose_for_all(
                 enough=enough, deterministic=config.attention.deterministic,
             ),
         )  # fmt: skip
-        return found, gather_names(world, [kernel.name for kernel in found.kernels])
+        return found, [Told(*told) for told in gather_told(world, *found.told())]
 
     found, ranks = look(1)
-    if any(names != ranks[0] for names in ranks):  # then what else is there
+    if any(told.names != ranks[0].names for told in ranks):  # then what else is there
         found, ranks = look(EVERY)
-    return local_phase(world, lambda: agree_on_kernel(name, found, ranks))
+    hosts = world.topology.hosts
+    return local_phase(world, lambda: agree_on_kernel(name, found, ranks, hosts))

@@ -28,7 +28,7 @@ def plan_packing(how: str, model: Decoder, world: World, kept: bool) -> Packing:
             raise ConfigError(f"linear_layers is packed, but {why}; set it to auto or torch")
         return lambda: f"linear layers: torch's operators ({why})"
 
-    ops = packing_ops()
+    ops = packing_ops(model.dtype)
     if isinstance(ops, str):
         return refused(ops)
     found = candidates(model, lambda: probe_layers(model))

@@ -1,50 +1,56 @@
 """The ledger of the wire against the formulas of each mode, byte by byte.
 
-Letters: N ranks, M hosts, S keys, T (or B) queries, H query heads, G KV heads, D head dim, e bytes
-per element. The formulas are written out here; none of the code's own size functions is called.
-All cases of a machine run in one start-up, over groups of its ranks.
+Letters: N ranks, M hosts, S keys, T (or B) queries, H query heads, G KV heads, D and V head dims of
+keys and of values, e bytes per element, b tokens a block. The formulas are written out here; none
+of the code's own size functions is called. All cases of a machine run in one start-up, over groups
+of its ranks.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import deepspeed.comm as ds_comm
 import pytest
 import torch
 
 from ds_cp import SamplingParams
-from ds_cp.attention import KeyValues, LayerSpec, Span, get_kernel, make_mode
+from ds_cp.attention import LayerSpec, TreeRoutes
+from ds_cp.attention.kernels import choose_kernel
 from ds_cp.comm.ledger import Entry
 from ds_cp.comm.wire import Group, World
 from ds_cp.kv.pool import KVPool
-from ds_cp.layout import Runs, assign, contiguous, total
+from ds_cp.layout import contiguous, positions
 from ds_cp.plan import Begin, Chunk, Sampling, StepPlan
 from ds_cp.worker.state import WorkerState, check_item
-from ds_cp.worker.step_context import StepContext
+from ds_cp.worker.step_context import Layers, StepContext
 from tests.helpers.engines import engine_on, tiny_llama
+from tests.helpers.paged import Request, Step, decode, prompt
 from tests.helpers.ranks import run_ranks, world_group
 
 Entries = dict[str, Entry]  # scheme -> what one rank sent
-D = 16
+D, V = 16, 24
 HEADS = [(4, 2), (9, 3), (4, 1)]
 DTYPES = [(torch.float32, 4), (torch.bfloat16, 2)]
 LSE = 4  # bytes of one head's lse, always fp32
+BLOCK = 4  # tokens
+Spec = tuple[tuple[int, int], int, int]  # (H, G), D, V
 
 
 @dataclass(frozen=True)
 class Case:
-    """Items of one step in one mode. ``heads``: (H, G); ``dim``: D."""
+    """Requests of one step in one mode, and one layer of it. ``size``: tokens a block."""
 
     mode: str
     ring_pass: str
-    items: tuple[Span, ...]
-    heads: tuple[int, int]
-    dtype: torch.dtype
-    dim: int = D
+    requests: tuple[Request, ...]
+    heads: tuple[int, int] = (4, 2)
+    dtype: torch.dtype = torch.float32
+    size: int = 1
+    dims: tuple[int, int] = (D, V)
+    window: int | None = None
 
 
 Batches = Mapping[str, tuple[Sequence[int], Sequence[Case]]]  # name -> members, their cases
@@ -53,17 +59,17 @@ Batches = Mapping[str, tuple[Sequence[int], Sequence[Case]]]  # name -> members,
 def run_batches(world: World, batches: Batches) -> dict[str, list[Entries]]:
     """Per batch, this rank's ledger after each case; a rank that is no member runs nothing.
 
-    The bytes that go through deepspeed's ``isend`` are counted too and must be the same.
+    The bytes that are handed to ``Group.exchange`` are counted too and must be the same.
     """
     found: dict[str, list[Entries]] = {}
     weighed = [0]
-    send = ds_comm.isend
+    exchange = Group.exchange
 
-    def weigh(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        weighed[0] += tensor.nbytes
-        return send(tensor, *args, **kwargs)
+    def weigh(group: Group, sends: Any, recvs: Any, scheme: str) -> Any:
+        weighed[0] += sum(tensor.nbytes for _, tensor in sends)
+        return exchange(group, sends, recvs, scheme)
 
-    ds_comm.isend = weigh
+    Group.exchange = weigh  # type: ignore[method-assign]
     for name, (members, cases) in batches.items():
         rest = [r for r in range(world.size) if r not in members]
         group = world.group(name, [list(members), *([rest] if rest else [])])
@@ -78,17 +84,12 @@ def run_batches(world: World, batches: Batches) -> dict[str, list[Entries]]:
 
 
 def run_case(group: Group, case: Case) -> None:
-    (num_heads, num_kv), dim = case.heads, case.dim
-    q, kv = [], []
-    for span in case.items:
-        rows, keys = total(span.q_runs[group.rank]), total(span.k_runs[group.rank])
-        q.append(torch.randn(rows, num_heads, dim).to(case.dtype))
-        pair = torch.randn(2, keys, num_kv, dim).to(case.dtype)
-        kv.append(KeyValues(((pair[0], pair[1]),)))
-    _, kernel = get_kernel("sdpa", group.device, case.dtype)
-    mode = make_mode(case.mode, case.ring_pass, case.items, group)
-    out = mode(q, kv, kernel, LayerSpec(num_heads, num_kv, dim, 0.25))
-    assert [part.out.shape for part in out] == [x.shape for x in q]
+    (num_heads, num_kv), (k_dim, v_dim) = case.heads, case.dims
+    spec = LayerSpec(num_heads, num_kv, k_dim, 0.25, case.window, v_head_dim=v_dim)
+    kernel = choose_kernel("reference", group.device, case.dtype, [spec], case.size, False).kernel
+    windows = [None, case.window]
+    step = Step(group, case.requests, case.size, case.mode, case.ring_pass, windows, TreeRoutes())
+    step.run(spec, kernel, case.dtype)
 
 
 def entries_of(
@@ -115,58 +116,75 @@ def crossed(entries: Sequence[Entries], scheme: str) -> int:
     return sum(b[scheme].inter_host_bytes for b in entries if scheme in b)
 
 
-def prefill(counts: Sequence[int], layout: str = "zigzag") -> Span:
-    """A new prompt, ``counts[r]`` tokens on rank r."""
-    runs = assign(layout, 0, counts, 1)
-    return Span(runs, runs)
+def homes(blocks: Sequence[int]) -> list[int]:
+    """``blocks[r]`` blocks on rank r, in rank order."""
+    return [rank for rank, count in enumerate(blocks) for _ in range(count)]
 
 
-def decode(past: Sequence[int], owner: int) -> Span:
-    """One new token on ``owner``, over ``past[r]`` earlier tokens on rank r."""
-    at = sum(past)
-    earlier = contiguous(0, past)
-    q_runs: list[Runs] = [()] * len(past)
-    q_runs[owner] = ((at, 1),)
-    keys = [runs + q for runs, q in zip(earlier, q_runs, strict=True)]
-    return Span(tuple(q_runs), tuple(keys))
+def step_of(past: Sequence[int], owner: int) -> Request:
+    """One new token on ``owner``, in a block of one, over ``past[r]`` earlier tokens on rank r."""
+    return decode(sum(past) + 1, [*homes(past), owner], owner, len(past))
 
 
-def resident(keys: Sequence[int], owners: Sequence[int]) -> Span:
-    """``owners[r]`` new tokens on rank r; ``keys[r]`` keys there, the new tokens' among them."""
-    return Span(contiguous(sum(keys) - sum(owners), owners), contiguous(0, keys))
+def resident(blocks: Sequence[int], owners: Sequence[int], size: int = 1) -> Request:
+    """``owners[r]`` new tokens on rank r, the last of those in ``blocks[r]`` blocks there."""
+    length = sum(blocks) * size
+    return Request(length, tuple(homes(blocks)), contiguous(length - sum(owners), owners))
+
+
+def cut(request: Request, tokens: int) -> Request:
+    """The request without its last ``tokens``, so that its last block is not full."""
+    end = request.length - tokens
+    q_runs = tuple(
+        tuple((at, min(n, end - at)) for at, n in runs if at < end) for runs in request.q_runs
+    )
+    return replace(request, length=end, q_runs=q_runs)
 
 
 # --- one host: three ranks, or four of them
 
-LOCAL = (Span((((0, 9),),) * 3, (((0, 9),),) * 3), Span((((4, 1),),) * 3, (((0, 5),),) * 3))
 KINDS = list(itertools.product(HEADS, DTYPES))
-EVEN = [prefill([14] * 3), prefill([14] * 3, "contiguous"), resident([14] * 3, [2] * 3)]  # S = 42
-UNEVEN = [prefill([9, 4, 1]), decode([7, 2, 4], 1), resident([2, 3, 9], [1, 1, 3])]  # S = 14
-SIX = tuple(decode([5 + i, 8, 2], owner=i % 3) for i in range(6))  # B = 6, two a rank
-MIXED = (prefill([9, 4, 1]), decode([7, 2, 4], owner=1), decode([1, 1, 1], owner=2))
-HOLES = [prefill([8, 0, 8, 8]), decode([6, 0, 5, 4], owner=3), decode([6, 0, 5, 0], owner=2)]
-EXAMPLE = resident([256] * 4, [1] * 4)
+EVEN = [prompt([14] * 3, 1), prompt([14] * 3, 1, layout="contiguous"), resident([14] * 3, [2] * 3)]
+UNEVEN = [prompt([9, 4, 1], 1), step_of([7, 2, 4], 1), resident([2, 3, 9], [1, 1, 3])]  # S = 14
+# Six whole blocks of four, then 7 tokens in two blocks: S = 24, 22 and 7, in 6, 6 and 2 blocks.
+WHOLE = prompt([2] * 3, BLOCK)
+PARTLY = [cut(WHOLE, 2), decode(7, [0, 2], owner=2, ranks=3)]
+SIX = tuple(step_of([5 + i, 8, 2], owner=i % 3) for i in range(6))  # B = 6, two a rank
+MIXED = (prompt([9, 4, 1], 1), step_of([7, 2, 4], owner=1), step_of([1, 1, 1], owner=2))
+HOLES = [prompt([8, 0, 8, 8], 1), step_of([6, 0, 5, 4], owner=3), step_of([6, 0, 5, 0], owner=2)]
+EXAMPLE = resident([4] * 4, [1] * 4, size=64)
+MODES = [("ring", "kv"), ("ring", "q"), ("tree", "kv")]
 
 
 def one_host_batches() -> Batches:
     three, four = (0, 1, 2), (0, 1, 2, 3)
-    fp32, bf16 = torch.float32, torch.bfloat16
-    single = [(span,) for span in EVEN + UNEVEN]
-    modes = [("ring", "kv"), ("ring", "q"), ("tree", "kv")]
+    bf16 = torch.bfloat16
+    single = [(one,) for one in EVEN + UNEVEN]
 
-    def in_every_kind(mode: str, ring_pass: str, steps: Sequence[tuple[Span, ...]]) -> list[Case]:
+    def in_every_kind(
+        mode: str, ring_pass: str, steps: Sequence[tuple[Request, ...]]
+    ) -> list[Case]:
         return [
             Case(mode, ring_pass, x, heads, dtype) for heads, (dtype, _) in KINDS for x in steps
         ]
 
+    blocks = [(WHOLE,), *((one,) for one in PARTLY)]
     return {
-        "local": (three, in_every_kind("local", "kv", [LOCAL])),
+        "local": (three, in_every_kind("local", "kv", [(resident([0, 9, 0], [0, 3, 0]),)])),
         "kv": (three, in_every_kind("ring", "kv", single)),
+        "blocks": (
+            three,
+            [replace(case, size=BLOCK) for case in in_every_kind("ring", "kv", blocks)],
+        ),
         "q": (three, in_every_kind("ring", "q", single)),
         "tree": (three, in_every_kind("tree", "kv", [SIX, (EVEN[0],)])),
-        "mixed": (three, [Case(*mode, MIXED, (4, 2), bf16) for mode in modes]),
-        "holes": (four, [Case(*mode, (x,), (4, 2), fp32) for x in HOLES for mode in modes]),
-        "example": (four, [Case(*mode, (EXAMPLE,), (32, 8), bf16, 128) for mode in modes]),
+        "mixed": (three, [Case(*mode, MIXED, (4, 2), bf16) for mode in MODES]),
+        "holes": (four, [Case(*mode, (x,)) for x in HOLES for mode in MODES]),
+        "example": (
+            four,
+            [Case(*mode, (EXAMPLE,), (32, 8), bf16, 64, (128, 128)) for mode in MODES],
+        ),
+        "windows": (four, [case for _, case in windowed()]),
     }
 
 
@@ -182,24 +200,38 @@ def test_local_sends_nothing(one_host: dict[str, list[list[Entries]]]) -> None:
 
 
 def test_ring_pass_kv(one_host: dict[str, list[list[Entries]]]) -> None:
-    """Even shards: (N-1)/N * 2*S*G*D*e a rank; uneven: (N-1) * 2*S*G*D*e over all of them."""
+    """Even shards: (N-1)/N * S*G*(D+V)*e a rank; uneven: (N-1) * S*G*(D+V)*e over all of them."""
     cases = iter(one_host["kv"])
     for (_, num_kv), (_, e) in KINDS:
         for _ in EVEN:
             entries = next(cases)
-            assert sent(entries, "ring_pass_kv") == [2 * 2 * 42 * num_kv * D * e // 3] * 3
+            assert sent(entries, "ring_pass_kv") == [2 * 42 * num_kv * (D + V) * e // 3] * 3
         for _ in UNEVEN:
             entries = next(cases)
-            assert sum(sent(entries, "ring_pass_kv")) == 2 * 2 * 14 * num_kv * D * e
+            assert sum(sent(entries, "ring_pass_kv")) == 2 * 14 * num_kv * (D + V) * e
     for entries in one_host["kv"]:
         assert all(set(b) == {"ring_pass_kv"} for b in entries)
         assert rounds(entries, "ring_pass_kv") == [2, 2, 2]
-    # N = 3, S = 42, G = 2, D = 16, fp32
-    assert sent(one_host["kv"][0], "ring_pass_kv") == [7168] * 3
+    # N = 3, S = 42, G = 2, D = 16, V = 24, fp32
+    assert sent(one_host["kv"][0], "ring_pass_kv") == [8960] * 3
+
+
+def test_ring_pass_kv_moves_whole_blocks(one_host: dict[str, list[list[Entries]]]) -> None:
+    """The last block counts in full: (N-1) * ceil(S/b)*b * G*(D+V)*e over all ranks."""
+    cases = iter(one_host["blocks"])
+    for (_, num_kv), (_, e) in KINDS:
+        for stored in (24, 24, 8):  # of 24, 22 and 7 tokens
+            entries = next(cases)
+            n = 3 if stored == 24 else 2  # the last one has no part on rank 1
+            moved = (n - 1) * stored * num_kv * (D + V) * e
+            assert sum(sent(entries, "ring_pass_kv")) == moved
+            assert max(rounds(entries, "ring_pass_kv")) == n - 1
+    # N = 3, two blocks of 4 a rank, G = 2, fp32: two hops of 2 * 4 * 2 * (16 + 24) * 4
+    assert sent(one_host["blocks"][0], "ring_pass_kv") == [5120] * 3
 
 
 def test_ring_pass_q(one_host: dict[str, list[list[Entries]]]) -> None:
-    """(N-1)/N * T*H*D*e out in N-1 exchanges, (N-1)/N * T*H*(D*e+4) back in one."""
+    """(N-1)/N * T*H*D*e out in N-1 exchanges, (N-1)/N * T*H*(V*e+4) back in one."""
     cases = iter(one_host["q"])
     for (num_heads, _), (_, e) in KINDS:
         for tokens in (42, 42, 6, 14, 1, 5):
@@ -207,44 +239,44 @@ def test_ring_pass_q(one_host: dict[str, list[list[Entries]]]) -> None:
             out, back = sent(entries, "ring_pass_q"), sent(entries, "ring_pass_q_partials")
             if tokens in (42, 6):
                 assert out == [2 * tokens * num_heads * D * e // 3] * 3
-                assert back == [2 * tokens * num_heads * (D * e + LSE) // 3] * 3
+                assert back == [2 * tokens * num_heads * (V * e + LSE) // 3] * 3
             assert sum(out) == 2 * tokens * num_heads * D * e
-            assert sum(back) == 2 * tokens * num_heads * (D * e + LSE)
+            assert sum(back) == 2 * tokens * num_heads * (V * e + LSE)
             assert max(rounds(entries, "ring_pass_q")) == 2
             assert max(rounds(entries, "ring_pass_q_partials")) == 1
             assert all(set(b) <= {"ring_pass_q", "ring_pass_q_partials"} for b in entries)
-    # N = 3, T = 42, H = 4, D = 16, fp32
+    # N = 3, T = 42, H = 4, D = 16, V = 24, fp32
     assert sent(one_host["q"][0], "ring_pass_q") == [7168] * 3
-    assert sent(one_host["q"][0], "ring_pass_q_partials") == [7616] * 3
+    assert sent(one_host["q"][0], "ring_pass_q_partials") == [11200] * 3
 
 
 def test_tree_on_one_host(one_host: dict[str, list[list[Entries]]]) -> None:
-    """(N-1)/N * B*H*(D*e+4) of partials and (N-1)/N * B*H*D*e of queries, one exchange each."""
+    """(N-1)/N * B*H*(V*e+4) of partials and (N-1)/N * B*H*D*e of queries, one exchange each."""
     cases = iter(one_host["tree"])
     for (num_heads, _), (_, e) in KINDS:
         for tokens in (6, 42):
             entries = next(cases)
             assert sent(entries, "tree_q") == [2 * tokens * num_heads * D * e // 3] * 3
-            partials = 2 * tokens * num_heads * (D * e + LSE) // 3
+            partials = 2 * tokens * num_heads * (V * e + LSE) // 3
             assert sent(entries, "tree_partials") == [partials] * 3
             assert rounds(entries, "tree_q") == rounds(entries, "tree_partials") == [1, 1, 1]
             assert all(set(b) == {"tree_q", "tree_partials"} for b in entries)
-    # N = 3, B = 6, H = 4, D = 16, fp32
+    # N = 3, B = 6, H = 4, D = 16, V = 24, fp32
     assert sent(one_host["tree"][0], "tree_q") == [1024] * 3
-    assert sent(one_host["tree"][0], "tree_partials") == [1088] * 3
+    assert sent(one_host["tree"][0], "tree_partials") == [1600] * 3
 
 
 def test_several_items_share_the_same_exchanges(one_host: dict[str, list[list[Entries]]]) -> None:
     """Bytes of a step's items add up, rounds do not."""
     keys, tokens, num_heads, num_kv, e = 14 + 14 + 4, 14 + 1 + 1, 4, 2, 2
     kv, q, tree = one_host["mixed"]
-    assert sum(sent(kv, "ring_pass_kv")) == 2 * 2 * keys * num_kv * D * e
+    assert sum(sent(kv, "ring_pass_kv")) == 2 * keys * num_kv * (D + V) * e
     assert rounds(kv, "ring_pass_kv") == [2, 2, 2]
     assert sum(sent(q, "ring_pass_q")) == 2 * tokens * num_heads * D * e
-    assert sum(sent(q, "ring_pass_q_partials")) == 2 * tokens * num_heads * (D * e + LSE)
+    assert sum(sent(q, "ring_pass_q_partials")) == 2 * tokens * num_heads * (V * e + LSE)
     assert rounds(q, "ring_pass_q_partials") == [1, 1, 1]
     assert sum(sent(tree, "tree_q")) == 2 * tokens * num_heads * D * e
-    assert sum(sent(tree, "tree_partials")) == 2 * tokens * num_heads * (D * e + LSE)
+    assert sum(sent(tree, "tree_partials")) == 2 * tokens * num_heads * (V * e + LSE)
     assert rounds(tree, "tree_q") == rounds(tree, "tree_partials") == [1, 1, 1]
 
 
@@ -256,15 +288,15 @@ def test_a_span_smaller_than_the_group(one_host: dict[str, list[list[Entries]]])
     assert all(entries[3] == {} for entries in one_host["holes"][6:])
     for i, (n, keys, tokens) in enumerate(sizes):
         kv, q, tree = one_host["holes"][3 * i : 3 * i + 3]
-        queries, partials = tokens * num_heads * D * e, tokens * num_heads * (D * e + LSE)
-        assert sum(sent(kv, "ring_pass_kv")) == (n - 1) * 2 * keys * num_kv * D * e
+        queries, partials = tokens * num_heads * D * e, tokens * num_heads * (V * e + LSE)
+        assert sum(sent(kv, "ring_pass_kv")) == (n - 1) * keys * num_kv * (D + V) * e
         assert max(rounds(kv, "ring_pass_kv")) == n - 1
         assert sum(sent(q, "ring_pass_q")) == (n - 1) * queries
         assert sum(sent(q, "ring_pass_q_partials")) == (n - 1) * partials
         assert sum(sent(tree, "tree_q")) == (n - 1) * queries
         assert sum(sent(tree, "tree_partials")) == (n - 1) * partials
-    # N = 3, S = 24, G = 2, D = 16, fp32
-    assert sent(one_host["holes"][0], "ring_pass_kv") == [4096, 0, 4096, 4096]
+    # N = 3, S = 24, G = 2, D = 16, V = 24, fp32
+    assert sent(one_host["holes"][0], "ring_pass_kv") == [5120, 0, 5120, 5120]
 
 
 def test_the_example_of_the_formulas(one_host: dict[str, list[list[Entries]]]) -> None:
@@ -277,13 +309,87 @@ def test_the_example_of_the_formulas(one_host: dict[str, list[list[Entries]]]) -
     assert sent(q, "ring_pass_q_partials") == [24_960] * 4  # together 49,536: the 49.5 KB
 
 
+# --- windows: what is seen is what travels
+
+WINDOWS = (1, 3, 5, 11, 30)
+SIGHTS = [
+    (prompt([2] * 4, BLOCK),),
+    (prompt([2, 1, 1, 2], BLOCK, past=2), cut(prompt([1] * 4, BLOCK, layout="contiguous"), 3)),
+    (decode(25, [0, 1, 2, 3, 0, 1, 2], owner=2, ranks=4), decode(8, [3, 0], owner=0, ranks=4)),
+    tuple(decode(17 + i, [i % 4, 1, 2, 3, 0], owner=i % 4, ranks=4) for i in range(4)),
+]
+
+
+def windowed() -> list[tuple[int, Case]]:
+    return [
+        (window, Case(mode, ring_pass, requests, size=BLOCK, window=window))
+        for requests in SIGHTS
+        for window in WINDOWS
+        for mode, ring_pass in MODES
+    ]
+
+
+def seen_blocks(request: Request, size: int, window: int) -> list[list[set[int]]]:
+    """Pair by pair of query and key: per home and owner, the blocks there that are seen."""
+    ranks = len(request.q_runs)
+    found: list[list[set[int]]] = [[set() for _ in range(ranks)] for _ in range(ranks)]
+    for owner, runs in enumerate(request.q_runs):
+        for q in positions(runs):
+            for key in range(max(0, q - window + 1), q + 1):
+                found[request.homes[key // size]][owner].add(key // size)
+    return found
+
+
+def test_a_windowed_layer_moves_only_what_is_seen(one_host: dict[str, list[list[Entries]]]) -> None:
+    """Ring pass-KV: rank r sends to s each of its blocks in which a query of s sees a key, once.
+    Pass-Q and tree: each owner's rows go to the ranks that hold such a key, and come back. In one
+    exchange, and ranks with nothing to say or hear have none."""
+    num_heads, num_kv, e, n = 4, 2, 4, 4
+    silent = 0
+    for (window, case), entries in zip(windowed(), one_host["windows"], strict=True):
+        seen = [seen_blocks(request, BLOCK, window) for request in case.requests]
+        end = max(request.length for request in case.requests)
+        rows = [[len(positions(runs)) for runs in request.q_runs] for request in case.requests]
+        pairs = [(r, s) for r in range(n) for s in range(n) if r != s]
+        if window >= end:
+            continue  # it hides nothing: as without a window
+        if case.ring_pass == "kv" and case.mode == "ring":
+            moved = {pair: sum(len(x[pair[0]][pair[1]]) for x in seen) for pair in pairs}
+            for rank in range(n):
+                blocks = sum(moved[rank, s] for s in range(n) if s != rank)
+                assert sent(entries, "ring_pass_kv")[rank] == blocks * BLOCK * num_kv * (D + V) * e
+                busy = any(count and rank in pair for pair, count in moved.items())
+                assert rounds(entries, "ring_pass_kv")[rank] == busy
+                silent += not busy
+            continue
+        names = (
+            ("tree_q", "tree_partials")
+            if case.mode == "tree"
+            else ("ring_pass_q", "ring_pass_q_partials")
+        )
+        asked = {
+            (r, s): sum(rows[i][s] for i, x in enumerate(seen) if x[r][s]) for r, s in pairs
+        }  # rows of s that r answers
+        for rank in range(n):
+            out = sum(asked[r, rank] for r in range(n) if r != rank)
+            back = sum(asked[rank, s] for s in range(n) if s != rank)
+            assert sent(entries, names[0])[rank] == out * num_heads * D * e
+            assert sent(entries, names[1])[rank] == back * num_heads * (V * e + LSE)
+            assert (
+                rounds(entries, names[0])[rank]
+                == rounds(entries, names[1])[rank]
+                == bool(out or back)
+            )
+    assert silent  # some rank had no part in some exchange
+
+
 # --- several hosts
 
 
 def spread(size: int) -> list[Case]:
     """Requests whose keys are on every one of ``size`` ranks: B = 6, then 24, then 3 + 24."""
-    some = tuple(decode([3 + (r + i) % 4 for r in range(size)], owner=i % size) for i in range(6))
-    long = prefill([24 // size] * (size - 1) + [24 - 24 // size * (size - 1)])
+    some = tuple(step_of([3 + (r + i) % 4 for r in range(size)], owner=i % size) for i in range(6))
+    long = prompt([24 // size] * (size - 1) + [24 - 24 // size * (size - 1)], 1)
     return [
         Case("tree", "kv", items, heads, dtype)
         for items in (some, (long,), (*some[:3], long))
@@ -293,10 +399,10 @@ def spread(size: int) -> list[Case]:
 
 
 def even_ring(size: int) -> list[Case]:
-    return [Case("ring", "kv", (prefill([6] * size),), (4, 2), torch.float32)]
+    return [Case("ring", "kv", (prompt([6] * size, 1),), (4, 2), torch.float32)]
 
 
-PARTIAL_HOSTS = (decode([4, 3, 2, 5, 0, 0], owner=0), decode([1, 1, 0, 6, 0, 0], owner=3))
+PARTIAL_HOSTS = (step_of([4, 3, 2, 5, 0, 0], owner=0), step_of([1, 1, 0, 6, 0, 0], owner=3))
 TWO_HOSTS = {
     "ab": (0, 4),
     "aab": (0, 1, 4),
@@ -327,17 +433,17 @@ def hosts() -> dict[str, list[list[Entries]]]:
 def test_tree_bytes_between_hosts_do_not_grow_with_the_ranks(
     hosts: dict[str, list[list[Entries]]], name: str
 ) -> None:
-    """Over the job, whatever the ranks per host: (M-1)*B*H*(D*e+4) of partials and (M-1)*B*H*D*e
+    """Over the job, whatever the ranks per host: (M-1)*B*H*(V*e+4) of partials and (M-1)*B*H*D*e
     of queries, each query once per other host, in at most two rounds."""
     size, others = len(name), len(set(name)) - 1
     cases = iter(hosts[name])
     for tokens, (num_heads, _), (_, e) in itertools.product((6, 24, 27), HEADS[:2], DTYPES):
         entries = next(cases)
-        assert crossed(entries, "tree_partials") == others * tokens * num_heads * (D * e + LSE)
+        assert crossed(entries, "tree_partials") == others * tokens * num_heads * (V * e + LSE)
         assert crossed(entries, "tree_q") == others * tokens * num_heads * D * e
         # Over all links every rank but the owner gets each query and answers it, once.
         assert sum(sent(entries, "tree_q")) == (size - 1) * tokens * num_heads * D * e
-        partials = (size - 1) * tokens * num_heads * (D * e + LSE)
+        partials = (size - 1) * tokens * num_heads * (V * e + LSE)
         assert sum(sent(entries, "tree_partials")) == partials
         assert max(rounds(entries, "tree_q")) <= 2 and max(rounds(entries, "tree_partials")) <= 2
 
@@ -347,16 +453,16 @@ def test_tree_sends_nothing_to_hosts_without_keys(hosts: dict[str, list[list[Ent
     [entries] = hosts["partly"]
     assert entries[4] == entries[5] == {}
     assert crossed(entries, "tree_q") == 1 * 2 * 4 * D * 4
-    assert crossed(entries, "tree_partials") == 1 * 2 * 4 * (D * 4 + LSE)
+    assert crossed(entries, "tree_partials") == 1 * 2 * 4 * (V * 4 + LSE)
 
 
 @pytest.mark.parametrize("name", [*TWO_HOSTS, *THREE_HOSTS])
 def test_ring_crosses_each_border_once_a_round(
     hosts: dict[str, list[list[Entries]]], name: str
 ) -> None:
-    """Of a ring's N links M go to another host, and each carries (N-1)/N * 2*S*G*D*e."""
+    """Of a ring's N links M go to another host, and each carries (N-1)/N * S*G*(D+V)*e."""
     [entries] = hosts[f"ring {name}"]
-    per_rank = (len(name) - 1) * 2 * 6 * 2 * D * 4
+    per_rank = (len(name) - 1) * 6 * 2 * (D + V) * 4
     assert sent(entries, "ring_pass_kv") == [per_rank] * len(name)
     assert crossed(entries, "ring_pass_kv") == len(set(name)) * per_rank
 
@@ -376,12 +482,12 @@ def ship(world: World) -> list[Entries]:
     plan = StepPlan(1, begins=begins, chunks=chunks)
     for dtype, _ in DTYPES:
         layers = [LayerSpec(4, 2, D, 0.25)] * 2
-        pool = KVPool(layers, 64, dtype, group.device)
-        _, kernel = get_kernel("sdpa", group.device, dtype)
+        pool = KVPool(layers, 64, 1, dtype, group.device)
+        kernel = choose_kernel("reference", group.device, dtype, layers, 1, False).kernel
         work = WorkerState(group.rank, block_size=1).apply(plan)
         for item in work.items:
             check_item(item)
-        step = StepContext(work, group, layers, pool, kernel)
+        step = StepContext(work, Layers(layers, pool, kernel, group))
         assert step.num_rows == 4 + 3
         world.ledger.clear()
         for layer in range(2):
@@ -466,12 +572,12 @@ def greedy(prompts: list[list[int]]) -> list[list[int]]:
     """transformers' own tokens, every step from the whole sequence."""
     model = tiny_llama()
     out = []
-    for prompt in prompts:
-        ids = list(prompt)
+    for given in prompts:
+        ids = list(given)
         with torch.inference_mode():
             for _ in range(NEW):
                 ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
-        out.append(ids[len(prompt) :])
+        out.append(ids[len(given) :])
     return out
 
 

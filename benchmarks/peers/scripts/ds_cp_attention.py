@@ -58,16 +58,12 @@ class Call:
         self.q = self.whole[0][self.at]
         self.k, self.v = (x[mine].clone() for x in self.whole[1:])
         shape = PageShape.of(self.spec, BLOCK, dtype, self.kernel.packed)
-        self.pages = empty_pages(shape, max(1, sum(-(-n // BLOCK) for _, n in k_runs[me])), cpu)
-        ends = [0]  # first block of each run
+        slots, first = [], 0  # each run begins a block of its own
         for _, length in k_runs[me]:
-            ends.append(ends[-1] + -(-length // BLOCK))
-        slots = [
-            first * BLOCK + i
-            for first, (_, n) in zip(ends, k_runs[me], strict=False)
-            for i in range(n)
-        ]
+            slots += [first * BLOCK + i for i in range(length)]
+            first += -(-length // BLOCK)
         at = torch.tensor(slots, dtype=torch.int64)
+        self.pages = empty_pages(shape, max(1, first), cpu)
         self.blocks, self.places = at // BLOCK, at % BLOCK
         self.write = write
         if len(slots):

@@ -1,4 +1,4 @@
-"""llama.cpp through llama-cpp-python: bf16 GGUF, flash attention on, greedy, token ids in and out."""
+"""llama.cpp through llama-cpp-python: bf16 GGUF, flash attention on, greedy, token ids."""
 
 from __future__ import annotations
 

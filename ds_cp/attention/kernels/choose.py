@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -32,13 +33,27 @@ class Choice:
     notes: tuple[str, ...] = ()
 
 
+class Told(NamedTuple):
+    """What a rank tells the others: the kernels that it can use, and of others by name, why
+    not."""
+
+    names: tuple[str, ...]
+    problems: dict[str, str]
+
+
 @dataclass(frozen=True)
 class Candidates:
     """What can serve a model on this rank. ``kernels``: those that can, the preferred one first;
-    ``problems``: of the others by name, why not."""
+    ``problems``: of the others by name, why not; ``order``: every name that was asked for, the
+    preferred one first."""
 
     kernels: tuple[PagedKernel, ...]
     problems: dict[str, str]
+    order: tuple[str, ...]
+
+    def told(self) -> Told:
+        """The same, for the other ranks."""
+        return Told(tuple(kernel.name for kernel in self.kernels), self.problems)
 
 
 def makers(device: torch.device) -> dict[str, Maker]:
@@ -68,12 +83,13 @@ def find_kernels(
         known.pop("cuda", None)
     if name != "auto" and name not in known:
         raise ConfigError(
-            f"attention.backend {name!r} is not for {device.type}: choose auto or one of "
-            f"{', '.join(known)}"
+            f"attention.backend {name!r} is not for {device.type}: set attention.backend to auto "
+            f"or to one of {', '.join(known)}"
         )
     found: list[PagedKernel] = []
     problems: dict[str, str] = {}
-    for each in known if name == "auto" else (name,):
+    order = tuple(known) if name == "auto" else (name,)
+    for each in order:
         if len(found) == enough:
             break
         try:
@@ -88,7 +104,7 @@ def find_kernels(
             problems[each] = problem
         else:
             found.append(kernel)
-    return Candidates(tuple(found), problems)
+    return Candidates(tuple(found), problems, order)
 
 
 def choose_kernel(
@@ -101,24 +117,45 @@ def choose_kernel(
 ) -> Choice:
     """The first of ``find_kernels``. Raises ``ConfigError`` when there is none."""
     found = find_kernels(name, device, dtype, layers, block_size, check=check)
-    return agree_on_kernel(name, found, [list(_names(found))])
+    return agree_on_kernel(name, found, [found.told()])
 
 
-def agree_on_kernel(name: str, mine: Candidates, ranks: Sequence[Sequence[str]]) -> Choice:
-    """The first of my kernels that every rank has: pages travel, and all read them alike.
-    ``ranks``: the names that each rank found. Raises ``ConfigError`` when there is none."""
-    notes = [f"kernel {each} is not used: {why}" for each, why in mine.problems.items()]
-    for kernel in mine.kernels:
-        missing = [rank for rank, names in enumerate(ranks) if kernel.name not in names]
-        if not missing:
-            return Choice(kernel, (*notes, *getattr(kernel, "notes", ())))
-        notes.append(f"kernel {kernel.name} is not used: ranks {missing[:8]} cannot run it")
+def agree_on_kernel(
+    name: str, mine: Candidates, ranks: Sequence[Told], hosts: Sequence[str] = ()
+) -> Choice:
+    """The first kernel that every rank has: pages travel, and all read them alike. ``ranks``: what
+    each rank found, mine included; ``hosts``: of each rank, for the lines. Raises ``ConfigError``,
+    which names a rank that lacks the kernel and why, when there is none."""
+    have = {kernel.name: kernel for kernel in mine.kernels}
+    notes: list[str] = []
+    for each in _in_order(mine, ranks):
+        lacking = [rank for rank, told in enumerate(ranks) if each not in told.names]
+        if not lacking:
+            own = getattr(have[each], "notes", ())
+            return Choice(have[each], (*notes, *_consequence(notes, each), *own))
+        why = ranks[lacking[0]].problems.get(each) or "it is not known there"
+        where = ""
+        if len(lacking) < len(ranks):
+            where = f"rank {lacking[0]}{f' on {hosts[lacking[0]]}' if hosts else ''}: "
+        notes.append(f"kernel {each} is not used: {where}{why}")
     why = "; ".join(notes) or "no kernel is known for this device"
     raise ConfigError(f"attention.backend is {name}, but {why}: set attention.backend to auto")
 
 
-def _names(found: Candidates) -> Sequence[str]:
-    return [kernel.name for kernel in found.kernels]
+def _in_order(mine: Candidates, ranks: Sequence[Told]) -> list[str]:
+    """Every kernel that a rank has or tried, the preferred one first: all ranks prefer alike."""
+    known = {name for told in ranks for name in (*told.names, *told.problems)}
+    return [name for name in mine.order if name in known]
+
+
+def _consequence(notes: Sequence[str], name: str) -> list[str]:
+    """What it means that the native kernel is not used."""
+    if name != "sdpa" or not any(note.startswith("kernel cpu ") for note in notes):
+        return []
+    return [
+        "attention runs on torch's operators, which are slower, in bfloat16 about 2.5 times: "
+        "`ds-cp doctor` says what the native kernel needs"
+    ]
 
 
 def _refusal(

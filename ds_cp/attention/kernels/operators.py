@@ -110,7 +110,7 @@ def capped(
     """An ``Operator`` that caps the scaled scores, in fp32 (fp64 for fp64), in slices of rows."""
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     (batch, heads, rows, _), (_, kv_heads, keys, v_dim) = q.shape, v.shape
-    by_kv_head = (kv_heads, heads // kv_heads)
+    by_kv_head = (batch, kv_heads, heads // kv_heads, -1, q.shape[3])
     k_t, v_t = k.to(compute).unsqueeze(2).transpose(-1, -2), v.to(compute).unsqueeze(2)
     out = torch.empty(batch, heads, rows, v_dim, dtype=compute, device=q.device)
     lse = torch.empty(batch, heads, rows, dtype=compute, device=q.device)
@@ -118,7 +118,7 @@ def capped(
     step = max(1, SCORE_BYTES // (batch * heads * keys * 4))
     for low in range(0, rows, step):
         some = slice(low, min(low + step, rows))
-        scores = torch.matmul(q[:, :, some].to(compute).unflatten(1, by_kv_head), k_t)
+        scores = torch.matmul(q[:, :, some].to(compute).reshape(by_kv_head), k_t)
         scores = torch.tanh_(scores.mul_(scale / cap)).mul_(cap)  # [B, G, H/G, r, S]
         if mask is not None:
             scores += mask[some] if mask.dim() == 2 else mask.unsqueeze(1)

@@ -122,9 +122,12 @@ class SingleRows:
         room = self._held[: len(blocks)]
         torch.index_select(whole, 0, blocks, out=room)
         found = Pages(room, self._shape)
-        by_chunk = (-1, self._in_chunk)
-        keys, values = (x.unflatten(0, by_chunk).transpose(1, 2).flatten(2, 3)
-                        for x in (found.keys(), found.values()))  # fmt: skip
+        if self._in_chunk == 1:
+            return found.keys(), found.values()
+        keys, values = (
+            x.view(-1, self._in_chunk, *x.shape[1:]).transpose(1, 2).flatten(2, 3)
+            for x in (found.keys(), found.values())
+        )
         return keys, values
 
     def _merged(self, out_NHD: torch.Tensor, lse_NH: torch.Tensor) -> Partial:

@@ -72,7 +72,7 @@ class TorchKernel:
         """As in ``PagedKernel``."""
         if into is None:
             dtype = torch.float64 if q_THD.dtype == torch.float64 else torch.float32
-            into = empty_partial(*q_THD.shape[:2], spec.v_dim, q_THD.device, dtype)
+            into = empty_partial(len(q_THD), spec.num_q_heads, spec.v_dim, q_THD.device, dtype)
         key = ("sdpa", pages.shape, spec.window, spec.num_q_heads)
         plan = batch.derived.get(key)
         if not isinstance(plan, _Plan):
@@ -156,8 +156,10 @@ def _gathered(plan: _Plan, stretch: _Stretch, pages: Pages) -> tuple[torch.Tenso
     size = pages.shape.block_size
     for room, there in ((plan.keys, pages.keys()), (plan.values, pages.values())):
         for at, number, count in stretch.copies:
-            here = room[:, at : at + count * size].unflatten(1, (count, size))
-            here.copy_(there[number : number + count].transpose(0, 1))
+            here = room[:, at : at + count * size]
+            here.view(len(room), count, size, -1).copy_(
+                there[number : number + count].transpose(0, 1)
+            )
     return plan.keys[:, : stretch.slots], plan.values[:, : stretch.slots]
 
 
@@ -199,15 +201,15 @@ def _folded(
 ) -> Partial:
     """All keys visible: fold the H/G query heads of each KV head into rows, ``[1, G, H/G * T,
     D]``."""
-    fold = (spec.num_q_heads // spec.num_kv_heads, len(q_THD))
+    fold = (spec.num_kv_heads, spec.num_q_heads // spec.num_kv_heads, len(q_THD))
     rows = split_heads(q_THD, spec.num_kv_heads).permute(1, 2, 0, 3).flatten(1, 2).unsqueeze(0)
     parts = _parts(spec.num_kv_heads * -(-rows.shape[2] // OP_ROWS), k.shape[2])
     if parts > 1 and k.device.type == "cpu" and spec.softcap is None:
         out, lse = _in_parts(rows, k, v, spec.scale, parts)
     else:
         out, lse = op(rows, k, v, None, False)
-    out = out[0].unflatten(1, fold).permute(2, 0, 1, 3).flatten(1, 2)
-    return Partial(out, lse[0].unflatten(1, fold).permute(2, 0, 1).flatten(1, 2))
+    out = out.reshape(*fold, -1).permute(2, 0, 1, 3).flatten(1, 2)
+    return Partial(out, lse.reshape(fold).permute(2, 0, 1).flatten(1, 2))
 
 
 def _parts(tasks: int, keys: int) -> int:
@@ -228,7 +230,7 @@ def _in_parts(
     R]``."""
     each = k.shape[2] // parts
     many_k, many_v = (
-        x[0, :, : parts * each].unflatten(1, (parts, each)).transpose(0, 1) for x in (k, v)
+        x[0, :, : parts * each].view(k.shape[1], parts, each, -1).transpose(0, 1) for x in (k, v)
     )
     out, lse = cpu_op(scale, q.expand(parts, -1, -1, -1), many_k, many_v, None, False)
     if parts * each < k.shape[2]:

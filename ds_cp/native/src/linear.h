@@ -19,7 +19,7 @@ constexpr int64_t kPanel = 64;    // columns of a panel
 constexpr int64_t kRows = 96;     // of x, that stay in the second-level cache
 constexpr int64_t kPanels = 4;    // for which such rows are used again
 
-struct Linear {  // ds_cp/native/linear.py has the same
+struct Linear {  // ds_cp/model/packed_linear.py has the same
   const void* packed;
   const float* bias;  // null, or N padded to a multiple of kUnit
   int64_t n;

@@ -17,6 +17,8 @@
 #include <linux/futex.h>
 #include <poll.h>
 #include <sched.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -383,6 +385,20 @@ DS_CP_EXPORT uint64_t ds_cp_shm_bytes(int members, uint64_t ring_bytes) {
          up(uint64_t(members) * members * sizeof(Ring), PAGE) +
          uint64_t(members) * members * ring_bytes;
 }
+
+// Map the memory behind a descriptor, which may be closed then. Neither child processes nor a dump of
+// this one get it. nullptr when that cannot be, or when there is less than `bytes`.
+DS_CP_EXPORT void* ds_cp_shm_map(int fd, uint64_t bytes) {
+  struct stat found;
+  if (fstat(fd, &found) || found.st_size < 0 || uint64_t(found.st_size) < bytes) return nullptr;
+  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+  if (memory == MAP_FAILED) return nullptr;
+  madvise(memory, bytes, MADV_DONTFORK);
+  madvise(memory, bytes, MADV_DONTDUMP);
+  return memory;
+}
+
+DS_CP_EXPORT void ds_cp_shm_unmap(void* memory, uint64_t bytes) { munmap(memory, bytes); }
 
 // Make a channel of zeroed memory. `token`: 16 bytes that the others know.
 DS_CP_EXPORT void ds_cp_shm_format(void* memory, int members, uint64_t ring_bytes, const uint8_t* token) {

@@ -1,7 +1,7 @@
 """A linear layer whose weights were packed once for the processor: ``y = x @ W^T + b``.
 
 A row of y has the same bits whatever the number of rows beside it and the number of threads (see
-``src/linear.h``). bf16 and fp32; sums in fp32, rounded once.
+``ds_cp/native/src/linear.h``). bf16 and fp32; sums in fp32, rounded once.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 
 from ds_cp.native.library import Library
 
-ISAS = ("avx512bf16", "avx512", "avx2", "baseline")  # by their numbers in src/isa.h
+ISAS = ("avx512bf16", "avx512", "avx2", "baseline")  # by their numbers in ds_cp/native/src/isa.h
 DTYPES = (torch.bfloat16, torch.float32)
 ALIGN = 64  # bytes
 UNIT = 16  # columns: biases are padded to a multiple of it
@@ -21,7 +21,7 @@ _INT, _POINTER = ctypes.c_int64, ctypes.c_void_p
 
 
 class _Linear(ctypes.Structure):
-    """``Linear`` of src/linear.h."""
+    """``Linear`` of ds_cp/native/src/linear.h."""
 
     _fields_ = [
         ("packed", _POINTER), ("bias", _POINTER),

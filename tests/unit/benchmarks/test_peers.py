@@ -1,0 +1,209 @@
+"""The comparison with peers: turns, time limits and failures of contestants, ratios and the page;
+contestants here are scripts of a few lines."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from benchmarks.peers import players
+from benchmarks.peers.__main__ import MOST_LOAD, NAMES, main
+from benchmarks.peers.installs import PEERS, Environments
+from benchmarks.peers.measure import Case, Figures, play
+from benchmarks.peers.model import _rotate_in_pairs
+from benchmarks.peers.players import Job, Player, PlayerError
+from benchmarks.peers.ratios import ratio_rows, same_tokens
+from benchmarks.peers.report import page, plot
+from benchmarks.peers.rows import Ratio, Row, rows
+
+START = """
+import os, sys, time
+sys.path.insert(0, {scripts!r})
+import child
+def start(options):
+    print("a library says something")
+    if options.get("fails"):
+        raise RuntimeError("no such thing here")
+    def run(case):
+        if case.get("seed") == options.get("breaks"):
+            raise ValueError("cannot do that")
+        if case.get("seed") == options.get("ends"):
+            sys.stderr.write("a last word\\n"); sys.stderr.flush(); os._exit(3)
+        time.sleep(options.get("sleeps", 0))
+        rank = int(os.environ["RANK"])
+        return {{"seconds": [options["took"] + rank, options["took"] * 2], "max_error": rank / 8,
+                "ids": options.get("ids", [])}}
+    return run
+child.serve(start)
+"""
+
+
+Maker = Callable[..., Callable[[], Player]]
+
+
+@pytest.fixture
+def contestant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Maker:
+    scripts = players.SCRIPTS
+    (tmp_path / "contestant.py").write_text(START.format(scripts=str(scripts)))
+    monkeypatch.setattr(players, "SCRIPTS", tmp_path)
+    monkeypatch.setattr(players, "END_S", 0.5)
+
+    def make(name: str, ranks: int = 1, **options: Any) -> Callable[[], Player]:
+        return lambda: Player(
+            name, Path(sys.executable), "contestant.py", options, ranks, start_s=20
+        )
+
+    return make
+
+
+def questions(rounds: int = 2, limit_s: float = 20.0) -> list[Case]:
+    return [Case("256 tokens", {"tokens": 256}, rounds, limit_s)]
+
+
+def test_turns_are_kept_by_rank_and_round(contestant: Maker) -> None:
+    two = contestant("two", ranks=2, took=1.0, ids=[1, 2, 3])
+    one = contestant("one", took=4.0, ids=[1, 2, 9])
+    found, _ = play([two, one], ["two", "one"], questions(), {"seed": 1})
+    got = found["256 tokens"]
+    # A call took as long as the rank that took longest.
+    assert got["two"].seconds == {"seconds": [2.0, 2.0, 2.0, 2.0]}
+    assert got["one"].seconds == {"seconds": [4.0, 8.0, 4.0, 8.0]}
+    assert got["two"].told["max_error"] == 1 / 8
+    assert same_tokens(found, "one") == {"256 tokens": {"two": 2, "one": 3}}
+    case = "256 tokens"
+    [row] = ratio_rows([Ratio("r", (case, "one", "seconds"), (case, "two", "seconds"), 2.5)], found)
+    assert (row["min"], row["median"], row["met"]) == (2.0, 3.0, False)
+
+
+def test_one_that_fails_is_left_out_with_its_reason(contestant: Maker) -> None:
+    entries = {
+        "good": contestant("good", took=1.0),
+        "never starts": contestant("never starts", took=1.0, fails=True),
+        "breaks": contestant("breaks", took=1.0, breaks=1007),
+        "ends": contestant("ends", took=1.0, ends=1007),
+        "not there": lambda: (_ for _ in ()).throw(PlayerError("not installed: no")),
+    }
+    found, _ = play(list(entries.values()), list(entries), questions(3), {"seed": 1})
+    got = found["256 tokens"]
+    assert got["good"].failed == "" and len(got["good"].seconds["seconds"]) == 6
+    assert got["never starts"].failed == "RuntimeError: no such thing here"
+    assert got["breaks"].failed == "ValueError: cannot do that"
+    assert len(got["breaks"].seconds["seconds"]) == 2, "its first round counts"
+    assert "a last word" in got["ends"].failed
+    assert got["not there"].failed == "not installed: no"
+    case = "256 tokens"
+    good = (case, "good", "seconds")
+    [row] = ratio_rows([Ratio("r", (case, "never starts", "seconds"), good, 1.0)], found)
+    assert row["failed"] == "never starts: RuntimeError: no such thing here"
+
+
+def test_one_that_is_late_is_ended(contestant: Maker) -> None:
+    job = Job(contestant("slow", took=1.0, sleeps=60)())
+    process = psutil.Process(job._processes[0].pid)
+    began = time.monotonic()
+    with pytest.raises(PlayerError, match="no answer within 0 s"):
+        job.ask({"seed": 1}, 0.2)
+    job.close()
+    assert time.monotonic() - began < 10 and not process.is_running()
+
+
+def stopped(process: psutil.Process) -> None:
+    """Wait until it is: the system takes a moment."""
+    until = time.monotonic() + 10
+    while process.status() != psutil.STATUS_STOPPED:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def test_those_who_wait_are_stopped(contestant: Maker) -> None:
+    job = Job(contestant("patient", took=1.0)())
+    try:
+        process = psutil.Process(job._processes[0].pid)
+        stopped(process)
+        assert job.ask({"seed": 1}, 20)[0]["seconds"] == [1.0, 2.0]
+        stopped(process)
+    finally:
+        job.close()
+
+
+def test_bytes_over_bandwidth() -> None:
+    case = "SmolLM2, 10 tokens"
+    ours = Figures({"tpot": [0.5]}, {"weight_bytes": 900, "kv_bytes": 10})
+    memory = Figures({"seconds": [0.1]}, {"bytes": 500})
+    ratio = Ratio("r", (case, "ds_cp", "tpot"), (case, "memory", "seconds"), 1.6, least=False,
+                  per_byte=True, tokens=10)  # fmt: skip
+    [row] = ratio_rows([ratio], {case: {"ds_cp": ours, "memory": memory}})
+    assert row["min"] == pytest.approx(0.5 / (0.1 * 1000 / 500)) and not row["met"]
+
+
+def test_a_busy_machine_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("os.getloadavg", lambda: (MOST_LOAD + 1, 0.0, 0.0))
+    assert main([]) == 2
+    assert "--even-if-busy" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_rows_name_only_what_plays(quick: bool) -> None:
+    found = rows(Environments(), quick)
+    assert tuple(row.name for row in found) == NAMES
+    assert sum(row.minutes for row in found) <= 40
+    for row in found:
+        playing = {(case.name, name) for case in row.cases for name in case.only or row.players}
+        places = [place[:2] for ratio in row.ratios for place in (ratio.above, ratio.below)]
+        assert set(places) <= playing
+
+
+def played(row: Row, failed: str = "") -> Mapping[str, Any]:
+    cases = {
+        case.name: {
+            name: {"failed": failed} if failed else {
+                quantity: {"min": 0.5, "median": 1.0, "all": [0.5, 1.5]}
+                for quantity in ("seconds", "ttft", "tpot")
+            } for name in case.only or row.players
+        } for case in row.cases
+    }  # fmt: skip
+    found = {
+        case: {name: Figures(failed=failed) for name in names} for case, names in cases.items()
+    }
+    ratios = ratio_rows(row.ratios, found)
+    return {"name": row.name, "title": row.title, "load": 0.1, "others": 0.0, "cases": cases,
+            "ratios": ratios, "plot": "x.png", "same_tokens": {}}  # fmt: skip
+
+
+def test_the_page_has_every_figure_and_every_failure(tmp_path: Path) -> None:
+    found = rows(Environments(), False)
+    result = {
+        "command": "c", "date": "d", "commit": "", "machine": "m", "python": "3", "load": 3.0,
+        "busy": True, "quick": True, "versions": {"torch": "2"},
+        "rows": [played(found[0]), played(found[3], "it has | ended\nbadly")],
+    }  # fmt: skip
+    text = page(result)
+    assert "failed: it has / ended badly" in text and "the machine was busy" in text.lower()
+    for name in (*found[0].players, *found[3].players):
+        assert f"| {name} |" in text
+    one = dict(played(found[1]))
+    one["cases"] = dict([*one["cases"].items()][:3])  # two sizes of one kind
+    assert plot(one, "keys", tmp_path / "p.png")
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    assert not plot(played(found[2]), "", tmp_path / "q.png"), "nothing over a size"
+
+
+def test_rows_of_a_head_change_places_for_llama_cpp() -> None:
+    """Neighbours 2i and 2i + 1 there are rows i and i + dim / 2 here."""
+    weight = torch.arange(16.0).view(16, 1)
+    order = _rotate_in_pairs(weight, 2).flatten().tolist()
+    assert order == [0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15]
+
+
+def test_peers_are_pinned() -> None:
+    for peer in PEERS.values():
+        assert all("==" in package for package in peer.packages if package != "numpy")
