@@ -61,7 +61,7 @@ ONLY_IN = {
     "mpi4py": ["topology/mpi.py"],
     "deepspeed": ["comm/process_group.py"],
     "torch.distributed": ["comm/process_group.py"],
-    "flash_attn": ["attention/kernels/flash.py"],
+    "flash_attn": ["attention/kernels/dense.py"],
     "transformers": ["model/"],
     "fastapi": ["api/"],
     "starlette": ["api/"],
