@@ -74,17 +74,17 @@ def _dense(choice: Any, device: torch.device) -> None:
 def ranks(device: torch.device, quick: bool) -> None:
     """fp32 tokens of a small model over as many ranks as there are, against transformers'."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    model = llama(device, torch.float32, True, initializer_range=0.2)
-    lengths = (5, 70) if quick else (5, 70, 700)
-    prompts = [[(7 * i + n) % 128 for i in range(length)] for n, length in enumerate(lengths)]
-    new = 8 if quick else 24
-    want = [_transformers(model, prompt, new) for prompt in prompts]
     job = detect(os.environ)
     for variable, value in socket_environment(job).items():
         os.environ.setdefault(variable, value)
     modes = MODES[:1] if size == 1 else MODES[1:]
     configs = [_config(device, mode) for mode in modes]
     world, threads = join_job(job, configs[0])
+    model = llama(device, torch.float32, True, initializer_range=0.2)
+    lengths = (5, 70) if quick else (5, 70, 700)
+    prompts = [[(7 * i + n) % 128 for i in range(length)] for n, length in enumerate(lengths)]
+    new = 8 if quick else 24
+    want = [_transformers(model, prompt, new) for prompt in prompts]
     for mode, config in zip(modes, configs, strict=True):
         engine = LLMEngine(world, *build_worker(world, config, model, threads), config, None)
         params = ds_cp.SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True)
@@ -103,7 +103,7 @@ def _config(device: torch.device, mode: dict[str, str]) -> Config:
     return load_config(
         {
             "model": "a loaded model", "device": device.type, "dtype": "fp32",
-            "comm": {"backend": "gloo", "timeout_s": 30},
+            "comm": {"backend": "gloo", "timeout_s": 60},
             "context_parallel": {**mode, "local_threshold": 0},
             "kv_cache": {"tokens_per_rank": 2048, "block_size": 16, "placement": "balanced",
                          "prefix_caching": False},

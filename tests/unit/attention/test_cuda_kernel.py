@@ -12,6 +12,8 @@ import torch
 
 from ds_cp.attention.batch import Part, make_batch
 from ds_cp.attention.kernels import cuda
+from ds_cp.attention.kernels import dense as dense_module
+from ds_cp.attention.kernels.choose import find_kernels, makers
 from ds_cp.attention.kernels.cuda import CudaKernel
 from ds_cp.attention.kernels.dense import Candidate, Dense, from_package
 from ds_cp.attention.kernels.reference import ReferenceKernel
@@ -19,8 +21,13 @@ from ds_cp.attention.kernels.self_test import fault
 from ds_cp.attention.pages import Fresh, Pages, PageShape, empty_pages
 from ds_cp.attention.spec import LayerSpec
 from ds_cp.attention.state import Partial, empty_partial
+from ds_cp.comm.wire import World
+from ds_cp.errors import ConfigError
 from ds_cp.layout import Block, Blocks, Runs, positions, total
+from ds_cp.sampling_params import SamplingParams
+from ds_cp.topology.hosts import Topology
 from tests.helpers import flash_attn
+from tests.helpers.engines import engine_on, tiny_llama
 
 CPU = torch.device("cpu")
 BF16 = torch.bfloat16
@@ -249,6 +256,63 @@ def test_any_layout(small: None) -> None:
         case = Case(requests, seed)
         spec = layer(window=rng.choice([None, None, 5, 40]))
         case.check(kernel_of(Watched()), spec, case.fresh() if rng.random() < 0.5 else None)
+
+
+def test_it_is_the_first_choice_on_cuda_unless_rows_must_not_depend_on_chunks() -> None:
+    device = torch.device("cuda")
+    assert list(makers(device))[:2] == ["cuda", "triton"]
+    with pytest.raises(ConfigError, match="or to one of triton, sdpa, reference$"):
+        find_kernels("cuda", device, BF16, [layer()], SIZE, deterministic=True)
+
+
+def test_an_engine_gives_the_same_tokens(monkeypatch: pytest.MonkeyPatch, small: None) -> None:
+    """Whole prompts, later chunks beside decodes, shared prefixes. In fp32, so that rounding
+    decides nothing."""
+    calls: list[bool] = []
+
+    def exact(q: Any, k: Any, v: Any, scale: float, causal: bool) -> Any:
+        calls.append(causal)
+        seen = torch.ones(len(q), len(k), dtype=torch.bool)
+        out, lse = flash_attn._attend(q, k, v, seen.tril() if causal else seen, scale)
+        return out, lse.transpose(0, 1)
+
+    def tokens(dense: bool) -> list[Any]:
+        world = World(0, Topology(("here",)), CPU, 60.0, joined=False)
+        config = {
+            "kv_cache": {"tokens_per_rank": 2048, "block_size": SIZE},
+            "attention": {"backend": "reference"},
+            "scheduler": {"max_num_batched_tokens": 96},
+        }
+        engine = engine_on(world, tiny_llama(initializer_range=0.2), config)
+        if dense:
+            kernel = CudaKernel(ReferenceKernel(), [Candidate("fp64", lambda: exact)], CPU)
+            object.__setattr__(engine._worker.layers, "kernel", kernel)
+        common = [(5 * i) % 128 for i in range(150)]
+        found = []
+        for prompts in ([[1] * 40, [2, 3] * 20], [common], [[*common, 7, 8, 9, 10], [4] * 33]):
+            params = SamplingParams(max_tokens=6, temperature=0.0)
+            found += [o.outputs[0].token_ids for o in engine.generate(prompts, params)]
+        return found
+
+    monkeypatch.setitem(dense_module.LIMIT, torch.float32, 1e-5)
+    plain = tokens(False)
+    assert not calls
+    whole = counted(monkeypatch, "prefill")
+    assert tokens(True) == plain
+    assert True in calls and False in calls and any(whole)
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, name: str) -> list[bool]:
+    """Whether each call of that method gave something."""
+    real, found = getattr(CudaKernel, name), []
+
+    def call(*args: Any) -> Any:
+        result = real(*args)
+        found.append(result is not None)
+        return result
+
+    monkeypatch.setattr(CudaKernel, name, call)
+    return found
 
 
 def test_blocks_are_cut_at_a_position() -> None:

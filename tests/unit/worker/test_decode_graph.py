@@ -258,7 +258,10 @@ def test_room_for_whatever_a_kernel_plans() -> None:
 
 def alone(model: Any, device: torch.device = CPU) -> LLMEngine:
     world = World(0, Topology(("here",)), device, 60.0, joined=False)
-    return engine_on(world, model, {"kv_cache": {"tokens_per_rank": 1024, "block_size": SIZE}})
+    config: dict[str, Any] = {"kv_cache": {"tokens_per_rank": 1024, "block_size": SIZE}}
+    if device.type == "cpu":
+        config["attention"] = {"backend": "reference"}
+    return engine_on(world, model, config)
 
 
 def answers(engine: LLMEngine) -> list[Any]:
