@@ -3,6 +3,7 @@ contestants here are scripts of a few lines."""
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -133,6 +134,25 @@ def test_those_who_wait_are_stopped(contestant: Maker) -> None:
         job.close()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux to end a process with its parent")
+def test_nobody_stays_when_the_benchmark_is_killed(contestant: Maker) -> None:
+    code = f"""if True:
+        import os, signal
+        from pathlib import Path
+        from benchmarks.peers import players
+        players.SCRIPTS = Path({str(players.SCRIPTS)!r})
+        player = players.Player("p", Path({sys.executable!r}), "contestant.py", {{"took": 1.0}})
+        job = players.Job(player)
+        print(job._processes[0].pid, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    run = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=players.ROOT)
+    until = time.monotonic() + 10
+    while psutil.pid_exists(int(run.stdout)):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
 def test_bytes_over_bandwidth() -> None:
     case = "SmolLM2, 10 tokens"
     ours = Figures({"tpot": [0.5]}, {"weight_bytes": 900, "kv_bytes": 10})
@@ -184,17 +204,17 @@ def test_the_page_has_every_figure_and_every_failure(tmp_path: Path) -> None:
     result = {
         "command": "c", "date": "d", "commit": "", "machine": "m", "python": "3", "load": 3.0,
         "busy": True, "quick": True, "versions": {"torch": "2"},
-        "rows": [played(found[0]), played(found[3], "it has | ended\nbadly")],
+        "rows": [played(found[1]), played(found[4], "it has | ended\nbadly")],
     }  # fmt: skip
     text = page(result)
     assert "failed: it has / ended badly" in text and "the machine was busy" in text.lower()
-    for name in (*found[0].players, *found[3].players):
+    for name in (*found[1].players, *found[4].players):
         assert f"| {name} |" in text
     one = dict(played(found[1]))
     one["cases"] = dict([*one["cases"].items()][:3])  # two sizes of one kind
-    assert plot(one, "keys", tmp_path / "p.png")
+    assert plot(one, "tokens", tmp_path / "p.png")
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
-    assert not plot(played(found[2]), "", tmp_path / "q.png"), "nothing over a size"
+    assert not plot(played(found[3]), "", tmp_path / "q.png"), "nothing over a size"
 
 
 def test_rows_of_a_head_change_places_for_llama_cpp() -> None:
