@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ds_cp.attention.batch import BatchPlan, IndexUpload, Part, Shards
+from ds_cp.attention.batch import BatchPlan, IndexUpload, PagedBatch, Part, Shards
 from ds_cp.attention.kernels import PagedKernel
 from ds_cp.attention.pages import Pages
 from ds_cp.attention.spec import LayerSpec
@@ -21,6 +21,11 @@ class LocalAttention:
     ) -> None:
         parts = [Part(item.q_runs[me], item.blocks[me]) for item in items]
         self._plan = BatchPlan(parts, first_row, upload)
+
+    @property
+    def batch(self) -> PagedBatch:
+        """All of it as a kernel sees it, once the upload was sent."""
+        return self._plan.batch()
 
     def __call__(
         self,

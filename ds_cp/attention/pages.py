@@ -14,6 +14,7 @@ B tokens a block, G KV heads, D and Dv head dims of keys and values.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -70,12 +71,24 @@ class PageShape:
         return cls(block_size, spec.num_kv_heads, spec.head_dim, spec.v_dim, dtype, packed)
 
 
+class Fresh(NamedTuple):
+    """A step's queries ``[T, H, D]`` and its new keys and values ``[T, G, D]`` where the layer left
+    them, row by row. For a call with these very queries they are what the pages hold of these
+    positions, side by side."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+
+
 @dataclass(frozen=True, eq=False)
 class Pages:
-    """Blocks of one layer: ``data [num_blocks, >= elements]``, rows at any stride, dense within."""
+    """Blocks of one layer: ``data [num_blocks, >= elements]``, rows at any stride, dense within.
+    ``fresh``: what the step has just stored in them, for a kernel that would rather read that."""
 
     data: torch.Tensor
     shape: PageShape
+    fresh: Fresh | None = None
 
     @property
     def num_blocks(self) -> int:

@@ -133,12 +133,30 @@ class Scheduler(Section):
 class Attention(Section):
     """The kernel."""
 
-    backend: Literal["auto", "cpu", "triton", "flash_attn", "sdpa", "reference"] = Field(
+    backend: Literal["auto", "cpu", "cuda", "triton", "flash_attn", "sdpa", "reference"] = Field(
         default="auto",
         description="kernel for attention over one rank's keys; cpu: the native one, for CPUs; "
-        "triton, flash_attn: for CUDA devices; sdpa: torch's operators; reference: plain math; "
-        "auto: the first of them that serves the model on every rank and passes a check at start",
+        "cuda: triton, and for what is dense in a prompt the fastest of flash-attn, cuDNN and "
+        "torch's flash operator; flash_attn: cuda with that package; triton: for CUDA devices; "
+        "sdpa: torch's operators; reference: plain math; auto: the first of them that serves the "
+        "model on every rank and passes a "
+        "check at start",
     )
+    deterministic: bool = Field(
+        default=False,
+        description="whether attention on CUDA must not depend on how a prompt was cut into "
+        "chunks, and so on what else runs: kernel triton, never cuda; CPU kernels do not depend on "
+        "it in any case",
+    )
+
+    @model_validator(mode="after")
+    def _not_both(self) -> Attention:
+        if self.deterministic and self.backend == "cuda":
+            raise ValueError(
+                "attention.deterministic is true, but attention.backend cuda cuts a prompt where "
+                "its chunks end; set attention.backend to triton or to auto"
+            )
+        return self
 
 
 class Comm(Section):

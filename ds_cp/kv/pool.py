@@ -4,13 +4,13 @@ request holds one."""
 from __future__ import annotations
 
 import math
-import mmap
 from collections.abc import Sequence
 
 import torch
 
 from ds_cp.attention.pages import Pages, PageShape
 from ds_cp.attention.spec import LayerSpec
+from ds_cp.native.memory import huge_pages
 
 
 def bytes_per_token(layers: Sequence[LayerSpec], dtype: torch.dtype) -> int:
@@ -26,7 +26,8 @@ class KVPool:
     All zero at first, and ``open`` makes a block zero again when its first token is written: a slot
     without a token may be read under a mask, where NaN would count. Allocated and touched at once,
     so that the memory is there or the start fails; with ``lazy``, on CPU, memory is claimed as
-    blocks are first written.
+    blocks are first written. With ``scratch`` there is one more block, of that number, for what is
+    written and never read: padded rows of a captured step.
     """
 
     def __init__(
@@ -38,13 +39,16 @@ class KVPool:
         device: torch.device,
         packed: bool = False,
         lazy: bool = False,
+        scratch: bool = False,
     ) -> None:
         self.num_blocks = num_blocks
+        self.scratch = num_blocks if scratch else None
         self.block_size = block_size
         self.dtype = dtype
         shapes = [PageShape.of(spec, block_size, dtype, packed) for spec in layers]
         self.block_elements = sum(shape.stride for shape in shapes)
-        self._data = _zeros((num_blocks, self.block_elements), dtype, device, lazy)
+        rows = num_blocks + scratch
+        self._data = _zeros((rows, self.block_elements), dtype, device, lazy)
         self._pages, at = [], 0
         for shape in shapes:
             self._pages.append(Pages(self._data[:, at : at + shape.stride], shape))
@@ -76,9 +80,9 @@ class KVPool:
 def _zeros(
     shape: tuple[int, int], dtype: torch.dtype, device: torch.device, lazy: bool
 ) -> torch.Tensor:
-    if not lazy or device.type != "cpu":
-        return torch.empty(shape, dtype=dtype, device=device).zero_()
-    # torch.zeros writes every page; fresh pages of the system read as zeros until they are written.
-    nbytes = math.prod(shape) * dtype.itemsize
-    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(pages, dtype=dtype).view(shape)
+    if device.type != "cpu" or not math.prod(shape):
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # Fresh pages of the system read as zeros, and are there once they are written.
+    pages = huge_pages(math.prod(shape) * dtype.itemsize)
+    data = torch.frombuffer(pages, dtype=dtype).view(shape)
+    return data if lazy else data.zero_()

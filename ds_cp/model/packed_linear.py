@@ -7,16 +7,19 @@ A row of y has the same bits whatever the number of rows beside it and the numbe
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from ds_cp.native.library import Library
+from ds_cp.native.memory import huge_pages
 
 ISAS = ("avx512bf16", "avx512", "avx2", "baseline")  # by their numbers in ds_cp/native/src/isa.h
 DTYPES = (torch.bfloat16, torch.float32)
 ALIGN = 64  # bytes
 UNIT = 16  # columns: biases are padded to a multiple of it
+MOST = 8  # layers of one call
 _INT, _POINTER = ctypes.c_int64, ctypes.c_void_p
 
 
@@ -41,18 +44,24 @@ class LinearOps:
             "ds_cp_linear_pack", [pointer, int_, int_, int_, int_, pointer, int_]
         )
         self._run = library.function(
-            "ds_cp_linear", [pointer, pointer, int_, int_, pointer, int_, int_]
+            "ds_cp_linear", [pointer, int_, pointer, int_, int_, pointer, int_]
         )
 
     def bytes_of(self, weight: torch.Tensor) -> int:
-        """Bytes of the packed form of ``weight`` (fp32 or bf16 ``[N, K]``)."""
+        """Bytes of the packed form of ``weight`` (fp32 or bf16 ``[N, K]``), whole lines of it."""
         n, k = weight.shape
         count: int = self._elements(n, k, weight.dtype == torch.bfloat16)
-        return count * weight.element_size() + ALIGN
+        return -(-count * weight.element_size() // ALIGN) * ALIGN
 
-    def pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> PackedLinear:
-        """``weight [N, K]`` and ``bias [N]`` packed, copies of both. Raises ``ValueError`` for
-        others than fp32 and bf16 matrices on the CPU."""
+    def pack(
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        into: torch.Tensor | None = None,
+    ) -> PackedLinear:
+        """``weight [N, K]`` and ``bias [N]`` packed, copies of both. ``into``: ``bytes_of(weight)``
+        bytes (uint8, aligned to ``ALIGN``) for the weights, else they get memory of their own.
+        Raises ``ValueError`` for others than fp32 and bf16 matrices on the CPU."""
         if weight.dtype not in DTYPES or weight.dim() != 2 or weight.device.type != "cpu":
             raise ValueError(
                 f"a {weight.dim()}-dimensional {weight.dtype} weight on {weight.device} cannot be "
@@ -60,19 +69,27 @@ class LinearOps:
             )
         if 0 in weight.shape:
             raise ValueError("an empty weight cannot be packed")
-        return PackedLinear(self, weight.detach(), None if bias is None else bias.detach())
+        if into is None:
+            into = memory_for(self.bytes_of(weight))
+        return PackedLinear(self, weight.detach(), None if bias is None else bias.detach(), into)
+
+
+def memory_for(size: int) -> torch.Tensor:
+    """``size`` bytes for packed weights, uint8, in huge pages where the system has them."""
+    return torch.frombuffer(huge_pages(size), dtype=torch.uint8)
 
 
 class PackedLinear:
     """Computes one linear layer: ``[..., K]`` -> ``[..., N]`` in the dtype of the weights."""
 
-    def __init__(self, ops: LinearOps, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    def __init__(
+        self, ops: LinearOps, weight: torch.Tensor, bias: torch.Tensor | None, into: torch.Tensor
+    ) -> None:
         self.n, self.k = weight.shape
         self.dtype = weight.dtype
         weight = weight if weight.stride(1) == 1 else weight.contiguous()
-        half, size = weight.dtype == torch.bfloat16, weight.element_size()
-        raw = torch.empty(ops.bytes_of(weight) // size, dtype=weight.dtype)
-        self._packed = raw[-raw.data_ptr() % ALIGN // size :]
+        half = weight.dtype == torch.bfloat16
+        self._packed = into
         ops._pack(
             weight.data_ptr(), weight.stride(0), self.n, self.k, half, self._packed.data_ptr(),
             torch.get_num_threads(),
@@ -85,15 +102,43 @@ class PackedLinear:
             self._packed.data_ptr(), None if self._bias is None else self._bias.data_ptr(),
             self.n, self.k, half, ISAS.index(ops.isa),
         )  # fmt: skip
-        self._address = ctypes.addressof(self._struct)
-        self._run: Any = ops._run
+        self.address = ctypes.addressof(self._struct)
+        self._alone = _Call([self], ops._run)
+        self._group: PackedGroup | None = None
+        self._place = 0
+
+    def join(self, group: PackedGroup, place: int) -> None:
+        """Compute together with the layers of ``group``, of which this is number ``place``."""
+        self._group, self._place = group, place
 
     def __call__(self, input: torch.Tensor) -> torch.Tensor:
         """Raises ``ValueError`` for an input of another width, dtype or device."""
+        if self._group is None:
+            return self._alone(input)[0]
+        return self._group.of(self._place, input)
+
+    def alone(self, input: torch.Tensor) -> torch.Tensor:
+        """The same outside of any group."""
+        return self._alone(input)[0]
+
+
+class _Call:
+    """One call of the library for some layers that have the same input."""
+
+    def __init__(self, layers: Sequence[PackedLinear], run: Any) -> None:
+        self._widths = [layer.n for layer in layers]
+        self._k, self._dtype = layers[0].k, layers[0].dtype
+        self._run = run
+        self._layers = (_POINTER * len(layers))(*(layer.address for layer in layers))
+        self._outputs = (_POINTER * len(layers))()
+        self._arguments = ctypes.addressof(self._layers), len(layers)
+        self._to = ctypes.addressof(self._outputs)
+
+    def __call__(self, input: torch.Tensor) -> list[torch.Tensor]:
         *ahead, k = input.shape
-        if k != self.k or input.dtype != self.dtype or not input.is_cpu:
+        if k != self._k or input.dtype != self._dtype or not input.is_cpu:
             raise ValueError(
-                f"a packed layer takes {self.k} features of {self.dtype} on the CPU, got {k} of "
+                f"a packed layer takes {self._k} features of {self._dtype} on the CPU, got {k} of "
                 f"{input.dtype} on {input.device}"
             )
         x, stride = input, k
@@ -101,11 +146,40 @@ class PackedLinear:
             rows = input.reshape(-1, k)
             x = rows if rows.stride(1) == 1 else rows.contiguous()
             stride = x.stride(0)
-        y = x.new_empty((*ahead, self.n))
+        found = [x.new_empty((*ahead, n)) for n in self._widths]
+        for place, y in enumerate(found):
+            self._outputs[place] = y.data_ptr()
         count = x.numel() // k
         if count:
             self._run(
-                self._address, x.data_ptr(), count, stride, y.data_ptr(), self.n,
-                torch.get_num_threads(),
-            )  # fmt: skip
-        return y
+                *self._arguments, x.data_ptr(), count, stride, self._to, torch.get_num_threads()
+            )
+        return found
+
+
+class PackedGroup:
+    """Layers that are called one after the other with the same tensor: the first call computes
+    all of them. A call with another tensor than the first one's computes that layer alone."""
+
+    def __init__(self, ops: LinearOps, layers: Sequence[PackedLinear]) -> None:
+        self._layers = list(layers)
+        self._call = _Call(self._layers, ops._run)
+        self._input: torch.Tensor | None = None
+        self._found: list[torch.Tensor | None] = []
+        for place, layer in enumerate(self._layers):
+            layer.join(self, place)
+
+    def of(self, place: int, input: torch.Tensor) -> torch.Tensor:
+        """The output of layer ``place``."""
+        if place == 0:
+            self._input = input
+            first, *others = self._call(input)
+            self._found = [None, *others]
+            return first
+        kept = self._found[place] if input is self._input else None
+        if kept is None:
+            return self._layers[place].alone(input)
+        self._found[place] = None
+        if place + 1 == len(self._layers):
+            self._input = None
+        return kept

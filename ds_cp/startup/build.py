@@ -40,6 +40,7 @@ from ds_cp.startup.resources import ranks_at_once
 from ds_cp.startup.shapes import mean_shape, shape_notes
 from ds_cp.startup.weights import active_weights
 from ds_cp.topology.hosts import resolve_grid
+from ds_cp.worker.decode_graph import cuda_graphs
 from ds_cp.worker.worker import Worker
 
 
@@ -130,7 +131,12 @@ def _build(
         rounding=served.rounding,
         kv_reason=budget.reason,
     )
-    return Worker(world, cp, tp, decoder, layers, pool, kernel), facts
+    worker = Worker(world, cp, tp, decoder, layers, pool, kernel)
+    if world.device.type == "cuda" and tp.size == 1:  # sums between ranks are not captured
+        longest = -(-served.max_model_len // size)
+        rows = config.scheduler.max_num_seqs
+        worker.capture_decodes(rows, longest, cuda_graphs(world.device))
+    return worker, facts
 
 
 def _serve(
@@ -165,9 +171,10 @@ def _serve(
     def prepare() -> tuple[list[LayerSpec], Reference, Packing]:
         reference = reference_logits(decoder, modules)
         shard_model(decoder, sums)
+        with sums.recording():  # it probes too; the sums of one call are to be kept
+            packing = plan_packing(config.linear_layers, decoder, world, kept=is_callers)
         with sums.recording():
             layers = probe_layers(decoder)
-            packing = plan_packing(config.linear_layers, decoder, world, kept=is_callers)
         _check_heads(decoder.config.get_text_config(), layers, tp.size)
         return layers, reference, packing
 

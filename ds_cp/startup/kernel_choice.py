@@ -24,8 +24,12 @@ def choose_for_all(
 
     def look(enough: int) -> tuple[Candidates, list[Told]]:
         found = local_phase(
-            world, lambda: find_kernels(name, world.device, dtype, layers, size, enough=enough)
-        )
+            world,
+            lambda: find_kernels(
+                name, world.device, dtype, layers, size,
+                enough=enough, deterministic=config.attention.deterministic,
+            ),
+        )  # fmt: skip
         return found, [Told(*told) for told in gather_told(world, *found.told())]
 
     found, ranks = look(1)

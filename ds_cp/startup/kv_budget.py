@@ -84,7 +84,10 @@ def allocate_pool(
     """This rank's KV. ``ConfigError``, with the numbers, when the memory cannot be had."""
     try:
         blocks = budget.tokens // block_size
-        return KVPool(layers, blocks, block_size, dtype, world.device, packed, lazy=budget.lazy)
+        return KVPool(
+            layers, blocks, block_size, dtype, world.device, packed,
+            lazy=budget.lazy, scratch=world.device.type == "cuda",
+        )  # fmt: skip
     except (RuntimeError, MemoryError, OSError) as err:
         if not is_out_of_memory(err):
             raise

@@ -4,7 +4,7 @@ layer."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -19,12 +19,14 @@ from ds_cp.attention import (
     make_mode,
 )
 from ds_cp.attention.batch import IndexUpload
-from ds_cp.attention.pages import Pages
+from ds_cp.attention.kernels.cuda import CudaKernel
+from ds_cp.attention.pages import Fresh, Pages
 from ds_cp.attention.state import empty_partial
 from ds_cp.comm.wire import Group
 from ds_cp.kv.pool import KVPool
 from ds_cp.kv.table import SequenceTable
 from ds_cp.layout import Blocks, Runs, positions, total
+from ds_cp.worker.decode_graph import DecodeInputs
 from ds_cp.worker.shipment import Shipment
 from ds_cp.worker.state import Item, RunningSequence, StepWork
 
@@ -111,8 +113,9 @@ class StepContext:
                         layers.routes,
                     )
                 )  # fmt: skip
-        if local:
-            self._modes.insert(0, LocalAttention(local, me, 0, upload))
+        self._local = LocalAttention(local, me, 0, upload) if local else None
+        if self._local is not None:
+            self._modes.insert(0, self._local)
         self.num_rows = len(token_ids)
         self.spans = any(mode != "local" for (mode, _, _), _ in batches) or bool(self._shipments)
         self.draws = [draw for draw in work.draws if draw.rank == me]
@@ -133,6 +136,18 @@ class StepContext:
         self._write_at = blocks, slots
         self._pool.open(opened)
 
+    def decode_inputs(self) -> DecodeInputs | None:
+        """The step as a graph replays it, when it is nothing but one new token each of requests
+        that are whole here."""
+        alone = self._local is not None and len(self._modes) == 1 and not self._shipments
+        if not alone or self._write_rows is not None or self.scored:
+            return None
+        assert self._local is not None
+        batch = self._local.batch
+        if batch.max_rows != 1 or batch.num_rows != len(batch.parts):
+            return None
+        return DecodeInputs(self.ids[0], self.positions[0], *self._write_at, batch)
+
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """``q [1, H, T, D]``, ``k [1, G, T, D]``, ``v [1, G, T, Dv]`` of my T new tokens -> ``[1,
         T, H, Dv]``.
@@ -142,6 +157,11 @@ class StepContext:
         spec, pages = self._layers.specs[layer], self._pool.layer(layer)
         q_THD, k_TGD, v_TGD = (x[0].transpose(0, 1) for x in (q, k, v))
         self._store(pages, k_TGD, v_TGD)
+        whole = self._whole_prompts(q_THD, k_TGD, v_TGD, spec)
+        if whole is not None:
+            return whole.unsqueeze(0)
+        if isinstance(self._kernel, CudaKernel):
+            pages = replace(pages, fresh=Fresh(q_THD, k_TGD, v_TGD))
         into = empty_partial(len(q_THD), spec.num_q_heads, spec.v_dim, q.device)
         for mode in self._modes:
             mode(q_THD, self.positions[0], pages, self._kernel, spec, into)
@@ -159,6 +179,18 @@ class StepContext:
                 )
             )
             self.attend(layer, q, k, v)
+
+    def _whole_prompts(
+        self, q_THD: torch.Tensor, k_TGD: torch.Tensor, v_TGD: torch.Tensor, spec: LayerSpec
+    ) -> torch.Tensor | None:
+        """``[T, H, D]`` where the kernel has a way for prompts without earlier keys, and the step
+        is nothing else."""
+        if not isinstance(self._kernel, CudaKernel) or self._local is None:
+            return None
+        if len(self._modes) > 1 or self._shipments:
+            return None
+        size = self._pool.block_size
+        return self._kernel.prefill(q_THD, k_TGD, v_TGD, self._local.batch, spec, size)
 
     def _store(self, pages: Pages, k_TGD: torch.Tensor, v_TGD: torch.Tensor) -> None:
         if len(self._write_at[0]):

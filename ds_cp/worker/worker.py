@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 import torch
@@ -29,6 +30,7 @@ from ds_cp.plan import (
     decode_plan,
     encode_plan,
 )
+from ds_cp.worker.decode_graph import DecodeGraphs, Graph
 from ds_cp.worker.outcome import Times, pack, rows_of, unpack, width_of
 from ds_cp.worker.sampler import History, Row, Score, sample_rows, score_prompt
 from ds_cp.worker.state import Draw, Handoff, StepWork, WorkerState
@@ -74,7 +76,26 @@ class Worker:
         self.layers = Layers(list(layers), pool, kernel, cp)
         self.state = WorkerState(cp.rank, pool.block_size)
         self.model_seconds = 0.0  # in the model's forward call, attention included
+        self._graphs: DecodeGraphs | None = None
         self._histories: dict[int, History] = {}  # of requests that looked back here
+
+    def capture_decodes(
+        self, max_rows: int, max_blocks: int, make_graph: Callable[[], Graph]
+    ) -> None:
+        """From now on, steps that only decode requests which are whole here run as graphs. The pool
+        has a scratch block; ``max_rows``: requests that run at once; ``max_blocks``: of one."""
+        model, layers, scratch = self.model, self.layers, self.pool.scratch
+        assert scratch is not None, "padded rows need a block to write to"
+
+        def forward(ids: torch.Tensor, positions: torch.Tensor, step: Any) -> torch.Tensor:
+            out = model(input_ids=ids, position_ids=positions, use_cache=False, **{CONTEXT: step})
+            logits: torch.Tensor = out.logits[0]
+            return logits
+
+        self._graphs = DecodeGraphs(
+            forward, layers.specs, self.pool, layers.kernel, scratch, max_rows, max_blocks,
+            self.cp.device, make_graph, lambda line: print(f"ds_cp: {line}", file=sys.stderr),
+        )  # fmt: skip
 
     def lead(self, plan: Plan) -> Outcome:
         """Rank 0: ``forward`` of a plan that was made in this process."""
@@ -144,14 +165,24 @@ class Worker:
         """Logits ``[rows wanted, V]`` of the flat batch ``[1, T]``."""
         self.world.wait_for_device()
         began = time.perf_counter()
-        out = self.model(
-            input_ids=step.ids, position_ids=step.positions, use_cache=False,
-            logits_to_keep=step.logit_rows, **{CONTEXT: step},
-        )  # fmt: skip
-        logits: torch.Tensor = out.logits[0]
+        logits = self._replay(step)
+        if logits is None:
+            out = self.model(
+                input_ids=step.ids, position_ids=step.positions, use_cache=False,
+                logits_to_keep=step.logit_rows, **{CONTEXT: step},
+            )  # fmt: skip
+            logits = out.logits[0]
         self.world.wait_for_device()
         self.model_seconds += time.perf_counter() - began
         return logits
+
+    def _replay(self, step: StepContext) -> torch.Tensor | None:
+        """The same from a graph, where the step can be one."""
+        inputs = step.decode_inputs() if self._graphs else None
+        if self._graphs is None or inputs is None:
+            return None
+        logits = self._graphs.run(inputs)
+        return None if logits is None else logits[step.logit_rows]
 
     def _draw(self, step: StepContext, logits_RV: torch.Tensor) -> list[Sampled]:
         """Draw my requests' next tokens; the same on every tensor-parallel rank."""

@@ -61,7 +61,11 @@ ONLY_IN = {
     "mpi4py": ["topology/mpi.py"],
     "deepspeed": ["comm/process_group.py"],
     "torch.distributed": ["comm/process_group.py"],
-    "flash_attn": ["attention/kernels/flash.py"],
+    "flash_attn": ["attention/kernels/dense.py"],
+    "triton": [
+        f"attention/kernels/triton_{part}.py"
+        for part in ("decode", "kernel", "merge", "prefill", "tables", "tile")
+    ],
     "transformers": ["model/"],
     "fastapi": ["api/"],
     "starlette": ["api/"],

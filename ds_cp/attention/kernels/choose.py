@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import torch
 
+from ds_cp.attention.kernels.cuda import CudaKernel
+from ds_cp.attention.kernels.dense import DenseError, NotInstalledError, candidates
 from ds_cp.attention.kernels.kernel import PagedKernel
 from ds_cp.attention.kernels.reference import ReferenceKernel
 from ds_cp.attention.kernels.self_test import fault
@@ -57,7 +59,7 @@ class Candidates:
 def makers(device: torch.device) -> dict[str, Maker]:
     """Every kernel for that kind of device by name, the preferred one first."""
     if device.type == "cuda":
-        return {"triton": _triton, "sdpa": _torch, "reference": _reference}
+        return {"cuda": _cuda, "triton": _triton, "sdpa": _torch, "reference": _reference}
     return {"cpu": _cpu, "sdpa": _torch, "reference": _reference}
 
 
@@ -70,11 +72,17 @@ def find_kernels(
     *,
     check: bool = True,
     enough: int = 1,
+    deterministic: bool = False,
 ) -> Candidates:
     """The kernels called ``name``, or with "auto" the first ``enough``, that can serve ``layers``
-    on this rank and, with ``check``, pass the self-test. Raises ``ConfigError`` for a name that is
-    not for this device."""
+    on this rank and, with ``check``, pass the self-test; with ``deterministic`` only those whose
+    rows do not depend on how prompts are cut. Raises ``ConfigError`` for a name that is not for
+    this device."""
     known = makers(device)
+    if name == "flash_attn" and device.type == "cuda":
+        known = {"flash_attn": _flash}
+    if deterministic:
+        known.pop("cuda", None)
     if name != "auto" and name not in known:
         raise ConfigError(
             f"attention.backend {name!r} is not for {device.type}: set attention.backend to auto "
@@ -93,7 +101,7 @@ def find_kernels(
             continue
         problem = _refusal(kernel, layers, block_size, dtype)
         if check and not problem:
-            problem = fault(kernel, layers, block_size, dtype, device)
+            problem = _fault(kernel, layers, block_size, dtype, device)
         if problem:
             problems[each] = problem
         else:
@@ -125,8 +133,11 @@ def agree_on_kernel(
     for each in _in_order(mine, ranks):
         lacking = [rank for rank, told in enumerate(ranks) if each not in told.names]
         if not lacking:
-            return Choice(have[each], (*notes, *_consequence(notes, each)))
-        why = ranks[lacking[0]].problems.get(each) or "it is not known there"
+            kernel = have[each]
+            said = (*notes, *_consequence(notes, each), *getattr(kernel, "notes", ()))
+            return Choice(kernel, said)
+        reasons = (ranks[rank].problems.get(each) for rank in lacking)
+        why = next(filter(None, reasons), "it is not there")
         where = ""
         if len(lacking) < len(ranks):
             where = f"rank {lacking[0]}{f' on {hosts[lacking[0]]}' if hosts else ''}: "
@@ -138,7 +149,9 @@ def agree_on_kernel(
 def _in_order(mine: Candidates, ranks: Sequence[Told]) -> list[str]:
     """Every kernel that a rank has or tried, the preferred one first: all ranks prefer alike."""
     known = {name for told in ranks for name in (*told.names, *told.problems)}
-    return [name for name in mine.order if name in known]
+    # One that is asked for by another name, as flash_attn, comes behind the name.
+    found = (name for told in ranks for name in told.names)
+    return [name for name in dict.fromkeys((*mine.order, *found)) if name in known]
 
 
 def _consequence(notes: Sequence[str], name: str) -> list[str]:
@@ -149,6 +162,21 @@ def _consequence(notes: Sequence[str], name: str) -> list[str]:
         "attention runs on torch's operators, which are slower, in bfloat16 about 2.5 times: "
         "`ds-cp doctor` says what the native kernel needs"
     ]
+
+
+def _fault(
+    kernel: PagedKernel,
+    layers: Sequence[LayerSpec],
+    block_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> str:
+    """What the self-test finds; a kernel that raises in it is as wrong as one that errs."""
+    try:
+        return fault(kernel, layers, block_size, dtype, device)
+    except Exception as err:  # a compiler, a driver, a package made for another torch
+        first = (str(err).splitlines() or [""])[0][:200]
+        return f"it fails in the check at start ({type(err).__name__}: {first})"
 
 
 def _refusal(
@@ -170,12 +198,30 @@ def _cpu(device: torch.device) -> PagedKernel:
     return CpuKernel(library)
 
 
+def _cuda(device: torch.device) -> PagedKernel:
+    return CudaKernel(_triton(device), candidates(device), device)
+
+
+def _flash(device: torch.device) -> PagedKernel:
+    """The kernel "cuda" with that package or not at all."""
+    chosen, why = [one for one in candidates(device) if one.name.startswith("flash-attn")], ""
+    for one in chosen:
+        try:
+            one.load()
+            return CudaKernel(_triton(device), chosen, device)
+        except NotInstalledError:
+            pass
+        except DenseError as err:
+            why = why or f"{one.name} cannot be used: {err}"
+    raise KernelUnavailableError(why or "the package flash-attn is not installed")
+
+
 def _triton(device: torch.device) -> PagedKernel:
     try:
-        from ds_cp.attention.kernels.triton_kernel import TritonKernel
+        from ds_cp.attention.kernels.triton_kernel import make_triton
     except Exception as err:  # a build for another torch may raise anything at import
         raise KernelUnavailableError(_import_failed("triton", err)) from err
-    return TritonKernel()
+    return make_triton(device, torch.bfloat16)
 
 
 def _torch(device: torch.device) -> PagedKernel:
