@@ -29,7 +29,9 @@ SERVE = [
     "prometheus_client>=0.20",
     *GGUF,
 ]
+CUDA = ["triton>=3.6; sys_platform == 'linux'"]  # torch's own CUDA builds bring theirs
 TEST = [
+    *CUDA,  # its interpreter runs the CUDA kernels on a CPU
     "pytest>=8",
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",
@@ -99,6 +101,7 @@ setup(
         "psutil",
     ],
     extras_require={
+        "cuda": CUDA,
         "flash": ["flash-attn>=2.7"],
         "mpi": MPI,
         "gguf": GGUF,

@@ -14,6 +14,7 @@ import psutil
 from benchmarks.peers.players import Job, Player, PlayerError
 
 QUIET_SAMPLE_S = 0.2  # seconds over which others' work is looked at, while nobody plays
+WARM_UP_S = 240.0  # seconds
 MOST_CHECKED = 4096  # tokens; the comparison with fp64 takes longer than the measurement
 
 
@@ -88,7 +89,7 @@ def play(
             _say(f"  starts: {name}")
             try:
                 jobs[name] = Job(make())
-                jobs[name].ask(warm_up, 240.0)
+                jobs[name].ask(warm_up, WARM_UP_S)
             except PlayerError as err:
                 _drop(name, str(err), jobs, reasons)
         found: Results = {}

@@ -39,7 +39,7 @@ class Player:
     options: Mapping[str, Any]
     ranks: int = 1
     env: Mapping[str, str] = field(default_factory=dict)
-    start_s: float = 240.0
+    start_s: float = 420.0
 
 
 class Job:
@@ -68,7 +68,7 @@ class Job:
             self._answers.append(answers)
         try:
             self.ask(dict(player.options), player.start_s)
-        except PlayerError:
+        except BaseException:  # an interrupt as well: nobody else knows these processes yet
             self.close()
             raise
 

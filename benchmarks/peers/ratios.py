@@ -32,7 +32,8 @@ def _row(ratio: Ratio, found: Results) -> dict[str, Any]:
         return scale * how(above.seconds[ratio.above[2]]) / how(below.seconds[ratio.below[2]])
 
     least = value(min)
-    met = least >= ratio.bound if ratio.least else least <= ratio.bound
+    bound = ratio.bound
+    met = bound is None or (least >= bound if ratio.least else least <= bound)
     return row | {"min": round(least, 3), "median": round(value(statistics.median), 3), "met": met}
 
 

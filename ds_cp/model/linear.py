@@ -16,7 +16,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ds_cp.model.packed_linear import DTYPES, LinearOps, PackedLinear
+from ds_cp.model.native_norm import NativeNorm
+from ds_cp.model.packed_linear import DTYPES, MOST, LinearOps, PackedGroup, PackedLinear
 from ds_cp.model.wiring import Decoder
 from ds_cp.native import Library, load
 
@@ -30,11 +31,13 @@ _SHAPE = frozenset(
 @dataclass(frozen=True)
 class Candidate:
     """A linear layer that may be packed. ``shared``: its weight is another module's too, which goes
-    on reading it, so that it stays where it is."""
+    on reading it, so that it stays where it is. ``input``: layers with the same number follow one
+    another and get the same tensor."""
 
     name: str
     module: nn.Linear
     shared: bool
+    input: int
 
 
 def candidates(model: Decoder, call: Callable[[], object]) -> list[Candidate]:
@@ -57,12 +60,12 @@ def candidates(model: Decoder, call: Callable[[], object]) -> list[Candidate]:
     with _Uses(list(found.values())) as uses:
         call()
     first = next(iter(model.parameters()), None)  # says on which device the model is
+    names = {module: name for name, module in found.items()}
     made = []
-    for name, module in found.items():
+    for module, number in uses.calls.items():  # in the order of the calls
         shared = any(owner is not module for owner in owners[id(module.weight)])
-        replaceable = uses.only_by_its_call(module) and module.weight is not first
-        if uses.called(module) and (shared or replaceable):
-            made.append(Candidate(name, module, shared))
+        if shared or (module not in uses.foreign and module.weight is not first):
+            made.append(Candidate(names[module], module, shared, number))
     return made
 
 
@@ -89,17 +92,11 @@ class _Uses(TorchFunctionMode):
         }  # fmt: skip
         self._modules = modules
         self._inside: list[nn.Module] = []
-        self._called: set[nn.Module] = set()
-        self._foreign: set[nn.Module] = set()
+        self.calls: dict[nn.Linear, int] = {}  # in their order, with the number of the input
+        self.foreign: set[nn.Module] = set()  # whose weight or bias other code read
+        self._last: torch.Tensor | None = None  # input
+        self._inputs = 0
         self._hooks: list[Any] = []
-
-    def only_by_its_call(self, module: nn.Linear) -> bool:
-        """Whether ``module`` was called and nobody else read its tensors."""
-        return module in self._called and module not in self._foreign
-
-    def called(self, module: nn.Linear) -> bool:
-        """Whether ``module`` was called at all."""
-        return module in self._called
 
     def __enter__(self) -> _Uses:
         for module in self._modules:
@@ -113,11 +110,15 @@ class _Uses(TorchFunctionMode):
         for hook in self._hooks:
             hook.remove()
 
-    def _enter(self, module: nn.Module, *_: Any) -> None:
+    def _enter(self, module: nn.Linear, args: Any) -> None:
         self._inside.append(module)
+        given = args[0] if args else None
+        if given is None or given is not self._last or module in self.calls:
+            self._inputs += 1  # one that is called twice shares its input with nobody
+        self._last = None if module in self.calls else given
+        self.calls[module] = self._inputs
 
     def _leave(self, module: nn.Module, *_: Any) -> None:
-        self._called.add(module)
         self._inside.pop()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -127,7 +128,7 @@ class _Uses(TorchFunctionMode):
                 continue
             own = func is nn.functional.linear and self._inside and self._inside[-1] is owner
             if not own:
-                self._foreign.add(owner)
+                self.foreign.add(owner)
         return func(*args, **(kwargs or {}))
 
 
@@ -138,16 +139,22 @@ def pack_linears(found: Sequence[Candidate], ops: LinearOps, keep: bool) -> str:
     that another module shares, such as tied embeddings, stay in any case.
     """
     packed = doubled = 0
+    groups: dict[int, list[PackedLinear]] = {}
     for one in found:
         layer = one.module
         size = ops.bytes_of(layer.weight)
-        setattr(layer, "forward", ops.pack(layer.weight, layer.bias))  # noqa: B010
+        computed = ops.pack(layer.weight, layer.bias)
+        groups.setdefault(one.input, []).append(computed)
+        setattr(layer, "forward", computed)  # noqa: B010
         packed += size
         if keep or one.shared:
             doubled += size
             continue
         empty = torch.empty_like(layer.weight, device="meta")
         layer.weight = nn.Parameter(empty, requires_grad=False)
+    for group in groups.values():
+        if 1 < len(group) <= MOST:
+            PackedGroup(ops, group)
     line = f"linear layers: {len(found)} packed for {ops.isa}, {packed / 2**20:.0f} MiB"
     if doubled:
         why = "the caller's model keeps its weights" if keep else "tied weights stay too"
@@ -156,9 +163,9 @@ def pack_linears(found: Sequence[Candidate], ops: LinearOps, keep: bool) -> str:
 
 
 def unpack(model: Decoder) -> None:
-    """Give the layers of a model whose weights were kept their own ``forward`` again."""
+    """Give the modules of a model whose weights were kept their own ``forward`` again."""
     for module in model.modules():
-        if isinstance(module.__dict__.get("forward"), PackedLinear):
+        if isinstance(module.__dict__.get("forward"), PackedLinear | NativeNorm):
             del module.__dict__["forward"]
 
 

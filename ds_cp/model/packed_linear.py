@@ -7,6 +7,7 @@ A row of y has the same bits whatever the number of rows beside it and the numbe
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ ISAS = ("avx512bf16", "avx512", "avx2", "baseline")  # by their numbers in ds_cp
 DTYPES = (torch.bfloat16, torch.float32)
 ALIGN = 64  # bytes
 UNIT = 16  # columns: biases are padded to a multiple of it
+MOST = 8  # layers of one call
 _INT, _POINTER = ctypes.c_int64, ctypes.c_void_p
 
 
@@ -41,7 +43,7 @@ class LinearOps:
             "ds_cp_linear_pack", [pointer, int_, int_, int_, int_, pointer, int_]
         )
         self._run = library.function(
-            "ds_cp_linear", [pointer, pointer, int_, int_, pointer, int_, int_]
+            "ds_cp_linear", [pointer, int_, pointer, int_, int_, pointer, int_]
         )
 
     def bytes_of(self, weight: torch.Tensor) -> int:
@@ -85,15 +87,43 @@ class PackedLinear:
             self._packed.data_ptr(), None if self._bias is None else self._bias.data_ptr(),
             self.n, self.k, half, ISAS.index(ops.isa),
         )  # fmt: skip
-        self._address = ctypes.addressof(self._struct)
-        self._run: Any = ops._run
+        self.address = ctypes.addressof(self._struct)
+        self._alone = _Call([self], ops._run)
+        self._group: PackedGroup | None = None
+        self._place = 0
+
+    def join(self, group: PackedGroup, place: int) -> None:
+        """Compute together with the layers of ``group``, of which this is number ``place``."""
+        self._group, self._place = group, place
 
     def __call__(self, input: torch.Tensor) -> torch.Tensor:
         """Raises ``ValueError`` for an input of another width, dtype or device."""
+        if self._group is None:
+            return self._alone(input)[0]
+        return self._group.of(self._place, input)
+
+    def alone(self, input: torch.Tensor) -> torch.Tensor:
+        """The same outside of any group."""
+        return self._alone(input)[0]
+
+
+class _Call:
+    """One call of the library for some layers that have the same input."""
+
+    def __init__(self, layers: Sequence[PackedLinear], run: Any) -> None:
+        self._widths = [layer.n for layer in layers]
+        self._k, self._dtype = layers[0].k, layers[0].dtype
+        self._run = run
+        self._layers = (_POINTER * len(layers))(*(layer.address for layer in layers))
+        self._outputs = (_POINTER * len(layers))()
+        self._arguments = ctypes.addressof(self._layers), len(layers)
+        self._to = ctypes.addressof(self._outputs)
+
+    def __call__(self, input: torch.Tensor) -> list[torch.Tensor]:
         *ahead, k = input.shape
-        if k != self.k or input.dtype != self.dtype or not input.is_cpu:
+        if k != self._k or input.dtype != self._dtype or not input.is_cpu:
             raise ValueError(
-                f"a packed layer takes {self.k} features of {self.dtype} on the CPU, got {k} of "
+                f"a packed layer takes {self._k} features of {self._dtype} on the CPU, got {k} of "
                 f"{input.dtype} on {input.device}"
             )
         x, stride = input, k
@@ -101,11 +131,40 @@ class PackedLinear:
             rows = input.reshape(-1, k)
             x = rows if rows.stride(1) == 1 else rows.contiguous()
             stride = x.stride(0)
-        y = x.new_empty((*ahead, self.n))
+        found = [x.new_empty((*ahead, n)) for n in self._widths]
+        for place, y in enumerate(found):
+            self._outputs[place] = y.data_ptr()
         count = x.numel() // k
         if count:
             self._run(
-                self._address, x.data_ptr(), count, stride, y.data_ptr(), self.n,
-                torch.get_num_threads(),
-            )  # fmt: skip
-        return y
+                *self._arguments, x.data_ptr(), count, stride, self._to, torch.get_num_threads()
+            )
+        return found
+
+
+class PackedGroup:
+    """Layers that are called one after the other with the same tensor: the first call computes
+    all of them. A call with another tensor than the first one's computes that layer alone."""
+
+    def __init__(self, ops: LinearOps, layers: Sequence[PackedLinear]) -> None:
+        self._layers = list(layers)
+        self._call = _Call(self._layers, ops._run)
+        self._input: torch.Tensor | None = None
+        self._found: list[torch.Tensor | None] = []
+        for place, layer in enumerate(self._layers):
+            layer.join(self, place)
+
+    def of(self, place: int, input: torch.Tensor) -> torch.Tensor:
+        """The output of layer ``place``."""
+        if place == 0:
+            self._input = input
+            first, *others = self._call(input)
+            self._found = [None, *others]
+            return first
+        kept = self._found[place] if input is self._input else None
+        if kept is None:
+            return self._layers[place].alone(input)
+        self._found[place] = None
+        if place + 1 == len(self._layers):
+            self._input = None
+        return kept

@@ -21,6 +21,7 @@ from ds_cp.model.faults import reason
 Decoder = PreTrainedModel  # a causal decoder with its language-model head
 
 NAME = "ds_cp"  # of the attention in transformers' registry
+WINDOWS = "ds_cp_windows"  # attribute of the config that is there while a model is probed
 CONTEXT = "ds_cp_context"  # keyword of the forward call that carries the step
 # Keywords that layers pass along and that change nothing for causal inference over true positions.
 HARMLESS = frozenset(
@@ -68,8 +69,12 @@ def _attention(
     return context.attend(module.layer_idx, query, key, value), None
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
-    """Causality follows from positions, so no mask is ever built."""
+def _no_mask(*_: Any, config: Any = None, local_size: int | None = None, **__: Any) -> None:
+    """Causality follows from positions, so no mask is ever built. While a model is probed its
+    config carries a list for the windows that its masks would have had."""
+    windows = getattr(config, WINDOWS, None)
+    if windows is not None and local_size is not None:
+        windows.append(local_size)
 
 
 def wire(model: Decoder) -> None:
@@ -162,14 +167,20 @@ def probe(model: Decoder) -> list[tuple[LayerSpec, nn.Module]]:
         raise UnsupportedModelError(f"{name} is an encoder-decoder; ds_cp serves decoders only")
     seen = _Probe(name)
     token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+    windows: list[int] = []
     try:
         wire(model)
+        for each in (config, text):
+            setattr(each, WINDOWS, windows)
         with torch.inference_mode():
             model(input_ids=token, position_ids=token, use_cache=False, **{CONTEXT: seen})
     except (TypeError, ValueError, KeyError, AttributeError) as err:
         raise UnsupportedModelError(
             f"{name} does not run through transformers' attention interface: {reason(err)}"
         ) from err
+    finally:
+        for each in (config, text):
+            each.__dict__.pop(WINDOWS, None)
     want = list(range(text.num_hidden_layers))
     if sorted(seen.layers) != want:
         missing = sorted(set(want) - set(seen.layers))
@@ -180,7 +191,20 @@ def probe(model: Decoder) -> list[tuple[LayerSpec, nn.Module]]:
     if sliding := [i for i, kind in enumerate(getattr(text, "layer_types", None) or ())
                    if kind == "sliding_attention" and seen.layers[i].window is None]:  # fmt: skip
         raise UnsupportedModelError(f"{name}: layers {sliding[:8]} slide but do not state a window")
+    if getattr(text, "layer_types", None) is None:  # one mask for all layers
+        _check_stated(name, text, windows, {spec.window for spec in seen.layers.values()})
     return [(seen.layers[i], seen.modules[i]) for i in want]
+
+
+def _check_stated(name: str, text: Any, masked: list[int], stated: set[int | None]) -> None:
+    """Refuse a window that is in the mask alone, which is not built here. One as long as the model
+    masks nothing."""
+    longest = getattr(text, "max_position_embeddings", None)
+    short = {w for w in masked if longest is None or w < longest} - stated
+    if short:
+        raise UnsupportedModelError(
+            f"{name} masks all but {min(short)} tokens, but its layers do not state a window"
+        )
 
 
 def _other_kinds(model: Decoder) -> list[str]:

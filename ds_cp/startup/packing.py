@@ -7,6 +7,7 @@ from collections.abc import Callable
 from ds_cp.comm.wire import World
 from ds_cp.errors import ConfigError
 from ds_cp.model.linear import candidates, pack_linears, packing_ops
+from ds_cp.model.native_norm import replace_norms
 from ds_cp.model.wiring import Decoder, probe_layers
 from ds_cp.startup.kv_budget import free_bytes
 
@@ -41,4 +42,10 @@ def plan_packing(how: str, model: Decoder, world: World, kept: bool) -> Packing:
             f"packed ones take {need / 2**30:.1f} GiB a rank, "
             f"more than {MEMORY_SHARE:.0%} of {free / 2**30:.1f} GiB free"
         )
-    return lambda: pack_linears(found, ops, kept)
+
+    def pack() -> str:
+        line = pack_linears(found, ops, kept)
+        norms = replace_norms(model)
+        return line + (f"; {norms} RMS norms are native" if norms else "")
+
+    return pack

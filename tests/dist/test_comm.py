@@ -21,9 +21,9 @@ import torch
 
 from ds_cp.attention import LayerSpec, Span, attention
 from ds_cp.comm.control import Control
-from ds_cp.comm.ring import RingExchange
-from ds_cp.comm.tree import TreeExchange
 from ds_cp.comm.pending import Pending
+from ds_cp.comm.ring import RingExchange
+from ds_cp.comm.tree import RowBlock, TreeRoutes
 from ds_cp.comm.wire import Group, Rendezvous, World, join
 from ds_cp.errors import CommError, ConfigError, LaunchError
 from tests.helpers.oracle import full_attention
@@ -263,9 +263,8 @@ def everything_alone(group: Group, world: World) -> None:
     pending.wait()
     assert (group.size, group.rank, group.ring, group.hosts) == (1, 0, (0,), (0,))
     assert RingExchange(group, [0], "ring").size == 1
-    tree = TreeExchange(group, [[2]], [[True]])
-    assert tree.levels_up() == 0
-    assert tree.share({(0, 0): x}, x[:0], "tree")[(0, 0)] is x
+    route = TreeRoutes().find((RowBlock(0, 0, 2, (0,)),), group.hosts, group.rank)
+    assert not (route.away or route.carried or route.inside or route.asked or route.between)
     for mode, pass_ in (("local", "kv"), ("ring", "kv"), ("ring", "q"), ("tree", "kv")):
         assert attention_error(group, mode, pass_) <= 2e-6
     assert world.ledger.schemes() == {}

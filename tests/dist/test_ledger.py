@@ -495,23 +495,48 @@ def ship(world: World) -> list[Entries]:
             k, v = (torch.randn(1, 2, step.num_rows, D).to(dtype) for _ in "kv")
             step.attend(layer, q, k, v)
         entries.append(world.ledger.schemes())
+    keys_of_blocks(group)
     return entries
 
 
+def keys_of_blocks(group: Group) -> None:
+    """12 tokens after 8, owned 5 / 4 / 3, whose three blocks of four are on ranks 0 and 2: every
+    key and value is at its place there."""
+    layers = [LayerSpec(4, 2, D, 0.25, v_head_dim=V)]
+    pool = KVPool(layers, 16, 4, torch.float32, group.device)
+    kernel = choose_kernel("reference", group.device, torch.float32, layers, 4, False).kernel
+    begin, chunk = _shipped(0, [1, 1, 0], [5, 4, 3], [2, 0, 1], size=4)
+    work = WorkerState(group.rank, block_size=4).apply(
+        StepPlan(1, begins=(begin,), chunks=(chunk,))
+    )
+    step = StepContext(work, Layers(layers, pool, kernel, group))
+    at = step.positions[0].float().view(1, 1, -1, 1)
+    step.attend(
+        0, torch.zeros(1, 4, step.num_rows, D), at.expand(1, 2, -1, D), -at.expand(1, 2, -1, V)
+    )
+    [item] = work.items
+    for number, first, keys in item.sequence.table.blocks_on(group.rank):
+        if first >= 8:
+            k, v = pool.layer(0).gather(torch.tensor([number]))
+            want = torch.arange(first, first + keys).float().view(-1, 1, 1)
+            assert torch.equal(k, want.expand_as(k)) and torch.equal(v, -want.expand_as(v))
+
+
 def _shipped(
-    request: int, past: list[int], owners: list[int], homes: list[int]
+    request: int, past: list[int], owners: list[int], homes: list[int], size: int = 1
 ) -> tuple[Begin, Chunk]:
-    """A request with ``past[r]`` tokens stored on rank r, and a chunk; rank r computes
-    ``owners[r]`` and stores ``homes[r]``, all in rank order. Blocks hold one token."""
+    """A request with ``past[r]`` blocks stored on rank r, and a chunk; rank r computes
+    ``owners[r]`` tokens and stores ``homes[r]`` blocks, all in rank order."""
     at = itertools.count(32 * request)
     earlier, new = (
         tuple((rank, next(at)) for rank, count in enumerate(counts) for _ in range(count))
         for counts in (past, homes)
     )
-    tokens = tuple(range(1, len(earlier) + len(new) + 1))
-    q_runs = contiguous(len(earlier), owners)
+    start = size * len(earlier)
+    tokens = tuple(range(1, start + sum(owners) + 1))
+    q_runs = contiguous(start, owners)
     return (
-        Begin(request, tokens, len(tokens), earlier, len(earlier), Sampling()),
+        Begin(request, tokens, len(tokens), earlier, start, Sampling()),
         Chunk(request, "ring", "kv", tuple(enumerate(q_runs)), new, False),
     )
 

@@ -1,8 +1,7 @@
-"""Requests in blocks over ranks, and a mode called as a step does: index vectors in one upload,
-several requests at once, one running partial.
+"""Keys and values put into pages as a pool holds them, and one call of a kernel over them.
 
-A request is what the scheduler makes of it: block i, with its rank, holds the positions from i *
-block_size on. Block numbers are shuffled, so that one that is taken for a place is wrong.
+What a kernel must not read is NaN (blocks that no request names, rows of the queries that belong to
+none); what it may read under a mask is large and finite (slots of a named block without a key).
 """
 
 from __future__ import annotations
@@ -10,175 +9,173 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from ds_cp.attention import PagedKernel, Shards, TreeRoutes, make_mode
-from ds_cp.attention.batch import IndexUpload
-from ds_cp.attention.pages import Pages, PageShape, empty_pages
+from ds_cp.attention.batch import Blocks, Part, blocks_of_runs, make_batch
+from ds_cp.attention.kernels import PagedKernel
+from ds_cp.attention.kernels.choose import KernelUnavailableError, makers
+from ds_cp.attention.pages import Pages, PageShape
 from ds_cp.attention.spec import LayerSpec
-from ds_cp.attention.state import Partial, empty_partial
-from ds_cp.comm.wire import Group
-from ds_cp.layout import Block, Blocks, Runs, contiguous, positions, zigzag
+from ds_cp.attention.state import NEG_INF, Partial
+from ds_cp.layout import Runs, positions, total
 from tests.helpers.oracle import full_attention
 
-
-@dataclass(frozen=True)
-class Request:
-    """``homes``: the rank of each block; ``q_runs``: the new tokens of each rank; ``length``: keys,
-    new ones included."""
-
-    length: int
-    homes: tuple[int, ...]
-    q_runs: tuple[Runs, ...]
+CPU = torch.device("cpu")
+LEAD = 2  # rows before and behind those of the requests
+# Largest error of out, relative to the largest reference value; 2 ulps at that scale for halves.
+LIMITS = {torch.float32: 2e-6, torch.bfloat16: 2 * 2**-8, torch.float16: 2 * 2**-11}
 
 
-def prompt(counts: Sequence[int], size: int, past: int = 0, layout: str = "zigzag") -> Request:
-    """A chunk of a prompt whose blocks are dealt out by layout, ``counts[r]`` of them to rank r,
-    each computed where it is stored; ``past`` blocks of each rank are there already."""
-    lay = zigzag if layout == "zigzag" else contiguous
-    ranks = len(counts)
-    earlier = [r for _ in range(past) for r in range(ranks)]
-    homes = [0] * sum(counts)
-    for rank, runs in enumerate(lay(0, counts)):
-        for index in positions(runs):
-            homes[index] = rank
-    start = len(earlier)
-    q_runs = tuple(
-        tuple(((start + at) * size, n * size) for at, n in runs) for runs in lay(0, counts)
-    )
-    return Request((start + len(homes)) * size, (*earlier, *homes), q_runs)
-
-
-def decode(length: int, homes: Sequence[int], owner: int, ranks: int, new: int = 1) -> Request:
-    """The last ``new`` tokens of ``length`` on ``owner``; block i is on rank ``homes[i]``."""
-    q_runs: list[Runs] = [()] * ranks
-    q_runs[owner] = ((length - new, new),)
-    return Request(length, tuple(homes), tuple(q_runs))
-
-
-def shards_of(requests: Sequence[Request], ranks: int, size: int) -> list[Shards]:
-    """What every rank knows of the requests."""
-    free = []
-    for rank in range(ranks):
-        count = sum(home == rank for request in requests for home in request.homes)
-        free.append(random.Random(rank).sample(range(count + 3), count))
-    found = []
-    for request in requests:
-        blocks = tuple(Blocks() for _ in range(ranks))
-        for index, home in enumerate(request.homes):
-            keys = min(size, request.length - index * size)
-            blocks[home].append(free[home].pop(), index * size, keys)
-        found.append(Shards(request.q_runs, blocks))
+def kernels(device: torch.device = CPU) -> dict[str, PagedKernel]:
+    """Every kernel that runs on the device, by name."""
+    found = {}
+    for name, make in makers(device).items():
+        try:
+            found[name] = make(device)
+        except KernelUnavailableError:
+            continue
     return found
 
 
-def sequence(index: int, length: int, spec: LayerSpec) -> tuple[torch.Tensor, ...]:
-    """q, k, v of the whole sequence of request ``index``, in fp32."""
-    gen = torch.Generator().manual_seed(100 + index)
-    shapes = (
-        (length, spec.num_q_heads, spec.head_dim),
-        (length, spec.num_kv_heads, spec.head_dim),
-        (length, spec.num_kv_heads, spec.v_dim),
+@dataclass(frozen=True, eq=False)
+class Request:
+    """One request of a call: its queries and keys by position, K and V in the order of
+    ``k_runs``."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    q_runs: Runs
+    k_runs: Runs
+
+
+def request(
+    q_runs: Runs, k_runs: Runs, spec: LayerSpec, dtype: torch.dtype, seed: int = 5
+) -> Request:
+    """A request with random numbers, its runs sorted as kernels get them."""
+    gen = torch.Generator().manual_seed(seed)
+    q_runs, k_runs = tuple(sorted(q_runs)), tuple(sorted(k_runs))
+    q, k, v = (
+        torch.randn(total(runs), heads, dim, generator=gen).to(dtype)
+        for runs, heads, dim in (
+            (q_runs, spec.num_q_heads, spec.head_dim),
+            (k_runs, spec.num_kv_heads, spec.head_dim),
+            (k_runs, spec.num_kv_heads, spec.v_dim),
+        )
     )
-    return tuple(torch.randn(shape, generator=gen) for shape in shapes)
+    return Request(q, k, v, q_runs, k_runs)
 
 
-def filled(
-    items: Sequence[Shards], requests: Sequence[Request], rank: int, shape: PageShape,
-    spec: LayerSpec, kernel: PagedKernel,
-) -> Pages:  # fmt: skip
-    """The pages of ``rank`` with the keys and values of its blocks; slots without a key are 0."""
-    numbers = [n for item in items for n in item.blocks[rank].numbers]
-    pages = empty_pages(shape, max(numbers, default=0) + 2, torch.device("cpu"))
-    for index, (item, request) in enumerate(zip(items, requests, strict=True)):
-        _, k, v = (x.to(shape.dtype) for x in sequence(index, request.length, spec))
-        for number, first, keys in item.blocks[rank]:
-            at = torch.arange(keys)
-            kernel.write(
-                pages, k[first : first + keys], v[first : first + keys],
-                torch.full((keys,), number), at,
-            )  # fmt: skip
-    return pages
+def stored(
+    kernel: PagedKernel,
+    requests: Sequence[Request],
+    spec: LayerSpec,
+    size: int,
+    device: torch.device = CPU,
+    shuffle: bool = True,
+) -> tuple[Pages, list[Blocks]]:
+    """The pages, one layer of several, and each request's blocks: in any order, or one behind the
+    other."""
+    dtype = requests[0].k.dtype
+    lists = [list(blocks_of_runs(r.k_runs, size)) for r in requests]
+    spare = 3
+    count = sum(map(len, lists)) + spare
+    numbers = list(range(count))
+    if shuffle:
+        random.Random(count).shuffle(numbers)
+    shape = PageShape.of(spec, size, dtype, kernel.packed)
+    # As a column of a pool of three layers, which starts at 64 bytes as a pool does.
+    unit = 64 // dtype.itemsize
+    pool = torch.full((count * 3 * shape.stride + unit,), torch.nan, dtype=dtype, device=device)
+    begin = -pool.data_ptr() % 64 // dtype.itemsize
+    rows = pool[begin : begin + count * 3 * shape.stride].view(count, 3 * shape.stride)
+    pages = Pages(rows[:, shape.stride : 2 * shape.stride], shape)
+    given, at = [], 0
+    for r, blocks in zip(requests, lists, strict=True):
+        mine = Blocks()
+        where: list[tuple[int, int]] = []
+        for block in blocks:
+            mine.append(numbers[at], block.first, block.keys)
+            pages.data[numbers[at], : shape.elements] = 9.0
+            where += [(numbers[at], place) for place in range(block.keys)]
+            at += 1
+        given.append(mine)
+        if where:
+            slots = torch.tensor(where, dtype=torch.int64, device=device)
+            kernel.write(pages, r.k.to(device), r.v.to(device), slots[:, 0], slots[:, 1])
+    return pages, given
 
 
-@dataclass
-class Step:
-    """One step on one rank: ``requests`` in one mode, for layers with the given ``windows``. Rows
-    of others come before (``LEAD``) and after those of the mode."""
-
-    LEAD = 3
-
-    group: Group
-    requests: Sequence[Request]
-    size: int
-    mode: str
-    ring_pass: str
-    windows: Sequence[int | None]
-    routes: TreeRoutes
-
-    def __post_init__(self) -> None:
-        self.items = shards_of(self.requests, self.group.size, self.size)
-        upload = IndexUpload()
-        self.one: Any = make_mode(
-            self.mode, self.ring_pass, self.items, self.group, self.LEAD, self.windows, upload,
-            self.routes,
-        )  # fmt: skip
-        upload.send(torch.device("cpu"))
-        self.places = [p for r in self.requests for p in positions(r.q_runs[self.group.rank])]
-
-    def run(
-        self, spec: LayerSpec, kernel: PagedKernel, dtype: torch.dtype = torch.float32,
-        pages: Pages | None = None,
-    ) -> Partial:  # fmt: skip
-        """One layer: what is in the rows of the mode, which held nothing before. Other rows must
-        stay as they were."""
-        me, lead = self.group.rank, self.LEAD
-        if pages is None:
-            shape = PageShape.of(spec, self.size, dtype, kernel.packed)
-            pages = filled(self.items, self.requests, me, shape, spec, kernel)
-        rows = [
-            sequence(i, r.length, spec)[0][positions(r.q_runs[me])]
-            for i, r in enumerate(self.requests)
-        ]
-        others = torch.full((lead, spec.num_q_heads, spec.head_dim), torch.nan)
-        q = torch.cat([others, *rows, others]).to(dtype)
-        q = q.transpose(0, 1).contiguous().transpose(0, 1)  # as the model's layers give it
-        at = torch.tensor([0] * lead + self.places + [0] * lead)
-        into = empty_partial(len(q), spec.num_q_heads, spec.v_dim)
-        for outer in (slice(0, lead), slice(len(q) - lead, len(q))):
-            into.out[outer], into.lse[outer] = 7.0, 7.0
-        self.one(q, at, pages, kernel, spec, into)
-        for outer in (slice(0, lead), slice(len(q) - lead, len(q))):
-            assert bool((into.out[outer] == 7.0).all()) and bool((into.lse[outer] == 7.0).all())
-        mine = slice(lead, len(q) - lead)
-        return Partial(into.out[mine], into.lse[mine])
-
-    def error(self, found: Partial, spec: LayerSpec, dtype: torch.dtype = torch.float32) -> float:
-        """Largest difference to fp64 over the whole sequences, relative to the largest value."""
-        begin, worst = 0, 0.0
-        for index, request in enumerate(self.requests):
-            places = torch.tensor(positions(request.q_runs[self.group.rank]), dtype=torch.int64)
-            q, k, v = (x.to(dtype) for x in sequence(index, request.length, spec))
-            want, lse = full_attention(
-                q[places], k, v, places, torch.arange(request.length),
-                scale=spec.scale, window=spec.window, softcap=spec.softcap,
-            )  # fmt: skip
-            rows = slice(begin, begin + len(places))
-            begin += len(places)
-            if len(places):
-                out = (found.out[rows].double() - want).abs().max() / want.abs().max()
-                both = (found.lse[rows].double() - lse).abs().max() / lse.abs().max().clamp_min(1)
-                worst = max(worst, float(out), float(both))
-        assert begin == len(found.out)
-        return worst
+def call(
+    kernel: PagedKernel,
+    requests: Sequence[Request],
+    spec: LayerSpec,
+    size: int,
+    device: torch.device = CPU,
+    shuffle: bool = True,
+    into: Partial | None = None,
+) -> Partial:
+    """All requests in one call, ``LEAD`` rows of none before and behind; twice, as two layers."""
+    pages, blocks = stored(kernel, requests, spec, size, device, shuffle)
+    parts = [Part(r.q_runs, mine) for r, mine in zip(requests, blocks, strict=True)]
+    edge = torch.full((LEAD, spec.num_q_heads, spec.head_dim), torch.nan, dtype=requests[0].q.dtype)
+    q = torch.cat([edge, *(r.q for r in requests), edge]).to(device)
+    at = [0] * LEAD + [p for r in requests for p in positions(r.q_runs)] + [0] * LEAD
+    q_positions = torch.tensor(at, dtype=torch.int64, device=device)
+    batch = make_batch(parts, device, LEAD)
+    first = kernel.paged_attention(q, q_positions, pages, batch, spec)
+    again = kernel.paged_attention(q, q_positions, pages, batch, spec, into)
+    if into is None:
+        assert torch.equal(first.out, again.out) and torch.equal(first.lse, again.lse)
+    return again
 
 
-def expected_blocks(request: Request, size: int, rank: int) -> list[Block]:
-    """Which blocks of a request ``rank`` holds, numbered by their place in the sequence."""
-    return [
-        Block(i, i * size, min(size, request.length - i * size))
-        for i, home in enumerate(request.homes)
-        if home == rank
-    ]
+def own_rows(part: Partial) -> Partial:
+    """Without the rows that belong to no request, of which nothing may be found."""
+    for edge in (slice(0, LEAD), slice(len(part.lse) - LEAD, None)):
+        assert bool((part.out[edge] == 0).all())
+        assert bool((part.lse[edge] == NEG_INF).all())
+    inner = slice(LEAD, len(part.lse) - LEAD)
+    return Partial(part.out[inner], part.lse[inner])
+
+
+def oracle(r: Request, spec: LayerSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """fp64 over the same (rounded) inputs."""
+    at = (torch.tensor(positions(runs), dtype=torch.int64) for runs in (r.q_runs, r.k_runs))
+    return full_attention(
+        r.q, r.k, r.v, *at, scale=spec.scale, window=spec.window, softcap=spec.softcap
+    )
+
+
+def assert_exact(part: Partial, out: torch.Tensor, lse: torch.Tensor, dtype: torch.dtype) -> None:
+    """Out and lse against fp64; a query that sees nothing gives exactly (0, -inf)."""
+    assert part.out.shape == out.shape and part.lse.shape == lse.shape
+    assert part.out.dtype == part.lse.dtype == torch.float32
+    got_out, got_lse = part.out.cpu().double(), part.lse.cpu().double()
+    blind = torch.isneginf(lse)
+    assert torch.equal(torch.isneginf(got_lse), blind)
+    assert bool((got_out[blind] == 0).all())
+    if blind.all():
+        return
+    assert float((got_out - out).abs().max()) <= LIMITS[dtype] * float(out.abs().max())
+    seen = lse[~blind]
+    limit = 5e-6 if dtype == torch.float32 else 1e-2
+    worst = float((got_lse[~blind] - seen).abs().max())
+    assert worst <= limit * max(1.0, float(seen.abs().max()))
+
+
+def check(
+    kernel: PagedKernel,
+    requests: Sequence[Request],
+    spec: LayerSpec,
+    size: int = 8,
+    device: torch.device = CPU,
+) -> None:
+    """One call of all requests, each against fp64."""
+    part = own_rows(call(kernel, requests, spec, size, device))
+    row = 0
+    for r in requests:
+        rows = slice(row, row + len(r.q))
+        assert_exact(Partial(part.out[rows], part.lse[rows]), *oracle(r, spec), r.q.dtype)
+        row += len(r.q)

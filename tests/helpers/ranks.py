@@ -31,8 +31,8 @@ def run_ranks(
     """Call ``fn(world, *args)`` on ``size`` ranks and return their results, rank 0 first.
 
     ``fn`` and ``args`` must be importable and picklable (the children come from a fork server that
-    has torch loaded already). ``hosts`` fakes a host name per rank; ``shared_memory``: between ranks
-    of one of these.
+    has torch loaded already). ``hosts`` fakes a host name per rank; ``shared_memory``: between
+    ranks of one of these.
     """
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(

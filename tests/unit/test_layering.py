@@ -62,6 +62,10 @@ ONLY_IN = {
     "deepspeed": ["comm/process_group.py"],
     "torch.distributed": ["comm/process_group.py"],
     "flash_attn": ["attention/kernels/dense.py"],
+    "triton": [
+        f"attention/kernels/triton_{part}.py"
+        for part in ("decode", "kernel", "merge", "prefill", "tables", "tile")
+    ],
     "transformers": ["model/"],
     "fastapi": ["api/"],
     "starlette": ["api/"],

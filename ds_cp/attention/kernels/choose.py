@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from ds_cp.attention.kernels.cuda import CudaKernel
-from ds_cp.attention.kernels.dense import candidates
+from ds_cp.attention.kernels.dense import DenseError, NotInstalledError, candidates
 from ds_cp.attention.kernels.kernel import PagedKernel
 from ds_cp.attention.kernels.reference import ReferenceKernel
 from ds_cp.attention.kernels.self_test import fault
@@ -79,6 +79,8 @@ def find_kernels(
     rows do not depend on how prompts are cut. Raises ``ConfigError`` for a name that is not for
     this device."""
     known = makers(device)
+    if name == "flash_attn" and device.type == "cuda":
+        known = {"flash_attn": _flash}
     if deterministic:
         known.pop("cuda", None)
     if name != "auto" and name not in known:
@@ -99,7 +101,7 @@ def find_kernels(
             continue
         problem = _refusal(kernel, layers, block_size, dtype)
         if check and not problem:
-            problem = fault(kernel, layers, block_size, dtype, device)
+            problem = _fault(kernel, layers, block_size, dtype, device)
         if problem:
             problems[each] = problem
         else:
@@ -131,8 +133,9 @@ def agree_on_kernel(
     for each in _in_order(mine, ranks):
         lacking = [rank for rank, told in enumerate(ranks) if each not in told.names]
         if not lacking:
-            own = getattr(have[each], "notes", ())
-            return Choice(have[each], (*notes, *_consequence(notes, each), *own))
+            kernel = have[each]
+            said = (*notes, *_consequence(notes, each), *getattr(kernel, "notes", ()))
+            return Choice(kernel, said)
         why = ranks[lacking[0]].problems.get(each) or "it is not known there"
         where = ""
         if len(lacking) < len(ranks):
@@ -158,6 +161,21 @@ def _consequence(notes: Sequence[str], name: str) -> list[str]:
     ]
 
 
+def _fault(
+    kernel: PagedKernel,
+    layers: Sequence[LayerSpec],
+    block_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> str:
+    """What the self-test finds; a kernel that raises in it is as wrong as one that errs."""
+    try:
+        return fault(kernel, layers, block_size, dtype, device)
+    except Exception as err:  # a compiler, a driver, a package made for another torch
+        first = (str(err).splitlines() or [""])[0][:200]
+        return f"it fails in the check at start ({type(err).__name__}: {first})"
+
+
 def _refusal(
     kernel: PagedKernel, layers: Sequence[LayerSpec], block_size: int, dtype: torch.dtype
 ) -> str:
@@ -181,12 +199,26 @@ def _cuda(device: torch.device) -> PagedKernel:
     return CudaKernel(_triton(device), candidates(device), device)
 
 
+def _flash(device: torch.device) -> PagedKernel:
+    """The kernel "cuda" with that package or not at all."""
+    chosen, why = [one for one in candidates(device) if one.name.startswith("flash-attn")], ""
+    for one in chosen:
+        try:
+            one.load()
+            return CudaKernel(_triton(device), chosen, device)
+        except NotInstalledError:
+            pass
+        except DenseError as err:
+            why = why or f"{one.name} cannot be used: {err}"
+    raise KernelUnavailableError(why or "the package flash-attn is not installed")
+
+
 def _triton(device: torch.device) -> PagedKernel:
     try:
-        from ds_cp.attention.kernels.triton_kernel import TritonKernel
+        from ds_cp.attention.kernels.triton_kernel import make_triton
     except Exception as err:  # a build for another torch may raise anything at import
         raise KernelUnavailableError(_import_failed("triton", err)) from err
-    return TritonKernel()
+    return make_triton(device, torch.bfloat16)
 
 
 def _torch(device: torch.device) -> PagedKernel:

@@ -63,6 +63,8 @@ def cases(size: int) -> Iterator[Case]:
     long: Runs = ((0, 2 * unit + unit // 2),)
     if unit > LONG:
         long = ((0, LONG), (unit, LONG), (2 * unit, LONG // 2))
+    if unit > LARGE:
+        long = ((0, LONG), (unit, LONG // 2))
     n, keys = total(long), _chain(size, long)
 
     def rows(begin: int, end: int) -> Runs:

@@ -52,7 +52,7 @@ def few_limit(heads_per_kv: int) -> int:
 
 def row_tile(heads_per_kv: int) -> int:
     """Rows of one product, query heads folded in."""
-    return min(64, max(16, triton.next_power_of_2(heads_per_kv)))
+    return min(64, max(16, int(triton.next_power_of_2(heads_per_kv))))
 
 
 def plan_decode(batch: PagedBatch, heads_per_kv: int) -> DecodePlan | None:

@@ -78,8 +78,9 @@ class TritonKernel:
 
 
 def make_triton(device: torch.device, dtype: torch.dtype) -> TritonKernel:
-    """The kernel, once a first small launch compiled and ran. Raises ``KernelUnavailableError`` when the
-    device is too old, or Triton finds no C compiler for its launchers, or cannot compile."""
+    """The kernel, once a first small launch compiled and ran. Raises ``KernelUnavailableError``
+    when the device is too old, or Triton finds no C compiler for its launchers, or cannot
+    compile."""
     if device.type != "cuda":
         raise KernelUnavailableError("it needs a CUDA device")
     have = torch.cuda.get_device_capability(device)

@@ -10,7 +10,8 @@ from ds_cp.attention.kernels.triton_tile import NEG_INF, fold
 from ds_cp.attention.pages import Pages
 from ds_cp.attention.state import Partial, dense
 
-ROWS = 16  # (row, head) pairs, or tokens, of one program
+ROWS = 16  # (row, head) pairs of one program
+TOKENS = 64  # tokens of one program
 
 
 def merge_stacked(
@@ -47,17 +48,17 @@ def write(
     if not tokens:
         return
     k_TGD, v_TGD = dense(k_TGD), dense(v_TGD)
-    write_kernel[(triton.cdiv(tokens, ROWS), shape.num_kv_heads)](
+    write_kernel[(triton.cdiv(tokens, TOKENS), shape.num_kv_heads)](
         pages.data, k_TGD, v_TGD, blocks, places, tokens, pages.data.stride(0), shape.k_elements,
         k_TGD.stride(0), k_TGD.stride(1), v_TGD.stride(0), v_TGD.stride(1),
-        T=ROWS, B=shape.block_size, D=shape.k_dim, DV=shape.v_dim,
+        T=TOKENS, B=shape.block_size, D=shape.k_dim, DV=shape.v_dim,
         BD=triton.next_power_of_2(shape.k_dim), BDV=triton.next_power_of_2(shape.v_dim),
     )  # fmt: skip
 
 
 @triton.jit(
     do_not_specialize=["count", "num_rows", "more_n", "more_lse_n"],
-    do_not_specialize_on_alignment=["out", "lse", "more", "more_lse", "rows"],
+    do_not_specialize_on_alignment=["more_lse", "rows"],
 )
 def fold_kernel(
     out, lse, more, more_lse, rows, count, num_rows, num_heads, out_t, out_h, lse_t, lse_h,

@@ -16,12 +16,11 @@ struct Float32 {
   static constexpr int kPair = 1;
   static constexpr int kRows = 6;
   static constexpr int kVecs = kLanes == 16 ? 4 : 2;
-  template <int M, int N>
-  DS_CP_INLINE void step(vf (&c)[M][N], const A* const (&a)[M], int64_t k,
-                                const B* const (&b)[N], int64_t at) {
+  template <int M, int N, class Cols>
+  DS_CP_INLINE void step(vf (&c)[M][N], const A* const (&a)[M], int64_t k, const Cols& b) {
     vf y[N];
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) y[n] = load(b[n] + at);
+    for (int n = 0; n < N; ++n) y[n] = load(b.at(n));
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
       const vf x = all(a[m][k]);
@@ -38,12 +37,11 @@ struct Widened {
   static constexpr int kPair = 2;
   static constexpr int kRows = kLanes == 16 ? 5 : 4;
   static constexpr int kVecs = kLanes == 16 ? 4 : 2;
-  template <int M, int N>
-  DS_CP_INLINE void step(vf (&c)[M][N], const A* const (&a)[M], int64_t k,
-                                const B* const (&b)[N], int64_t at) {
+  template <int M, int N, class Cols>
+  DS_CP_INLINE void step(vf (&c)[M][N], const A* const (&a)[M], int64_t k, const Cols& b) {
     vu y[N];
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) y[n] = load_bits(b[n] + at * 2);
+    for (int n = 0; n < N; ++n) y[n] = load_bits(b.at(n));
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
       const vf x = all(a[m][2 * k]);
@@ -66,12 +64,11 @@ struct Bfloat16 {
   static constexpr int kPair = 2;
   static constexpr int kRows = 6;
   static constexpr int kVecs = 4;
-  template <int M, int N>
-  DS_CP_INLINE void step(vf (&c)[M][N], const A* const (&a)[M], int64_t k,
-                                const B* const (&b)[N], int64_t at) {
+  template <int M, int N, class Cols>
+  DS_CP_INLINE void step(vf (&c)[M][N], const A* const (&a)[M], int64_t k, const Cols& b) {
     __m512bh y[N];
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) y[n] = (__m512bh)_mm512_loadu_si512(b[n] + at * 2);
+    for (int n = 0; n < N; ++n) y[n] = (__m512bh)_mm512_loadu_si512(b.at(n));
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
       int32_t pair;
@@ -116,76 +113,130 @@ struct Run {
 constexpr int kMaxStrips = kMaxSegments + kMaxColumns / kLanes + 8;
 constexpr int kMaxRuns = kMaxSegments;
 
-template <class T, int M, int N>
-void scores_step(const typename T::A* a, int64_t lda, const Strip<T>* strips, int64_t ldb,
-                 int64_t steps, float* c, int64_t ldc) {
-  const typename T::A* rows[M];
-  const typename T::B* cols[N];
-  vf sum[M][N];
+// Where the vectors of one step are: side by side, or anywhere.
+template <class T, int N>
+struct Dense {
+  const typename T::B* data;
+  DS_CP_INLINE Dense from(const Strip<T>* strips) { return {strips[0].data}; }
+  inline __attribute__((always_inline)) const typename T::B* at(int n) const {
+    return data + n * kLanes * T::kPair;
+  }
+  inline __attribute__((always_inline)) void next(int64_t stride) { data += stride; }
+};
+
+template <class T, int N>
+struct Scattered {
+  const typename T::B* data[N];
+  DS_CP_INLINE Scattered from(const Strip<T>* strips) {
+    Scattered found;
 #pragma GCC unroll 8
-  for (int n = 0; n < N; ++n) cols[n] = strips[n].data;
+    for (int n = 0; n < N; ++n) found.data[n] = strips[n].data;
+    return found;
+  }
+  inline __attribute__((always_inline)) const typename T::B* at(int n) const { return data[n]; }
+  inline __attribute__((always_inline)) void next(int64_t stride) {
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) data[n] += stride;
+  }
+};
+
+// Scores of M rows with N strips of keys, and the largest of each row, lane by lane.
+template <class T, int M, int N, class Cols>
+void scores_step(const typename T::A* a, int64_t lda, const Strip<T>* strips, int64_t ldb,
+                 int64_t steps, float* c, int64_t ldc, float* tops) {
+  const typename T::A* rows[M];
+  vf sum[M][N];
+  Cols cols = Cols::from(strips);
+  const int64_t stride = ldb * T::kPair;
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m) {
     rows[m] = a + m * lda;
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) sum[m][n] = vf{};
   }
-  for (int64_t k = 0; k < steps; ++k) T::step(sum, rows, k, cols, k * ldb);
+  for (int64_t k = 0; k < steps; ++k) {
+    T::step(sum, rows, k, cols);
+    cols.next(stride);
+  }
+  constexpr bool dense = sizeof(Cols) == sizeof(void*) && N > 1;
+  int64_t at[N];
 #pragma GCC unroll 8
-  for (int m = 0; m < M; ++m)
+  for (int n = 0; n < N; ++n) at[n] = dense ? n * kLanes : strips[n].column;
+  if (dense) c += strips[0].column;
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) store(c + m * ldc + strips[n].column, sum[m][n]);
+  for (int m = 0; m < M; ++m) {
+    vf top = load(tops + m * kLanes);
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) {
+      store(c + at[n], sum[m][n]);
+      top = max(top, sum[m][n]);
+    }
+    store(tops + m * kLanes, top);
+    c += ldc;
+  }
 }
 
+// Adds M rows' values, N vectors of their dims, over the keys of some runs.
 template <class T, int M, int N>
 void values_step(const typename T::A* weights, int64_t lda, const Run<T>* runs, int count,
                  int64_t ldb, int64_t dim, float* c, int64_t ldc) {
   constexpr int p = T::kPair;
   vf sum[M][N];
+  float* row = c;
 #pragma GCC unroll 8
-  for (int m = 0; m < M; ++m)
+  for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) sum[m][n] = load(c + m * ldc + n * kLanes);
+    for (int n = 0; n < N; ++n) sum[m][n] = load(row + n * kLanes);
+    row += ldc;
+  }
+  const int64_t stride = ldb * p;
   for (int r = 0; r < count; ++r) {
     const typename T::A* rows[M];
-    const typename T::B* cols[N];
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) rows[m] = weights + m * lda + runs[r].column;
-#pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) cols[n] = runs[r].data + (dim + n * kLanes) * p;
+    Dense<T, N> cols{runs[r].data + dim * p};
     const int64_t steps = (runs[r].end - runs[r].column) / p;
-    for (int64_t k = 0; k < steps; ++k) T::step(sum, rows, k, cols, k * ldb);
+    for (int64_t k = 0; k < steps; ++k) {
+      T::step(sum, rows, k, cols);
+      cols.next(stride);
+    }
   }
 #pragma GCC unroll 8
-  for (int m = 0; m < M; ++m)
+  for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) store(c + m * ldc + n * kLanes, sum[m][n]);
+    for (int n = 0; n < N; ++n) store(c + n * kLanes, sum[m][n]);
+    c += ldc;
+  }
 }
 
 template <class T>
 using ScoresStep = void (*)(const typename T::A*, int64_t, const Strip<T>*, int64_t, int64_t,
-                            float*, int64_t);
+                            float*, int64_t, float*);
 template <class T>
 using ValuesStep = void (*)(const typename T::A*, int64_t, const Run<T>*, int, int64_t, int64_t,
                             float*, int64_t);
 
-template <class T, int N>
+template <class T, int N, class Cols>
 DS_CP_INLINE ScoresStep<T> scores_rows(int m) {
   switch (m) {
-    case 1: return scores_step<T, 1, N>;
-    case 2: return scores_step<T, 2, N>;
-    case 3: return scores_step<T, 3, N>;
-    case 4: return scores_step<T, 4, N>;
-    case 5: return scores_step<T, 5, N>;
-    default: return scores_step<T, T::kRows, N>;
+    case 1: return scores_step<T, 1, N, Cols>;
+    case 2: return scores_step<T, 2, N, Cols>;
+    case 3: return scores_step<T, 3, N, Cols>;
+    case 4: return scores_step<T, 4, N, Cols>;
+    case 5: return scores_step<T, 5, N, Cols>;
+    default: return scores_step<T, T::kRows, N, Cols>;
   }
 }
+template <class T, int N>
+DS_CP_INLINE ScoresStep<T> scores_any(int m, bool dense) {
+  return N == 1 || dense ? scores_rows<T, N, Dense<T, N>>(m) : scores_rows<T, N, Scattered<T, N>>(m);
+}
 template <class T>
-DS_CP_INLINE ScoresStep<T> scores_for(int m, int n) {
-  if (n >= T::kVecs) return scores_rows<T, T::kVecs>(m);
-  if (T::kVecs > 3 && n == 3) return scores_rows<T, T::kVecs == 4 ? 3 : 1>(m);
-  if (T::kVecs > 2 && n == 2) return scores_rows<T, T::kVecs == 4 ? 2 : 1>(m);
-  return scores_rows<T, 1>(m);
+DS_CP_INLINE ScoresStep<T> scores_for(int m, int n, bool dense) {
+  if (n >= T::kVecs) return scores_any<T, T::kVecs>(m, dense);
+  if (T::kVecs > 3 && n == 3) return scores_any<T, T::kVecs == 4 ? 3 : 1>(m, dense);
+  if (T::kVecs > 2 && n == 2) return scores_any<T, T::kVecs == 4 ? 2 : 1>(m, dense);
+  return scores_any<T, 1>(m, true);
 }
 template <class T, int N>
 DS_CP_INLINE ValuesStep<T> values_rows(int m) {
@@ -206,15 +257,20 @@ DS_CP_INLINE ValuesStep<T> values_for(int m, int n) {
   return values_rows<T, 1>(m);
 }
 
+// The largest scores of a row's columns [low, high), lane by lane.
+DS_CP_INLINE vf top_of(const float* row, int64_t low, int64_t high) {
+  vf top = all(-kInf);
+  for (int64_t j = low; j < high; j += kLanes) top = max(top, load(row + j));
+  return top;
+}
+
 // Softmax of one row's columns [low, high) (multiples of kRound), in place: scores become weights of
 // type A at the beginning of the row. Hidden columns hold -inf.
 template <class T>
-DS_CP_INLINE void soften(float* row, int64_t low, int64_t high, float factor, float& row_max,
-                         float& row_sum, float& rescale) {
-  vf top = all(-kInf);
-  for (int64_t j = low; j < high; j += kLanes) top = max(top, load(row + j));
+DS_CP_INLINE void soften(float* row, int64_t low, int64_t high, float factor, float top,
+                         float& row_max, float& row_sum, float& rescale) {
   const float before = row_max;
-  const float tile_max = max_of(top) * factor;
+  const float tile_max = top * factor;
   const float now = before > tile_max ? before : tile_max;
   auto* weights = reinterpret_cast<typename T::A*>(row);
   rescale = 1.0f;
@@ -407,16 +463,113 @@ bool sees_all(const Group& group, int64_t window, const Tile<T>& tile) {
          group.high - tile.base - group.begin < window;
 }
 
-constexpr int kChunk = 128;  // columns whose values stay in the first cache while all rows pass
+constexpr int kGroups = 2;    // whose scores are held at once, in the first cache
+constexpr int kChunk = 512;   // columns whose values one step adds
+
+// Per row of the groups at hand, lane by lane: the largest score of all its columns, hidden ones too.
+struct Room {
+  float tops[kMaxRows][kLanes];
+};
+
+// Scores of the groups' rows: the first product.
+template <class T>
+void scores_of(Work& work, const Tile<T>& tile, const Group* groups, int num_groups, Room& room) {
+  const Shape& s = *work.shape;
+  const auto* a = static_cast<const typename T::A*>(work.a);
+  const int64_t ld = work.score_stride;
+  const Group& last = groups[num_groups - 1];
+  for (int32_t r = 0; r < last.row + last.rows - groups[0].row; ++r)
+    store(room.tops[r], all(-kInf));
+  for (int i = 0; i < tile.num_strips;) {
+    const int n = static_cast<int>(least(T::kVecs, tile.num_strips - i));
+    const Strip<T>* strips = tile.strips + i;
+    i += n;
+    const int64_t low = strips[0].low, high = strips[n - 1].high;
+    bool dense = true;
+    for (int j = 1; j < n; ++j)
+      dense &= strips[j].data == strips[0].data + j * kLanes * T::kPair &&
+               strips[j].column == strips[0].column + j * kLanes;
+    for (int g = 0; g < num_groups; ++g) {
+      const Group& group = groups[g];
+      if (low > group.high || high <= group.low - s.window) continue;
+      int seen = n;
+      while (seen > 1 && strips[seen - 1].low > group.high) --seen;
+      const int64_t row = group.row - groups[0].row;
+      scores_for<T>(group.rows, seen, dense)(a + group.row * s.k_dim, s.k_dim, strips, tile.strip_ld,
+                                      s.k_dim / T::kPair, work.scores + row * ld, ld,
+                                      room.tops[row]);
+    }
+  }
+}
+
+// The softmax between the products: scores become weights, and what was summed so far is rescaled.
+template <class T>
+void weights_of(Work& work, const Tile<T>& tile, const Group* groups, int num_groups,
+                const Segment* segments, int count, const Room& room) {
+  const Shape& s = *work.shape;
+  const float factor = s.softcap > 0 ? kLog2e : s.scale * kLog2e;
+  for (int g = 0; g < num_groups; ++g) {
+    const Group& group = groups[g];
+    const bool plain = sees_all<T>(group, s.window, tile);
+    for (int32_t r = group.row; r < group.row + group.rows; ++r) {
+      float* row = work.scores + (r - groups[0].row) * work.score_stride;
+      if (s.softcap > 0) cap(row, group.begin, group.end, s.scale, s.softcap);
+      if (!plain)
+        mask<T>(row, group.begin, group.end, work.positions[r], s.window, tile, segments, count);
+      const bool known = plain && !(s.softcap > 0);
+      const vf top = known ? load(room.tops[r - groups[0].row]) : top_of(row, group.begin, group.end);
+      float rescale;
+      soften<T>(row, group.begin, group.end, factor, max_of(top), work.part.max[r],
+                work.part.sum[r], rescale);
+      if (rescale != 1.0f) {
+        float* acc = work.part.acc + int64_t{r} * s.v_pad;
+        for (int64_t d = 0; d < s.v_pad; d += kLanes) store(acc + d, load(acc + d) * rescale);
+      }
+    }
+  }
+}
+
+// Adds the values by the groups' weights: the second product.
+template <class T>
+void values_of(Work& work, const Tile<T>& tile, const Group* groups, int num_groups) {
+  using A = typename T::A;
+  const Shape& s = *work.shape;
+  const auto* weights = reinterpret_cast<const A*>(work.scores);
+  const int64_t ld = work.score_stride * static_cast<int64_t>(sizeof(float) / sizeof(A));
+  for (int first = 0; first < tile.num_runs;) {
+    int end = first + 1;  // runs of about kChunk columns
+    while (end < tile.num_runs && tile.runs[end].end - tile.runs[first].column <= kChunk) ++end;
+    for (int64_t dim = 0; dim < s.v_pad; dim += T::kVecs * kLanes) {
+      const int n = static_cast<int>(least(T::kVecs, (s.v_pad - dim) / kLanes));
+      for (int g = 0; g < num_groups; ++g) {
+        const Group& group = groups[g];
+        float* acc = work.part.acc + int64_t{group.row} * s.v_pad + dim;
+        const auto step = values_for<T>(group.rows, n);
+        const A* mine = weights + (group.row - groups[0].row) * ld;
+        if (group.begin <= tile.runs[first].column && tile.runs[end - 1].end <= group.end) {
+          step(mine, ld, tile.runs + first, end - first, tile.run_ld, dim, acc, s.v_pad);
+          continue;
+        }
+        for (int r = first; r < end; ++r) {
+          Run<T> run = tile.runs[r];
+          const auto from = static_cast<int32_t>(most(run.column, group.begin));
+          run.end = static_cast<int32_t>(least(run.end, group.end));
+          if (from >= run.end) continue;
+          run.data += (from - run.column) * tile.run_ld;
+          run.column = from;
+          step(mine, ld, &run, 1, tile.run_ld, dim, acc, s.v_pad);
+        }
+      }
+    }
+    first = end;
+  }
+}
 
 template <class T>
 void tile_of(Work& work, const Segment* segments, int count) {
-  using A = typename T::A;
-  constexpr int p = T::kPair;
   const Shape& s = *work.shape;
   Group groups[kMaxRows];
   int num_groups = 0;
-  int64_t last = 0;
   for (int32_t row = 0; row < work.rows; row += T::kRows) {
     Group g;
     g.row = row;
@@ -428,7 +581,6 @@ void tile_of(Work& work, const Segment* segments, int count) {
     }
     look(segments, count, s.window, g);
     if (g.begin == g.end) continue;
-    last = most(last, g.end);
     groups[num_groups++] = g;
   }
   if (!num_groups) return;
@@ -436,70 +588,13 @@ void tile_of(Work& work, const Segment* segments, int count) {
   Tile<T>& tile = room;
   lay_out<T>(work, segments, count, tile);
 
-  const auto* a = static_cast<const A*>(work.a);
-  const int64_t ld = work.score_stride;
-  for (int i = 0; i < tile.num_strips;) {
-    int n = static_cast<int>(least(T::kVecs, tile.num_strips - i));
-    const Strip<T>* strips = tile.strips + i;
-    i += n;
-    if (strips[0].column >= last) break;
-    const int64_t low = strips[0].low, high = strips[n - 1].high;
-    for (int g = 0; g < num_groups; ++g) {
-      const Group& group = groups[g];
-      if (low > group.high) continue;
-      if (high <= group.low - s.window) continue;
-      scores_for<T>(group.rows, n)(a + group.row * s.k_dim, s.k_dim, strips, tile.strip_ld,
-                                   s.k_dim / p, work.scores + group.row * ld, ld);
-    }
-  }
-
-  const float factor = s.softcap > 0 ? kLog2e : s.scale * kLog2e;
-  for (int g = 0; g < num_groups; ++g) {
-    const Group& group = groups[g];
-    const bool plain = sees_all<T>(group, s.window, tile);
-    for (int32_t r = group.row; r < group.row + group.rows; ++r) {
-      float* row = work.scores + r * ld;
-      if (s.softcap > 0) cap(row, group.begin, group.end, s.scale, s.softcap);
-      if (!plain)
-        mask<T>(row, group.begin, group.end, work.positions[r], s.window, tile, segments, count);
-      float rescale;
-      soften<T>(row, group.begin, group.end, factor, work.part.max[r], work.part.sum[r], rescale);
-      if (rescale != 1.0f) {
-        float* acc = work.part.acc + int64_t{r} * s.v_pad;
-        for (int64_t d = 0; d < s.v_pad; d += kLanes) store(acc + d, load(acc + d) * rescale);
-      }
-    }
-  }
-
-  const auto* weights = reinterpret_cast<const A*>(work.scores);
-  const int64_t weight_ld = ld * static_cast<int64_t>(sizeof(float) / sizeof(A));
-  for (int first = 0; first < tile.num_runs;) {
-    // Runs of about kChunk columns.
-    int end = first + 1;
-    while (end < tile.num_runs && tile.runs[end].end - tile.runs[first].column <= kChunk) ++end;
-    for (int64_t dim = 0; dim < s.v_pad; dim += T::kVecs * kLanes) {
-      const int n = static_cast<int>(least(T::kVecs, (s.v_pad - dim) / kLanes));
-      for (int g = 0; g < num_groups; ++g) {
-        const Group& group = groups[g];
-        float* acc = work.part.acc + int64_t{group.row} * s.v_pad + dim;
-        const auto step = values_for<T>(group.rows, n);
-        const A* mine = weights + group.row * weight_ld;
-        if (group.begin <= tile.runs[first].column && tile.runs[end - 1].end <= group.end) {
-          step(mine, weight_ld, tile.runs + first, end - first, tile.run_ld, dim, acc, s.v_pad);
-          continue;
-        }
-        for (int r = first; r < end; ++r) {
-          Run<T> run = tile.runs[r];
-          const auto from = static_cast<int32_t>(most(run.column, group.begin));
-          run.end = static_cast<int32_t>(least(run.end, group.end));
-          if (from >= run.end) continue;
-          run.data += (from - run.column) * tile.run_ld;
-          run.column = from;
-          step(mine, weight_ld, &run, 1, tile.run_ld, dim, acc, s.v_pad);
-        }
-      }
-    }
-    first = end;
+  Room tops;
+  // A few groups at a time, so that their scores and weights stay in the first caches.
+  for (int g = 0; g < num_groups; g += kGroups) {
+    const int n = static_cast<int>(least(kGroups, num_groups - g));
+    scores_of<T>(work, tile, groups + g, n, tops);
+    weights_of<T>(work, tile, groups + g, n, segments, count, tops);
+    values_of<T>(work, tile, groups + g, n);
   }
 }
 

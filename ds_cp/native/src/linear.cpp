@@ -16,6 +16,7 @@ void linear_tile_baseline(const LinearCall&, int64_t, int64_t, int64_t, int64_t)
 namespace {
 
 constexpr int64_t kTasks = 6;  // for each thread, so that all end together
+constexpr int64_t kMost = 8;   // layers of one call; ds_cp/model/packed_linear.py has the same
 
 LinearTile tile_of(int64_t isa) {
   switch (isa) {
@@ -72,22 +73,34 @@ DS_CP_EXPORT void ds_cp_linear_pack(const void* w, int64_t ldw, int64_t n, int64
   });
 }
 
-// y[M, N] = x[M, K] W^T + b by up to `threads` threads. Rows of x and y are `ldx` and `ldy`
-// elements apart and dense within.
-DS_CP_EXPORT void ds_cp_linear(const Linear* linear, const void* x, int64_t m, int64_t ldx, void* y,
-                               int64_t ldy, int64_t threads) {
-  const LinearCall call = {
-      linear, static_cast<const char*>(x), static_cast<char*>(y), m, ldx, ldy};
-  const LinearTile tile = tile_of(linear->isa);
-  const int64_t all = round_up(linear->n, kUnit) / kUnit;
+// ys[i][M, N_i] = x[M, K] W_i^T + b_i for `count` layers (at most kMost) of one input by up to
+// `threads` threads. Rows of x are `ldx` elements apart and dense within; y is dense.
+DS_CP_EXPORT void ds_cp_linear(const Linear* const* linears, int64_t count, const void* x,
+                               int64_t m, int64_t ldx, void* const* ys, int64_t threads) {
+  struct Share {
+    LinearCall call;
+    LinearTile tile;
+    int64_t all, n_tasks, first;  // units of y, tasks of a stretch of rows, first task
+  } shares[kMost];
   const int64_t m_tasks = round_up(m, kRows) / kRows;
-  int64_t units = kPanels * kPanel / kUnit, n_tasks = round_up(all, units) / units;
-  while (units > 1 && m_tasks * n_tasks < kTasks * threads) {
+  int64_t units = 2 * kPanels * kPanel / kUnit, tasks = 0;
+  do {  // smaller tasks until there are enough
     units /= 2;
-    n_tasks = round_up(all, units) / units;
-  }
-  parallel_for(m_tasks * n_tasks, static_cast<int>(threads), [&](int64_t task, int) {
-    const int64_t m0 = task / n_tasks * kRows, u0 = task % n_tasks * units;
-    tile(call, m0, std::min(kRows, m - m0), u0, std::min(units, all - u0));
+    tasks = 0;
+    for (int64_t i = 0; i < count; i++) {
+      const Linear* l = linears[i];
+      const int64_t all = round_up(l->n, kUnit) / kUnit, n_tasks = round_up(all, units) / units;
+      shares[i] = {{l, static_cast<const char*>(x), static_cast<char*>(ys[i]), m, ldx, l->n},
+                   tile_of(l->isa), all, n_tasks, tasks};
+      tasks += m_tasks * n_tasks;
+    }
+  } while (units > 1 && tasks < kTasks * threads);
+  parallel_for(tasks, static_cast<int>(threads), [&](int64_t task, int) {
+    int64_t i = count - 1;
+    while (task < shares[i].first) i--;
+    const Share& share = shares[i];
+    task -= share.first;
+    const int64_t m0 = task / share.n_tasks * kRows, u0 = task % share.n_tasks * units;
+    share.tile(share.call, m0, std::min(kRows, m - m0), u0, std::min(units, share.all - u0));
   });
 }

@@ -32,7 +32,15 @@ constexpr float kLn2 = 0.693147180559945309f;
 DS_CP_INLINE vf load(const float* p) { return *reinterpret_cast<const vf_any*>(p); }
 DS_CP_INLINE void store(float* p, vf x) { *reinterpret_cast<vf_any*>(p) = x; }
 DS_CP_INLINE vu load_bits(const void* p) { return *reinterpret_cast<const vu_any*>(p); }
-DS_CP_INLINE vf all(float x) { return vf{} + x; }
+DS_CP_INLINE vf all(float x) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_set1_ps(x);
+#elif defined(__AVX2__)
+  return (vf)_mm256_set1_ps(x);
+#else
+  return vf{x, x, x, x};
+#endif
+}
 DS_CP_INLINE vf max(vf a, vf b) {
 #if defined(__AVX512F__)
   return (vf)_mm512_max_ps((__m512)a, (__m512)b);
@@ -45,18 +53,26 @@ DS_CP_INLINE vf max(vf a, vf b) {
 
 // Sums and maxima over the lanes, by halves.
 DS_CP_INLINE float sum_of(vf x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)x);
+#else
   float part[kLanes];
   store(part, x);
   for (int half = kLanes / 2; half; half /= 2)
     for (int i = 0; i < half; ++i) part[i] += part[i + half];
   return part[0];
+#endif
 }
 DS_CP_INLINE float max_of(vf x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)x);
+#else
   float part[kLanes];
   store(part, x);
   for (int half = kLanes / 2; half; half /= 2)
     for (int i = 0; i < half; ++i) part[i] = part[i] > part[i + half] ? part[i] : part[i + half];
   return part[0];
+#endif
 }
 
 // 2 to the power of t <= 127. t is cut into a whole number n, by adding and taking away 1.5 * 2^23, and
@@ -78,18 +94,17 @@ DS_CP_INLINE vf exp2_of(vf t) {
   return (vf)((vi)scaled & (vi)(t > -126.0f));
 }
 
-// The same with a relative error of 8e-5, for weights that are then rounded to 8 bits; below -126 it is
-// so small that the rounding makes it 0.
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+// The same with a relative error of 8e-5, for weights that are then rounded to 8 bits. What it gives
+// below -126 is so small that the rounding makes it 0.
 DS_CP_INLINE vf exp2_short(vf t) {
-  const vf magic = all(12582912.0f);
-  const vf u = max(t, all(-126.5f));
-  const vf z = u + magic;
-  const vf f = u - (z - magic);
-  vf p = all(0.0551709848168f);
-  p = p * f + 0.242609721473f;
-  p = p * f + 0.693260966403f;
-  p = p * f + 0.999928160786f;
-  return (vf)((vu)p + ((vu)z << 23));
+  const vf f = (vf)_mm512_reduce_ps((__m512)t, 1);  // t - floor(t)
+  vf p = all(0.0780238756369f);
+  p = p * f + 0.226066931008f;
+  p = p * f + 0.695834241561f;
+  p = p * f + 0.999925078772f;
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)t);  // p * 2^floor(t)
 }
+#endif
 
 }  // namespace

@@ -184,17 +184,17 @@ def test_the_page_has_every_figure_and_every_failure(tmp_path: Path) -> None:
     result = {
         "command": "c", "date": "d", "commit": "", "machine": "m", "python": "3", "load": 3.0,
         "busy": True, "quick": True, "versions": {"torch": "2"},
-        "rows": [played(found[0]), played(found[3], "it has | ended\nbadly")],
+        "rows": [played(found[1]), played(found[4], "it has | ended\nbadly")],
     }  # fmt: skip
     text = page(result)
     assert "failed: it has / ended badly" in text and "the machine was busy" in text.lower()
-    for name in (*found[0].players, *found[3].players):
+    for name in (*found[1].players, *found[4].players):
         assert f"| {name} |" in text
     one = dict(played(found[1]))
     one["cases"] = dict([*one["cases"].items()][:3])  # two sizes of one kind
-    assert plot(one, "keys", tmp_path / "p.png")
+    assert plot(one, "tokens", tmp_path / "p.png")
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
-    assert not plot(played(found[2]), "", tmp_path / "q.png"), "nothing over a size"
+    assert not plot(played(found[3]), "", tmp_path / "q.png"), "nothing over a size"
 
 
 def test_rows_of_a_head_change_places_for_llama_cpp() -> None:

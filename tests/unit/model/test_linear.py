@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from ds_cp.model.linear import candidates, pack_linears, unpack
-from ds_cp.model.packed_linear import ISAS, LinearOps
+from ds_cp.model.packed_linear import ISAS, LinearOps, PackedGroup
 from ds_cp.model.wiring import probe_layers
 from ds_cp.native import Library, load
 from tests.helpers.engines import tiny_llama
@@ -201,3 +201,31 @@ def test_experts_in_one_parameter_stay_as_they_are() -> None:
         found = candidates(model, lambda: probe_layers(model))
     names = {one.name.rsplit(".", 1)[-1] for one in found}
     assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "lm_head"}
+
+
+# --- layers with one input
+
+
+def test_layers_of_one_input_are_computed_together_with_the_same_bits() -> None:
+    """Whatever the caller does between: skips one, changes the order, calls one again."""
+    packer = ops()
+    weights = [drawn(n, 70, dtype=torch.bfloat16) for n in (48, 130, 1)]
+    single = [packer.pack(w, None) for w in weights]
+    joined = [packer.pack(w, torch.zeros(len(w), dtype=torch.bfloat16)) for w in weights]
+    PackedGroup(packer, joined)
+    x, other = drawn(5, 70, dtype=torch.bfloat16), drawn(2, 70, dtype=torch.bfloat16)
+    calls = [(0, x), (1, x), (2, x), (0, other), (2, other), (1, x), (0, x), (0, other), (1, other),
+             (1, other), (2, x), (2, other), (0, x[:3])]  # fmt: skip
+    for place, given in calls:
+        assert torch.equal(joined[place](given), single[place](given)), place
+
+
+def test_layers_of_one_input_are_found_in_the_order_of_their_calls() -> None:
+    model = tiny_llama()
+    with torch.inference_mode():
+        found = candidates(model, lambda: probe_layers(model))
+    groups: dict[int, list[str]] = {}
+    for one in found:
+        groups.setdefault(one.input, []).append(one.name.rsplit(".", 1)[-1])
+    layer = [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+    assert list(groups.values()) == [*layer, *layer, ["lm_head"]]

@@ -46,6 +46,11 @@ def unsupported(name: str) -> Any:
         model = unsupported("deepseek_v32")
         model.config.layer_types = ["full_attention", "full_attention"]
         return model
+    if name == "a window in the mask alone":
+        return hf.PhimoeForCausalLM(hf.PhimoeConfig(
+            **SIZES, num_key_value_heads=2, head_dim=8, num_local_experts=2, num_experts_per_tok=1,
+            sliding_window=16, max_position_embeddings=64, bos_token_id=None, eos_token_id=None,
+        ))  # fmt: skip
     if name == "qwen3_next":
         return hf.Qwen3NextForCausalLM(hf.Qwen3NextConfig(
             **SIZES, num_key_value_heads=2, head_dim=8, num_experts=2, num_experts_per_tok=1,
@@ -66,6 +71,7 @@ def unsupported(name: str) -> Any:
             r"DeepseekV32ForCausalLM has layers of type indexed_attention \(sparse",
         ),
         ("an indexer that the config does not tell", r"indexed_attention \(sparse: an indexer"),
+        ("a window in the mask alone", "PhimoeForCausalLM masks all but 16 tokens, but its layers"),
         ("qwen3_next", r"Qwen3NextForCausalLM has layers of type linear_attention \(a recurrent"),
     ],
 )
@@ -73,6 +79,13 @@ def test_unsupported_architectures_are_named(name: str, words: str) -> None:
     with pytest.raises(UnsupportedModelError, match=words) as caught:
         probe_layers(unsupported(name).eval())
     assert "\n" not in str(caught.value) and caught.value.exit_code == 2
+
+
+def test_a_window_as_long_as_the_model_masks_nothing() -> None:
+    model = unsupported("a window in the mask alone").eval()
+    model.config.sliding_window = model.config.max_position_embeddings
+    assert [spec.window for spec in probe_layers(model)] == [None, None]
+    assert "ds_cp_windows" not in vars(model.config)
 
 
 def test_an_error_without_a_message_is_named_by_its_type(monkeypatch: pytest.MonkeyPatch) -> None:
