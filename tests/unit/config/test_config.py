@@ -236,8 +236,9 @@ def test_keys_of_later_are_not_accepted_yet() -> None:
     assert '"flex"; it must be "auto", "cpu", "triton"' in refusal(
         nested("attention.backend", "flex")
     )
-    both = {"attention": {"backend": "cuda", "deterministic": True}}
-    assert "set attention.backend to triton or to auto" in refusal({"model": "m", **both})
+    for backend in ("cuda", "flash_attn"):
+        both = {"attention": {"backend": backend, "deterministic": True}}
+        assert "set attention.backend to triton or to auto" in refusal({"model": "m", **both})
 
 
 BOUNDS = {
