@@ -151,10 +151,10 @@ class Attention(Section):
 
     @model_validator(mode="after")
     def _not_both(self) -> Attention:
-        if self.deterministic and self.backend == "cuda":
+        if self.deterministic and self.backend in ("cuda", "flash_attn"):
             raise ValueError(
-                "attention.deterministic is true, but attention.backend cuda cuts a prompt where "
-                "its chunks end; set attention.backend to triton or to auto"
+                f"attention.deterministic is true, but attention.backend {self.backend} cuts a "
+                "prompt where its chunks end; set attention.backend to triton or to auto"
             )
         return self
 
