@@ -136,12 +136,8 @@ def agree_on_kernel(
             kernel = have[each]
             said = (*notes, *_consequence(notes, each), *getattr(kernel, "notes", ()))
             return Choice(kernel, said)
-<<<<<<< HEAD
         reasons = (ranks[rank].problems.get(each) for rank in lacking)
         why = next(filter(None, reasons), "it is not there")
-=======
-        why = ranks[lacking[0]].problems.get(each) or "it is not known there"
->>>>>>> cuda
         where = ""
         if len(lacking) < len(ranks):
             where = f"rank {lacking[0]}{f' on {hosts[lacking[0]]}' if hosts else ''}: "
