@@ -5,6 +5,7 @@ Triton's interpreter, which has to be chosen before triton is imported:
 
 from __future__ import annotations
 
+import itertools
 import random
 import sys
 import time
@@ -22,7 +23,7 @@ from ds_cp.attention.batch import Block, Blocks, Part, make_batch
 from ds_cp.attention.kernels import self_test, triton_decode
 from ds_cp.attention.kernels.triton_kernel import TritonKernel
 from ds_cp.attention.kernels.triton_merge import merge_stacked
-from ds_cp.attention.pages import Pages, PageShape
+from ds_cp.attention.pages import Pages, PageShape, empty_pages
 from ds_cp.attention.state import Partial, empty_partial
 from ds_cp.layout import Runs, positions, total
 from tests.helpers.oracle import full_attention
@@ -246,6 +247,26 @@ def check_company(device: torch.device) -> None:
         assert torch.equal(got.lse[4:6], one.lse[3:5]), window
 
 
+def check_deterministic(device: torch.device) -> None:
+    """A prompt in one piece and in pieces of any length, one row among them: the same bits."""
+    gen = torch.Generator().manual_seed(2)
+    spec, length = LayerSpec(2, 1, 16, 0.25), 40
+    pages = empty_pages(PageShape(16, 1, 16, 16, torch.float16), 3, device)
+    k, v, q = (torch.randn(length, n, 16, generator=gen).half().to(device) for n in (1, 1, 2))
+    at = torch.arange(length, device=device)
+    kernel = TritonKernel(deterministic=True)
+    kernel.write(pages, k, v, at // 16, at % 16)
+    blocks = Blocks(Block(i, 16 * i, min(16, length - 16 * i)) for i in range(3))
+    found = []
+    for cuts in ((0, length), (0, 1, 23, 39, length)):
+        parts = []
+        for low, high in itertools.pairwise(cuts):
+            batch = make_batch([Part(((low, high - low),), blocks)], device)
+            parts.append(kernel.paged_attention(q[low:high], at[low:high], pages, batch, spec))
+        found.append(torch.cat([part.out for part in parts]))
+    assert torch.equal(*found)
+
+
 def check_merge(device: torch.device) -> None:
     """Four partials into rows of a running one, with empty sides that hold NaN, against fp64; all
     rows; views of what came over a wire."""
@@ -323,6 +344,7 @@ GROUPS: dict[str, dict[str, Check]] = {
     "others": {
         "self-test": check_self_test,
         "company": check_company,
+        "deterministic": check_deterministic,
         "merge": check_merge,
         "write": check_write,
         "large pool": check_large_pool,

@@ -81,8 +81,9 @@ def find_kernels(
     known = makers(device)
     if name == "flash_attn" and device.type == "cuda":
         known = {"flash_attn": _flash}
-    if deterministic:
+    if deterministic and device.type == "cuda":
         known.pop("cuda", None)
+        known["triton"] = lambda device: _triton(device, deterministic=True)
     if name != "auto" and name not in known:
         raise ConfigError(
             f"attention.backend {name!r} is not for {device.type}: set attention.backend to auto "
@@ -216,12 +217,12 @@ def _flash(device: torch.device) -> PagedKernel:
     raise KernelUnavailableError(why or "the package flash-attn is not installed")
 
 
-def _triton(device: torch.device) -> PagedKernel:
+def _triton(device: torch.device, deterministic: bool = False) -> PagedKernel:
     try:
         from ds_cp.attention.kernels.triton_kernel import make_triton
     except Exception as err:  # a build for another torch may raise anything at import
         raise KernelUnavailableError(_import_failed("triton", err)) from err
-    return make_triton(device, torch.bfloat16)
+    return make_triton(device, torch.bfloat16, deterministic)
 
 
 def _torch(device: torch.device) -> PagedKernel:

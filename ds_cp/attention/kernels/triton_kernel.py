@@ -21,10 +21,15 @@ CAPABILITY = (8, 0)  # of the oldest device that its tiles are made for
 
 class TritonKernel:
     """``PagedKernel`` by Triton: requests with few rows by split keys, the others by tiles of rows.
-    Which of the two serves a request depends on that request and the layer alone."""
+    Which of the two serves a request depends on that request and the layer alone. They differ by
+    rounding; with ``deterministic`` all go by tiles, so that a row does not depend on how its
+    prompt was cut into chunks either. Few rows over many keys then keep few programs busy."""
 
     name = "triton"
     packed = False
+
+    def __init__(self, deterministic: bool = False) -> None:
+        self._deterministic = deterministic
 
     def refuses(self, spec: LayerSpec, block_size: int, dtype: torch.dtype) -> str:
         """Serves blocks of a power of two tokens, fp16, bf16 and fp32, head dims to ``MAX_DIM``."""
@@ -49,10 +54,10 @@ class TritonKernel:
         call, merge = Call(dense(q_THD), q_positions, pages, spec), into is not None
         if into is None:
             into = empty_partial(len(q_THD), spec.num_q_heads, spec.v_dim, q_THD.device)
-        few = _decode_plan(batch, spec)
+        few = None if self._deterministic else _decode_plan(batch, spec)
         if few is not None:
             decode(call, batch, few, into, merge)
-        many = _prefill_plan(batch, spec, pages.shape)
+        many = _prefill_plan(batch, spec, pages.shape, every=self._deterministic)
         if many is not None:
             prefill(call, batch, many, into, merge)
         return into
@@ -76,7 +81,9 @@ class TritonKernel:
         triton_merge.merge_stacked(into, part.out.unsqueeze(0), part.lse.unsqueeze(0), rows)
 
 
-def make_triton(device: torch.device, dtype: torch.dtype) -> TritonKernel:
+def make_triton(
+    device: torch.device, dtype: torch.dtype, deterministic: bool = False
+) -> TritonKernel:
     """The kernel, once a first small launch compiled and ran. Raises ``KernelUnavailableError``
     when the device is too old, or Triton finds no C compiler for its launchers, or cannot
     compile."""
@@ -87,7 +94,7 @@ def make_triton(device: torch.device, dtype: torch.dtype) -> TritonKernel:
         raise KernelUnavailableError(
             f"the device has compute capability {have[0]}.{have[1]}, not 8.0"
         )
-    kernel = TritonKernel()
+    kernel = TritonKernel(deterministic)
     pages = empty_pages(PageShape(16, 1, 16, 16, dtype), 1, device)
     one = torch.zeros(1, 1, 16, dtype=dtype, device=device)
     zero = torch.zeros(1, dtype=torch.int64, device=device)
@@ -110,11 +117,15 @@ def _decode_plan(batch: PagedBatch, spec: LayerSpec) -> DecodePlan | None:
     return plan
 
 
-def _prefill_plan(batch: PagedBatch, spec: LayerSpec, shape: PageShape) -> PrefillPlan | None:
+def _prefill_plan(
+    batch: PagedBatch, spec: LayerSpec, shape: PageShape, every: bool
+) -> PrefillPlan | None:
     heads_per_kv, tile = spec.num_q_heads // spec.num_kv_heads, prefill_tile(shape)
-    key = ("triton prefill", heads_per_kv, tile, shape.block_size, spec.window)
+    key = ("triton prefill", heads_per_kv, tile, shape.block_size, spec.window, every)
     if key not in batch.derived:
-        batch.derived[key] = plan_prefill(batch, heads_per_kv, tile, shape.block_size, spec.window)
+        batch.derived[key] = plan_prefill(
+            batch, heads_per_kv, tile, shape.block_size, spec.window, every
+        )
     plan = batch.derived[key]
     assert plan is None or isinstance(plan, PrefillPlan)
     return plan

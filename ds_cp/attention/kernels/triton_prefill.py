@@ -36,14 +36,20 @@ class PrefillPlan:
 
 
 def plan_prefill(
-    batch: PagedBatch, heads_per_kv: int, tile: Tile, block_size: int, window: int | None
+    batch: PagedBatch,
+    heads_per_kv: int,
+    tile: Tile,
+    block_size: int,
+    window: int | None,
+    every: bool = False,
 ) -> PrefillPlan | None:
-    """Made once a step; None when there is nothing to do. The longest tiles come first, so that no
+    """Made once a step, for requests with many rows or, with ``every``, for all; None when there is
+    nothing to do. The longest tiles come first, so that no
     long one is left alone at the end."""
     tiles: list[tuple[int, ...]] = []
     for request, part in enumerate(batch.parts):
         rows = total(part.q_runs)
-        if len(part.blocks) and not is_few(rows, heads_per_kv):
+        if rows and len(part.blocks) and (every or not is_few(rows, heads_per_kv)):
             found = _tiles(part, rows, heads_per_kv, tile, block_size, window)
             tiles += ((request, *each) for each in found)
     if not tiles:
