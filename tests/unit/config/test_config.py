@@ -233,7 +233,7 @@ def test_unknown_key_names_itself_and_the_nearest(raw: Any, path: str, near: str
 
 def test_keys_of_later_are_not_accepted_yet() -> None:
     assert "unknown key kv_cache.dtype" in refusal(nested("kv_cache.dtype", "fp8"))
-    assert '"flex"; it must be "auto", "cpu", "triton"' in refusal(
+    assert '"flex"; it must be "auto", "cpu", "cuda"' in refusal(
         nested("attention.backend", "flex")
     )
     for backend in ("cuda", "flash_attn"):
