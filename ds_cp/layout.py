@@ -267,6 +267,11 @@ def assign(layout: str, start: int, counts: Sequence[int], unit: int) -> tuple[R
     raise ValueError(f"unknown layout {layout!r}; known: {', '.join(LAYOUTS)}")
 
 
+def causal_pairs(q_runs: Runs) -> int:
+    """Number of (query, key) pairs of the queries at ``q_runs`` with all keys up to each."""
+    return sum(n * s + n * (n + 1) // 2 for s, n in q_runs)
+
+
 def causal_work(q_runs: Runs, k_runs: Runs) -> int:
     """Number of (query, key) pairs in which the key's position is not after the query's."""
 

@@ -19,7 +19,7 @@ SCHEME = "link_probe"  # name in the ledger
 @dataclass(frozen=True)
 class LinkSpeed:
     """One-way ``latency_us`` (microseconds) of 1 KiB and ``gb_per_s`` (1e9 bytes/s) of 2 MiB, best
-    of a few. ``name``: "within a host" or "between hosts"."""
+    of a few. ``name``: "within a host", by shared memory where it has that, or "between hosts"."""
 
     name: str
     latency_us: float
@@ -38,7 +38,8 @@ def measure_links(world: World) -> tuple[LinkSpeed, ...]:
     pairs = []
     same = [r for r in topology.ranks_on(topology.host_index(0)) if r != 0]
     if same:
-        pairs.append(("within a host", same[0]))
+        how = ", shared memory" if world.shares_memory else ""
+        pairs.append((f"within a host{how}", same[0]))
     if topology.num_hosts > 1:
         pairs.append(("between hosts", topology.ranks_on(1)[0]))
     found = []

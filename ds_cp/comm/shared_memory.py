@@ -31,7 +31,7 @@ from ds_cp.native import Library, load
 # Bytes from each member to each other, by the number of members; claimed as they are touched. Large
 # ones let a sender go on before its peer reads.
 RING_BYTES = {4: 8 * 2**20, 8: 4 * 2**20, ch.MAX_MEMBERS: 2**20}
-SPIN_S = 200e-6  # that a wait looks before it sleeps, where every rank has a core
+SPIN_S = 50e-6  # that a wait looks before it sleeps, where every rank has a core
 NAME = "ds_cp"  # of the memory, in /proc/PID/maps
 _NOEXEC = 0x8  # MFD_NOEXEC_SEAL, which Python does not know yet
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL

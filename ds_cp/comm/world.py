@@ -114,6 +114,11 @@ class World:
             self.notes.append(note)
         return None
 
+    @property
+    def shares_memory(self) -> bool:
+        """Whether this rank exchanges with those of its host through shared memory."""
+        return bool(self._near)
+
     def wait_for_device(self) -> None:
         """Block until the device has done what is queued on the current stream, exchanges over NCCL
         among it. ``CommError`` when a peer is gone, or after the job's time limit."""

@@ -4,13 +4,13 @@ request holds one."""
 from __future__ import annotations
 
 import math
-import mmap
 from collections.abc import Sequence
 
 import torch
 
 from ds_cp.attention.pages import Pages, PageShape
 from ds_cp.attention.spec import LayerSpec
+from ds_cp.native.memory import huge_pages
 
 
 def bytes_per_token(layers: Sequence[LayerSpec], dtype: torch.dtype) -> int:
@@ -80,9 +80,9 @@ class KVPool:
 def _zeros(
     shape: tuple[int, int], dtype: torch.dtype, device: torch.device, lazy: bool
 ) -> torch.Tensor:
-    if not lazy or device.type != "cpu":
-        return torch.empty(shape, dtype=dtype, device=device).zero_()
-    # torch.zeros writes every page; fresh pages of the system read as zeros until they are written.
-    nbytes = math.prod(shape) * dtype.itemsize
-    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(pages, dtype=dtype).view(shape)
+    if device.type != "cpu" or not math.prod(shape):
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # Fresh pages of the system read as zeros, and are there once they are written.
+    pages = huge_pages(math.prod(shape) * dtype.itemsize)
+    data = torch.frombuffer(pages, dtype=dtype).view(shape)
+    return data if lazy else data.zero_()

@@ -17,7 +17,14 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ds_cp.model.native_norm import NativeNorm
-from ds_cp.model.packed_linear import DTYPES, MOST, LinearOps, PackedGroup, PackedLinear
+from ds_cp.model.packed_linear import (
+    DTYPES,
+    MOST,
+    LinearOps,
+    PackedGroup,
+    PackedLinear,
+    memory_for,
+)
 from ds_cp.model.wiring import Decoder
 from ds_cp.native import Library, load
 
@@ -138,15 +145,16 @@ def pack_linears(found: Sequence[Candidate], ops: LinearOps, keep: bool) -> str:
     ``keep``: leave the original weights in place (a model that the caller goes on using). Weights
     that another module shares, such as tied embeddings, stay in any case.
     """
-    packed = doubled = 0
+    doubled = at = 0
+    memory = memory_for(sum(ops.bytes_of(one.module.weight) for one in found))
     groups: dict[int, list[PackedLinear]] = {}
     for one in found:
         layer = one.module
         size = ops.bytes_of(layer.weight)
-        computed = ops.pack(layer.weight, layer.bias)
+        computed = ops.pack(layer.weight, layer.bias, memory[at : at + size])
         groups.setdefault(one.input, []).append(computed)
         setattr(layer, "forward", computed)  # noqa: B010
-        packed += size
+        at += size
         if keep or one.shared:
             doubled += size
             continue
@@ -155,7 +163,7 @@ def pack_linears(found: Sequence[Candidate], ops: LinearOps, keep: bool) -> str:
     for group in groups.values():
         if 1 < len(group) <= MOST:
             PackedGroup(ops, group)
-    line = f"linear layers: {len(found)} packed for {ops.isa}, {packed / 2**20:.0f} MiB"
+    line = f"linear layers: {len(found)} packed for {ops.isa}, {at / 2**20:.0f} MiB"
     if doubled:
         why = "the caller's model keeps its weights" if keep else "tied weights stay too"
         line += f" ({why}: {doubled / 2**20:.0f} MiB twice)"

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ds_cp.native.library import Library
+from ds_cp.native.memory import huge_pages
 
 ISAS = ("avx512bf16", "avx512", "avx2", "baseline")  # by their numbers in ds_cp/native/src/isa.h
 DTYPES = (torch.bfloat16, torch.float32)
@@ -47,14 +48,20 @@ class LinearOps:
         )
 
     def bytes_of(self, weight: torch.Tensor) -> int:
-        """Bytes of the packed form of ``weight`` (fp32 or bf16 ``[N, K]``)."""
+        """Bytes of the packed form of ``weight`` (fp32 or bf16 ``[N, K]``), whole lines of it."""
         n, k = weight.shape
         count: int = self._elements(n, k, weight.dtype == torch.bfloat16)
-        return count * weight.element_size() + ALIGN
+        return -(-count * weight.element_size() // ALIGN) * ALIGN
 
-    def pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> PackedLinear:
-        """``weight [N, K]`` and ``bias [N]`` packed, copies of both. Raises ``ValueError`` for
-        others than fp32 and bf16 matrices on the CPU."""
+    def pack(
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        into: torch.Tensor | None = None,
+    ) -> PackedLinear:
+        """``weight [N, K]`` and ``bias [N]`` packed, copies of both. ``into``: ``bytes_of(weight)``
+        bytes (uint8, aligned to ``ALIGN``) for the weights, else they get memory of their own.
+        Raises ``ValueError`` for others than fp32 and bf16 matrices on the CPU."""
         if weight.dtype not in DTYPES or weight.dim() != 2 or weight.device.type != "cpu":
             raise ValueError(
                 f"a {weight.dim()}-dimensional {weight.dtype} weight on {weight.device} cannot be "
@@ -62,19 +69,27 @@ class LinearOps:
             )
         if 0 in weight.shape:
             raise ValueError("an empty weight cannot be packed")
-        return PackedLinear(self, weight.detach(), None if bias is None else bias.detach())
+        if into is None:
+            into = memory_for(self.bytes_of(weight))
+        return PackedLinear(self, weight.detach(), None if bias is None else bias.detach(), into)
+
+
+def memory_for(size: int) -> torch.Tensor:
+    """``size`` bytes for packed weights, uint8, in huge pages where the system has them."""
+    return torch.frombuffer(huge_pages(size), dtype=torch.uint8)
 
 
 class PackedLinear:
     """Computes one linear layer: ``[..., K]`` -> ``[..., N]`` in the dtype of the weights."""
 
-    def __init__(self, ops: LinearOps, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    def __init__(
+        self, ops: LinearOps, weight: torch.Tensor, bias: torch.Tensor | None, into: torch.Tensor
+    ) -> None:
         self.n, self.k = weight.shape
         self.dtype = weight.dtype
         weight = weight if weight.stride(1) == 1 else weight.contiguous()
-        half, size = weight.dtype == torch.bfloat16, weight.element_size()
-        raw = torch.empty(ops.bytes_of(weight) // size, dtype=weight.dtype)
-        self._packed = raw[-raw.data_ptr() % ALIGN // size :]
+        half = weight.dtype == torch.bfloat16
+        self._packed = into
         ops._pack(
             weight.data_ptr(), weight.stride(0), self.n, self.k, half, self._packed.data_ptr(),
             torch.get_num_threads(),

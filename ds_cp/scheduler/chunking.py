@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ds_cp.kv.table import SequenceTable
-from ds_cp.layout import Home, Run, Runs, assign, join, split_capped, split_even
+from ds_cp.layout import Home, Run, Runs, assign, causal_pairs, join, split_capped, split_even
 from ds_cp.plan import Chunk
 from ds_cp.scheduler.mode_policy import ModePolicy
 from ds_cp.scheduler.request import Request
 
 LEVEL = 1.1  # ratio of the largest share to the mean; up to it each home computes its own tokens
 MIN_SHARE = 16  # new tokens per rank, below which spreading the work is not worth moving KV
+MOST_TURNS = 8  # orders of the ranks that are tried for one chunk
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,12 @@ def cut_chunk(
     layout: str,
     policy: ModePolicy,
     most: int | None = None,
+    pairs: Sequence[int] = (),
 ) -> Cut | None:
     """Cut the next chunk and enter it in the request's table; None when no budget is left.
 
-    ``left[r]``: tokens that rank r may compute in this step; ``most``: a limit to all together.
+    ``left[r]``: tokens that rank r may compute in this step; ``most``: a limit to all together;
+    ``pairs[r]``: queries times keys that rank r attends already in this step.
     """
     table, workers = request.table, request.workers
     assert table is not None
@@ -43,7 +46,7 @@ def cut_chunk(
     if new <= 0:
         return None
     start, num_ranks = table.num_tokens, len(left)
-    homes = _take_homes(request, table.blocks_for(new), layout)
+    homes = _take_homes(request, table.blocks_for(new), layout, pairs)
     home_runs = _runs_by_rank(table, homes, start, new, num_ranks)
     held = [sum(length for _, length in runs) for runs in home_runs]
     q_runs = home_runs
@@ -71,13 +74,16 @@ def _whole_blocks(table: SequenceTable, new: int, request: Request, workers: int
     return new
 
 
-def _take_homes(request: Request, count: int, layout: str) -> list[Home]:
+def _take_homes(request: Request, count: int, layout: str, pairs: Sequence[int] = ()) -> list[Home]:
     """The next ``count`` of the reserved blocks, from each rank in proportion, laid out so that
-    causal work is level. Any order of the ranks is as level; it turns with the request, because the
+    causal work is level. Short prompts cannot be level by themselves, so who attends least in this
+    step gets the places that cost most. Among equals the order turns with the request, because the
     rank of the last block decodes, and that should not be the same for all."""
     ranks = sorted(request.reserved)
     turn = request.number % len(ranks) if ranks else 0
     ranks = [*ranks[turn:], *ranks[:turn]]
+    if len({pairs[rank] for rank in ranks if pairs}) > 1:
+        ranks = _levelled(count, request, ranks, layout, pairs)
     have = [len(request.reserved[rank]) for rank in ranks]
     counts = split_capped(count, have, have)
     at: dict[int, Home] = {}
@@ -89,6 +95,31 @@ def _take_homes(request: Request, count: int, layout: str) -> list[Home]:
         for index, block in zip(indexes, blocks, strict=True):
             at[index] = (rank, block)
     return [at[index] for index in range(count)]
+
+
+def _levelled(
+    count: int, request: Request, ranks: Sequence[int], layout: str, pairs: Sequence[int]
+) -> list[int]:
+    """``ranks`` in the order, of a few, that leaves the busiest one with the least to attend: who
+    has the fewest ``pairs`` at the dearest place, and so on, or one turned like this."""
+    assert request.table is not None
+    size, past = request.table.block_size, len(request.table.homes)
+    shares = assign(layout, past, split_even(count, len(ranks)), 1)
+    cost = [causal_pairs(runs) for runs in shares]
+    places = sorted(range(len(ranks)), key=lambda place: -cost[place])
+    order = dict(zip(places, sorted(ranks, key=lambda rank: pairs[rank]), strict=True))
+    first = [order[place] for place in range(len(ranks))]
+
+    def busiest(order: Sequence[int]) -> int:
+        have = [len(request.reserved[rank]) for rank in order]
+        runs = assign(layout, past, split_capped(count, have, have), 1)
+        return max(
+            pairs[rank] + size * size * causal_pairs(mine)
+            for rank, mine in zip(order, runs, strict=True)
+        )
+
+    turns = range(min(len(first), MOST_TURNS))
+    return min(([*first[turn:], *first[:turn]] for turn in turns), key=busiest)
 
 
 def _runs_by_rank(

@@ -58,7 +58,7 @@ class PrefillPlanner:
         scores = request.params.prompt_logprobs is not None
         if scores:
             most = draft.rows_left if most is None else min(most, draft.rows_left)
-        cut = cut_chunk(request, draft.left, self._layout, self._policy, most)
+        cut = cut_chunk(request, draft.left, self._layout, self._policy, most, draft.pairs)
         if cut is None:
             return
         draft.chunk(cut, past)

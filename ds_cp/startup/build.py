@@ -171,9 +171,10 @@ def _serve(
     def prepare() -> tuple[list[LayerSpec], Reference, Packing]:
         reference = reference_logits(decoder, modules)
         shard_model(decoder, sums)
+        with sums.recording():  # it probes too; the sums of one call are to be kept
+            packing = plan_packing(config.linear_layers, decoder, world, kept=is_callers)
         with sums.recording():
             layers = probe_layers(decoder)
-            packing = plan_packing(config.linear_layers, decoder, world, kept=is_callers)
         _check_heads(decoder.config.get_text_config(), layers, tp.size)
         return layers, reference, packing
 

@@ -44,7 +44,10 @@ def plan_packing(how: str, model: Decoder, world: World, kept: bool) -> Packing:
         )
 
     def pack() -> str:
-        line = pack_linears(found, ops, kept)
+        try:
+            line = pack_linears(found, ops, kept)
+        except OSError as err:  # before anything was replaced
+            return refused(f"the system gives no {need / 2**30:.1f} GiB: {err.strerror}")()
         norms = replace_norms(model)
         return line + (f"; {norms} RMS norms are native" if norms else "")
 

@@ -53,7 +53,8 @@ def _crowded(facts: Facts) -> list[str]:
     if facts.ranks_at_once >= most:
         return []
     return [
-        f"{most} ranks share a host with cores for {facts.ranks_at_once} at once: "
+        f"{most} ranks share a host with {'cores' if facts.device == 'cpu' else 'GPUs'} "
+        f"for {facts.ranks_at_once} at once: "
         f"short requests keep to {facts.ranks_at_once} while these have room"
     ]
 

@@ -223,3 +223,29 @@ def test_a_killed_peer_is_gone_and_a_stopped_one_silent(tmp_path: Path) -> None:
     (gone_s, gone), (silent_s, silent) = json.loads((tmp_path / "found.json").read_text())
     assert "a peer is gone" in gone and "rank 2: its process has ended" in gone and gone_s < 1.5
     assert f"a peer was silent for {limit:g} s (rank 1)" in silent and silent_s >= limit
+
+
+# --- ranks that share a GPU
+
+
+def on_one_gpu(world: World) -> tuple[str, int, list[float]]:
+    group = world_group(world)
+    peer = 1 - world.rank
+    x = torch.full((100_000,), float(world.rank), device=world.device)
+    y = torch.empty_like(x)
+    pending = group.exchange([(peer, x.add_(1))], [(peer, y)], "x")
+    x.zero_()  # what was sent is what was there when it was posted
+    pending.wait()
+    group.all_reduce(y, "sum")
+    group.broadcast(y, "plan")
+    world.wait_for_device()
+    return world.backend, world.sharing, y.unique().tolist()
+
+
+@pytest.mark.gpu
+def test_two_ranks_exchange_tensors_of_one_gpu() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device; run `pytest -m gpu tests/dist/test_shared_memory.py` on one")
+    for shared in (True, False):
+        found = run_ranks(on_one_gpu, 2, device="cuda:0", shared_memory=shared)
+        assert found == [("gloo", 2, [3.0])] * 2

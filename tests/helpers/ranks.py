@@ -27,6 +27,7 @@ def run_ranks(
     timeout: float = 120.0,
     comm_timeout: float = 60.0,
     shared_memory: bool = True,
+    device: str = "cpu",
 ) -> list[Any]:
     """Call ``fn(world, *args)`` on ``size`` ranks and return their results, rank 0 first.
 
@@ -46,7 +47,9 @@ def run_ranks(
         for rank in range(size):
             mine, theirs = context.Pipe(duplex=False)
             bound = listener if rank == 0 else None
-            settings = {"timeout_s": comm_timeout, "shared_memory": shared_memory}
+            settings = {
+                "timeout_s": comm_timeout, "shared_memory": shared_memory, "device": device
+            }  # fmt: skip
             child = context.Process(
                 target=_child, args=(fn, rank, size, port, bound, hosts, settings, theirs, args)
             )
@@ -114,8 +117,7 @@ def _child(
             Rendezvous("127.0.0.1", port, listener.fileno() if listener else None),
             host=hosts[rank],
             hosts=hosts,
-            device=torch.device("cpu"),
-            **settings,
+            **{**settings, "device": torch.device(settings["device"])},
         )
         pipe.send((True, fn(world, *args)))
         world.leave()

@@ -5,12 +5,12 @@ Triton's interpreter, which has to be chosen before triton is imported:
 
 from __future__ import annotations
 
-import itertools
 import random
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -213,21 +213,19 @@ def same(got: Partial, want: Partial, limit: float) -> None:
 
 
 def check_self_test(device: torch.device) -> None:
-    """Each of the start's cases with one of its numbers of heads, in turn."""
-    groups = itertools.cycle(((1, 2), (3, 1), (8, 1)))
-    for case in self_test.cases(16):
-        group, heads = next(groups)
-        spec = LayerSpec(group * heads, heads, 16, 0.25, case.window, case.softcap)
-        shape = PageShape(16, heads, 16, 16, torch.float32)
-        error = self_test.error_of(TritonKernel(), case, spec, shape, device)
-        assert error <= 2e-6, (case.name, error)
+    """The start's own check; where it is interpreted with fewer keys, and 8 query heads a KV head
+    only: the cases above have the other numbers."""
+    layer, fewer = LayerSpec(4, 2, 16, 0.25), {"FAR": 70, "GROUPS": {8: 1}}
+    small = mock.patch.multiple(self_test, **fewer) if device.type == "cpu" else nullcontext()
+    with small:
+        assert self_test.fault(TritonKernel(), [layer], 16, torch.float32, device) == ""
 
 
 def check_company(device: torch.device) -> None:
     """A request's bits alone, among others, over fewer programs, and over a list of blocks cut
     where its window begins."""
     wanted = Request(((330, 2),), ((0, 332),))
-    shared: Any = {"size": 16, "dtype": torch.float16, "split": 64}
+    shared: Any = {"heads": (2, 1), "dtype": torch.float16, "split": 64}
     for window in (None, 200):
         alone = Asked((wanted,), window=window, **shared)
         built = build(alone, device)
@@ -253,7 +251,7 @@ def check_merge(device: torch.device) -> None:
     rows; views of what came over a wire."""
     gen = torch.Generator().manual_seed(1)
     heads, dim, rows = 3, 24, torch.tensor([6, 0, 3, 9, 4])
-    for dtype, where in ((torch.float32, rows), (torch.float16, rows), (torch.float32, None)):
+    for dtype, where in ((torch.float32, rows), (torch.bfloat16, rows), (torch.float32, None)):
         count = 10 if where is None else len(rows)
         out = torch.randn(4, count, heads, dim, generator=gen).to(dtype)
         lse = 5 * torch.randn(4, count, heads, generator=gen)

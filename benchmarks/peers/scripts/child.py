@@ -6,8 +6,10 @@ peers.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -19,6 +21,7 @@ Case = dict[str, Any]
 def serve(start: Callable[[Case], Callable[[Case], Case]]) -> None:
     """Call ``start`` with the first line, then what it returns with each further one. The answers
     go to the standard output as it was found; what libraries print goes to stderr."""
+    _end_with_parent()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
@@ -40,6 +43,14 @@ def serve(start: Callable[[Case], Callable[[Case], Case]]) -> None:
                 break
     answers.close()
     os._exit(0)  # threads of a library's own must not keep the process
+
+
+def _end_with_parent() -> None:
+    """Have the system end this process when its parent is killed: it may be stopped then, and would
+    stay so. Linux only; elsewhere it ends with its input."""
+    pr_set_pdeathsig = 1
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def timed(repeats: int, call: Callable[[], Any], before: Callable[[], Any]) -> list[float]:

@@ -136,7 +136,8 @@ def agree_on_kernel(
             kernel = have[each]
             said = (*notes, *_consequence(notes, each), *getattr(kernel, "notes", ()))
             return Choice(kernel, said)
-        why = ranks[lacking[0]].problems.get(each) or "it is not known there"
+        reasons = (ranks[rank].problems.get(each) for rank in lacking)
+        why = next(filter(None, reasons), "it is not there")
         where = ""
         if len(lacking) < len(ranks):
             where = f"rank {lacking[0]}{f' on {hosts[lacking[0]]}' if hosts else ''}: "
@@ -148,7 +149,9 @@ def agree_on_kernel(
 def _in_order(mine: Candidates, ranks: Sequence[Told]) -> list[str]:
     """Every kernel that a rank has or tried, the preferred one first: all ranks prefer alike."""
     known = {name for told in ranks for name in (*told.names, *told.problems)}
-    return [name for name in mine.order if name in known]
+    # One that is asked for by another name, as flash_attn, comes behind the name.
+    found = (name for told in ranks for name in told.names)
+    return [name for name in dict.fromkeys((*mine.order, *found)) if name in known]
 
 
 def _consequence(notes: Sequence[str], name: str) -> list[str]:

@@ -50,7 +50,10 @@ class CpuKernel:
         self.isa = library.isas[0] if isa is None else isa
         if self.isa not in library.isas:
             raise ValueError(f"{self.isa} does not run here; choose {' or '.join(library.isas)}")
-        self.brgemm = bool(brgemm)
+        able = library.function("ds_cp_brgemm", [], ctypes.c_int64)()
+        if brgemm and (not able or self.isa != ISAS[0]):
+            raise ValueError("torch has no brgemm for this processor")
+        self.brgemm = self.isa == ISAS[0] and able == 2 if brgemm is None else brgemm
         self._isa = ISAS.index(self.isa)
         call = ctypes.c_char_p
         self._attend = library.function("ds_cp_paged_attention", [call] * 3, ctypes.c_int64)

@@ -10,7 +10,7 @@ from ds_cp.attention.kernels import triton_merge
 from ds_cp.attention.kernels.choose import KernelUnavailableError
 from ds_cp.attention.kernels.triton_decode import DecodePlan, decode, plan_decode
 from ds_cp.attention.kernels.triton_prefill import PrefillPlan, plan_prefill, prefill
-from ds_cp.attention.kernels.triton_tables import MAX_DIM, Call, interpreted, prefill_tile
+from ds_cp.attention.kernels.triton_tables import MAX_DIM, Call, prefill_tile
 from ds_cp.attention.pages import Pages, PageShape, empty_pages
 from ds_cp.attention.spec import LayerSpec
 from ds_cp.attention.state import Partial, dense, empty_partial, merge_rows
@@ -70,8 +70,7 @@ class TritonKernel:
 
     def merge_rows(self, into: Partial, part: Partial, rows: torch.Tensor | None) -> None:
         """As in ``PagedKernel``."""
-        readable = not interpreted() or part.out.dtype is not torch.bfloat16
-        if into.out.dtype is not torch.float32 or into.out.stride(-1) != 1 or not readable:
+        if into.out.dtype is not torch.float32 or into.out.stride(-1) != 1:
             merge_rows(into, part, rows)
             return
         triton_merge.merge_stacked(into, part.out.unsqueeze(0), part.lse.unsqueeze(0), rows)

@@ -77,7 +77,8 @@ def _tiles(
         masked = first_key
         if window is None:
             masked = _seen_by_all(blocks, low, lead, size) // tile.keys * tile.keys
-        yield row, lead, first_key, max(first_key, min(masked, end_key)), end_key
+        last_tile = -(-end_key // tile.keys) * tile.keys
+        yield row, lead, first_key, max(first_key, min(masked, last_tile)), end_key
 
 
 def _seen_by_all(blocks: Blocks, position: int, lead: int, size: int) -> int:

@@ -13,8 +13,6 @@
 
 namespace ds_cp {
 
-Brgemm brgemm;
-
 const Ops* attention_ops(int isa, int type) {
   if (isa < 0 || isa >= kIsas || !isa_runs(isa)) return nullptr;
   switch (isa) {
@@ -172,7 +170,7 @@ class Attention {
     shape_.v_pad = static_cast<int32_t>((layer.v_dim + ops.lanes - 1) / ops.lanes * ops.lanes);
     shape_.block_size = static_cast<int32_t>(layer.block_size);
     shape_.repack = layer.block_size % ops.lanes != 0 || layer.v_dim % ops.lanes != 0;
-    shape_.amx = layer.amx && layer.type == kBfloat16;
+    shape_.amx = layer.amx && layer.type == kBfloat16 && layer.isa == kAvx512Bf16;
     shape_.scale = static_cast<float>(layer.scale);
     shape_.softcap = static_cast<float>(layer.softcap);
     shape_.window = layer.window > 0 ? std::min(layer.window, kNoWindow) : kNoWindow;
@@ -337,6 +335,7 @@ class Attention {
       if (!apart && !first) ops_.merge(shape_, rows, whole, work.part);
       first = false;
     }
+    if (shape_.amx) brgemm().release(true);
     if (!apart) {
       if (first) ops_.reset(work);
       finish(tile, task.splits.end - task.splits.begin > 1 ? whole : work.part);
@@ -361,6 +360,7 @@ class Attention {
       work.packed_k = room.take<float>((plan_.columns + 16) * shape_.k_dim);
       work.packed_v = room.take<float>((plan_.columns + 16) * shape_.v_pad);
     }
+    work.multiply = shape_.amx ? brgemm().multiply : nullptr;
     work.part = running(room, tile.rows);
     whole = running(room, tile.rows);
   }
@@ -382,6 +382,11 @@ class Attention {
         seg.first = piece.first;
         seg.keys = piece.keys;
         seg.column = piece.column;
+      }
+      work.ahead = nullptr;
+      if (pieces.end < static_cast<int64_t>(plan_.pieces.size())) {
+        const Piece& next = plan_.pieces[pieces.end];
+        work.ahead = call_.pages + next.block * call_.page_bytes + tile.head * k_head;
       }
       ops_.tile(work, segments, static_cast<int>(pieces.end - pieces.begin));
     }

@@ -58,6 +58,15 @@ struct Running {
   float* sum;
 };
 
+// ATen's product of bf16 matrices, found at run time; nothing when it is not there.
+using Multiply = void (*)(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc,
+                          bool add, const void* a, const void* b, float* c, bool packed);
+struct Brgemm {
+  Multiply multiply = nullptr;
+  void (*release)(bool packed) = nullptr;
+};
+const Brgemm& brgemm();
+
 // One thread's room, and the rows it is at.
 struct Work {
   const Shape* shape;
@@ -68,7 +77,9 @@ struct Work {
   int64_t score_stride;
   void* packed_k;  // room for one tile, where blocks are repacked
   void* packed_v;
+  const void* ahead;  // the keys of the tile after this one, or null
   Running part;  // of the split at hand
+  Multiply multiply;
 };
 
 // Queries of the rows: row r is token (first_row + r) / fold, head (first_row + r) % fold.
@@ -107,13 +118,6 @@ struct Ops {
 // The loops of a variant for a type; null when it is not there or does not run here.
 const Ops* attention_ops(int isa, int type);
 
-// ATen's product of bf16 matrices, found at run time; nothing when it is not there.
-struct Brgemm {
-  void (*multiply)(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc,
-                   bool add, const void* a, const void* b, float* c, bool packed) = nullptr;
-  void (*release)(bool packed) = nullptr;
-};
-extern Brgemm brgemm;
 
 }  // namespace ds_cp
 

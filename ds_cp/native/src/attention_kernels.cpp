@@ -140,10 +140,21 @@ struct Scattered {
   }
 };
 
-// Scores of M rows with N strips of keys, and the largest of each row, lane by lane.
-template <class T, int M, int N, class Cols>
+// Asks for N vectors' worth of what is needed next, as far ahead as `ahead` is. Few rows wait for
+// memory, and the processor's own prefetch ends with each block. Into the second cache: more requests
+// can be under way to it than to the first.
+template <class T, int N>
+DS_CP_INLINE void ask(const typename T::B* ahead) {
+#pragma GCC unroll 8
+  for (int n = 0; n < N; ++n)
+    __builtin_prefetch(reinterpret_cast<const char*>(ahead) + n * kLanes * 4, 0, 2);
+}
+
+// Scores of M rows with N strips of keys, and the largest of each row, lane by lane. `ahead`: the keys
+// that come after these (kAhead).
+template <class T, int M, int N, class Cols, bool kAhead>
 void scores_step(const typename T::A* a, int64_t lda, const Strip<T>* strips, int64_t ldb,
-                 int64_t steps, float* c, int64_t ldc, float* tops) {
+                 int64_t steps, float* c, int64_t ldc, float* tops, const typename T::B* ahead) {
   const typename T::A* rows[M];
   vf sum[M][N];
   Cols cols = Cols::from(strips);
@@ -155,6 +166,7 @@ void scores_step(const typename T::A* a, int64_t lda, const Strip<T>* strips, in
     for (int n = 0; n < N; ++n) sum[m][n] = vf{};
   }
   for (int64_t k = 0; k < steps; ++k) {
+    if (kAhead) ask<T, N>(ahead + k * stride);
     T::step(sum, rows, k, cols);
     cols.next(stride);
   }
@@ -176,10 +188,11 @@ void scores_step(const typename T::A* a, int64_t lda, const Strip<T>* strips, in
   }
 }
 
-// Adds M rows' values, N vectors of their dims, over the keys of some runs.
-template <class T, int M, int N>
+// Adds M rows' values, N vectors of their dims, over the keys of some runs. `ahead`: the values that come
+// after these (kAhead).
+template <class T, int M, int N, bool kAhead>
 void values_step(const typename T::A* weights, int64_t lda, const Run<T>* runs, int count,
-                 int64_t ldb, int64_t dim, float* c, int64_t ldc) {
+                 int64_t ldb, int64_t dim, float* c, int64_t ldc, const typename T::B* ahead) {
   constexpr int p = T::kPair;
   vf sum[M][N];
   float* row = c;
@@ -195,8 +208,10 @@ void values_step(const typename T::A* weights, int64_t lda, const Run<T>* runs, 
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) rows[m] = weights + m * lda + runs[r].column;
     Dense<T, N> cols{runs[r].data + dim * p};
+    const typename T::B* next = r + 1 < count ? runs[r + 1].data + dim * p : ahead;
     const int64_t steps = (runs[r].end - runs[r].column) / p;
     for (int64_t k = 0; k < steps; ++k) {
+      if (kAhead) ask<T, N>(next + k * stride);
       T::step(sum, rows, k, cols);
       cols.next(stride);
     }
@@ -211,50 +226,61 @@ void values_step(const typename T::A* weights, int64_t lda, const Run<T>* runs, 
 
 template <class T>
 using ScoresStep = void (*)(const typename T::A*, int64_t, const Strip<T>*, int64_t, int64_t,
-                            float*, int64_t, float*);
+                            float*, int64_t, float*, const typename T::B*);
 template <class T>
 using ValuesStep = void (*)(const typename T::A*, int64_t, const Run<T>*, int, int64_t, int64_t,
-                            float*, int64_t);
+                            float*, int64_t, const typename T::B*);
 
-template <class T, int N, class Cols>
+template <class T, int N, class Cols, bool kAhead>
 DS_CP_INLINE ScoresStep<T> scores_rows(int m) {
   switch (m) {
-    case 1: return scores_step<T, 1, N, Cols>;
-    case 2: return scores_step<T, 2, N, Cols>;
-    case 3: return scores_step<T, 3, N, Cols>;
-    case 4: return scores_step<T, 4, N, Cols>;
-    case 5: return scores_step<T, 5, N, Cols>;
-    default: return scores_step<T, T::kRows, N, Cols>;
+    case 1: return scores_step<T, 1, N, Cols, kAhead>;
+    case 2: return scores_step<T, 2, N, Cols, kAhead>;
+    case 3: return scores_step<T, 3, N, Cols, kAhead>;
+    case 4: return scores_step<T, 4, N, Cols, kAhead>;
+    case 5: return scores_step<T, 5, N, Cols, kAhead>;
+    default: return scores_step<T, T::kRows, N, Cols, kAhead>;
   }
 }
-template <class T, int N>
-DS_CP_INLINE ScoresStep<T> scores_any(int m, bool dense) {
-  return N == 1 || dense ? scores_rows<T, N, Dense<T, N>>(m) : scores_rows<T, N, Scattered<T, N>>(m);
-}
+
+// The step for m rows and n strips; n becomes what it takes.
 template <class T>
-DS_CP_INLINE ScoresStep<T> scores_for(int m, int n, bool dense) {
-  if (n >= T::kVecs) return scores_any<T, T::kVecs>(m, dense);
-  if (T::kVecs > 3 && n == 3) return scores_any<T, T::kVecs == 4 ? 3 : 1>(m, dense);
-  if (T::kVecs > 2 && n == 2) return scores_any<T, T::kVecs == 4 ? 2 : 1>(m, dense);
-  return scores_any<T, 1>(m, true);
+DS_CP_INLINE ScoresStep<T> scores_for(int m, int& n, bool dense, bool ahead) {
+  constexpr int all = T::kVecs;
+  if (n == all && dense)
+    return ahead ? scores_rows<T, all, Dense<T, all>, true>(m)
+                 : scores_rows<T, all, Dense<T, all>, false>(m);
+  if (n == all) return scores_rows<T, all, Scattered<T, all>, false>(m);
+  n = 1;
+  return scores_rows<T, 1, Dense<T, 1>, false>(m);
 }
-template <class T, int N>
+
+template <class T, int N, bool kAhead>
 DS_CP_INLINE ValuesStep<T> values_rows(int m) {
   switch (m) {
-    case 1: return values_step<T, 1, N>;
-    case 2: return values_step<T, 2, N>;
-    case 3: return values_step<T, 3, N>;
-    case 4: return values_step<T, 4, N>;
-    case 5: return values_step<T, 5, N>;
-    default: return values_step<T, T::kRows, N>;
+    case 1: return values_step<T, 1, N, kAhead>;
+    case 2: return values_step<T, 2, N, kAhead>;
+    case 3: return values_step<T, 3, N, kAhead>;
+    case 4: return values_step<T, 4, N, kAhead>;
+    case 5: return values_step<T, 5, N, kAhead>;
+    default: return values_step<T, T::kRows, N, kAhead>;
   }
 }
+
+// The step for m rows and n vectors of dims; n becomes what it takes.
 template <class T>
-DS_CP_INLINE ValuesStep<T> values_for(int m, int n) {
-  if (n >= T::kVecs) return values_rows<T, T::kVecs>(m);
-  if (T::kVecs > 3 && n == 3) return values_rows<T, T::kVecs == 4 ? 3 : 1>(m);
-  if (T::kVecs > 2 && n == 2) return values_rows<T, T::kVecs == 4 ? 2 : 1>(m);
-  return values_rows<T, 1>(m);
+DS_CP_INLINE ValuesStep<T> values_for(int m, int& n, bool ahead) {
+  constexpr int all = T::kVecs;
+  if (n >= all) {
+    n = all;
+    return ahead ? values_rows<T, all, true>(m) : values_rows<T, all, false>(m);
+  }
+  if (all > 2 && n >= 2) {
+    n = 2;
+    return values_rows<T, (all > 2 ? 2 : 1), false>(m);
+  }
+  n = 1;
+  return values_rows<T, 1, false>(m);
 }
 
 // The largest scores of a row's columns [low, high), lane by lane.
@@ -357,7 +383,8 @@ struct Tile {
   Run<T> runs[kMaxRuns];
   int num_strips, num_runs;
   int64_t strip_ld, run_ld;
-  int64_t begin, end;  // columns with keys
+  const typename T::B* ahead;  // what will be read after this tile
+  int64_t begin, end;          // columns with keys
   int64_t base;        // position of column 0, if the tile is whole
   bool whole;          // its keys' columns follow one another, as their positions do
 };
@@ -377,6 +404,7 @@ void lay_out(Work& work, const Segment* segments, int count, Tile<T>& tile) {
     if (i && seg.column != segments[i - 1].column + segments[i - 1].keys) tile.whole = false;
   }
   tile.num_strips = tile.num_runs = 0;
+  tile.ahead = static_cast<const B*>(work.ahead ? work.ahead : segments[0].k);
   if (s.repack) {
     repack<T>(work, segments, count, tile.end);
     auto* keys = static_cast<const B*>(work.packed_k);
@@ -464,6 +492,7 @@ bool sees_all(const Group& group, int64_t window, const Tile<T>& tile) {
 }
 
 constexpr int kGroups = 2;    // whose scores are held at once, in the first cache
+constexpr int kFew = 12;       // rows; with so few, memory is what takes the time
 constexpr int kChunk = 512;   // columns whose values one step adds
 
 // Per row of the groups at hand, lane by lane: the largest score of all its columns, hidden ones too.
@@ -477,35 +506,78 @@ void scores_of(Work& work, const Tile<T>& tile, const Group* groups, int num_gro
   const Shape& s = *work.shape;
   const auto* a = static_cast<const typename T::A*>(work.a);
   const int64_t ld = work.score_stride;
+  const bool few = work.rows <= kFew;
   const Group& last = groups[num_groups - 1];
   for (int32_t r = 0; r < last.row + last.rows - groups[0].row; ++r)
     store(room.tops[r], all(-kInf));
-  for (int i = 0; i < tile.num_strips;) {
+  for (int i = 0; i < tile.num_strips; i += T::kVecs) {
     const int n = static_cast<int>(least(T::kVecs, tile.num_strips - i));
     const Strip<T>* strips = tile.strips + i;
-    i += n;
     const int64_t low = strips[0].low, high = strips[n - 1].high;
     bool dense = true;
     for (int j = 1; j < n; ++j)
       dense &= strips[j].data == strips[0].data + j * kLanes * T::kPair &&
                strips[j].column == strips[0].column + j * kLanes;
+    const auto* ahead = i + n < tile.num_strips ? strips[n].data : tile.runs[0].data;
     for (int g = 0; g < num_groups; ++g) {
       const Group& group = groups[g];
       if (low > group.high || high <= group.low - s.window) continue;
       int seen = n;
       while (seen > 1 && strips[seen - 1].low > group.high) --seen;
       const int64_t row = group.row - groups[0].row;
-      scores_for<T>(group.rows, seen, dense)(a + group.row * s.k_dim, s.k_dim, strips, tile.strip_ld,
-                                      s.k_dim / T::kPair, work.scores + row * ld, ld,
-                                      room.tops[row]);
+      for (int j = 0; j < seen;) {
+        int take = seen - j;
+        const auto step = scores_for<T>(group.rows, take, dense, few);
+        step(a + group.row * s.k_dim, s.k_dim, strips + j, tile.strip_ld, s.k_dim / T::kPair,
+             work.scores + row * ld, ld, room.tops[row], ahead);
+        j += take;
+      }
     }
   }
 }
 
+#if defined(__AVX512BF16__)
+// Both products by ATen's brgemm, which uses AMX where the processor has it. The right factor of a call
+// is what lies side by side in a block; all rows of the groups at hand are one call.
+void scores_by_brgemm(Work& work, const Tile<Bf16>& tile, const Group* groups, int num_groups) {
+  const Shape& s = *work.shape;
+  const Group& last = groups[num_groups - 1];
+  const auto* a = static_cast<const uint16_t*>(work.a) + int64_t{groups[0].row} * s.k_dim;
+  for (int i = 0; i < tile.num_strips;) {
+    const Strip<Bf16>* strips = tile.strips + i;
+    int n = 1;
+    while (i + n < tile.num_strips && strips[n].data == strips[0].data + n * kLanes * 2 &&
+           strips[n].column == strips[0].column + n * kLanes && strips[n].low <= last.high)
+      ++n;
+    i += n;
+    if (strips[0].low > last.high || strips[n - 1].high <= groups[0].low - s.window) continue;
+    work.multiply(last.row + last.rows - groups[0].row, n * kLanes, s.k_dim, s.k_dim,
+                    tile.strip_ld, work.score_stride, false, a, strips[0].data,
+                    work.scores + strips[0].column, true);
+  }
+}
+
+void values_by_brgemm(Work& work, const Tile<Bf16>& tile, const Group* groups, int num_groups) {
+  const Shape& s = *work.shape;
+  const Group& last = groups[num_groups - 1];
+  const auto* weights = reinterpret_cast<const uint16_t*>(work.scores);
+  float* acc = work.part.acc + int64_t{groups[0].row} * s.v_pad;
+  for (int r = 0; r < tile.num_runs; ++r) {
+    const Run<Bf16>& run = tile.runs[r];
+    const int64_t begin = most(run.column, groups[0].begin);
+    const int64_t end = least(run.end, last.end);
+    if (begin >= end) continue;
+    work.multiply(last.row + last.rows - groups[0].row, s.v_pad, end - begin,
+                    2 * work.score_stride, tile.run_ld, s.v_pad, true, weights + begin,
+                    run.data + (begin - run.column) * tile.run_ld, acc, true);
+  }
+}
+#endif
+
 // The softmax between the products: scores become weights, and what was summed so far is rescaled.
 template <class T>
 void weights_of(Work& work, const Tile<T>& tile, const Group* groups, int num_groups,
-                const Segment* segments, int count, const Room& room) {
+                const Segment* segments, int count, const Room* room) {
   const Shape& s = *work.shape;
   const float factor = s.softcap > 0 ? kLog2e : s.scale * kLog2e;
   for (int g = 0; g < num_groups; ++g) {
@@ -516,8 +588,8 @@ void weights_of(Work& work, const Tile<T>& tile, const Group* groups, int num_gr
       if (s.softcap > 0) cap(row, group.begin, group.end, s.scale, s.softcap);
       if (!plain)
         mask<T>(row, group.begin, group.end, work.positions[r], s.window, tile, segments, count);
-      const bool known = plain && !(s.softcap > 0);
-      const vf top = known ? load(room.tops[r - groups[0].row]) : top_of(row, group.begin, group.end);
+      const bool known = room && plain && !(s.softcap > 0);
+      const vf top = known ? load(room->tops[r - groups[0].row]) : top_of(row, group.begin, group.end);
       float rescale;
       soften<T>(row, group.begin, group.end, factor, max_of(top), work.part.max[r],
                 work.part.sum[r], rescale);
@@ -536,18 +608,24 @@ void values_of(Work& work, const Tile<T>& tile, const Group* groups, int num_gro
   const Shape& s = *work.shape;
   const auto* weights = reinterpret_cast<const A*>(work.scores);
   const int64_t ld = work.score_stride * static_cast<int64_t>(sizeof(float) / sizeof(A));
+  const bool few = work.rows <= kFew;
   for (int first = 0; first < tile.num_runs;) {
     int end = first + 1;  // runs of about kChunk columns
     while (end < tile.num_runs && tile.runs[end].end - tile.runs[first].column <= kChunk) ++end;
-    for (int64_t dim = 0; dim < s.v_pad; dim += T::kVecs * kLanes) {
-      const int n = static_cast<int>(least(T::kVecs, (s.v_pad - dim) / kLanes));
+    int n;
+    for (int64_t dim = 0; dim < s.v_pad; dim += n * kLanes) {
+      n = static_cast<int>((s.v_pad - dim) / kLanes);
+      values_for<T>(T::kRows, n, few);
+      const auto* ahead = dim + n * kLanes < s.v_pad
+                              ? tile.runs[first].data + (dim + n * kLanes) * T::kPair
+                              : (end < tile.num_runs ? tile.runs[end].data : tile.ahead);
       for (int g = 0; g < num_groups; ++g) {
         const Group& group = groups[g];
         float* acc = work.part.acc + int64_t{group.row} * s.v_pad + dim;
-        const auto step = values_for<T>(group.rows, n);
+        const auto step = values_for<T>(group.rows, n, few);
         const A* mine = weights + (group.row - groups[0].row) * ld;
         if (group.begin <= tile.runs[first].column && tile.runs[end - 1].end <= group.end) {
-          step(mine, ld, tile.runs + first, end - first, tile.run_ld, dim, acc, s.v_pad);
+          step(mine, ld, tile.runs + first, end - first, tile.run_ld, dim, acc, s.v_pad, ahead);
           continue;
         }
         for (int r = first; r < end; ++r) {
@@ -557,7 +635,7 @@ void values_of(Work& work, const Tile<T>& tile, const Group* groups, int num_gro
           if (from >= run.end) continue;
           run.data += (from - run.column) * tile.run_ld;
           run.column = from;
-          step(mine, ld, &run, 1, tile.run_ld, dim, acc, s.v_pad);
+          step(mine, ld, &run, 1, tile.run_ld, dim, acc, s.v_pad, ahead);
         }
       }
     }
@@ -565,11 +643,31 @@ void values_of(Work& work, const Tile<T>& tile, const Group* groups, int num_gro
   }
 }
 
+// Gives all groups the columns that any of them sees, and leaves none out in between: a product of all
+// rows at once reads the weights of all.
+void widen(Group* groups, int num_groups) {
+  int64_t begin = groups[0].begin, end = groups[0].end;
+  int64_t high = groups[0].high, low = groups[0].low;
+  for (int g = 1; g < num_groups; ++g) {
+    if (groups[g].begin == groups[g].end) continue;
+    begin = least(begin, groups[g].begin);
+    end = most(end, groups[g].end);
+    low = least(low, groups[g].low);
+    high = most(high, groups[g].high);
+  }
+  for (int g = 0; g < num_groups; ++g) {
+    groups[g].begin = begin;
+    groups[g].end = end;
+  }
+  groups[0].low = low;
+  groups[num_groups - 1].high = high;
+}
+
 template <class T>
 void tile_of(Work& work, const Segment* segments, int count) {
   const Shape& s = *work.shape;
   Group groups[kMaxRows];
-  int num_groups = 0;
+  int num_groups = 0, seen = 0;
   for (int32_t row = 0; row < work.rows; row += T::kRows) {
     Group g;
     g.row = row;
@@ -580,20 +678,33 @@ void tile_of(Work& work, const Segment* segments, int count) {
       g.high = most(g.high, work.positions[r]);
     }
     look(segments, count, s.window, g);
-    if (g.begin == g.end) continue;
+    if (g.begin == g.end && !(s.amx && num_groups)) continue;
+    if (g.begin != g.end) seen = num_groups + 1;
     groups[num_groups++] = g;
   }
+  num_groups = seen;  // by brgemm, groups that see nothing may lie between others
   if (!num_groups) return;
   static thread_local Tile<T> room;
   Tile<T>& tile = room;
   lay_out<T>(work, segments, count, tile);
 
   Room tops;
+#if defined(__AVX512BF16__)
+  if constexpr (sizeof(typename T::A) == 2) {
+    if (s.amx) {
+      widen(groups, num_groups);
+      scores_by_brgemm(work, tile, groups, num_groups);
+      weights_of<T>(work, tile, groups, num_groups, segments, count, nullptr);
+      values_by_brgemm(work, tile, groups, num_groups);
+      return;
+    }
+  }
+#endif
   // A few groups at a time, so that their scores and weights stay in the first caches.
   for (int g = 0; g < num_groups; g += kGroups) {
     const int n = static_cast<int>(least(kGroups, num_groups - g));
     scores_of<T>(work, tile, groups + g, n, tops);
-    weights_of<T>(work, tile, groups + g, n, segments, count, tops);
+    weights_of<T>(work, tile, groups + g, n, segments, count, &tops);
     values_of<T>(work, tile, groups + g, n);
   }
 }

@@ -21,7 +21,6 @@ using ds_cp::LinearCall;
 constexpr int64_t kBlockBf16 = 1024;
 constexpr int64_t kBlockFp32 = 128;
 constexpr int64_t kFew = 12;    // rows for which panels are read once, in the order of memory
-constexpr int64_t kAhead = 24;  // rows of a panel that are fetched ahead when there are few of x
 
 #define UNROLL _Pragma("GCC unroll 16")
 
@@ -144,10 +143,7 @@ void bf16_tile(const Tile& t) {
   }
   for (int64_t k = 0; k < pairs; k++, b += step) {
     W w[NR];
-    UNROLL for (int n = 0; n < NR; n++) {
-      w[n] = load_pairs(b + 2 * kLanes * n);
-      if (MR <= 2) __builtin_prefetch(b + kAhead * step + 2 * kLanes * n);
-    }
+    UNROLL for (int n = 0; n < NR; n++) w[n] = load_pairs(b + 2 * kLanes * n);
     UNROLL for (int r = 0; r < MR; r++) {
       const W a = all_pairs(pair_at(x + r * ldx + 2 * k));
       UNROLL for (int n = 0; n < NR; n++) sums[r][n] = pairs_plus(a, w[n], sums[r][n]);
@@ -175,10 +171,7 @@ void fp32_tile(const Tile& t) {
   }
   for (int64_t k = 0; k < t.k; k++, b += step) {
     F w[NR];
-    UNROLL for (int n = 0; n < NR; n++) {
-      w[n] = load(b + kLanes * n);
-      if (MR <= 2) __builtin_prefetch(b + kAhead * step + kLanes * n);
-    }
+    UNROLL for (int n = 0; n < NR; n++) w[n] = load(b + kLanes * n);
     UNROLL for (int r = 0; r < MR; r++) {
       const F a = all(x[r * ldx + k]);
       UNROLL for (int n = 0; n < NR; n++) sums[r][n] = times_plus(a, w[n], sums[r][n]);

@@ -7,8 +7,10 @@
 // fits. `wait` moves everything that is queued until the exchange is done, so that two members that
 // both send much do not wait for each other.
 //
-// Who waits looks again and again for a moment, then lets others run, then sleeps in the kernel
-// (futex) and is woken by the peer that moves what it waits for. Asleep it looks after its peers'
+// Who waits looks again and again for a moment, then sleeps in the kernel (futex) and is woken by the
+// peer that moves what it waits for. Where looking is in vain, because the peer computes for long or
+// wants this very core, the next waits sleep at once. None yields: who yields to a busy process gets
+// the core back milliseconds later, who is woken gets it at once. Asleep it looks after its peers'
 // lives every POLL_MS. What is read from the shared memory is checked before it is used.
 //
 // Plain C ABI, no exceptions across it. A channel may be used by several threads, one at a time.
@@ -16,7 +18,6 @@
 #include <fcntl.h>
 #include <linux/futex.h>
 #include <poll.h>
-#include <sched.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -55,7 +56,8 @@ constexpr uint64_t START = 0x676d'6770'6364'7374;   // first word of a message
 constexpr uint64_t PIECE = 128 * 1024;              // bytes after which the other side is told
 constexpr int MAX_MEMBERS = 64;                     // one bit each in a sleeper's masks
 constexpr int POLL_MS = 50;                         // between looks at the peers' lives
-constexpr int LOOKS = 32;                           // looks with a pause between two yields
+constexpr int LOOKS = 32;                           // looks between two looks at the clock
+constexpr int MOST_MISSES = 63;                     // waits in a row that sleep without a look
 
 enum Result : int {
   DONE = 0,
@@ -138,6 +140,7 @@ struct Channel {
   int64_t last = 0;
   std::mutex busy;
   std::atomic<bool> shut{false};
+  int misses = 0, rest = 0;  // waits that will sleep at once, after so many looks in vain
   int culprit = -1;
   uint64_t expected = 0, found = 0;
 
@@ -299,31 +302,35 @@ struct Channel {
 
   int wait(int64_t exchange, int64_t limit_ns) {
     const int64_t deadline = now_ns() + limit_ns;
-    int64_t spun_until = 0;
+    bool blocked = false, looking = false;
+    int64_t look_until = 0;
     int looks = 0;
     for (;;) {
       bool moved = false;
       if (int why = progress(moved)) return why;
-      if (done(exchange)) return DONE;
+      bool through = done(exchange);
+      if (looking && (moved || through)) misses = 0;
+      if (through) return DONE;
       if (shut.load(std::memory_order_relaxed)) return fail(SHUT, me);
       if (moved) {
-        spun_until = 0, looks = 0;
+        blocked = looking = false;
         continue;
       }
-      if (spin_ns && ++looks < LOOKS) {
+      if (!blocked) {
+        blocked = true;
+        looking = spin_ns && !rest;
+        if (looking) look_until = now_ns() + spin_ns;
+        if (rest) --rest;
+      }
+      if (looking) {
         RELAX();
-        continue;
+        if (++looks % LOOKS || now_ns() < look_until) continue;
+        looking = false;
+        misses = std::min(2 * misses + 1, MOST_MISSES);
+        rest = misses;
       }
-      looks = 0;
-      int64_t now = now_ns();
-      if (!spun_until) spun_until = now + spin_ns;
-      if (now < spun_until) {
-        sched_yield();
-        continue;
-      }
-      int why = sleep(exchange, deadline);
-      if (why != DONE) return why;
-      spun_until = 0;
+      if (int why = sleep(exchange, deadline)) return why;
+      blocked = false;
     }
   }
 

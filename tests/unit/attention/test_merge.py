@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_cp.attention import Partial, add_sinks, empty_partial, merge, merge_all, state
+from ds_cp.attention import Partial, add_sinks, empty_partial, merge, merge_all
+from ds_cp.attention.state import merge_rows
 
 NAN, INF = float("nan"), float("inf")
 T, H, D = 5, 3, 8
@@ -275,25 +276,99 @@ def test_sinks_over_no_keys_and_no_sinks_over_keys() -> None:
 def test_a_merge_does_not_wait_for_the_device() -> None:
     """On the meta device no value can be read: whatever asks for one raises."""
     part, empty = empty_partial(T, H, D, "meta"), empty_partial(T, H, D, "meta")
-    for merged in (merge(part, empty), merge_all([empty, part, part, empty])):
+    merge_rows(empty, part, None)
+    some = torch.zeros(T, dtype=torch.int64, device="meta")
+    merge_rows(empty, part, some)
+    for merged in (empty, merge(part, empty), merge_all([empty, part, part, empty])):
         assert merged.out.shape == (T, H, D) and merged.lse.shape == (T, H)
     assert add_sinks(part, torch.zeros(H, device="meta")).out.shape == (T, H, D)
 
 
-@pytest.mark.parametrize("junk", [NAN, INF, 0.0])
-def test_the_path_without_a_look_gives_the_same_bits(
-    monkeypatch: pytest.MonkeyPatch, junk: float
-) -> None:
-    """What other devices compute, here on the CPU: rows empty on neither side, one, or both."""
+# --- into rows of a running partial
+
+
+def clone(part: Partial) -> Partial:
+    return Partial(part.out.clone(), part.lse.clone())
+
+
+@pytest.mark.parametrize("junk", [NAN, INF, -INF, 0.0])
+def test_rows_that_are_empty_on_neither_side_one_or_both(junk: float) -> None:
+    """What an empty side holds in out is not read, on either side."""
+    scores, values = scores_and_values(8)
+    into, part = (partial_over(scores, values, range(4 * i, 4 * i + 4)) for i in range(2))
+    for side, rows in ((into, (0, 1)), (part, (1, 2))):
+        for row in rows:
+            side.out[row], side.lse[row] = junk, -INF
+    kept = clone(part)
+    want = clone(into)
+    want.out[0], want.lse[0] = part.out[0], part.lse[0]
+    want.out[1], want.lse[1] = 0.0, -INF
+    want.out[3:], want.lse[3:] = (x[3:].float() for x in attend(scores, values, range(8)))
+    merge_rows(into, part, None)
+    assert_same_bits(Partial(into.out[:3], into.lse[:3]), Partial(want.out[:3], want.lse[:3]))
+    assert_is(Partial(into.out[3:], into.lse[3:]), want.out[3:], want.lse[3:])
+    assert torch.equal(part.lse, kept.lse)
+    assert torch.equal(part.out.nan_to_num(7.0), kept.out.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [[4, 0, 2], [3], [], [0, 1, 2, 3, 4], [4, 3, 2, 1, 0]])
+def test_some_rows_are_merged_and_the_others_left(rows: list[int], dtype: torch.dtype) -> None:
+    """Row i of the part goes to ``rows[i]``, with the bits of a merge of that row alone."""
     scores, values = scores_and_values(12)
-    parts = [partial_over(scores, values, range(4 * i, 4 * i + 4)) for i in range(3)]
-    for part, row in zip(parts, (0, 1, 1), strict=True):
-        part.out[row], part.lse[row] = junk, -INF
-    parts[0].out[1], parts[0].lse[1] = junk, -INF
-    want = merge_all(parts)
-    monkeypatch.setattr(state, "_may_hold", lambda flags: True)
-    assert_same_bits(merge_all(parts), want)
-    assert torch.all(want.out[1] == 0) and torch.all(want.lse[1] == -INF)
+    into = partial_over(scores, values, range(6))
+    part = partial_over(scores, values, range(6, 12), dtype)
+    few = Partial(part.out[: len(rows)], part.lse[: len(rows)])
+    want = clone(into)
+    for i, row in enumerate(rows):
+        one = merge(
+            Partial(into.out[row : row + 1], into.lse[row : row + 1]),
+            Partial(few.out[i : i + 1], few.lse[i : i + 1]),
+        )
+        want.out[row], want.lse[row] = one.out[0], one.lse[0]
+    merge_rows(into, few, torch.tensor(rows, dtype=torch.int64))
+    assert_same_bits(into, want)
+
+
+def test_a_view_of_rows_is_folded_in_place() -> None:
+    """As modes do it: rows of one running partial, whatever the strides of the part."""
+    scores, values = scores_and_values(12)
+    into, part = (partial_over(scores, values, range(6 * i, 6 * i + 6)) for i in range(2))
+    whole = merge(into, part)
+    before = clone(into)
+    middle = slice(1, 4)
+    heads_first = Partial(
+        part.out.transpose(0, 1).contiguous().transpose(0, 1), part.lse.T.contiguous().T
+    )
+    merge_rows(
+        Partial(into.out[middle], into.lse[middle]),
+        Partial(heads_first.out[middle], heads_first.lse[middle]),
+        None,
+    )
+    for row in range(T):
+        want = whole if 1 <= row < 4 else before
+        assert torch.equal(into.out[row], want.out[row])
+        assert torch.equal(into.lse[row], want.lse[row])
+
+
+def test_fp64_partials_stay_at_fp64() -> None:
+    scores, values = scores_and_values(12)
+    into, part = (Partial(*attend(scores, values, range(6 * i, 6 * i + 6))) for i in range(2))
+    merge_rows(into, part, None)
+    out, lse = attend(scores, values, range(12))
+    assert float((into.out - out).abs().max()) <= 1e-13
+    assert float((into.lse - lse).abs().max()) <= 1e-13
+
+
+def test_folding_into_rows_is_the_chain_of_merges() -> None:
+    """To the bit: one running partial gives what ``merge_all`` gives."""
+    scores, values = scores_and_values(60)
+    parts = [partial_over(scores, values, range(4 * i, 4 * i + 4)) for i in range(15)]
+    parts[3] = parts[9] = empty_partial(T, H, D)
+    into = empty_partial(T, H, D)
+    for part in parts:
+        merge_rows(into, part, None)
+    assert_same_bits(into, merge_all(parts))
 
 
 # --- order, ownership

@@ -12,9 +12,9 @@ import torch
 from ds_cp.attention import LayerSpec, PagedKernel
 from ds_cp.attention.batch import Blocks, PagedBatch, Part, make_batch
 from ds_cp.attention.kernels.reference import ReferenceKernel
-from ds_cp.attention.kernels.self_test import GROUPS, LIMIT, cases, fault, num_blocks
+from ds_cp.attention.kernels.self_test import GROUPS, cases, fault, num_blocks
 from ds_cp.attention.pages import Pages
-from ds_cp.attention.state import Partial, empty_partial
+from ds_cp.attention.state import Partial
 from ds_cp.layout import Block, total
 from tests.helpers.paged import kernels
 
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 LAYERS = [LayerSpec(4, 2, 16, 0.25), LayerSpec(4, 2, 24, 0.2, v_head_dim=16)]
 
 
-@pytest.mark.parametrize("size", [1, 4, 16, 64, 100, 1024])
+@pytest.mark.parametrize("size", [1, 4, 16, 64, 100, 600])
 def test_kernels_that_are_right(size: int) -> None:
     for kernel in kernels().values():
         for dtype in (torch.float32, torch.bfloat16):
@@ -239,8 +239,3 @@ class NoCap(Mutant):
 def test_what_a_kernel_refuses_is_not_asked_of_it() -> None:
     kernel: PagedKernel = NoCap(spec_with(softcap=None))
     assert fault(kernel, LAYERS, 16, torch.float32, CPU) == ""
-
-
-def test_limits_are_of_the_largest_value() -> None:
-    assert LIMIT[torch.float32] < LIMIT[torch.float16] < LIMIT[torch.bfloat16]
-    assert empty_partial(1, 1, 1).lse.item() == -torch.inf

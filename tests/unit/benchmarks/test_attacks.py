@@ -116,7 +116,8 @@ def test_an_environment_is_made_again_for_other_packages(
 ) -> None:
     ran: list[str] = []
 
-    def run(command: Sequence[str]) -> None:
+    def run(command: Sequence[str], limit_s: float) -> None:
+        assert limit_s == (20.0 if "pip" in command else environments.INSTALL_S)
         if "pip" in command and "broken" in command:
             raise RuntimeError("pip install broken failed")
         if "venv" in command:
@@ -126,11 +127,11 @@ def test_an_environment_is_made_again_for_other_packages(
         ran.append(command[2])
 
     monkeypatch.setattr(environments, "_run", run)
-    python = environment("one", ("a", "b"), tmp_path)
+    python = environment("one", ("a", "b"), tmp_path, 20.0)
     assert python == tmp_path / "one" / "bin" / "python" and ran == ["venv", "pip"]
-    environment("one", ("a", "b"), tmp_path)
+    environment("one", ("a", "b"), tmp_path, 20.0)
     assert ran == ["venv", "pip"]  # it is there
     with pytest.raises(RuntimeError, match="broken"):
-        environment("one", ("broken",), tmp_path)
-    environment("one", ("a", "b"), tmp_path)
+        environment("one", ("broken",), tmp_path, 20.0)
+    environment("one", ("a", "b"), tmp_path, 20.0)
     assert ran == ["venv", "pip"] + ["venv"] + ["venv", "pip"]  # the broken one is not taken

@@ -3,6 +3,7 @@ contestants here are scripts of a few lines."""
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -131,6 +132,25 @@ def test_those_who_wait_are_stopped(contestant: Maker) -> None:
         stopped(process)
     finally:
         job.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux to end a process with its parent")
+def test_nobody_stays_when_the_benchmark_is_killed(contestant: Maker) -> None:
+    code = f"""if True:
+        import os, signal
+        from pathlib import Path
+        from benchmarks.peers import players
+        players.SCRIPTS = Path({str(players.SCRIPTS)!r})
+        player = players.Player("p", Path({sys.executable!r}), "contestant.py", {{"took": 1.0}})
+        job = players.Job(player)
+        print(job._processes[0].pid, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    run = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=players.ROOT)
+    until = time.monotonic() + 10
+    while psutil.pid_exists(int(run.stdout)):
+        assert time.monotonic() < until
+        time.sleep(0.01)
 
 
 def test_bytes_over_bandwidth() -> None:

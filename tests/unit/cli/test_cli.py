@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from ds_cp.cli import doctor as doctor_module
 from ds_cp.cli import main as cli
 from ds_cp.cli.doctor import loopback_round_trip_us
 from ds_cp.outputs import CompletionOutput, RequestMetrics, RequestOutput, TokenLogprob
@@ -220,6 +221,7 @@ def test_doctor_json(capfd) -> None:
     assert code == (0 if report["ok"] else 1)
     assert all(check["fix"] for check in report["checks"] if check["status"] != "ok")
     assert {"python", "deepspeed", "transformers", "gloo", "mpirun", "loopback"} <= set(found)
+    assert "native library" in found
 
 
 def test_doctor_reports_what_is_broken(capfd, monkeypatch) -> None:
@@ -233,6 +235,23 @@ def test_doctor_reports_what_is_broken(capfd, monkeypatch) -> None:
     assert "[FAIL] deepspeed: 0.19.6, older than 0.19.8" in out
     assert "[note] mpi4py: not installed\n       fix: " in out
     assert out.splitlines()[-1].startswith("not ready: 3 to fix")
+
+
+def test_doctor_says_what_the_native_library_is(monkeypatch) -> None:
+    """Built: for what; not built: why, and how to build it."""
+    from ds_cp.native import Library, load
+
+    [check] = doctor_module._native({})
+    found = load()
+    if isinstance(found, Library):
+        assert check.status == "ok" and check.found.startswith(f"runs {found.isas[0]} here")
+    else:
+        assert (check.status, check.found) == ("note", found)
+    program = "raise SystemExit('the native library is not built; run `python -m ds_cp.native`')"
+    monkeypatch.setattr(doctor_module, "_NATIVE", program)
+    [check] = doctor_module._native({})
+    assert check.status == "note" and check.found.startswith("the native library is not built")
+    assert "python -m ds_cp.native" in check.fix and "2.5 times slower" in check.fix
 
 
 def test_loopback_round_trip_is_a_time() -> None:

@@ -1,0 +1,234 @@
+"""What spanning two ranks or more costs: ring prefill, decode with its exchange, many streams.
+
+    torchrun --nproc-per-node 2 -m benchmarks.modes [--rounds N] [--out FILE]
+
+One layer with one thread a rank, and both sides of a row in turns in one run. ``prefill``: a prompt
+by ring pass-KV, against the same prompt by the same kernel on one rank, divided by the ranks
+(efficiency). ``decode``: one stream whose keys are spread evenly, by tree, against its local part
+alone. ``streams``: 64 streams that span, against 64 that are local, with as many keys in all; the
+time of the bare exchanges (measured by themselves) is taken off. ``routes``: seconds to plan 64
+streams over 128 ranks, with routes that are new and that are kept. A time is the least of its
+rounds, on the slowest rank.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common import command, commit, finish, machine, parser
+from benchmarks.wire import slowest
+from ds_cp.attention import LayerSpec, PagedKernel, Shards, TreeRoutes, choose_kernel, make_mode
+from ds_cp.attention.asking import row_blocks
+from ds_cp.attention.batch import IndexUpload
+from ds_cp.attention.pages import Pages, PageShape
+from ds_cp.attention.state import empty_partial
+from ds_cp.comm.tree import Route
+from ds_cp.comm.wire import Group, World
+from ds_cp.config import load_config
+from ds_cp.layout import Block, Blocks, Runs, positions, total, zigzag
+from ds_cp.startup.join import join_job
+from ds_cp.startup.resources import socket_environment
+from ds_cp.topology.job import detect
+
+BLOCK, STREAMS = 64, 64
+Work = Callable[[], object]
+
+
+def stored(counts: Sequence[int], q_runs: tuple[Runs, ...], begin: int = 0) -> Shards:
+    """A request with keys at contiguous stretches of whole blocks, ``counts[r]`` blocks on rank r,
+    numbered there from ``begin`` on."""
+    blocks, at = [], 0
+    for count in counts:
+        blocks.append(Blocks(Block(begin + i, (at + i) * BLOCK, BLOCK) for i in range(count)))
+        at += count
+    return Shards(q_runs, tuple(blocks))
+
+
+def prompt(length: int, ranks: int) -> Shards:
+    """A prompt dealt out zigzag over ``ranks``."""
+    runs = zigzag(0, [length // BLOCK // ranks] * ranks)
+    blocks = tuple(
+        Blocks(Block(i, index * BLOCK, BLOCK) for i, index in enumerate(positions(mine)))
+        for mine in runs
+    )
+    return Shards(tuple(tuple((s * BLOCK, n * BLOCK) for s, n in mine) for mine in runs), blocks)
+
+
+def layer(
+    group: Group, kernel: PagedKernel, spec: LayerSpec, dtype: torch.dtype, mode: str,
+    items: Sequence[Shards],
+) -> Work:  # fmt: skip
+    """One layer of a step over random pages."""
+    upload, me = IndexUpload(), group.rank
+    one = make_mode(mode, "kv", items, group, 0, [None], upload, TreeRoutes())
+    upload.send(group.device)
+    shape = PageShape.of(spec, BLOCK, dtype, kernel.packed)
+    most = max((n + 1 for item in items for n in item.blocks[me].numbers), default=1)
+    pages = Pages(torch.randn(most, shape.stride).to(dtype), shape)
+    at = torch.tensor([p for item in items for p in positions(item.q_runs[me])])
+    q = torch.randn(spec.num_q_heads, len(at), spec.head_dim).to(dtype).transpose(0, 1)
+    into = empty_partial(len(at), spec.num_q_heads, spec.v_dim)
+
+    def once() -> None:
+        into.out.zero_()
+        into.lse.fill_(float("-inf"))
+        one(q, at, pages, kernel, spec, into)
+
+    return once
+
+
+def in_turns(world: World, works: dict[str, Work], rounds: int) -> dict[str, float]:
+    """The least seconds of each, on the slowest rank."""
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for turn in range(rounds + 1):
+        for name, work in works.items():
+            world.everybody.barrier()
+            began = time.perf_counter()
+            work()
+            if turn:
+                seconds[name].append(time.perf_counter() - began)
+    least = slowest(world, [min(values) for values in seconds.values()])
+    return dict(zip(works, least, strict=True))
+
+
+def on_one(item: Shards, me: int) -> Shards:
+    """The whole prompt on rank ``me``."""
+    length = sum(total(runs) for runs in item.q_runs)
+    ranks = len(item.q_runs)
+    q_runs: list[Runs] = [()] * ranks
+    q_runs[me] = ((0, length),)
+    return stored([length // BLOCK if r == me else 0 for r in range(ranks)], tuple(q_runs))
+
+
+def decode(keys: int, owner: int, ranks: int, begin: int = 0, local: bool = False) -> Shards:
+    """A stream whose ``keys`` are spread evenly, or are all on its owner."""
+    q_runs: list[Runs] = [()] * ranks
+    q_runs[owner] = ((keys - 1, 1),)
+    each = keys // BLOCK if local else keys // BLOCK // ranks
+    return stored([each * (not local or r == owner) for r in range(ranks)], tuple(q_runs), begin)
+
+
+def exchanges(group: Group, spec: LayerSpec, dtype: torch.dtype, rows: int) -> Work:
+    """The messages of a tree layer alone: ``rows`` queries to each peer, as many partials back."""
+    peers = [r for r in range(group.size) if r != group.rank]
+    sizes = (
+        rows * spec.num_q_heads * spec.head_dim * dtype.itemsize,
+        rows * spec.num_q_heads * (spec.v_dim * dtype.itemsize + 4),
+    )
+    buffers = [[torch.zeros(2, n, dtype=torch.uint8) for _ in peers] for n in sizes]
+
+    def once() -> None:
+        for some in buffers:
+            sends = [(peer, x[0]) for peer, x in zip(peers, some, strict=True)]
+            recvs = [(peer, x[1]) for peer, x in zip(peers, some, strict=True)]
+            group.exchange(sends, recvs, "bench").wait()
+
+    return once
+
+
+def routes() -> dict[str, float]:
+    """Seconds for 64 streams over all of 128 ranks on 16 hosts: finding who holds what, making the
+    route, and finding one that is kept."""
+    ranks = 128
+    items = [decode(ranks * BLOCK * 4, i % ranks, ranks) for i in range(STREAMS)]
+    hosts = [r // 8 for r in range(ranks)]
+    kept = TreeRoutes()
+    blocks = row_blocks(items, ranks, None)
+    kept.find(blocks, hosts, 0)
+
+    def least(work: Work) -> float:
+        found = []
+        for _ in range(20):
+            began = time.perf_counter()
+            work()
+            found.append(time.perf_counter() - began)
+        return round(min(found), 6)
+
+    return {
+        "holders_s": least(lambda: row_blocks(items, ranks, None)),
+        "new_s": least(lambda: Route(blocks, hosts, 0)),
+        "kept_s": least(lambda: kept.find(row_blocks(items, ranks, None), hosts, 0)),
+    }
+
+
+def measure(world: World, rounds: int, lengths: Sequence[int]) -> list[dict[str, Any]]:
+    """All rows."""
+    group = world.group("modes", [list(range(world.size))])
+    ranks, rows = world.size, []
+    spec, dtype = LayerSpec(32, 8, 128, 128**-0.5), torch.bfloat16
+    small = LayerSpec(16, 4, 64, 64**-0.5)
+    kernel = choose_kernel("auto", group.device, dtype, [spec, small], BLOCK).kernel
+    for length in lengths:
+        item = prompt(length, ranks)
+        alone = layer(group, kernel, small, dtype, "local", [on_one(item, group.rank)])
+        around = layer(group, kernel, small, dtype, "ring", [item])
+        found = in_turns(world, {"one rank": alone, "ring": around}, max(3, rounds // 10))
+        ratio = found["one rank"] / ranks / found["ring"]
+        rows.append({"what": f"prefill {length}", **found, "efficiency": round(ratio, 3)})
+    for keys in (4096, 32768):
+        half = decode(keys // ranks, group.rank, ranks, local=True)
+        works = {
+            "local part": layer(group, kernel, spec, dtype, "local", [half]),
+            "tree": layer(group, kernel, spec, dtype, "tree", [decode(keys, 0, ranks)]),
+            "exchange": exchanges(group, spec, dtype, 1),
+        }
+        found = in_turns(world, works, rounds)
+        more = found["tree"] / found["local part"] - 1
+        rows.append({"what": f"decode {keys}", **found, "more": round(more, 3)})
+    keys = 2048
+    each = keys // BLOCK
+    span = [decode(keys, i % ranks, ranks, i * each // ranks) for i in range(STREAMS)]
+    home = [decode(keys, i % ranks, ranks, i // ranks * each, True) for i in range(STREAMS)]
+    works = {
+        "local": layer(group, kernel, spec, dtype, "local", home),
+        "tree": layer(group, kernel, spec, dtype, "tree", span),
+        "exchange": exchanges(group, spec, dtype, STREAMS // ranks),
+    }
+    found = in_turns(world, works, rounds)
+    ratio = (found["tree"] - found["exchange"]) / found["local"]
+    rows.append({"what": f"{STREAMS} streams", **found, "beyond the exchange": round(ratio, 3)})
+    rows.append({"what": "routes", **routes()})
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--rounds", type=int, default=100)
+    arguments.add_argument("--lengths", type=int, nargs="*", default=[4096, 8192])
+    arguments.add_argument("--out", type=Path)
+    args = arguments.parse_args(argv)
+    about = machine()
+    job = detect(os.environ)
+    for variable, value in socket_environment(job).items():
+        os.environ.setdefault(variable, value)
+    torch.set_num_threads(1)
+    config = load_config({"model": "none", "threads_per_rank": 1, "device": "cpu"})
+    world, _ = join_job(job, config)
+    rows = measure(world, args.rounds, args.lengths)
+    if world.rank == 0:
+        print(*world.notes, sep="\n", end="\n" if world.notes else "")
+        print("| what | figures (ms) | ratio |\n|---|---|---|")
+        for row in rows:
+            times = ", ".join(
+                f"{k} {v * 1e3:.3f}" for k, v in row.items() if k in _TIMES or k.endswith("_s")
+            )
+            rest = ", ".join(f"{k} {v}" for k, v in row.items() if k in _RATIOS)
+            print(f"| {row['what']} | {times} | {rest} |")
+        called = command("modes", sys.argv[1:] if argv is None else argv, world.size)
+        finish({"command": called, "commit": commit(), **about, "rows": rows}, args.out)
+    world.leave()
+
+
+_TIMES = ("one rank", "ring", "local part", "local", "tree", "exchange")
+_RATIOS = ("efficiency", "more", "beyond the exchange")
+
+
+if __name__ == "__main__":
+    main()

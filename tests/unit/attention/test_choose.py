@@ -1,0 +1,178 @@
+"""Which kernel is taken, what is said of those before it, and that all ranks take the same."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from ds_cp import native
+from ds_cp.attention import LayerSpec, choose_kernel
+from ds_cp.attention.kernels import choose
+from ds_cp.attention.kernels.choose import (
+    Candidates,
+    KernelUnavailableError,
+    Told,
+    agree_on_kernel,
+    find_kernels,
+    makers,
+)
+from ds_cp.attention.kernels.kernel import PagedKernel
+from ds_cp.attention.kernels.reference import ReferenceKernel
+from ds_cp.attention.kernels.torch_ops import TorchKernel
+from ds_cp.errors import ConfigError
+from tests.helpers.paged import kernels
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+LAYERS = [LayerSpec(4, 2, 16, 0.25)]
+ABSENT = "the native library is not built; run `python -m ds_cp.native`"
+SLOWER = (
+    "attention runs on torch's operators, which are slower, in bfloat16 about 2.5 times: "
+    "`ds-cp doctor` says what the native kernel needs"
+)
+
+
+class Wrong(ReferenceKernel):
+    """Right but for the scale."""
+
+    name = "cpu"
+
+    def paged_attention(self, q_THD, *given, **named):  # type: ignore[no-untyped-def]
+        return super().paged_attention(q_THD * 1.5, *given, **named)
+
+
+class Narrow(ReferenceKernel):
+    name = "cpu"
+
+    def refuses(self, spec: LayerSpec, block_size: int, dtype: torch.dtype) -> str:
+        return f"head_dim {spec.head_dim} is too large" if spec.head_dim > 8 else ""
+
+
+@pytest.fixture
+def not_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "load", lambda: ABSENT)
+
+
+def test_names_by_device_the_preferred_one_first() -> None:
+    assert list(makers(CPU)) == ["cpu", "sdpa", "reference"]
+    assert list(makers(CUDA)) == ["cuda", "triton", "sdpa", "reference"]
+
+
+def test_a_name_of_another_device() -> None:
+    for name, device in (("triton", CPU), ("flash_attn", CPU), ("cpu", CUDA)):
+        with pytest.raises(ConfigError, match=f"'{name}' is not for {device.type}: set") as caught:
+            choose_kernel(name, device, torch.float32, LAYERS, 16)
+        assert "set attention.backend to auto or to one of " in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_auto_takes_the_best_that_runs(dtype: torch.dtype) -> None:
+    choice = choose_kernel("auto", CPU, dtype, LAYERS, 16)
+    assert choice.kernel.name == next(iter(kernels()))
+    assert bool(choice.notes) == (choice.kernel.name != "cpu")
+
+
+@pytest.mark.usefixtures("not_built")
+def test_without_the_native_library() -> None:
+    """auto goes on with torch's operators and says so; asked for by name it is the user's error."""
+    choice = choose_kernel("auto", CPU, torch.bfloat16, LAYERS, 16)
+    assert isinstance(choice.kernel, TorchKernel)
+    assert choice.notes == (f"kernel cpu is not used: {ABSENT}", SLOWER)
+    with pytest.raises(ConfigError, match="attention.backend is cpu, but") as caught:
+        choose_kernel("cpu", CPU, torch.bfloat16, LAYERS, 16)
+    assert ABSENT in str(caught.value) and "\n" not in str(caught.value)
+    assert str(caught.value).endswith("set attention.backend to auto")
+    assert choose_kernel("sdpa", CPU, torch.bfloat16, LAYERS, 16).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("kernel", "why"),
+    [(Wrong(), "it is wrong by"), (Narrow(), "head_dim 16 is too large")],
+    ids=["wrong", "narrow"],
+)
+def test_a_kernel_that_is_wrong_or_refuses_is_named_and_the_next_one_taken(
+    monkeypatch: pytest.MonkeyPatch, kernel: PagedKernel, why: str
+) -> None:
+    monkeypatch.setattr(choose, "_cpu", lambda device: kernel)
+    choice = choose_kernel("auto", CPU, torch.float32, LAYERS, 16)
+    assert choice.kernel.name == "sdpa"
+    assert choice.notes[0].startswith(f"kernel cpu is not used: {why}")
+    with pytest.raises(ConfigError, match=why):
+        choose_kernel("cpu", CPU, torch.float32, LAYERS, 16)
+
+
+def test_without_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choose, "_cpu", lambda device: Wrong())
+    assert choose_kernel("auto", CPU, torch.float32, LAYERS, 16, check=False).kernel.name == "cpu"
+
+
+def test_a_package_that_does_not_import(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ds_cp.attention.kernels.triton_kernel", None)
+    with pytest.raises(KernelUnavailableError, match="triton cannot be imported"):
+        makers(CUDA)["triton"](CUDA)
+
+
+def test_as_many_as_are_asked_for() -> None:
+    found = find_kernels("auto", CPU, torch.float32, LAYERS, 16, check=False, enough=9)
+    assert [kernel.name for kernel in found.kernels] == list(kernels())
+    one = find_kernels("sdpa", CPU, torch.float32, LAYERS, 16, check=False, enough=9)
+    assert [kernel.name for kernel in one.kernels] == ["sdpa"]
+
+
+# --- over ranks
+
+ORDER = ("cpu", "sdpa", "reference")
+
+
+class Fast(ReferenceKernel):
+    name = "cpu"
+
+
+def mine(*kernels: PagedKernel, **problems: str) -> Candidates:
+    return Candidates(kernels, problems, ORDER)
+
+
+def test_all_ranks_have_the_same() -> None:
+    ranks = [Told(("cpu",), {})] * 3
+    choice = agree_on_kernel("auto", mine(Fast()), ranks)
+    assert choice.kernel.name == "cpu" and choice.notes == ()
+
+
+def test_a_rank_that_lacks_the_best_is_named_with_its_reason() -> None:
+    """The same choice and the same lines on every rank, also on the one that lacks it."""
+    full, less = Told(ORDER, {}), Told(("sdpa", "reference"), {"cpu": ABSENT})
+    ranks, hosts = [full, full, less, less], ["a", "a", "b", "b"]
+    everything = mine(Fast(), TorchKernel(), ReferenceKernel())
+    lines = []
+    for candidates in (everything, mine(TorchKernel(), ReferenceKernel(), cpu=ABSENT)):
+        choice = agree_on_kernel("auto", candidates, ranks, hosts)
+        assert choice.kernel.name == "sdpa"
+        lines.append(choice.notes)
+    assert lines[0] == lines[1]
+    assert lines[0] == (f"kernel cpu is not used: rank 2 on b: {ABSENT}", SLOWER)
+
+
+def test_all_ranks_lack_the_best() -> None:
+    ranks = [Told(("sdpa",), {"cpu": ABSENT})] * 2
+    choice = agree_on_kernel("auto", mine(TorchKernel(), cpu=ABSENT), ranks, ["a", "b"])
+    assert choice.notes[0] == f"kernel cpu is not used: {ABSENT}"
+
+
+def test_ranks_that_have_nothing_in_common() -> None:
+    """As when one is asked for by name."""
+    ranks = [Told(("cpu",), {}), Told((), {"cpu": ABSENT})]
+    with pytest.raises(ConfigError, match="rank 1 on b: the native library is not built"):
+        agree_on_kernel("cpu", Candidates((Fast(),), {}, ("cpu",)), ranks, ["a", "b"])
+    with pytest.raises(ConfigError, match="rank 1 on b: the native library is not built"):
+        agree_on_kernel("cpu", Candidates((), {"cpu": ABSENT}, ("cpu",)), ranks, ["a", "b"])
+
+
+def test_a_kernel_that_is_asked_for_by_another_name() -> None:
+    """``flash_attn`` is the kernel ``cuda`` with that package or not at all."""
+    asked = Candidates((Fast(),), {}, ("flash_attn",))
+    choice = agree_on_kernel("flash_attn", asked, [Told(("cpu",), {})] * 2, ["a", "b"])
+    assert choice.kernel.name == "cpu" and choice.notes == ()
+    ranks = [Told(("cpu",), {}), Told((), {"flash_attn": "it is not installed"})]
+    with pytest.raises(ConfigError, match="flash_attn is not used.*it is not installed"):
+        agree_on_kernel("flash_attn", asked, ranks, ["a", "b"])

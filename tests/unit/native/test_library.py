@@ -1,0 +1,102 @@
+"""The native library: a build that is found, and a reason whenever there is none."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from ds_cp.native import Library, load
+from ds_cp.native.build import LIBRARY, SOURCES, BuildError, build, stamp
+from tests.helpers.native import native_library
+
+SMALL = """
+#include "isa.h"
+DS_CP_EXPORT const char* ds_cp_stamp() { return DS_CP_STAMP; }
+DS_CP_EXPORT const char* ds_cp_isas() { return "baseline"; }
+DS_CP_EXPORT long answer(long x) { return x + 42; }
+"""
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> Path:
+    """Sources of a library that compile in a moment."""
+    if not any(shutil.which(name) for name in ("g++", "c++", "clang++")):
+        pytest.skip("needs a C++ compiler: apt-get install g++")
+    folder = tmp_path / "src"
+    folder.mkdir()
+    shutil.copy(SOURCES / "isa.h", folder)
+    (folder / "small.cpp").write_text(SMALL)
+    return folder
+
+
+def test_what_is_built_is_loaded_and_answers(sources: Path, tmp_path: Path) -> None:
+    built = build(tmp_path, sources=sources)
+    assert built.path == tmp_path / LIBRARY and "baseline" in built.isas
+    assert [f.name for f in tmp_path.iterdir() if f.is_file()] == [LIBRARY]  # nothing half done
+    library = load(tmp_path, sources)
+    assert isinstance(library, Library)
+    assert library.function("answer", [ctypes.c_long], ctypes.c_long)(1) == 43
+
+
+def test_changed_sources_are_not_answered_by_an_old_library(sources: Path, tmp_path: Path) -> None:
+    build(tmp_path, sources=sources)
+    before = stamp(sources)
+    (sources / "small.cpp").write_text(SMALL.replace("42", "43"))
+    assert stamp(sources) != before
+    reason = load(tmp_path, sources)
+    assert isinstance(reason, str) and "other sources" in reason and "ds_cp.native" in reason
+
+
+def test_a_missing_library_is_a_reason(tmp_path: Path) -> None:
+    reason = load(tmp_path)
+    assert isinstance(reason, str) and "not built" in reason
+
+
+@pytest.mark.parametrize("content", [b"", b"not a library", b"\x7fELF" + bytes(60)])
+def test_a_broken_library_is_a_reason(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / LIBRARY).write_bytes(content)
+    reason = load(tmp_path)
+    assert isinstance(reason, str) and ("broken" in reason or "cannot be loaded" in reason)
+
+
+def test_a_library_that_was_cut_short_is_a_reason(sources: Path, tmp_path: Path) -> None:
+    whole = build(tmp_path, sources=sources).path.read_bytes()
+    for part in (len(whole) // 3, len(whole) - 1):
+        folder = tmp_path / str(part)
+        folder.mkdir()
+        (folder / LIBRARY).write_bytes(whole[:part])
+        reason = load(folder, sources)
+        assert isinstance(reason, str) and "cut short" in reason
+
+
+def test_a_missing_compiler_is_said_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match="no C\\+\\+ compiler \\(/nowhere/g\\+\\+\\)"):
+        build(tmp_path, "/nowhere/g++")
+
+
+def test_a_compiler_that_fails_is_said_in_one_line(sources: Path, tmp_path: Path) -> None:
+    (sources / "small.cpp").write_text("#error out of order\n")
+    with pytest.raises(BuildError, match="out of order") as caught:
+        build(tmp_path, sources=sources)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / LIBRARY).exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere: run it as another user")
+def test_a_folder_that_cannot_be_written_is_said(sources: Path, tmp_path: Path) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o500)
+    with pytest.raises(BuildError, match="cannot be written"):
+        build(closed, sources=sources)
+
+
+def test_threads_are_those_of_torch() -> None:
+    seen = native_library().function("ds_cp_threads_seen", [ctypes.c_int64] * 2, ctypes.c_int64)
+    torch.ones(1 << 20).sum()  # its pool is there
+    assert seen(200, 1) == 1
+    assert max(seen(1000, 2) for _ in range(3)) == 2

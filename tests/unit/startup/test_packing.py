@@ -1,0 +1,74 @@
+"""When linear layers are packed, what the start says of it, and the ways back to torch's."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from ds_cp.errors import ConfigError
+from ds_cp.model.linear import give_back
+from ds_cp.model.packed_linear import LinearOps
+from ds_cp.native import Library, load
+from ds_cp.startup import packing
+from ds_cp.startup.packing import plan_packing
+from tests.helpers.engines import tiny_llama
+
+LIBRARY = load()
+needs_library = pytest.mark.skipif(
+    not isinstance(LIBRARY, Library) or LIBRARY.isas[0] == "baseline",
+    reason=f"needs the native library and AVX2: {LIBRARY}",
+)
+
+
+def world(kind: str = "cpu") -> Any:
+    topology = SimpleNamespace(local_size=lambda rank: 1)
+    return SimpleNamespace(device=torch.device(kind), topology=topology, rank=0)
+
+
+@needs_library
+def test_packed_by_default_and_given_back() -> None:
+    model = tiny_llama()
+    ids = torch.arange(20)[None]
+    with torch.inference_mode():
+        want = model(input_ids=ids).logits
+        line = plan_packing("auto", model, world(), kept=True)()
+        assert line.startswith("linear layers: 15 packed for ") and "5 RMS norms" in line
+        model.set_attn_implementation("sdpa")
+        torch.testing.assert_close(model(input_ids=ids).logits, want, atol=1e-5, rtol=1e-5)
+        give_back(model, "sdpa")
+        assert torch.equal(model(input_ids=ids).logits, want)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_torch_and_other_devices_change_nothing() -> None:
+    model = tiny_llama()
+    assert plan_packing("torch", model, world(), kept=True)() == ""
+    assert plan_packing("auto", model, world("cuda"), kept=True)() == ""
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+@pytest.mark.parametrize("why", ("no library", "no memory", "no layers"))
+def test_what_cannot_be_packed_stays_and_is_said(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llama()
+    if why == "no library":
+        monkeypatch.setattr(packing, "packing_ops", lambda dtype: "the native library is not built")
+        said = "the native library is not built"
+    elif isinstance(LIBRARY, str):
+        pytest.skip(f"{LIBRARY}: run `python -m ds_cp.native`")
+    elif why == "no memory":
+        monkeypatch.setattr(packing, "packing_ops", lambda dtype: LinearOps(LIBRARY))
+        monkeypatch.setattr(packing, "free_bytes", lambda world: (1000, 1))
+        said = "more than 60% of 0.0 GiB free"
+    else:
+        monkeypatch.setattr(packing, "packing_ops", lambda dtype: LinearOps(LIBRARY))
+        model = model.to(torch.float16)
+        said = "none that can be packed"
+    line = plan_packing("auto", model, world(), kept=True)()
+    assert line.startswith("linear layers: torch's operators (") and said in line
+    assert not any("forward" in module.__dict__ for module in model.modules())
+    if why != "no memory":
+        with pytest.raises(ConfigError, match="linear_layers is packed, but"):
+            plan_packing("packed", model, world(), kept=True)
