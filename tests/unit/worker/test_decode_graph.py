@@ -3,7 +3,10 @@ kernel that reads nothing but tensors, as captured ones do."""
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -184,6 +187,33 @@ def test_steps_of_changing_company_give_the_eager_numbers() -> None:
         torch.testing.assert_close(ours.pool._data[:60], theirs.pool._data[:60], atol=1e-5, rtol=0)
     assert graphs.captured == [(1, 4096), (2, 4096), (4, 4096), (6, 4096)] and not notes
     assert sum(graph.replays for graph in Repeated.made) == 30
+
+
+def interpreted() -> None:
+    """In a process where Triton interprets: the same, by the kernels that are captured."""
+    from ds_cp.attention.kernels.cuda import CudaKernel
+    from ds_cp.attention.kernels.triton_kernel import TritonKernel
+
+    lengths = [1, 15, 17, 63, 5, 700]  # the last one is split
+    ours, theirs = Requests(3, list(lengths)), Requests(3, list(lengths))
+    graphs, _ = graphs_over(ours.pool, 4, CudaKernel(TritonKernel(), (), CPU))
+    for which in ([5, 0, 2], [2], [0, 3, 4, 1], [5, 3]):
+        got, inputs = graphs.run(ours.step(which)), theirs.step(which)
+        want = forward(inputs.ids[None], inputs.positions[None], Eager(inputs, theirs.pool))
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(ours.pool._data[:60], theirs.pool._data[:60], atol=1e-5, rtol=0)
+    print(graphs.captured)
+
+
+def test_steps_by_the_triton_kernels() -> None:
+    pytest.importorskip("triton", reason="triton is not installed: pip install triton")
+    code = "from tests.unit.worker import test_decode_graph as t; t.interpreted()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True, text=True, timeout=250,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == "[(1, 4096), (2, 4096), (4, 4096)]".split()
 
 
 def test_what_does_not_fit_runs_eagerly() -> None:
