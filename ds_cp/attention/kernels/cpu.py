@@ -99,6 +99,7 @@ class CpuKernel:
             or out.dtype != torch.float32
             or lse.dtype != torch.float32
             or out.stride(2) != 1
+            or not out.device.type == lse.device.type == "cpu"
         ):
             raise ValueError(
                 f"a partial of {tuple(out.shape)} {out.dtype} and {tuple(lse.shape)} cannot take "
@@ -135,6 +136,7 @@ class CpuKernel:
             k_TGD.shape != (tokens, shape.num_kv_heads, shape.k_dim)
             or v_TGD.shape != (tokens, shape.num_kv_heads, shape.v_dim)
             or places.shape != blocks.shape
+            or not k_TGD.device.type == v_TGD.device.type == "cpu"
         ):
             raise ValueError(
                 f"keys {tuple(k_TGD.shape)} and values {tuple(v_TGD.shape)} do not fit {tokens} "
@@ -161,6 +163,8 @@ class CpuKernel:
         num_rows, heads, dim = part_out.shape
         if (
             out.shape[1:] != (heads, dim)
+            or not out.device.type == lse.device.type == "cpu"
+            or not part_out.device.type == part_lse.device.type == "cpu"
             or lse.shape != out.shape[:2]
             or part_lse.shape != (num_rows, heads)
             or (rows is None and num_rows != len(out))
@@ -241,6 +245,7 @@ def _check_queries(
     if (
         q_THD.shape[1:] != (spec.num_q_heads, shape.k_dim)
         or q_THD.dtype != shape.dtype
+        or not q_THD.device.type == q_positions.device.type == "cpu"
         or q_positions.shape != q_THD.shape[:1]
         or q_positions.dtype != torch.int64
         or not q_positions.is_contiguous()

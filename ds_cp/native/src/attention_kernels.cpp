@@ -492,7 +492,7 @@ bool sees_all(const Group& group, int64_t window, const Tile<T>& tile) {
 }
 
 constexpr int kGroups = 2;    // whose scores are held at once, in the first cache
-constexpr int kFew = 12;       // rows; with so few, memory is what takes the time
+constexpr int kFew = 12;       // rows; with so few, and for a tile's first ones, memory takes the time
 constexpr int kChunk = 512;   // columns whose values one step adds
 
 // Per row of the groups at hand, lane by lane: the largest score of all its columns, hidden ones too.
@@ -506,7 +506,7 @@ void scores_of(Work& work, const Tile<T>& tile, const Group* groups, int num_gro
   const Shape& s = *work.shape;
   const auto* a = static_cast<const typename T::A*>(work.a);
   const int64_t ld = work.score_stride;
-  const bool few = work.rows <= kFew;
+  const bool few = work.rows <= kFew || groups[0].row == 0;
   const Group& last = groups[num_groups - 1];
   for (int32_t r = 0; r < last.row + last.rows - groups[0].row; ++r)
     store(room.tops[r], all(-kInf));
@@ -608,7 +608,7 @@ void values_of(Work& work, const Tile<T>& tile, const Group* groups, int num_gro
   const Shape& s = *work.shape;
   const auto* weights = reinterpret_cast<const A*>(work.scores);
   const int64_t ld = work.score_stride * static_cast<int64_t>(sizeof(float) / sizeof(A));
-  const bool few = work.rows <= kFew;
+  const bool few = work.rows <= kFew || groups[0].row == 0;
   for (int first = 0; first < tile.num_runs;) {
     int end = first + 1;  // runs of about kChunk columns
     while (end < tile.num_runs && tile.runs[end].end - tile.runs[first].column <= kChunk) ++end;
