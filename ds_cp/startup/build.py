@@ -173,6 +173,7 @@ def _serve(
         shard_model(decoder, sums)
         with sums.recording():
             layers = probe_layers(decoder)
+        with sums.recording():  # of one call of the model, as this is another
             packing = plan_packing(config.linear_layers, decoder, world, kept=is_callers)
         _check_heads(decoder.config.get_text_config(), layers, tp.size)
         return layers, reference, packing
