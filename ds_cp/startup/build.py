@@ -172,9 +172,9 @@ def _serve(
         reference = reference_logits(decoder, modules)
         shard_model(decoder, sums)
         with sums.recording():
-            layers = probe_layers(decoder)
-        with sums.recording():  # of one call of the model, as this is another
             packing = plan_packing(config.linear_layers, decoder, world, kept=is_callers)
+        with sums.recording():  # anew: what is kept are the sums of this one call of the model
+            layers = probe_layers(decoder)
         _check_heads(decoder.config.get_text_config(), layers, tp.size)
         return layers, reference, packing
 
