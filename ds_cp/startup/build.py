@@ -171,9 +171,9 @@ def _serve(
     def prepare() -> tuple[list[LayerSpec], Reference, Packing]:
         reference = reference_logits(decoder, modules)
         shard_model(decoder, sums)
-        with sums.recording():  # it probes too; the sums of one call are to be kept
-            packing = plan_packing(config.linear_layers, decoder, world, kept=is_callers)
         with sums.recording():
+            packing = plan_packing(config.linear_layers, decoder, world, kept=is_callers)
+        with sums.recording():  # anew: what is kept are the sums of this one call of the model
             layers = probe_layers(decoder)
         _check_heads(decoder.config.get_text_config(), layers, tp.size)
         return layers, reference, packing
