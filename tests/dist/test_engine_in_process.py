@@ -215,15 +215,14 @@ def real_prompts(folder: Path) -> list[Ids]:
 
 def real_model(world: World, folder: str, prompts: Sequence[Ids], want: Sequence[Ids]) -> list[str]:
     """Two ranks of 448 tokens: the longest prompt spans both, whatever the mode."""
-    bad, model = [], None
+    bad, model = [], AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     for mode in ("ring", "tree"):
         config = {
             "dtype": "fp32",
             "context_parallel": {"mode": mode},
             "kv_cache": {"block_size": 64, "tokens_per_rank": 448},
         }
-        engine = engine_on(world, model or folder, config)
-        model = engine._worker.model
+        engine = engine_on(world, model, config)
         outputs = engine.generate(prompts, greedy(REAL_NEW, ignore_eos=True))
         bad += wrong(mode, world, tokens_of(outputs), want)
         if outputs:
