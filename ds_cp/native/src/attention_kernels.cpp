@@ -387,6 +387,7 @@ struct Tile {
   int64_t begin, end;          // columns with keys
   int64_t base;        // position of column 0, if the tile is whole
   bool whole;          // its keys' columns follow one another, as their positions do
+  bool even;           // no strip holds a column that is not its own keys', but for the last one
 };
 
 template <class T>
@@ -398,9 +399,11 @@ void lay_out(Work& work, const Segment* segments, int count, Tile<T>& tile) {
   tile.end = segments[count - 1].column + segments[count - 1].keys;
   tile.base = segments[0].first - segments[0].column;
   tile.whole = true;
+  tile.even = !s.repack;
   for (int i = 0; i < count; ++i) {
     const Segment& seg = segments[i];
     if (seg.first - seg.column != tile.base) tile.whole = false;
+    if (seg.column % kLanes) tile.even = false;
     if (i && seg.column != segments[i - 1].column + segments[i - 1].keys) tile.whole = false;
   }
   tile.num_strips = tile.num_runs = 0;
@@ -588,7 +591,10 @@ void weights_of(Work& work, const Tile<T>& tile, const Group* groups, int num_gr
       if (s.softcap > 0) cap(row, group.begin, group.end, s.scale, s.softcap);
       if (!plain)
         mask<T>(row, group.begin, group.end, work.positions[r], s.window, tile, segments, count);
-      const bool known = room && plain && !(s.softcap > 0);
+      // The shift must be the largest score that the row sees: a hidden one may be so large that all
+      // others weigh 0 beside it. Steps cover just the group's columns where no strip is in part, and
+      // no step begins before them.
+      const bool known = room && plain && tile.even && group.begin == tile.begin && !(s.softcap > 0);
       const vf top = known ? load(room->tops[r - groups[0].row]) : top_of(row, group.begin, group.end);
       float rescale;
       soften<T>(row, group.begin, group.end, factor, max_of(top), work.part.max[r],

@@ -1,0 +1,87 @@
+"""The CPU operator and keys that a row does not see, whatever they hold."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ds_cp.attention.batch import Part, make_batch
+from ds_cp.attention.kernels.cpu import CpuKernel
+from ds_cp.attention.pages import PageShape, empty_pages
+from ds_cp.attention.spec import LayerSpec
+from ds_cp.attention.state import Partial
+from ds_cp.layout import Block, Blocks
+from tests.unit.attention.test_cpu_kernel import LIMIT, VARIANTS, make_kernel
+
+# block size, head dim, window, length, the row looked at
+LAYERS = (
+    (8, 64, None, 64, 31),  # tiles are repacked: blocks are no whole vectors
+    (16, 72, None, 64, 31),  # and dims are none
+    (16, 64, 569, 660, 600),  # a window that begins in the middle of a step of four vectors
+    (16, 64, None, 64, 31),
+)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=VARIANTS, ids=lambda v: v[0] + ("-brgemm" if v[1] else ""))
+def kernel(request: pytest.FixtureRequest) -> CpuKernel:
+    return make_kernel(*request.param)
+
+
+@pytest.fixture(params=LIMIT, ids=lambda d: str(d)[6:])
+def dtype(request: pytest.FixtureRequest, kernel: CpuKernel) -> torch.dtype:
+    if kernel.brgemm and request.param == torch.float32:
+        pytest.skip("brgemm is for bf16 only: run the other variant")
+    found: torch.dtype = request.param
+    return found
+
+
+def attend(
+    kernel: CpuKernel,
+    spec: LayerSpec,
+    size: int,
+    q: torch.Tensor,
+    first: int,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    held: int | None = None,
+) -> Partial:
+    """Rows ``q`` at ``first`` on over the first ``held`` tokens of ``k`` and ``v``, or all."""
+    pages = empty_pages(PageShape.of(spec, size, k.dtype, True), -(-len(k) // size), CPU)
+    at = torch.arange(len(k))
+    kernel.write(pages, k, v, at // size, at % size)
+    held = len(k) if held is None else held
+    blocks = Blocks([Block(i // size, i, min(size, held - i)) for i in range(0, held, size)])
+    batch = make_batch([Part(((first, len(q)),), blocks)], CPU)
+    return kernel.paged_attention(q, torch.arange(first, first + len(q)), pages, batch, spec)
+
+
+def drawn(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda x: f"block{x[0]}-dim{x[1]}-window{x[2]}")
+@pytest.mark.parametrize("fold", [1, 6])
+def test_a_hidden_key_changes_no_bit(
+    kernel: CpuKernel, dtype: torch.dtype, layer: tuple[int, int, int | None, int, int], fold: int
+) -> None:
+    size, dim, window, length, row = layer
+    spec = LayerSpec(fold, 1, dim, dim**-0.5, window)
+    k, v = (drawn((length, 1, dim), dtype, i) for i in (1, 2))
+    q = drawn((length, fold, dim), dtype, 3)
+    plain = attend(kernel, spec, size, q[row : row + 1], row, k, v)
+    huge = q[row, 0] * (1e3 / (spec.scale * float(q[row, 0].float().square().sum())))
+    for hidden in (row + 1, row + 9, *((5, 31) if window else ())):
+        other = k.clone()
+        other[hidden, 0] = huge  # a score of 1000
+        got = attend(kernel, spec, size, q[row : row + 1], row, other, v)
+        assert torch.equal(got.out, plain.out) and torch.equal(got.lse, plain.lse), hidden
+    begin = max(0, length - 96)
+    whole = attend(kernel, spec, size, q[begin:], begin, k, v)
+    for chunk in (1, 7, 32):
+        for at in range(begin, length, chunk):
+            end = min(at + chunk, length)
+            got = attend(kernel, spec, size, q[at:end], at, k, v, end)
+            rows = slice(at - begin, end - begin)
+            assert torch.equal(got.out, whole.out[rows]), (chunk, at)
+            assert torch.equal(got.lse, whole.lse[rows]), (chunk, at)
