@@ -290,8 +290,16 @@ DS_CP_INLINE vf top_of(const float* row, int64_t low, int64_t high) {
   return top;
 }
 
+// Whether there is NaN in a row's columns [low, high).
+DS_CP_INLINE bool has_nan(const float* row, int64_t low, int64_t high) {
+  bool found = false;
+  for (int64_t j = low; j < high; ++j) found |= row[j] != row[j];
+  return found;
+}
+
 // Softmax of one row's columns [low, high) (multiples of kRound), in place: scores become weights of
-// type A at the beginning of the row. Hidden columns hold -inf.
+// type A at the beginning of the row. Hidden columns hold -inf. NaN makes the row's sum NaN; a maximum may
+// pass it over, so that only NaN and hidden columns look like a row that sees nothing.
 template <class T>
 DS_CP_INLINE void soften(float* row, int64_t low, int64_t high, float factor, float top,
                          float& row_max, float& row_sum, float& rescale) {
@@ -301,6 +309,7 @@ DS_CP_INLINE void soften(float* row, int64_t low, int64_t high, float factor, fl
   auto* weights = reinterpret_cast<typename T::A*>(row);
   rescale = 1.0f;
   if (now == -kInf) {
+    if (has_nan(row, low, high)) row_max = row_sum = __builtin_nanf("");
     memset(weights + low, 0, (high - low) * sizeof(typename T::A));
     return;
   }

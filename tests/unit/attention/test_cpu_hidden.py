@@ -1,4 +1,4 @@
-"""The CPU operator and keys that a row does not see, whatever they hold."""
+"""The CPU operator and keys that a row does not see, whatever they hold; and NaN in those it sees."""
 
 from __future__ import annotations
 
@@ -85,3 +85,24 @@ def test_a_hidden_key_changes_no_bit(
             rows = slice(at - begin, end - begin)
             assert torch.equal(got.out, whole.out[rows]), (chunk, at)
             assert torch.equal(got.lse, whole.lse[rows]), (chunk, at)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_nan_comes_out_of_rows_that_see_it_and_of_no_others(
+    kernel: CpuKernel, dtype: torch.dtype, softcap: float | None
+) -> None:
+    for size, dim, window, length, _ in LAYERS:
+        spec = LayerSpec(4, 2, dim, dim**-0.5, window, softcap)
+        k, v = (drawn((length, 2, dim), dtype, i) for i in (1, 2))
+        q = drawn((length, 4, dim), dtype, 3)
+        plain = attend(kernel, spec, size, q, 0, k, v)
+        at = torch.arange(length)
+        for key in (0, 3, 40):
+            other = k.clone()
+            other[key, 1, dim // 2] = torch.nan
+            got = attend(kernel, spec, size, q, 0, other, v)
+            seen = (at >= key) & (at < key + (window or length))
+            assert got.out[seen, 2:].isnan().all() and got.lse[seen, 2:].isnan().all(), key
+            for ours, right in ((got.out, plain.out), (got.lse, plain.lse)):
+                assert torch.equal(ours[:, :2], right[:, :2])
+                assert torch.equal(ours[~seen, 2:], right[~seen, 2:])
