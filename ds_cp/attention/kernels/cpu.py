@@ -31,6 +31,7 @@ _FAULTS = {
     2: "rows of queries are named that are not there, or a position is below 0",
     3: "a block is named that is not in the pages, or holds more keys than fit",
     4: "there is no memory for its intermediate results",
+    5: "its matrix product failed",
 }
 ISAS = ("avx512bf16", "avx512", "avx2", "baseline")  # by the native code's numbers
 

@@ -60,7 +60,7 @@ struct CallArgs {
   int64_t into, threads;
 };
 
-enum Fault { kFine = 0, kBadLayer = 1, kBadRows = 2, kBadBlocks = 3, kNoMemory = 4 };
+enum Fault { kFine = 0, kBadLayer = 1, kBadRows = 2, kBadBlocks = 3, kNoMemory = 4, kFailed = 5 };
 
 // One block's keys, or a part of them, before a head is chosen.
 struct Piece {
@@ -177,7 +177,7 @@ class Attention {
     element_ = layer.type == kBfloat16 ? 2 : 4;
   }
 
-  void run() {
+  Fault run() {
     for (int64_t i = 0; i < batch_.parts; ++i) lay_out(batch_, layer_, i, plan_);
     const int64_t total = deal_out();
     const int64_t macs = total * (layer_.k_dim + layer_.v_dim);
@@ -190,10 +190,12 @@ class Attention {
       try {  // an exception must not leave the thread it is thrown in
         this->task(tasks_[task]);
       } catch (const std::bad_alloc&) {
-        no_memory_ = true;
+        fault_ = kNoMemory;
+      } catch (...) {  // of torch's product
+        fault_ = kFailed;
       }
     });
-    if (no_memory_) throw std::bad_alloc();
+    return fault_;
   }
 
  private:
@@ -417,14 +419,15 @@ class Attention {
   std::vector<Task> tasks_;
   std::unique_ptr<std::atomic<int64_t>[]> left_;
   char* partials_ = nullptr;
-  std::atomic<bool> no_memory_{false};
+  std::atomic<Fault> fault_{kFine};
 };
 
 }  // namespace
 }  // namespace ds_cp
 
 // Attention of a step's requests over one layer's pages. The arguments are the structures above, as
-// bytes. Returns a `Fault`; nothing was written when it is not kFine, but for kNoMemory.
+// bytes. Returns a `Fault`; nothing was written when it is not kFine, but for kNoMemory and
+// kFailed.
 DS_CP_EXPORT int64_t ds_cp_paged_attention(const ds_cp::BatchArgs* batch,
                                            const ds_cp::LayerArgs* layer,
                                            const ds_cp::CallArgs* call) {
@@ -433,9 +436,10 @@ DS_CP_EXPORT int64_t ds_cp_paged_attention(const ds_cp::BatchArgs* batch,
   if (!ops || (layer->type != kFloat32 && layer->type != kBfloat16)) return kBadLayer;
   if (const Fault fault = check(*batch, *layer, *call)) return fault;
   try {
-    Attention(*batch, *layer, *call, *ops).run();
+    return Attention(*batch, *layer, *call, *ops).run();
   } catch (const std::bad_alloc&) {
     return kNoMemory;
+  } catch (...) {
+    return kFailed;
   }
-  return kFine;
 }

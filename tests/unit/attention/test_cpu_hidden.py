@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -106,3 +110,27 @@ def test_nan_comes_out_of_rows_that_see_it_and_of_no_others(
             for ours, right in ((got.out, plain.out), (got.lse, plain.lse)):
                 assert torch.equal(ours[:, :2], right[:, :2])
                 assert torch.equal(ours[~seen, 2:], right[~seen, 2:])
+
+
+FAILS = """
+import torch
+from tests.unit.attention.test_cpu_hidden import LayerSpec, attend, drawn, make_kernel
+kernel = make_kernel("avx512bf16", True)
+q = drawn((1, 2, 16), torch.bfloat16, 1)
+try:
+    attend(kernel, LayerSpec(2, 2, 16, 0.25), 16, q, 0, q, q)
+except ValueError as err:
+    print(err)
+"""
+
+
+def test_a_product_that_fails_is_an_error_of_the_call() -> None:
+    """oneDNN refuses bf16 when it is told that the processor is an older one."""
+    make_kernel("avx512bf16", True)
+    more = {"ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", FAILS],
+        env=os.environ | more, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-500:]
+    assert "its matrix product failed" in done.stdout
