@@ -263,6 +263,11 @@ class Attention {
     tile.cost = std::max<int64_t>(1, std::max<int64_t>(tile.rows, 4) * std::max<int64_t>(keys, 0));
   }
 
+  // Rows that products write to: brgemm's come in whole kUnit.
+  int64_t padded(int64_t rows) const {
+    return shape_.amx ? (rows + 2 * kUnit - 1) / kUnit * kUnit : rows;
+  }
+
   size_t partial_bytes(int64_t rows) const {
     Pieces room(nullptr);
     running(room, rows);
@@ -271,7 +276,7 @@ class Attention {
 
   Running running(Pieces& room, int64_t rows) const {
     Running found;
-    found.acc = room.take<float>(rows * shape_.v_pad);
+    found.acc = room.take<float>(padded(rows) * shape_.v_pad);
     found.max = room.take<float>(rows);
     found.sum = room.take<float>(rows);
     return found;
@@ -354,9 +359,12 @@ class Attention {
     work.shape = &shape_;
     work.rows = static_cast<int32_t>(tile.rows);
     work.positions = room.take<int64_t>(tile.rows);
-    work.a = room.take<float>(tile.rows * shape_.k_dim);
-    work.score_stride = (plan_.columns + kRound - 1) / kRound * kRound + kRound;
-    work.scores = room.take<float>(tile.rows * work.score_stride);
+    work.a = room.take<float>(padded(tile.rows) * shape_.k_dim);
+    // Of brgemm, ATen compiles and keeps a kernel for each shape and stride in each thread.
+    const int64_t columns =
+        shape_.amx ? (plan_.columns <= kTile ? kTile : kMaxColumns) : plan_.columns;
+    work.score_stride = (columns + kRound - 1) / kRound * kRound + kRound;
+    work.scores = room.take<float>(padded(tile.rows) * work.score_stride);
     work.packed_k = work.packed_v = nullptr;
     if (shape_.repack) {
       work.packed_k = room.take<float>((plan_.columns + 16) * shape_.k_dim);

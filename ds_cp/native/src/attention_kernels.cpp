@@ -357,7 +357,7 @@ DS_CP_INLINE void fill(float* row, int64_t low, int64_t high) {
 }
 
 // Copies a tile's keys and values into whole vectors: keys [strips][k_dim / p][kLanes][p], values
-// [columns / p][v_pad][p]; what is no key is 0.
+// [columns / p][v_pad][p], columns in whole kUnit; what is no key is 0.
 template <class T>
 void repack(Work& work, const Segment* segments, int count, int64_t columns) {
   using B = typename T::B;
@@ -367,7 +367,7 @@ void repack(Work& work, const Segment* segments, int count, int64_t columns) {
   auto* keys = static_cast<B*>(work.packed_k);
   auto* values = static_cast<B*>(work.packed_v);
   memset(keys, 0, round_up(columns, kLanes) * s.k_dim * sizeof(B));
-  memset(values, 0, round_up(columns, p) * s.v_pad * sizeof(B));
+  memset(values, 0, round_up(columns, kUnit) * s.v_pad * sizeof(B));
   for (int i = 0; i < count; ++i) {
     const Segment& seg = segments[i];
     const auto* k = static_cast<const B*>(seg.k);
@@ -550,7 +550,8 @@ void scores_of(Work& work, const Tile<T>& tile, const Group* groups, int num_gro
 
 #if defined(__AVX512BF16__)
 // Both products by ATen's brgemm, which uses AMX where the processor has it. The right factor of a call
-// is what lies side by side in a block; all rows of the groups at hand are one call.
+// is what lies side by side in a block; all rows of the groups at hand are one call, and some that are not
+// there. So there are few shapes, since ATen compiles and keeps a kernel for each, in each thread.
 void scores_by_brgemm(Work& work, const Tile<Bf16>& tile, const Group* groups, int num_groups) {
   const Shape& s = *work.shape;
   const Group& last = groups[num_groups - 1];
@@ -563,9 +564,9 @@ void scores_by_brgemm(Work& work, const Tile<Bf16>& tile, const Group* groups, i
       ++n;
     i += n;
     if (strips[0].low > last.high || strips[n - 1].high <= groups[0].low - s.window) continue;
-    work.multiply(last.row + last.rows - groups[0].row, n * kLanes, s.k_dim, s.k_dim,
-                    tile.strip_ld, work.score_stride, false, a, strips[0].data,
-                    work.scores + strips[0].column, true);
+    work.multiply(round_up(last.row + last.rows - groups[0].row, kUnit), n * kLanes, s.k_dim, s.k_dim,
+                  tile.strip_ld, work.score_stride, false, a, strips[0].data,
+                  work.scores + strips[0].column, true);
   }
 }
 
@@ -577,11 +578,14 @@ void values_by_brgemm(Work& work, const Tile<Bf16>& tile, const Group* groups, i
   for (int r = 0; r < tile.num_runs; ++r) {
     const Run<Bf16>& run = tile.runs[r];
     const int64_t begin = most(run.column, groups[0].begin);
-    const int64_t end = least(run.end, last.end);
+    int64_t end = least(run.end, last.end);
     if (begin >= end) continue;
-    work.multiply(last.row + last.rows - groups[0].row, s.v_pad, end - begin,
-                    2 * work.score_stride, tile.run_ld, s.v_pad, true, weights + begin,
-                    run.data + (begin - run.column) * tile.run_ld, acc, true);
+    // Whole kUnit, where what lies behind is of the same block and weighs 0.
+    const int64_t more = begin + round_up(end - begin, kUnit);
+    if (more <= last.end && (r + 1 == tile.num_runs || more <= tile.runs[r + 1].column)) end = more;
+    work.multiply(round_up(last.row + last.rows - groups[0].row, kUnit), s.v_pad, end - begin,
+                  2 * work.score_stride, tile.run_ld, s.v_pad, true, weights + begin,
+                  run.data + (begin - run.column) * tile.run_ld, acc, true);
   }
 }
 #endif
