@@ -359,6 +359,7 @@ class Attention {
     work.shape = &shape_;
     work.rows = static_cast<int32_t>(tile.rows);
     work.positions = room.take<int64_t>(tile.rows);
+    work.segments = room.take<Segment>(kMaxSegments);
     work.a = room.take<float>(padded(tile.rows) * shape_.k_dim);
     // Of brgemm, ATen compiles and keeps a kernel for each shape and stride in each thread.
     const int64_t columns =
@@ -376,7 +377,7 @@ class Attention {
   }
 
   void split(Work& work, const RowTile& tile, int64_t split) {
-    Segment segments[kMaxSegments];
+    Segment* segments = work.segments;
     const int64_t pair = layer_.type == kBfloat16 ? 2 : 1;
     const int64_t k_head = layer_.block_size * layer_.k_dim * element_;
     const int64_t v_head = layer_.block_size * layer_.v_dim * element_;

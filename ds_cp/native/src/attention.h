@@ -73,6 +73,7 @@ struct Work {
   const Shape* shape;
   int32_t rows;
   int64_t* positions;  // [rows]
+  Segment* segments;   // [kMaxSegments]: of the tile at hand
   void* a;             // queries as the products want them: [rows][k_dim]
   float* scores;       // [rows][score_stride]; weights take their place
   int64_t score_stride;
