@@ -357,7 +357,7 @@ DS_CP_INLINE void fill(float* row, int64_t low, int64_t high) {
 }
 
 // Copies a tile's keys and values into whole vectors: keys [strips][k_dim / p][kLanes][p], values
-// [columns / p][v_pad][p], columns in whole kUnit; what is no key is 0.
+// [columns / p][v_pad][p] and kUnit columns more; what is no key is 0.
 template <class T>
 void repack(Work& work, const Segment* segments, int count, int64_t columns) {
   using B = typename T::B;
@@ -367,7 +367,7 @@ void repack(Work& work, const Segment* segments, int count, int64_t columns) {
   auto* keys = static_cast<B*>(work.packed_k);
   auto* values = static_cast<B*>(work.packed_v);
   memset(keys, 0, round_up(columns, kLanes) * s.k_dim * sizeof(B));
-  memset(values, 0, round_up(columns, kUnit) * s.v_pad * sizeof(B));
+  memset(values, 0, (columns + kUnit) * s.v_pad * sizeof(B));
   for (int i = 0; i < count; ++i) {
     const Segment& seg = segments[i];
     const auto* k = static_cast<const B*>(seg.k);
@@ -573,19 +573,21 @@ void scores_by_brgemm(Work& work, const Tile<Bf16>& tile, const Group* groups, i
 void values_by_brgemm(Work& work, const Tile<Bf16>& tile, const Group* groups, int num_groups) {
   const Shape& s = *work.shape;
   const Group& last = groups[num_groups - 1];
-  const auto* weights = reinterpret_cast<const uint16_t*>(work.scores);
+  auto* weights = reinterpret_cast<uint16_t*>(work.scores);
   float* acc = work.part.acc + int64_t{groups[0].row} * s.v_pad;
+  const int64_t rows = last.row + last.rows - groups[0].row, all_rows = round_up(rows, kUnit);
+  for (int64_t r = rows; r < all_rows; ++r)  // rows that see nothing here, or are none
+    memset(weights + r * 2 * work.score_stride + last.begin, 0, (last.end - last.begin) * 2);
   for (int r = 0; r < tile.num_runs; ++r) {
     const Run<Bf16>& run = tile.runs[r];
     const int64_t begin = most(run.column, groups[0].begin);
     int64_t end = least(run.end, last.end);
     if (begin >= end) continue;
-    // Whole kUnit, where what lies behind is of the same block and weighs 0.
-    const int64_t more = begin + round_up(end - begin, kUnit);
+    // Whole kUnit from the run's begin, where what lies behind is of the same block and weighs 0.
+    const int64_t more = run.column + round_up(end - run.column, kUnit);
     if (more <= last.end && (r + 1 == tile.num_runs || more <= tile.runs[r + 1].column)) end = more;
-    work.multiply(round_up(last.row + last.rows - groups[0].row, kUnit), s.v_pad, end - begin,
-                  2 * work.score_stride, tile.run_ld, s.v_pad, true, weights + begin,
-                  run.data + (begin - run.column) * tile.run_ld, acc, true);
+    work.multiply(all_rows, s.v_pad, end - begin, 2 * work.score_stride, tile.run_ld, s.v_pad, true,
+                  weights + begin, run.data + (begin - run.column) * tile.run_ld, acc, true);
   }
 }
 #endif
