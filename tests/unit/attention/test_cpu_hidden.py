@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -124,13 +125,38 @@ except ValueError as err:
 """
 
 
+def run(code: str, **env: str) -> str:
+    """What a process of its own prints, for what oneDNN reads once."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | env, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-500:]
+    return done.stdout
+
+
 def test_a_product_that_fails_is_an_error_of_the_call() -> None:
     """oneDNN refuses bf16 when it is told that the processor is an older one."""
     make_kernel("avx512bf16", True)
-    more = {"ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", FAILS],
-        env=os.environ | more, capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-500:]
-    assert "its matrix product failed" in done.stdout
+    assert "its matrix product failed" in run(FAILS, ONEDNN_MAX_CPU_ISA="AVX2")
+
+
+MANY = """
+import os
+import torch
+from tests.unit.attention.test_cpu_hidden import LayerSpec, attend, drawn, make_kernel
+kernel = make_kernel("avx512bf16", True)
+k, q = drawn((200, 2, 32), torch.bfloat16, 1), drawn((40, 4, 32), torch.bfloat16, 2)
+os.chdir("FOLDER")
+for first in range(0, 150, 7):
+    for rows in (1, 2, 3, 5, 9, 17, 30):
+        attend(kernel, LayerSpec(4, 2, 32, 0.25), 16, q[:rows], first, k, k, first + rows)
+print(len(os.listdir()))
+"""
+
+
+def test_products_by_brgemm_have_few_shapes(tmp_path: Path) -> None:
+    """ATen compiles a kernel for each and keeps it for good, in each thread."""
+    make_kernel("avx512bf16", True)
+    code = MANY.replace("FOLDER", str(tmp_path))
+    assert 0 < int(run(code, ONEDNN_JIT_DUMP="1")) <= 24
