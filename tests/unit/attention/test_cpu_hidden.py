@@ -1,4 +1,4 @@
-"""The CPU operator and keys that a row does not see, whatever they hold; and NaN in those it sees."""
+"""The CPU operator: keys that a row does not see, whatever they hold, and NaN in those it sees."""
 
 from __future__ import annotations
 
