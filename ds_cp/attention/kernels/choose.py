@@ -84,6 +84,8 @@ def find_kernels(
     if deterministic and device.type == "cuda":
         known.pop("cuda", None)
         known["triton"] = lambda device: _triton(device, deterministic=True)
+    if name == "auto" and device.type == "cpu":
+        known["cpu"] = _fast_cpu
     if name != "auto" and name not in known:
         raise ConfigError(
             f"attention.backend {name!r} is not for {device.type}: set attention.backend to auto "
@@ -197,6 +199,14 @@ def _cpu(device: torch.device) -> PagedKernel:
     if isinstance(library, str):
         raise KernelUnavailableError(library)
     return CpuKernel(library)
+
+
+def _fast_cpu(device: torch.device) -> PagedKernel:
+    """The same, unless only its baseline runs here: torch's operators are faster than that."""
+    kernel = _cpu(device)
+    if getattr(kernel, "isa", "") == "baseline":
+        raise KernelUnavailableError("this processor has no AVX2, or its compiler did not know it")
+    return kernel
 
 
 def _cuda(device: torch.device) -> PagedKernel:

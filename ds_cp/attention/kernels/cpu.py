@@ -31,6 +31,7 @@ _FAULTS = {
     2: "rows of queries are named that are not there, or a position is below 0",
     3: "a block is named that is not in the pages, or holds more keys than fit",
     4: "there is no memory for its intermediate results",
+    5: "its matrix product failed",
 }
 ISAS = ("avx512bf16", "avx512", "avx2", "baseline")  # by the native code's numbers
 
@@ -69,10 +70,10 @@ class CpuKernel:
                 f"its bfloat16 pages hold pairs: head_dim {spec.head_dim} and block_size "
                 f"{block_size} must be even"
             )
-        if not 0 < spec.scale < float("inf"):
-            return f"a scale of {spec.scale} is not above 0"
-        if spec.softcap is not None and not 0 < spec.softcap < float("inf"):
-            return f"a soft cap of {spec.softcap} is not above 0"
+        if not 0 < _rounded(spec.scale) < float("inf"):
+            return f"a scale of {spec.scale} is no float32 number above 0"
+        if spec.softcap is not None and not 0 < _rounded(spec.softcap) < float("inf"):
+            return f"a soft cap of {spec.softcap} is no float32 number above 0"
         return ""
 
     def paged_attention(
@@ -181,6 +182,11 @@ class CpuKernel:
         )  # fmt: skip
         if self._merge(args):
             raise ValueError("the cpu kernel cannot merge: a row is not there")
+
+
+def _rounded(x: float) -> float:
+    """To float32, as the native code takes it: 0 or inf where it does not fit."""
+    return ctypes.c_float(x).value
 
 
 def _room(num_tokens: int, batch: PagedBatch, spec: LayerSpec) -> Partial:

@@ -60,7 +60,7 @@ struct CallArgs {
   int64_t into, threads;
 };
 
-enum Fault { kFine = 0, kBadLayer = 1, kBadRows = 2, kBadBlocks = 3, kNoMemory = 4 };
+enum Fault { kFine = 0, kBadLayer = 1, kBadRows = 2, kBadBlocks = 3, kNoMemory = 4, kFailed = 5 };
 
 // One block's keys, or a part of them, before a head is chosen.
 struct Piece {
@@ -177,7 +177,7 @@ class Attention {
     element_ = layer.type == kBfloat16 ? 2 : 4;
   }
 
-  void run() {
+  Fault run() {
     for (int64_t i = 0; i < batch_.parts; ++i) lay_out(batch_, layer_, i, plan_);
     const int64_t total = deal_out();
     const int64_t macs = total * (layer_.k_dim + layer_.v_dim);
@@ -190,10 +190,12 @@ class Attention {
       try {  // an exception must not leave the thread it is thrown in
         this->task(tasks_[task]);
       } catch (const std::bad_alloc&) {
-        no_memory_ = true;
+        fault_ = kNoMemory;
+      } catch (...) {  // of torch's product
+        fault_ = kFailed;
       }
     });
-    if (no_memory_) throw std::bad_alloc();
+    return fault_;
   }
 
  private:
@@ -261,6 +263,11 @@ class Attention {
     tile.cost = std::max<int64_t>(1, std::max<int64_t>(tile.rows, 4) * std::max<int64_t>(keys, 0));
   }
 
+  // Rows that products write to: brgemm's come in whole kUnit.
+  int64_t padded(int64_t rows) const {
+    return shape_.amx ? (rows + 2 * kUnit - 1) / kUnit * kUnit : rows;
+  }
+
   size_t partial_bytes(int64_t rows) const {
     Pieces room(nullptr);
     running(room, rows);
@@ -269,7 +276,7 @@ class Attention {
 
   Running running(Pieces& room, int64_t rows) const {
     Running found;
-    found.acc = room.take<float>(rows * shape_.v_pad);
+    found.acc = room.take<float>(padded(rows) * shape_.v_pad);
     found.max = room.take<float>(rows);
     found.sum = room.take<float>(rows);
     return found;
@@ -352,9 +359,13 @@ class Attention {
     work.shape = &shape_;
     work.rows = static_cast<int32_t>(tile.rows);
     work.positions = room.take<int64_t>(tile.rows);
-    work.a = room.take<float>(tile.rows * shape_.k_dim);
-    work.score_stride = (plan_.columns + kRound - 1) / kRound * kRound + kRound;
-    work.scores = room.take<float>(tile.rows * work.score_stride);
+    work.segments = room.take<Segment>(kMaxSegments);
+    work.a = room.take<float>(padded(tile.rows) * shape_.k_dim);
+    // Of brgemm, ATen compiles and keeps a kernel for each shape and stride in each thread.
+    const int64_t columns =
+        shape_.amx ? (plan_.columns <= kTile ? kTile : kMaxColumns) : plan_.columns;
+    work.score_stride = (columns + kRound - 1) / kRound * kRound + kRound;
+    work.scores = room.take<float>(padded(tile.rows) * work.score_stride);
     work.packed_k = work.packed_v = nullptr;
     if (shape_.repack) {
       work.packed_k = room.take<float>((plan_.columns + 16) * shape_.k_dim);
@@ -366,7 +377,7 @@ class Attention {
   }
 
   void split(Work& work, const RowTile& tile, int64_t split) {
-    Segment segments[kMaxSegments];
+    Segment* segments = work.segments;
     const int64_t pair = layer_.type == kBfloat16 ? 2 : 1;
     const int64_t k_head = layer_.block_size * layer_.k_dim * element_;
     const int64_t v_head = layer_.block_size * layer_.v_dim * element_;
@@ -417,14 +428,15 @@ class Attention {
   std::vector<Task> tasks_;
   std::unique_ptr<std::atomic<int64_t>[]> left_;
   char* partials_ = nullptr;
-  std::atomic<bool> no_memory_{false};
+  std::atomic<Fault> fault_{kFine};
 };
 
 }  // namespace
 }  // namespace ds_cp
 
 // Attention of a step's requests over one layer's pages. The arguments are the structures above, as
-// bytes. Returns a `Fault`; nothing was written when it is not kFine, but for kNoMemory.
+// bytes. Returns a `Fault`; nothing was written when it is not kFine, but for kNoMemory and
+// kFailed.
 DS_CP_EXPORT int64_t ds_cp_paged_attention(const ds_cp::BatchArgs* batch,
                                            const ds_cp::LayerArgs* layer,
                                            const ds_cp::CallArgs* call) {
@@ -433,9 +445,10 @@ DS_CP_EXPORT int64_t ds_cp_paged_attention(const ds_cp::BatchArgs* batch,
   if (!ops || (layer->type != kFloat32 && layer->type != kBfloat16)) return kBadLayer;
   if (const Fault fault = check(*batch, *layer, *call)) return fault;
   try {
-    Attention(*batch, *layer, *call, *ops).run();
+    return Attention(*batch, *layer, *call, *ops).run();
   } catch (const std::bad_alloc&) {
     return kNoMemory;
+  } catch (...) {
+    return kFailed;
   }
-  return kFine;
 }

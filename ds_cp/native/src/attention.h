@@ -24,6 +24,7 @@ constexpr int kMaxSegments = 1024;              // of one tile
 constexpr int kMaxColumns = 2 * kTile;          // of one tile: a block may begin at its end
 constexpr int64_t kMaxPosition = int64_t{1} << 40;
 constexpr int64_t kNoWindow = int64_t{1} << 50;  // longer than any
+constexpr int kUnit = 16;         // rows and columns: products by brgemm have whole ones
 constexpr int kRound = 32;        // columns; ranges of a row's softmax begin at multiples of it
 
 enum Type { kFloat32 = 0, kBfloat16 = 1 };
@@ -72,6 +73,7 @@ struct Work {
   const Shape* shape;
   int32_t rows;
   int64_t* positions;  // [rows]
+  Segment* segments;   // [kMaxSegments]: of the tile at hand
   void* a;             // queries as the products want them: [rows][k_dim]
   float* scores;       // [rows][score_stride]; weights take their place
   int64_t score_stride;

@@ -290,8 +290,16 @@ DS_CP_INLINE vf top_of(const float* row, int64_t low, int64_t high) {
   return top;
 }
 
+// Whether there is NaN in a row's columns [low, high).
+DS_CP_INLINE bool has_nan(const float* row, int64_t low, int64_t high) {
+  bool found = false;
+  for (int64_t j = low; j < high; ++j) found |= row[j] != row[j];
+  return found;
+}
+
 // Softmax of one row's columns [low, high) (multiples of kRound), in place: scores become weights of
-// type A at the beginning of the row. Hidden columns hold -inf.
+// type A at the beginning of the row. Hidden columns hold -inf. NaN makes the row's sum NaN; a maximum may
+// pass it over, so that only NaN and hidden columns look like a row that sees nothing.
 template <class T>
 DS_CP_INLINE void soften(float* row, int64_t low, int64_t high, float factor, float top,
                          float& row_max, float& row_sum, float& rescale) {
@@ -301,6 +309,7 @@ DS_CP_INLINE void soften(float* row, int64_t low, int64_t high, float factor, fl
   auto* weights = reinterpret_cast<typename T::A*>(row);
   rescale = 1.0f;
   if (now == -kInf) {
+    if (has_nan(row, low, high)) row_max = row_sum = __builtin_nanf("");
     memset(weights + low, 0, (high - low) * sizeof(typename T::A));
     return;
   }
@@ -348,7 +357,7 @@ DS_CP_INLINE void fill(float* row, int64_t low, int64_t high) {
 }
 
 // Copies a tile's keys and values into whole vectors: keys [strips][k_dim / p][kLanes][p], values
-// [columns / p][v_pad][p]; what is no key is 0.
+// [columns / p][v_pad][p] and kUnit columns more; what is no key is 0.
 template <class T>
 void repack(Work& work, const Segment* segments, int count, int64_t columns) {
   using B = typename T::B;
@@ -358,7 +367,7 @@ void repack(Work& work, const Segment* segments, int count, int64_t columns) {
   auto* keys = static_cast<B*>(work.packed_k);
   auto* values = static_cast<B*>(work.packed_v);
   memset(keys, 0, round_up(columns, kLanes) * s.k_dim * sizeof(B));
-  memset(values, 0, round_up(columns, p) * s.v_pad * sizeof(B));
+  memset(values, 0, (columns + kUnit) * s.v_pad * sizeof(B));
   for (int i = 0; i < count; ++i) {
     const Segment& seg = segments[i];
     const auto* k = static_cast<const B*>(seg.k);
@@ -387,6 +396,7 @@ struct Tile {
   int64_t begin, end;          // columns with keys
   int64_t base;        // position of column 0, if the tile is whole
   bool whole;          // its keys' columns follow one another, as their positions do
+  bool even;           // no strip holds a column that is not its own keys', but for the last one
 };
 
 template <class T>
@@ -398,9 +408,11 @@ void lay_out(Work& work, const Segment* segments, int count, Tile<T>& tile) {
   tile.end = segments[count - 1].column + segments[count - 1].keys;
   tile.base = segments[0].first - segments[0].column;
   tile.whole = true;
+  tile.even = !s.repack;
   for (int i = 0; i < count; ++i) {
     const Segment& seg = segments[i];
     if (seg.first - seg.column != tile.base) tile.whole = false;
+    if (seg.column % kLanes) tile.even = false;
     if (i && seg.column != segments[i - 1].column + segments[i - 1].keys) tile.whole = false;
   }
   tile.num_strips = tile.num_runs = 0;
@@ -538,7 +550,8 @@ void scores_of(Work& work, const Tile<T>& tile, const Group* groups, int num_gro
 
 #if defined(__AVX512BF16__)
 // Both products by ATen's brgemm, which uses AMX where the processor has it. The right factor of a call
-// is what lies side by side in a block; all rows of the groups at hand are one call.
+// is what lies side by side in a block; all rows of the groups at hand are one call, and some that are not
+// there. So there are few shapes, since ATen compiles and keeps a kernel for each, in each thread.
 void scores_by_brgemm(Work& work, const Tile<Bf16>& tile, const Group* groups, int num_groups) {
   const Shape& s = *work.shape;
   const Group& last = groups[num_groups - 1];
@@ -551,25 +564,30 @@ void scores_by_brgemm(Work& work, const Tile<Bf16>& tile, const Group* groups, i
       ++n;
     i += n;
     if (strips[0].low > last.high || strips[n - 1].high <= groups[0].low - s.window) continue;
-    work.multiply(last.row + last.rows - groups[0].row, n * kLanes, s.k_dim, s.k_dim,
-                    tile.strip_ld, work.score_stride, false, a, strips[0].data,
-                    work.scores + strips[0].column, true);
+    work.multiply(round_up(last.row + last.rows - groups[0].row, kUnit), n * kLanes, s.k_dim, s.k_dim,
+                  tile.strip_ld, work.score_stride, false, a, strips[0].data,
+                  work.scores + strips[0].column, true);
   }
 }
 
 void values_by_brgemm(Work& work, const Tile<Bf16>& tile, const Group* groups, int num_groups) {
   const Shape& s = *work.shape;
   const Group& last = groups[num_groups - 1];
-  const auto* weights = reinterpret_cast<const uint16_t*>(work.scores);
+  auto* weights = reinterpret_cast<uint16_t*>(work.scores);
   float* acc = work.part.acc + int64_t{groups[0].row} * s.v_pad;
+  const int64_t rows = last.row + last.rows - groups[0].row, all_rows = round_up(rows, kUnit);
+  for (int64_t r = rows; r < all_rows; ++r)  // rows that see nothing here, or are none
+    memset(weights + r * 2 * work.score_stride + last.begin, 0, (last.end - last.begin) * 2);
   for (int r = 0; r < tile.num_runs; ++r) {
     const Run<Bf16>& run = tile.runs[r];
     const int64_t begin = most(run.column, groups[0].begin);
-    const int64_t end = least(run.end, last.end);
+    int64_t end = least(run.end, last.end);
     if (begin >= end) continue;
-    work.multiply(last.row + last.rows - groups[0].row, s.v_pad, end - begin,
-                    2 * work.score_stride, tile.run_ld, s.v_pad, true, weights + begin,
-                    run.data + (begin - run.column) * tile.run_ld, acc, true);
+    // Whole kUnit from the run's begin, where what lies behind is of the same block and weighs 0.
+    const int64_t more = run.column + round_up(end - run.column, kUnit);
+    if (more <= last.end && (r + 1 == tile.num_runs || more <= tile.runs[r + 1].column)) end = more;
+    work.multiply(all_rows, s.v_pad, end - begin, 2 * work.score_stride, tile.run_ld, s.v_pad, true,
+                  weights + begin, run.data + (begin - run.column) * tile.run_ld, acc, true);
   }
 }
 #endif
@@ -588,7 +606,10 @@ void weights_of(Work& work, const Tile<T>& tile, const Group* groups, int num_gr
       if (s.softcap > 0) cap(row, group.begin, group.end, s.scale, s.softcap);
       if (!plain)
         mask<T>(row, group.begin, group.end, work.positions[r], s.window, tile, segments, count);
-      const bool known = room && plain && !(s.softcap > 0);
+      // The shift must be the largest score that the row sees: a hidden one may be so large that all
+      // others weigh 0 beside it. Steps cover just the group's columns where no strip is in part, and
+      // no step begins before them.
+      const bool known = room && plain && tile.even && group.begin == tile.begin && !(s.softcap > 0);
       const vf top = known ? load(room->tops[r - groups[0].row]) : top_of(row, group.begin, group.end);
       float rescale;
       soften<T>(row, group.begin, group.end, factor, max_of(top), work.part.max[r],

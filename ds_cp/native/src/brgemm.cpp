@@ -1,11 +1,9 @@
 // ATen's product of bf16 matrices (oneDNN's brgemm), found in torch's library by its C++ name: no header
 // of torch is needed, and it uses AMX where the processor has it.
 #include <dlfcn.h>
-#include <link.h>
-
-#include <cstring>
 
 #include "attention.h"
+#include "parallel.h"
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
@@ -13,17 +11,9 @@
 namespace ds_cp {
 namespace {
 
-int look(struct dl_phdr_info* info, size_t, void* data) {
-  if (!info->dlpi_name || !std::strstr(info->dlpi_name, "libtorch_cpu")) return 0;
-  *static_cast<const char**>(data) = info->dlpi_name;
-  return 1;
-}
-
 Brgemm find() {
   Brgemm found;
-  const char* path = nullptr;
-  dl_iterate_phdr(look, &path);
-  void* handle = path ? dlopen(path, RTLD_NOW | RTLD_NOLOAD) : nullptr;
+  void* handle = torch_library();
   if (!handle) return found;
   found.multiply = reinterpret_cast<decltype(found.multiply)>(
       dlsym(handle, "_ZN2at6native7cpublas6brgemmEllllllbPKN3c108BFloat16ES5_Pfb"));

@@ -8,10 +8,10 @@
 
 namespace ds_cp {
 
-void linear_tile_avx512bf16(const LinearCall&, int64_t, int64_t, int64_t, int64_t);
-void linear_tile_avx512(const LinearCall&, int64_t, int64_t, int64_t, int64_t);
-void linear_tile_avx2(const LinearCall&, int64_t, int64_t, int64_t, int64_t);
-void linear_tile_baseline(const LinearCall&, int64_t, int64_t, int64_t, int64_t);
+void linear_tile_avx512bf16(const LinearCall&, int64_t, int64_t, int64_t, int64_t, float*);
+void linear_tile_avx512(const LinearCall&, int64_t, int64_t, int64_t, int64_t, float*);
+void linear_tile_avx2(const LinearCall&, int64_t, int64_t, int64_t, int64_t, float*);
+void linear_tile_baseline(const LinearCall&, int64_t, int64_t, int64_t, int64_t, float*);
 
 namespace {
 
@@ -101,6 +101,8 @@ DS_CP_EXPORT void ds_cp_linear(const Linear* const* linears, int64_t count, cons
     const Share& share = shares[i];
     task -= share.first;
     const int64_t m0 = task / share.n_tasks * kRows, u0 = task % share.n_tasks * units;
-    share.tile(share.call, m0, std::min(kRows, m - m0), u0, std::min(units, share.all - u0));
+    // 96 KiB are too much for the stack of a thread that somebody else has made.
+    alignas(64) static thread_local float sums[kRows * kPanels * kPanel];
+    share.tile(share.call, m0, std::min(kRows, m - m0), u0, std::min(units, share.all - u0), sums);
   });
 }

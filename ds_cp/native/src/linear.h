@@ -36,9 +36,11 @@ struct LinearCall {
 };
 
 // Rows [m0, m0 + rows) and units [u0, u0 + units) of y, at most kRows and kPanels panels of them.
+// `sums`: room for kRows * kPanels * kPanel numbers, at a multiple of 64.
 using LinearTile = void (*)(const LinearCall& call, int64_t m0, int64_t rows, int64_t u0,
-                            int64_t units);
+                            int64_t units, float* sums);
 
-inline int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
+// Static: see isa.h.
+static inline __attribute__((always_inline)) int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
 
 }  // namespace ds_cp

@@ -216,8 +216,7 @@ void store(float* c, const float* bias, bool bf16, void* y, int64_t columns) {
 namespace ds_cp {
 
 void DS_CP_NAME(linear_tile)(const LinearCall& call, int64_t m0, int64_t rows, int64_t u0,
-                             int64_t units) {
-  alignas(64) float c[kRows * kPanels * kPanel];
+                             int64_t units, float* c) {
   const Linear& l = *call.linear;
   const int64_t size = l.bf16 ? 2 : 4, p = l.bf16 ? 2 : 1, k_packed = round_up(l.k, p);
   const int64_t ldc = units * kUnit, columns_packed = round_up(l.n, kUnit);

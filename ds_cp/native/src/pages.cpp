@@ -77,7 +77,8 @@ void write(const WriteArgs& args) {
   const int64_t chunks = (args.tokens + kTokens - 1) / kTokens;
   const int64_t numbers = args.tokens * args.kv_heads * (args.k_dim + args.v_dim);
   const int threads = numbers < kSerial ? 1 : static_cast<int>(args.threads);
-  // A task has one head to itself: neighbours in a pair are never written by two threads at once.
+  // A chunk may end within a pair of values, whose halves two threads then write: they are numbers of
+  // their own, written one by one, so that neither takes the other's away.
   parallel_for(args.kv_heads * (threads > 1 ? chunks : 1), threads, [&](int64_t task, int) {
     const int64_t head = task % args.kv_heads, chunk = task / args.kv_heads;
     int64_t t = threads > 1 ? chunk * kTokens : 0;

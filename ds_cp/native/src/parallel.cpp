@@ -45,14 +45,14 @@ int look(struct dl_phdr_info* info, size_t, void* data) {
   return 0;
 }
 
-Pool find_pool() {
-  Loaded loaded;
-  dl_iterate_phdr(look, &loaded);
+int look_for_torch(struct dl_phdr_info* info, size_t, void* data) {
+  if (!info->dlpi_name || !std::strstr(info->dlpi_name, "libtorch_cpu")) return 0;
+  *static_cast<std::string*>(data) = info->dlpi_name;
+  return 1;
+}
+
+Pool pool_of(void* handle) {
   Pool pool;
-  const std::string& path = loaded.beside_torch.empty() ? loaded.any : loaded.beside_torch;
-  if (path.empty()) return pool;
-  void* handle = dlopen(path.c_str(), RTLD_NOW | RTLD_NOLOAD);  // kept: it is in use for good
-  if (!handle) return pool;
   pool.parallel =
       reinterpret_cast<decltype(pool.parallel)>(dlsym(handle, "GOMP_parallel"));
   pool.thread_num =
@@ -60,6 +60,20 @@ Pool find_pool() {
   pool.in_parallel =
       reinterpret_cast<decltype(pool.in_parallel)>(dlsym(handle, "omp_in_parallel"));
   return pool;
+}
+
+// The runtime that torch was linked with, wherever it is; else one that looks like torch's.
+Pool find_pool() {
+  if (void* torch = torch_library()) {
+    const Pool pool = pool_of(torch);
+    if (pool.whole()) return pool;
+  }
+  Loaded loaded;
+  dl_iterate_phdr(look, &loaded);
+  const std::string& path = loaded.beside_torch.empty() ? loaded.any : loaded.beside_torch;
+  if (path.empty()) return {};
+  void* handle = dlopen(path.c_str(), RTLD_NOW | RTLD_NOLOAD);  // kept: it is in use for good
+  return handle ? pool_of(handle) : Pool{};
 }
 
 // Found once; looked for again while torch has not been imported yet.
@@ -90,6 +104,12 @@ void work(void* argument) {
 }
 
 }  // namespace
+
+void* torch_library() {
+  std::string path;
+  dl_iterate_phdr(look_for_torch, &path);
+  return path.empty() ? nullptr : dlopen(path.c_str(), RTLD_NOW | RTLD_NOLOAD);
+}
 
 bool has_pool() { return the_pool().whole(); }
 

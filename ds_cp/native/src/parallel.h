@@ -19,6 +19,9 @@ void parallel_for(int64_t tasks, int threads, F&& f) {
       [](void* data, int64_t task, int thread) { (*static_cast<F*>(data))(task, thread); }, &f);
 }
 
+// torch's library, with what it was linked with, for dlsym; null when it is not loaded.
+void* torch_library();
+
 // Whether a pool was found.
 bool has_pool();
 

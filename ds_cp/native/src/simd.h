@@ -41,6 +41,7 @@ DS_CP_INLINE vf all(float x) {
   return vf{x, x, x, x};
 #endif
 }
+// The second where one of them is NaN.
 DS_CP_INLINE vf max(vf a, vf b) {
 #if defined(__AVX512F__)
   return (vf)_mm512_max_ps((__m512)a, (__m512)b);
@@ -77,10 +78,10 @@ DS_CP_INLINE float max_of(vf x) {
 
 // 2 to the power of t <= 127. t is cut into a whole number n, by adding and taking away 1.5 * 2^23, and
 // f in [-0.5, 0.5]; 2^f is a polynomial (minimax), of which the exponent is then raised by n.
-// Below -126, also for -inf, exactly 0.
+// Below -126, also for -inf, exactly 0; NaN for NaN.
 DS_CP_INLINE vf exp2_of(vf t) {
   const vf magic = all(12582912.0f);
-  const vf u = max(t, all(-126.5f));
+  const vf u = max(all(-126.5f), t);  // NaN, if it is there, is the second
   const vf z = u + magic;
   const vf f = u - (z - magic);
   vf p = all(1.53457696017e-4f);  // relative error 2e-9
@@ -91,7 +92,7 @@ DS_CP_INLINE vf exp2_of(vf t) {
   p = p * f + 6.93147205726e-1f;
   p = p * f + 1.0f;
   const vf scaled = (vf)((vu)p + ((vu)z << 23));
-  return (vf)((vi)scaled & (vi)(t > -126.0f));
+  return t > -126.0f ? scaled : max(vf{}, t);  // 0, or NaN
 }
 
 #if defined(__AVX512F__) && defined(__AVX512DQ__)

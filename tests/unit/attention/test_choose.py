@@ -18,10 +18,12 @@ from ds_cp.attention.kernels.choose import (
     find_kernels,
     makers,
 )
+from ds_cp.attention.kernels.cpu import CpuKernel
 from ds_cp.attention.kernels.kernel import PagedKernel
 from ds_cp.attention.kernels.reference import ReferenceKernel
 from ds_cp.attention.kernels.torch_ops import TorchKernel
 from ds_cp.errors import ConfigError
+from tests.helpers.native import native_library
 from tests.helpers.paged import kernels
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -100,6 +102,16 @@ def test_a_kernel_that_is_wrong_or_refuses_is_named_and_the_next_one_taken(
     assert choice.notes[0].startswith(f"kernel cpu is not used: {why}")
     with pytest.raises(ConfigError, match=why):
         choose_kernel("cpu", CPU, torch.float32, LAYERS, 16)
+
+
+def test_the_baseline_comes_after_torchs_operators_but_can_be_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    library = native_library()
+    monkeypatch.setattr(choose, "_cpu", lambda device: CpuKernel(library, "baseline"))
+    choice = choose_kernel("auto", CPU, torch.float32, LAYERS, 16)
+    assert choice.kernel.name == "sdpa" and "this processor has no AVX2" in choice.notes[0]
+    assert choose_kernel("cpu", CPU, torch.float32, LAYERS, 16).kernel.name == "cpu"
 
 
 def test_without_the_check(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -238,6 +238,9 @@ def test_what_does_not_fit_is_refused_and_nothing_is_read() -> None:
     assert "pairs" in kernel.refuses(spec, 3, torch.bfloat16)
     assert "float16" in kernel.refuses(spec, 4, torch.float16)
     assert kernel.refuses(spec, 3, torch.float32) == ""
+    for x in (0.0, 1e-60, 1e60):  # the last two are 0 and inf in float32
+        assert "scale" in kernel.refuses(LayerSpec(2, 1, 16, x), 4, torch.float32)
+        assert "cap" in kernel.refuses(LayerSpec(2, 1, 16, 1.0, softcap=x), 4, torch.float32)
     pages = empty_pages(PageShape.of(spec, 4, torch.float32, True), 3, torch.device("cpu"))
     q, at = torch.randn(2, 2, 16), torch.tensor([4, 5])
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
+import platform
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -85,6 +88,43 @@ def test_a_compiler_that_fails_is_said_in_one_line(sources: Path, tmp_path: Path
         build(tmp_path, sources=sources)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / LIBRARY).exists()
+
+
+def test_the_compiler_may_have_arguments(sources: Path, tmp_path: Path) -> None:
+    """As in CXX="ccache g++": a program that runs another, with arguments for both."""
+    (sources / "small.cpp").write_text("#ifndef ASKED\n#error not asked\n#endif\n" + SMALL)
+    for asked in ('env "A=a b" g++ -DASKED', "g++ -DASKED"):
+        built = build(tmp_path, asked, sources)
+        assert "-DASKED" in built.compiler
+    for wrong in ('"', "  ", "env-that-is-not-there g++"):
+        with pytest.raises(BuildError, match="no C\\+\\+ compiler"):
+            build(tmp_path, wrong, sources)
+
+
+def test_a_variant_that_does_not_compile_is_left_out(sources: Path, tmp_path: Path) -> None:
+    fails = sources / "some_kernels.cpp"
+    fails.write_text("#ifdef __AVX512F__\n#error too new\n#endif\n")
+    built = build(tmp_path, sources=sources)
+    assert "baseline" in built.isas and not any("512" in isa for isa in built.isas)
+    if platform.machine() == "x86_64":
+        assert "avx2" in built.isas and {"avx512", "avx512bf16"} <= {*built.left_out}
+    assert isinstance(load(tmp_path, sources), Library)
+    fails.write_text("#ifndef __AVX2__\n#error too old\n#endif\n")
+    with pytest.raises(BuildError, match="too old"):  # the baseline must be there
+        build(tmp_path, sources=sources)
+
+
+def test_no_room_for_temporary_files_is_said_in_one_line(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for name in ("mkdtemp", "write_text"):
+        with monkeypatch.context() as patch:
+            patch.setattr(tempfile if name == "mkdtemp" else Path, name, full)
+            with pytest.raises(BuildError, match="No space left on device"):
+                build(tmp_path, sources=sources)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere: run it as another user")
