@@ -177,14 +177,6 @@ def unpack(model: Decoder) -> None:
             del module.__dict__["forward"]
 
 
-def give_back(model: Decoder, attention: str | None) -> None:
-    """Make a model that the caller brought work with transformers alone again, with the
-    ``attention`` that it had; ``None``: it is not a caller's model, and nothing is done."""
-    if attention is not None:
-        model.set_attn_implementation(attention)
-        unpack(model)
-
-
 def packing_ops(dtype: torch.dtype) -> LinearOps | str:
     """What packs here, or why it would not be faster than torch's operators."""
     library = load()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ds_cp.errors import ConfigError
-from ds_cp.model.linear import give_back
+from ds_cp.model.borrowed import Borrowed
 from ds_cp.model.packed_linear import LinearOps
 from ds_cp.native import Library, load
 from ds_cp.startup import packing
@@ -34,11 +34,11 @@ def test_packed_by_default_and_given_back() -> None:
     ids = torch.arange(20)[None]
     with torch.inference_mode():
         want = model(input_ids=ids).logits
-        line = plan_packing("auto", model, world(), kept=True)()
-        assert line.startswith("linear layers: 15 packed for ") and "5 RMS norms" in line
-        model.set_attn_implementation("sdpa")
-        torch.testing.assert_close(model(input_ids=ids).logits, want, atol=1e-5, rtol=1e-5)
-        give_back(model, "sdpa")
+        with Borrowed(model):
+            line = plan_packing("auto", model, world(), kept=True)()
+            assert line.startswith("linear layers: 15 packed for ") and "5 RMS norms" in line
+            model.set_attn_implementation("sdpa")
+            torch.testing.assert_close(model(input_ids=ids).logits, want, atol=1e-5, rtol=1e-5)
         assert torch.equal(model(input_ids=ids).logits, want)
     assert not any("forward" in module.__dict__ for module in model.modules())
 
