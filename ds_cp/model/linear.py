@@ -8,7 +8,7 @@ so that a reader fails instead of getting wrong numbers).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +39,7 @@ _SHAPE = frozenset(
 class Candidate:
     """A linear layer that may be packed. ``shared``: its weight is another module's too, which goes
     on reading it, so that it stays where it is. ``input``: layers with the same number follow one
-    another and get the same tensor."""
+    another and get the same tensor, which nothing else is given in between."""
 
     name: str
     module: nn.Linear
@@ -129,14 +129,30 @@ class _Uses(TorchFunctionMode):
         self._inside.pop()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for argument in (*args, *(kwargs or {}).values()):
+        if func in _SHAPE:
+            return func(*args, **(kwargs or {}))
+        inside = self._inside[-1] if func is nn.functional.linear and self._inside else None
+        for argument in _tensors((*args, *(kwargs or {}).values())):
             owner = self._owner.get(id(argument))
-            if owner is None or func in _SHAPE:
-                continue
-            own = func is nn.functional.linear and self._inside and self._inside[-1] is owner
-            if not own:
+            if owner is not None and owner is not inside:
                 self.foreign.add(owner)
+            if inside is None and self._last is not None and _same_memory(argument, self._last):
+                self._last = None  # it may be changed in place
         return func(*args, **(kwargs or {}))
+
+
+def _tensors(given: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """The tensors of a call's arguments and of the lists among these, as those of ``cat``."""
+    for argument in given:
+        for one in argument if isinstance(argument, list | tuple) else (argument,):
+            if isinstance(one, torch.Tensor):
+                yield one
+
+
+def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a is b or a.layout is not torch.strided or b.layout is not torch.strided:
+        return a is b
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 def pack_linears(found: Sequence[Candidate], ops: LinearOps, keep: bool) -> str:
