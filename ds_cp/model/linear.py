@@ -159,7 +159,8 @@ def pack_linears(found: Sequence[Candidate], ops: LinearOps, keep: bool) -> str:
     """Replace what the layers compute; one line that says what was done.
 
     ``keep``: leave the original weights in place (a model that the caller goes on using). Weights
-    that another module shares, such as tied embeddings, stay in any case.
+    that another module shares, such as tied embeddings, stay in any case. What is computed is that
+    of the weights as they are now, also where they stay and are changed later.
     """
     doubled = at = 0
     memory = memory_for(sum(ops.bytes_of(one.module.weight) for one in found))
@@ -193,13 +194,17 @@ def unpack(model: Decoder) -> None:
             del module.__dict__["forward"]
 
 
-def packing_ops(dtype: torch.dtype) -> LinearOps | str:
-    """What packs here, or why it would not be faster than torch's operators."""
+def packing_ops() -> LinearOps | str:
+    """What packs here, or why nothing does."""
     library = load()
     if not isinstance(library, Library):
         return library
     if library.isas[0] == "baseline":
         return "this processor has no AVX2"
-    if dtype == torch.bfloat16 and torch.cpu.get_capabilities().get("amx_tile"):
-        return "torch's use AMX, which packed ones do not"
     return LinearOps(library)
+
+
+def torch_uses_amx(dtype: torch.dtype) -> bool:
+    """Whether torch's linear layers use AMX, which packed ones do not: for many rows faster, in an
+    order of sums that depends on how many there are."""
+    return dtype == torch.bfloat16 and bool(torch.cpu.get_capabilities().get("amx_tile"))
