@@ -221,7 +221,8 @@ class Config(Section):
         default="auto",
         description="who computes linear layers on a CPU: packed (weights laid out once for the "
         "processor, a copy on every rank; a token's bits do not depend on the others of its step), "
-        "torch, or auto: packed where there is a native library and memory for it",
+        "torch, or auto: packed where there is a native library and memory for it, but for bf16 on "
+        "a processor with AMX, which packed does not use: slower there for long prompts",
     )
     context_parallel: ContextParallel = Field(
         default_factory=ContextParallel, description="splitting sequences over ranks"

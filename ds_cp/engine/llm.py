@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, TypeVar
 
 from ds_cp.comm.failure import fail, failing
@@ -25,10 +26,10 @@ from ds_cp.engine.loop import InlineLoop
 from ds_cp.engine.sign_of_life import SignOfLife, idle_seconds
 from ds_cp.errors import ConfigError, EngineDeadError, RequestError
 from ds_cp.facts import Facts
+from ds_cp.model.borrowed import Borrowed
 from ds_cp.model.end_tokens import describe_tokenizer
-from ds_cp.model.linear import give_back
 from ds_cp.model.loading import load_tokenizer
-from ds_cp.model.source import ModelSource, find_model
+from ds_cp.model.source import find_model
 from ds_cp.model.wiring import Decoder
 from ds_cp.outputs import RequestOutput
 from ds_cp.plan import Stop
@@ -55,41 +56,40 @@ def init_inference(
 ) -> LLMEngine:
     """An engine over all ranks of the job; every rank calls this with the same arguments.
 
-    ``model``: a loaded transformers decoder (used as it is, weights and dtype), a directory of
-    safetensors, a GGUF file or a hub id; the config's when not given. ``config``: the JSON config
-    as a path, mapping or ``Config``; an argument ``model`` replaces its own. ``tokenizer``: for a
-    loaded model, when prompts are text. ``job``: this process's place, found from the launcher's
+    ``model``: a loaded transformers decoder (used as it is, weights and dtype, by one engine at a
+    time; changes of its weights may go unseen until the next engine), a directory of safetensors, a
+    GGUF file or a hub id; the config's when not given. ``config``: the JSON config as a path,
+    mapping or ``Config``; an argument ``model`` replaces its own. ``tokenizer``: for a loaded
+    model, when prompts are text. ``job``: this process's place, found from the launcher's
     environment when not given.
 
     Raises the typed errors of ``ds_cp.errors``, on every rank, when the job cannot start;
-    ``ConfigError`` when neither ``model`` nor ``config`` names a model.
+    ``ConfigError`` when neither ``model`` nor ``config`` names a model, or an engine uses it.
     """
     config = _with_model(config, model)
     if job is None:
         job = detect(os.environ if env is None else env, hosts=config.comm.hosts,
                      interface=config.comm.interface, timeout_s=config.comm.timeout_s)  # fmt: skip
-    source: Decoder | ModelSource | None = None  # looked up where its absence can be reported
-    if isinstance(model, Decoder):
-        source = model
     for variable, value in socket_environment(job).items():
         os.environ.setdefault(variable, value)
-    before = model.config._attn_implementation if isinstance(model, Decoder) else None
-    world, threads = join_job(job, config)
-    try:
+    borrowed = Borrowed(model)
+    with ExitStack() as undo:
+        undo.enter_context(borrowed)
+        world, threads = join_job(job, config)
+        undo.callback(world.leave)
         with failing(world):
-            if source is None:  # only rank 0 needs a tokenizer, and all learn if it has none
+            if borrowed.model is None:  # only rank 0 needs a tokenizer; all learn if it has none
                 wanted = world.rank == 0 and tokenizer is None
                 found = local_phase(
                     world, lambda: load_tokenizer(find_model(config.model)) if wanted else None
                 )
                 tokenizer = tokenizer if found is None else found
-            worker, facts = build_worker(world, config, source, threads)
-            return local_phase(  # a tokenizer may be of no use, on rank 0 alone
-                world, lambda: LLMEngine(world, worker, facts, config, tokenizer, before)
+            worker, facts = build_worker(world, config, borrowed.model, threads)
+            engine = local_phase(  # a tokenizer may be of no use, on rank 0 alone
+                world, lambda: LLMEngine(world, worker, facts, config, tokenizer, borrowed)
             )
-    except BaseException:
-        world.leave()
-        raise
+        undo.pop_all()
+        return engine
 
 
 class LLMEngine:
@@ -102,14 +102,14 @@ class LLMEngine:
         facts: Facts,
         config: Config,
         tokenizer: Any | None,
-        attention_before: str | None = None,
+        borrowed: Borrowed | None = None,
     ) -> None:
         self.facts = facts = facts.with_tokenizer(*describe_tokenizer(tokenizer))
         self.tokenizer = tokenizer
         self._world: World | None = world
         self._worker = worker
         self._config = config
-        self._attention_before = attention_before  # what a model of the caller's is given back
+        self._borrowed = borrowed or Borrowed(None)
         self._state = "ready"  # or "running", or "failed"
         self._core: EngineCore | None = None
         if self.is_driver:
@@ -324,7 +324,7 @@ class LLMEngine:
         """Leave the job. Every rank calls it; calling it again does nothing. A model object that
         the caller brought works with transformers alone again."""
         if self._world is not None:
-            give_back(self._worker.model, self._attention_before)
+            self._borrowed.give_back()
             self._world.leave()
             self._world = None
 

@@ -8,7 +8,7 @@ so that a reader fails instead of getting wrong numbers).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +39,7 @@ _SHAPE = frozenset(
 class Candidate:
     """A linear layer that may be packed. ``shared``: its weight is another module's too, which goes
     on reading it, so that it stays where it is. ``input``: layers with the same number follow one
-    another and get the same tensor."""
+    another and get the same tensor, which nothing else is given in between."""
 
     name: str
     module: nn.Linear
@@ -129,21 +129,38 @@ class _Uses(TorchFunctionMode):
         self._inside.pop()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for argument in (*args, *(kwargs or {}).values()):
+        if func in _SHAPE:
+            return func(*args, **(kwargs or {}))
+        inside = self._inside[-1] if func is nn.functional.linear and self._inside else None
+        for argument in _tensors((*args, *(kwargs or {}).values())):
             owner = self._owner.get(id(argument))
-            if owner is None or func in _SHAPE:
-                continue
-            own = func is nn.functional.linear and self._inside and self._inside[-1] is owner
-            if not own:
+            if owner is not None and owner is not inside:
                 self.foreign.add(owner)
+            if inside is None and self._last is not None and _same_memory(argument, self._last):
+                self._last = None  # it may be changed in place
         return func(*args, **(kwargs or {}))
+
+
+def _tensors(given: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """The tensors of a call's arguments and of the lists among these, as those of ``cat``."""
+    for argument in given:
+        for one in argument if isinstance(argument, list | tuple) else (argument,):
+            if isinstance(one, torch.Tensor):
+                yield one
+
+
+def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a is b or a.layout is not torch.strided or b.layout is not torch.strided:
+        return a is b
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 def pack_linears(found: Sequence[Candidate], ops: LinearOps, keep: bool) -> str:
     """Replace what the layers compute; one line that says what was done.
 
     ``keep``: leave the original weights in place (a model that the caller goes on using). Weights
-    that another module shares, such as tied embeddings, stay in any case.
+    that another module shares, such as tied embeddings, stay in any case. What is computed is that
+    of the weights as they are now, also where they stay and are changed later.
     """
     doubled = at = 0
     memory = memory_for(sum(ops.bytes_of(one.module.weight) for one in found))
@@ -177,21 +194,17 @@ def unpack(model: Decoder) -> None:
             del module.__dict__["forward"]
 
 
-def give_back(model: Decoder, attention: str | None) -> None:
-    """Make a model that the caller brought work with transformers alone again, with the
-    ``attention`` that it had; ``None``: it is not a caller's model, and nothing is done."""
-    if attention is not None:
-        model.set_attn_implementation(attention)
-        unpack(model)
-
-
-def packing_ops(dtype: torch.dtype) -> LinearOps | str:
-    """What packs here, or why it would not be faster than torch's operators."""
+def packing_ops() -> LinearOps | str:
+    """What packs here, or why nothing does."""
     library = load()
     if not isinstance(library, Library):
         return library
     if library.isas[0] == "baseline":
         return "this processor has no AVX2"
-    if dtype == torch.bfloat16 and torch.cpu.get_capabilities().get("amx_tile"):
-        return "torch's use AMX, which packed ones do not"
     return LinearOps(library)
+
+
+def torch_uses_amx(dtype: torch.dtype) -> bool:
+    """Whether torch's linear layers use AMX, which packed ones do not: for many rows faster, in an
+    order of sums that depends on how many there are."""
+    return dtype == torch.bfloat16 and bool(torch.cpu.get_capabilities().get("amx_tile"))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -34,10 +34,11 @@ class _Linear(ctypes.Structure):
 
 class LinearOps:
     """The functions of the library for linear layers. ``isa``: one of ``library.isas``; the best
-    one by default."""
+    one by default. ``kept``: what the layers packed by it computed ahead of its call."""
 
     def __init__(self, library: Library, isa: str | None = None) -> None:
         self.isa = isa or library.isas[0]
+        self.kept: Kept | None = None
         int_, pointer = _INT, _POINTER
         self._elements = library.function("ds_cp_linear_elements", [int_] * 3, int_)
         self._pack = library.function(
@@ -103,6 +104,7 @@ class PackedLinear:
             self.n, self.k, half, ISAS.index(ops.isa),
         )  # fmt: skip
         self.address = ctypes.addressof(self._struct)
+        self._ops = ops
         self._alone = _Call([self], ops._run)
         self._group: PackedGroup | None = None
         self._place = 0
@@ -114,6 +116,7 @@ class PackedLinear:
     def __call__(self, input: torch.Tensor) -> torch.Tensor:
         """Raises ``ValueError`` for an input of another width, dtype or device."""
         if self._group is None:
+            self._ops.kept = None
             return self._alone(input)[0]
         return self._group.of(self._place, input)
 
@@ -130,9 +133,8 @@ class _Call:
         self._k, self._dtype = layers[0].k, layers[0].dtype
         self._run = run
         self._layers = (_POINTER * len(layers))(*(layer.address for layer in layers))
-        self._outputs = (_POINTER * len(layers))()
+        self._pointers = _POINTER * len(layers)
         self._arguments = ctypes.addressof(self._layers), len(layers)
-        self._to = ctypes.addressof(self._outputs)
 
     def __call__(self, input: torch.Tensor) -> list[torch.Tensor]:
         *ahead, k = input.shape
@@ -147,39 +149,52 @@ class _Call:
             x = rows if rows.stride(1) == 1 else rows.contiguous()
             stride = x.stride(0)
         found = [x.new_empty((*ahead, n)) for n in self._widths]
-        for place, y in enumerate(found):
-            self._outputs[place] = y.data_ptr()
         count = x.numel() // k
         if count:
+            to = self._pointers(*(y.data_ptr() for y in found))  # of this call alone: of its thread
             self._run(
-                *self._arguments, x.data_ptr(), count, stride, self._to, torch.get_num_threads()
-            )
+                *self._arguments, x.data_ptr(), count, stride, ctypes.addressof(to),
+                torch.get_num_threads(),
+            )  # fmt: skip
         return found
+
+
+class Kept(NamedTuple):
+    """Outputs of the layers of ``group`` for ``input`` that were not asked for yet."""
+
+    group: PackedGroup
+    input: torch.Tensor
+    outputs: list[torch.Tensor | None]
 
 
 class PackedGroup:
     """Layers that are called one after the other with the same tensor: the first call computes
-    all of them. A call with another tensor than the first one's computes that layer alone."""
+    all of them. A call with another tensor than the first one's computes that layer alone.
+
+    Which tensor it is, is told by its identity. So the numbers in it must not change between the
+    calls: ``candidates`` of ``linear.py`` makes no group where something else is given that tensor
+    or a view of it in between. What is computed ahead is dropped when a layer is called that is not
+    of the group, so at most one group's outputs are held.
+    """
 
     def __init__(self, ops: LinearOps, layers: Sequence[PackedLinear]) -> None:
         self._layers = list(layers)
+        self._ops = ops
         self._call = _Call(self._layers, ops._run)
-        self._input: torch.Tensor | None = None
-        self._found: list[torch.Tensor | None] = []
         for place, layer in enumerate(self._layers):
             layer.join(self, place)
 
     def of(self, place: int, input: torch.Tensor) -> torch.Tensor:
         """The output of layer ``place``."""
         if place == 0:
-            self._input = input
             first, *others = self._call(input)
-            self._found = [None, *others]
+            self._ops.kept = Kept(self, input, [None, *others])
             return first
-        kept = self._found[place] if input is self._input else None
-        if kept is None:
+        kept = self._ops.kept
+        if kept is None or kept.group is not self or kept.input is not input:
+            self._ops.kept = None
             return self._layers[place].alone(input)
-        self._found[place] = None
+        found, kept.outputs[place] = kept.outputs[place], None
         if place + 1 == len(self._layers):
-            self._input = None
-        return kept
+            self._ops.kept = None
+        return self._layers[place].alone(input) if found is None else found

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from ds_cp.comm.wire import World
 from ds_cp.errors import ConfigError
-from ds_cp.model.linear import candidates, pack_linears, packing_ops
+from ds_cp.model.linear import candidates, pack_linears, packing_ops, torch_uses_amx
 from ds_cp.model.native_norm import replace_norms
 from ds_cp.model.wiring import Decoder, probe_layers
 from ds_cp.startup.kv_budget import free_bytes
@@ -29,9 +29,12 @@ def plan_packing(how: str, model: Decoder, world: World, kept: bool) -> Packing:
             raise ConfigError(f"linear_layers is packed, but {why}; set it to auto or torch")
         return lambda: f"linear layers: torch's operators ({why})"
 
-    ops = packing_ops(model.dtype)
+    ops = packing_ops()
     if isinstance(ops, str):
         return refused(ops)
+    amx = torch_uses_amx(model.dtype)
+    if amx and how == "auto":
+        return refused("with AMX, which packed ones do not use")
     found = candidates(model, lambda: probe_layers(model))
     if not found:
         return refused(f"{type(model).__name__} in {model.dtype} has none that can be packed")
@@ -48,6 +51,8 @@ def plan_packing(how: str, model: Decoder, world: World, kept: bool) -> Packing:
             line = pack_linears(found, ops, kept)
         except OSError as err:  # before anything was replaced
             return refused(f"the system gives no {need / 2**30:.1f} GiB: {err.strerror}")()
+        if amx:
+            line += "; torch's would use AMX, faster for long prompts"
         norms = replace_norms(model)
         return line + (f"; {norms} RMS norms are native" if norms else "")
 

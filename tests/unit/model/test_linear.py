@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import ctypes
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -135,6 +139,7 @@ class Odd(nn.Module):
         self.own = nn.Linear(8, 8)
         setattr(self.own, "forward", lambda x: x)  # noqa: B010
         self.halves = nn.Linear(8, 8, dtype=torch.float16)
+        self.joined = nn.ModuleList(nn.Linear(8, 4, bias=False) for _ in range(2))
         self.tied = nn.Linear(8, 4, bias=False)
         self.tied.weight = self.embedding.weight
 
@@ -145,6 +150,8 @@ class Odd(nn.Module):
         x = self.bias_read(x) * self.bias_read.bias
         x = self.own(self.normed(x))
         self.halves(x.half())
+        x = torch.cat([one(x) for one in self.joined], -1)
+        x = nn.functional.linear(x, torch.cat([one.weight for one in self.joined]))
         return self.tied(x)
 
 
@@ -229,3 +236,88 @@ def test_layers_of_one_input_are_found_in_the_order_of_their_calls() -> None:
         groups.setdefault(one.input, []).append(one.name.rsplit(".", 1)[-1])
     layer = [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
     assert list(groups.values()) == [*layer, *layer, ["lm_head"]]
+
+
+class Between(nn.Module):
+    """Two layers of one tensor, and something done in between."""
+
+    def __init__(self, between: Callable[[torch.Tensor, torch.Tensor], object]) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(4, 8)  # a model's first parameter says where it is
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.between = between
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        before = x.view(-1)
+        y: torch.Tensor = self.first(x)
+        self.between(before, x)
+        return y.add(self.second(x))
+
+
+@pytest.mark.parametrize(
+    ("between", "groups"),
+    (
+        (lambda view, x: None, 1),
+        (lambda view, x: x.shape[0] + x.dim(), 1),
+        (lambda view, x: torch.zeros(3).add_(1), 1),
+        (lambda view, x: x.mul_(2), 2),
+        (lambda view, x: view.mul_(2), 2),
+        (lambda view, x: x[0].fill_(3), 2),
+        (lambda view, x: x.__setitem__(0, 3.0), 2),
+        (lambda view, x: torch.add(x, 1, out=x), 2),
+        (lambda view, x: torch._foreach_mul_([x], 2), 2),
+    ),
+)
+def test_a_tensor_that_is_changed_between_two_layers_is_not_one_input(
+    between: Callable[[torch.Tensor, torch.Tensor], object], groups: int
+) -> None:
+    model: Any = Between(between).eval()
+    with torch.inference_mode():
+        want = model(torch.ones(2, 8))
+        found = candidates(model, lambda: model(torch.ones(2, 8)))
+        assert len({one.input for one in found}) == groups and len(found) == 2
+        pack_linears(found, ops(), keep=True)
+        torch.testing.assert_close(model(torch.ones(2, 8)), want)
+
+
+def test_what_was_computed_ahead_is_dropped_at_the_next_call() -> None:
+    """Of a group that was not finished, by whatever layer follows."""
+    packer = ops()
+    layers = [packer.pack(drawn(16, 8, dtype=torch.float32), None) for _ in range(5)]
+    group, other, lone = layers[:2], layers[2:4], layers[4]
+    for each in (group, other):
+        PackedGroup(packer, each)
+    y = drawn(2, 8, dtype=torch.float32)
+    follows: list[Callable[[], object]] = [
+        lambda: lone(y), lambda: other[0](y), lambda: other[1](y), lambda: group[1](y),
+    ]  # fmt: skip
+    for call in follows:
+        x = drawn(3, 8, dtype=torch.float32)
+        given = weakref.ref(x)
+        group[0](x)
+        del x
+        assert given() is not None
+        call()
+        assert given() is None
+
+
+def test_threads_do_not_share_where_a_call_writes() -> None:
+    packer = ops()
+    both = threading.Barrier(2)
+    seen: list[int] = []
+
+    def run(layers: int, count: int, x: int, m: int, stride: int, to: int, threads: int) -> None:
+        both.wait(10)
+        seen.append(ctypes.c_void_p.from_address(to).value or 0)
+
+    packer._run = run
+    layer = packer.pack(drawn(4, 6, dtype=torch.float32), None)
+    results: list[torch.Tensor] = []
+    callers = [
+        threading.Thread(target=lambda: results.append(layer(torch.zeros(1, 6)))) for _ in range(2)
+    ]
+    for each in callers:
+        each.start()
+    for each in callers:
+        each.join()
+    assert sorted(seen) == sorted(y.data_ptr() for y in results)

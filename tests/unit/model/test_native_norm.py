@@ -10,7 +10,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from ds_cp.model.native_norm import NativeNorm, replace_norms
+from ds_cp.model.native_norm import replace_norms
 from ds_cp.native import Library, load
 
 LIBRARY = load()
@@ -70,10 +70,30 @@ def test_another_formula_is_left_alone() -> None:
         assert replace_norms(nn.RMSNorm(64, eps=1e-5, dtype=dtype)) == 1
 
 
-def test_wrong_inputs_are_refused() -> None:
-    assert isinstance(LIBRARY, Library)
-    norm = NativeNorm(LIBRARY, torch.ones(8), 1e-5, True, False)
-    assert norm(torch.zeros(0, 8)).shape == (0, 8)
-    for x in (torch.zeros(2, 7), torch.zeros(2, 8, dtype=torch.bfloat16)):
-        with pytest.raises(ValueError, match="takes 8 features"):
-            norm(x)
+class GatedRMSNorm(LlamaRMSNorm):
+    """One that is called with more than was compared."""
+
+    def forward(
+        self, hidden_states: torch.Tensor, gate: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        found = super().forward(hidden_states)
+        return found if gate is None else found * gate
+
+
+@torch.inference_mode()
+def test_calls_that_were_not_compared_are_the_modules_own() -> None:
+    norm, native = (norm_of(GatedRMSNorm, 64, torch.bfloat16) for _ in range(2))
+    assert replace_norms(native) == 1
+    x, gate = torch.randn(3, 64, dtype=torch.bfloat16), torch.randn(64)
+    narrow = torch.randn(3, 1, dtype=torch.bfloat16)
+    for given, named in (
+        ((x, gate), {}), ((x,), {"gate": gate}), ((), {"hidden_states": x}),
+        ((x.float(),), {}), ((narrow,), {}), ((narrow[0, 0],), {}),
+    ):  # fmt: skip
+        got, want = native(*given, **named), norm(*given, **named)
+        assert got.dtype == want.dtype and torch.equal(got, want)
+    for wrong in (torch.zeros(2, 7, dtype=torch.bfloat16), x.to("meta")):
+        for module in (native, norm):
+            with pytest.raises(RuntimeError):
+                module(wrong)
+    assert native(torch.zeros(0, 64, dtype=torch.bfloat16)).shape == (0, 64)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ds_cp.errors import ConfigError
-from ds_cp.model.linear import give_back
+from ds_cp.model.borrowed import Borrowed
 from ds_cp.model.packed_linear import LinearOps
 from ds_cp.native import Library, load
 from ds_cp.startup import packing
@@ -34,11 +34,11 @@ def test_packed_by_default_and_given_back() -> None:
     ids = torch.arange(20)[None]
     with torch.inference_mode():
         want = model(input_ids=ids).logits
-        line = plan_packing("auto", model, world(), kept=True)()
-        assert line.startswith("linear layers: 15 packed for ") and "5 RMS norms" in line
-        model.set_attn_implementation("sdpa")
-        torch.testing.assert_close(model(input_ids=ids).logits, want, atol=1e-5, rtol=1e-5)
-        give_back(model, "sdpa")
+        with Borrowed(model):
+            line = plan_packing("auto", model, world(), kept=True)()
+            assert line.startswith("linear layers: 15 packed for ") and "5 RMS norms" in line
+            model.set_attn_implementation("sdpa")
+            torch.testing.assert_close(model(input_ids=ids).logits, want, atol=1e-5, rtol=1e-5)
         assert torch.equal(model(input_ids=ids).logits, want)
     assert not any("forward" in module.__dict__ for module in model.modules())
 
@@ -54,16 +54,16 @@ def test_torch_and_other_devices_change_nothing() -> None:
 def test_what_cannot_be_packed_stays_and_is_said(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_llama()
     if why == "no library":
-        monkeypatch.setattr(packing, "packing_ops", lambda dtype: "the native library is not built")
+        monkeypatch.setattr(packing, "packing_ops", lambda: "the native library is not built")
         said = "the native library is not built"
     elif isinstance(LIBRARY, str):
         pytest.skip(f"{LIBRARY}: run `python -m ds_cp.native`")
     elif why == "no memory":
-        monkeypatch.setattr(packing, "packing_ops", lambda dtype: LinearOps(LIBRARY))
+        monkeypatch.setattr(packing, "packing_ops", lambda: LinearOps(LIBRARY))
         monkeypatch.setattr(packing, "free_bytes", lambda world: (1000, 1))
         said = "more than 60% of 0.0 GiB free"
     else:
-        monkeypatch.setattr(packing, "packing_ops", lambda dtype: LinearOps(LIBRARY))
+        monkeypatch.setattr(packing, "packing_ops", lambda: LinearOps(LIBRARY))
         model = model.to(torch.float16)
         said = "none that can be packed"
     line = plan_packing("auto", model, world(), kept=True)()
@@ -72,3 +72,19 @@ def test_what_cannot_be_packed_stays_and_is_said(why: str, monkeypatch: pytest.M
     if why != "no memory":
         with pytest.raises(ConfigError, match="linear_layers is packed, but"):
             plan_packing("packed", model, world(), kept=True)
+
+
+@needs_library
+def test_with_amx_packed_is_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a processor that has it; the packed layers are those of AVX512-BF16."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_tile": True})
+    model = tiny_llama().to(torch.bfloat16)
+    line = plan_packing("auto", model, world(), kept=True)()
+    assert line == "linear layers: torch's operators (with AMX, which packed ones do not use)"
+    assert not any("forward" in module.__dict__ for module in model.modules())
+    with torch.inference_mode():
+        line = plan_packing("packed", model, world(), kept=True)()
+    assert line.startswith("linear layers: 15 packed for ") and "AMX, faster for long" in line
+    single = tiny_llama()
+    with torch.inference_mode():
+        assert "15 packed" in plan_packing("auto", single, world(), kept=True)()
