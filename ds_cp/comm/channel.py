@@ -6,6 +6,7 @@ import ctypes
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ def _calls(library: Library) -> _Calls:
         get("ds_cp_shm_unmap", [pointer, u64]),
         get("ds_cp_shm_format", [pointer, i32, u64, c.c_char_p]),
         get("ds_cp_shm_open", [pointer, i32, i32, u64, c.c_char_p, pointer, i64], pointer),
-        get("ds_cp_shm_post", [pointer, c.c_char_p, i64], i64),
+        get("ds_cp_shm_post", [pointer, i64, c.c_char_p, i64], i64),
         get("ds_cp_shm_wait", [pointer, i64, i64], i32),
         get("ds_cp_shm_pump", [pointer], i64),
         get("ds_cp_shm_lost", [pointer, pointer], i32),
@@ -110,6 +111,7 @@ class Channel:
         if self._handle is None:
             self._unmap()
             raise ValueError("the memory is not the channel that was asked for")
+        self._numbers = count(1)  # of exchanges
         self._kept: dict[int, object] = {}  # tensors of exchanges that are not through
 
     def post(
@@ -122,18 +124,20 @@ class Channel:
         """
         packed = [_MESSAGE.pack(peer, 0, t.data_ptr(), t.nbytes) for peer, t in recvs]
         packed += [_MESSAGE.pack(peer, 1, t.data_ptr(), t.nbytes) for peer, t in sends]
-        number: int = self._calls.post(self._open(), b"".join(packed), len(packed))
-        if number < 0:
-            raise self._error(-number)
-        if number:
-            self._kept[number] = (sends, recvs)
-        return number
+        handle, number = self._open(), next(self._numbers)
+        self._kept[number] = (sends, recvs)  # before: a signal's handler may raise after the call
+        left: int = self._calls.post(handle, number, b"".join(packed), len(packed))
+        if left <= 0:
+            self._kept.pop(number, None)
+        if left < 0:
+            raise self._error(-left)
+        return left
 
     def wait(self, number: int, limit_s: float) -> bool:
         """Wait for an exchange; False when a signal came first. Raises ``ChannelError``."""
         reason = self._calls.wait(self._open(), number, round(limit_s * 1e9))
         if reason == DONE:
-            del self._kept[number]
+            self._kept.pop(number, None)
             return True
         if reason == INTERRUPTED:
             return False

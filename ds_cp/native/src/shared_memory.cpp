@@ -137,12 +137,13 @@ struct Channel {
   std::vector<int> pidfds;  // by member; -1 for me
   std::vector<Queue> out, in;
   std::unordered_map<int64_t, int64_t> open;  // exchange -> messages that are not through
-  int64_t last = 0;
   std::mutex busy;
   std::atomic<bool> shut{false};
   int misses = 0, rest = 0;  // waits that will sleep at once, after so many looks in vain
   int culprit = -1;
   uint64_t expected = 0, found = 0;
+  Result fault = DONE;  // DIFFERENT or BROKEN: no message can follow, so nothing is moved any more
+  int faulty = -1;      // the member that it is about
 
   Member& member(int i) { return reinterpret_cast<Member*>(memory + PAGE)[i]; }
   Ring& ring(int from, int to) {
@@ -254,13 +255,17 @@ struct Channel {
     return DONE;
   }
 
-  // Move what can be moved, of all exchanges.
+  // Move what can be moved, of all exchanges. After a fault never again: the caller was told, and
+  // may have given up the data of exchanges that are still queued.
   int progress(bool& moved) {
+    if (fault) return fail(fault, faulty);
     for (int peer = 0; peer < members; ++peer) {
-      if (!out[peer].ops.empty())
-        if (int why = push(peer, moved)) return why;
-      if (!in[peer].ops.empty())
-        if (int why = pull(peer, moved)) return why;
+      int why = out[peer].ops.empty() ? DONE : push(peer, moved);
+      if (!why && !in[peer].ops.empty()) why = pull(peer, moved);
+      if (why) {
+        fault = Result(why), faulty = peer;
+        return why;
+      }
     }
     return DONE;
   }
@@ -437,13 +442,15 @@ DS_CP_EXPORT void* ds_cp_shm_open(void* memory, int members, int me, uint64_t ri
   return channel;
 }
 
-// Start an exchange of `count` messages, each of at least one byte. Returns 0 when it is through
-// already, else its number (to wait for), or minus a Result. The data stays where it is until then.
-DS_CP_EXPORT int64_t ds_cp_shm_post(void* handle, const Message* messages, int64_t count) {
+// Start an exchange of `count` messages, each of at least one byte; `exchange`: its number, above 0
+// and new. Returns 0 when it is through already, else its number (to wait for), or minus a Result.
+// The data stays where it is until then; after minus a Result it is not touched any more.
+DS_CP_EXPORT int64_t ds_cp_shm_post(void* handle, int64_t exchange, const Message* messages,
+                                    int64_t count) {
   Channel& channel = *static_cast<Channel*>(handle);
   std::lock_guard<std::mutex> lock(channel.busy);
   if (channel.shut) return -channel.fail(SHUT, channel.me);
-  int64_t exchange = ++channel.last;
+  if (channel.fault) return -channel.fail(channel.fault, channel.faulty);
   for (int64_t i = 0; i < count; ++i) {
     const Message& m = messages[i];
     if (m.peer < 0 || m.peer >= channel.members || m.peer == channel.me || !m.bytes)

@@ -261,6 +261,28 @@ def test_a_message_of_another_size_is_said() -> None:
         assert (err.reason, err.peer, err.expected, err.found) == (ch.DIFFERENT, 0, 12, 10)
 
 
+def test_after_a_failed_post_nothing_is_moved_any_more() -> None:
+    """Its tensors are the caller's again: what arrives later must not be written into them."""
+    with seats(3) as found:
+        found[2].post([(1, torch.ones(64, dtype=torch.uint8))], [])
+        mine = torch.zeros(4096, dtype=torch.uint8)
+        earlier = torch.zeros(8, dtype=torch.uint8)
+        waiting = found[1].post([], [(0, earlier)])
+        with pytest.raises(ChannelError):
+            found[1].post([], [(2, torch.zeros(128, dtype=torch.uint8)), (0, mine)])
+        found[0].post([(1, payload(1, 8)), (1, torch.full((4096,), 7, dtype=torch.uint8))], [])
+        calls = (
+            found[1].pump,
+            lambda: found[1].post([], [(0, torch.zeros(1))]),
+            lambda: found[1].wait(waiting, 0.1),
+        )
+        for call in calls:
+            with pytest.raises(ChannelError) as caught:
+                call()
+            assert (caught.value.reason, caught.value.peer) == (ch.DIFFERENT, 2)
+        assert not mine.any() and not earlier.any()
+
+
 def test_garbage_in_the_memory_is_an_error_not_a_crash() -> None:
     """A faulty peer may write anything into the positions and the data."""
     shape = Shape(2, PAGE)
