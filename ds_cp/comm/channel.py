@@ -134,7 +134,8 @@ class Channel:
         return left
 
     def wait(self, number: int, limit_s: float) -> bool:
-        """Wait for an exchange; False when a signal came first. Raises ``ChannelError``."""
+        """Wait for an exchange; False when a signal may have come first, at least every 50 ms: wait
+        again, for what is left. Raises ``ChannelError``."""
         reason = self._calls.wait(self._open(), number, round(limit_s * 1e9))
         if reason == DONE:
             self._kept.pop(number, None)

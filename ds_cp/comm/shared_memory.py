@@ -85,7 +85,7 @@ class SharedMemory:
     def _finish(self, number: int, what: str, began: float) -> None:
         try:
             while not self._channel.wait(number, began + self._timeout_s - time.monotonic()):
-                pass  # a signal came, and Python has looked at it
+                pass  # a signal may have come, and Python has looked at it
         except ChannelError as err:
             raise self._comm_error(what, began, err) from None
 

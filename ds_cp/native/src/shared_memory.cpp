@@ -55,7 +55,8 @@ constexpr uint64_t MAGIC = 0x3130'6d68'7370'6364;   // "dcpshm01"
 constexpr uint64_t START = 0x676d'6770'6364'7374;   // first word of a message
 constexpr uint64_t PIECE = 128 * 1024;              // bytes after which the other side is told
 constexpr int MAX_MEMBERS = 64;                     // one bit each in a sleeper's masks
-constexpr int POLL_MS = 50;                         // between looks at the peers' lives
+constexpr int POLL_MS = 50;                         // between looks at the peers' lives and at signals
+constexpr int64_t POLL_NS = POLL_MS * int64_t(1'000'000);
 constexpr int LOOKS = 32;                           // looks between two looks at the clock
 constexpr int MOST_MISSES = 63;                     // waits in a row that sleep without a look
 
@@ -66,7 +67,7 @@ enum Result : int {
   CLOSED = 3,       // a peer has closed the channel
   DIFFERENT = 4,    // a peer sent a message of another size than is expected
   BROKEN = 5,       // the shared memory holds what no writer writes
-  INTERRUPTED = 6,  // a signal came; wait again
+  INTERRUPTED = 6,  // a signal came, or may have come to another thread; wait again
   SHUT = 7,         // this side has closed the channel
 };
 
@@ -306,7 +307,7 @@ struct Channel {
   }
 
   int wait(int64_t exchange, int64_t limit_ns) {
-    const int64_t deadline = now_ns() + limit_ns;
+    const int64_t begin = now_ns(), deadline = begin + limit_ns;
     bool blocked = false, looking = false;
     int64_t look_until = 0;
     int looks = 0;
@@ -319,6 +320,7 @@ struct Channel {
       if (shut.load(std::memory_order_relaxed)) return fail(SHUT, me);
       if (moved) {
         blocked = looking = false;
+        if (now_ns() - begin >= POLL_NS) return INTERRUPTED;
         continue;
       }
       if (!blocked) {
@@ -339,7 +341,8 @@ struct Channel {
     }
   }
 
-  // Until a peer rings or POLL_MS pass.
+  // Until a peer rings or POLL_MS pass. These end in INTERRUPTED: a signal wakes one thread, any of
+  // the process, and the caller may have to look at it.
   int sleep(int64_t exchange, int64_t deadline) {
     Member& mine = member(me);
     uint32_t bell = mine.bell.load(std::memory_order_acquire);
@@ -358,7 +361,7 @@ struct Channel {
       if (why) {
         why = settle(exchange, why);
       } else if (!shut.load(std::memory_order_seq_cst)) {
-        int64_t left = std::min(deadline - now_ns(), int64_t(POLL_MS) * 1'000'000);
+        int64_t left = std::min(deadline - now_ns(), POLL_NS);
         timespec limit{left / 1'000'000'000, left % 1'000'000'000};
         bool slept_out = left <= 0;
         if (!slept_out && futex(&mine.bell, FUTEX_WAIT, bell, &limit) < 0) {
@@ -370,6 +373,8 @@ struct Channel {
             why = settle(exchange, why);
           } else if (now_ns() >= deadline) {
             why = settle(exchange, fail(SILENT, first_awaited(exchange)));
+          } else {
+            why = INTERRUPTED;
           }
         }
       }
@@ -469,7 +474,8 @@ DS_CP_EXPORT int64_t ds_cp_shm_post(void* handle, int64_t exchange, const Messag
   return 0;
 }
 
-// Wait for an exchange, at most so long. Returns a Result; every one but INTERRUPTED ends it.
+// Wait for an exchange, at most so long. Returns a Result; every one but INTERRUPTED ends it, which
+// comes every POLL_MS at least.
 DS_CP_EXPORT int ds_cp_shm_wait(void* handle, int64_t exchange, int64_t limit_ns) {
   Channel& channel = *static_cast<Channel*>(handle);
   std::lock_guard<std::mutex> lock(channel.busy);

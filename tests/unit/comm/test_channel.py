@@ -8,12 +8,13 @@ from __future__ import annotations
 import mmap
 import os
 import random
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import pytest
@@ -73,7 +74,8 @@ def at_once(*works: Any) -> list[BaseException | None]:
 
 
 def finish(seat: Channel, number: int, limit_s: float = 20.0) -> None:
-    while number and not seat.wait(number, limit_s):
+    deadline = time.monotonic() + limit_s
+    while number and not seat.wait(number, deadline - time.monotonic()):
         pass
 
 
@@ -238,6 +240,52 @@ def test_a_peer_whose_process_has_ended_is_noticed_soon() -> None:
         child.kill()
         child.wait()
         os.close(life)
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_signal_that_another_thread_takes_is_handled_during_a_wait(busy: bool) -> None:
+    """Its handler runs in the thread that waits, asleep or copying, and may end the wait."""
+
+    class Stop(Exception):
+        pass
+
+    def stop(*_: Any) -> None:
+        raise Stop
+
+    before = signal.signal(signal.SIGUSR1, stop)
+    try:
+        with seats(3) as found:
+            number = found[0].post([], [(1, torch.zeros(4))])
+            ended = threading.Event()
+
+            def other() -> None:
+                time.sleep(0.05)
+                signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
+
+            def copying() -> None:
+                data = torch.ones(1_000_000, dtype=torch.uint8)
+                with suppress(ChannelError):  # that the test has closed the other end
+                    while not ended.is_set():
+                        finish(found[2], found[2].post([(0, data)], []))
+
+            threads = [threading.Thread(target=other)]
+            if busy:
+                coming = torch.zeros(1_000_000, dtype=torch.uint8)
+                for _ in range(2000):
+                    found[0].post([], [(2, coming)])
+                threads.append(threading.Thread(target=copying, daemon=True))
+            began = time.monotonic()
+            for thread in threads:
+                thread.start()
+            with pytest.raises(Stop):
+                finish(found[0], number, 3.0)
+            assert time.monotonic() - began < 1.0
+            ended.set()
+            found[0].close()
+            for thread in threads:
+                thread.join(5)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def test_closing_ends_my_own_wait_and_may_be_done_twice() -> None:
