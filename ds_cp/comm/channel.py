@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -45,6 +46,7 @@ class _Calls:
     lost: Any
     culprit: Any
     close: Any
+    free: Any
 
 
 def _calls(library: Library) -> _Calls:
@@ -63,6 +65,7 @@ def _calls(library: Library) -> _Calls:
         get("ds_cp_shm_lost", [pointer, pointer], i32),
         get("ds_cp_shm_culprit", [pointer, pointer, pointer], i32),
         get("ds_cp_shm_close", [pointer]),
+        get("ds_cp_shm_free", [pointer]),
     )
 
 
@@ -98,19 +101,21 @@ class Channel:
         if len(token) != TOKEN or len(pidfds) != shape.members:
             raise ValueError("a channel's token has 16 bytes, and each member a pidfd")
         self._calls = _calls(library)
-        self._nbytes = shape.nbytes(library)
-        self._memory: int | None = self._calls.map(fd, self._nbytes)
-        if self._memory is None:
-            raise ValueError(f"{self._nbytes} bytes cannot be mapped")
+        nbytes = shape.nbytes(library)
+        memory: int | None = self._calls.map(fd, nbytes)
+        if memory is None:
+            raise ValueError(f"{nbytes} bytes cannot be mapped")
         if make:
-            self._calls.format(self._memory, shape.members, shape.ring_bytes, token)
+            self._calls.format(memory, shape.members, shape.ring_bytes, token)
         lives = (ctypes.c_int * len(pidfds))(*pidfds)
         self._handle: int | None = self._calls.open(
-            self._memory, shape.members, me, shape.ring_bytes, token, lives, round(spin_s * 1e9)
+            memory, shape.members, me, shape.ring_bytes, token, lives, round(spin_s * 1e9)
         )
         if self._handle is None:
-            self._unmap()
+            self._calls.unmap(memory, nbytes)
             raise ValueError("the memory is not the channel that was asked for")
+        # When no call can be under way: each of them refers to this object.
+        weakref.finalize(self, self._calls.free, self._handle).atexit = False
         self._numbers = count(1)  # of exchanges
         self._kept: dict[int, object] = {}  # tensors of exchanges that are not through
 
@@ -124,9 +129,9 @@ class Channel:
         """
         packed = [_MESSAGE.pack(peer, 0, t.data_ptr(), t.nbytes) for peer, t in recvs]
         packed += [_MESSAGE.pack(peer, 1, t.data_ptr(), t.nbytes) for peer, t in sends]
-        handle, number = self._open(), next(self._numbers)
+        number = next(self._numbers)
         self._kept[number] = (sends, recvs)  # before: a signal's handler may raise after the call
-        left: int = self._calls.post(handle, number, b"".join(packed), len(packed))
+        left: int = self._calls.post(self._handle, number, b"".join(packed), len(packed))
         if left <= 0:
             self._kept.pop(number, None)
         if left < 0:
@@ -136,7 +141,7 @@ class Channel:
     def wait(self, number: int, limit_s: float) -> bool:
         """Wait for an exchange; False when a signal may have come first, at least every 50 ms: wait
         again, for what is left. Raises ``ChannelError``."""
-        reason = self._calls.wait(self._open(), number, round(limit_s * 1e9))
+        reason = self._calls.wait(self._handle, number, round(limit_s * 1e9))
         if reason == DONE:
             self._kept.pop(number, None)
             return True
@@ -147,39 +152,29 @@ class Channel:
     def pump(self) -> int:
         """Move what can be moved; the messages that still wait to be sent. Raises
         ``ChannelError``."""
-        left: int = self._calls.pump(self._open())
+        left: int = self._calls.pump(self._handle)
         if left < 0:
             raise self._error(-left)
         return left
 
     def lost(self) -> int | None:
-        """A member whose process has ended or that has closed the channel, else None."""
+        """A member whose process has ended or that has closed the channel, else None. Raises
+        ``ChannelError`` when this one has."""
         who = ctypes.c_int(-1)
-        return who.value if self._calls.lost(self._open(), ctypes.byref(who)) else None
+        found: int = self._calls.lost(self._handle, ctypes.byref(who))
+        if found < 0:
+            raise self._error(-found)
+        return who.value if found else None
 
     def close(self) -> None:
         """Leave the channel: every member that waits for this one wakes. May be called twice, and
-        while another thread waits, which then raises ``ChannelError``."""
-        handle, self._handle = self._handle, None
-        if handle is None:
-            return
-        self._calls.close(handle)
+        while another thread is in a call, which then raises ``ChannelError`` as all later ones."""
+        self._calls.close(self._handle)
         self._kept.clear()
-        self._unmap()
-
-    def _open(self) -> int:
-        if self._handle is None:
-            raise ChannelError(SHUT, -1)
-        return self._handle
 
     def _error(self, reason: int) -> ChannelError:
-        if self._handle is None:
+        if reason == SHUT:
             return ChannelError(SHUT, -1)
         expected, found = ctypes.c_uint64(), ctypes.c_uint64()
         peer = self._calls.culprit(self._handle, ctypes.byref(expected), ctypes.byref(found))
         return ChannelError(reason, peer, expected.value, found.value)
-
-    def _unmap(self) -> None:
-        memory, self._memory = self._memory, None
-        if memory is not None:
-            self._calls.unmap(memory, self._nbytes)

@@ -13,7 +13,9 @@
 // the core back milliseconds later, who is woken gets it at once. Asleep it looks after its peers'
 // lives every POLL_MS. What is read from the shared memory is checked before it is used.
 //
-// Plain C ABI, no exceptions across it. A channel may be used by several threads, one at a time.
+// Plain C ABI, no exceptions across it. A channel may be used by several threads, one at a time, and
+// closed by any of them meanwhile: that unmaps the memory when the call in flight has ended, and later
+// calls find it closed. What they use lives until the last reference to the channel is given up.
 
 #include <fcntl.h>
 #include <linux/futex.h>
@@ -132,13 +134,15 @@ struct Queue {
 
 struct Channel {
   uint8_t* memory;
+  uint64_t mapped;  // bytes of the memory; 0 when it is not mapped any more
   int members, me;
   uint64_t ring_bytes;
   int64_t spin_ns;
   std::vector<int> pidfds;  // by member; -1 for me
   std::vector<Queue> out, in;
   std::unordered_map<int64_t, int64_t> open;  // exchange -> messages that are not through
-  std::mutex busy;
+  std::mutex busy;   // held by what moves messages
+  std::mutex there;  // held by what looks at the members only, and for a moment
   std::atomic<bool> shut{false};
   int misses = 0, rest = 0;  // waits that will sleep at once, after so many looks in vain
   int culprit = -1;
@@ -425,7 +429,8 @@ DS_CP_EXPORT void ds_cp_shm_format(void* memory, int members, uint64_t ring_byte
   std::memcpy(memory, &head, sizeof head);
 }
 
-// Take a seat. `pidfds`: one for each member, -1 for me. nullptr when the memory is not that channel.
+// Take a seat. `pidfds`: one for each member, -1 for me. nullptr when the memory is not that channel;
+// else the memory is the channel's, which unmaps it.
 DS_CP_EXPORT void* ds_cp_shm_open(void* memory, int members, int me, uint64_t ring_bytes, const uint8_t* token,
                      const int* pidfds, int64_t spin_ns) {
   Head head;
@@ -437,6 +442,7 @@ DS_CP_EXPORT void* ds_cp_shm_open(void* memory, int members, int me, uint64_t ri
   Channel* channel = new (std::nothrow) Channel;
   if (!channel) return nullptr;
   channel->memory = static_cast<uint8_t*>(memory);
+  channel->mapped = ds_cp_shm_bytes(members, ring_bytes);
   channel->members = members;
   channel->me = me;
   channel->ring_bytes = ring_bytes;
@@ -497,9 +503,12 @@ DS_CP_EXPORT int64_t ds_cp_shm_pump(void* handle) {
   return left;
 }
 
-// 1 when a member's process has ended or a member has closed the channel, else 0; `who` gets it.
+// 1 when a member's process has ended or a member has closed the channel, else 0; `who` gets it. Minus
+// a Result when this side has closed it.
 DS_CP_EXPORT int ds_cp_shm_lost(void* handle, int* who) {
   Channel& channel = *static_cast<Channel*>(handle);
+  std::lock_guard<std::mutex> lock(channel.there);
+  if (channel.shut) return -SHUT;
   for (int peer = 0; peer < channel.members; ++peer) {
     if (peer == channel.me) continue;
     pollfd life{channel.pidfds[peer], POLLIN, 0};
@@ -520,21 +529,27 @@ DS_CP_EXPORT int ds_cp_shm_culprit(void* handle, uint64_t* expected, uint64_t* f
   return channel.culprit;
 }
 
-// Leave: wakes a thread of mine that waits and every member that sleeps. The memory may be unmapped
-// afterwards, and no call may follow.
+// Leave: wakes a thread of mine that waits and every member that sleeps, and unmaps the memory when
+// no call uses it any more. Calls that follow, of any thread, find the channel closed.
 DS_CP_EXPORT void ds_cp_shm_close(void* handle) {
-  Channel* channel = static_cast<Channel*>(handle);
-  channel->shut = true;
-  for (int i = 0; i < channel->members; ++i) {
-    Member& member = channel->member(i);
-    if (i == channel->me) member.closed.store(1, std::memory_order_seq_cst);
-  }
-  for (int i = 0; i < channel->members; ++i) {
-    Member& member = channel->member(i);
+  Channel& channel = *static_cast<Channel*>(handle);
+  std::unique_lock<std::mutex> looks(channel.there);
+  if (channel.shut.exchange(true)) return;
+  channel.member(channel.me).closed.store(1, std::memory_order_seq_cst);
+  for (int i = 0; i < channel.members; ++i) {
+    Member& member = channel.member(i);
     member.bell.fetch_add(1, std::memory_order_seq_cst);
     futex(&member.bell, FUTEX_WAKE, INT_MAX, nullptr);
   }
-  { std::lock_guard<std::mutex> lock(channel->busy); }
-  delete channel;
+  looks.unlock();  // who looks from now on sees that it is shut
+  std::lock_guard<std::mutex> lock(channel.busy);
+  munmap(channel.memory, channel.mapped);
+  channel.mapped = 0;
 }
 
+// Give the channel up, closed or not. No call may be under way, and none may follow.
+DS_CP_EXPORT void ds_cp_shm_free(void* handle) {
+  Channel* channel = static_cast<Channel*>(handle);
+  if (channel->mapped) munmap(channel->memory, channel->mapped);
+  delete channel;
+}

@@ -246,11 +246,11 @@ def test_a_peer_whose_process_has_ended_is_noticed_soon() -> None:
 def test_a_signal_that_another_thread_takes_is_handled_during_a_wait(busy: bool) -> None:
     """Its handler runs in the thread that waits, asleep or copying, and may end the wait."""
 
-    class Stop(Exception):
+    class StopError(Exception):
         pass
 
     def stop(*_: Any) -> None:
-        raise Stop
+        raise StopError
 
     before = signal.signal(signal.SIGUSR1, stop)
     try:
@@ -277,7 +277,7 @@ def test_a_signal_that_another_thread_takes_is_handled_during_a_wait(busy: bool)
             began = time.monotonic()
             for thread in threads:
                 thread.start()
-            with pytest.raises(Stop):
+            with pytest.raises(StopError):
                 finish(found[0], number, 3.0)
             assert time.monotonic() - began < 1.0
             ended.set()
@@ -298,6 +298,54 @@ def test_closing_ends_my_own_wait_and_may_be_done_twice() -> None:
         for call in (lambda: one.post([], []), lambda: one.wait(1, 0.1), one.pump, one.lost):
             with pytest.raises(ChannelError):
                 call()
+
+
+def test_closing_while_other_threads_are_in_any_call() -> None:
+    """As when a rank gives up on one thread and the step goes on for a moment on another."""
+    for turn in range(24):
+        with seats(2, spin_s=0.0001 * (turn % 2)) as (one, other):
+            started = threading.Barrier(4)
+
+            def until_closed(*calls: Any, started: threading.Barrier = started) -> None:
+                started.wait()
+                with pytest.raises(ChannelError) as caught:
+                    while True:
+                        for call in calls:
+                            call()
+                assert caught.value.reason in (ch.SHUT, ch.CLOSED)
+
+            def exchange(seat: Channel, peer: int) -> None:
+                data = torch.zeros(20_000, dtype=torch.uint8)
+                finish(seat, seat.post([(peer, data)], [(peer, torch.zeros_like(data))]))
+
+            def close(one: Channel = one, started: threading.Barrier = started) -> None:
+                started.wait()
+                time.sleep(turn * 5e-5)
+                one.close()
+
+            raised = at_once(
+                lambda one=one: until_closed(lambda: exchange(one, 1)),
+                lambda other=other: until_closed(lambda: exchange(other, 0)),
+                lambda one=one: until_closed(one.pump, lambda: one.lost() is None),
+                close,
+            )
+            assert raised == [None] * 4
+
+
+def test_memory_that_nobody_closes_goes_with_its_channel() -> None:
+    def mapped() -> int:
+        with open("/proc/self/maps") as lines:
+            return sum("memfd:ds_cp" in line for line in lines)
+
+    before = mapped()
+    assert isinstance(LIBRARY, Library)
+    shape = Shape(2, PAGE)
+    fd = private_memory(shape.nbytes(LIBRARY))
+    seat = Channel(LIBRARY, fd, shape, 0, TOKEN, [-1, -1], 0.0, make=True)
+    os.close(fd)
+    assert mapped() == before + 1
+    del seat
+    assert mapped() == before
 
 
 def test_a_message_of_another_size_is_said() -> None:
