@@ -318,7 +318,9 @@ def test_closing_while_other_threads_are_in_any_call() -> None:
                 data = torch.zeros(20_000, dtype=torch.uint8)
                 finish(seat, seat.post([(peer, data)], [(peer, torch.zeros_like(data))]))
 
-            def close(one: Channel = one, started: threading.Barrier = started) -> None:
+            def close(
+                one: Channel = one, started: threading.Barrier = started, turn: int = turn
+            ) -> None:
                 started.wait()
                 time.sleep(turn * 5e-5)
                 one.close()
