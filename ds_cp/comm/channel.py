@@ -7,6 +7,7 @@ import struct
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import count
 from typing import Any
 
@@ -17,7 +18,12 @@ from ds_cp.native import Library
 TOKEN = 16  # bytes by which those who open a channel know that it is theirs
 MAX_MEMBERS = 64
 DONE, SILENT, GONE, CLOSED, DIFFERENT, BROKEN, INTERRUPTED, SHUT = range(8)
-_MESSAGE = struct.Struct("=qqQQ")  # peer, whether it is sent, address, bytes
+
+
+@lru_cache
+def _packer(messages: int) -> struct.Struct:
+    """Of each message: peer, whether it is sent, address, bytes."""
+    return struct.Struct("=" + messages * "qqQQ")
 
 
 class ChannelError(Exception):
@@ -127,11 +133,16 @@ class Channel:
 
         The tensors are kept until the exchange is through, or the channel closed.
         """
-        packed = [_MESSAGE.pack(peer, 0, t.data_ptr(), t.nbytes) for peer, t in recvs]
-        packed += [_MESSAGE.pack(peer, 1, t.data_ptr(), t.nbytes) for peer, t in sends]
+        fields: list[int] = []
+        for peer, t in recvs:
+            fields += (peer, 0, t.data_ptr(), t.nbytes)
+        for peer, t in sends:
+            fields += (peer, 1, t.data_ptr(), t.nbytes)
+        messages = len(fields) // 4
+        packed = _packer(messages).pack(*fields)
         number = next(self._numbers)
         self._kept[number] = (sends, recvs)  # before: a signal's handler may raise after the call
-        left: int = self._calls.post(self._handle, number, b"".join(packed), len(packed))
+        left: int = self._calls.post(self._handle, number, packed, messages)
         if left <= 0:
             self._kept.pop(number, None)
         if left < 0:
@@ -141,7 +152,7 @@ class Channel:
     def wait(self, number: int, limit_s: float) -> bool:
         """Wait for an exchange; False when a signal may have come first, at least every 50 ms: wait
         again, for what is left. Raises ``ChannelError``."""
-        reason = self._calls.wait(self._handle, number, round(limit_s * 1e9))
+        reason = self._calls.wait(self._handle, number, int(limit_s * 1e9))
         if reason == DONE:
             self._kept.pop(number, None)
             return True
