@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import struct
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import count
 from typing import Any
 
 import torch
@@ -15,7 +18,12 @@ from ds_cp.native import Library
 TOKEN = 16  # bytes by which those who open a channel know that it is theirs
 MAX_MEMBERS = 64
 DONE, SILENT, GONE, CLOSED, DIFFERENT, BROKEN, INTERRUPTED, SHUT = range(8)
-_MESSAGE = struct.Struct("=qqQQ")  # peer, whether it is sent, address, bytes
+
+
+@lru_cache
+def _packer(messages: int) -> struct.Struct:
+    """Of each message: peer, whether it is sent, address, bytes."""
+    return struct.Struct("=" + messages * "qqQQ")
 
 
 class ChannelError(Exception):
@@ -44,6 +52,7 @@ class _Calls:
     lost: Any
     culprit: Any
     close: Any
+    free: Any
 
 
 def _calls(library: Library) -> _Calls:
@@ -56,12 +65,13 @@ def _calls(library: Library) -> _Calls:
         get("ds_cp_shm_unmap", [pointer, u64]),
         get("ds_cp_shm_format", [pointer, i32, u64, c.c_char_p]),
         get("ds_cp_shm_open", [pointer, i32, i32, u64, c.c_char_p, pointer, i64], pointer),
-        get("ds_cp_shm_post", [pointer, c.c_char_p, i64], i64),
+        get("ds_cp_shm_post", [pointer, i64, c.c_char_p, i64], i64),
         get("ds_cp_shm_wait", [pointer, i64, i64], i32),
         get("ds_cp_shm_pump", [pointer], i64),
         get("ds_cp_shm_lost", [pointer, pointer], i32),
         get("ds_cp_shm_culprit", [pointer, pointer, pointer], i32),
         get("ds_cp_shm_close", [pointer]),
+        get("ds_cp_shm_free", [pointer]),
     )
 
 
@@ -97,19 +107,22 @@ class Channel:
         if len(token) != TOKEN or len(pidfds) != shape.members:
             raise ValueError("a channel's token has 16 bytes, and each member a pidfd")
         self._calls = _calls(library)
-        self._nbytes = shape.nbytes(library)
-        self._memory: int | None = self._calls.map(fd, self._nbytes)
-        if self._memory is None:
-            raise ValueError(f"{self._nbytes} bytes cannot be mapped")
+        nbytes = shape.nbytes(library)
+        memory: int | None = self._calls.map(fd, nbytes)
+        if memory is None:
+            raise ValueError(f"{nbytes} bytes cannot be mapped")
         if make:
-            self._calls.format(self._memory, shape.members, shape.ring_bytes, token)
+            self._calls.format(memory, shape.members, shape.ring_bytes, token)
         lives = (ctypes.c_int * len(pidfds))(*pidfds)
         self._handle: int | None = self._calls.open(
-            self._memory, shape.members, me, shape.ring_bytes, token, lives, round(spin_s * 1e9)
+            memory, shape.members, me, shape.ring_bytes, token, lives, round(spin_s * 1e9)
         )
         if self._handle is None:
-            self._unmap()
+            self._calls.unmap(memory, nbytes)
             raise ValueError("the memory is not the channel that was asked for")
+        # When no call can be under way: each of them refers to this object.
+        weakref.finalize(self, self._calls.free, self._handle).atexit = False
+        self._numbers = count(1)  # of exchanges
         self._kept: dict[int, object] = {}  # tensors of exchanges that are not through
 
     def post(
@@ -120,20 +133,28 @@ class Channel:
 
         The tensors are kept until the exchange is through, or the channel closed.
         """
-        packed = [_MESSAGE.pack(peer, 0, t.data_ptr(), t.nbytes) for peer, t in recvs]
-        packed += [_MESSAGE.pack(peer, 1, t.data_ptr(), t.nbytes) for peer, t in sends]
-        number: int = self._calls.post(self._open(), b"".join(packed), len(packed))
-        if number < 0:
-            raise self._error(-number)
-        if number:
-            self._kept[number] = (sends, recvs)
-        return number
+        fields: list[int] = []
+        for peer, t in recvs:
+            fields += (peer, 0, t.data_ptr(), t.nbytes)
+        for peer, t in sends:
+            fields += (peer, 1, t.data_ptr(), t.nbytes)
+        messages = len(fields) // 4
+        packed = _packer(messages).pack(*fields)
+        number = next(self._numbers)
+        self._kept[number] = (sends, recvs)  # before: a signal's handler may raise after the call
+        left: int = self._calls.post(self._handle, number, packed, messages)
+        if left <= 0:
+            self._kept.pop(number, None)
+        if left < 0:
+            raise self._error(-left)
+        return left
 
     def wait(self, number: int, limit_s: float) -> bool:
-        """Wait for an exchange; False when a signal came first. Raises ``ChannelError``."""
-        reason = self._calls.wait(self._open(), number, round(limit_s * 1e9))
+        """Wait for an exchange; False when a signal may have come first, at least every 50 ms: wait
+        again, for what is left. Raises ``ChannelError``."""
+        reason = self._calls.wait(self._handle, number, int(limit_s * 1e9))
         if reason == DONE:
-            del self._kept[number]
+            self._kept.pop(number, None)
             return True
         if reason == INTERRUPTED:
             return False
@@ -142,39 +163,29 @@ class Channel:
     def pump(self) -> int:
         """Move what can be moved; the messages that still wait to be sent. Raises
         ``ChannelError``."""
-        left: int = self._calls.pump(self._open())
+        left: int = self._calls.pump(self._handle)
         if left < 0:
             raise self._error(-left)
         return left
 
     def lost(self) -> int | None:
-        """A member whose process has ended or that has closed the channel, else None."""
+        """A member whose process has ended or that has closed the channel, else None. Raises
+        ``ChannelError`` when this one has."""
         who = ctypes.c_int(-1)
-        return who.value if self._calls.lost(self._open(), ctypes.byref(who)) else None
+        found: int = self._calls.lost(self._handle, ctypes.byref(who))
+        if found < 0:
+            raise self._error(-found)
+        return who.value if found else None
 
     def close(self) -> None:
         """Leave the channel: every member that waits for this one wakes. May be called twice, and
-        while another thread waits, which then raises ``ChannelError``."""
-        handle, self._handle = self._handle, None
-        if handle is None:
-            return
-        self._calls.close(handle)
+        while another thread is in a call, which then raises ``ChannelError`` as all later ones."""
+        self._calls.close(self._handle)
         self._kept.clear()
-        self._unmap()
-
-    def _open(self) -> int:
-        if self._handle is None:
-            raise ChannelError(SHUT, -1)
-        return self._handle
 
     def _error(self, reason: int) -> ChannelError:
-        if self._handle is None:
+        if reason == SHUT:
             return ChannelError(SHUT, -1)
         expected, found = ctypes.c_uint64(), ctypes.c_uint64()
         peer = self._calls.culprit(self._handle, ctypes.byref(expected), ctypes.byref(found))
         return ChannelError(reason, peer, expected.value, found.value)
-
-    def _unmap(self) -> None:
-        memory, self._memory = self._memory, None
-        if memory is not None:
-            self._calls.unmap(memory, self._nbytes)

@@ -36,6 +36,7 @@ class Group:
         self.size = len(self.ranks)
         sub = world.topology.subset(self.ranks)
         self.hosts = tuple(sub.host_index(r) for r in range(self.size))
+        self._is_away = [host != self.hosts[self.rank] for host in self.hosts]
         self.ring = sub.ring_order()
         self.device = world.device
         self.ledger = world.ledger
@@ -62,26 +63,32 @@ class Group:
         ``ValueError`` for a tensor that is not contiguous, ``CommError`` when a peer is gone.
         """
         self._local_work.refuse(scheme, self.name)
-        coming = [self._checked(message) for message in recvs if message[1].numel()]
-        going = [self._checked(message) for message in sends if message[1].numel()]
+        coming, going = self._checked(recvs), self._checked(sends)
         what = f"{scheme} in group {self.name}"
         if not coming and not going:
             return Pending(None, what)
         nbytes = inter = 0
         for peer, tensor in going:
-            nbytes += tensor.nbytes
-            if self.hosts[peer] != self.hosts[self.rank]:
-                inter += tensor.nbytes
+            size = tensor.nbytes
+            nbytes += size
+            if self._is_away[peer]:
+                inter += size
         self.ledger.add(scheme, nbytes, inter)
         return self._carrier((going or coming)[0][1]).exchange(going, coming, what)
 
-    def _checked(self, message: Message) -> Message:
-        peer, tensor = message
-        if peer == self.rank or not 0 <= peer < self.size:
-            raise ValueError(f"group {self.name}: rank {self.rank} cannot message rank {peer}")
-        if not tensor.is_contiguous():
-            raise ValueError(f"group {self.name}: tensors on the wire must be contiguous")
-        return message
+    def _checked(self, messages: Sequence[Message]) -> list[Message]:
+        """Those that are not empty."""
+        found = []
+        for message in messages:
+            peer, tensor = message
+            if not tensor.numel():
+                continue
+            if peer == self.rank or not 0 <= peer < self.size:
+                raise ValueError(f"group {self.name}: rank {self.rank} cannot message rank {peer}")
+            if not tensor.is_contiguous():
+                raise ValueError(f"group {self.name}: tensors on the wire must be contiguous")
+            found.append(message)
+        return found
 
     def _carrier(self, tensor: torch.Tensor) -> Transport:
         found = self.on_device if tensor.is_cuda else self.transport

@@ -22,25 +22,25 @@ class Ledger:
     """Counts what this rank sends. What it receives is in the sender's ledger."""
 
     def __init__(self) -> None:
-        self._entries: dict[str, Entry] = {}
+        self._counts: dict[str, list[int]] = {}  # scheme -> the fields of its entry
 
     def add(self, scheme: str, nbytes: int, inter_host_bytes: int, exchanges: int = 1) -> None:
         """Count one round or more of ``scheme``: payload bytes, those of them between hosts."""
-        old = self._entries.get(scheme, Entry())
-        self._entries[scheme] = Entry(
-            old.bytes + nbytes,
-            old.inter_host_bytes + inter_host_bytes,
-            old.exchanges + exchanges,
-        )
+        counts = self._counts.get(scheme)
+        if counts is None:
+            counts = self._counts[scheme] = [0, 0, 0]
+        counts[0] += nbytes
+        counts[1] += inter_host_bytes
+        counts[2] += exchanges
 
     def __getitem__(self, scheme: str) -> Entry:
         """The entry of ``scheme``; zeros when nothing was sent under it."""
-        return self._entries.get(scheme, Entry())
+        return Entry(*self._counts.get(scheme, ()))
 
     def schemes(self) -> dict[str, Entry]:
         """A copy of all entries."""
-        return dict(self._entries)
+        return {scheme: Entry(*counts) for scheme, counts in self._counts.items()}
 
     def clear(self) -> None:
         """Forget all entries."""
-        self._entries.clear()
+        self._counts.clear()

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,6 +65,7 @@ class SharedMemory:
         ranks; ``me``: this one's group index."""
         self._channel = channel
         self._seats = {member: seat for seat, member in enumerate(members)}
+        self._all = list(members) == list(range(len(members)))  # its seats are the group's indices
         self._ranks = tuple(ranks)
         self._me = me
         self._timeout_s = timeout_s
@@ -71,21 +73,23 @@ class SharedMemory:
     def exchange(self, sends: Sequence[Message], recvs: Sequence[Message], what: str) -> Pending:
         """Start to send each tensor and to receive into each buffer."""
         began = time.monotonic()
-        seats = self._seats
+        if not self._all:
+            sends, recvs = self._seated(sends), self._seated(recvs)
         try:
-            number = self._channel.post(
-                [(seats[peer], t) for peer, t in sends], [(seats[peer], t) for peer, t in recvs]
-            )
+            number = self._channel.post(sends, recvs)
         except ChannelError as err:
             raise self._comm_error(what, began, err) from None
         if not number:
             return Pending(None, what)
-        return Pending(lambda: self._finish(number, what, began), what)
+        return Pending(partial(self._finish, number, what, began), what)
+
+    def _seated(self, messages: Sequence[Message]) -> list[Message]:
+        return [(self._seats[peer], tensor) for peer, tensor in messages]
 
     def _finish(self, number: int, what: str, began: float) -> None:
         try:
             while not self._channel.wait(number, began + self._timeout_s - time.monotonic()):
-                pass  # a signal came, and Python has looked at it
+                pass  # a signal may have come, and Python has looked at it
         except ChannelError as err:
             raise self._comm_error(what, began, err) from None
 

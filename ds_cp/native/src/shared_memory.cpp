@@ -13,7 +13,9 @@
 // the core back milliseconds later, who is woken gets it at once. Asleep it looks after its peers'
 // lives every POLL_MS. What is read from the shared memory is checked before it is used.
 //
-// Plain C ABI, no exceptions across it. A channel may be used by several threads, one at a time.
+// Plain C ABI, no exceptions across it. A channel may be used by several threads, one at a time, and
+// closed by any of them meanwhile: that unmaps the memory when the call in flight has ended, and later
+// calls find it closed. What they use lives until the last reference to the channel is given up.
 
 #include <fcntl.h>
 #include <linux/futex.h>
@@ -55,7 +57,8 @@ constexpr uint64_t MAGIC = 0x3130'6d68'7370'6364;   // "dcpshm01"
 constexpr uint64_t START = 0x676d'6770'6364'7374;   // first word of a message
 constexpr uint64_t PIECE = 128 * 1024;              // bytes after which the other side is told
 constexpr int MAX_MEMBERS = 64;                     // one bit each in a sleeper's masks
-constexpr int POLL_MS = 50;                         // between looks at the peers' lives
+constexpr int POLL_MS = 50;                         // between looks at the peers' lives and at signals
+constexpr int64_t POLL_NS = POLL_MS * int64_t(1'000'000);
 constexpr int LOOKS = 32;                           // looks between two looks at the clock
 constexpr int MOST_MISSES = 63;                     // waits in a row that sleep without a look
 
@@ -66,7 +69,7 @@ enum Result : int {
   CLOSED = 3,       // a peer has closed the channel
   DIFFERENT = 4,    // a peer sent a message of another size than is expected
   BROKEN = 5,       // the shared memory holds what no writer writes
-  INTERRUPTED = 6,  // a signal came; wait again
+  INTERRUPTED = 6,  // a signal came, or may have come to another thread; wait again
   SHUT = 7,         // this side has closed the channel
 };
 
@@ -131,18 +134,21 @@ struct Queue {
 
 struct Channel {
   uint8_t* memory;
+  uint64_t mapped;  // bytes of the memory; 0 when it is not mapped any more
   int members, me;
   uint64_t ring_bytes;
   int64_t spin_ns;
   std::vector<int> pidfds;  // by member; -1 for me
   std::vector<Queue> out, in;
   std::unordered_map<int64_t, int64_t> open;  // exchange -> messages that are not through
-  int64_t last = 0;
-  std::mutex busy;
+  std::mutex busy;   // held by what moves messages
+  std::mutex there;  // held by what looks at the members only, and for a moment
   std::atomic<bool> shut{false};
   int misses = 0, rest = 0;  // waits that will sleep at once, after so many looks in vain
   int culprit = -1;
   uint64_t expected = 0, found = 0;
+  Result fault = DONE;  // DIFFERENT or BROKEN: no message can follow, so nothing is moved any more
+  int faulty = -1;      // the member that it is about
 
   Member& member(int i) { return reinterpret_cast<Member*>(memory + PAGE)[i]; }
   Ring& ring(int from, int to) {
@@ -254,13 +260,17 @@ struct Channel {
     return DONE;
   }
 
-  // Move what can be moved, of all exchanges.
+  // Move what can be moved, of all exchanges. After a fault never again: the caller was told, and
+  // may have given up the data of exchanges that are still queued.
   int progress(bool& moved) {
+    if (fault) return fail(fault, faulty);
     for (int peer = 0; peer < members; ++peer) {
-      if (!out[peer].ops.empty())
-        if (int why = push(peer, moved)) return why;
-      if (!in[peer].ops.empty())
-        if (int why = pull(peer, moved)) return why;
+      int why = out[peer].ops.empty() ? DONE : push(peer, moved);
+      if (!why && !in[peer].ops.empty()) why = pull(peer, moved);
+      if (why) {
+        fault = Result(why), faulty = peer;
+        return why;
+      }
     }
     return DONE;
   }
@@ -301,7 +311,7 @@ struct Channel {
   }
 
   int wait(int64_t exchange, int64_t limit_ns) {
-    const int64_t deadline = now_ns() + limit_ns;
+    const int64_t begin = now_ns(), deadline = begin + limit_ns;
     bool blocked = false, looking = false;
     int64_t look_until = 0;
     int looks = 0;
@@ -314,6 +324,7 @@ struct Channel {
       if (shut.load(std::memory_order_relaxed)) return fail(SHUT, me);
       if (moved) {
         blocked = looking = false;
+        if (now_ns() - begin >= POLL_NS) return INTERRUPTED;
         continue;
       }
       if (!blocked) {
@@ -334,7 +345,8 @@ struct Channel {
     }
   }
 
-  // Until a peer rings or POLL_MS pass.
+  // Until a peer rings or POLL_MS pass. These end in INTERRUPTED: a signal wakes one thread, any of
+  // the process, and the caller may have to look at it.
   int sleep(int64_t exchange, int64_t deadline) {
     Member& mine = member(me);
     uint32_t bell = mine.bell.load(std::memory_order_acquire);
@@ -353,7 +365,7 @@ struct Channel {
       if (why) {
         why = settle(exchange, why);
       } else if (!shut.load(std::memory_order_seq_cst)) {
-        int64_t left = std::min(deadline - now_ns(), int64_t(POLL_MS) * 1'000'000);
+        int64_t left = std::min(deadline - now_ns(), POLL_NS);
         timespec limit{left / 1'000'000'000, left % 1'000'000'000};
         bool slept_out = left <= 0;
         if (!slept_out && futex(&mine.bell, FUTEX_WAIT, bell, &limit) < 0) {
@@ -365,6 +377,8 @@ struct Channel {
             why = settle(exchange, why);
           } else if (now_ns() >= deadline) {
             why = settle(exchange, fail(SILENT, first_awaited(exchange)));
+          } else {
+            why = INTERRUPTED;
           }
         }
       }
@@ -415,7 +429,8 @@ DS_CP_EXPORT void ds_cp_shm_format(void* memory, int members, uint64_t ring_byte
   std::memcpy(memory, &head, sizeof head);
 }
 
-// Take a seat. `pidfds`: one for each member, -1 for me. nullptr when the memory is not that channel.
+// Take a seat. `pidfds`: one for each member, -1 for me. nullptr when the memory is not that channel;
+// else the memory is the channel's, which unmaps it.
 DS_CP_EXPORT void* ds_cp_shm_open(void* memory, int members, int me, uint64_t ring_bytes, const uint8_t* token,
                      const int* pidfds, int64_t spin_ns) {
   Head head;
@@ -427,6 +442,7 @@ DS_CP_EXPORT void* ds_cp_shm_open(void* memory, int members, int me, uint64_t ri
   Channel* channel = new (std::nothrow) Channel;
   if (!channel) return nullptr;
   channel->memory = static_cast<uint8_t*>(memory);
+  channel->mapped = ds_cp_shm_bytes(members, ring_bytes);
   channel->members = members;
   channel->me = me;
   channel->ring_bytes = ring_bytes;
@@ -437,13 +453,15 @@ DS_CP_EXPORT void* ds_cp_shm_open(void* memory, int members, int me, uint64_t ri
   return channel;
 }
 
-// Start an exchange of `count` messages, each of at least one byte. Returns 0 when it is through
-// already, else its number (to wait for), or minus a Result. The data stays where it is until then.
-DS_CP_EXPORT int64_t ds_cp_shm_post(void* handle, const Message* messages, int64_t count) {
+// Start an exchange of `count` messages, each of at least one byte; `exchange`: its number, above 0
+// and new. Returns 0 when it is through already, else its number (to wait for), or minus a Result.
+// The data stays where it is until then; after minus a Result it is not touched any more.
+DS_CP_EXPORT int64_t ds_cp_shm_post(void* handle, int64_t exchange, const Message* messages,
+                                    int64_t count) {
   Channel& channel = *static_cast<Channel*>(handle);
   std::lock_guard<std::mutex> lock(channel.busy);
   if (channel.shut) return -channel.fail(SHUT, channel.me);
-  int64_t exchange = ++channel.last;
+  if (channel.fault) return -channel.fail(channel.fault, channel.faulty);
   for (int64_t i = 0; i < count; ++i) {
     const Message& m = messages[i];
     if (m.peer < 0 || m.peer >= channel.members || m.peer == channel.me || !m.bytes)
@@ -462,7 +480,8 @@ DS_CP_EXPORT int64_t ds_cp_shm_post(void* handle, const Message* messages, int64
   return 0;
 }
 
-// Wait for an exchange, at most so long. Returns a Result; every one but INTERRUPTED ends it.
+// Wait for an exchange, at most so long. Returns a Result; every one but INTERRUPTED ends it, which
+// comes every POLL_MS at least.
 DS_CP_EXPORT int ds_cp_shm_wait(void* handle, int64_t exchange, int64_t limit_ns) {
   Channel& channel = *static_cast<Channel*>(handle);
   std::lock_guard<std::mutex> lock(channel.busy);
@@ -484,9 +503,12 @@ DS_CP_EXPORT int64_t ds_cp_shm_pump(void* handle) {
   return left;
 }
 
-// 1 when a member's process has ended or a member has closed the channel, else 0; `who` gets it.
+// 1 when a member's process has ended or a member has closed the channel, else 0; `who` gets it. Minus
+// a Result when this side has closed it.
 DS_CP_EXPORT int ds_cp_shm_lost(void* handle, int* who) {
   Channel& channel = *static_cast<Channel*>(handle);
+  std::lock_guard<std::mutex> lock(channel.there);
+  if (channel.shut) return -SHUT;
   for (int peer = 0; peer < channel.members; ++peer) {
     if (peer == channel.me) continue;
     pollfd life{channel.pidfds[peer], POLLIN, 0};
@@ -507,21 +529,27 @@ DS_CP_EXPORT int ds_cp_shm_culprit(void* handle, uint64_t* expected, uint64_t* f
   return channel.culprit;
 }
 
-// Leave: wakes a thread of mine that waits and every member that sleeps. The memory may be unmapped
-// afterwards, and no call may follow.
+// Leave: wakes a thread of mine that waits and every member that sleeps, and unmaps the memory when
+// no call uses it any more. Calls that follow, of any thread, find the channel closed.
 DS_CP_EXPORT void ds_cp_shm_close(void* handle) {
-  Channel* channel = static_cast<Channel*>(handle);
-  channel->shut = true;
-  for (int i = 0; i < channel->members; ++i) {
-    Member& member = channel->member(i);
-    if (i == channel->me) member.closed.store(1, std::memory_order_seq_cst);
-  }
-  for (int i = 0; i < channel->members; ++i) {
-    Member& member = channel->member(i);
+  Channel& channel = *static_cast<Channel*>(handle);
+  std::unique_lock<std::mutex> looks(channel.there);
+  if (channel.shut.exchange(true)) return;
+  channel.member(channel.me).closed.store(1, std::memory_order_seq_cst);
+  for (int i = 0; i < channel.members; ++i) {
+    Member& member = channel.member(i);
     member.bell.fetch_add(1, std::memory_order_seq_cst);
     futex(&member.bell, FUTEX_WAKE, INT_MAX, nullptr);
   }
-  { std::lock_guard<std::mutex> lock(channel->busy); }
-  delete channel;
+  looks.unlock();  // who looks from now on sees that it is shut
+  std::lock_guard<std::mutex> lock(channel.busy);
+  munmap(channel.memory, channel.mapped);
+  channel.mapped = 0;
 }
 
+// Give the channel up, closed or not. No call may be under way, and none may follow.
+DS_CP_EXPORT void ds_cp_shm_free(void* handle) {
+  Channel* channel = static_cast<Channel*>(handle);
+  if (channel->mapped) munmap(channel->memory, channel->mapped);
+  delete channel;
+}

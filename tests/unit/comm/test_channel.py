@@ -8,12 +8,13 @@ from __future__ import annotations
 import mmap
 import os
 import random
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import pytest
@@ -73,7 +74,8 @@ def at_once(*works: Any) -> list[BaseException | None]:
 
 
 def finish(seat: Channel, number: int, limit_s: float = 20.0) -> None:
-    while number and not seat.wait(number, limit_s):
+    deadline = time.monotonic() + limit_s
+    while number and not seat.wait(number, deadline - time.monotonic()):
         pass
 
 
@@ -240,6 +242,52 @@ def test_a_peer_whose_process_has_ended_is_noticed_soon() -> None:
         os.close(life)
 
 
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_signal_that_another_thread_takes_is_handled_during_a_wait(busy: bool) -> None:
+    """Its handler runs in the thread that waits, asleep or copying, and may end the wait."""
+
+    class StopError(Exception):
+        pass
+
+    def stop(*_: Any) -> None:
+        raise StopError
+
+    before = signal.signal(signal.SIGUSR1, stop)
+    try:
+        with seats(3) as found:
+            number = found[0].post([], [(1, torch.zeros(4))])
+            ended = threading.Event()
+
+            def other() -> None:
+                time.sleep(0.05)
+                signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
+
+            def copying() -> None:
+                data = torch.ones(1_000_000, dtype=torch.uint8)
+                with suppress(ChannelError):  # that the test has closed the other end
+                    while not ended.is_set():
+                        finish(found[2], found[2].post([(0, data)], []))
+
+            threads = [threading.Thread(target=other)]
+            if busy:
+                coming = torch.zeros(1_000_000, dtype=torch.uint8)
+                for _ in range(2000):
+                    found[0].post([], [(2, coming)])
+                threads.append(threading.Thread(target=copying, daemon=True))
+            began = time.monotonic()
+            for thread in threads:
+                thread.start()
+            with pytest.raises(StopError):
+                finish(found[0], number, 3.0)
+            assert time.monotonic() - began < 1.0
+            ended.set()
+            found[0].close()
+            for thread in threads:
+                thread.join(5)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
 def test_closing_ends_my_own_wait_and_may_be_done_twice() -> None:
     with seats(2) as (one, _):
         number = one.post([], [(1, torch.zeros(4))])
@@ -252,6 +300,56 @@ def test_closing_ends_my_own_wait_and_may_be_done_twice() -> None:
                 call()
 
 
+def test_closing_while_other_threads_are_in_any_call() -> None:
+    """As when a rank gives up on one thread and the step goes on for a moment on another."""
+    for turn in range(24):
+        with seats(2, spin_s=0.0001 * (turn % 2)) as (one, other):
+            started = threading.Barrier(4)
+
+            def until_closed(*calls: Any, started: threading.Barrier = started) -> None:
+                started.wait()
+                with pytest.raises(ChannelError) as caught:
+                    while True:
+                        for call in calls:
+                            call()
+                assert caught.value.reason in (ch.SHUT, ch.CLOSED)
+
+            def exchange(seat: Channel, peer: int) -> None:
+                data = torch.zeros(20_000, dtype=torch.uint8)
+                finish(seat, seat.post([(peer, data)], [(peer, torch.zeros_like(data))]))
+
+            def close(
+                one: Channel = one, started: threading.Barrier = started, turn: int = turn
+            ) -> None:
+                started.wait()
+                time.sleep(turn * 5e-5)
+                one.close()
+
+            raised = at_once(
+                lambda one=one: until_closed(lambda: exchange(one, 1)),
+                lambda other=other: until_closed(lambda: exchange(other, 0)),
+                lambda one=one: until_closed(one.pump, lambda: one.lost() is None),
+                close,
+            )
+            assert raised == [None] * 4
+
+
+def test_memory_that_nobody_closes_goes_with_its_channel() -> None:
+    def mapped() -> int:
+        with open("/proc/self/maps") as lines:
+            return sum("memfd:ds_cp" in line for line in lines)
+
+    before = mapped()
+    assert isinstance(LIBRARY, Library)
+    shape = Shape(2, PAGE)
+    fd = private_memory(shape.nbytes(LIBRARY))
+    seat = Channel(LIBRARY, fd, shape, 0, TOKEN, [-1, -1], 0.0, make=True)
+    os.close(fd)
+    assert mapped() == before + 1
+    del seat
+    assert mapped() == before
+
+
 def test_a_message_of_another_size_is_said() -> None:
     with seats(2) as (one, other):
         one.post([(1, torch.zeros(10, dtype=torch.uint8))], [])
@@ -259,6 +357,28 @@ def test_a_message_of_another_size_is_said() -> None:
             other.post([], [(0, torch.zeros(12, dtype=torch.uint8))])
         err = caught.value
         assert (err.reason, err.peer, err.expected, err.found) == (ch.DIFFERENT, 0, 12, 10)
+
+
+def test_after_a_failed_post_nothing_is_moved_any_more() -> None:
+    """Its tensors are the caller's again: what arrives later must not be written into them."""
+    with seats(3) as found:
+        found[2].post([(1, torch.ones(64, dtype=torch.uint8))], [])
+        mine = torch.zeros(4096, dtype=torch.uint8)
+        earlier = torch.zeros(8, dtype=torch.uint8)
+        waiting = found[1].post([], [(0, earlier)])
+        with pytest.raises(ChannelError):
+            found[1].post([], [(2, torch.zeros(128, dtype=torch.uint8)), (0, mine)])
+        found[0].post([(1, payload(1, 8)), (1, torch.full((4096,), 7, dtype=torch.uint8))], [])
+        calls = (
+            found[1].pump,
+            lambda: found[1].post([], [(0, torch.zeros(1))]),
+            lambda: found[1].wait(waiting, 0.1),
+        )
+        for call in calls:
+            with pytest.raises(ChannelError) as caught:
+                call()
+            assert (caught.value.reason, caught.value.peer) == (ch.DIFFERENT, 2)
+        assert not mine.any() and not earlier.any()
 
 
 def test_garbage_in_the_memory_is_an_error_not_a_crash() -> None:
