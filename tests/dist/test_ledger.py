@@ -27,7 +27,7 @@ from ds_cp.plan import Begin, Chunk, Sampling, StepPlan
 from ds_cp.worker.state import WorkerState, check_item
 from ds_cp.worker.step_context import Layers, StepContext
 from tests.helpers.engines import engine_on, tiny_llama
-from tests.helpers.paged import Request, Step, decode, prompt
+from tests.helpers.steps import Request, Step, decode, prompt
 from tests.helpers.ranks import run_ranks, world_group
 
 Entries = dict[str, Entry]  # scheme -> what one rank sent
