@@ -111,6 +111,7 @@ class Channel:
             self._unmap()
             raise ValueError("the memory is not the channel that was asked for")
         self._kept: dict[int, object] = {}  # tensors of exchanges that are not through
+        self._failed: list[object] = []  # of those that failed as they were posted
 
     def post(
         self, sends: Sequence[tuple[int, torch.Tensor]], recvs: Sequence[tuple[int, torch.Tensor]]
@@ -118,12 +119,14 @@ class Channel:
         """Start an exchange of (member, contiguous CPU tensor) pairs. Returns its number, to
         ``wait`` for, or 0 when it is through already. Raises ``ChannelError``.
 
-        The tensors are kept until the exchange is through, or the channel closed.
+        The tensors are kept until the exchange is through, or, after an error, the channel closed:
+        until then other calls may go on to read and write them.
         """
         packed = [_MESSAGE.pack(peer, 0, t.data_ptr(), t.nbytes) for peer, t in recvs]
         packed += [_MESSAGE.pack(peer, 1, t.data_ptr(), t.nbytes) for peer, t in sends]
         number: int = self._calls.post(self._open(), b"".join(packed), len(packed))
         if number < 0:
+            self._failed.append((sends, recvs))
             raise self._error(-number)
         if number:
             self._kept[number] = (sends, recvs)
@@ -160,6 +163,7 @@ class Channel:
             return
         self._calls.close(handle)
         self._kept.clear()
+        self._failed.clear()
         self._unmap()
 
     def _open(self) -> int:
