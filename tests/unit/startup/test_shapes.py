@@ -30,3 +30,8 @@ def test_what_differs_is_said() -> None:
     assert shape_notes([FULL, SLIDING], 2) == [
         "attention layers have 8 or 16 KV heads, keys of 192 and values of 128 dims"
     ]
+
+
+def test_windows_are_counted_by_layer() -> None:
+    layers = [LayerSpec(4, 2, 16, 0.25, window) for window in (None, 64, 64, 7, None)]
+    assert layer_windows(layers) == ((7, 1), (64, 2)) and layer_windows(layers[:1]) == ()
