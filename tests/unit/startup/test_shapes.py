@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ds_cp.attention import LayerSpec
-from ds_cp.startup.shapes import MeanShape, mean_shape, shape_notes
+from ds_cp.startup.shapes import MeanShape, layer_windows, mean_shape, shape_notes
 
 LLAMA = LayerSpec(32, 8, 128, 1.0)
 LATENT = LayerSpec(16, 16, 192, 1.0, v_head_dim=128)
