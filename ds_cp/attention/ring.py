@@ -1,11 +1,14 @@
 """Mode ``ring``: shards travel around the ranks, each rank folds the shard in hand.
 
 pass-KV (Ring Attention, arXiv 2310.01889): whole blocks of keys and values travel, every rank folds
-each shard into its own queries; a hop hides under the attention of the shard in hand. pass-Q (arXiv
-2411.01783, algorithms 2 to 4): queries travel, every rank attends them over its own keys, and one
-all-to-all brings the partials back to the owners. Shards differ in length and may be empty: all
-sizes come from what every rank knows. Windowed layers go no round: each rank is sent, or asks for,
-just what its queries see, in one exchange.
+each shard into its own queries. The next hop is posted before the shard in hand is attended: NCCL
+and gloo move it meanwhile. Through shared memory the computing thread copies by itself: ``post``
+what the ring of the pair takes (``comm/shared_memory.py``), ``wait`` the rest, so there a hop costs
+its copies and only the waiting for the peer is hidden. pass-Q (arXiv 2411.01783, algorithms 2 to
+4): queries travel, every rank attends them over its own keys, and one all-to-all brings the
+partials back to the owners. Shards differ in length and may be empty: all sizes come from what
+every rank knows. Items of which a layer's window hides something go no round in it: each rank is
+sent, or asks for, just what its queries see, in one exchange.
 """
 
 from __future__ import annotations
