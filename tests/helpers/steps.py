@@ -32,6 +32,7 @@ class Request:
     length: int
     homes: tuple[int, ...]
     q_runs: tuple[Runs, ...]
+    seed: int | None = None  # of its numbers; its place among the requests
 
 
 def prompt(counts: Sequence[int], size: int, past: int = 0, layout: str = "zigzag") -> Request:
@@ -74,9 +75,11 @@ def shards_of(requests: Sequence[Request], ranks: int, size: int) -> list[Shards
     return found
 
 
-def sequence(index: int, length: int, spec: LayerSpec) -> tuple[torch.Tensor, ...]:
+def sequence(index: int, request: Request, spec: LayerSpec) -> tuple[torch.Tensor, ...]:
     """q, k, v of the whole sequence of request ``index``, in fp32."""
-    gen = torch.Generator().manual_seed(100 + index)
+    length = request.length
+    seed = index if request.seed is None else request.seed
+    gen = torch.Generator().manual_seed(100 + seed)
     shapes = (
         (length, spec.num_q_heads, spec.head_dim),
         (length, spec.num_kv_heads, spec.head_dim),
@@ -93,7 +96,7 @@ def filled(
     numbers = [n for item in items for n in item.blocks[rank].numbers]
     pages = empty_pages(shape, max(numbers, default=0) + 2, torch.device("cpu"))
     for index, (item, request) in enumerate(zip(items, requests, strict=True)):
-        _, k, v = (x.to(shape.dtype) for x in sequence(index, request.length, spec))
+        _, k, v = (x.to(shape.dtype) for x in sequence(index, request, spec))
         for number, first, keys in item.blocks[rank]:
             at = torch.arange(keys)
             kernel.write(
@@ -139,8 +142,7 @@ class Step:
             shape = PageShape.of(spec, self.size, dtype, kernel.packed)
             pages = filled(self.items, self.requests, me, shape, spec, kernel)
         rows = [
-            sequence(i, r.length, spec)[0][positions(r.q_runs[me])]
-            for i, r in enumerate(self.requests)
+            sequence(i, r, spec)[0][positions(r.q_runs[me])] for i, r in enumerate(self.requests)
         ]
         others = torch.full((lead, spec.num_q_heads, spec.head_dim), torch.nan)
         q = torch.cat([others, *rows, others]).to(dtype)
@@ -160,7 +162,7 @@ class Step:
         begin, worst = 0, 0.0
         for index, request in enumerate(self.requests):
             places = torch.tensor(positions(request.q_runs[self.group.rank]), dtype=torch.int64)
-            q, k, v = (x.to(dtype) for x in sequence(index, request.length, spec))
+            q, k, v = (x.to(dtype) for x in sequence(index, request, spec))
             want, lse = full_attention(
                 q[places], k, v, places, torch.arange(request.length),
                 scale=spec.scale, window=spec.window, softcap=spec.softcap,
