@@ -5,6 +5,9 @@ Each peer has an environment of its own under .cache/environments, made by pip o
 to find). Contestants take turns; each has a time limit, and one that fails is reported with its
 reason. On two idle cores, once installed, a whole run takes about 39 minutes (kernel 2, ring 4,
 decode 2, exchange 1, ttft 28, floor 2), with --quick about 4.
+
+A row that finds the machine busy is refused. The exit code is 2 when all were, and 1 when ds_cp
+itself has no figure somewhere in the rows that were asked for.
 """
 
 from __future__ import annotations
@@ -16,12 +19,11 @@ from typing import Any
 
 from benchmarks.common import RESULTS, commit, finish, machine, parser
 from benchmarks.peers.installs import Environments
-from benchmarks.peers.measure import load, play
-from benchmarks.peers.ratios import ratio_rows, same_tokens
+from benchmarks.peers.measure import MOST_LOAD, load, others, play
+from benchmarks.peers.ratios import ratio_rows, same_tokens, without_figure
 from benchmarks.peers.report import page, plot
 from benchmarks.peers.rows import Row, rows
 
-MOST_LOAD = 0.5  # runnable processes in the last minute; with more, figures are not comparable
 NAMES = ("kernel", "ring", "decode", "exchange", "ttft", "floor")
 
 
@@ -29,21 +31,21 @@ def main(argv: Sequence[str]) -> int:
     args = _arguments(argv)
     environments = Environments()
     about = machine()  # before installing adds its own load
-    busy = about["load"] > MOST_LOAD
-    if busy and not args.even_if_busy:
-        print(
-            f"the load of this machine is {about['load']}, more than {MOST_LOAD}: "
-            "wait until it is idle, or say --even-if-busy",
-            file=sys.stderr,
-        )
-        return 2
     chosen = [row for row in rows(environments, args.quick) if row.name in args.rows]
-    played = [_play(row, args) for row in chosen]
+    played = []
+    for number, row in enumerate(chosen):
+        # The mean of the last minute is ours once a row was played.
+        used = max(others(), 0.0 if number else about["load"])
+        played.append(_play(row, args, used))
+        if refused := played[-1].get("refused"):
+            print(f"{row.title}: refused: {refused}", file=sys.stderr)
+    if all("refused" in row for row in played):
+        return 2
     result = {
         "command": " ".join(["python -m benchmarks.peers", *argv]),
         **about,
         "commit": commit(),
-        "busy": busy,
+        "busy": any(row["busy"] for row in played),
         "quick": args.quick,
         "versions": environments.versions(),
         "rows": played,
@@ -53,7 +55,10 @@ def main(argv: Sequence[str]) -> int:
     else:
         print(page(result))
     finish(result, RESULTS / "peers.json" if args.write else None)
-    return 0
+    missing = [line for row in played for line in row.get("missing", [row["title"]])]
+    for line in missing:
+        print(f"no figure of ds_cp: {line}", file=sys.stderr)
+    return 1 if missing else 0
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -77,21 +82,26 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def _play(row: Row, args: argparse.Namespace) -> dict[str, Any]:
+def _play(row: Row, args: argparse.Namespace, used: float) -> dict[str, Any]:
+    """The figures of a row, before which others used so many processors; or why it was refused."""
+    about = {"name": row.name, "title": row.title, "load": load(), "busy": used > MOST_LOAD}
+    if used > MOST_LOAD and not args.even_if_busy:
+        return about | {
+            "refused": f"others use {used:g} processors, more than {MOST_LOAD}: "
+            "wait until the machine is idle, or say --even-if-busy"
+        }
     print(f"{row.title} (about {row.minutes:g} min)", file=sys.stderr, flush=True)
-    before = load()
-    found, others = play(list(row.players.values()), list(row.players), row.cases, row.warm_up)
+    found, most = play(list(row.players.values()), list(row.players), row.cases, row.warm_up)
     played: dict[str, Any] = {
-        "name": row.name,
-        "title": row.title,
-        "load": before,
-        "others": others,
+        **about,
+        "others": most,
         "ratios": ratio_rows(row.ratios, found),
         "cases": {
             case: {name: figures.result() for name, figures in contestants.items()}
             for case, contestants in found.items()
         },
         "same_tokens": same_tokens(found),
+        "missing": without_figure(found),
     }
     file = RESULTS / f"peers_{row.name}.png"
     if row.plot and args.write and plot(played, row.plot, file):

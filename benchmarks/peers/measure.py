@@ -13,6 +13,8 @@ import psutil
 
 from benchmarks.peers.players import Job, Player, PlayerError
 
+MOST_LOAD = 0.5  # processors that others may use; with more, figures are not comparable
+LOOKS, LOOK_S = 10, 3.0  # how often others' use is looked at before a row is refused; seconds
 QUIET_SAMPLE_S = 0.2  # seconds over which others' work is looked at, while nobody plays
 WARM_UP_S = 240.0  # seconds
 MOST_CHECKED = 4096  # tokens; the comparison with fp64 takes longer than the measurement
@@ -54,6 +56,12 @@ class Figures:
         self.told |= {name: value for name, value in first.items() if name not in known}
         if errors:
             self.told["max_error"] = max(errors + [self.told.get("max_error", 0.0)])
+
+    def values(self, quantity: str) -> list[float]:
+        """All figures of a quantity; of "max_error" the one, the largest."""
+        if quantity == "max_error":
+            return [self.told[quantity]] if quantity in self.told else []
+        return self.seconds.get(quantity, [])
 
     def result(self) -> dict[str, Any]:
         """For JSON: minimum and median of each quantity, all figures, and what was told."""
@@ -139,3 +147,15 @@ def _say(line: str) -> None:
 def load() -> float:
     """Mean number of runnable processes of the last minute."""
     return round(os.getloadavg()[0], 2)
+
+
+def others() -> float:
+    """How many processors others use; asked while nobody plays. The least of a few looks, so that
+    what has just ended, or starts for a moment, is not taken for company."""
+    cores = os.cpu_count() or 1
+    least = float(cores)
+    for _ in range(LOOKS):
+        least = min(least, cores * psutil.cpu_percent(LOOK_S) / 100)
+        if least <= MOST_LOAD:
+            break
+    return round(least, 2)

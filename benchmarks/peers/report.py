@@ -38,7 +38,7 @@ def page(result: Mapping[str, Any]) -> str:
         + ".",
         "",
         "Contestants of a row take turns, A, B, C, A, B, C, in one run; the others are stopped "
-        "meanwhile. A target is held against the ratio of the minima. "
+        "meanwhile. A target is held against the ratio of the minima, or of what it names. "
         f"Load before the run: {result['load']}."
         + (" **The machine was busy: these figures do not count.**" if result["busy"] else ""),
         *(["", "Small sizes (`--quick`): to see that all run, not to compare."] * result["quick"]),
@@ -53,6 +53,8 @@ def page(result: Mapping[str, Any]) -> str:
 
 def _row(row: Mapping[str, Any]) -> list[str]:
     lines = [f"## {row['title']}", ""]
+    if "refused" in row:
+        return [*lines, f"Refused: {_cell(row['refused'])}.", ""]
     lines.append(
         f"Load {row['load']} before it; others used up to {row['others']:.0%} of the processors "
         "between two turns."

@@ -7,9 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from benchmarks.common import MODEL
 from benchmarks.peers.installs import OWN, Environments
-from benchmarks.peers.measure import Case
+from benchmarks.peers.measure import MOST_CHECKED, Case
 from benchmarks.peers.model import LONGEST, make_model
 from benchmarks.peers.players import Player
 
@@ -26,8 +28,9 @@ RINGS = ("ring-flash-attn", "torch", "yunchang")
 class Ratio:
     """``scale`` x ``above`` / ``below``, each a (case, contestant, quantity).
 
-    ``bound``: what must hold, at ``least`` or at most (None: nothing). ``per_byte``: ``below`` is
-    the time of some bytes, and counts for those that a step of ``above`` reads with ``tokens``
+    ``bound``: what must hold, at ``least`` or at most (None: nothing), of the figures taken ``by``
+    "min" or "median". The quantity "max_error" has one figure: the largest. ``per_byte``: ``below``
+    is the time of some bytes, and counts for those that a step of ``above`` reads with ``tokens``
     stored.
     """
 
@@ -36,6 +39,7 @@ class Ratio:
     below: tuple[str, str, str]
     bound: float | None
     least: bool = True
+    by: str = "min"
     scale: float = 1.0
     per_byte: bool = False
     tokens: int = 0
@@ -43,7 +47,10 @@ class Ratio:
     @property
     def target(self) -> str:
         """As the table says it; empty where nothing has to hold."""
-        return "" if self.bound is None else f"{'>=' if self.least else '<='} {self.bound:g}"
+        if self.bound is None:
+            return ""
+        by = "" if self.by == "min" else f" ({self.by})"
+        return f"{'>=' if self.least else '<='} {self.bound:g}{by}"
 
 
 @dataclass(frozen=True)
@@ -61,10 +68,12 @@ class Row:
     plot: str = ""
 
 
-def rows(environments: Environments, quick: bool) -> list[Row]:
-    """All rows; ``quick``: small sizes and few rounds, to see that everything runs."""
+def rows(environments: Environments, quick: bool, amx: bool | None = None) -> list[Row]:
+    """All rows; ``quick``: small sizes and few rounds, to see that everything runs. ``amx``: are
+    there matrix instructions for bf16, which torch's operators use (None: look)."""
+    amx = bool(torch.cpu.get_capabilities().get("amx_tile")) if amx is None else amx
     return [
-        _kernel(environments, quick),
+        _kernel(environments, quick, amx),
         _ring(environments, quick),
         _decode(environments, quick),
         _exchange(environments, quick),
@@ -82,13 +91,25 @@ def _ranked(environments: Environments, env: str, name: str, script: str, **opti
     return make
 
 
-def _kernel(environments: Environments, quick: bool) -> Row:
+def _faster(dtype: str, dim: int, amx: bool) -> float:
+    """How many times as fast as torch's operator a prompt's attention has to be."""
+    if dtype == "float32":
+        return 1.05
+    return (1.6 if dim < 128 else 1.35) if amx else 2.4
+
+
+def _error(case: str, peer: str) -> Ratio:
+    """What our figures are off from fp64, over what the peer's are."""
+    return Ratio(f"error, ds_cp / {peer}, {case}", (case, "ds_cp", "max_error"),
+                 (case, peer, "max_error"), 1.0, least=False)  # fmt: skip
+
+
+def _kernel(environments: Environments, quick: bool, amx: bool) -> Row:
     cases, ratios = [], []
     rounds = 2 if quick else 3
     for dtype in ("bfloat16", "float32"):
         cases.append(Case(f"{dtype}, matrix product", {"dtype": dtype, "repeats": 5}, rounds, 60.0,
                           (MM,)))  # fmt: skip
-        faster = 2.4 if dtype == "bfloat16" else 1.05
         for heads, kv_heads, dim in ((16, 4, 64), (8, 2, 128)):
             for tokens in (512,) if quick else (4096, 8192):
                 name = f"{dtype}, {tokens} tokens, {heads}/{kv_heads} heads of {dim}"
@@ -99,10 +120,14 @@ def _kernel(environments: Environments, quick: bool) -> Row:
                 cases.append(Case(name, question, rounds, 60.0, ("ds_cp", FLASH)))
                 ours, operations = (name, "ds_cp", "seconds"), 2.0 * tokens**2 * dim * heads
                 ratios += [
-                    Ratio(f"{FLASH} / ds_cp, {name}", (name, FLASH, "seconds"), ours, faster),
+                    Ratio(f"{FLASH} / ds_cp, {name}", (name, FLASH, "seconds"), ours,
+                          _faster(dtype, dim, amx)),
                     Ratio(f"share of {MM}, {name}", (f"{dtype}, matrix product", MM, "seconds"),
-                          ours, 0.9, scale=operations / MM_OPERATIONS),
+                          ours, None if amx and dtype == "bfloat16" else 0.9,
+                          scale=operations / MM_OPERATIONS),
                 ]  # fmt: skip
+                if tokens <= MOST_CHECKED:
+                    ratios.append(_error(name, FLASH))
     keys = 2048 if quick else 32768
     name = f"bfloat16, decode over {keys} keys, 32/8 heads of 128"
     question = {"kind": "decode", "tokens": keys, "heads": 32, "kv_heads": 8, "dim": 128,
@@ -203,7 +228,7 @@ def _exchange(environments: Environments, quick: bool) -> Row:
         cases.append(Case(name, question, 2 if quick else 5, 60.0, (ours, gloo)))
         ratios.append(
             Ratio(f"gloo / ds_cp, {name}", (name, gloo, "seconds"), (name, ours, "seconds"),
-                  10.0 if ranks <= CORES else 1.0)
+                  10.0 if ranks <= CORES else 1.0, by="median")
         )  # fmt: skip
     warm = {"kind": "exchange", "bytes": 16384, "repeats": 10}
     return Row("exchange", "An exchange of 16 KB between ranks of one host", players, warm, cases,

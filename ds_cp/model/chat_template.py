@@ -1,9 +1,9 @@
 """The processes in which chat templates are rendered, by transformers' own functions.
 
 ``main`` is the nursery: it imports transformers and forks workers, and never touches a template
-itself. Each socket that it is sent gets a worker; when a worker ends without having answered, the
-nursery says so on that socket (``Ended``). It ends with its control socket, and the workers with
-it. No torch here.
+itself. Each socket that it is sent gets a worker; when a worker ends without having answered a job
+that it read, the nursery says so on that socket (``Ended``). It ends with its control socket, and
+the workers with it. No torch here.
 """
 
 from __future__ import annotations
@@ -154,9 +154,21 @@ class _Nursery:
             if not pid:
                 return
             sock = self._workers.pop(pid, None)
-            if sock is not None:
+            if sock is not None and _has_unread(sock):
+                sock.close()  # whoever sent a job sees the end, and gives it to another worker
+            elif sock is not None:
                 code = os.waitstatus_to_exitcode(status)
                 _tell(sock, Ended(max(-code, 0), max(code, 0)))
+
+
+def _has_unread(sock: socket.socket) -> bool:
+    """Whether a job was sent that the worker, now gone, has not read whole: it did not end for
+    that. None can be sent after this."""
+    try:
+        sock.shutdown(socket.SHUT_RD)
+        return bool(sock.recv(1, socket.MSG_DONTWAIT))
+    except OSError:  # the server has closed its end
+        return False
 
 
 def _tell(sock: socket.socket, message: Ended | Failed) -> None:

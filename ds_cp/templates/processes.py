@@ -36,7 +36,6 @@ GRACE_S = 1.0  # seconds after a job's time in which the kernel should have ende
 MAX_IDLE = 4  # workers that are kept for the next job
 _TRIES = 3  # workers that a job is given to, when they are gone before they read it
 _CLOSE_S = 1.0  # seconds for the nursery to end after its socket was closed
-_LEFT = Ended(0, 0)  # of a worker that has grown and left after its last answer
 # Finds the same ds_cp as this process, installed or not.
 _START = (
     "import sys; sys.path.insert(0, sys.argv[2]); "
@@ -72,12 +71,12 @@ class TemplateProcesses:
             answer = self._ask(worker, raw, deadline)
             if isinstance(answer, Failed) and answer.kind == "unavailable":
                 raise OSError(answer.reason)
-            if answer is not None and answer != _LEFT:
+            if answer is not None:
                 return answer
         raise OSError("the processes that render chat templates end at once")
 
     def _ask(self, worker: socket.socket, raw: bytes, deadline: float) -> Answer | None:
-        """A worker's answer; None when it is gone without one, and the nursery with it."""
+        """A worker's answer; None when it is gone and has not read the job, or the nursery is."""
         answer: Answer | None = None
         try:
             worker.settimeout(max(deadline - time.monotonic(), 0.001))

@@ -235,6 +235,12 @@ SEEN_WHILE_LOADING = {
     "nccl without CUDA": Case(
         lambda b: b.generate(comm={"backend": "nccl"}),
         ("comm.backend nccl", "CUDA", "set comm.backend to gloo"),
+        {"CUDA_VISIBLE_DEVICES": ""},
+    ),
+    "cuda without a device": Case(
+        lambda b: b.generate(device="cuda"),
+        ("device is cuda", "no CUDA device", "set device to cpu or auto"),
+        {"CUDA_VISIBLE_DEVICES": ""},
     ),
 }
 

@@ -39,8 +39,18 @@ def mm(case: child.Case) -> Any:
 def _inputs(case: child.Case, rows: int) -> list[Any]:
     torch.manual_seed(0)
     dtype, dim, tokens = getattr(torch, case["dtype"]), case["dim"], case["tokens"]
-    shapes = (case["heads"], rows), (case["kv_heads"], tokens), (case["kv_heads"], tokens)
-    return [torch.randn(1, heads, count, dim).to(dtype) for heads, count in shapes]
+    shapes = (rows, case["heads"]), (tokens, case["kv_heads"]), (tokens, case["kv_heads"])
+    drawn = [torch.randn(1, *shape, dim).to(dtype) for shape in shapes]  # as ds_cp's
+    return [x.transpose(1, 2).contiguous() for x in drawn]
+
+
+def error_of_flash(case: child.Case) -> float:
+    """Largest difference to plain attention in fp64."""
+    got = flash(case)()[0].double()
+    want = scaled_dot_product_attention(
+        *(x.double() for x in _inputs(case, case["tokens"])), is_causal=True, enable_gqa=True
+    )
+    return float((got - want).abs().max())
 
 
 def start(options: child.Case) -> Any:
@@ -51,7 +61,9 @@ def start(options: child.Case) -> Any:
     def run(case: child.Case) -> child.Case:
         call = make(case)
         call()
-        return {"seconds": child.timed(case["repeats"], call, lambda: None)}
+        checked = options["way"] == "flash" and case.get("check")
+        told = {"max_error": error_of_flash(case)} if checked else {}
+        return {"seconds": child.timed(case["repeats"], call, lambda: None), **told}
 
     return run
 

@@ -14,10 +14,11 @@ import psutil
 import pytest
 import torch
 
-from benchmarks.peers import players
-from benchmarks.peers.__main__ import MOST_LOAD, NAMES, main
+from benchmarks.peers import __main__ as peers
+from benchmarks.peers import measure, players
+from benchmarks.peers.__main__ import NAMES, main
 from benchmarks.peers.installs import PEERS, Environments
-from benchmarks.peers.measure import Case, Figures, play
+from benchmarks.peers.measure import MOST_LOAD, Case, Figures, play
 from benchmarks.peers.model import _rotate_in_pairs
 from benchmarks.peers.players import Job, Player, PlayerError
 from benchmarks.peers.ratios import ratio_rows, same_tokens
@@ -163,12 +164,88 @@ def test_bytes_over_bandwidth() -> None:
     assert row["min"] == pytest.approx(0.5 / (0.1 * 1000 / 500)) and not row["met"]
 
 
-def test_a_busy_machine_is_refused(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_target_is_held_against_what_it_names() -> None:
+    found = {"c": {"a": Figures({"seconds": [10.0, 30.0, 30.0]}, {"max_error": 0.25}),
+                   "b": Figures({"seconds": [2.0, 2.0, 2.0]}, {"max_error": 0.5})}}  # fmt: skip
+    above, below = ("c", "a", "seconds"), ("c", "b", "seconds")
+    error = ("c", "a", "max_error"), ("c", "b", "max_error")
+    got = ratio_rows([
+        Ratio("minima", above, below, 10.0), Ratio("medians", above, below, 10.0, by="median"),
+        Ratio("error", *error, 1.0, least=False), Ratio("the other", *error[::-1], 1.0, False),
+    ], found)  # fmt: skip
+    assert [row["met"] for row in got] == [False, True, True, False]
+    assert got[1]["target"] == ">= 10 (median)" and got[2]["min"] == 0.5
+
+
+@pytest.mark.parametrize("amx", [False, True])
+def test_targets_are_the_processors(amx: bool) -> None:
+    [kernel, _, _, exchange, *_] = rows(Environments(), False, amx)
+    bounds = {ratio.title: ratio.bound for ratio in kernel.ratios}
+    for dim, with_amx in ((64, 1.6), (128, 1.35)):
+        found = {
+            bounds[t]
+            for t in bounds
+            if t.startswith("torch flash operator / ds_cp, bfloat16") and t.endswith(f"{dim}")
+        }
+        assert found == {with_amx if amx else 2.4}  # fmt: skip
+    errors = [ratio for ratio in kernel.ratios if ratio.title.startswith("error")]
+    assert len(errors) == 4 and {(e.bound, e.least) for e in errors} == {(1.0, False)}
+    assert {ratio.by for ratio in exchange.ratios} == {"median"}
+
+
+Played = Callable[..., int]
+
+
+@pytest.fixture
+def two_rows(contestant: Maker, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Played:
+    """``make bench-peers`` of two rows that are played by scripts, before each of which others use
+    so many processors. Returns the exit code."""
+
+    def run(used: list[float], *argv: str, load: float = 0.0, **options: Any) -> int:
+        made = [
+            Row(name, f"row of {name}", {"ds_cp": contestant("ds_cp", took=1.0, **options)},
+                {"seed": 1}, questions(1), [], 1.0)
+            for name in NAMES[:2]
+        ]  # fmt: skip
+        shares = iter(used)
+        monkeypatch.setattr(peers, "rows", lambda *_: made)
+        monkeypatch.setattr(peers, "machine", lambda: {"load": load, "date": "d", "machine": "m",
+                                                       "python": "3"})  # fmt: skip
+        monkeypatch.setattr(peers, "others", lambda: next(shares))
+        return main(["--rows", *NAMES[:2], *argv])
+
+    return run
+
+
+def test_a_row_on_a_busy_machine_is_refused(
+    two_rows: Played, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("os.getloadavg", lambda: (MOST_LOAD + 1, 0.0, 0.0))
-    assert main([]) == 2
-    assert "--even-if-busy" in capsys.readouterr().err
+    assert two_rows([0.1, MOST_LOAD + 1]) == 1
+    out, err = capsys.readouterr()
+    assert f"row of {NAMES[1]}: refused: others use 1.5 processors" in err
+    assert "--even-if-busy" in err and f"no figure of ds_cp: row of {NAMES[1]}" in err
+    assert "Refused: others use" in out and "| 256 tokens | ds_cp |" in out
+    assert two_rows([9.0, 9.0], "--even-if-busy") == 0
+    assert '"busy": true' in capsys.readouterr().out
+
+
+def test_all_on_a_busy_machine_are_refused(two_rows: Played) -> None:
+    assert two_rows([9.0, 9.0]) == 2
+    assert two_rows([0.0, 9.0], load=9.0) == 2, "the load of the last minute, before the first"
+
+
+def test_no_figure_of_our_own_is_a_failure(
+    two_rows: Played, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert two_rows([0.0, 0.0], fails=True) == 1
+    err = capsys.readouterr().err
+    assert err.count("no figure of ds_cp: ds_cp, 256 tokens: RuntimeError: no such thing here") == 2
+
+
+def test_others_are_looked_for_more_than_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    shares = [100.0, 90.0, 0.0, 100.0]
+    monkeypatch.setattr(measure.psutil, "cpu_percent", lambda _: shares.pop(0))
+    assert measure.others() == 0.0 and len(shares) == 1
 
 
 @pytest.mark.parametrize("quick", [False, True])

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -251,6 +251,39 @@ def test_processes_that_are_killed_are_replaced(processes: TemplateProcesses) ->
     assert psutil.wait_procs(everyone, timeout=5)[1] == []
     with pytest.raises(OSError, match="have been ended"):
         render(template, HELLO)
+
+
+def until(true: Callable[[], object]) -> None:
+    limit = time.monotonic() + 10
+    while not true():
+        assert time.monotonic() < limit
+        time.sleep(0.002)
+
+
+def test_a_job_that_no_worker_read_is_given_to_another(processes: TemplateProcesses) -> None:
+    """Killed while idle, and its end told only once the next job was sent to it."""
+    template = opened(templates.TRAPS, processes, cpu_s=20.0)
+    render(template, HELLO)
+    assert processes.pid is not None
+    nursery = psutil.Process(processes.pid)
+    [worker] = nursery.children()
+    nursery.suspend()
+    worker.kill()
+    until(lambda: worker.status() == psutil.STATUS_ZOMBIE)
+    with ThreadPoolExecutor(1) as pool:
+        late = pool.submit(render, template, HELLO)
+        until(lambda: not processes._idle)
+        time.sleep(0.02)  # the job is sent
+        nursery.resume()
+        assert late.result(60) == "<user>hello"
+        # One that has read its job may have been killed for it: that is told.
+        [worker] = nursery.children()
+        before = sum(worker.cpu_times())
+        loops = pool.submit(render, template, [HELLO[0] | {"content": "loop"}])
+        until(lambda: sum(worker.cpu_times()) > before + 0.04)
+        worker.kill()
+        with pytest.raises(OSError, match=r"ended \(Killed\)"):
+            loops.result(60)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGRTMIN + 9])
