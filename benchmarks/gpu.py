@@ -11,75 +11,137 @@ tiny sizes, which says nothing but that it runs. Exit status 1 when a check fail
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+import psutil
 
 from benchmarks.common import RESULTS, command, commit, machine, parser
 
 LIMIT_S = 520.0  # seconds of the whole run
+NAME_S = 60.0  # seconds that the device gets to tell its name
 LEAST_S = 5.0  # seconds that a section is worth starting with
-LAUNCH = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
+STOP_S = 5.0  # seconds that the other ranks of a section get when one has failed, or was killed
 # name -> seconds, ranks, module
 SECTIONS: dict[str, tuple[float, int, str]] = {
-    "kernels": (75, 1, "gpu_checks"),
-    "one-rank": (45, 1, "gpu_checks"),
-    "two-ranks": (60, 2, "gpu_checks"),
-    "four-ranks": (75, 4, "gpu_checks"),
-    "tests": (100, 0, ""),
-    "prefill": (60, 1, "gpu_kernels"),
-    "decode": (45, 1, "gpu_kernels"),
-    "merge": (25, 1, "gpu_kernels"),
-    "step": (60, 1, "gpu_model"),
-    "model": (75, 1, "gpu_model"),
-    "flex": (50, 1, "gpu_kernels"),
+    "kernels": (80, 1, "gpu_checks"),
+    "one-rank": (35, 1, "gpu_checks"),
+    "two-ranks": (45, 2, "gpu_checks"),
+    "four-ranks": (55, 4, "gpu_checks"),
+    "tests": (80, 1, ""),
+    "prefill": (50, 1, "gpu_kernels"),
+    "decode": (40, 1, "gpu_kernels"),
+    "merge": (15, 1, "gpu_kernels"),
+    "step": (40, 1, "gpu_model"),
+    "model": (45, 1, "gpu_model"),
+    "flex": (35, 1, "gpu_kernels"),
 }
 CHECKS = ("kernels", "one-rank", "two-ranks", "four-ranks", "tests")
 
 
 def argv_of(name: str, device: str, quick: bool) -> list[str]:
     """The command of a section."""
-    _, ranks, module = SECTIONS[name]
     if name == "tests":
         mark = "gpu" if device == "cuda" else "gpu and not gpu"
         return [sys.executable, "-m", "pytest", "-q", "-m", mark, "-p", "no:cacheprovider", "tests"]
-    launch = ["-m"] if ranks == 1 else [*LAUNCH, str(ranks), "-m"]
     more = ["--quick"] if quick else []
-    return [sys.executable, *launch, f"benchmarks.{module}", name, "--device", device, *more]
+    module = f"benchmarks.{SECTIONS[name][2]}"
+    return [sys.executable, "-m", module, name, "--device", device, *more]
 
 
 def run_section(name: str, device: str, quick: bool, limit: float) -> dict[str, Any]:
     """What a section found, or why it did not: ``{"rows": [...], "problem": "..."}``."""
     began = time.monotonic()
-    child = subprocess.Popen(
-        argv_of(name, device, quick), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True,
-    )  # fmt: skip
-    try:
-        output, _ = child.communicate(timeout=limit)
-        problem = "" if child.returncode == 0 else f"exit status {child.returncode}"
-    except subprocess.TimeoutExpired:
-        os.killpg(child.pid, signal.SIGKILL)
-        output, _ = child.communicate()
-        problem = f"not done after {limit:.0f} s"
-    lines = output.strip().splitlines()
-    rows = [json.loads(line[4:]) for line in lines if line.startswith("ROW ")]
-    if name == "tests":
-        passed = problem in ("", "exit status 5")  # 5: no test was chosen
-        rows = [{"what": lines[-1] if lines else "no output", "ok": passed}]
-        problem = "" if passed else problem
+    # A file, not a pipe: what a section leaves behind may hold a pipe open for ever.
+    with tempfile.TemporaryFile("a+") as file:
+        problem = _run(argv_of(name, device, quick), SECTIONS[name][1], file, limit)
+        file.seek(0)
+        lines = file.read().strip().splitlines()
+    rows: list[dict[str, Any]] = []
     said = [line for line in lines if not line.startswith("ROW ")]
+    for line in lines:
+        if line.startswith("ROW "):
+            try:
+                rows.append(json.loads(line[4:]))
+            except ValueError:  # cut where its process was killed
+                said.append(line)
+                problem = problem or "a row was cut"
+    if name == "tests":
+        last = said[-1] if said else "no output"
+        passed = not problem and re.search(r"\b[1-9]\d* passed", last) is not None
+        if device == "cpu" and problem == "exit status 5":  # no test was chosen
+            passed, problem = True, ""
+        rows = [{"what": last, "ok": passed}]
     found = {"rows": rows, "problem": problem, "seconds": round(time.monotonic() - began, 1)}
     if problem:
         found["output"] = said[-30:]
     return found
+
+
+def _run(argv: list[str], ranks: int, file: IO[str], limit: float) -> str:
+    """Run the ranks of a section, which are ended with all that they started when one fails or at
+    the limit. Returns what went wrong."""
+    end, problem = time.monotonic() + limit, ""
+    children = [
+        subprocess.Popen(
+            argv, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
+            env={**os.environ, **env}, start_new_session=True,
+        )
+        for env in _environments(ranks)
+    ]  # fmt: skip
+    try:
+        while any(child.poll() is None for child in children):
+            failed = [child.returncode for child in children if child.poll()]
+            if failed and not problem:
+                problem, end = f"exit status {failed[0]}", min(end, time.monotonic() + STOP_S)
+            if time.monotonic() > end:
+                return problem or f"not done after {limit:.0f} s"
+            time.sleep(0.05)
+        failed = [child.returncode for child in children if child.returncode]
+        return problem or (f"exit status {failed[0]}" if failed else "")
+    finally:
+        _end(children)
+
+
+def _environments(ranks: int) -> list[dict[str, str]]:
+    """What a launcher would tell each rank of this host."""
+    if ranks == 1:
+        return [{}]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    both = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+            "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}  # fmt: skip
+    return [{**both, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+
+
+def _end(children: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Kill what still runs, and what it started, also in sessions of its own."""
+    victims: list[psutil.Process] = []
+    for child in children:
+        with contextlib.suppress(psutil.Error):
+            process = psutil.Process(child.pid)
+            victims += [*process.children(recursive=True), process]
+        with contextlib.suppress(OSError):  # those whose parent has ended
+            os.killpg(child.pid, signal.SIGKILL)
+    for victim in victims:
+        with contextlib.suppress(psutil.Error):
+            victim.kill()
+    end = time.monotonic() + STOP_S
+    for child in children:
+        # One that does not die hangs in the driver; the sections that follow will say so.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(max(0.0, end - time.monotonic()))
 
 
 def table(found: dict[str, dict[str, Any]]) -> list[str]:
@@ -100,9 +162,12 @@ def device_name(device: str) -> str:
     if device == "cpu":
         return "cpu"
     ask = "import torch; print(torch.cuda.get_device_name(0))"
-    found = subprocess.run(
-        [sys.executable, "-c", ask], capture_output=True, text=True, timeout=60, check=False
-    )
+    try:
+        found = subprocess.run(
+            [sys.executable, "-c", ask], capture_output=True, text=True, timeout=NAME_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        sys.exit(f"gpu: the CUDA device does not answer within {NAME_S:.0f} s")
     if found.returncode:
         lines = found.stderr.strip().splitlines()
         sys.exit(f"gpu: no CUDA device: {lines[-1] if lines else 'no reason is given'}")

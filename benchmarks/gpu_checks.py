@@ -4,15 +4,22 @@ that share the device."""
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 import ds_cp
 from benchmarks.gpu_common import attempt, llama, row, section
+from benchmarks.gpu_kernels import layer, prompt
+from ds_cp.attention.batch import Part, make_batch
 from ds_cp.attention.kernels.choose import makers
+from ds_cp.attention.kernels.cuda import CudaKernel
 from ds_cp.attention.kernels.dense import NotInstalledError, candidates, fault
+from ds_cp.attention.kernels.reference import ReferenceKernel
+from ds_cp.attention.kernels.self_test import LIMIT
 from ds_cp.attention.kernels.self_test import fault as kernel_fault
+from ds_cp.attention.pages import Fresh, Pages
 from ds_cp.attention.spec import LayerSpec
 from ds_cp.config import Config, load_config
 from ds_cp.engine.llm import LLMEngine
@@ -32,15 +39,56 @@ def kernels(device: torch.device, quick: bool) -> None:
     for name, make in makers(device).items():
         for dtype in dtypes:
             attempt(f"kernel {name}, {dtype}", _kernel, name, make, dtype, device, quick)
+    right: list[str] = []
     for choice in candidates(device):
-        attempt(f"dense {choice.name}", _dense, choice, device)
+        attempt(f"dense {choice.name}", _dense, choice, device, right)
+    if device.type == "cuda":
+        row("some dense operator", ok=bool(right), against=", ".join(right))
+        attempt("prompts", _prompts, device, quick)
+
+
+def _prompts(device: torch.device, quick: bool) -> None:
+    """What a prompt of a bf16 model is computed by, at the sizes of one, against fp64: whole, as a
+    partial, and a chunk behind many keys, its own where the layer left them and from pages."""
+    spec, chunk = layer(quick), 512
+    kernel = makers(device)["cuda"](device)
+    assert isinstance(kernel, CudaKernel)
+    for length in (2048, 8192 + chunk):
+        q, k, v, pages, batch = prompt(length, spec, device)
+        first = 0 if length == 2048 else length - chunk
+        q, k, v = q[first:], k[first:], v[first:]
+        batch = make_batch([Part(((first, len(q)),), batch.parts[0].blocks)], device)
+        at = torch.arange(first, length, device=device)
+        double = Pages(pages.data.double(), replace(pages.shape, dtype=torch.float64))
+        want = ReferenceKernel().paged_attention(q.double(), at, double, batch, spec)
+        name = f"{len(q)} rows behind {first} keys" if first else f"a prompt of {length}"
+        name = f"bf16, {name}, by {kernel.operator(spec, q.dtype) or 'our kernel'}"
+        bare = Pages(pages.data, pages.shape)
+        fresh = Pages(pages.data, pages.shape, Fresh(q, k, v))
+        for how, given in (("pages", bare), ("where the layer left them", fresh)):
+            got = kernel.paged_attention(q, at, given, batch, spec)
+            _near(f"{name}, keys from {how}", got.out, want.out, got.lse, want.lse)
+        if not first:
+            out = kernel.prefill(q, k, v, batch, spec, pages.shape.block_size)
+            if out is None:
+                row(f"{name}, finished", ok=False, against="no operator took it")
+            else:
+                _near(f"{name}, finished", out, want.out)
+
+
+def _near(what: str, got: torch.Tensor, want: torch.Tensor, *lse: torch.Tensor) -> None:
+    wrong = float((got.double() - want).abs().max() / want.abs().max())
+    if lse:
+        wrong = max(wrong, float((lse[0].double() - lse[1]).abs().max()) / 4)
+    row(what, ok=wrong <= LIMIT[torch.bfloat16], against=f"{wrong:.1e}")
 
 
 def _kernel(name: str, make: Any, dtype: torch.dtype, device: torch.device, quick: bool) -> None:
     try:
         kernel = make(device)
     except Exception as err:
-        row(f"kernel {name}, {dtype}", value="not here", against=str(err)[:160])
+        missing = {"ok": False} if device.type == "cuda" else {"value": "not here"}
+        row(f"kernel {name}, {dtype}", **missing, against=str(err)[:160])
         return
     for size in (16,) if quick else (16, 64):
         specs = [LayerSpec(4, 2, dim, dim**-0.5) for dim in DIMS[: 1 if quick else 2]]
@@ -53,7 +101,7 @@ def _kernel(name: str, make: Any, dtype: torch.dtype, device: torch.device, quic
             row(what, ok=not problem, against=problem)
 
 
-def _dense(choice: Any, device: torch.device) -> None:
+def _dense(choice: Any, device: torch.device, right: list[str]) -> None:
     try:
         dense = choice.load()
     except NotInstalledError:
@@ -69,6 +117,8 @@ def _dense(choice: Any, device: torch.device) -> None:
         if (problem := fault(dense, LayerSpec(*heads, dim, dim**-0.5), torch.bfloat16, device))
     ]
     row(f"dense {choice.name}", value=problems[0] if problems else "right")
+    if not problems:
+        right.append(choice.name)
 
 
 def ranks(device: torch.device, quick: bool) -> None:
@@ -94,7 +144,9 @@ def ranks(device: torch.device, quick: bool) -> None:
             differ = [n for n, (a, b) in enumerate(zip(got, want, strict=True)) if a != b]
             name = f"{size} rank{'s' * (size > 1)}, {' '.join(mode.values())}"
             said = f"prompts {differ} differ" if differ else ""
-            row(f"{name}, kernel {engine.facts.kernel}", ok=not differ, against=said)
+            if device.type == "cuda" and engine.facts.kernel != "cuda":
+                said = f"{said} kernel cuda is not used".strip()
+            row(f"{name}, kernel {engine.facts.kernel}", ok=not said, against=said)
     world.leave()
 
 

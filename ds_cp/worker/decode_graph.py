@@ -92,7 +92,8 @@ class DecodeGraphs:
     """Captured decode steps by padded number of rows and of keys, captured when first needed.
 
     ``scratch``: a block of the pool that no request ever gets. ``max_blocks``: of one request.
-    ``note`` gets one line when a capture fails; from then on every step runs eagerly.
+    ``note`` gets one line when the kernel cannot be captured or a capture fails; from then on every
+    step runs eagerly.
     """
 
     def __init__(
@@ -119,6 +120,11 @@ class DecodeGraphs:
         self._graphs: dict[tuple[int, int], Graph] = {}
         self._logits: torch.Tensor | None = None
         self._off = not getattr(kernel, "capturable", False)
+        if self._off:
+            note(
+                f"decode steps are not captured in CUDA graphs: kernel {kernel.name}, as it is set "
+                "up, plans each step on the host"
+            )
 
     @property
     def captured(self) -> list[tuple[int, int]]:

@@ -216,7 +216,8 @@ def same(got: Partial, want: Partial, limit: float) -> None:
 def check_self_test(device: torch.device) -> None:
     """The start's own check; where it is interpreted with fewer keys, and 8 query heads a KV head
     only: the cases above have the other numbers."""
-    layer, fewer = LayerSpec(4, 2, 16, 0.25), {"FAR": 70, "GROUPS": {8: 1}}
+    layer = LayerSpec(8, 1, 16, 0.25)
+    fewer = {"FAR": 70, "GROUPS": {8: 1}, "DEEP": 100, "DEEP_ROWS": 9}
     small = mock.patch.multiple(self_test, **fewer) if device.type == "cpu" else nullcontext()
     with small:
         assert self_test.fault(TritonKernel(), [layer], 16, torch.float32, device) == ""

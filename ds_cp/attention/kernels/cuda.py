@@ -70,6 +70,16 @@ class CudaKernel:
         self._found: dict[tuple[int, int, int, bool], Found] = {}
         self.notes: list[str] = []
 
+    @property
+    def square_rows(self) -> int:
+        """Least rows of a prompt for a dense operator."""
+        return SQUARE_ROWS
+
+    @property
+    def earlier_keys(self) -> int:
+        """Least earlier keys for one."""
+        return EARLIER_KEYS
+
     def refuses(self, spec: LayerSpec, block_size: int, dtype: torch.dtype) -> str:
         """What ``paged`` refuses. Finds the layer's dense operator, at start."""
         if not (problem := self._paged.refuses(spec, block_size, dtype)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -60,4 +60,33 @@ class PagedKernel(Protocol):
     def merge_rows(self, into: Partial, part: Partial, rows: torch.Tensor | None) -> None:
         """Fold ``part`` (``[R, H, Dv]``, any float dtype) into rows ``rows`` (int64 ``[R]``, each
         once; None: all, in order) of ``into``, which is fp32 and overwritten."""
+        ...
+
+
+@runtime_checkable
+class SquareKernel(PagedKernel, Protocol):
+    """A kernel that takes another way for prompts of ``square_rows`` rows and more, and yet another
+    where at least ``earlier_keys`` keys are before them."""
+
+    @property
+    def square_rows(self) -> int:
+        """Least rows of such a prompt."""
+        ...
+
+    @property
+    def earlier_keys(self) -> int:
+        """Least earlier keys."""
+        ...
+
+    def prefill(
+        self,
+        q_THD: torch.Tensor,
+        k_TGD: torch.Tensor,
+        v_TGD: torch.Tensor,
+        batch: PagedBatch,
+        spec: LayerSpec,
+        block_size: int,
+    ) -> torch.Tensor | None:
+        """The finished attention in q's dtype of a step that is nothing but whole prompts, or
+        None."""
         ...

@@ -31,6 +31,12 @@ class TritonKernel:
     def __init__(self, deterministic: bool = False) -> None:
         self._deterministic = deterministic
 
+    @property
+    def capturable(self) -> bool:
+        """With few rows a request, a call looks at nothing on the host; by tiles their plan is made
+        there."""
+        return not self._deterministic
+
     def refuses(self, spec: LayerSpec, block_size: int, dtype: torch.dtype) -> str:
         """Serves blocks of a power of two tokens, fp16, bf16 and fp32, head dims to ``MAX_DIM``."""
         if dtype not in DTYPES:

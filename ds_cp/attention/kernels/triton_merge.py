@@ -57,8 +57,10 @@ def write(
 
 
 @triton.jit(
-    do_not_specialize=["count", "num_rows", "more_n", "more_lse_n"],
-    do_not_specialize_on_alignment=["more_lse", "rows"],
+    do_not_specialize=[
+        "count", "num_rows", "more_n", "more_t", "more_h", "more_lse_n", "more_lse_t", "more_lse_h",
+    ],
+    do_not_specialize_on_alignment=["out", "lse", "more", "more_lse", "rows"],
 )
 def fold_kernel(
     out, lse, more, more_lse, rows, count, num_rows, num_heads, out_t, out_h, lse_t, lse_h,

@@ -107,6 +107,14 @@ class Case:
         self.parts = parts
         self.batch = make_batch(parts, CPU)
 
+    def to(self, device: torch.device) -> Case:
+        """The same on another device."""
+        for name in ("q", "k", "v", "q_positions"):
+            setattr(self, name, getattr(self, name).to(device))
+        self.pages = Pages(self.pages.data.to(device), self.shape)
+        self.batch = make_batch(self.parts, device)
+        return self
+
     def fresh(self) -> Pages:
         return Pages(self.pages.data, self.shape, Fresh(self.q, self.k, self.v))
 
@@ -114,7 +122,7 @@ class Case:
         self, kernel: Any, spec: LayerSpec, pages: Pages, into: Partial | None = None
     ) -> Partial:
         return kernel.paged_attention(
-            self.q, self.q_positions, pages, make_batch(self.parts, CPU), spec, into
+            self.q, self.q_positions, pages, make_batch(self.parts, self.q.device), spec, into
         )
 
     def check(self, kernel: CudaKernel, spec: LayerSpec, pages: Pages | None = None) -> None:
@@ -205,6 +213,102 @@ def test_the_self_test_of_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     watched = Watched()
     assert fault(kernel_of(watched), [layer()], SIZE, BF16, CPU) == ""
     assert len(watched.asked) > 30
+
+
+class NoEarlier(CudaKernel):
+    def _fold(self, square: Any, *given: Any) -> None:
+        super()._fold(square._replace(earlier=None), *given)
+
+
+class StaleFresh(CudaKernel):
+    """Reads what the layer left one row off."""
+
+    def paged_attention(self, q: Any, at: Any, pages: Any, *given: Any) -> Any:
+        if pages.fresh is not None:
+            fresh = pages.fresh._replace(v=pages.fresh.v.roll(1, 0))
+            pages = Pages(pages.data, pages.shape, fresh)
+        return super().paged_attention(q, at, pages, *given)
+
+
+class WrongWhole(CudaKernel):
+    def prefill(self, *given: Any) -> Any:
+        found = super().prefill(*given)
+        return None if found is None else found.flip(1)
+
+
+class NoSlices(CudaKernel):
+    """Of many earlier keys only the first copy."""
+
+    def _fold(self, square: Any, *given: Any) -> None:
+        if square.earlier is not None:
+            first, entries, keys = square.earlier
+            entries, keys = min(entries, 4), min(keys, 4 * SIZE)
+            square = square._replace(earlier=(first, entries, keys))
+        super()._fold(square, *given)
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        (CudaKernel, ""), (NoEarlier, "many rows behind"), (NoSlices, "many rows behind"),
+        (StaleFresh, "many rows "), (WrongWhole, "many rows "),
+    ],
+)  # fmt: skip
+def test_the_self_test_reaches_every_dense_way(
+    kind: type[CudaKernel], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With more rows than any other case has."""
+    monkeypatch.setattr(cuda, "SQUARE_ROWS", 90)
+    monkeypatch.setattr(cuda, "EARLIER_KEYS", 128)
+    monkeypatch.setattr(cuda, "SLICE_KEYS", 4 * SIZE)
+    watched = Watched()
+    kernel = kind(ReferenceKernel(), [Candidate("fa", watched.load)], CPU)
+    kernel.refuses(layer(), SIZE, BF16)
+    watched.asked.clear()
+    problem = fault(kernel, [layer()], SIZE, BF16, CPU)
+    assert problem.startswith(f"it is wrong by {problem.split()[4]} for {says}") if says else (
+        problem == ""
+    )  # fmt: skip
+    if not says:
+        assert {how for rows, _, how in watched.asked if rows in (90, 103)} == {True, False}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [(32, 8), (9, 3), (4, 4)])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_the_self_test_on_a_gpu(heads: tuple[int, int], dim: int) -> None:
+    device, spec = torch.device("cuda"), LayerSpec(*heads, dim, dim**-0.5)
+    kernel = makers(device)["cuda"](device)
+    assert isinstance(kernel, CudaKernel) and kernel.operator(spec, BF16)
+    assert fault(kernel, [spec], SIZE, BF16, device) == ""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("with_fresh", [True, False])
+@pytest.mark.parametrize(
+    "requests",
+    [
+        [prompt(300)],
+        [prompt(700), prompt(40, 39), prompt(256)],
+        [prompt(700, 300)],
+        [prompt(5000, 4500), prompt(900)],
+        [(((0, 304), (608, 304)), ((0, 304), (608, 304)))],
+    ],
+)
+def test_who_computes_what_on_a_gpu(requests: Any, with_fresh: bool) -> None:
+    """The real sizes and a real operator, in bf16."""
+    device = torch.device("cuda")
+    case, kernel = Case(requests).to(device), makers(device)["cuda"](device)
+    assert isinstance(kernel, CudaKernel) and kernel.operator(layer(), BF16)
+    case.check(kernel, layer(), case.fresh() if with_fresh else None)
+    case.check(kernel, layer(window=400))
+    if with_fresh:
+        got = kernel.prefill(case.q, case.k, case.v, case.batch, layer(), SIZE)
+        whole = all(q_runs == keys and len(keys) == 1 for q_runs, keys in requests)
+        assert (got is not None) == (whole and all(n >= 256 for ((_, n),), _ in requests))
+        if got is not None:
+            want = case.run(ReferenceKernel(), layer(), case.pages)
+            torch.testing.assert_close(got.float(), want.out, atol=2e-2, rtol=0)
 
 
 def test_steps_of_whole_prompts_spare_the_partial(small: None) -> None:

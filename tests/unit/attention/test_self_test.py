@@ -11,6 +11,7 @@ import torch
 
 from ds_cp.attention import LayerSpec, PagedKernel
 from ds_cp.attention.batch import Blocks, PagedBatch, Part, make_batch
+from ds_cp.attention.kernels import self_test
 from ds_cp.attention.kernels.reference import ReferenceKernel
 from ds_cp.attention.kernels.self_test import GROUPS, cases, fault, num_blocks
 from ds_cp.attention.pages import Pages
@@ -23,7 +24,9 @@ LAYERS = [LayerSpec(4, 2, 16, 0.25), LayerSpec(4, 2, 24, 0.2, v_head_dim=16)]
 
 
 @pytest.mark.parametrize("size", [1, 4, 16, 64, 100, 600])
-def test_kernels_that_are_right(size: int) -> None:
+def test_kernels_that_are_right(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if size not in (16, 64):  # where it takes long
+        monkeypatch.setattr(self_test, "DEEP", 1300)
     for kernel in kernels().values():
         for dtype in (torch.float32, torch.bfloat16):
             if not kernel.refuses(LAYERS[0], size, dtype):
@@ -200,6 +203,57 @@ def test_a_wrong_kernel_is_caught(name: str, dtype: torch.dtype) -> None:
 def test_keys_beyond_the_first_read_are_there() -> None:
     text = fault(Mutant(parts_with(first_blocks_only)), LAYERS, 16, torch.float32, CPU)
     assert "decode rows" in text
+
+
+def without(low: int, high: int, several: bool) -> Callable[[Part], Part]:
+    """Keys of these positions are left out, of requests with several rows or of those with one."""
+
+    def change(part: Part) -> Part:
+        if (total(part.q_runs) > 1) != several:
+            return part
+        kept = (block for block in part.blocks if not low <= block.first < high)
+        return Part(part.q_runs, Blocks(kept))
+
+    return change
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("size", "low", "high", "several"),
+    [
+        (8, 48, 10**9, True), (16, 48, 10**9, True), (64, 192, 10**9, True),
+        (32, 128, 10**9, True),
+        (16, 512, 1024, True), (16, 2048, 2560, True),  # a tile of a later chunk
+        (16, 512, 1024, False), (16, 2048, 4096, False),  # a split
+        (16, 32 * 512, 10**9, False), (64, 32 * 512, 10**9, False),  # the second round of merges
+    ],
+)  # fmt: skip
+def test_every_stretch_of_keys_counts(
+    size: int, low: int, high: int, several: bool, dtype: torch.dtype
+) -> None:
+    mutant = Mutant(parts_with(without(low, high, several)))
+    assert fault(mutant, LAYERS[:1], size, dtype, CPU).startswith("it is wrong by ")
+
+
+class OnlyRight(ReferenceKernel):
+    """Right but with so many query heads per KV head."""
+
+    name = "mutant"
+
+    def __init__(self, wrong: int) -> None:
+        self._wrong = wrong
+
+    def paged_attention(self, q: Any, at: Any, pages: Any, batch: Any, spec: Any, into: Any = None):  # type: ignore[no-untyped-def]
+        off = spec.num_q_heads // spec.num_kv_heads == self._wrong
+        return super().paged_attention(q * 2 if off else q, at, pages, batch, spec, into)
+
+
+def test_the_models_own_heads_are_checked() -> None:
+    for heads, own in (((10, 2), 5), ((7, 1), 7)):
+        layers = [LayerSpec(2, 2, 16, 0.25), LayerSpec(*heads, 16, 0.25)]
+        text = fault(OnlyRight(own), layers, 16, torch.float32, CPU)
+        assert f"{own} query heads per KV head" in text
+        assert fault(OnlyRight(own), layers[:1], 16, torch.float32, CPU) == ""
 
 
 class WrongWrite(ReferenceKernel):

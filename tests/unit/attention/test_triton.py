@@ -45,6 +45,10 @@ STEP_VECTORS = {  # slices of a step's upload: their alignment and length differ
     "q_positions", "q_starts", "block_starts", "blocks", "firsts", "keys", "bases", "tasks",
     "places", "rows", "count", "max_tasks", "max_rows", "num_rows", "tokens", "width", "window",
 }  # fmt: skip
+WIRE_VIEWS = {  # of the merge: rows of what arrived, and of a running partial
+    "out", "lse", "more", "more_lse", "more_n", "more_t", "more_h", "more_lse_n", "more_lse_t",
+    "more_lse_h",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("group", triton_cases.GROUPS)
@@ -111,8 +115,13 @@ def test_planned_tiles_cover_what_is_seen(
 def test_nothing_is_compiled_anew_for_a_step(kernel: Any) -> None:
     """What changes from step to step is no part of what Triton compiles for."""
     for param in kernel.params:
-        if param.name in STEP_VECTORS:
+        views = WIRE_VIEWS if kernel is triton_merge.fold_kernel else set()
+        if param.name in STEP_VECTORS | views:
             assert param.do_not_specialize or param.do_not_specialize_on_alignment, param.name
+
+
+def test_its_decodes_can_be_captured_unless_tiles_are_planned_for_them() -> None:
+    assert TritonKernel().capturable and not TritonKernel(deterministic=True).capturable
 
 
 TYPES = {

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
+import torch
 
-from benchmarks import gpu
+from benchmarks import gpu, gpu_checks
 
 SCRIPTS = {
     "kernels": 'print(\'ROW {"what": "a", "ok": true}\'); print(\'said\')',
@@ -57,13 +62,98 @@ def test_no_time_left_is_said(scripted: None, tmp_path: Path) -> None:
 
 
 def test_commands_and_names() -> None:
-    assert sum(seconds for seconds, _, _ in gpu.SECTIONS.values()) < 12 * 60
+    assert sum(seconds for seconds, _, _ in gpu.SECTIONS.values()) <= gpu.LIMIT_S
     assert gpu.LIMIT_S < 9 * 60
     for name, (_, ranks, module) in gpu.SECTIONS.items():
         argv = gpu.argv_of(name, "cuda", False)
         if module:
             assert callable(importlib.import_module(f"benchmarks.{module}").section)
             assert f"benchmarks.{module}" in argv and name in argv
-            assert ("--standalone" in argv) == (ranks > 1)
+            told = gpu._environments(ranks)
+            assert [env.get("RANK", "0") for env in told] == [str(rank) for rank in range(ranks)]
     with pytest.raises(SystemExit):
         gpu.main(["--only", "nothing"])
+
+
+def run(monkeypatch: pytest.MonkeyPatch, name: str, script: str, device: str, limit: float) -> Any:
+    monkeypatch.setattr(gpu, "argv_of", lambda *_: [sys.executable, "-c", script])
+    monkeypatch.setattr(gpu, "STOP_S", 1.0)
+    return gpu.run_section(name, device, True, limit)
+
+
+HOLDS = """
+import os, subprocess, sys, time
+if os.environ["RANK"] == "1":
+    held = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"],
+                            start_new_session=True)
+    print(f"HELD {held.pid}", flush=True)
+    time.sleep(60)
+print('ROW {"what": "a", "ok": true}', flush=True)
+print('ROW {"what": "b", "o', flush=True)
+"""
+
+
+def alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_ranks_that_hang_and_what_they_started_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in a session of its own, with the output held open; a cut row loses no other."""
+    began = time.monotonic()
+    found = run(monkeypatch, "two-ranks", HOLDS, "cuda", 1.5)
+    assert time.monotonic() - began < 10
+    assert found["problem"] == "not done after 2 s"
+    assert found["rows"] == [{"what": "a", "ok": True}]
+    [pid] = [int(line[5:]) for line in found["output"] if line.startswith("HELD ")]
+    until = time.monotonic() + 10
+    while alive(pid) and time.monotonic() < until:
+        time.sleep(0.02)
+    assert not alive(pid)
+    assert "o" in found["output"][-1]
+
+
+def test_a_rank_that_fails_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = "import os, time; time.sleep(60) if os.environ['RANK'] != '1' else exit(3)"
+    began = time.monotonic()
+    assert run(monkeypatch, "two-ranks", script, "cuda", 50)["problem"] == "exit status 3"
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize(
+    ("says", "status", "device", "right"),
+    [
+        ("3 passed, 2 skipped in 1 s", 0, "cuda", True),
+        ("5 skipped in 1 s", 0, "cuda", False),
+        ("9 deselected in 1 s", 5, "cuda", False),
+        ("9 deselected in 1 s", 5, "cpu", True),
+        ("1 failed, 3 passed in 1 s", 1, "cuda", False),
+    ],
+)
+def test_tests_that_did_not_run_are_no_success(
+    says: str, status: int, device: str, right: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = f"print({says!r}); exit({status})"
+    found = run(monkeypatch, "tests", script, device, 20)
+    assert [row["ok"] for row in found["rows"]] == [right] and gpu._fine(found) == right
+
+
+def test_a_device_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def late(*_: Any, timeout: float, **__: Any) -> None:
+        raise subprocess.TimeoutExpired("python", timeout)
+
+    monkeypatch.setattr(subprocess, "run", late)
+    with pytest.raises(SystemExit, match="does not answer within 60 s"):
+        gpu.device_name("cuda")
+
+
+def test_a_kernel_that_cannot_be_made_is_wrong_on_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    def refused(device: torch.device) -> Any:
+        raise RuntimeError("no compiler")
+
+    for device, fine in (("cuda", False), ("cpu", True)):
+        gpu_checks._kernel("triton", refused, torch.bfloat16, torch.device(device), True)
+        row = json.loads(capsys.readouterr().out[4:])
+        assert row.get("ok", True) == fine and row["against"] == "no compiler"
