@@ -140,3 +140,14 @@ def test_threads_are_those_of_torch() -> None:
     torch.ones(1 << 20).sum()  # its pool is there
     assert seen(200, 1) == 1
     assert max(seen(1000, 2) for _ in range(3)) == 2
+
+
+def test_the_runtime_that_torch_was_linked_with_comes_before_one_that_looks_like_it(
+    sources: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "torch" / "lib"
+    folder.mkdir(parents=True)
+    built = build(tmp_path, sources=sources)  # a library without OpenMP
+    ctypes.CDLL(str(shutil.copy(built.path, folder / "libgomp-other.so")))
+    fresh = ctypes.CDLL(str(shutil.copy(native_library().path, tmp_path / "fresh.so")))
+    assert fresh.ds_cp_threads_seen(ctypes.c_int64(200), ctypes.c_int64(1)) == 1
