@@ -7,10 +7,44 @@ numbers, no torch.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 WORTH = 0.7  # ratio of the predicted time to one rank's; above it a request stays on one rank
 CLOSE = 1.05  # ratio of a predicted time to the least; up to it fewer ranks are as good
+
+
+@dataclass(frozen=True)
+class LayerWindows:
+    """How far back the layers see: ``windows`` are (window W, number of layers that have it); the
+    others of ``num_layers`` see every key up to the query's."""
+
+    num_layers: int = 1
+    windows: tuple[tuple[int, int], ...] = ()
+
+    def pairs(self, q_runs: Sequence[tuple[int, int]]) -> float:
+        """(query, key) pairs that queries at the positions of ``q_runs`` see, keys up to each
+        there: the mean over the layers."""
+        return self.mean(lambda window: sum(_pairs(start, n, window) for start, n in q_runs))
+
+    def seen(self, tokens: int) -> float:
+        """Keys that the next query after ``tokens`` stored ones sees of these; the mean."""
+        return self.mean(lambda window: tokens if window is None else min(tokens, window))
+
+    def mean(self, of: Callable[[int | None], float]) -> float:
+        """The mean over the layers of ``of(window)``."""
+        whole = self.num_layers - sum(count for _, count in self.windows)
+        if whole == self.num_layers:
+            return of(None)
+        found = sum(count * of(window) for window, count in self.windows)
+        return (found + (whole * of(None) if whole else 0.0)) / self.num_layers
+
+
+def _pairs(start: int, n: int, window: int | None) -> int:
+    """The sum of min(p + 1, W) over the n positions p from ``start`` on."""
+    rising = n if window is None else min(max(window - start, 0), n)
+    ramp = rising * start + rising * (rising + 1) // 2
+    return ramp + (n - rising) * (window or 0)
 
 
 def attention_share(num_layers: int, num_q_heads: int, head_dim: int, weights: int) -> float:
@@ -24,7 +58,9 @@ class CostModel:
 
     ``flops_per_s``: achieved by one rank; ``bytes_per_s`` and ``latency_s``: of the slowest link
     class in use; ``weights``: parameters that every token passes; ``kv_bytes``: of one token in one
-    layer; ``element``: bytes of one element.
+    layer; ``element``: bytes of one element; ``windows``: as in ``LayerWindows``;
+    ``in_background``: whether bytes move while a rank computes. Through shared memory they do not:
+    the thread that computes copies them, when it posts an exchange and while it waits for it.
     """
 
     flops_per_s: float
@@ -36,6 +72,13 @@ class CostModel:
     head_dim: int
     weights: int
     element: int
+    windows: tuple[tuple[int, int], ...] = ()
+    in_background: bool = True
+
+    @property
+    def layers(self) -> LayerWindows:
+        """How far back the layers see."""
+        return LayerWindows(self.num_layers, self.windows)
 
     def prefill_s(self, ranks: int, new: int, past: int) -> float:
         """Seconds for ``new`` prompt tokens after ``past`` stored ones, spread over ``ranks``.
@@ -44,20 +87,22 @@ class CostModel:
         not hide is added.
         """
         linear = 2.0 * self.weights * new
-        pairs = new * (past + new / 2.0)
+        pairs = self.layers.pairs(((past, new),))
         attention = 4.0 * pairs * self.num_q_heads * self.head_dim * self.num_layers
         compute = (linear + attention) / ranks / self.flops_per_s
         if ranks == 1:
             return compute
-        hidden = attention / ranks / self.flops_per_s
+        hidden = attention / ranks / self.flops_per_s if self.in_background else 0.0
         sent = min(self._pass_kv_bytes(ranks, new + past), self._pass_q_bytes(ranks, new))
-        traffic = self.num_layers * (sent / self.bytes_per_s + (ranks - 1) * self.latency_s)
+        hops = self.layers.mean(lambda window: 1.0 if window else ranks - 1.0)
+        traffic = self.num_layers * (sent / self.bytes_per_s + hops * self.latency_s)
         return compute + max(0.0, traffic - hidden) + self.num_layers * self.latency_s
 
     def decode_s(self, ranks: int, past: int) -> float:
         """Seconds that attention adds to one decode step of a request over ``ranks``: reading its
         KV, and by tree two exchanges a layer (queries out, partials back)."""
-        attention = 4.0 * past * self.num_q_heads * self.head_dim * self.num_layers
+        seen = self.layers.seen(past)
+        attention = 4.0 * seen * self.num_q_heads * self.head_dim * self.num_layers
         exchanges = 2 * self.num_layers * self.latency_s if ranks > 1 else 0.0
         return attention / ranks / self.flops_per_s + exchanges
 
@@ -76,8 +121,9 @@ class CostModel:
         return next(ranks for ranks, t in enumerate(times, 1) if t <= CLOSE * least)
 
     def kv_hides(self, ranks: int, new: int) -> bool:
-        """Whether passing KV around hides under attention: T >= N C G e / (2 H BW)."""
-        return new >= self.tokens_that_hide_kv(ranks)
+        """Whether passing KV around hides under attention: T >= N C G e / (2 H BW), where bytes
+        move in the background at all."""
+        return self.in_background and new >= self.tokens_that_hide_kv(ranks)
 
     def tokens_that_hide_kv(self, ranks: int) -> float:
         """The least number of new tokens under which pass-KV is hidden, whatever is stored."""
@@ -85,8 +131,13 @@ class CostModel:
         return ranks * self.flops_per_s * heads * self.element / self.bytes_per_s
 
     def _pass_kv_bytes(self, ranks: int, tokens: int) -> float:
+        """Of one rank in one layer, the mean. A windowed layer sends what the two stretches of
+        queries of a zigzag share see, at most."""
         each = 2.0 * self.num_kv_heads * self.head_dim * self.element
-        return (ranks - 1) / ranks * tokens * each
+        around = (ranks - 1) / ranks * tokens
+        return each * self.layers.mean(
+            lambda window: min(around, 2.0 * window) if window else around
+        )
 
     def _pass_q_bytes(self, ranks: int, new: int) -> float:
         out = self.head_dim * self.element

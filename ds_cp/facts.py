@@ -8,11 +8,13 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class LinkFacts:
-    """One class of link: one-way latency of 1 KiB in microseconds, rate of 2 MiB in 1e9 bytes/s."""
+    """One class of link: one-way latency of 1 KiB in microseconds, rate of 2 MiB in 1e9 bytes/s.
+    ``in_background``: its bytes move while a rank computes."""
 
     name: str
     latency_us: float
     gb_per_s: float
+    in_background: bool = True
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Facts:
     head_dim: int  # mean of keys' and values'
     notes: tuple[str, ...] = ()
     rounding: float = 0.0  # as exactness, of transformers' own sdpa attention to its eager one
+    windows: tuple[tuple[int, int], ...] = ()  # (window, number of layers that have it)
     kv_reason: str = ""  # what decided rank 0's KV budget
 
     def with_tokenizer(self, end_tokens: Iterable[int], size: int | None) -> Facts:

@@ -265,24 +265,3 @@ def assign(layout: str, start: int, counts: Sequence[int], unit: int) -> tuple[R
     if layout == "contiguous":
         return contiguous(start, counts)
     raise ValueError(f"unknown layout {layout!r}; known: {', '.join(LAYOUTS)}")
-
-
-def causal_pairs(q_runs: Runs) -> int:
-    """Number of (query, key) pairs of the queries at ``q_runs`` with all keys up to each."""
-    return sum(n * s + n * (n + 1) // 2 for s, n in q_runs)
-
-
-def causal_work(q_runs: Runs, k_runs: Runs) -> int:
-    """Number of (query, key) pairs in which the key's position is not after the query's."""
-
-    def ramp(x: int) -> int:
-        """Sum of max(0, i) over all i <= x."""
-        return x * (x + 1) // 2 if x > 0 else 0
-
-    pairs = 0
-    for q, t in q_runs:
-        for k, s in k_runs:
-            # query p sees clamp(p - k + 1, 0, s) of these keys: a ramp minus the same ramp s later
-            seen = ramp(q + t - k) - ramp(q - k)
-            pairs += seen - (ramp(q + t - k - s) - ramp(q - k - s))
-    return pairs

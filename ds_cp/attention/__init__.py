@@ -49,6 +49,8 @@ __all__ = [
 ]
 
 BLOCK_SIZE = 64  # tokens of a block of the pages that ``attention`` makes
+NAME_BYTES = 32  # of a kernel's name, as ranks tell it each other
+SCHEME_KERNEL = "kernel_name"  # name in the ledger
 
 
 def make_mode(
@@ -104,8 +106,10 @@ def attention(
     ``q_THD``: this rank's queries at ``span.q_runs[group.rank]``; ``k_SGD`` and ``v_SGD``: this
     rank's keys and values at ``span.k_runs[group.rank]``, rotary embedding applied. ``kernel``: a
     name as in ``attention.backend``, or one that ``choose_kernel`` gave. Returns ``[T, H, Dv]`` in
-    q's dtype. The tensors may have any strides. Raises ``ValueError`` when tensors, positions and
-    spec disagree, ``CommError`` when a peer does not answer.
+    q's dtype. The tensors may have any strides. fp64 ones are attended in fp64, but where partials
+    travel (ring pass-Q, tree) their lse is fp32. Raises ``ValueError`` when tensors, positions and
+    spec disagree, or the kernels that a name gave on the ranks; ``CommError`` when a peer does not
+    answer.
     """
     me, device = group.rank, q_THD.device
     _check_tensors(q_THD, k_SGD, v_SGD, spec)
@@ -113,6 +117,8 @@ def attention(
     if isinstance(kernel, str):
         chosen = choose_kernel(kernel, device, q_THD.dtype, [spec], BLOCK_SIZE, check=False)
         kernel = chosen.kernel
+        if mode != "local":
+            _check_kernels(kernel, group, device)
     upload = IndexUpload()
     items = [
         Shards(
@@ -132,6 +138,19 @@ def attention(
     one(q_THD[order], at[order], pages, kernel, spec, into)
     out = finish(into, spec, q_THD.dtype)
     return torch.empty_like(out).index_copy_(0, order, out)
+
+
+def _check_kernels(kernel: PagedKernel, group: Group, device: torch.device) -> None:
+    """Raise ``ValueError``, on every rank, when the ranks have chosen different kernels: pages
+    travel as they lie, and would be read in another order."""
+    peers = [r for r in range(group.size) if r != group.rank]
+    mine = torch.tensor(list(kernel.name.encode()[:NAME_BYTES].ljust(NAME_BYTES)))
+    mine = mine.to(device=device, dtype=torch.uint8)
+    recvs = [(r, torch.empty_like(mine)) for r in peers]
+    group.exchange([(r, mine) for r in peers], recvs, SCHEME_KERNEL).wait()
+    names = {bytes(x.tolist()).decode().strip() for x in (mine, *(x for _, x in recvs))}
+    if len(names) > 1:
+        raise ValueError(f"ranks chose kernels {' and '.join(sorted(names))}: pass kernel=...")
 
 
 def _filled(

@@ -140,11 +140,6 @@ class Pages:
         self.keys()[blocks, :, places] = k
         self.values()[blocks, :, places // s.pair, places % s.pair] = v_TGD
 
-    def take(self, blocks: torch.Tensor) -> torch.Tensor:
-        """A copy of whole blocks, ``[n, elements]``: what travels. ``Pages`` of it with the same
-        shape reads as the original does."""
-        return self.data[:, : self.shape.elements].index_select(0, blocks)
-
 
 def empty_pages(shape: PageShape, num_blocks: int, device: torch.device) -> Pages:
     """Pages of zeros. Slots that were never written are read under a mask, where NaN would

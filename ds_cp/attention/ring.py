@@ -1,11 +1,14 @@
 """Mode ``ring``: shards travel around the ranks, each rank folds the shard in hand.
 
 pass-KV (Ring Attention, arXiv 2310.01889): whole blocks of keys and values travel, every rank folds
-each shard into its own queries; a hop hides under the attention of the shard in hand. pass-Q (arXiv
-2411.01783, algorithms 2 to 4): queries travel, every rank attends them over its own keys, and one
-all-to-all brings the partials back to the owners. Shards differ in length and may be empty: all
-sizes come from what every rank knows. Windowed layers go no round: each rank is sent, or asks for,
-just what its queries see, in one exchange.
+each shard into its own queries. The next hop is posted before the shard in hand is attended: NCCL
+and gloo move it meanwhile. Through shared memory the computing thread copies by itself: ``post``
+what the ring of the pair takes (``comm/shared_memory.py``), ``wait`` the rest, so there a hop costs
+its copies and only the waiting for the peer is hidden. pass-Q (arXiv 2411.01783, algorithms 2 to
+4): queries travel, every rank attends them over its own keys, and one all-to-all brings the
+partials back to the owners. Shards differ in length and may be empty: all sizes come from what
+every rank knows. Items of which a layer's window hides something go no round in it: each rank is
+sent, or asks for, just what its queries see, in one exchange.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from ds_cp.attention.mode import Mode
 from ds_cp.attention.pages import Pages
 from ds_cp.attention.spec import LayerSpec
 from ds_cp.attention.state import Partial
-from ds_cp.attention.visible import Rows, by_window, renumbered, visible
+from ds_cp.attention.visible import Rows, by_item, renumbered, visible
 from ds_cp.attention.wireform import new_rows, pack_partial, unpack_partial
 from ds_cp.comm.ring import RingExchange
 from ds_cp.comm.tree import TreeRoutes
@@ -36,8 +39,10 @@ SCHEME_Q_BACK = "ring_pass_q_partials"
 
 
 def ring_members(items: Sequence[Shards], group: Group) -> list[int]:
-    """The ranks that own a query or hold a key of any item, in the group's ring order."""
-    return [r for r in group.ring if any(item.q_runs[r] or item.blocks[r] for item in items)]
+    """The ranks that own a query or hold a key of any item that has keys, in the group's ring
+    order."""
+    some = [item for item in items if any(item.blocks)]
+    return [r for r in group.ring if any(item.q_runs[r] or item.blocks[r] for item in some)]
 
 
 class RingPassKV:
@@ -55,12 +60,12 @@ class RingPassKV:
         windows: Sequence[int | None],
         upload: IndexUpload,
     ) -> None:
-        def plan(window: int | None) -> Mode:
+        def plan(some: Sequence[Shards], window: int | None) -> Mode:
             if window is None:
-                return _BlocksRound(items, group, first_row, upload)
-            return Halo(items, group, first_row, window, upload, SCHEME_KV)
+                return _BlocksRound(some, group, first_row, upload)
+            return Halo(some, group, first_row, window, upload, SCHEME_KV)
 
-        self._plans = by_window(windows, items, plan)
+        self._plans = by_item(windows, items, plan)
 
     def __call__(
         self,
@@ -72,7 +77,8 @@ class RingPassKV:
         into: Partial,
     ) -> None:
         """As in ``Mode``."""
-        self._plans[spec.window](q_THD, q_positions, pages, kernel, spec, into)
+        for plan in self._plans[spec.window]:
+            plan(q_THD, q_positions, pages, kernel, spec, into)
 
 
 class RingPassQ:
@@ -87,13 +93,13 @@ class RingPassQ:
         windows: Sequence[int | None],
         upload: IndexUpload,
     ) -> None:
-        def plan(window: int | None) -> Mode:
+        def plan(some: Sequence[Shards], window: int | None) -> Mode:
             if window is None:
-                return _QueriesRound(items, group, first_row, upload)
+                return _QueriesRound(some, group, first_row, upload)
             names = SCHEME_Q, SCHEME_Q_BACK
-            return Asking(items, group, first_row, window, upload, TreeRoutes(), names)
+            return Asking(some, group, first_row, window, upload, TreeRoutes(), names)
 
-        self._plans = by_window(windows, items, plan)
+        self._plans = by_item(windows, items, plan)
 
     def __call__(
         self,
@@ -105,7 +111,8 @@ class RingPassQ:
         into: Partial,
     ) -> None:
         """As in ``Mode``."""
-        self._plans[spec.window](q_THD, q_positions, pages, kernel, spec, into)
+        for plan in self._plans[spec.window]:
+            plan(q_THD, q_positions, pages, kernel, spec, into)
 
 
 class _BlocksRound:
@@ -184,25 +191,30 @@ class _QueriesRound:
         self._group = group
         self._upload = upload
         self._members = ring_members(items, group)
-        counts = [[total(item.q_runs[r]) for item in items] for r in range(group.size)]
+        # Queries of items without keys stay where they are.
+        going = [item for item in items if any(item.blocks)]
+        counts = [[total(item.q_runs[r]) for item in going] for r in range(group.size)]
+        holds = [[bool(item.blocks[r]) for item in going] for r in range(group.size)]
+        own = [total(item.q_runs[me]) for item in items]
+        goes = [any(item.blocks) for item in items]
         self._counts = [sum(rows) for rows in counts]
-        self._own = Rows(range(first_row, first_row + self._counts[me]), upload)
+        self._own = Rows(_rows_where(own, goes, first_row), upload)
         self._plans: dict[int, BatchPlan] = {}  # whose queries -> these over my blocks
         self._places: dict[int, slice] = {}
         self._answers: dict[int, Rows] = {}  # owner -> its rows that I can answer
         self._back: dict[int, Rows] = {}  # holder -> my rows that it answers
-        holds = [[bool(item.blocks[r]) for item in items] for r in range(group.size)]
         for peer in self._members:
-            if self._counts[peer] and any(item.blocks[me] for item in items):
-                parts = [Part(item.q_runs[peer], item.blocks[me]) for item in items]
-                begin = first_row if peer == me else 0
+            if self._counts[peer] and any(item.blocks[me] for item in going):
+                asked, begin = (items, first_row) if peer == me else (going, 0)
+                parts = [Part(item.q_runs[peer], item.blocks[me]) for item in asked]
                 self._plans[peer] = BatchPlan(parts, begin, upload)
             if peer == me:
                 continue
-            places = [p for item in items for p in positions(item.q_runs[peer])]
+            places = [p for item in going for p in positions(item.q_runs[peer])]
             self._places[peer] = upload.add(places)
             self._answers[peer] = Rows(_rows_where(counts[peer], holds[me], 0), upload)
-            self._back[peer] = Rows(_rows_where(counts[me], holds[peer], first_row), upload)
+            held = [bool(item.blocks[peer]) for item in items]
+            self._back[peer] = Rows(_rows_where(own, held, first_row), upload)
 
     def __call__(
         self,

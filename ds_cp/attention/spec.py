@@ -52,36 +52,3 @@ class Span:
 
     q_runs: tuple[Runs, ...]
     k_runs: tuple[Runs, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class Padding:
-    """How many of the S gathered keys belong to each of B rows; the rest is padding.
-
-    Row b reads its first ``lengths[b]`` keys (``[B]`` int32, at least 1). ``mask``: the same as
-    ``[B, 1, 1, S]`` in the queries' dtype, 0 or -inf.
-    """
-
-    lengths: torch.Tensor
-    mask: torch.Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class KeyValues:
-    """One item's keys and values on this rank, in storage order, as they lie in memory.
-
-    ``pieces``: ``(k_SGD, v_SGD)`` pairs, at least one; several when they are not adjacent, so that
-    nothing has to be copied to be read.
-    """
-
-    pieces: tuple[tuple[torch.Tensor, torch.Tensor], ...]
-
-    @property
-    def num_tokens(self) -> int:
-        """Key tokens over all pieces."""
-        return sum(k.shape[0] for k, _ in self.pieces)
-
-    def none(self) -> KeyValues:
-        """The same with no token."""
-        k, v = self.pieces[0]
-        return KeyValues(((k[:0], v[:0]),))

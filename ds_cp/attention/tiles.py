@@ -102,21 +102,6 @@ def _band_tiles(
     return tiles
 
 
-def visible_pairs(q_runs: Runs, k_runs: Runs, window: int | None = None) -> int:
-    """How many (query, key) pairs attention computes: the work, in pairs."""
-    pairs = 0
-    for tile in cover(q_runs, k_runs, window):
-        if tile.kind == "causal":
-            pairs += tile.rows * (tile.rows + 1) // 2
-        elif tile.kind == "full":
-            pairs += tile.rows * tile.keys
-        else:
-            for p in range(tile.row_pos, tile.row_pos + tile.rows):
-                low = max(tile.key_pos, p - (window or 0) + 1)
-                pairs += max(min(tile.key_pos + tile.keys, p + 1) - low, 0)
-    return pairs
-
-
 def check_runs(q_runs: Runs, k_runs: Runs, q_tokens: int, k_tokens: int) -> None:
     """Raise ``ValueError`` when positions and tensors differ in their number of tokens."""
     if total(q_runs) != q_tokens or total(k_runs) != k_tokens:

@@ -50,8 +50,8 @@ class TreeAttention:
         self._plans = by_window(
             windows,
             items,
-            lambda window: Asking(
-                items, group, first_row, window, upload, routes, (SCHEME_Q, SCHEME_PARTIALS)
+            lambda some, window: Asking(
+                some, group, first_row, window, upload, routes, (SCHEME_Q, SCHEME_PARTIALS)
             ),
         )
 
@@ -65,4 +65,5 @@ class TreeAttention:
         into: Partial,
     ) -> None:
         """As in ``Mode``."""
-        self._plans[spec.window](q_THD, q_positions, pages, kernel, spec, into)
+        for plan in self._plans[spec.window]:
+            plan(q_THD, q_positions, pages, kernel, spec, into)

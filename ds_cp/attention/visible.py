@@ -16,6 +16,8 @@ from ds_cp.attention.state import Partial
 from ds_cp.layout import Runs
 
 P = TypeVar("P")
+Make = Callable[[Sequence[Shards], int | None], P]  # a plan of some items under one window
+Plans = dict[int | None, tuple[P, ...]]  # window -> plans, called one after the other
 NO_BLOCKS = Blocks()
 
 
@@ -58,20 +60,54 @@ def renumbered(blocks: Blocks, begin: int) -> Blocks:
     return moved
 
 
-def by_window(
-    windows: Iterable[int | None], items: Iterable[Shards], make: Callable[[int | None], P]
-) -> dict[int | None, P]:
-    """A plan for each of ``windows``; those that hide nothing of any item share the one for None.
-    All ranks come to the same, because all know the items."""
-    end = max((sum(runs[-1]) for item in items for runs in item.q_runs if runs), default=0)
+def by_window(windows: Iterable[int | None], items: Iterable[Shards], make: Make[P]) -> Plans[P]:
+    """A plan over all ``items`` for each of ``windows``; those that hide nothing of any item share
+    the one for None. For plans under which an item's result is the same with either. All ranks
+    come to the same, because all know the items."""
+    items = list(items)
+    end = max(map(_end, items), default=0)
     made: dict[int | None, P] = {}
-    plans: dict[int | None, P] = {}
+    plans: Plans[P] = {}
     for window in windows:
         kind = None if window is None or window >= end else window
         if kind not in made:
-            made[kind] = make(kind)
-        plans[window] = made[kind]
+            made[kind] = make(items, kind)
+        plans[window] = (made[kind],)
     return plans
+
+
+def by_item(windows: Iterable[int | None], items: Sequence[Shards], make: Make[P]) -> Plans[P]:
+    """The plans for each of ``windows`` where what an item gets depends on its plan: items of which
+    a window hides nothing are in the one for None, the others in the one for the window. So an
+    item's plan, and with it the order in which its partials are folded, follows from the item
+    alone. Each plan has all items, so that rows stay; those of the other one have no blocks."""
+    ends = [_end(item) for item in items]
+    made: dict[tuple[int | None, tuple[bool, ...]], P] = {}
+    plans: Plans[P] = {}
+
+    def plan(kind: int | None, has: tuple[bool, ...]) -> P:
+        if (kind, has) not in made:
+            some = [item if there else _emptied(item)
+                    for item, there in zip(items, has, strict=True)]  # fmt: skip
+            made[kind, has] = make(some, kind)
+        return made[kind, has]
+
+    for window in windows:
+        whole = tuple(window is None or end <= window for end in ends)
+        found = [plan(None, whole)] if any(whole) or window is None else []
+        if not all(whole):
+            found.append(plan(window, tuple(not one for one in whole)))
+        plans[window] = tuple(found)
+    return plans
+
+
+def _end(item: Shards) -> int:
+    """The position behind the item's last query."""
+    return max((sum(runs[-1]) for runs in item.q_runs if runs), default=0)
+
+
+def _emptied(item: Shards) -> Shards:
+    return Shards(item.q_runs, (NO_BLOCKS,) * len(item.blocks))
 
 
 class Rows:

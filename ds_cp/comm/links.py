@@ -19,11 +19,13 @@ SCHEME = "link_probe"  # name in the ledger
 @dataclass(frozen=True)
 class LinkSpeed:
     """One-way ``latency_us`` (microseconds) of 1 KiB and ``gb_per_s`` (1e9 bytes/s) of 2 MiB, best
-    of a few. ``name``: "within a host", by shared memory where it has that, or "between hosts"."""
+    of a few. ``name``: "within a host", by shared memory where it has that, or "between hosts".
+    ``in_background``: bytes move while a rank computes; in shared memory only inside calls."""
 
     name: str
     latency_us: float
     gb_per_s: float
+    in_background: bool = True
 
 
 def measure_links(world: World) -> tuple[LinkSpeed, ...]:
@@ -35,19 +37,19 @@ def measure_links(world: World) -> tuple[LinkSpeed, ...]:
     if world.size == 1:
         return ()
     topology = world.topology
-    pairs = []
+    pairs: list[tuple[str, int, bool]] = []
     same = [r for r in topology.ranks_on(topology.host_index(0)) if r != 0]
     if same:
         how = ", shared memory" if world.shares_memory else ""
-        pairs.append((f"within a host{how}", same[0]))
+        pairs.append((f"within a host{how}", same[0], not world.shares_memory))
     if topology.num_hosts > 1:
-        pairs.append(("between hosts", topology.ranks_on(1)[0]))
+        pairs.append(("between hosts", topology.ranks_on(1)[0], True))
     found = []
-    for name, peer in pairs:
+    for name, peer, in_background in pairs:
         small = _one_way(world, peer, SMALL, SMALL_ROUNDS)
         large = _one_way(world, peer, LARGE, LARGE_ROUNDS)
         rate = LARGE / large / 1e9 if large else 0.0
-        found.append(LinkSpeed(name, small * 1e6, rate))
+        found.append(LinkSpeed(name, small * 1e6, rate, in_background))
     world.everybody.barrier()
     world.ledger.clear()  # it counts from the first step on
     return tuple(found)

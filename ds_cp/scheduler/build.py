@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ds_cp.config import Config
-from ds_cp.cost import CostModel, attention_share
+from ds_cp.cost import CostModel, LayerWindows, attention_share
 from ds_cp.facts import Facts
 from ds_cp.scheduler.admission import Limits
 from ds_cp.scheduler.mode_policy import ModePolicy, Seats
@@ -46,6 +46,7 @@ def build_scheduler(config: Config, facts: Facts, paced: bool = True) -> Schedul
             num_q_heads=facts.num_q_heads,
             num_kv_heads=facts.num_kv_heads,
             cost=cost_model(facts),
+            windows=LayerWindows(facts.num_layers, facts.windows),
         ),
         topology.ring_order(),
         prefix_caching=config.kv_cache.prefix_caching,
@@ -55,6 +56,7 @@ def build_scheduler(config: Config, facts: Facts, paced: bool = True) -> Schedul
                 facts.num_layers, facts.num_q_heads // facts.tp_size, facts.head_dim, facts.weights
             ),
             Tuning(),
+            LayerWindows(facts.num_layers, facts.windows),
         ),
         seats=Seats(topology.hosts, max(1, facts.ranks_at_once // facts.tp_size)),
     )
@@ -75,4 +77,6 @@ def cost_model(facts: Facts) -> CostModel | None:
         head_dim=facts.head_dim,
         weights=facts.weights,
         element=4 if facts.dtype == "float32" else 2,
+        windows=facts.windows,
+        in_background=any(link.in_background for link in facts.links),
     )

@@ -6,8 +6,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ds_cp.cost import LayerWindows
 from ds_cp.kv.table import SequenceTable
-from ds_cp.layout import Home, Run, Runs, assign, causal_pairs, join, split_capped, split_even
+from ds_cp.layout import Home, Run, Runs, assign, join, split_capped, split_even
 from ds_cp.plan import Chunk
 from ds_cp.scheduler.mode_policy import ModePolicy
 from ds_cp.scheduler.request import Request
@@ -19,10 +20,12 @@ MOST_TURNS = 8  # orders of the ranks that are tried for one chunk
 
 @dataclass(frozen=True)
 class Cut:
-    """A chunk, and how many of its tokens each rank computes."""
+    """A chunk, how many of its tokens each rank computes, and how many (query, key) pairs each
+    attends in a layer, on the mean of the layers."""
 
     chunk: Chunk
     owned: tuple[int, ...]
+    pairs: tuple[float, ...]
 
 
 def cut_chunk(
@@ -31,7 +34,7 @@ def cut_chunk(
     layout: str,
     policy: ModePolicy,
     most: int | None = None,
-    pairs: Sequence[int] = (),
+    pairs: Sequence[float] = (),
 ) -> Cut | None:
     """Cut the next chunk and enter it in the request's table; None when no budget is left.
 
@@ -46,7 +49,7 @@ def cut_chunk(
     if new <= 0:
         return None
     start, num_ranks = table.num_tokens, len(left)
-    homes = _take_homes(request, table.blocks_for(new), layout, pairs)
+    homes = _take_homes(request, table.blocks_for(new), layout, policy.windows, pairs)
     home_runs = _runs_by_rank(table, homes, start, new, num_ranks)
     held = [sum(length for _, length in runs) for runs in home_runs]
     q_runs = home_runs
@@ -62,7 +65,8 @@ def cut_chunk(
         tuple((rank, runs) for rank, runs in enumerate(q_runs) if runs),
         tuple(homes), table.num_tokens == request.num_tokens,
     )  # fmt: skip
-    return Cut(chunk, tuple(sum(length for _, length in runs) for runs in q_runs))
+    owned = [sum(length for _, length in runs) for runs in q_runs]
+    return Cut(chunk, tuple(owned), tuple(map(policy.windows.pairs, q_runs)))
 
 
 def _whole_blocks(table: SequenceTable, new: int, request: Request, workers: int) -> int:
@@ -74,7 +78,9 @@ def _whole_blocks(table: SequenceTable, new: int, request: Request, workers: int
     return new
 
 
-def _take_homes(request: Request, count: int, layout: str, pairs: Sequence[int] = ()) -> list[Home]:
+def _take_homes(
+    request: Request, count: int, layout: str, windows: LayerWindows, pairs: Sequence[float]
+) -> list[Home]:
     """The next ``count`` of the reserved blocks, from each rank in proportion, laid out so that
     causal work is level. Short prompts cannot be level by themselves, so who attends least in this
     step gets the places that cost most. Among equals the order turns with the request, because the
@@ -83,7 +89,7 @@ def _take_homes(request: Request, count: int, layout: str, pairs: Sequence[int] 
     turn = request.number % len(ranks) if ranks else 0
     ranks = [*ranks[turn:], *ranks[:turn]]
     if len({pairs[rank] for rank in ranks if pairs}) > 1:
-        ranks = _levelled(count, request, ranks, layout, pairs)
+        ranks = _levelled(count, request, ranks, layout, windows, pairs)
     have = [len(request.reserved[rank]) for rank in ranks]
     counts = split_capped(count, have, have)
     at: dict[int, Home] = {}
@@ -98,25 +104,26 @@ def _take_homes(request: Request, count: int, layout: str, pairs: Sequence[int] 
 
 
 def _levelled(
-    count: int, request: Request, ranks: Sequence[int], layout: str, pairs: Sequence[int]
-) -> list[int]:
+    count: int, request: Request, ranks: Sequence[int], layout: str, windows: LayerWindows,
+    pairs: Sequence[float],
+) -> list[int]:  # fmt: skip
     """``ranks`` in the order, of a few, that leaves the busiest one with the least to attend: who
     has the fewest ``pairs`` at the dearest place, and so on, or one turned like this."""
     assert request.table is not None
     size, past = request.table.block_size, len(request.table.homes)
-    shares = assign(layout, past, split_even(count, len(ranks)), 1)
-    cost = [causal_pairs(runs) for runs in shares]
+
+    def work(runs: Runs) -> float:
+        return windows.pairs([(start * size, n * size) for start, n in runs])
+
+    cost = [work(runs) for runs in assign(layout, past, split_even(count, len(ranks)), 1)]
     places = sorted(range(len(ranks)), key=lambda place: -cost[place])
     order = dict(zip(places, sorted(ranks, key=lambda rank: pairs[rank]), strict=True))
     first = [order[place] for place in range(len(ranks))]
 
-    def busiest(order: Sequence[int]) -> int:
+    def busiest(order: Sequence[int]) -> float:
         have = [len(request.reserved[rank]) for rank in order]
         runs = assign(layout, past, split_capped(count, have, have), 1)
-        return max(
-            pairs[rank] + size * size * causal_pairs(mine)
-            for rank, mine in zip(order, runs, strict=True)
-        )
+        return max(pairs[rank] + work(mine) for rank, mine in zip(order, runs, strict=True))
 
     turns = range(min(len(first), MOST_TURNS))
     return min(([*first[turn:], *first[:turn]] for turn in turns), key=busiest)

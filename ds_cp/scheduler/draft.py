@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ds_cp.layout import Home, causal_pairs
+from ds_cp.layout import Home
 from ds_cp.plan import Begin, Chunk, Decodes, Fork, Sampling, StepPlan, Transfer
 from ds_cp.scheduler.chunking import Cut
 from ds_cp.scheduler.pacing import ChunkPacer
@@ -24,7 +24,7 @@ class Draft:
         self.step = step
         self.left = list(budget)  # tokens that each rank may still compute
         self.work = [0.0] * len(budget)  # on prompts, of each rank, in the pacer's unit
-        self.pairs = [0] * len(budget)  # (query, key) of prompts that each rank attends
+        self.pairs = [0.0] * len(budget)  # (query, key) of prompts that each rank attends a layer
         self.rows_left = SCORED_ROWS  # rows of logits that may still score prompt tokens
         self.decodes: dict[tuple[str, str], list[int]] = {}  # (mode, ring pass) -> requests
         self.transfers: list[Transfer] = []
@@ -76,9 +76,8 @@ class Draft:
     def chunk(self, cut: Cut, past: int) -> None:
         """Enter a chunk that comes after ``past`` stored tokens, and charge the ranks for it."""
         self._chunks.append(cut.chunk)
-        for rank, runs in cut.chunk.owners:
-            self.pairs[rank] += causal_pairs(runs)
         for rank, count in enumerate(cut.owned):
+            self.pairs[rank] += cut.pairs[rank]
             self.left[rank] -= count
             if self._pacer is not None and count:
                 self.work[rank] += self._pacer.work(count, sum(cut.owned), past)

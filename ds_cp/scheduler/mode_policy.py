@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ds_cp.cost import CostModel
+from ds_cp.cost import CostModel, LayerWindows
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class ModePolicy:
 
     ``local_threshold``: prompts longer than this span although they would fit on one rank (None:
     the cost model says). ``num_hosts``, ``num_q_heads``, ``num_kv_heads``: what the rules look at.
-    ``cost``: measured rates; without it a request spans only when it has to.
+    ``cost``: measured rates; without it a request spans only when it has to. ``windows``: how far
+    back the layers see, by which the work of a prompt is dealt out.
     """
 
     mode: str
@@ -46,6 +47,7 @@ class ModePolicy:
     num_q_heads: int
     num_kv_heads: int
     cost: CostModel | None = None
+    windows: LayerWindows = LayerWindows()
 
     def may_be_local(self, prompt_tokens: int) -> bool:
         """Whether a request of this length may stay on one rank if one has room for it."""

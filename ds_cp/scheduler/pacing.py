@@ -16,8 +16,10 @@ of the steps have one, so that decodes are on average as fast and the prompt get
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from dataclasses import dataclass
 
+from ds_cp.cost import LayerWindows
 from ds_cp.scheduler.regression import Regression
 
 
@@ -78,18 +80,23 @@ class ChunkPacer:
     None: no client waits for the next token, so decodes are no reason for shorter chunks.
 
     ``attention``: what a prompt token costs for each stored token that it attends to, as a share of
-    what it costs otherwise. The caller asks ``allowance`` for each step, reports what it planned to
-    ``plan`` and, some steps later, the step's seconds to ``observe``. Raises ``ValueError`` for a
-    ``slowdown`` of 1 or less.
+    what it costs otherwise; ``layers``: how many of these each layer sees. The caller asks
+    ``allowance`` for each step, reports what it planned to ``plan`` and, some steps later, the
+    step's seconds to ``observe``. Raises ``ValueError`` for a ``slowdown`` of 1 or less.
     """
 
     def __init__(
-        self, slowdown: float | None, attention: float = 0.0, tuning: Tuning | None = None
+        self,
+        slowdown: float | None,
+        attention: float = 0.0,
+        tuning: Tuning | None = None,
+        layers: LayerWindows | None = None,
     ) -> None:
         if slowdown is not None and slowdown <= 1.0:
             raise ValueError(f"slowdown must be above 1, got {slowdown}")
         self.slowdown = slowdown
         self.attention = attention
+        self.layers = layers or LayerWindows()
         self.tuning = tuning or Tuning()
         self.pace: float | None = None  # seconds per work without decodes
         self._quiet = Regression(2, self.tuning.quiet_memory)  # of (step, decodes)
@@ -105,12 +112,18 @@ class ChunkPacer:
     def work(self, share: int, tokens: int, past: int) -> float:
         """Of one rank that computes ``share`` of a chunk of ``tokens`` after ``past`` earlier
         ones."""
+        if self.layers.windows and tokens:
+            seen = self.layers.pairs(((past, tokens),)) / tokens
+            return share * (1.0 + self.attention * seen)
         return share * (1.0 + self.attention * (past + tokens / 2))
 
     def tokens(self, work: float, past: int, ranks: int = 1) -> int:
         """How long a chunk over ``ranks`` ranks may be for each of them to do ``work``: solves
         ``t / ranks * (1 + attention * (past + t / 2)) = work``. 0 where nothing is left."""
         work = max(work, 0.0)
+        if self.layers.windows:
+            every = range(1, int(work * ranks + 1e-6) + 1)
+            return bisect_right(every, work * ranks + 1e-6, key=lambda t: self.work(t, t, past))
         each = 1.0 + self.attention * past
         root = math.sqrt(each * each + 2.0 * self.attention * work * ranks)
         return int(2.0 * work * ranks / (each + root) + 1e-6)

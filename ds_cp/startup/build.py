@@ -37,7 +37,7 @@ from ds_cp.startup.kv_budget import allocate_pool, decide_budget
 from ds_cp.startup.layerwise import AttentionRecord
 from ds_cp.startup.packing import Packing, plan_packing
 from ds_cp.startup.resources import ranks_at_once
-from ds_cp.startup.shapes import mean_shape, shape_notes
+from ds_cp.startup.shapes import layer_windows, mean_shape, shape_notes
 from ds_cp.startup.weights import active_weights
 from ds_cp.topology.hosts import resolve_grid
 from ds_cp.worker.decode_graph import cuda_graphs
@@ -123,12 +123,13 @@ def _build(
         threads=threads,
         ranks_at_once=ranks_at_once(world.device.type, threads, world.size, world.sharing),
         exactness=served.exactness,
-        links=tuple(LinkFacts(x.name, x.latency_us, x.gb_per_s) for x in links),
+        links=tuple(LinkFacts(x.name, x.latency_us, x.gb_per_s, x.in_background) for x in links),
         flops_per_s=flops,
         weights=active_weights(decoder),
         head_dim=shape.head_dim,
         notes=(*world.notes, *notes, *shape_notes(layers, tp.size), *served.kernel.notes),
         rounding=served.rounding,
+        windows=layer_windows(layers),
         kv_reason=budget.reason,
     )
     worker = Worker(world, cp, tp, decoder, layers, pool, kernel)

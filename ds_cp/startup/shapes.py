@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -26,6 +27,11 @@ def mean_shape(layers: Sequence[LayerSpec]) -> MeanShape:
     kept = _mean([spec.num_kv_heads * (spec.head_dim + spec.v_dim) for spec in layers])
     dim = work / (2.0 * q_heads)
     return MeanShape(round(q_heads), max(1, round(kept / (2.0 * dim))), round(dim))
+
+
+def layer_windows(layers: Sequence[LayerSpec]) -> tuple[tuple[int, int], ...]:
+    """(window, number of layers that have it), ascending; layers without one are not counted."""
+    return tuple(sorted(Counter(spec.window for spec in layers if spec.window).items()))
 
 
 def shape_notes(layers: Sequence[LayerSpec], tp_size: int) -> list[str]:

@@ -27,7 +27,7 @@ from ds_cp.plan import Begin, Chunk, Sampling, StepPlan
 from ds_cp.worker.state import WorkerState, check_item
 from ds_cp.worker.step_context import Layers, StepContext
 from tests.helpers.engines import engine_on, tiny_llama
-from tests.helpers.paged import Request, Step, decode, prompt
+from tests.helpers.steps import Request, Step, decode, prompt
 from tests.helpers.ranks import run_ranks, world_group
 
 Entries = dict[str, Entry]  # scheme -> what one rank sent
@@ -340,12 +340,24 @@ def seen_blocks(request: Request, size: int, window: int) -> list[list[set[int]]
     return found
 
 
+def round_trip(counts: Sequence[int], members: Sequence[int], size: int) -> list[tuple[int, int]]:
+    """Of each rank what it sends, in the unit of ``counts``, and in how many hops, when every
+    member's ``counts`` pass every member."""
+    found, n = [(0, 0)] * size, len(members)
+    for place, rank in enumerate(members):
+        here = [counts[members[(place - step) % n]] for step in range(n)]
+        hops = sum(bool(here[step] or here[step + 1]) for step in range(n - 1))
+        found[rank] = sum(here[: n - 1]), hops
+    return found
+
+
 def test_a_windowed_layer_moves_only_what_is_seen(one_host: dict[str, list[list[Entries]]]) -> None:
     """Ring pass-KV: rank r sends to s each of its blocks in which a query of s sees a key, once.
     Pass-Q and tree: each owner's rows go to the ranks that hold such a key, and come back. In one
-    exchange, and ranks with nothing to say or hear have none."""
+    exchange, and ranks with nothing to say or hear have none. In a ring, requests of which the
+    window hides nothing go round as without a window."""
     num_heads, num_kv, e, n = 4, 2, 4, 4
-    silent = 0
+    silent = mixed = 0
     for (window, case), entries in zip(windowed(), one_host["windows"], strict=True):
         seen = [seen_blocks(request, BLOCK, window) for request in case.requests]
         end = max(request.length for request in case.requests)
@@ -353,13 +365,24 @@ def test_a_windowed_layer_moves_only_what_is_seen(one_host: dict[str, list[list[
         pairs = [(r, s) for r in range(n) for s in range(n) if r != s]
         if window >= end:
             continue  # it hides nothing: as without a window
+        whole = [request.length <= window for request in case.requests]
+        if case.mode == "tree":
+            whole = [False] * len(whole)
+        going = [request for request, short in zip(case.requests, whole, strict=True) if short]
+        held = [[homes.count(r) for r in range(n)] for homes in (x.homes for x in going)]
+        asked_round = [[len(positions(runs)) for runs in x.q_runs] for x in going]
+        members = [r for r in range(n) if any(h[r] or a[r] for h, a in zip(held, asked_round, strict=True))]
+        seen = [x for x, short in zip(seen, whole, strict=True) if not short]
+        rows = [x for x, short in zip(rows, whole, strict=True) if not short]
+        mixed += bool(going)
         if case.ring_pass == "kv" and case.mode == "ring":
             moved = {pair: sum(len(x[pair[0]][pair[1]]) for x in seen) for pair in pairs}
+            more = round_trip([sum(h[r] for h in held) for r in range(n)], members, n)
             for rank in range(n):
-                blocks = sum(moved[rank, s] for s in range(n) if s != rank)
+                blocks = sum(moved[rank, s] for s in range(n) if s != rank) + more[rank][0]
                 assert sent(entries, "ring_pass_kv")[rank] == blocks * BLOCK * num_kv * (D + V) * e
                 busy = any(count and rank in pair for pair, count in moved.items())
-                assert rounds(entries, "ring_pass_kv")[rank] == busy
+                assert rounds(entries, "ring_pass_kv")[rank] == busy + more[rank][1]
                 silent += not busy
             continue
         names = (
@@ -370,17 +393,24 @@ def test_a_windowed_layer_moves_only_what_is_seen(one_host: dict[str, list[list[
         asked = {
             (r, s): sum(rows[i][s] for i, x in enumerate(seen) if x[r][s]) for r, s in pairs
         }  # rows of s that r answers
+        more = round_trip([sum(a[r] for a in asked_round) for r in range(n)], members, n)
         for rank in range(n):
             out = sum(asked[r, rank] for r in range(n) if r != rank)
             back = sum(asked[rank, s] for s in range(n) if s != rank)
-            assert sent(entries, names[0])[rank] == out * num_heads * D * e
-            assert sent(entries, names[1])[rank] == back * num_heads * (V * e + LSE)
-            assert (
-                rounds(entries, names[0])[rank]
-                == rounds(entries, names[1])[rank]
-                == bool(out or back)
-            )
-    assert silent  # some rank had no part in some exchange
+            busy = bool(out or back)
+            answers, answered = (
+                sum(a[x] for x, y in others
+                    for h, a in zip(held, asked_round, strict=True) if h[y])
+                for others in (
+                    [(s, rank) for s in range(n) if s != rank],
+                    [(rank, s) for s in range(n) if s != rank],
+                )
+            )  # fmt: skip
+            assert sent(entries, names[0])[rank] == (out + more[rank][0]) * num_heads * D * e
+            assert sent(entries, names[1])[rank] == (back + answers) * num_heads * (V * e + LSE)
+            assert rounds(entries, names[0])[rank] == busy + more[rank][1]
+            assert rounds(entries, names[1])[rank] == busy + bool(answers or answered)
+    assert silent and mixed  # some rank had no part in some exchange; some went round
 
 
 # --- several hosts

@@ -11,7 +11,7 @@ from ds_cp.attention.kernels import choose_kernel
 from ds_cp.attention.spec import LayerSpec
 from ds_cp.comm.wire import World
 from ds_cp.layout import assign
-from tests.helpers.paged import Request, Step, decode, prompt
+from tests.helpers.steps import Request, Step, decode, prompt
 from tests.helpers.ranks import run_ranks, world_group
 
 MODES = [("ring", "kv"), ("ring", "q"), ("tree", "kv")]

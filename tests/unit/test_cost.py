@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -17,31 +18,54 @@ LLAMA = CostModel(
 
 
 def brute(cost: CostModel, ranks: int, new: int, past: int) -> float:
-    """Seconds of a prefill, layer by layer and step by step around the ring."""
-    pairs = sum(past + i + 0.5 for i in range(new))
+    """Seconds of a prefill, layer by layer and step by step around the ring. Of what travels the
+    smaller kind is chosen over all layers; what attention does not hide is added over all."""
     seconds = 2.0 * cost.weights * new / cost.flops_per_s / ranks
-    for _ in range(cost.num_layers):
-        attention = 4.0 * cost.num_q_heads * cost.head_dim * pairs / cost.flops_per_s / ranks
-        if ranks == 1:
-            seconds += attention
-            continue
-        kv = 2 * (past + new) * cost.num_kv_heads * cost.head_dim * cost.element / ranks
-        q = new * cost.num_q_heads * cost.head_dim * cost.element / ranks
-        back = new * cost.num_q_heads * (cost.head_dim * cost.element + 4) / ranks
-        sent = min(kv, q + back) * (ranks - 1)
-        seconds += sent / cost.bytes_per_s + (ranks - 1) * cost.latency_s + cost.latency_s
-        # The model hides traffic under attention in the sum over layers, all alike.
-        seconds += max(0.0, attention - sent / cost.bytes_per_s - (ranks - 1) * cost.latency_s)
-    return seconds
+    windows: list[int | None] = [w for w, count in cost.windows for _ in range(count)]
+    windows += [None] * (cost.num_layers - len(windows))
+    attention = kv = hops = 0.0
+    for window in windows:
+        pairs = sum(min(past + i + 1, window or 10**9) for i in range(new))
+        attention += 4.0 * cost.num_q_heads * cost.head_dim * pairs / cost.flops_per_s / ranks
+        tokens = (ranks - 1) * (past + new) / ranks
+        tokens = tokens if window is None else min(tokens, 2 * window)
+        kv += 2 * tokens * cost.num_kv_heads * cost.head_dim * cost.element
+        hops += ranks - 1 if window is None else 1
+    if ranks == 1:
+        return seconds + attention
+    q = new * cost.num_q_heads * cost.head_dim * cost.element / ranks
+    back = new * cost.num_q_heads * (cost.head_dim * cost.element + 4) / ranks
+    sent = min(kv, (q + back) * (ranks - 1) * cost.num_layers)
+    traffic = sent / cost.bytes_per_s + hops * cost.latency_s
+    hidden = min(traffic, attention) if cost.in_background else 0.0
+    return seconds + attention + traffic - hidden + cost.num_layers * cost.latency_s
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 @pytest.mark.parametrize(("new", "past"), [(1, 0), (1, 5000), (200, 0), (200, 3000), (3000, 100)])
 @pytest.mark.parametrize("speed", [1e11, 2e14])
-def test_prefill_is_the_formula(ranks: int, new: int, past: int, speed: float) -> None:
-    cost = CostModel(speed, 2e10, 1e-5, 3, 32, 8, 128, 10**8, 2)
+@pytest.mark.parametrize("windows", [(), ((128, 2),), ((16, 1), (1000, 2))])
+@pytest.mark.parametrize("in_background", [True, False])
+def test_prefill_is_the_formula(
+    ranks: int, new: int, past: int, speed: float, windows: tuple[tuple[int, int], ...],
+    in_background: bool,
+) -> None:  # fmt: skip
+    cost = CostModel(speed, 2e10, 1e-5, 3, 32, 8, 128, 10**8, 2, windows, in_background)
     want = brute(cost, ranks, new, past)
     assert cost.prefill_s(ranks, new, past) == pytest.approx(want, rel=1e-9)
+
+
+def test_decode_reads_what_the_windows_see() -> None:
+    windowed = replace(LLAMA, windows=((1024, 24),))
+    full = LLAMA.decode_s(1, 100_000)
+    assert windowed.decode_s(1, 100_000) == pytest.approx(full * (8 + 24 * 0.01024) / 32)
+    assert windowed.decode_s(1, 1000) == pytest.approx(LLAMA.decode_s(1, 1000))
+
+
+def test_nothing_hides_where_the_computing_thread_moves_the_bytes() -> None:
+    shared = replace(LLAMA, in_background=False)
+    assert LLAMA.kv_hides(4, 10**6) and not shared.kv_hides(4, 10**6)
+    assert shared.prefill_s(4, 10_000, 0) > LLAMA.prefill_s(4, 10_000, 0)
 
 
 def test_messages_of_the_design_page() -> None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from ds_cp import layout
 from ds_cp.layout import Runs
+from tests.helpers.pairs import causal_work
 
 runs_of_positions = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 12)), max_size=8).map(
     tuple
@@ -190,7 +191,7 @@ def test_equal_counts_give_the_classic_chunks(ranks: int) -> None:
 def test_zigzag_balances_causal_work(ranks: int, per_rank: int) -> None:
     assignment = layout.zigzag(0, [per_rank] * ranks)
     everything = ((0, per_rank * ranks),)
-    work = [layout.causal_work(runs, everything) for runs in assignment]
+    work = [causal_work(runs, everything) for runs in assignment]
     assert sum(work) == per_rank * ranks * (per_rank * ranks + 1) // 2
     assert max(work) * ranks <= 1.02 * sum(work)
 
@@ -199,7 +200,7 @@ def test_zigzag_balances_causal_work(ranks: int, per_rank: int) -> None:
 @pytest.mark.parametrize("tokens", [64 * 8 + 1, 1001, 7001])
 def test_zigzag_balances_lengths_that_do_not_divide(ranks: int, tokens: int) -> None:
     assignment = layout.zigzag(0, layout.split_even(tokens, ranks))
-    work = [layout.causal_work(runs, ((0, tokens),)) for runs in assignment]
+    work = [causal_work(runs, ((0, tokens),)) for runs in assignment]
     assert sum(work) == tokens * (tokens + 1) // 2
     assert max(work) * ranks <= 1.02 * sum(work)
 
@@ -208,7 +209,7 @@ def test_zigzag_balances_lengths_that_do_not_divide(ranks: int, tokens: int) -> 
 def test_rounding_to_blocks_costs_little_balance_on_long_prompts(unit: int) -> None:
     counts = layout.split_even(32_003, 4)
     assignment = layout.zigzag(0, counts, unit)
-    work = [layout.causal_work(runs, ((0, 32_003),)) for runs in assignment]
+    work = [causal_work(runs, ((0, 32_003),)) for runs in assignment]
     assert max(work) * 4 <= 1.02 * sum(work)
     assert all(runs[0][1] % unit == 0 for runs in assignment[:-1])
 
@@ -225,7 +226,7 @@ def test_fewer_tokens_than_ranks(name: str, tokens: int) -> None:
 @given(runs_of_positions, runs_of_positions)
 @settings(max_examples=300)
 def test_causal_work_counts_pairs(q_runs: Runs, k_runs: Runs) -> None:
-    assert layout.causal_work(q_runs, k_runs) == naive_work(expand(q_runs), expand(k_runs))
+    assert causal_work(q_runs, k_runs) == naive_work(expand(q_runs), expand(k_runs))
 
 
 def test_bad_input_is_named() -> None:

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_cp.attention.tiles import BAND_ROWS, Tile, check_runs, cover, visible_pairs
-from ds_cp.layout import Runs, assign, causal_work, split_even
+from ds_cp.attention.tiles import BAND_ROWS, Tile, check_runs, cover
+from ds_cp.layout import Runs, assign, split_even
+from tests.helpers.pairs import causal_work, visible_pairs
 
 windows = st.one_of(st.none(), st.integers(1, 70))
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from ds_cp.cost import LayerWindows
 from ds_cp.scheduler.pacing import ChunkPacer, Tuning
 
 T = Tuning()
@@ -337,3 +338,24 @@ def test_a_batch_grows_its_chunks_beside_decodes_too() -> None:
     for _ in range(4):
         pacer.observe(0.2, 64, pacer.allowance(64))
     assert pacer.allowance(64) == pytest.approx(T.alone_step_s / (0.05 / 512))
+
+
+@pytest.mark.parametrize("past", [0, 40, 5000])
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_chunks_of_windowed_layers_are_as_long_as_what_they_see_allows(
+    past: int, ranks: int
+) -> None:
+    """The longest chunk whose work, counted token by token, is not above the limit."""
+    pacer = ChunkPacer(2.0, 0.01, layers=LayerWindows(4, ((32, 1), (100, 2))))
+
+    def work(tokens: int) -> float:
+        seen = sum(
+            (min(p + 1, 32) + 2 * min(p + 1, 100) + p + 1) / 4 for p in range(past, past + tokens)
+        )
+        return (tokens + 0.01 * seen) / ranks
+
+    for limit in (0.5, 7.0, 300.0):
+        found = pacer.tokens(limit, past, ranks)
+        assert work(found) <= limit + 1e-6 and work(found + 1) > limit
+        if found:
+            assert pacer.work(found, found, past) == pytest.approx(work(found) * ranks)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ds_cp.attention import LayerSpec
-from ds_cp.startup.shapes import MeanShape, mean_shape, shape_notes
+from ds_cp.startup.shapes import MeanShape, layer_windows, mean_shape, shape_notes
 
 LLAMA = LayerSpec(32, 8, 128, 1.0)
 LATENT = LayerSpec(16, 16, 192, 1.0, v_head_dim=128)
@@ -30,3 +30,8 @@ def test_what_differs_is_said() -> None:
     assert shape_notes([FULL, SLIDING], 2) == [
         "attention layers have 8 or 16 KV heads, keys of 192 and values of 128 dims"
     ]
+
+
+def test_windows_are_counted_by_layer() -> None:
+    layers = [LayerSpec(4, 2, 16, 0.25, window) for window in (None, 64, 64, 7, None)]
+    assert layer_windows(layers) == ((7, 1), (64, 2)) and layer_windows(layers[:1]) == ()
