@@ -1,19 +1,24 @@
 """What spanning two ranks or more costs: ring prefill, decode with its exchange, many streams.
 
-    torchrun --nproc-per-node 2 -m benchmarks.modes [--rounds N] [--out FILE]
+    torchrun --nproc-per-node 2 -m benchmarks.modes [--rounds N] [--quick] [--out FILE]
 
 One layer with one thread a rank, and both sides of a row in turns in one run. ``prefill``: a prompt
 by ring pass-KV, against the same prompt by the same kernel on one rank, divided by the ranks
-(efficiency). ``decode``: one stream whose keys are spread evenly, by tree, against its local part
-alone. ``streams``: 64 streams that span, against 64 that are local, with as many keys in all; the
-time of the bare exchanges (measured by themselves) is taken off. ``routes``: seconds to plan 64
-streams over 128 ranks, with routes that are new and that are kept. A time is the least of its
-rounds, on the slowest rank.
+(efficiency). ``batch``: prompts of log-uniform lengths as the scheduler deals them out, in one
+round, against each of them on one rank as above (efficiency), against a round for each (per
+sequence) and against all of them as long as the longest (padded); busiest: the most pairs of a rank
+over the mean, together and dealt out one by one. ``decode``: one stream whose keys are spread
+evenly, by tree, against its local part alone. ``streams``: 64 streams that span, against 64 that
+are local, with as many keys in all; the time of the bare exchanges (measured by themselves) is
+taken off. ``routes``: seconds to plan 64 streams over 128 ranks, with routes that are new and that
+are kept. A time is the least of its rounds, on the slowest rank.
 """
 
 from __future__ import annotations
 
+import math
 import os
+import random
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -32,12 +37,19 @@ from ds_cp.attention.state import empty_partial
 from ds_cp.comm.tree import Route
 from ds_cp.comm.wire import Group, World
 from ds_cp.config import load_config
-from ds_cp.layout import Block, Blocks, Runs, positions, total, zigzag
+from ds_cp.kv.table import SequenceTable
+from ds_cp.layout import Block, Blocks, Runs, positions, split_even, total, zigzag
+from ds_cp.sampling_params import SamplingParams
+from ds_cp.scheduler.chunking import cut_chunk
+from ds_cp.scheduler.draft import Draft
+from ds_cp.scheduler.mode_policy import ModePolicy
+from ds_cp.scheduler.request import Request
 from ds_cp.startup.join import join_job
 from ds_cp.startup.resources import socket_environment
 from ds_cp.topology.job import detect
 
 BLOCK, STREAMS = 64, 64
+PROMPTS, SHORTEST, LONGEST = 16, 64, 4096  # of the batch; tokens
 Work = Callable[[], object]
 
 
@@ -51,11 +63,11 @@ def stored(counts: Sequence[int], q_runs: tuple[Runs, ...], begin: int = 0) -> S
     return Shards(q_runs, tuple(blocks))
 
 
-def prompt(length: int, ranks: int) -> Shards:
-    """A prompt dealt out zigzag over ``ranks``."""
+def prompt(length: int, ranks: int, begin: int = 0) -> Shards:
+    """A prompt dealt out zigzag over ``ranks``, in blocks numbered from ``begin`` on."""
     runs = zigzag(0, [length // BLOCK // ranks] * ranks)
     blocks = tuple(
-        Blocks(Block(i, index * BLOCK, BLOCK) for i, index in enumerate(positions(mine)))
+        Blocks(Block(begin + i, index * BLOCK, BLOCK) for i, index in enumerate(positions(mine)))
         for mine in runs
     )
     return Shards(tuple(tuple((s * BLOCK, n * BLOCK) for s, n in mine) for mine in runs), blocks)
@@ -105,6 +117,71 @@ def on_one(item: Shards, me: int) -> Shards:
     q_runs: list[Runs] = [()] * ranks
     q_runs[me] = ((0, length),)
     return stored([length // BLOCK if r == me else 0 for r in range(ranks)], tuple(q_runs))
+
+
+def dealt(lengths: Sequence[int], ranks: int, together: bool) -> tuple[list[Shards], float]:
+    """Whole prompts as the scheduler deals them out in one step, or each as if it were alone; and
+    the pairs of the busiest rank over the mean."""
+    draft = Draft(1, [sum(lengths)] * ranks, None)
+    policy = ModePolicy("ring", "kv", None, 1, 16, 4)
+    items, used = [], [0] * ranks
+    for number, length in enumerate(lengths):
+        request = Request(number, str(number), (1,) * length, SamplingParams(), 1, 0)
+        request.table, request.workers = SequenceTable(BLOCK), tuple(range(ranks))
+        for rank, count in enumerate(split_even(-(-length // BLOCK), ranks)):
+            if count:
+                request.reserved[rank] = list(range(used[rank], used[rank] + count))
+            used[rank] += count
+        pairs = draft.pairs if together else ()
+        cut = cut_chunk(request, draft.left, "zigzag", policy, None, pairs)
+        assert cut is not None
+        draft.chunk(cut, 0)
+        q_runs: list[Runs] = [()] * ranks
+        for rank, runs in cut.chunk.owners:
+            q_runs[rank] = runs
+        blocks = tuple(request.table.blocks_on(rank) for rank in range(ranks))
+        items.append(Shards(tuple(q_runs), blocks))
+    return items, max(draft.pairs) * ranks / sum(draft.pairs)
+
+
+def batch(
+    world: World, group: Group, kernel: PagedKernel, spec: LayerSpec, dtype: torch.dtype,
+    longest: int, rounds: int,
+) -> dict[str, Any]:  # fmt: skip
+    """The row of a batch of prompts of log-uniform lengths."""
+    rng, ranks = random.Random(1), world.size
+    lengths = [round(SHORTEST * (longest / SHORTEST) ** rng.random()) for _ in range(PROMPTS)]
+    fused, level = dealt(lengths, ranks, True)
+    single, off = dealt(lengths, ranks, False)
+    whole = math.ceil(max(lengths) / BLOCK / ranks)
+    padded = [prompt(whole * BLOCK * ranks, ranks, i * whole) for i in range(PROMPTS)]
+    alone, begin = [], 0
+    for length in lengths:
+        count = -(-length // BLOCK)
+        keys = Blocks(
+            Block(begin + i, i * BLOCK, min(BLOCK, length - i * BLOCK)) for i in range(count)
+        )
+        here = [r == group.rank for r in range(ranks)]
+        q_runs: list[Runs] = [((0, length),) if mine else () for mine in here]
+        alone.append(Shards(tuple(q_runs), tuple(keys if mine else Blocks() for mine in here)))
+        begin += count
+    each = [layer(group, kernel, spec, dtype, "ring", [item]) for item in single]
+    works: dict[str, Work] = {
+        "one rank": layer(group, kernel, spec, dtype, "local", alone),
+        "fused": layer(group, kernel, spec, dtype, "ring", fused),
+        "per sequence": lambda: [one() for one in each],
+        "padded": layer(group, kernel, spec, dtype, "ring", padded),
+    }
+    found = in_turns(world, works, rounds)
+    return {
+        "what": f"batch of {PROMPTS}, {SHORTEST} to {longest}",
+        **found,
+        "efficiency": round(found["one rank"] / ranks / found["fused"], 3),
+        "busiest": round(level, 4),
+        "busiest one by one": round(off, 4),
+        "per sequence / fused": round(found["per sequence"] / found["fused"], 2),
+        "padded / fused": round(found["padded"] / found["fused"], 2),
+    }
 
 
 def decode(keys: int, owner: int, ranks: int, begin: int = 0, local: bool = False) -> Shards:
@@ -158,7 +235,9 @@ def routes() -> dict[str, float]:
     }
 
 
-def measure(world: World, rounds: int, lengths: Sequence[int]) -> list[dict[str, Any]]:
+def measure(
+    world: World, rounds: int, lengths: Sequence[int], longest: int
+) -> list[dict[str, Any]]:
     """All rows."""
     group = world.group("modes", [list(range(world.size))])
     ranks, rows = world.size, []
@@ -172,6 +251,7 @@ def measure(world: World, rounds: int, lengths: Sequence[int]) -> list[dict[str,
         found = in_turns(world, {"one rank": alone, "ring": around}, max(3, rounds // 10))
         ratio = found["one rank"] / ranks / found["ring"]
         rows.append({"what": f"prefill {length}", **found, "efficiency": round(ratio, 3)})
+    rows.append(batch(world, group, kernel, small, dtype, longest, max(3, rounds // 10)))
     for keys in (4096, 32768):
         half = decode(keys // ranks, group.rank, ranks, local=True)
         works = {
@@ -202,6 +282,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--rounds", type=int, default=100)
     arguments.add_argument("--lengths", type=int, nargs="*", default=[4096, 8192])
+    arguments.add_argument("--quick", action="store_true", help="tiny, to see that it works")
     arguments.add_argument("--out", type=Path)
     args = arguments.parse_args(argv)
     about = machine()
@@ -211,7 +292,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     config = load_config({"model": "none", "threads_per_rank": 1, "device": "cpu"})
     world, _ = join_job(job, config)
-    rows = measure(world, args.rounds, args.lengths)
+    if args.quick:
+        args.rounds, args.lengths = 3, [512]
+    rows = measure(world, args.rounds, args.lengths, 512 if args.quick else LONGEST)
     if world.rank == 0:
         print(*world.notes, sep="\n", end="\n" if world.notes else "")
         print("| what | figures (ms) | ratio |\n|---|---|---|")
@@ -226,8 +309,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     world.leave()
 
 
-_TIMES = ("one rank", "ring", "local part", "local", "tree", "exchange")
-_RATIOS = ("efficiency", "more", "beyond the exchange")
+_TIMES = (
+    "one rank", "ring", "fused", "per sequence", "padded", "local part", "local", "tree", "exchange"
+)  # fmt: skip
+_RATIOS = (
+    "efficiency", "busiest", "busiest one by one", "per sequence / fused", "padded / fused", "more",
+    "beyond the exchange",
+)  # fmt: skip
 
 
 if __name__ == "__main__":

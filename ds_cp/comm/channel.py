@@ -131,7 +131,12 @@ class Channel:
         """Start an exchange of (member, contiguous CPU tensor) pairs. Returns its number, to
         ``wait`` for, or 0 when it is through already. Raises ``ChannelError``.
 
+<<<<<<< HEAD
         The tensors are kept until the exchange is through, or the channel closed.
+=======
+        The tensors are kept until the exchange is through, or, after an error, the channel closed.
+        After an error here nothing is moved any more.
+>>>>>>> shm
         """
         fields: list[int] = []
         for peer, t in recvs:
@@ -143,10 +148,10 @@ class Channel:
         number = next(self._numbers)
         self._kept[number] = (sends, recvs)  # before: a signal's handler may raise after the call
         left: int = self._calls.post(self._handle, number, packed, messages)
-        if left <= 0:
-            self._kept.pop(number, None)
         if left < 0:
             raise self._error(-left)
+        if not left:
+            self._kept.pop(number, None)
         return left
 
     def wait(self, number: int, limit_s: float) -> bool:

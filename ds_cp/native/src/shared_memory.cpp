@@ -56,6 +56,7 @@ constexpr uint64_t PAGE = 4096;                     // bytes of the parts of the
 constexpr uint64_t MAGIC = 0x3130'6d68'7370'6364;   // "dcpshm01"
 constexpr uint64_t START = 0x676d'6770'6364'7374;   // first word of a message
 constexpr uint64_t PIECE = 128 * 1024;              // bytes after which the other side is told
+constexpr uint64_t PAST_CACHE = 4096;               // bytes from which the writer's cache is left out
 constexpr int MAX_MEMBERS = 64;                     // one bit each in a sleeper's masks
 constexpr int POLL_MS = 50;                         // between looks at the peers' lives and at signals
 constexpr int64_t POLL_NS = POLL_MS * int64_t(1'000'000);
@@ -110,6 +111,22 @@ int64_t now_ns() {
 
 long futex(std::atomic<uint32_t>* word, int op, uint32_t value, const timespec* limit) {
   return syscall(SYS_futex, reinterpret_cast<uint32_t*>(word), op, value, limit, nullptr, 0);
+}
+
+// Copy to whole lines, which the reader has in its cache from last time: past my own cache, else every
+// line would come over here only to be written.
+void hand_over(uint8_t* to, const uint8_t* from, uint64_t bytes) {
+  uint64_t at = 0;
+#if defined(__SSE2__)
+  if (bytes >= PAST_CACHE) {
+    for (; at + LINE <= bytes; at += LINE)
+      for (uint64_t i = at; i < at + LINE; i += 16)
+        _mm_stream_si128(reinterpret_cast<__m128i*>(to + i),
+                         _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
+    _mm_sfence();
+  }
+#endif
+  std::memcpy(to + at, from + at, bytes - at);
 }
 
 struct Message {  // as the caller packs it
@@ -210,8 +227,8 @@ struct Channel {
       uint64_t n = std::min(std::min(room, PIECE), op.bytes - op.moved);
       uint64_t offset = (queue.at - base) % ring_bytes;
       uint64_t first = std::min(n, ring_bytes - offset);
-      std::memcpy(bytes + offset, op.data + op.moved, first);
-      std::memcpy(bytes, op.data + op.moved + first, n - first);
+      hand_over(bytes + offset, op.data + op.moved, first);
+      hand_over(bytes, op.data + op.moved + first, n - first);
       op.moved += n;
       queue.at += up(n, LINE);
       moved = true;

@@ -379,6 +379,23 @@ def test_after_a_failed_post_nothing_is_moved_any_more() -> None:
                 call()
             assert (caught.value.reason, caught.value.peer) == (ch.DIFFERENT, 2)
         assert not mine.any() and not earlier.any()
+<<<<<<< HEAD
+=======
+
+
+def test_the_tensors_of_an_exchange_that_failed_at_once_are_kept() -> None:
+    """Their addresses are queued: what another call moves later must not go to freed memory."""
+    with seats(2) as (one, other):
+        one.post([(1, torch.zeros(10, dtype=torch.uint8))], [])
+        got, sent = (torch.zeros(12, dtype=torch.uint8) for _ in range(2))
+        alive = [weakref.ref(got), weakref.ref(sent)]
+        with pytest.raises(ChannelError):
+            other.post([(0, sent)], [(0, got)])
+        del got, sent
+        assert all(there() is not None for there in alive)
+        other.close()
+        assert not any(there() is not None for there in alive)
+>>>>>>> shm
 
 
 def test_garbage_in_the_memory_is_an_error_not_a_crash() -> None:
