@@ -131,12 +131,8 @@ class Channel:
         """Start an exchange of (member, contiguous CPU tensor) pairs. Returns its number, to
         ``wait`` for, or 0 when it is through already. Raises ``ChannelError``.
 
-<<<<<<< HEAD
-        The tensors are kept until the exchange is through, or the channel closed.
-=======
         The tensors are kept until the exchange is through, or, after an error, the channel closed.
         After an error here nothing is moved any more.
->>>>>>> shm
         """
         fields: list[int] = []
         for peer, t in recvs:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
@@ -379,8 +380,6 @@ def test_after_a_failed_post_nothing_is_moved_any_more() -> None:
                 call()
             assert (caught.value.reason, caught.value.peer) == (ch.DIFFERENT, 2)
         assert not mine.any() and not earlier.any()
-<<<<<<< HEAD
-=======
 
 
 def test_the_tensors_of_an_exchange_that_failed_at_once_are_kept() -> None:
@@ -395,7 +394,6 @@ def test_the_tensors_of_an_exchange_that_failed_at_once_are_kept() -> None:
         assert all(there() is not None for there in alive)
         other.close()
         assert not any(there() is not None for there in alive)
->>>>>>> shm
 
 
 def test_garbage_in_the_memory_is_an_error_not_a_crash() -> None:
