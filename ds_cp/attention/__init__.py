@@ -103,7 +103,9 @@ def attention(
 
     ``q_THD``: this rank's queries at ``span.q_runs[group.rank]``; ``k_SGD`` and ``v_SGD``: this
     rank's keys and values at ``span.k_runs[group.rank]``, rotary embedding applied. ``kernel``: a
-    name as in ``attention.backend``, or one that ``choose_kernel`` gave. Returns ``[T, H, Dv]`` in
+    name as in ``attention.backend``, or one that ``choose_kernel`` gave, which is the way
+    for repeated calls: a name is looked up each time, unchecked, and on CUDA "auto" is then triton
+    without dense operators. Returns ``[T, H, Dv]`` in
     q's dtype. The tensors may have any strides. Raises ``ValueError`` when tensors, positions and
     spec disagree, ``CommError`` when a peer does not answer.
     """

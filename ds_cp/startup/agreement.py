@@ -28,8 +28,8 @@ from ds_cp.errors import (
     TopologyError,
     UnsupportedModelError,
     UserError,
+    is_out_of_memory,
 )
-from ds_cp.model.faults import is_out_of_memory
 
 T = TypeVar("T")
 REPORT = 1024  # bytes of a rank's report to rank 0
