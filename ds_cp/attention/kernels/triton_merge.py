@@ -58,7 +58,14 @@ def write(
 
 @triton.jit(
     do_not_specialize=[
-        "count", "num_rows", "more_n", "more_t", "more_h", "more_lse_n", "more_lse_t", "more_lse_h",
+        "count",
+        "num_rows",
+        "more_n",
+        "more_t",
+        "more_h",
+        "more_lse_n",
+        "more_lse_t",
+        "more_lse_h",
     ],
     do_not_specialize_on_alignment=["out", "lse", "more", "more_lse", "rows"],
 )
