@@ -237,6 +237,35 @@ def test_doctor_reports_what_is_broken(capfd, monkeypatch) -> None:
     assert out.splitlines()[-1].startswith("not ready: 3 to fix")
 
 
+def test_doctor_says_what_attention_on_cuda_has(monkeypatch) -> None:
+    """Triton with its version, and which of flash-attn 2, 3 and 4 can be loaded."""
+    answers = {doctor_module._TRITON: (True, "3.5.0"), doctor_module._FLASH: (True, "[[], []]")}
+    monkeypatch.setattr(doctor_module, "_python_probe", answers.__getitem__)
+    there = {"triton", "flash_attn"}
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: object() if name in there else None
+    )
+    [triton] = doctor_module._triton({})
+    assert (triton.name, triton.status, triton.found) == ("triton", "ok", "3.5.0")
+    for told, status, found in (
+        ('[["2", "4"], []]', "ok", "2, 4 can be loaded"),
+        ('[["2"], ["3: it does not load: no symbol"]]', "note",
+         "2 can be loaded; 3: it does not load: no symbol"),
+        ("[[], []]", "note", "not installed"),
+    ):  # fmt: skip
+        answers[doctor_module._FLASH] = True, told
+        [flash] = doctor_module._flash({})
+        assert (flash.status, flash.found) == (status, found)
+        assert "torch's flash operator or cuDNN" in flash.fix and "sdpa" not in flash.fix
+    there.clear()
+    assert doctor_module._triton({})[0].found == doctor_module._flash({})[0].found
+    assert doctor_module._flash({})[0].found == "not installed"
+
+
+def test_the_probe_of_flash_attn_runs() -> None:
+    assert doctor_module._python_probe(doctor_module._FLASH) == (True, "[[], []]")
+
+
 def test_doctor_says_what_the_native_library_is(monkeypatch) -> None:
     """Built: for what; not built: why, and how to build it."""
     from ds_cp.native import Library, load
