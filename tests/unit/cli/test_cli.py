@@ -18,6 +18,7 @@ from ds_cp.cli import doctor as doctor_module
 from ds_cp.cli import main as cli
 from ds_cp.cli.doctor import loopback_round_trip_us
 from ds_cp.outputs import CompletionOutput, RequestMetrics, RequestOutput, TokenLogprob
+from tests.helpers import flash_attn
 
 ROOT = Path(__file__).resolve().parents[3]
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "DS_CP_LAUNCHER", "OMPI_COMM_WORLD_RANK")
@@ -262,8 +263,14 @@ def test_doctor_says_what_attention_on_cuda_has(monkeypatch) -> None:
     assert doctor_module._flash({})[0].found == "not installed"
 
 
-def test_the_probe_of_flash_attn_runs() -> None:
-    assert doctor_module._python_probe(doctor_module._FLASH) == (True, "[[], []]")
+def test_the_probe_of_flash_attn(capsys) -> None:
+    with flash_attn.installed(flash_attn.package("flash_attn", flash_attn.fa2)):
+        exec(doctor_module._FLASH, {})
+    with flash_attn.installed(flash_attn.package("flash_attn")):
+        exec(doctor_module._FLASH, {})
+    right, wrong = capsys.readouterr().out.splitlines()
+    assert right == '[["2"], []]'
+    assert wrong == '[[], ["2: flash_attn has no flash_attn_func"]]'
 
 
 def test_doctor_says_what_the_native_library_is(monkeypatch) -> None:
