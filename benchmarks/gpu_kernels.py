@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,7 +13,7 @@ from torch.nn import functional
 from benchmarks.gpu_common import attempt, row, seconds, section
 from ds_cp.attention.batch import PagedBatch, Part, make_batch
 from ds_cp.attention.kernels.choose import find_kernels
-from ds_cp.attention.kernels.dense import DenseError, candidates
+from ds_cp.attention.kernels.dense import Candidate, DenseError, candidates
 from ds_cp.attention.pages import Fresh, Pages, PageShape, empty_pages
 from ds_cp.attention.spec import LayerSpec
 from ds_cp.attention.state import empty_partial, merge_rows
@@ -31,6 +32,31 @@ def prefill(device: torch.device, quick: bool) -> None:
     spec = layer(quick)
     for rows in (300,) if quick else (8192, 32768, 131072):
         attempt(f"prefill {rows}", _prefill, rows, spec, device)
+    for choice in candidates(device):
+        attempt(f"first call, {choice.name}", _first_calls, choice, spec, device)
+
+
+def _first_calls(choice: Candidate, spec: LayerSpec, device: torch.device) -> None:
+    """What a chunk of a new length costs in the request's path, where a plan is built for each."""
+    try:
+        dense = choice.load()
+    except DenseError:
+        return
+    times: list[list[float]] = [[], []]
+    for length in (2048, 2048 + 64, 2048 + 131, 2048 + 777):  # the first one loads what all need
+        q, k, v = (
+            torch.randn(n, length, spec.head_dim, device=device).to(torch.bfloat16).transpose(0, 1)
+            for n in (spec.num_q_heads, spec.num_kv_heads, spec.num_kv_heads)
+        )
+        for some in times:
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            dense(q, k, v, spec.scale, True)
+            torch.cuda.synchronize()
+            some.append(time.perf_counter() - began)
+    first, again = (max(some[1:]) * 1e3 for some in times)
+    row(f"first call at a new length, {choice.name}", value=f"{first:.2f} ms",
+        against=f"{again:.2f} ms the second time")  # fmt: skip
 
 
 def _prefill(rows: int, spec: LayerSpec, device: torch.device) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 
 class DsCpError(Exception):
     """Base of every error that ds_cp raises on purpose.
@@ -101,3 +103,18 @@ class StoppingError(EngineDeadError):
 
 class IntegrityError(EngineDeadError):
     """A fault of ds_cp: the KV ledger does not balance, so no result can be trusted."""
+
+
+# Of errors that torch and Triton raise as RuntimeError.
+_NO_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "[CUDA]: out of memory")
+
+
+def is_out_of_memory(err: BaseException) -> bool:
+    """Whether an allocation failed. torch's own class is known by its name."""
+    if isinstance(err, MemoryError):
+        return True
+    if isinstance(err, OSError):
+        return err.errno == errno.ENOMEM
+    if any(kind.__name__ == "OutOfMemoryError" for kind in type(err).__mro__):
+        return True
+    return isinstance(err, RuntimeError) and any(said in str(err) for said in _NO_MEMORY)

@@ -105,11 +105,12 @@ def attention(
 
     ``q_THD``: this rank's queries at ``span.q_runs[group.rank]``; ``k_SGD`` and ``v_SGD``: this
     rank's keys and values at ``span.k_runs[group.rank]``, rotary embedding applied. ``kernel``: a
-    name as in ``attention.backend``, or one that ``choose_kernel`` gave. Returns ``[T, H, Dv]`` in
-    q's dtype. The tensors may have any strides. fp64 ones are attended in fp64, but where partials
-    travel (ring pass-Q, tree) their lse is fp32. Raises ``ValueError`` when tensors, positions and
-    spec disagree, or the kernels that a name gave on the ranks; ``CommError`` when a peer does not
-    answer.
+    name as in ``attention.backend``, or one that ``choose_kernel`` gave, which is the way for
+    repeated calls: a name is looked up each time, unchecked, and on CUDA "auto" is then triton
+    without dense operators. Returns ``[T, H, Dv]`` in q's dtype. The tensors may have any strides.
+    fp64 ones are attended in fp64, but where partials travel (ring pass-Q, tree) their lse is fp32.
+    Raises ``ValueError`` when tensors, positions and spec disagree, or the kernels that a name gave
+    on the ranks; ``CommError`` when a peer does not answer.
     """
     me, device = group.rank, q_THD.device
     _check_tensors(q_THD, k_SGD, v_SGD, spec)

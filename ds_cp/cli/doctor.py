@@ -7,6 +7,7 @@ import, or an MPI that hangs, becomes a line of the report.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -47,7 +48,22 @@ print(json.dumps({
 }))
 """
 _MPI = "from mpi4py import MPI; print(MPI.Get_library_version().splitlines()[0])"
-_FLASH = "import flash_attn; print(flash_attn.__version__)"
+_TRITON = "import triton; print(triton.__version__)"
+_FLASH = """
+import json
+from ds_cp.attention.kernels import dense
+right, broken = [], []
+for number, load in (2, dense.load_fa2), (3, dense.load_fa3), (4, dense.load_fa4):
+    try:
+        load()
+        right.append(str(number))
+    except dense.NotInstalledError:
+        pass
+    except dense.DenseError as err:
+        broken.append(f"{number}: {err}")
+print(json.dumps([right, broken]))
+"""
+_FLASH_MODULES = ("flash_attn", "flash_attn_interface", "flash_attn_3")
 _NATIVE = """
 from ds_cp.native import load
 found = load()
@@ -79,6 +95,7 @@ def doctor(args: argparse.Namespace, env: Mapping[str, str]) -> int:
         _deepspeed,
         _transformers,
         _mpi,
+        _triton,
         _flash,
         _compiler,
         _native,
@@ -218,12 +235,31 @@ def _mpi(env: Mapping[str, str]) -> list[Check]:
     return [*checks, Check("mpirun", "ok" if good else "note", f"{mpirun}: {text}", fix)]
 
 
+def _triton(env: Mapping[str, str]) -> list[Check]:
+    fix = (
+        "pip install 'ds_cp[cuda]' on a machine with a CUDA device; without it attention on CUDA "
+        "runs on torch's operators, which are slower"
+    )
+    if importlib.util.find_spec("triton") is None:
+        return [Check("triton", "note", "not installed", fix)]
+    good, text = _python_probe(_TRITON)
+    return [Check("triton", "ok" if good else "note", text, fix)]
+
+
 def _flash(env: Mapping[str, str]) -> list[Check]:
-    fix = "pip install 'ds_cp[flash]' on a machine with a CUDA device; sdpa is used without it"
-    if installed_version("flash-attn") is None:
-        return [Check("flash_attn", "note", "not installed", fix)]
+    fix = (
+        "pip install 'ds_cp[flash]' on a machine with a CUDA device; without it the dense parts of "
+        "prompts go to torch's flash operator or cuDNN, and all else to triton as ever"
+    )
+    if all(importlib.util.find_spec(name) is None for name in _FLASH_MODULES):
+        return [Check("flash-attn 2, 3, 4", "note", "not installed", fix)]
     good, text = _python_probe(_FLASH)
-    return [Check("flash_attn", "ok" if good else "note", text, fix)]
+    if not good:
+        return [Check("flash-attn 2, 3, 4", "note", text, fix)]
+    right, broken = json.loads(text)
+    found = "; ".join([*([f"{', '.join(right)} can be loaded"] if right else []), *broken])
+    status = "ok" if right and not broken else "note"
+    return [Check("flash-attn 2, 3, 4", status, found or "not installed", fix)]
 
 
 def _compiler(env: Mapping[str, str]) -> list[Check]:

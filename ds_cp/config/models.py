@@ -145,8 +145,8 @@ class Attention(Section):
     deterministic: bool = Field(
         default=False,
         description="whether attention on CUDA must not depend on how a prompt was cut into "
-        "chunks, and so on what else runs: kernel triton, never cuda; CPU kernels do not depend on "
-        "it in any case",
+        "chunks, and so on what else runs: kernel triton or reference; CPU kernels do not depend "
+        "on it in any case",
     )
 
     @model_validator(mode="after")
@@ -235,6 +235,16 @@ class Config(Section):
     attention: Attention = Field(default_factory=Attention, description="attention kernel")
     comm: Comm = Field(default_factory=Comm, description="communication between ranks")
     server: Server = Field(default_factory=Server, description="the HTTP server")
+
+    @model_validator(mode="after")
+    def _deterministic_on_cuda(self) -> Config:
+        attention = self.attention
+        if self.device == "cuda" and attention.deterministic and attention.backend == "sdpa":
+            raise ValueError(
+                "attention.deterministic is true, but attention.backend sdpa cuts a prompt where "
+                "its chunks end on device cuda; set attention.backend to triton or to auto"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_budget_per_rank(self) -> Config:

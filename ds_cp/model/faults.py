@@ -6,7 +6,6 @@ source that failed names what it read, so the keys of config.json among its word
 
 from __future__ import annotations
 
-import errno
 import linecache
 import re
 import traceback
@@ -14,9 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-import torch
-
-from ds_cp.errors import DsCpError, ModelError, UnsupportedModelError
+from ds_cp.errors import DsCpError, ModelError, UnsupportedModelError, is_out_of_memory
 from ds_cp.text import shorten, show
 
 REASON = 300  # characters of a library's message
@@ -24,15 +21,6 @@ NAMED_KEYS = 3  # keys that a message names
 # What torch's layers call a value of config.json.
 NAMES = {"Padding_idx": "pad_token_id", "padding_idx": "pad_token_id"}
 WORD = re.compile(r"[A-Za-z_]\w*")
-
-
-def is_out_of_memory(err: BaseException) -> bool:
-    """Whether an allocation failed: torch says so with a RuntimeError on CPU."""
-    if isinstance(err, MemoryError | torch.OutOfMemoryError):
-        return True
-    if isinstance(err, OSError):
-        return err.errno == errno.ENOMEM
-    return isinstance(err, RuntimeError) and "can't allocate memory" in str(err)
 
 
 @contextmanager

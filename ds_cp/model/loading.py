@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ds_cp.errors import DsCpError, ModelError, UnsupportedModelError
+from ds_cp.errors import DsCpError, ModelError, UnsupportedModelError, is_out_of_memory
 from ds_cp.log_stream import say
 from ds_cp.model import private_folder
 from ds_cp.model.checkpoint import Checkpoint, read_checkpoint, read_config, some
@@ -21,7 +21,7 @@ from ds_cp.model.consumed import (
     count_elements,
 )
 from ds_cp.model.data_only import data_only
-from ds_cp.model.faults import is_out_of_memory, model_at_fault
+from ds_cp.model.faults import model_at_fault
 from ds_cp.model.gguf import check_gguf_consumed, read_gguf
 from ds_cp.model.hub import fetch_config, fetch_tokenizer, fetch_weights
 from ds_cp.model.source import ModelSource

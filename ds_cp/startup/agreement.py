@@ -28,13 +28,12 @@ from ds_cp.errors import (
     TopologyError,
     UnsupportedModelError,
     UserError,
+    is_out_of_memory,
 )
-from ds_cp.model.faults import is_out_of_memory
 
 T = TypeVar("T")
 REPORT = 1024  # bytes of a rank's report to rank 0
 MESSAGE = 800  # bytes of the message in it
-REASON = 240  # characters of one of several reasons in a message
 # Errors that keep their class on every rank.
 KINDS: tuple[type[DsCpError], ...] = (
     CommError, ConfigError, ModelError, TopologyError, UnsupportedModelError,
@@ -111,9 +110,13 @@ def gather_blocks(world: World, mine: int) -> list[int]:
 def gather_told(
     world: World, names: Sequence[str], reasons: Mapping[str, str]
 ) -> list[tuple[tuple[str, ...], dict[str, str]]]:
-    """Every rank's names, and its reasons by name, on every rank. Names have no blanks; a reason is
-    one line and is cut where it is long."""
-    lines = [f"{name} {reason[:REASON]}" for name, reason in reasons.items()]
+    """Every rank's names, and its reasons by name, on every rank. Names have no blanks; a reason
+    becomes one line and is cut where all together would be too long, so that none is lost."""
+    room = MESSAGE // max(1, len(reasons)) - 1  # bytes of each, without the line's end
+    lines = [
+        f"{name} {' '.join(reason.split())}".encode()[:room].decode(errors="ignore")
+        for name, reason in reasons.items()
+    ]
     reports = exchange_reports(world, Report(0, "\n".join(lines), digests=tuple(names)))
     told = []
     for report in reports:

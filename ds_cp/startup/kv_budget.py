@@ -11,9 +11,8 @@ import torch
 from ds_cp.attention import LayerSpec
 from ds_cp.comm.wire import World
 from ds_cp.config import Config
-from ds_cp.errors import ConfigError
+from ds_cp.errors import ConfigError, is_out_of_memory
 from ds_cp.kv.pool import KVPool, bytes_per_token
-from ds_cp.model.faults import is_out_of_memory
 from ds_cp.topology.hosts import Grid
 
 AUTO_MEMORY_SHARE = 0.4  # share of the host's free memory, divided by its ranks

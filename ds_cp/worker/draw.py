@@ -50,8 +50,8 @@ def _draw_filtered(
 ) -> torch.Tensor:
     """As ``draw``, where every row has a filter.
 
-    Tokens that drop out are left out: most often few remain to be sorted and summed. How many is
-    the one thing that the host asks, once for all rows.
+    Tokens that drop out are left out: most often few remain to be sorted and summed. The host
+    waits for two numbers, whatever the number of rows: how many remain, and the most of a row.
     """
     S, V = scores_SV.shape
     device = scores_SV.device

@@ -1,7 +1,8 @@
 """Tokens chosen for many rows of logits at once: the way of a GPU.
 
 A fixed number of operations whatever the number of rows, a few copies to the device that nothing
-waits for, and one copy back with all that was found. Gives what ``one_row`` gives.
+waits for, and one copy back with all that was found; where rows filter tokens, ``draw`` waits for
+two sizes more. Gives what ``one_row`` gives.
 """
 
 from __future__ import annotations

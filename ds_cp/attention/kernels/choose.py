@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -14,12 +14,15 @@ from ds_cp.attention.kernels.kernel import PagedKernel
 from ds_cp.attention.kernels.reference import ReferenceKernel
 from ds_cp.attention.kernels.self_test import fault
 from ds_cp.attention.spec import LayerSpec
-from ds_cp.errors import ConfigError
+from ds_cp.errors import ConfigError, is_out_of_memory
 
 
 class KernelUnavailableError(Exception):
     """A kernel cannot run here; the message is the reason, as the end of a sentence."""
 
+
+# On CUDA, those whose rows do not depend on how prompts are cut.
+DETERMINISTIC = ("triton", "reference")
 
 # makes a kernel for a device, or raises ``KernelUnavailableError``
 Maker = Callable[[torch.device], PagedKernel]
@@ -45,11 +48,12 @@ class Told(NamedTuple):
 class Candidates:
     """What can serve a model on this rank. ``kernels``: those that can, the preferred one first;
     ``problems``: of the others by name, why not; ``order``: every name that was asked for, the
-    preferred one first."""
+    preferred one first; ``notes``: lines for the user if that kernel is taken."""
 
     kernels: tuple[PagedKernel, ...]
     problems: dict[str, str]
     order: tuple[str, ...]
+    notes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def told(self) -> Told:
         """The same, for the other ranks."""
@@ -76,14 +80,21 @@ def find_kernels(
 ) -> Candidates:
     """The kernels called ``name``, or with "auto" the first ``enough``, that can serve ``layers``
     on this rank and, with ``check``, pass the self-test; with ``deterministic`` only those whose
-    rows do not depend on how prompts are cut. Raises ``ConfigError`` for a name that is not for
-    this device."""
+    rows do not depend on how prompts are cut. Without ``check``, "auto" on CUDA begins with triton:
+    which dense operator is right is only known by a trial. Raises ``ConfigError`` for a name that
+    is not for this device, and the error of an allocation that fails."""
     known = makers(device)
     if name == "flash_attn" and device.type == "cuda":
         known = {"flash_attn": _flash}
     if deterministic and device.type == "cuda":
-        known.pop("cuda", None)
-        known["triton"] = lambda device: _triton(device, deterministic=True)
+        if name != "auto" and name not in DETERMINISTIC:
+            raise ConfigError(
+                f"attention.deterministic is true, but on CUDA attention.backend {name} cuts a "
+                "prompt where its chunks end: set attention.backend to auto or to one of "
+                f"{', '.join(DETERMINISTIC)}"
+            )
+        known = {"triton": lambda device: _triton(device, deterministic=True),
+                 "reference": _reference}  # fmt: skip
     if name == "auto" and device.type == "cpu":
         known["cpu"] = _fast_cpu
     if name != "auto" and name not in known:
@@ -91,25 +102,50 @@ def find_kernels(
             f"attention.backend {name!r} is not for {device.type}: set attention.backend to auto "
             f"or to one of {', '.join(known)}"
         )
+    if name == "auto" and not check:
+        known.pop("cuda", None)
     found: list[PagedKernel] = []
     problems: dict[str, str] = {}
+    notes: dict[str, tuple[str, ...]] = {}
     order = tuple(known) if name == "auto" else (name,)
     for each in order:
         if len(found) == enough:
             break
-        try:
-            kernel = known[each](device)
-        except KernelUnavailableError as err:
-            problems[each] = str(err)
+        tried = _try(known[each], device, dtype, layers, block_size, check)
+        if isinstance(tried, str):
+            problems[each] = tried
             continue
-        problem = _refusal(kernel, layers, block_size, dtype)
+        found.append(tried)
+        if isinstance(tried, CudaKernel):
+            notes[tried.name] = tuple(tried.notes(layers, dtype))
+    return Candidates(tuple(found), problems, order, notes)
+
+
+def _try(
+    make: Maker,
+    device: torch.device,
+    dtype: torch.dtype,
+    layers: Sequence[LayerSpec],
+    block_size: int,
+    check: bool,
+) -> PagedKernel | str:
+    """The kernel, or why not. Whatever it raises is a reason; only a lack of memory is an error of
+    its own, with a way out that no other kernel is."""
+    try:
+        kernel = make(device)
+        reasons = (kernel.refuses(spec, block_size, dtype) for spec in layers)
+        problem = next(filter(None, reasons), "")
         if check and not problem:
-            problem = _fault(kernel, layers, block_size, dtype, device)
-        if problem:
-            problems[each] = problem
-        else:
-            found.append(kernel)
-    return Candidates(tuple(found), problems, order)
+            problem = fault(kernel, layers, block_size, dtype, device)
+        return problem or kernel
+    except KernelUnavailableError as err:
+        if err.__cause__ is not None and is_out_of_memory(err.__cause__):
+            raise err.__cause__ from None
+        return str(err)
+    except Exception as err:  # a compiler, a driver, a package made for another torch
+        if is_out_of_memory(err):
+            raise
+        return f"it fails in the check at start ({_first(err)})"
 
 
 def choose_kernel(
@@ -137,7 +173,7 @@ def agree_on_kernel(
         lacking = [rank for rank, told in enumerate(ranks) if each not in told.names]
         if not lacking:
             kernel = have[each]
-            said = (*notes, *_consequence(notes, each), *getattr(kernel, "notes", ()))
+            said = (*notes, *_consequence(notes, each), *mine.notes.get(each, ()))
             return Choice(kernel, said)
         reasons = (ranks[rank].problems.get(each) for rank in lacking)
         why = next(filter(None, reasons), "it is not there")
@@ -145,8 +181,22 @@ def agree_on_kernel(
         if len(lacking) < len(ranks):
             where = f"rank {lacking[0]}{f' on {hosts[lacking[0]]}' if hosts else ''}: "
         notes.append(f"kernel {each} is not used: {where}{why}")
+    if name == "auto":
+        first = notes[0] if notes else "none is known for this device"
+        raise ConfigError(
+            f"no attention kernel serves this model on every rank ({first}): {_way_out(mine.order)}"
+        )
     why = "; ".join(notes) or "no kernel is known for this device"
     raise ConfigError(f"attention.backend is {name}, but {why}: set attention.backend to auto")
+
+
+def _way_out(order: Sequence[str]) -> str:
+    """What to set when all of ``order`` failed."""
+    if "triton" not in order:
+        return "run `ds-cp doctor`, or set attention.backend to sdpa"
+    if "sdpa" in order:
+        return "set device to cpu, or attention.backend to sdpa"
+    return "set device to cpu, or attention.deterministic to false"
 
 
 def _in_order(mine: Candidates, ranks: Sequence[Told]) -> list[str]:
@@ -165,30 +215,6 @@ def _consequence(notes: Sequence[str], name: str) -> list[str]:
         "attention runs on torch's operators, which are slower, in bfloat16 about 2.5 times: "
         "`ds-cp doctor` says what the native kernel needs"
     ]
-
-
-def _fault(
-    kernel: PagedKernel,
-    layers: Sequence[LayerSpec],
-    block_size: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> str:
-    """What the self-test finds; a kernel that raises in it is as wrong as one that errs."""
-    try:
-        return fault(kernel, layers, block_size, dtype, device)
-    except Exception as err:  # a compiler, a driver, a package made for another torch
-        first = (str(err).splitlines() or [""])[0][:200]
-        return f"it fails in the check at start ({type(err).__name__}: {first})"
-
-
-def _refusal(
-    kernel: PagedKernel, layers: Sequence[LayerSpec], block_size: int, dtype: torch.dtype
-) -> str:
-    for spec in layers:
-        if reason := kernel.refuses(spec, block_size, dtype):
-            return reason
-    return ""
 
 
 def _cpu(device: torch.device) -> PagedKernel:
@@ -246,5 +272,9 @@ def _reference(device: torch.device) -> PagedKernel:
 
 
 def _import_failed(package: str, err: Exception) -> str:
-    first = (str(err).splitlines() or [""])[0][:200]
-    return f"{package} cannot be imported ({type(err).__name__}: {first})"
+    return f"{package} cannot be imported ({_first(err)})"
+
+
+def _first(err: Exception) -> str:
+    """An error's type and first line."""
+    return f"{type(err).__name__}: {(str(err).splitlines() or [''])[0][:200]}"

@@ -51,8 +51,7 @@ class _Plan:
 
 class CudaKernel:
     """``PagedKernel`` over plain pages: ``paged`` and, for layers for which one is right, an
-    operator of ``choices``. ``notes``: a line for the user on each operator that was passed
-    over."""
+    operator of ``choices``."""
 
     name = "cuda"
     capturable = True  # with few rows a request, a call looks at nothing on the host
@@ -67,8 +66,7 @@ class CudaKernel:
         self._paged = paged
         self._choices = tuple(choices)
         self._device = device
-        self._found: dict[tuple[int, int, int, bool], Found] = {}
-        self.notes: list[str] = []
+        self._found: dict[tuple[object, ...], Found] = {}
 
     @property
     def square_rows(self) -> int:
@@ -89,6 +87,11 @@ class CudaKernel:
     def operator(self, spec: LayerSpec, dtype: torch.dtype) -> str:
         """The name of the layer's dense operator, "" for none."""
         return self._find(spec, dtype).name
+
+    def notes(self, layers: Sequence[LayerSpec], dtype: torch.dtype) -> list[str]:
+        """A line for the user on each operator that was passed over for one of ``layers``."""
+        lines = (note for spec in layers for note in self._find(spec, dtype).notes)
+        return list(dict.fromkeys(lines))
 
     def paged_attention(
         self,
@@ -157,11 +160,12 @@ class CudaKernel:
         self._paged.merge_rows(into, part, rows)
 
     def _find(self, spec: LayerSpec, dtype: torch.dtype) -> Found:
-        key = (spec.num_q_heads, spec.num_kv_heads, spec.head_dim, spec.softcap is None)
+        key = (
+            spec.num_q_heads, spec.num_kv_heads, spec.head_dim, spec.v_dim, spec.softcap is None,
+            dtype,
+        )  # fmt: skip
         if key not in self._found:
-            found = first_right(self._choices, spec, dtype, self._device)
-            self._found[key] = found
-            self.notes += [note for note in found.notes if note not in self.notes]
+            self._found[key] = first_right(self._choices, spec, dtype, self._device)
         return self._found[key]
 
     def _fold(

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from ds_cp.attention.spec import LayerSpec
+from ds_cp.errors import is_out_of_memory
 
 # q [T, H, D], k and v [S, G, D], any strides but a dense last dimension; scale; causal (then T is
 # S) -> out [T, H, D] in q's dtype, natural-log lse [T, H] fp32.
@@ -49,7 +50,8 @@ class Candidate:
 
 def candidates(device: torch.device) -> tuple[Candidate, ...]:
     """All operators for ``device``, the fastest first. A fixed order, not a trial of speed: which
-    one serves must not differ from start to start, nor from rank to rank."""
+    one serves must not differ from start to start, nor from rank to rank. cuDNN is last of torch's:
+    it builds a plan for each new length, and chunks have ever new ones."""
     if device.type != "cuda":
         return ()
     fa2 = Candidate("flash-attn 2", load_fa2)
@@ -67,9 +69,9 @@ def candidates(device: torch.device) -> tuple[Candidate, ...]:
     )
     major = torch.cuda.get_device_capability(device)[0]
     if major >= 10:  # flash-attn 3 is for Hopper alone
-        return fa4, *cudnn, fa2, *torch_flash
+        return fa4, fa2, *torch_flash, *cudnn
     if major == 9:
-        return fa3, fa4, *cudnn, fa2, *torch_flash
+        return fa3, fa4, fa2, *torch_flash, *cudnn
     return fa2, *torch_flash, *cudnn, fa4
 
 
@@ -132,6 +134,8 @@ def fault(dense: Dense, spec: LayerSpec, dtype: torch.dtype, device: torch.devic
             out, lse = dense(q, k, v, spec.scale, causal)
             error = _error(out, lse, q, k, v, spec.scale, causal)
         except Exception as err:  # whatever a foreign package raises, it is not taken
+            if is_out_of_memory(err):
+                raise
             first = (str(err).strip() or type(err).__name__).splitlines()[0]
             return f"it fails here: {first}"
         if not error <= LIMIT[dtype]:

@@ -13,16 +13,20 @@ from ds_cp.attention.kernels import choose
 from ds_cp.attention.kernels.choose import (
     Candidates,
     KernelUnavailableError,
+    Maker,
     Told,
     agree_on_kernel,
     find_kernels,
     makers,
 )
 from ds_cp.attention.kernels.cpu import CpuKernel
+from ds_cp.attention.kernels.cuda import CudaKernel
+from ds_cp.attention.kernels.dense import Candidate
 from ds_cp.attention.kernels.kernel import PagedKernel
 from ds_cp.attention.kernels.reference import ReferenceKernel
 from ds_cp.attention.kernels.torch_ops import TorchKernel
 from ds_cp.errors import ConfigError
+from tests.helpers import flash_attn
 from tests.helpers.native import native_library
 from tests.helpers.paged import kernels
 
@@ -112,6 +116,120 @@ def test_the_baseline_comes_after_torchs_operators_but_can_be_asked_for(
     choice = choose_kernel("auto", CPU, torch.float32, LAYERS, 16)
     assert choice.kernel.name == "sdpa" and "this processor has no AVX2" in choice.notes[0]
     assert choose_kernel("cpu", CPU, torch.float32, LAYERS, 16).kernel.name == "cpu"
+
+
+class Raises(ReferenceKernel):
+    """Raises in ``refuses`` or, with ``late``, in the self-test."""
+
+    name = "cpu"
+
+    def __init__(self, err: Exception, late: bool) -> None:
+        self._err, self._late = err, late
+
+    def refuses(self, spec: LayerSpec, block_size: int, dtype: torch.dtype) -> str:
+        if not self._late:
+            raise self._err
+        return ""
+
+    def merge_rows(self, *given: object) -> None:
+        raise self._err
+
+
+def maker_of(err: Exception, where: str) -> Maker:
+    def make(device: torch.device) -> PagedKernel:
+        if where == "cause":
+            raise KernelUnavailableError("triton fails here") from err
+        if where == "maker":
+            raise err
+        return Raises(err, where == "self-test")
+
+    return make
+
+
+@pytest.mark.parametrize("where", ["maker", "refuses", "self-test"])
+def test_whatever_a_kernel_raises_is_its_problem(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choose, "_cpu", maker_of(ZeroDivisionError("first\nsecond"), where))
+    choice = choose_kernel("auto", CPU, torch.float32, LAYERS, 16)
+    assert choice.kernel.name == "sdpa"
+    assert choice.notes[0] == (
+        "kernel cpu is not used: it fails in the check at start (ZeroDivisionError: first)"
+    )
+
+
+@pytest.mark.parametrize("where", ["maker", "refuses", "self-test", "cause"])
+@pytest.mark.parametrize(
+    "err",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+    ],
+)
+def test_a_lack_of_memory_is_no_kernels_problem(
+    err: Exception, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choose, "_cpu", maker_of(err, where))
+    with pytest.raises(type(err)) as caught:
+        choose_kernel("auto", CPU, torch.float32, LAYERS, 16)
+    assert caught.value is err
+
+
+def test_no_kernel_at_all_names_the_first_reason_and_a_way_out() -> None:
+    for order, way in (
+        (
+            ("cuda", "triton", "sdpa", "reference"),
+            "set device to cpu, or attention.backend to sdpa",
+        ),
+        (("triton", "reference"), "set device to cpu, or attention.deterministic to false"),
+        (ORDER, "run `ds-cp doctor`, or set attention.backend to sdpa"),
+    ):
+        problems = {name: f"no {name}" for name in order}
+        none = Candidates((), problems, order)
+        with pytest.raises(ConfigError) as caught:
+            agree_on_kernel("auto", none, [Told((), problems)] * 2, ["a", "b"])
+        text = str(caught.value)
+        assert f"(kernel {order[0]} is not used: no {order[0]})" in text and text.endswith(way)
+
+
+def test_deterministic_takes_no_kernel_that_cuts_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(device: torch.device, deterministic: bool = False) -> PagedKernel:
+        raise KernelUnavailableError("no compiler")
+
+    monkeypatch.setattr(choose, "_triton", broken)
+    found = find_kernels("auto", CUDA, torch.bfloat16, LAYERS, 16, check=False, deterministic=True)
+    assert [kernel.name for kernel in found.kernels] == ["reference"]
+    assert found.problems == {"triton": "no compiler"}
+    for name in ("sdpa", "cuda", "flash_attn"):
+        with pytest.raises(ConfigError, match="to auto or to one of triton, reference$"):
+            find_kernels(name, CUDA, torch.bfloat16, LAYERS, 16, deterministic=True)
+    some = find_kernels("sdpa", CPU, torch.float32, LAYERS, 16, check=False, deterministic=True)
+    assert [kernel.name for kernel in some.kernels] == ["sdpa"]
+
+
+def test_without_the_check_no_dense_operator_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choose, "_triton", lambda device: Narrow())
+    monkeypatch.setattr(choose, "_cuda", lambda device: pytest.fail("tried"))
+    found = find_kernels("auto", CUDA, torch.bfloat16, LAYERS, 16, check=False)
+    assert found.order[0] == "triton" and found.kernels[0].name == "sdpa"
+
+
+def test_operators_passed_over_are_told_for_the_models_own_layers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not for the head counts of the self-test."""
+
+    def no_groups(q: torch.Tensor, k: torch.Tensor, *given: object) -> object:
+        if q.shape[1] != k.shape[1]:
+            raise ValueError("no groups of heads")
+        return flash_attn.fa2(q[None], k[None], given[0][None], *given[1:], True)  # type: ignore
+
+    kernel = CudaKernel(ReferenceKernel(), [Candidate("fa", lambda: no_groups)], CPU)  # type: ignore
+    monkeypatch.setattr(choose, "_cpu", lambda device: kernel)
+    layers = [LayerSpec(2, 2, 100, 0.1)], [LayerSpec(4, 2, 16, 0.25)]
+    notes = [choose_kernel("cpu", CPU, torch.bfloat16, some, 16).notes for some in layers]
+    assert notes == [(), ("fa is not used: it fails here: no groups of heads",)]
 
 
 def test_without_the_check(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -342,6 +342,14 @@ def test_a_plan_is_made_once_for_a_window(small: None, monkeypatch: pytest.Monke
     assert made == [None, 60, 8]
 
 
+def test_layers_alike_but_for_values_or_dtype_have_verdicts_of_their_own() -> None:
+    kernel = kernel_of(Watched())
+    assert kernel.operator(layer(v_head_dim=32), BF16) == ""
+    assert kernel.operator(layer(), BF16) == "fa"
+    assert kernel.operator(layer(), torch.float32) == ""
+    assert kernel.operator(layer(), BF16) == "fa"
+
+
 def test_any_layout(small: None) -> None:
     """Chunks that begin anywhere, several runs, keys that are partly elsewhere."""
     rng = random.Random(7)
@@ -365,7 +373,7 @@ def test_any_layout(small: None) -> None:
 def test_it_is_the_first_choice_on_cuda_unless_rows_must_not_depend_on_chunks() -> None:
     device = torch.device("cuda")
     assert list(makers(device))[:2] == ["cuda", "triton"]
-    with pytest.raises(ConfigError, match="or to one of triton, sdpa, reference$"):
+    with pytest.raises(ConfigError, match="or to one of triton, reference$"):
         find_kernels("cuda", device, BF16, [layer()], SIZE, deterministic=True)
 
 

@@ -242,6 +242,8 @@ def test_every_operator_is_tried_on_every_gpu(
     assert len(set(names)) == len(names)
     assert {"flash-attn 2", "flash-attn 4", "cuDNN", "torch's flash operator"} <= set(names)
     assert ("flash-attn 3" in names) == (capability[0] == 9)
+    assert names.index("torch's flash operator") < names.index("cuDNN")
+    assert names.index("flash-attn 2") < names.index("cuDNN")
 
 
 @pytest.mark.gpu

@@ -18,6 +18,7 @@ from ds_cp.cli import doctor as doctor_module
 from ds_cp.cli import main as cli
 from ds_cp.cli.doctor import loopback_round_trip_us
 from ds_cp.outputs import CompletionOutput, RequestMetrics, RequestOutput, TokenLogprob
+from tests.helpers import flash_attn
 
 ROOT = Path(__file__).resolve().parents[3]
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "DS_CP_LAUNCHER", "OMPI_COMM_WORLD_RANK")
@@ -235,6 +236,41 @@ def test_doctor_reports_what_is_broken(capfd, monkeypatch) -> None:
     assert "[FAIL] deepspeed: 0.19.6, older than 0.19.8" in out
     assert "[note] mpi4py: not installed\n       fix: " in out
     assert out.splitlines()[-1].startswith("not ready: 3 to fix")
+
+
+def test_doctor_says_what_attention_on_cuda_has(monkeypatch) -> None:
+    """Triton with its version, and which of flash-attn 2, 3 and 4 can be loaded."""
+    answers = {doctor_module._TRITON: (True, "3.5.0"), doctor_module._FLASH: (True, "[[], []]")}
+    monkeypatch.setattr(doctor_module, "_python_probe", answers.__getitem__)
+    there = {"triton", "flash_attn"}
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: object() if name in there else None
+    )
+    [triton] = doctor_module._triton({})
+    assert (triton.name, triton.status, triton.found) == ("triton", "ok", "3.5.0")
+    for told, status, found in (
+        ('[["2", "4"], []]', "ok", "2, 4 can be loaded"),
+        ('[["2"], ["3: it does not load: no symbol"]]', "note",
+         "2 can be loaded; 3: it does not load: no symbol"),
+        ("[[], []]", "note", "not installed"),
+    ):  # fmt: skip
+        answers[doctor_module._FLASH] = True, told
+        [flash] = doctor_module._flash({})
+        assert (flash.status, flash.found) == (status, found)
+        assert "torch's flash operator or cuDNN" in flash.fix and "sdpa" not in flash.fix
+    there.clear()
+    assert doctor_module._triton({})[0].found == doctor_module._flash({})[0].found
+    assert doctor_module._flash({})[0].found == "not installed"
+
+
+def test_the_probe_of_flash_attn(capsys) -> None:
+    with flash_attn.installed(flash_attn.package("flash_attn", flash_attn.fa2)):
+        exec(doctor_module._FLASH, {})
+    with flash_attn.installed(flash_attn.package("flash_attn")):
+        exec(doctor_module._FLASH, {})
+    right, wrong = capsys.readouterr().out.splitlines()
+    assert right == '[["2"], []]'
+    assert wrong == '[[], ["2: flash_attn has no flash_attn_func"]]'
 
 
 def test_doctor_says_what_the_native_library_is(monkeypatch) -> None:

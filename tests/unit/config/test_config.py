@@ -239,6 +239,10 @@ def test_keys_of_later_are_not_accepted_yet() -> None:
     for backend in ("cuda", "flash_attn"):
         both = {"attention": {"backend": backend, "deterministic": True}}
         assert "set attention.backend to triton or to auto" in refusal({"model": "m", **both})
+    both = {"attention": {"backend": "sdpa", "deterministic": True}}
+    text = refusal({"model": "m", "device": "cuda", **both})
+    assert "set attention.backend to triton or to auto" in text
+    assert load_config({"model": "m", "device": "cpu", **both}).attention.deterministic
 
 
 BOUNDS = {
