@@ -40,13 +40,18 @@ class _Peer:
         """Rows that it answers."""
         return self.own.count + self.carried.count
 
-    def fold(self, found: Partial, mine: Partial, others: Partial, kernel: PagedKernel) -> None:
-        """Merge its answers into my rows and into those that I carry."""
+    def fold(
+        self, found: Partial, mine: Partial, others: Partial | None, kernel: PagedKernel
+    ) -> None:
+        """Merge its answers into my rows and into those that I carry (``others``, None when there
+        are none)."""
+        if others is None or not self.carried.count:
+            self.own.fold(mine, found, kernel)
+            return
         cut = self.own.count
         if cut:
             self.own.fold(mine, Partial(found.out[:cut], found.lse[:cut]), kernel)
-        if self.carried.count:
-            self.carried.fold(others, Partial(found.out[cut:], found.lse[cut:]), kernel)
+        self.carried.fold(others, Partial(found.out[cut:], found.lse[cut:]), kernel)
 
 
 class Asking:
@@ -125,21 +130,27 @@ class Asking:
             kernel.paged_attention(q_THD, q_positions, pages, self._own.batch(), spec, into)
         if pending is not None:
             pending.wait()
+        part: Partial | None
         if self._asked is not None:
             at = self._upload[self._asked_at]
             part = kernel.paged_attention(asked, at, pages, self._asked.batch(), spec)
-        else:
+        elif self._arriving:
             part = empty_partial(len(asked), spec.num_q_heads, spec.v_dim, asked.device)
+        else:
+            part = None  # nobody asks this rank: it only asks
 
         def back(answers: Sequence[Count], begin: int, peers: Sequence[_Peer]) -> None:
             """Send rows of ``part`` from ``begin`` on back to who asked, fold what ``peers``
             answer, by rank."""
             if not answers and not peers:
                 return
-            end = begin + sum(count for _, count in answers)
-            packed = pack_partial(Partial(part.out[begin:end], part.lse[begin:end]), dtype)
-            recvs = [(peer.rank, new_rows(peer.count, spec, dtype, packed)) for peer in peers]
-            self._group.exchange(_cut(packed, answers), recvs, self._scheme_back).wait()
+            sends: list[Message] = []
+            if part is not None and answers:
+                end = begin + sum(count for _, count in answers)
+                packed = pack_partial(Partial(part.out[begin:end], part.lse[begin:end]), dtype)
+                sends = _cut(packed, answers)
+            recvs = [(peer.rank, new_rows(peer.count, spec, dtype, q_THD)) for peer in peers]
+            self._group.exchange(sends, recvs, self._scheme_back).wait()
             for peer, (_, rows) in zip(peers, recvs, strict=True):
                 found = unpack_partial(rows, spec, dtype)
                 peer.fold(found, into, part, kernel)
@@ -172,5 +183,7 @@ def _rows_for(peer: _Peer, q_THD: torch.Tensor, arrived: torch.Tensor) -> torch.
 
 def _cut(rows: torch.Tensor, counts: Sequence[Count]) -> list[Message]:
     """Each peer's stretch of ``rows``."""
+    if len(counts) == 1:
+        return [(counts[0][0], rows)]
     parts = torch.split(rows, [count for _, count in counts]) if counts else ()
     return [(peer, part) for (peer, _), part in zip(counts, parts, strict=True)]
