@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -188,9 +188,11 @@ def pack_linears(found: Sequence[Candidate], ops: LinearOps, keep: bool) -> str:
 
 
 def unpack(model: Decoder) -> None:
-    """Give the modules of a model whose weights were kept their own ``forward`` again."""
+    """Give the modules of a model their own ``forward`` again, but those whose weights are gone."""
     for module in model.modules():
-        if isinstance(module.__dict__.get("forward"), PackedLinear | NativeNorm):
+        forward = module.__dict__.get("forward")
+        packed = isinstance(forward, PackedLinear) and not cast(nn.Linear, module).weight.is_meta
+        if packed or isinstance(forward, NativeNorm):
             del module.__dict__["forward"]
 
 

@@ -164,6 +164,8 @@ def test_only_layers_that_nobody_else_reads() -> None:
         assert {one.name: one.shared for one in found} == {"plain": False, "tied": True}
         line = pack_linears(found, ops(), keep=False)
         torch.testing.assert_close(model(ids), want)
+        unpack(model)  # of no use where the weights are gone
+        torch.testing.assert_close(model(ids), want)
     assert line.startswith("linear layers: 2 packed for ")
     assert model.plain.weight.device.type == "meta" and model.plain.weight.shape == (8, 8)
     assert not model.plain._forward_hooks and not model.plain._forward_pre_hooks
