@@ -68,7 +68,7 @@ windows = st.one_of(st.none(), st.integers(1, 40))
 dtypes = st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16])
 
 
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(
     st.lists(st.tuples(disjoint_runs(), disjoint_runs()), min_size=1, max_size=3),
     st.sampled_from(HEADS), dtypes, windows, st.sampled_from([4, 8]),
