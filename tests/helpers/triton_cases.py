@@ -214,12 +214,6 @@ def same(got: Partial, want: Partial, limit: float) -> None:
 
 
 def check_self_test(device: torch.device) -> None:
-<<<<<<< HEAD
-    """The start's own check; where it is interpreted with fewer keys, and 8 query heads a KV head
-    only: the cases above have the other numbers."""
-    layer = LayerSpec(8, 1, 16, 0.25)
-    fewer = {"FAR": 70, "GROUPS": {8: 1}, "DEEP": 100, "DEEP_ROWS": 9}
-=======
     """The start's own check; where it is interpreted with fewer keys, 8 query heads a KV head only,
     and each kind of call alone or folded in turn: the cases above have the other numbers."""
 
@@ -229,9 +223,8 @@ def check_self_test(device: torch.device) -> None:
             for number, case in enumerate(all_cases(size))
         ]
 
-    layer, all_cases = LayerSpec(4, 2, 16, 0.25), self_test.cases
-    fewer = {"FAR": 70, "GROUPS": {8: 1}, "cases": in_turn}
->>>>>>> peers
+    layer, all_cases = LayerSpec(8, 1, 16, 0.25), self_test.cases
+    fewer = {"FAR": 70, "GROUPS": {8: 1}, "DEEP": 100, "DEEP_ROWS": 9, "cases": in_turn}
     small = mock.patch.multiple(self_test, **fewer) if device.type == "cpu" else nullcontext()
     with small:
         assert self_test.fault(TritonKernel(), [layer], 16, torch.float32, device) == ""
