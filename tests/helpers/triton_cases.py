@@ -10,7 +10,7 @@ import random
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -217,10 +217,10 @@ def check_self_test(device: torch.device) -> None:
     """The start's own check; where it is interpreted with fewer keys, 8 query heads a KV head only,
     and each kind of call alone or folded in turn: the cases above have the other numbers."""
 
-    def in_turn(size: int) -> list[self_test.Case]:
+    def in_turn(size: int, own: Sequence[int] = ()) -> list[self_test.Case]:
         return [
             replace(case, alone=number % 2 == 0, folded=number % 2 == 1)
-            for number, case in enumerate(all_cases(size))
+            for number, case in enumerate(all_cases(size, own))
         ]
 
     layer, all_cases = LayerSpec(8, 1, 16, 0.25), self_test.cases
