@@ -3,10 +3,7 @@ kernel that reads nothing but tensors, as captured ones do."""
 
 from __future__ import annotations
 
-import os
 import random
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -190,7 +187,8 @@ def test_steps_of_changing_company_give_the_eager_numbers() -> None:
 
 
 def interpreted() -> None:
-    """In a process where Triton interprets: the same, by the kernels that are captured."""
+    """In a process where Triton interprets (tests/dist/test_triton.py): the same, by the kernels
+    that are captured."""
     from ds_cp.attention.kernels.cuda import CudaKernel
     from ds_cp.attention.kernels.triton_kernel import TritonKernel
     from ds_cp.worker import decode_graph
@@ -205,17 +203,6 @@ def interpreted() -> None:
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(ours.pool._data[:60], theirs.pool._data[:60], atol=1e-5, rtol=0)
     print(graphs.captured)
-
-
-def test_steps_by_the_triton_kernels() -> None:
-    pytest.importorskip("triton", reason="triton is not installed: pip install triton")
-    code = "from tests.unit.worker import test_decode_graph as t; t.interpreted()"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True, text=True, timeout=250,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == "[(1, 2048), (2, 2048), (4, 2048)]".split()
 
 
 def test_what_does_not_fit_runs_eagerly() -> None:

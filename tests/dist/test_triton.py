@@ -36,7 +36,7 @@ from ds_cp.attention.kernels.triton_kernel import TritonKernel, make_triton  # n
 from ds_cp.attention.kernels.triton_tables import Tile, prefill_tile  # noqa: E402
 from tests.helpers import triton_cases  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 KERNELS = (
     triton_decode.plan_kernel, triton_decode.split_kernel, triton_decode.merge_kernel,
     triton_prefill.prefill_kernel, triton_merge.fold_kernel, triton_merge.write_kernel,
@@ -49,6 +49,17 @@ WIRE_VIEWS = {  # of the merge: rows of what arrived, and of a running partial
     "out", "lse", "more", "more_lse", "more_n", "more_t", "more_h", "more_lse_n", "more_lse_t",
     "more_lse_h",
 }  # fmt: skip
+
+
+def test_steps_by_the_triton_kernels() -> None:
+    """Captured decode steps over static buffers, by the kernels themselves."""
+    code = "from tests.unit.worker import test_decode_graph as t; t.interpreted()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True, text=True, timeout=250,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == "[(1, 2048), (2, 2048), (4, 2048)]".split()
 
 
 @pytest.mark.parametrize("group", triton_cases.GROUPS)
