@@ -19,7 +19,7 @@ WITH_VENV := PATH="$(CURDIR)/$(BIN):$$PATH" VIRTUAL_ENV="$(CURDIR)/$(VENV)"
 help:
 	@echo "make serve      four ranks serve a small model at http://127.0.0.1:8000"
 	@echo "make test       all tests"
-	@echo "make unit       the tests that start no ranks, under 90 s"
+	@echo "make unit       the tests that start no ranks, about two minutes"
 	@echo "make generate   one completion over four ranks; PROMPT='...' MAX_TOKENS=64"
 	@echo "make bench-peers  ds_cp beside its peers, under 40 minutes on an idle machine; PEERS='--quick'"
 	@echo "make clients    clients of OpenAI's protocol against the server; installs each by itself"
