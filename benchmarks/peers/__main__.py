@@ -31,7 +31,9 @@ def main(argv: Sequence[str]) -> int:
     args = _arguments(argv)
     environments = Environments()
     about = machine()  # before installing adds its own load
-    chosen = [row for row in rows(environments, args.quick) if row.name in args.rows]
+    chosen = [
+        row for row in rows(environments, args.quick, tokens=args.tokens) if row.name in args.rows
+    ]
     played = []
     for number, row in enumerate(chosen):
         # The mean of the last minute is ours once a row was played.
@@ -69,6 +71,9 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     arguments.add_argument(
         "--quick", action="store_true", help="small sizes, few rounds: does everything run?"
+    )
+    arguments.add_argument(
+        "--tokens", type=int, nargs="+", default=(), help="some of the prompt lengths of row ttft"
     )
     arguments.add_argument(
         "--even-if-busy", action="store_true", help="run on a busy machine; the result says so"

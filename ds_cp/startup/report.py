@@ -65,8 +65,10 @@ def _rates(facts: Facts) -> list[str]:
     if cost is None:
         return []
     hides = cost.tokens_that_hide_kv(facts.cp_size)
+    hidden = f"hides under attention from chunks of {hides:.0f} tokens on"
+    if not cost.in_background:
+        hidden = "takes its time beside attention: a rank copies it itself"
     return [
         f"one rank computes {facts.flops_per_s / 1e9:.0f} GFLOP/s; "
-        f"moving KV around {facts.cp_size} ranks "
-        f"hides under attention from chunks of {hides:.0f} tokens on"
+        f"moving KV around {facts.cp_size} ranks {hidden}"
     ]

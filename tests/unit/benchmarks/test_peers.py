@@ -208,7 +208,7 @@ def two_rows(contestant: Maker, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
             for name in NAMES[:2]
         ]  # fmt: skip
         shares = iter(used)
-        monkeypatch.setattr(peers, "rows", lambda *_: made)
+        monkeypatch.setattr(peers, "rows", lambda *_, **__: made)
         monkeypatch.setattr(peers, "machine", lambda: {"load": load, "date": "d", "machine": "m",
                                                        "python": "3"})  # fmt: skip
         monkeypatch.setattr(peers, "others", lambda: next(shares))
