@@ -39,22 +39,20 @@ ISAS = ("avx512bf16", "avx512", "avx2", "baseline")  # by the native code's numb
 class CpuKernel:
     """``PagedKernel`` of the native library. ``isa``: the variant, one of ``library.isas`` (None:
     the best); ``brgemm``: matrix products of bf16 by ATen's brgemm, which uses AMX where the
-    processor has it (None: where it has). Raises ``ValueError`` for what the library cannot do
-    here."""
+    processor has it: not by default, since that has run on no such processor yet. Raises
+    ``ValueError`` for what the library cannot do here."""
 
     name = "cpu"
     packed = True
 
-    def __init__(
-        self, library: Library, isa: str | None = None, brgemm: bool | None = None
-    ) -> None:
+    def __init__(self, library: Library, isa: str | None = None, brgemm: bool = False) -> None:
         self.isa = library.isas[0] if isa is None else isa
         if self.isa not in library.isas:
             raise ValueError(f"{self.isa} does not run here; choose {' or '.join(library.isas)}")
         able = library.function("ds_cp_brgemm", [], ctypes.c_int64)()
         if brgemm and (not able or self.isa != ISAS[0]):
             raise ValueError("torch has no brgemm for this processor")
-        self.brgemm = self.isa == ISAS[0] and able == 2 if brgemm is None else brgemm
+        self.brgemm = brgemm
         self._isa = ISAS.index(self.isa)
         call = ctypes.c_char_p
         self._attend = library.function("ds_cp_paged_attention", [call] * 3, ctypes.c_int64)
