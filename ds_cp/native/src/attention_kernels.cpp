@@ -506,6 +506,7 @@ bool sees_all(const Group& group, int64_t window, const Tile<T>& tile) {
 constexpr int kGroups = 2;    // whose scores are held at once, in the first cache
 constexpr int kFew = 12;       // rows; with so few, and for a tile's first ones, memory takes the time
 constexpr int kChunk = 512;   // columns whose values one step adds
+constexpr int kFewChunk = 64; // the same for a few rows: their second dims are then still in the first cache
 
 // Per row of the groups at hand, lane by lane: the largest score of all its columns, hidden ones too.
 struct Room {
@@ -630,9 +631,10 @@ void values_of(Work& work, const Tile<T>& tile, const Group* groups, int num_gro
   const auto* weights = reinterpret_cast<const A*>(work.scores);
   const int64_t ld = work.score_stride * static_cast<int64_t>(sizeof(float) / sizeof(A));
   const bool few = work.rows <= kFew || groups[0].row == 0;
+  const int chunk = work.rows <= kFew ? kFewChunk : kChunk;
   for (int first = 0; first < tile.num_runs;) {
-    int end = first + 1;  // runs of about kChunk columns
-    while (end < tile.num_runs && tile.runs[end].end - tile.runs[first].column <= kChunk) ++end;
+    int end = first + 1;  // runs of about `chunk` columns
+    while (end < tile.num_runs && tile.runs[end].end - tile.runs[first].column <= chunk) ++end;
     int n;
     for (int64_t dim = 0; dim < s.v_pad; dim += n * kLanes) {
       n = static_cast<int>((s.v_pad - dim) / kLanes);
