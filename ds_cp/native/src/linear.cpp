@@ -15,7 +15,9 @@ void linear_tile_baseline(const LinearCall&, int64_t, int64_t, int64_t, int64_t,
 
 namespace {
 
-constexpr int64_t kTasks = 6;  // for each thread, so that all end together
+constexpr int64_t kTasks = 6;     // for each thread, so that all end together
+constexpr int64_t kFewTasks = 4;  // the same for a few rows: memory takes the time, and a panel that two
+                                  // threads share is read by both
 constexpr int64_t kMost = 8;   // layers of one call; ds_cp/model/packed_linear.py has the same
 
 LinearTile tile_of(int64_t isa) {
@@ -83,6 +85,7 @@ DS_CP_EXPORT void ds_cp_linear(const Linear* const* linears, int64_t count, cons
     int64_t all, n_tasks, first;  // units of y, tasks of a stretch of rows, first task
   } shares[kMost];
   const int64_t m_tasks = round_up(m, kRows) / kRows;
+  const int64_t wanted = (m <= kFew ? kFewTasks : kTasks) * threads;
   int64_t units = 2 * kPanels * kPanel / kUnit, tasks = 0;
   do {  // smaller tasks until there are enough
     units /= 2;
@@ -94,7 +97,7 @@ DS_CP_EXPORT void ds_cp_linear(const Linear* const* linears, int64_t count, cons
                    tile_of(l->isa), all, n_tasks, tasks};
       tasks += m_tasks * n_tasks;
     }
-  } while (units > 1 && tasks < kTasks * threads);
+  } while (units > 1 && tasks < wanted);
   parallel_for(tasks, static_cast<int>(threads), [&](int64_t task, int) {
     int64_t i = count - 1;
     while (task < shares[i].first) i--;

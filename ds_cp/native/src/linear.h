@@ -18,6 +18,7 @@ constexpr int64_t kUnit = 16;     // columns: the least that is computed
 constexpr int64_t kPanel = 64;    // columns of a panel
 constexpr int64_t kRows = 96;     // of x, that stay in the second-level cache
 constexpr int64_t kPanels = 4;    // for which such rows are used again
+constexpr int64_t kFew = 12;      // rows for which panels are read once, in the order of memory
 
 struct Linear {  // ds_cp/model/packed_linear.py has the same
   const void* packed;

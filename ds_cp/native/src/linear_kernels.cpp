@@ -9,6 +9,7 @@
 
 namespace {
 
+using ds_cp::kFew;
 using ds_cp::kPanel;
 using ds_cp::kPanels;
 using ds_cp::kRows;
@@ -20,7 +21,6 @@ using ds_cp::LinearCall;
 // rounding of the result hides that of its sums.
 constexpr int64_t kBlockBf16 = 1024;
 constexpr int64_t kBlockFp32 = 128;
-constexpr int64_t kFew = 12;    // rows for which panels are read once, in the order of memory
 
 #define UNROLL _Pragma("GCC unroll 16")
 
