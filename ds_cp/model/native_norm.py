@@ -62,7 +62,7 @@ class NativeNorm:
             return self._own(x)
         if not x.is_contiguous():
             x = x.contiguous()
-        y = x.new_empty(x.shape)
+        y = torch.empty_like(x)
         if rows := x.numel() // n:
             self._run(x.data_ptr(), rows, n, *self._fixed, y.data_ptr(), torch.get_num_threads())
         return y
