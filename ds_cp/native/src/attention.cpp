@@ -83,17 +83,22 @@ struct Plan {
   int64_t columns = 0;  // most of a tile
 };
 
-// Rows of one KV head of a request. `splits`: those that its rows can see; `parts`: the first of its
-// partial results, one a split, when its splits are done apart, else -1.
+// Rows of a request that each of some KV heads has. `splits`: those that they can see, up to the position
+// `high`; `partial`: where their partial results begin, one a split, when splits are done apart, else
+// -1.
 struct RowTile {
-  int32_t part, head;
-  int64_t row, rows;
+  int32_t part;
+  int32_t head, heads;
+  int64_t row, rows;  // of a head
+  int64_t high;
   Range splits;
   int64_t cost;
   int64_t partial;
+  int64_t tasks;
 };
 struct Task {
   int64_t row_tile;
+  int32_t head, heads;
   Range splits;
 };
 
@@ -171,6 +176,8 @@ class Attention {
     shape_.block_size = static_cast<int32_t>(layer.block_size);
     shape_.repack = layer.block_size % ops.lanes != 0 || layer.v_dim % ops.lanes != 0;
     shape_.amx = layer.amx && layer.type == kBfloat16 && layer.isa == kAvx512Bf16;
+    shape_.k_head = layer.block_size * layer.k_dim;
+    shape_.v_head = layer.block_size * layer.v_dim;
     shape_.scale = static_cast<float>(layer.scale);
     shape_.softcap = static_cast<float>(layer.softcap);
     shape_.window = layer.window > 0 ? std::min(layer.window, kNoWindow) : kNoWindow;
@@ -184,8 +191,7 @@ class Attention {
     const int threads = macs < kSerial ? 1 : static_cast<int>(call_.threads);
     cut(total, threads);
     left_ = std::make_unique<std::atomic<int64_t>[]>(row_tiles_.size());
-    for (size_t i = 0; i < row_tiles_.size(); ++i)
-      left_[i] = row_tiles_[i].splits.end - row_tiles_[i].splits.begin;
+    for (size_t i = 0; i < row_tiles_.size(); ++i) left_[i] = row_tiles_[i].tasks;
     parallel_for(static_cast<int64_t>(tasks_.size()), threads, [this](int64_t task, int) {
       try {  // an exception must not leave the thread it is thrown in
         this->task(tasks_[task]);
@@ -225,14 +231,26 @@ class Attention {
         tile.rows = std::min<int64_t>(kMaxRows, part.first_row + part.rows - tile.row);
         tile.partial = -1;
         see(part, tile);
-        for (int64_t head = 0; head < layer_.kv_heads; ++head) {
-          tile.head = static_cast<int32_t>(head);
+        const auto heads = static_cast<int32_t>(layer_.kv_heads);
+        const int32_t together = heads_together(tile.rows);
+        const int64_t cost_of_head = tile.cost;
+        for (tile.head = 0; tile.head < heads; tile.head += together) {
+          tile.heads = std::min(together, heads - tile.head);
+          tile.cost = cost_of_head * tile.heads;
           row_tiles_.push_back(tile);
           total += tile.cost;
         }
       }
     }
     return total;
+  }
+
+  // KV heads that a task may serve, about equally many each time.
+  int32_t heads_together(int64_t rows) const {
+    if (rows > kFewRows || shape_.amx || shape_.repack) return 1;
+    const int64_t most = kMaxRows / rows;
+    const int64_t times = (layer_.kv_heads + most - 1) / most;
+    return static_cast<int32_t>((layer_.kv_heads + times - 1) / times);
   }
 
   int64_t keys_of(int64_t split) const {
@@ -243,13 +261,13 @@ class Attention {
 
   // The splits that a row tile's rows can see, and what they cost.
   void see(const PartPlan& part, RowTile& tile) const {
-    int64_t low = INT64_MAX, high = INT64_MIN;
+    int64_t low = INT64_MAX, high = INT64_MIN, cost = 0;
     for (int64_t t = tile.row / layer_.fold; t <= (tile.row + tile.rows - 1) / layer_.fold; ++t) {
       low = std::min(low, call_.positions[t]);
       high = std::max(high, call_.positions[t]);
     }
+    tile.high = high;
     tile.splits = {part.splits.end, part.splits.begin};
-    int64_t keys = 0;
     for (int64_t s = part.splits.begin; s < part.splits.end; ++s) {
       const Range tiles = plan_.splits[s];
       const Piece& first = plan_.pieces[plan_.tiles[tiles.begin].begin];
@@ -257,10 +275,19 @@ class Attention {
       if (first.first > high || last.first + last.keys - 1 + shape_.window <= low) continue;
       tile.splits.begin = std::min(tile.splits.begin, s);
       tile.splits.end = s + 1;
-      keys += std::min(high, last.first + last.keys - 1) - first.first + 1;
+      cost += cost_of(tile, s);
     }
     if (tile.splits.begin >= tile.splits.end) tile.splits = {part.splits.begin, part.splits.begin};
-    tile.cost = std::max<int64_t>(1, std::max<int64_t>(tile.rows, 4) * std::max<int64_t>(keys, 0));
+    tile.cost = std::max<int64_t>(1, cost);
+  }
+
+  // What a split costs for one head of a row tile.
+  int64_t cost_of(const RowTile& tile, int64_t split) const {
+    const Range tiles = plan_.splits[split];
+    const Piece& first = plan_.pieces[plan_.tiles[tiles.begin].begin];
+    const Piece& last = plan_.pieces[plan_.tiles[tiles.end - 1].end - 1];
+    const int64_t keys = std::min(tile.high, last.first + last.keys - 1) - first.first + 1;
+    return std::max<int64_t>(tile.rows, 4) * std::max<int64_t>(keys, 0);
   }
 
   // Rows that products write to: brgemm's come in whole kUnit.
@@ -282,23 +309,31 @@ class Attention {
     return found;
   }
 
-  // Tasks: whole row tiles, or their splits apart where a row tile is a large share of everything.
+  // Tasks: whole row tiles, or their splits apart where a row tile is a large share of everything. A task
+  // takes all heads of its row tile while that is no more than a thread's share of what is left, so that
+  // the threads end at about the same time.
   void cut(int64_t total, int threads) {
     size_t bytes = 0;
-    std::vector<size_t> begins;
+    int64_t left = total;
     for (size_t i = 0; i < row_tiles_.size(); ++i) {
       RowTile& tile = row_tiles_[i];
       const int64_t count = tile.splits.end - tile.splits.begin;
-      const size_t more = partial_bytes(tile.rows) * count;
+      const size_t more = partial_bytes(tile.rows * tile.heads) * count;
+      const size_t before = tasks_.size();
       if (threads == 1 || count < 2 || tile.cost <= total / (4 * threads) ||
           bytes + more > kPartialBytes) {
-        tasks_.push_back({static_cast<int64_t>(i), tile.splits});
-        continue;
+        cut_heads(static_cast<int64_t>(i), tile.splits, tile.cost, left / threads);
+        left -= tile.cost;
+      } else {
+        tile.partial = static_cast<int64_t>(bytes);
+        bytes += more;
+        for (int64_t s = tile.splits.begin; s < tile.splits.end; ++s) {
+          const int64_t cost = cost_of(tile, s) * tile.heads;
+          cut_heads(static_cast<int64_t>(i), {s, s + 1}, cost, left / threads);
+          left -= cost;
+        }
       }
-      tile.partial = static_cast<int64_t>(bytes);
-      bytes += more;
-      for (int64_t s = tile.splits.begin; s < tile.splits.end; ++s)
-        tasks_.push_back({static_cast<int64_t>(i), {s, s + 1}});
+      tile.tasks = static_cast<int64_t>(tasks_.size() - before);
     }
     if (bytes) {
       static thread_local Scratch room;
@@ -306,10 +341,26 @@ class Attention {
     }
   }
 
-  Running partial(const RowTile& tile, int64_t split) const {
-    Pieces room(partials_ + tile.partial +
-                partial_bytes(tile.rows) * (split - tile.splits.begin));
-    return running(room, tile.rows);
+  // Tasks for some splits of a row tile: as few as cost no more than `share` each.
+  void cut_heads(int64_t row_tile, Range splits, int64_t cost, int64_t share) {
+    const RowTile& tile = row_tiles_[row_tile];
+    const int64_t wanted = (cost + share - 1) / std::max<int64_t>(share, 1);
+    const auto tasks = static_cast<int32_t>(std::max<int64_t>(1, std::min<int64_t>(wanted, tile.heads)));
+    for (int32_t i = 0; i < tasks; ++i) {
+      const int32_t begin = tile.heads * i / tasks, end = tile.heads * (i + 1) / tasks;
+      tasks_.push_back({row_tile, tile.head + begin, end - begin, splits});
+    }
+  }
+
+  // A row tile's results over one split, from the rows of `head` on.
+  Running partial(const RowTile& tile, int64_t split, int32_t head) const {
+    const int64_t rows = tile.rows * tile.heads;
+    Pieces room(partials_ + tile.partial + partial_bytes(rows) * (split - tile.splits.begin));
+    return from_row(running(room, rows), (head - tile.head) * tile.rows);
+  }
+
+  Running from_row(const Running& running, int64_t row) const {
+    return {running.acc + row * shape_.v_pad, running.max + row, running.sum + row};
   }
 
   void task(const Task& task) {
@@ -318,77 +369,81 @@ class Attention {
     Pieces count(nullptr);
     Work work;
     Running whole;
-    lay_out_work(count, tile, work, whole);
+    lay_out_work(count, tile, task.heads, work, whole);
     Pieces room(scratch.need(count.used()));
-    lay_out_work(room, tile, work, whole);
-    for (int64_t r = 0; r < tile.rows; ++r)
-      work.positions[r] = call_.positions[(tile.row + r) / layer_.fold];
+    lay_out_work(room, tile, task.heads, work, whole);
+    for (int64_t r = 0; r < tile.rows * task.heads; ++r)
+      work.positions[r] = call_.positions[(tile.row + r % tile.rows) / layer_.fold];
     Queries queries;
     queries.data = static_cast<const char*>(call_.q) +
-                   tile.head * layer_.fold * call_.q_head * element_;
+                   task.head * layer_.fold * call_.q_head * element_;
     queries.token_stride = call_.q_token;
     queries.head_stride = call_.q_head;
     queries.first_row = tile.row;
     queries.fold = static_cast<int32_t>(layer_.fold);
     ops_.load_queries(work, queries);
-    const auto rows = static_cast<int>(tile.rows);
+    const auto rows = static_cast<int>(tile.rows * task.heads);
     const bool apart = tile.partial >= 0;
     bool first = true;
     for (int64_t s = task.splits.begin; s < task.splits.end; ++s) {
-      if (apart) work.part = partial(tile, s);
+      if (apart) work.part = partial(tile, s, task.head);
       if (!apart && !first && s == task.splits.begin + 1) std::swap(work.part, whole);
       ops_.reset(work);
-      split(work, tile, s);
+      split(work, task.head, s);
       if (!apart && !first) ops_.merge(shape_, rows, whole, work.part);
       first = false;
     }
     if (shape_.amx) brgemm().release(true);
     if (!apart) {
       if (first) ops_.reset(work);
-      finish(tile, task.splits.end - task.splits.begin > 1 ? whole : work.part);
+      const Running& found = task.splits.end - task.splits.begin > 1 ? whole : work.part;
+      finish(tile, task.head, task.heads, found);
       return;
     }
     if (left_[task.row_tile].fetch_sub(1, std::memory_order_acq_rel) != 1) return;
-    const Running all = partial(tile, tile.splits.begin);  // the last one merges all, in order
-    for (int64_t s = tile.splits.begin + 1; s < tile.splits.end; ++s)
-      ops_.merge(shape_, rows, all, partial(tile, s));
-    finish(tile, all);
+    const Running all = partial(tile, tile.splits.begin, tile.head);
+    for (int64_t s = tile.splits.begin + 1; s < tile.splits.end; ++s)  // the last task, in order
+      ops_.merge(shape_, static_cast<int>(tile.rows * tile.heads), all, partial(tile, s, tile.head));
+    finish(tile, tile.head, tile.heads, all);
   }
 
-  void lay_out_work(Pieces& room, const RowTile& tile, Work& work, Running& whole) const {
+  void lay_out_work(Pieces& room, const RowTile& tile, int32_t heads, Work& work,
+                    Running& whole) const {
+    const int64_t rows = tile.rows * heads;
     work.shape = &shape_;
     work.rows = static_cast<int32_t>(tile.rows);
-    work.positions = room.take<int64_t>(tile.rows);
+    work.heads = heads;
+    work.positions = room.take<int64_t>(rows);
     work.segments = room.take<Segment>(kMaxSegments);
-    work.a = room.take<float>(padded(tile.rows) * shape_.k_dim);
+    work.a = room.take<float>(padded(rows) * shape_.k_dim);
     // Of brgemm, ATen compiles and keeps a kernel for each shape and stride in each thread.
     const int64_t columns =
         shape_.amx ? (plan_.columns <= kTile ? kTile : kMaxColumns) : plan_.columns;
     work.score_stride = (columns + kRound - 1) / kRound * kRound + kRound;
-    work.scores = room.take<float>(padded(tile.rows) * work.score_stride);
+    work.scores = room.take<float>(padded(rows) * work.score_stride);
     work.packed_k = work.packed_v = nullptr;
     if (shape_.repack) {
       work.packed_k = room.take<float>((plan_.columns + 16) * shape_.k_dim);
       work.packed_v = room.take<float>((plan_.columns + 16) * shape_.v_pad);
     }
     work.multiply = shape_.amx ? brgemm().multiply : nullptr;
-    work.part = running(room, tile.rows);
-    whole = running(room, tile.rows);
+    work.part = running(room, rows);
+    whole = running(room, rows);
   }
 
-  void split(Work& work, const RowTile& tile, int64_t split) {
+  // Folds a split's keys of the heads from `head` on into work.part.
+  void split(Work& work, int32_t head, int64_t split) {
     Segment* segments = work.segments;
     const int64_t pair = layer_.type == kBfloat16 ? 2 : 1;
-    const int64_t k_head = layer_.block_size * layer_.k_dim * element_;
-    const int64_t v_head = layer_.block_size * layer_.v_dim * element_;
+    const int64_t k_head = shape_.k_head * element_, v_head = shape_.v_head * element_;
     for (int64_t t = plan_.splits[split].begin; t < plan_.splits[split].end; ++t) {
       const Range pieces = plan_.tiles[t];
       for (int64_t i = pieces.begin; i < pieces.end; ++i) {
         const Piece& piece = plan_.pieces[i];
         const char* block = call_.pages + piece.block * call_.page_bytes;
         Segment& seg = segments[i - pieces.begin];
-        seg.k = block + tile.head * k_head + piece.start * pair * element_;
-        seg.v = block + layer_.kv_heads * k_head + tile.head * v_head +
+        seg.k = block + head * k_head + piece.start * pair * element_;
+        seg.v = block + layer_.kv_heads * k_head + head * v_head +
                 piece.start * layer_.v_dim * element_;
         seg.first = piece.first;
         seg.keys = piece.keys;
@@ -397,24 +452,27 @@ class Attention {
       work.ahead = nullptr;
       if (pieces.end < static_cast<int64_t>(plan_.pieces.size())) {
         const Piece& next = plan_.pieces[pieces.end];
-        work.ahead = call_.pages + next.block * call_.page_bytes + tile.head * k_head;
+        work.ahead = call_.pages + next.block * call_.page_bytes + head * k_head;
       }
       ops_.tile(work, segments, static_cast<int>(pieces.end - pieces.begin));
     }
   }
 
-  void finish(const RowTile& tile, const Running& running) const {
+  // Writes the rows of the heads from `head` on.
+  void finish(const RowTile& tile, int32_t head, int32_t heads, const Running& running) const {
     Outputs to;
-    to.out = call_.out + tile.head * layer_.fold * call_.out_head;
     to.out_token = call_.out_token;
     to.out_head = call_.out_head;
-    to.lse = call_.lse + tile.head * layer_.fold * call_.lse_head;
     to.lse_token = call_.lse_token;
     to.lse_head = call_.lse_head;
     to.first_row = tile.row;
     to.fold = static_cast<int32_t>(layer_.fold);
     to.into = static_cast<int32_t>(call_.into);
-    ops_.finish(shape_, static_cast<int>(tile.rows), running, to);
+    for (int32_t i = 0; i < heads; ++i) {
+      to.out = call_.out + (head + i) * layer_.fold * call_.out_head;
+      to.lse = call_.lse + (head + i) * layer_.fold * call_.lse_head;
+      ops_.finish(shape_, static_cast<int>(tile.rows), from_row(running, i * tile.rows), to);
+    }
   }
 
   const BatchArgs& batch_;

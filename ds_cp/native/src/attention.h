@@ -9,6 +9,10 @@
 //   and splits are merged in ascending order, by whichever thread they were computed;
 // - a matrix product adds up along a column of its factors in order, each row by itself;
 // - keys that a row does not see weigh exactly 0 where they are not skipped.
+//
+// A few rows (decoding) wait for memory, and the processor reads ahead only along one stretch. So a task
+// then serves several KV heads, whose keys (or values) lie side by side in a block, and walks blocks as
+// they lie. Their rows are numbered head by head: row r of head h is h * rows + r.
 #pragma once
 
 #include <stdint.h>
@@ -20,6 +24,7 @@ namespace ds_cp {
 constexpr int64_t kTile = 512;    // positions
 constexpr int64_t kSplit = 2048;  // positions, a multiple of kTile
 constexpr int kMaxRows = 96;      // rows of a row tile (query heads of one KV head, folded)
+constexpr int kFewRows = 12;      // of a KV head; with so few, memory takes the time
 constexpr int kMaxSegments = 1024;              // of one tile
 constexpr int kMaxColumns = 2 * kTile;          // of one tile: a block may begin at its end
 constexpr int64_t kMaxPosition = int64_t{1} << 40;
@@ -43,6 +48,7 @@ struct Shape {
   int32_t type;
   int32_t k_dim, v_dim;
   int32_t v_pad;  // v_dim rounded up to whole vectors
+  int64_t k_head, v_head;  // elements from a KV head's keys (values) of a block to the next one's
   int32_t block_size;
   int32_t repack;  // blocks are no whole vectors: tiles are copied into whole ones first
   int32_t amx;     // matrix products by ATen's brgemm
@@ -71,20 +77,22 @@ const Brgemm& brgemm();
 // One thread's room, and the rows it is at.
 struct Work {
   const Shape* shape;
-  int32_t rows;
-  int64_t* positions;  // [rows]
-  Segment* segments;   // [kMaxSegments]: of the tile at hand
-  void* a;             // queries as the products want them: [rows][k_dim]
-  float* scores;       // [rows][score_stride]; weights take their place
+  int32_t rows;        // of one KV head
+  int32_t heads;       // KV heads; 1 with brgemm and where blocks are repacked
+  int64_t* positions;  // [heads * rows]
+  Segment* segments;   // [kMaxSegments]: of the tile at hand, for the first head
+  void* a;             // queries as the products want them: [heads * rows][k_dim]
+  float* scores;       // [heads * rows][score_stride]; weights take their place
   int64_t score_stride;
   void* packed_k;  // room for one tile, where blocks are repacked
   void* packed_v;
-  const void* ahead;  // the keys of the tile after this one, or null
+  const void* ahead;  // the first head's keys of the tile after this one, or null
   Running part;  // of the split at hand
   Multiply multiply;
 };
 
-// Queries of the rows: row r is token (first_row + r) / fold, head (first_row + r) % fold.
+// Queries of the rows: row r of a KV head is token (first_row + r) / fold, and of that KV head's `fold`
+// query heads (first_row + r) % fold. `data`: of the first KV head.
 struct Queries {
   const void* data;
   int64_t token_stride, head_stride;  // elements
@@ -92,7 +100,7 @@ struct Queries {
   int32_t fold;
 };
 
-// Where results go: the same rows of fp32 out and lse.
+// Where results go: the same rows of one KV head, of fp32 out and lse.
 struct Outputs {
   float* out;
   int64_t out_token, out_head;  // elements

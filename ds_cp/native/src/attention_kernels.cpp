@@ -117,7 +117,9 @@ constexpr int kMaxRuns = kMaxSegments;
 template <class T, int N>
 struct Dense {
   const typename T::B* data;
-  DS_CP_INLINE Dense from(const Strip<T>* strips) { return {strips[0].data}; }
+  DS_CP_INLINE Dense from(const Strip<T>* strips, int64_t offset) {
+    return {strips[0].data + offset};
+  }
   inline __attribute__((always_inline)) const typename T::B* at(int n) const {
     return data + n * kLanes * T::kPair;
   }
@@ -127,10 +129,10 @@ struct Dense {
 template <class T, int N>
 struct Scattered {
   const typename T::B* data[N];
-  DS_CP_INLINE Scattered from(const Strip<T>* strips) {
+  DS_CP_INLINE Scattered from(const Strip<T>* strips, int64_t offset) {
     Scattered found;
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) found.data[n] = strips[n].data;
+    for (int n = 0; n < N; ++n) found.data[n] = strips[n].data + offset;
     return found;
   }
   inline __attribute__((always_inline)) const typename T::B* at(int n) const { return data[n]; }
@@ -141,7 +143,7 @@ struct Scattered {
 };
 
 // Asks for N vectors' worth of what is needed next, as far ahead as `ahead` is. Few rows wait for
-// memory, and the processor's own prefetch ends with each block. Into the second cache: more requests
+// memory, and the processor's own prefetch begins anew with each block. Into the second cache: more requests
 // can be under way to it than to the first.
 template <class T, int N>
 DS_CP_INLINE void ask(const typename T::B* ahead) {
@@ -150,14 +152,15 @@ DS_CP_INLINE void ask(const typename T::B* ahead) {
     __builtin_prefetch(reinterpret_cast<const char*>(ahead) + n * kLanes * 4, 0, 2);
 }
 
-// Scores of M rows with N strips of keys, and the largest of each row, lane by lane. `ahead`: the keys
-// that come after these (kAhead).
+// Scores of M rows with N strips of keys, `offset` elements behind their data (of a head), and the
+// largest of each row, lane by lane. `ahead`: the keys that come after these (kAhead).
 template <class T, int M, int N, class Cols, bool kAhead>
-void scores_step(const typename T::A* a, int64_t lda, const Strip<T>* strips, int64_t ldb,
-                 int64_t steps, float* c, int64_t ldc, float* tops, const typename T::B* ahead) {
+void scores_step(const typename T::A* a, int64_t lda, const Strip<T>* strips, int64_t offset,
+                 int64_t ldb, int64_t steps, float* c, int64_t ldc, float* tops,
+                 const typename T::B* ahead) {
   const typename T::A* rows[M];
   vf sum[M][N];
-  Cols cols = Cols::from(strips);
+  Cols cols = Cols::from(strips, offset);
   const int64_t stride = ldb * T::kPair;
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m) {
@@ -188,45 +191,46 @@ void scores_step(const typename T::A* a, int64_t lda, const Strip<T>* strips, in
   }
 }
 
-// Adds M rows' values, N vectors of their dims, over the keys of some runs. `ahead`: the values that come
-// after these (kAhead).
-template <class T, int M, int N, bool kAhead>
+// Adds M rows' values, P times N vectors of their dims, over the keys of some runs. `offset`: elements
+// from a run's data to those dims (of a head). `ahead`: the values that come after these (kAhead).
+template <class T, int M, int N, int P, bool kAhead>
 void values_step(const typename T::A* weights, int64_t lda, const Run<T>* runs, int count,
-                 int64_t ldb, int64_t dim, float* c, int64_t ldc, const typename T::B* ahead) {
+                 int64_t ldb, int64_t offset, float* c, int64_t ldc, const typename T::B* ahead) {
   constexpr int p = T::kPair;
-  vf sum[M][N];
-  float* row = c;
+  constexpr int kSide = N * kLanes;  // dims of one of P
+  vf sum[P][M][N];
 #pragma GCC unroll 8
-  for (int m = 0; m < M; ++m) {
+  for (int i = 0; i < P; ++i)
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) sum[m][n] = load(row + n * kLanes);
-    row += ldc;
-  }
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) sum[i][m][n] = load(c + m * ldc + i * kSide + n * kLanes);
   const int64_t stride = ldb * p;
   for (int r = 0; r < count; ++r) {
     const typename T::A* rows[M];
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) rows[m] = weights + m * lda + runs[r].column;
-    Dense<T, N> cols{runs[r].data + dim * p};
-    const typename T::B* next = r + 1 < count ? runs[r + 1].data + dim * p : ahead;
+    const typename T::B* data = runs[r].data + offset;
+    const typename T::B* next = r + 1 < count ? runs[r + 1].data + offset : ahead;
     const int64_t steps = (runs[r].end - runs[r].column) / p;
     for (int64_t k = 0; k < steps; ++k) {
-      if (kAhead) ask<T, N>(next + k * stride);
-      T::step(sum, rows, k, cols);
-      cols.next(stride);
+      if (kAhead) ask<T, P * N>(next + k * stride);
+#pragma GCC unroll 8
+      for (int i = 0; i < P; ++i) T::step(sum[i], rows, k, Dense<T, N>{data + i * kSide * p});
+      data += stride;
     }
   }
 #pragma GCC unroll 8
-  for (int m = 0; m < M; ++m) {
+  for (int i = 0; i < P; ++i)
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) store(c + n * kLanes, sum[m][n]);
-    c += ldc;
-  }
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) store(c + m * ldc + i * kSide + n * kLanes, sum[i][m][n]);
 }
 
 template <class T>
 using ScoresStep = void (*)(const typename T::A*, int64_t, const Strip<T>*, int64_t, int64_t,
-                            float*, int64_t, float*, const typename T::B*);
+                            int64_t, float*, int64_t, float*, const typename T::B*);
 template <class T>
 using ValuesStep = void (*)(const typename T::A*, int64_t, const Run<T>*, int, int64_t, int64_t,
                             float*, int64_t, const typename T::B*);
@@ -258,12 +262,25 @@ DS_CP_INLINE ScoresStep<T> scores_for(int m, int& n, bool dense, bool ahead) {
 template <class T, int N, bool kAhead>
 DS_CP_INLINE ValuesStep<T> values_rows(int m) {
   switch (m) {
-    case 1: return values_step<T, 1, N, kAhead>;
-    case 2: return values_step<T, 2, N, kAhead>;
-    case 3: return values_step<T, 3, N, kAhead>;
-    case 4: return values_step<T, 4, N, kAhead>;
-    case 5: return values_step<T, 5, N, kAhead>;
-    default: return values_step<T, T::kRows, N, kAhead>;
+    case 1: return values_step<T, 1, N, 1, kAhead>;
+    case 2: return values_step<T, 2, N, 1, kAhead>;
+    case 3: return values_step<T, 3, N, 1, kAhead>;
+    case 4: return values_step<T, 4, N, 1, kAhead>;
+    case 5: return values_step<T, 5, N, 1, kAhead>;
+    default: return values_step<T, T::kRows, N, 1, kAhead>;
+  }
+}
+
+// Few rows take twice as many dims in a step, so that 128 dims are read as they lie: of a stretch that is
+// read by halves, the processor reads ahead what is not wanted yet.
+constexpr int kWideRows = kLanes == 16 ? 4 : 0;  // that fit into 32 registers, or nearly so
+template <class T, bool kAhead>
+DS_CP_INLINE ValuesStep<T> values_rows_wide(int m) {
+  switch (m) {
+    case 1: return values_step<T, 1, T::kVecs, 2, kAhead>;
+    case 2: return values_step<T, 2, T::kVecs, 2, kAhead>;
+    case 3: return values_step<T, 3, T::kVecs, 2, kAhead>;
+    default: return values_step<T, 4, T::kVecs, 2, kAhead>;
   }
 }
 
@@ -271,6 +288,10 @@ DS_CP_INLINE ValuesStep<T> values_rows(int m) {
 template <class T>
 DS_CP_INLINE ValuesStep<T> values_for(int m, int& n, bool ahead) {
   constexpr int all = T::kVecs;
+  if (n >= 2 * all && m <= kWideRows) {
+    n = 2 * all;
+    return ahead ? values_rows_wide<T, true>(m) : values_rows_wide<T, false>(m);
+  }
   if (n >= all) {
     n = all;
     return ahead ? values_rows<T, all, true>(m) : values_rows<T, all, false>(m);
@@ -444,9 +465,10 @@ void lay_out(Work& work, const Segment* segments, int count, Tile<T>& tile) {
   tile.run_ld = s.v_dim;
 }
 
-// Rows that one step of registers takes, and the columns that they can see.
+// Rows of one head that one step of registers takes, and the columns that they can see.
 struct Group {
   int32_t row, rows;
+  int32_t head;
   int64_t low, high;    // positions of its rows
   int64_t begin, end;   // columns, multiples of kRound; begin == end: it sees nothing
 };
@@ -504,9 +526,23 @@ bool sees_all(const Group& group, int64_t window, const Tile<T>& tile) {
 }
 
 constexpr int kGroups = 2;    // whose scores are held at once, in the first cache
-constexpr int kFew = 12;       // rows; with so few, and for a tile's first ones, memory takes the time
 constexpr int kChunk = 512;   // columns whose values one step adds
 constexpr int kFewChunk = 64; // the same for a few rows: their second dims are then still in the first cache
+
+// Whether the groups' products wait for memory: those of a few rows, and of a tile's first ones.
+bool waits(const Work& work, const Group& first) {
+  return work.rows <= kFewRows || first.row == 0;
+}
+
+// Whether the processor reads ahead by itself, and is better left alone: along the keys (or values, `head`
+// elements of each head) of a block that are walked as they lie and are many. It is faster than asking,
+// which holds a place in the first cache for every request, but takes some 16 KB to get going.
+template <class T>
+bool reads_ahead(const Work& work, int64_t head) {
+  constexpr int64_t kLong = 64 << 10;  // bytes
+  return work.rows <= kWideRows && work.shape->block_size <= T::kVecs * kLanes &&
+         work.heads * head * static_cast<int64_t>(sizeof(typename T::B)) > kLong;
+}
 
 // Per row of the groups at hand, lane by lane: the largest score of all its columns, hidden ones too.
 struct Room {
@@ -519,7 +555,7 @@ void scores_of(Work& work, const Tile<T>& tile, const Group* groups, int num_gro
   const Shape& s = *work.shape;
   const auto* a = static_cast<const typename T::A*>(work.a);
   const int64_t ld = work.score_stride;
-  const bool few = work.rows <= kFew || groups[0].row == 0;
+  const bool ask = waits(work, groups[0]) && !reads_ahead<T>(work, s.k_head);
   const Group& last = groups[num_groups - 1];
   for (int32_t r = 0; r < last.row + last.rows - groups[0].row; ++r)
     store(room.tops[r], all(-kInf));
@@ -531,17 +567,19 @@ void scores_of(Work& work, const Tile<T>& tile, const Group* groups, int num_gro
     for (int j = 1; j < n; ++j)
       dense &= strips[j].data == strips[0].data + j * kLanes * T::kPair &&
                strips[j].column == strips[0].column + j * kLanes;
-    const auto* ahead = i + n < tile.num_strips ? strips[n].data : tile.runs[0].data;
+    const auto* behind = i + n < tile.num_strips ? strips[n].data : tile.runs[0].data;
     for (int g = 0; g < num_groups; ++g) {
       const Group& group = groups[g];
+      const int64_t offset = group.head * s.k_head;
+      const auto* ahead = group.head < last.head ? strips[0].data + offset + s.k_head : behind;
       if (low > group.high || high <= group.low - s.window) continue;
       int seen = n;
       while (seen > 1 && strips[seen - 1].low > group.high) --seen;
       const int64_t row = group.row - groups[0].row;
       for (int j = 0; j < seen;) {
         int take = seen - j;
-        const auto step = scores_for<T>(group.rows, take, dense, few);
-        step(a + group.row * s.k_dim, s.k_dim, strips + j, tile.strip_ld, s.k_dim / T::kPair,
+        const auto step = scores_for<T>(group.rows, take, dense, ask);
+        step(a + group.row * s.k_dim, s.k_dim, strips + j, offset, tile.strip_ld, s.k_dim / T::kPair,
              work.scores + row * ld, ld, room.tops[row], ahead);
         j += take;
       }
@@ -623,44 +661,67 @@ void weights_of(Work& work, const Tile<T>& tile, const Group* groups, int num_gr
   }
 }
 
-// Adds the values by the groups' weights: the second product.
+// Adds one head's values over the runs [first, end), by the weights of its groups. `ahead`: the values
+// that come after them.
+template <class T>
+void values_of_head(Work& work, const Tile<T>& tile, const Group* groups, int num_groups,
+                    const typename T::A* weights, int64_t ld, int first, int end, bool ask,
+                    const typename T::B* ahead) {
+  const Shape& s = *work.shape;
+  const int64_t head = groups[0].head * s.v_head;
+  int n;
+  for (int64_t dim = 0; dim < s.v_pad; dim += n * kLanes) {
+    n = static_cast<int>((s.v_pad - dim) / kLanes);
+    values_for<T>(groups[0].rows, n, ask);  // the others of a head have no more rows
+    const int64_t offset = head + dim * T::kPair;
+    const auto* next = dim + n * kLanes < s.v_pad
+                           ? tile.runs[first].data + offset + n * kLanes * T::kPair
+                           : ahead;
+    for (int g = 0; g < num_groups; ++g) {
+      const Group& group = groups[g];
+      float* acc = work.part.acc + int64_t{group.row} * s.v_pad + dim;
+      const auto step = values_for<T>(group.rows, n, ask);
+      const auto* mine = weights + (group.row - groups[0].row) * ld;
+      if (group.begin <= tile.runs[first].column && tile.runs[end - 1].end <= group.end) {
+        step(mine, ld, tile.runs + first, end - first, tile.run_ld, offset, acc, s.v_pad, next);
+        continue;
+      }
+      for (int r = first; r < end; ++r) {
+        Run<T> run = tile.runs[r];
+        const auto from = static_cast<int32_t>(most(run.column, group.begin));
+        run.end = static_cast<int32_t>(least(run.end, group.end));
+        if (from >= run.end) continue;
+        run.data += (from - run.column) * tile.run_ld;
+        run.column = from;
+        step(mine, ld, &run, 1, tile.run_ld, offset, acc, s.v_pad, next);
+      }
+    }
+  }
+}
+
+// Adds the values by the groups' weights: the second product. A few columns of all heads, then the next.
 template <class T>
 void values_of(Work& work, const Tile<T>& tile, const Group* groups, int num_groups) {
   using A = typename T::A;
-  const Shape& s = *work.shape;
   const auto* weights = reinterpret_cast<const A*>(work.scores);
   const int64_t ld = work.score_stride * static_cast<int64_t>(sizeof(float) / sizeof(A));
-  const bool few = work.rows <= kFew || groups[0].row == 0;
-  const int chunk = work.rows <= kFew ? kFewChunk : kChunk;
+  const Shape& s = *work.shape;
+  const int chunk = work.rows <= kFewRows ? kFewChunk : kChunk;
+  // A step that fills the registers is slow enough to be better off with asking.
+  const bool full = work.rows == kWideRows && s.v_pad >= 2 * T::kVecs * kLanes;
+  const bool ask = waits(work, groups[0]) && (full || !reads_ahead<T>(work, s.v_head));
+  const int last_head = groups[num_groups - 1].head;
+  const int per_head = num_groups / (last_head + 1);
   for (int first = 0; first < tile.num_runs;) {
     int end = first + 1;  // runs of about `chunk` columns
     while (end < tile.num_runs && tile.runs[end].end - tile.runs[first].column <= chunk) ++end;
-    int n;
-    for (int64_t dim = 0; dim < s.v_pad; dim += n * kLanes) {
-      n = static_cast<int>((s.v_pad - dim) / kLanes);
-      values_for<T>(T::kRows, n, few);
-      const auto* ahead = dim + n * kLanes < s.v_pad
-                              ? tile.runs[first].data + (dim + n * kLanes) * T::kPair
-                              : (end < tile.num_runs ? tile.runs[end].data : tile.ahead);
-      for (int g = 0; g < num_groups; ++g) {
-        const Group& group = groups[g];
-        float* acc = work.part.acc + int64_t{group.row} * s.v_pad + dim;
-        const auto step = values_for<T>(group.rows, n, few);
-        const A* mine = weights + (group.row - groups[0].row) * ld;
-        if (group.begin <= tile.runs[first].column && tile.runs[end - 1].end <= group.end) {
-          step(mine, ld, tile.runs + first, end - first, tile.run_ld, dim, acc, s.v_pad, ahead);
-          continue;
-        }
-        for (int r = first; r < end; ++r) {
-          Run<T> run = tile.runs[r];
-          const auto from = static_cast<int32_t>(most(run.column, group.begin));
-          run.end = static_cast<int32_t>(least(run.end, group.end));
-          if (from >= run.end) continue;
-          run.data += (from - run.column) * tile.run_ld;
-          run.column = from;
-          step(mine, ld, &run, 1, tile.run_ld, dim, acc, s.v_pad, ahead);
-        }
-      }
+    const auto* behind = end < tile.num_runs ? tile.runs[end].data : tile.ahead;
+    for (int g = 0; g < num_groups; g += per_head) {
+      const int head = groups[g].head;
+      const auto* ahead =
+          head < last_head ? tile.runs[first].data + (head + 1) * s.v_head : behind;
+      values_of_head<T>(work, tile, groups + g, per_head,
+                        weights + (groups[g].row - groups[0].row) * ld, ld, first, end, ask, ahead);
     }
     first = end;
   }
@@ -694,6 +755,7 @@ void tile_of(Work& work, const Segment* segments, int count) {
   for (int32_t row = 0; row < work.rows; row += T::kRows) {
     Group g;
     g.row = row;
+    g.head = 0;
     g.rows = static_cast<int32_t>(least(T::kRows, work.rows - row));
     g.low = g.high = work.positions[row];
     for (int32_t r = row + 1; r < row + g.rows; ++r) {
@@ -707,6 +769,15 @@ void tile_of(Work& work, const Segment* segments, int count) {
   }
   num_groups = seen;  // by brgemm, groups that see nothing may lie between others
   if (!num_groups) return;
+  const int per_head = num_groups;  // the same of all heads
+  for (int32_t head = 1; head < work.heads; ++head) {
+    for (int g = 0; g < per_head; ++g) {
+      Group& group = groups[num_groups++];
+      group = groups[g];
+      group.row += head * work.rows;
+      group.head = head;
+    }
+  }
   static thread_local Tile<T> room;
   Tile<T>& tile = room;
   lay_out<T>(work, segments, count, tile);
@@ -723,9 +794,11 @@ void tile_of(Work& work, const Segment* segments, int count) {
     }
   }
 #endif
-  // A few groups at a time, so that their scores and weights stay in the first caches.
-  for (int g = 0; g < num_groups; g += kGroups) {
-    const int n = static_cast<int>(least(kGroups, num_groups - g));
+  // A few groups at a time, so that their scores and weights stay in the first caches; but the rows of
+  // several heads are few.
+  const int step = work.heads > 1 ? num_groups : kGroups;
+  for (int g = 0; g < num_groups; g += step) {
+    const int n = static_cast<int>(least(step, num_groups - g));
     scores_of<T>(work, tile, groups + g, n, tops);
     weights_of<T>(work, tile, groups + g, n, segments, count, &tops);
     values_of<T>(work, tile, groups + g, n);
@@ -737,26 +810,31 @@ void load_queries(Work& work, const Queries& queries) {
   using A = typename T::A;
   const Shape& s = *work.shape;
   auto* to = static_cast<A*>(work.a);
-  int64_t token = queries.first_row / queries.fold, head = queries.first_row % queries.fold;
-  for (int32_t r = 0; r < work.rows; ++r, to += s.k_dim) {
-    const int64_t at = token * queries.token_stride + head * queries.head_stride;
-    if (s.type == kFloat32) {
-      memcpy(to, static_cast<const float*>(queries.data) + at, s.k_dim * sizeof(float));
-    } else {
-      const uint16_t* from = static_cast<const uint16_t*>(queries.data) + at;
-      if constexpr (sizeof(A) == 2)
-        memcpy(to, from, s.k_dim * 2);
-      else
-        for (int32_t d = 0; d < s.k_dim; ++d) to[d] = static_cast<A>(widen(from[d]));
+  for (int32_t kv_head = 0; kv_head < work.heads; ++kv_head) {
+    const int64_t first_head = int64_t{kv_head} * queries.fold;
+    int64_t token = queries.first_row / queries.fold, head = queries.first_row % queries.fold;
+    for (int32_t r = 0; r < work.rows; ++r, to += s.k_dim) {
+      const int64_t at =
+          token * queries.token_stride + (first_head + head) * queries.head_stride;
+      if (s.type == kFloat32) {
+        memcpy(to, static_cast<const float*>(queries.data) + at, s.k_dim * sizeof(float));
+      } else {
+        const uint16_t* from = static_cast<const uint16_t*>(queries.data) + at;
+        if constexpr (sizeof(A) == 2)
+          memcpy(to, from, s.k_dim * 2);
+        else
+          for (int32_t d = 0; d < s.k_dim; ++d) to[d] = static_cast<A>(widen(from[d]));
+      }
+      if (++head == queries.fold) head = 0, ++token;
     }
-    if (++head == queries.fold) head = 0, ++token;
   }
 }
 
 void reset(Work& work) {
   const Shape& s = *work.shape;
-  memset(work.part.acc, 0, int64_t{work.rows} * s.v_pad * sizeof(float));
-  for (int32_t r = 0; r < work.rows; ++r) work.part.max[r] = -kInf, work.part.sum[r] = 0.0f;
+  const int64_t rows = int64_t{work.heads} * work.rows;
+  memset(work.part.acc, 0, rows * s.v_pad * sizeof(float));
+  for (int64_t r = 0; r < rows; ++r) work.part.max[r] = -kInf, work.part.sum[r] = 0.0f;
 }
 
 void merge(const Shape& s, int rows, const Running& into, const Running& part) {
