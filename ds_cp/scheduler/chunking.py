@@ -59,7 +59,8 @@ def cut_chunk(
         q_runs = assign(layout, start, owned, 1)
     table.append(homes, new)
     ranks = {rank for rank, runs in enumerate(q_runs) if runs} | set(table.span)
-    mode, ring_pass = policy.choose(len(ranks), new, start)
+    share = max(map(table.num_blocks, table.span)) / len(table.homes)
+    mode, ring_pass = policy.choose(len(ranks), new, start, share)
     chunk = Chunk(
         request.number, mode, ring_pass,
         tuple((rank, runs) for rank, runs in enumerate(q_runs) if runs),
