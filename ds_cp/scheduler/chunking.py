@@ -14,7 +14,7 @@ from ds_cp.scheduler.mode_policy import ModePolicy
 from ds_cp.scheduler.request import Request
 
 LEVEL = 1.1  # ratio of the largest share to the mean; up to it each home computes its own tokens
-MIN_SHARE = 16  # new tokens per rank, below which spreading the work is not worth moving KV
+MIN_SHARE = 4  # new tokens per rank, below which spreading the work is not worth moving KV
 MOST_TURNS = 8  # orders of the ranks that are tried for one chunk
 
 
