@@ -130,6 +130,17 @@ class CostModel:
         heads = self.num_kv_heads / (2.0 * self.num_q_heads)
         return ranks * self.flops_per_s * heads * self.element / self.bytes_per_s
 
+    def pass_q_pays(self, ranks: int, new: int, past: int, share: float) -> bool:
+        """Whether passing queries to where keys are costs less than passing keys to where queries
+        are, when one of the ranks holds ``share`` of the keys (1 / ranks: all hold as much). Who
+        holds more attends more queries than its own, while the others wait."""
+        pairs = self.layers.pairs(((past, new),))
+        lag = 4.0 * pairs * self.num_q_heads * self.head_dim * (share - 1 / ranks)
+        uneven = share * ranks  # the largest shard sets the pace of every hop
+        kv = self._pass_kv_bytes(ranks, new + past) * uneven
+        q = self._pass_q_bytes(ranks, new)
+        return q / self.bytes_per_s + lag / self.flops_per_s <= kv / self.bytes_per_s
+
     def _pass_kv_bytes(self, ranks: int, tokens: int) -> float:
         """Of one rank in one layer, the mean. A windowed layer sends what the two stretches of
         queries of a zigzag share see, at most."""

@@ -54,8 +54,8 @@ class Blocks:
         self.num_keys += keys
 
     def within(self, low: int, high: int) -> Blocks:
-        """The blocks with some position in ``low .. high - 1`` (none when ``high <= low``), as a new
-        object."""
+        """The blocks with some position in ``low .. high - 1``, as a new object. None when ``high
+        <= low``."""
         if high <= low:
             return Blocks()
         begin = bisect_right(self.firsts, low)

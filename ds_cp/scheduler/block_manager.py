@@ -9,7 +9,7 @@ from ds_cp.kv.blocks import BlockAllocator
 from ds_cp.kv.placement import place, place_block
 from ds_cp.kv.prefix import PrefixKeys
 from ds_cp.kv.table import SequenceTable
-from ds_cp.layout import Home
+from ds_cp.layout import Home, split_capped
 from ds_cp.plan import Transfer
 from ds_cp.scheduler.mode_policy import ModePolicy, Seats
 from ds_cp.scheduler.prefix_index import PrefixIndex
@@ -162,14 +162,24 @@ class BlockManager:
             need = blocks - len(found)
             ranks = self._ranks_with_room(room, need, want, {rank for rank, _ in found})
             if ranks:
-                inside = [n if r in ranks else 0 for r, n in enumerate(room)]
-                last = found[-1][0] if found else -1
-                counts = place(
-                    self._placement, need, open_slots=[0] * self.num_ranks, free_blocks=inside,
-                    block_size=1, last_rank=last, order=self._order,
-                )  # fmt: skip
+                level = want > 1 and self._policy.may_be_local(tokens)
+                counts = self._spread(need, room, ranks, found, level)
                 if counts is not None:
                     yield Offer(found, counts, tuple(sorted(ranks)))
+
+    def _spread(
+        self, need: int, room: Sequence[int], ranks: set[int], found: Sequence[Home], level: bool
+    ) -> Sequence[int] | None:
+        """``need`` blocks on ``ranks``: where the placement puts them, or, ``level``, as many on
+        each as they have room for. A request that could be on one rank spans to be computed faster,
+        and each rank computes over the keys that it holds."""
+        inside = [n if r in ranks else 0 for r, n in enumerate(room)]
+        if level:
+            return split_capped(need, [int(n > 0) for n in inside], inside)
+        return place(
+            self._placement, need, open_slots=[0] * self.num_ranks, free_blocks=inside,
+            block_size=1, last_rank=found[-1][0] if found else -1, order=self._order,
+        )  # fmt: skip
 
     def _local_offers(
         self, request: Request, found: list[Home], blocks: int, load: Sequence[int]

@@ -14,7 +14,7 @@ from ds_cp.scheduler.mode_policy import ModePolicy
 from ds_cp.scheduler.request import Request
 
 LEVEL = 1.1  # ratio of the largest share to the mean; up to it each home computes its own tokens
-MIN_SHARE = 16  # new tokens per rank, below which spreading the work is not worth moving KV
+MIN_SHARE = 4  # new tokens per rank, below which spreading the work is not worth moving KV
 MOST_TURNS = 8  # orders of the ranks that are tried for one chunk
 
 
@@ -59,7 +59,8 @@ def cut_chunk(
         q_runs = assign(layout, start, owned, 1)
     table.append(homes, new)
     ranks = {rank for rank, runs in enumerate(q_runs) if runs} | set(table.span)
-    mode, ring_pass = policy.choose(len(ranks), new, start)
+    share = max(map(table.num_blocks, table.span)) / len(table.homes)
+    mode, ring_pass = policy.choose(len(ranks), new, start, share)
     chunk = Chunk(
         request.number, mode, ring_pass,
         tuple((rank, runs) for rank, runs in enumerate(q_runs) if runs),

@@ -43,6 +43,11 @@ class Draft:
         return not (self.decodes or self._chunks or self.transfers or self.begins)
 
     @property
+    def has_prompts(self) -> bool:
+        """Whether the step computes prompt tokens."""
+        return bool(self._chunks)
+
+    @property
     def num_decodes(self) -> int:
         """Requests that decode in the step."""
         return sum(map(len, self.decodes.values()))

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from ds_cp.cost import CostModel, LayerWindows
 
+TILT = 1.25  # ratio of the largest share of the keys to the mean; up to it queries may travel
+
 
 @dataclass(frozen=True)
 class Seats:
@@ -79,29 +81,39 @@ class ModePolicy:
             ranks, tokens
         )
 
-    def choose(self, ranks: int, new: int, past: int) -> tuple[str, str]:
+    def choose(
+        self, ranks: int, new: int, past: int, share: float | None = None
+    ) -> tuple[str, str]:
         """(mode, ring_pass) of a step with ``new`` tokens over ``past`` stored ones on ``ranks``
-        ranks.
+        ranks, of which one holds ``share`` of the keys (None: all hold as much).
 
         auto: local on one rank; spanning decode by tree; spanning prefill by ring, or by tree when
-        more than two ranks on several hosts take part.
+        more than two ranks on several hosts take part. Where queries travel, by tree or ring
+        pass-Q, they are attended where the keys are: auto lets them only if the ranks hold about as
+        many keys each, or if that is seen to cost less.
         """
         mode = self.mode
+        level = self._level(ranks, new, past, share)
         if mode == "auto":
             if ranks == 1:
                 mode = "local"
-            elif new == 1 or (ranks > 2 and self.num_hosts > 1):
+            elif new == 1 or (ranks > 2 and self.num_hosts > 1 and level):
                 mode = "tree"
             else:
                 mode = "ring"
-        return mode, self._pass(ranks, new, past) if mode == "ring" else "kv"
+        return mode, self._pass(ranks, new, past, level) if mode == "ring" else "kv"
 
-    def _pass(self, ranks: int, new: int, past: int) -> str:
+    def _level(self, ranks: int, new: int, past: int, share: float | None) -> bool:
+        if share is None or share * ranks <= TILT:
+            return True
+        return self.cost is not None and self.cost.pass_q_pays(ranks, new, past, share)
+
+    def _pass(self, ranks: int, new: int, past: int, level: bool) -> str:
         """auto: arXiv 2411.01783, algorithm 1: KV travels if that hides under the attention or is
         the smaller message, else queries. A first chunk moves KV; without rates the message sizes
-        alone decide."""
+        alone decide. The algorithm takes the keys to be ``level``."""
         if self.ring_pass != "auto":
             return self.ring_pass
-        if past == 0 or (self.cost is not None and self.cost.kv_hides(ranks, new)):
+        if not level or past == 0 or (self.cost is not None and self.cost.kv_hides(ranks, new)):
             return "kv"
         return "q" if new * self.num_q_heads <= 2 * self.num_kv_heads * (new + past) else "kv"

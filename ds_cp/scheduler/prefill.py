@@ -106,7 +106,10 @@ class PrefillPlanner:
             if above is not None and request.priority >= above:
                 return
             load = self._load() if load is None else load
-            busy = len(self._running) > 0 or len(self._waiting) > 1
+            # Decodes want every rank a moment each step, and the pacer sees to them. A prompt that
+            # spans takes of each rank what they leave; on one rank the others would idle meanwhile.
+            prompts = draft.has_prompts or any(r.prefilling for r in self._running)
+            busy = len(self._waiting) > 1 or prompts
             if 1 + len(request.siblings) > seats or request.in_flight:
                 return
             size = self._limits.begin_bytes(

@@ -178,6 +178,7 @@ class Cluster:
         self.block_size = block_size
         self.mode = mode
         self.num_hosts = num_hosts
+        self.cost = cost
         self.budget = budget
         self.depth = depth
         self.model = Model(eos_every)
@@ -560,7 +561,14 @@ class Cluster:
             if len(ranks) == 1:
                 want = "local"
             else:
-                by_tree = item.count == 1 or (len(ranks) > 2 and self.num_hosts > 1)
+                held = [len(shard.blocks) for shard in item.shards]
+                share, n = max(held) / sum(held), len(held)
+                level = share * n <= 1.25 or (
+                    self.cost is not None
+                    and self.cost.pass_q_pays(n, item.count, item.start, share)
+                )
+                over_hosts = len(ranks) > 2 and self.num_hosts > 1 and level
+                by_tree = item.count == 1 or over_hosts
                 want = "tree" if by_tree else "ring"
             assert item.mode == want
         else:

@@ -75,6 +75,19 @@ def test_messages_of_the_design_page() -> None:
     assert LLAMA._pass_q_bytes(4, 1) == 3 / 4 * 32 * (256 + 256 + 4)
 
 
+@pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
+def test_passing_queries_costs_its_bytes_and_the_wait_for_who_holds_most(share: float) -> None:
+    for ranks, new, past in itertools.product((2, 4), (10, 900), (500, 50_000)):
+        if share * ranks < 1:
+            continue
+        pairs = sum(past + i + 1 for i in range(new))
+        work = 4.0 * 32 * 128 * pairs  # of a layer
+        lag = (share - 1 / ranks) * work / LLAMA.flops_per_s
+        q = (ranks - 1) / ranks * new * 32 * (256 + 260) / LLAMA.bytes_per_s
+        kv = (ranks - 1) * share * (new + past) * 2 * 8 * 256 / LLAMA.bytes_per_s
+        assert LLAMA.pass_q_pays(ranks, new, past, share) == (q + lag <= kv)
+
+
 def test_decode_is_two_exchanges_a_layer_more() -> None:
     alone, over = LLAMA.decode_s(1, 10_000), LLAMA.decode_s(4, 10_000)
     assert alone == pytest.approx(4 * 10_000 * 32 * 128 * 32 / 2e14)

@@ -551,7 +551,23 @@ def test_a_long_prompt_spans_when_it_is_alone_and_not_when_others_want_ranks() -
     full.add(prompt(8), greedy(9))
     stepped(full)
     big = full.add(prompt(170, 2), greedy(1))
+    full.add(prompt(170, 3), greedy(1))
     assert len(ranks_of(chunk_of(stepped(full), big))) == 2
+
+
+def test_a_long_prompt_spans_beside_decodes_with_as_many_keys_on_each_rank() -> None:
+    """Decodes want each rank for a moment of every step; a prompt on one rank left the others idle
+    for the rest. Its KV is level, so that each rank attends what it holds and nothing travels."""
+    cluster = Cluster([100] * 4, 4, cost=RATES)
+    cluster.add(prompt(8), greedy(50))
+    for _ in range(3):
+        cluster.step()
+    long = cluster.add(prompt(200, 2), greedy(9))
+    plan = stepped(cluster)
+    assert plan.decodes and len(ranks_of(chunk_of(plan, long))) == RATES.best_ranks(4, 200, 0, 9)
+    assert long.table is not None
+    held = [long.table.num_blocks(rank) for rank in long.table.span]
+    assert len(held) > 1 and max(held) - min(held) <= 1
 
 
 def test_auto_prefers_tree_over_several_hosts() -> None:
