@@ -26,7 +26,7 @@ from ds_cp.attention.pages import Pages
 from ds_cp.attention.spec import LayerSpec
 from ds_cp.attention.state import Partial
 from ds_cp.attention.visible import Rows, by_item, renumbered, visible
-from ds_cp.attention.wireform import new_rows, pack_partial, unpack_partial
+from ds_cp.attention.wireform import new_rows
 from ds_cp.comm.ring import RingExchange
 from ds_cp.comm.tree import TreeRoutes
 from ds_cp.comm.wire import Group
@@ -246,16 +246,16 @@ class _QueriesRound:
                 part = kernel.paged_attention(shard, at, pages, plan.batch(), spec)
                 answers = self._answers[origin]
                 part = Partial(answers.of(part.out), answers.of(part.lse))
-                sends.append((origin, pack_partial(part, dtype)))
+                packed = new_rows(answers.count, spec, dtype, into.out)
+                kernel.pack(part, dtype, packed)
+                sends.append((origin, packed))
             if not last:
                 shard = ring.wait()
         for peer, rows in self._back.items():
             recvs.append((peer, new_rows(rows.count, spec, dtype, into.out)))
         self._group.exchange(sends, recvs, SCHEME_Q_BACK).wait()
         for peer, arrived in recvs:
-            if len(arrived):
-                found = unpack_partial(arrived, spec, dtype)
-                self._back[peer].fold(into, found, kernel)
+            self._back[peer].fold(into, arrived, dtype, kernel)
 
     def _buffer(self, q_THD: torch.Tensor) -> torch.Tensor:
         most = max(self._counts[r] for r in self._members)

@@ -3,6 +3,8 @@ model's dtype, then lse in fp32."""
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 
 from ds_cp.attention.spec import LayerSpec
@@ -25,22 +27,32 @@ def pack_partial(part: Partial, dtype: torch.dtype) -> torch.Tensor:
     """``[T, row_bytes]`` uint8: a pass over out and one over lse. One rounding to the model's
     dtype, nothing in fp32."""
     num_rows, num_heads, v_dim = part.out.shape
-    cut = num_heads * v_dim * dtype.itemsize
-    rows = part.out.new_empty(num_rows, cut + num_heads * 4, dtype=torch.uint8)
+    width = num_heads * (v_dim * dtype.itemsize + 4)
+    rows = part.out.new_empty(num_rows, width, dtype=torch.uint8)
+    pack_into(part, dtype, rows)
+    return rows
+
+
+def pack_into(part: Partial, dtype: torch.dtype, rows: torch.Tensor) -> None:
+    """The same, to ``rows [T, row_bytes]`` uint8."""
+    cut = part.out.shape[1] * part.out.shape[2] * dtype.itemsize
     if _aligned(cut, rows.shape[1], dtype):
         rows[:, :cut].view(dtype).view(part.out.shape).copy_(part.out)
         rows[:, cut:].view(torch.float32).copy_(part.lse)
     else:
         rows[:, :cut] = dense(part.out.to(dtype).flatten(1)).view(torch.uint8)
         rows[:, cut:] = dense(part.lse.to(torch.float32)).view(torch.uint8)
-    return rows
 
 
 def unpack_partial(rows: torch.Tensor, spec: LayerSpec, dtype: torch.dtype) -> Partial:
     """The inverse of ``pack_partial``: out in ``dtype`` and lse, views of ``rows`` wherever the
     numbers are aligned to their size there. So fold it before ``rows`` is written again."""
-    shape = len(rows), spec.num_q_heads, spec.v_dim
-    cut = spec.num_q_heads * spec.v_dim * dtype.itemsize
+    return _unpacked(rows, spec.num_q_heads, spec.v_dim, dtype)
+
+
+def _unpacked(rows: torch.Tensor, num_heads: int, v_dim: int, dtype: torch.dtype) -> Partial:
+    shape = len(rows), num_heads, v_dim
+    cut = num_heads * v_dim * dtype.itemsize
     out, lse = rows[:, :cut], rows[:, cut:]
     if not _aligned(cut, rows.shape[1], dtype):
         out, lse = (x.clone(memory_format=torch.contiguous_format) for x in (out, lse))
@@ -50,3 +62,31 @@ def unpack_partial(rows: torch.Tensor, spec: LayerSpec, dtype: torch.dtype) -> P
 def _aligned(cut: int, width: int, dtype: torch.dtype) -> bool:
     """Whether every row's numbers begin at a multiple of their own size."""
     return cut % 4 == 0 and width % max(4, dtype.itemsize) == 0
+
+
+class _Merges(Protocol):
+    def merge_rows(self, into: Partial, part: Partial, rows: torch.Tensor | None) -> None: ...
+
+
+class PackedByTorch:
+    """``pack`` and ``merge_packed`` of a ``PagedKernel`` by torch's operators."""
+
+    def pack(self, part: Partial, dtype: torch.dtype, packed: torch.Tensor) -> None:
+        """As in ``PagedKernel``."""
+        pack_into(part, dtype, packed)
+
+    def merge_packed(
+        self: _Merges,
+        into: Partial,
+        packed: torch.Tensor,
+        dtype: torch.dtype,
+        rows: torch.Tensor | int,
+    ) -> None:
+        """As in ``PagedKernel``."""
+        _, num_heads, v_dim = into.out.shape
+        part = _unpacked(packed, num_heads, v_dim, dtype)
+        if isinstance(rows, int):
+            here = slice(rows, rows + len(packed))
+            self.merge_rows(Partial(into.out[here], into.lse[here]), part, None)
+        else:
+            self.merge_rows(into, part, rows)

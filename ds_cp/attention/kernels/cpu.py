@@ -17,6 +17,7 @@ from ds_cp.attention.batch import PagedBatch
 from ds_cp.attention.pages import Pages
 from ds_cp.attention.spec import LayerSpec
 from ds_cp.attention.state import NEG_INF, Partial, dense, merge_rows
+from ds_cp.attention.wireform import PackedByTorch
 from ds_cp.native import Library
 
 # The structures of the native code, field by field.
@@ -24,7 +25,8 @@ _BATCH = struct.Struct("7q")
 _LAYER = struct.Struct("9q2d")
 _CALL = struct.Struct("16q")
 _WRITE = struct.Struct("18q")
-_MERGE = struct.Struct("18q")
+_MERGE = struct.Struct("20q")
+_PACK = struct.Struct("12q")
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _FAULTS = {
     1: "it does not serve such a layer",
@@ -36,7 +38,7 @@ _FAULTS = {
 ISAS = ("avx512bf16", "avx512", "avx2", "baseline")  # by the native code's numbers
 
 
-class CpuKernel:
+class CpuKernel(PackedByTorch):
     """``PagedKernel`` of the native library. ``isa``: the variant, one of ``library.isas`` (None:
     the best); ``brgemm``: matrix products of bf16 by ATen's brgemm, which uses AMX where the
     processor has it: not by default, since that has run on no such processor yet. Raises
@@ -58,6 +60,7 @@ class CpuKernel:
         self._attend = library.function("ds_cp_paged_attention", [call] * 3, ctypes.c_int64)
         self._write = library.function("ds_cp_write_pages", [call], ctypes.c_int64)
         self._merge = library.function("ds_cp_merge_rows", [call], ctypes.c_int64)
+        self._pack = library.function("ds_cp_pack_rows", [call], ctypes.c_int64)
 
     def refuses(self, spec: LayerSpec, block_size: int, dtype: torch.dtype) -> str:
         """As in ``PagedKernel``."""
@@ -154,32 +157,110 @@ class CpuKernel:
 
     def merge_rows(self, into: Partial, part: Partial, rows: torch.Tensor | None) -> None:
         """As in ``PagedKernel``."""
-        out, lse = into.out, into.lse
-        if out.dtype != torch.float32 or lse.dtype != torch.float32 or out.stride(2) != 1:
+        out, lse = part.out, part.lse
+        if not _is_plain(into):
             merge_rows(into, part, rows)
             return
-        part_out, part_lse = dense(part.out.to(torch.float32)), part.lse.to(torch.float32)
-        num_rows, heads, dim = part_out.shape
+        if out.dtype not in _TYPES or out.stride(2) != 1:
+            out = dense(out.to(torch.float32))
+        if lse.dtype != torch.float32:
+            lse = lse.to(torch.float32)
+        num_rows, heads, dim = out.shape
         if (
-            out.shape[1:] != (heads, dim)
+            into.out.shape[1:] != (heads, dim)
             or not out.device.type == lse.device.type == "cpu"
-            or not part_out.device.type == part_lse.device.type == "cpu"
-            or lse.shape != out.shape[:2]
-            or part_lse.shape != (num_rows, heads)
-            or (rows is None and num_rows != len(out))
-            or (rows is not None and rows.shape != (num_rows,))
+            or lse.shape != (num_rows, heads)
+            or (rows is None and num_rows != len(into.out))
         ):
-            raise ValueError(f"{tuple(part_out.shape)} does not fold into {tuple(out.shape)}")
-        rows = None if rows is None else _indices(rows)
+            raise ValueError(f"{tuple(out.shape)} does not fold into {tuple(into.out.shape)}")
+        size = out.itemsize
+        self._fold(
+            into, 0 if rows is None else rows, num_rows,
+            _TYPES[out.dtype], out.data_ptr(), out.stride(0) * size, out.stride(1) * size,
+            lse.data_ptr(), lse.stride(0) * 4, lse.stride(1) * 4,
+        )  # fmt: skip
+
+    def pack(self, part: Partial, dtype: torch.dtype, packed: torch.Tensor) -> None:
+        """As in ``PagedKernel``. Raises ``ValueError`` for tensors that do not fit together."""
+        out, lse = part.out, part.lse
+        if dtype not in _TYPES or not _is_plain(part):
+            super().pack(part, dtype, packed)
+            return
+        num_rows, heads, dim = out.shape
+        _check_packed(packed, (num_rows, heads * (dim * dtype.itemsize + 4)))
+        args = _PACK.pack(
+            out.data_ptr(), out.stride(0), out.stride(1),
+            lse.data_ptr(), lse.stride(0), lse.stride(1),
+            packed.data_ptr(), _TYPES[dtype], num_rows, heads, dim, torch.get_num_threads(),
+        )  # fmt: skip
+        if self._pack(args):
+            raise ValueError("the cpu kernel cannot pack such a partial")
+
+    def merge_packed(
+        self,
+        into: Partial,
+        packed: torch.Tensor,
+        dtype: torch.dtype,
+        rows: torch.Tensor | int,
+    ) -> None:
+        """As in ``PagedKernel``. Raises ``ValueError`` for tensors that do not fit together."""
+        if dtype not in _TYPES or not _is_plain(into):
+            super().merge_packed(into, packed, dtype, rows)
+            return
+        _, heads, dim = into.out.shape
+        size, num_rows = dtype.itemsize, len(packed)
+        cut = heads * dim * size
+        width = cut + heads * 4
+        _check_packed(packed, (num_rows, width))
+        at = packed.data_ptr()
+        self._fold(
+            into, rows, num_rows, _TYPES[dtype], at, width, dim * size, at + cut, width, 4
+        )  # fmt: skip
+
+    def _fold(
+        self, into: Partial, rows: torch.Tensor | int, num_rows: int, *part: int
+    ) -> None:  # fmt: skip
+        """``rows``: an index vector, or the first row. ``part``: type, then address and strides in
+        bytes of out and of lse, which are there for ``num_rows``."""
+        out, lse = into.out, into.lse
+        at, first = 0, rows
+        if not isinstance(rows, int):
+            rows = _indices(rows)
+            if len(rows) != num_rows:
+                raise ValueError(f"{num_rows} rows do not fold into {len(rows)}")
+            at, first = rows.data_ptr(), 0
         args = _MERGE.pack(
             out.data_ptr(), out.stride(0), out.stride(1),
-            lse.data_ptr(), lse.stride(0), lse.stride(1), len(out),
-            part_out.data_ptr(), part_out.stride(0), part_out.stride(1),
-            part_lse.data_ptr(), part_lse.stride(0), part_lse.stride(1),
-            0 if rows is None else rows.data_ptr(), num_rows, heads, dim, torch.get_num_threads(),
+            lse.data_ptr(), lse.stride(0), lse.stride(1), len(out), *part,
+            at, first, num_rows, out.shape[1], out.shape[2], torch.get_num_threads(),
         )  # fmt: skip
         if self._merge(args):
             raise ValueError("the cpu kernel cannot merge: a row is not there")
+
+
+def _is_plain(part: Partial) -> bool:
+    """Whether the native code can read and write it: fp32, dense in its last dimension, here.
+    Raises ``ValueError`` where out and lse do not fit together."""
+    out, lse = part.out, part.lse
+    if lse.shape != out.shape[:2]:
+        raise ValueError(f"lse {tuple(lse.shape)} is not of out {tuple(out.shape)}")
+    return (
+        out.dtype == lse.dtype == torch.float32
+        and out.stride(2) == 1
+        and out.device.type == lse.device.type == "cpu"
+    )
+
+
+def _check_packed(packed: torch.Tensor, shape: tuple[int, int]) -> None:
+    if (
+        packed.shape != shape
+        or packed.dtype != torch.uint8
+        or packed.device.type != "cpu"
+        or not packed.is_contiguous()
+    ):
+        raise ValueError(
+            f"{tuple(packed.shape)} {packed.dtype} is no {shape[0]} rows of {shape[1]} bytes"
+        )
 
 
 def _rounded(x: float) -> float:

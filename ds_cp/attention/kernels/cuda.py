@@ -23,6 +23,7 @@ from ds_cp.attention.kernels.kernel import PagedKernel
 from ds_cp.attention.pages import Pages
 from ds_cp.attention.spec import LayerSpec
 from ds_cp.attention.state import Partial, dense, empty_partial
+from ds_cp.attention.wireform import PackedByTorch
 from ds_cp.layout import Blocks
 
 SQUARE_ROWS = 256  # least rows of a square; for fewer, launches cost more than they save
@@ -49,7 +50,7 @@ class _Plan:
     whole: bool  # the squares are all there is
 
 
-class CudaKernel:
+class CudaKernel(PackedByTorch):
     """``PagedKernel`` over plain pages: ``paged`` and, for layers for which one is right, an
     operator of ``choices``."""
 

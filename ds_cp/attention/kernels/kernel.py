@@ -62,6 +62,22 @@ class PagedKernel(Protocol):
         once; None: all, in order) of ``into``, which is fp32 and overwritten."""
         ...
 
+    def pack(self, part: Partial, dtype: torch.dtype, packed: torch.Tensor) -> None:
+        """Write ``part``, T rows, as rows on the wire with out in ``dtype``: ``packed [T,
+        row_bytes]`` uint8, contiguous (see ``ds_cp.attention.wireform``)."""
+        ...
+
+    def merge_packed(
+        self,
+        into: Partial,
+        packed: torch.Tensor,
+        dtype: torch.dtype,
+        rows: torch.Tensor | int,
+    ) -> None:
+        """``merge_rows`` of what ``pack`` wrote. ``rows``: int64 ``[R]``, or the first of R rows
+        that follow one another."""
+        ...
+
 
 @runtime_checkable
 class SquareKernel(PagedKernel, Protocol):

@@ -21,6 +21,7 @@ from ds_cp.attention.pages import Pages
 from ds_cp.attention.spec import LayerSpec
 from ds_cp.attention.state import NEG_INF, Partial, dense, empty_partial, merge_rows, split_heads
 from ds_cp.attention.tiles import Tile, cover
+from ds_cp.attention.wireform import PackedByTorch
 from ds_cp.layout import Run, join, total
 
 STRETCH_KEYS = 16_384  # keys gathered at once; stretches begin at multiples of it in positions
@@ -50,7 +51,7 @@ class _Plan:
     values: torch.Tensor
 
 
-class TorchKernel:
+class TorchKernel(PackedByTorch):
     """``PagedKernel`` by torch's operators."""
 
     name = "sdpa"

@@ -14,12 +14,13 @@ from ds_cp.attention.kernels.triton_tables import MAX_DIM, Call, prefill_tile
 from ds_cp.attention.pages import Pages, PageShape, empty_pages
 from ds_cp.attention.spec import LayerSpec
 from ds_cp.attention.state import Partial, dense, empty_partial, merge_rows
+from ds_cp.attention.wireform import PackedByTorch
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 CAPABILITY = (8, 0)  # of the oldest device that its tiles are made for
 
 
-class TritonKernel:
+class TritonKernel(PackedByTorch):
     """``PagedKernel`` by Triton: requests with few rows by split keys, the others by tiles of rows.
     Which of the two serves a request depends on that request and the layer alone. They differ by
     rounding; with ``deterministic`` all go by tiles, so that a row does not depend on how its

@@ -37,7 +37,7 @@ LINE = 64
 
 @contextmanager
 def seats(
-    members: int, ring_bytes: int = PAGE, lives: Sequence[int] | None = None, spin_s: float = 0.0
+    members: int, ring_bytes: int = PAGE, lives: Sequence[int] | None = None, look_s: float = 0.0
 ) -> Iterator[list[Channel]]:
     """Every seat of a new channel."""
     shape = Shape(members, ring_bytes)
@@ -47,7 +47,7 @@ def seats(
         found = []
         for me in range(members):
             seat = Channel(
-                LIBRARY, fd, shape, me, TOKEN, list(lives or [-1] * members), spin_s, make=me == 0
+                LIBRARY, fd, shape, me, TOKEN, list(lives or [-1] * members), look_s, make=me == 0
             )
             stack.callback(seat.close)
             found.append(seat)
@@ -191,9 +191,9 @@ def test_tensors_live_until_their_exchange_is_through() -> None:
         assert torch.equal(got, payload(7, 200_000)) and len(noise) == 20
 
 
-@pytest.mark.parametrize("spin_s", [0.0, 0.001])
-def test_a_silent_peer_runs_into_the_limit(spin_s: float) -> None:
-    with seats(3, spin_s=spin_s) as found:
+@pytest.mark.parametrize("look_s", [0.0, 0.001])
+def test_a_silent_peer_runs_into_the_limit(look_s: float) -> None:
+    with seats(3, look_s=look_s) as found:
         number = found[0].post([], [(2, torch.zeros(4))])
         err, seconds = refused(found[0], number, 0.3)
         assert (err.reason, err.peer) == (ch.SILENT, 2) and 0.29 <= seconds < 2
@@ -304,7 +304,7 @@ def test_closing_ends_my_own_wait_and_may_be_done_twice() -> None:
 def test_closing_while_other_threads_are_in_any_call() -> None:
     """As when a rank gives up on one thread and the step goes on for a moment on another."""
     for turn in range(24):
-        with seats(2, spin_s=0.0001 * (turn % 2)) as (one, other):
+        with seats(2, look_s=0.0001 * (turn % 2)) as (one, other):
             started = threading.Barrier(4)
 
             def until_closed(*calls: Any, started: threading.Barrier = started) -> None:
