@@ -2,16 +2,18 @@
 
     torchrun --nproc-per-node 2 -m benchmarks.modes [--rounds N] [--quick] [--out FILE]
 
-One layer with one thread a rank, and both sides of a row in turns in one run. ``prefill``: a prompt
-by ring pass-KV, against the same prompt by the same kernel on one rank, divided by the ranks
+One thread a rank, and both sides of a row in turns in one run. ``prefill``: a layer of a prompt by
+ring pass-KV, against the same prompt by the same kernel on one rank, divided by the ranks
 (efficiency). ``batch``: prompts of log-uniform lengths as the scheduler deals them out, in one
 round, against each of them on one rank as above (efficiency), against a round for each (per
 sequence) and against all of them as long as the longest (padded); busiest: the most pairs of a rank
 over the mean, together and dealt out one by one. ``decode``: one stream whose keys are spread
-evenly, by tree, against its local part alone. ``streams``: 64 streams that span, against 64 that
-are local, with as many keys in all; the time of the bare exchanges (measured by themselves) is
-taken off. ``routes``: seconds to plan 64 streams over 128 ranks, with routes that are new and that
-are kept. A time is the least of its rounds, on the slowest rank.
+evenly, by tree, against its local part alone, which all ranks attend at once; a layer's time in a
+step of 8 layers one after the other, each with pages of its own. ``streams``: 64 streams that span,
+against 64 that are local, with as many keys in all, in a step of two layers; the time of the bare
+exchanges (measured by themselves) is taken off. ``routes``: seconds to plan 64 streams over 128
+ranks, with routes that are new and that are kept. A time is the least of its rounds, a median that
+of its rounds, each round on its slowest rank; ratios are of the least and of the medians.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from __future__ import annotations
 import math
 import os
 import random
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -37,6 +40,7 @@ from ds_cp.attention.state import empty_partial
 from ds_cp.comm.tree import Route
 from ds_cp.comm.wire import Group, World
 from ds_cp.config import load_config
+from ds_cp.kv.pool import KVPool
 from ds_cp.kv.table import SequenceTable
 from ds_cp.layout import Block, Blocks, Runs, positions, split_even, total, zigzag
 from ds_cp.sampling_params import SamplingParams
@@ -50,6 +54,7 @@ from ds_cp.topology.job import detect
 
 BLOCK, STREAMS = 64, 64
 PROMPTS, SHORTEST, LONGEST = 16, 64, 4096  # of the batch; tokens
+LAYERS, WIDE_LAYERS = 8, 2  # of a step with one stream, and with many, whose pages fit no cache
 Work = Callable[[], object]
 
 
@@ -96,8 +101,57 @@ def layer(
     return once
 
 
+def step(
+    group: Group, kernel: PagedKernel, spec: LayerSpec, mode: str, items: Sequence[Shards],
+    pool: KVPool, layers: int,
+) -> Work:  # fmt: skip
+    """The attention of a whole step, layer by layer."""
+    upload, me = IndexUpload(), group.rank
+    one = make_mode(mode, "kv", items, group, 0, [None], upload, TreeRoutes())
+    upload.send(group.device)
+    at = torch.tensor([p for item in items for p in positions(item.q_runs[me])], dtype=torch.int64)
+    q = torch.randn(layers, spec.num_q_heads, len(at), spec.head_dim).to(pool.dtype).transpose(1, 2)
+    each = list(zip(q.unbind(), map(pool.layer, range(layers)), strict=True))
+
+    def once() -> None:
+        for q_THD, pages in each:
+            into = empty_partial(len(at), spec.num_q_heads, spec.v_dim)
+            one(q_THD, at, pages, kernel, spec, into)
+
+    return once
+
+
+def filled_pool(
+    kernel: PagedKernel, spec: LayerSpec, dtype: torch.dtype, blocks: int, layers: int
+) -> KVPool:
+    """Random pages of several layers, as a worker keeps them."""
+    specs, device = [spec] * layers, torch.device("cpu")
+    pool = KVPool(specs, blocks, BLOCK, dtype, device, kernel.packed)
+    for i in range(layers):
+        pool.layer(i).data.normal_()
+    return pool
+
+
+def in_steps(
+    world: World, works: dict[str, Work], rounds: int, layers: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Seconds of a layer of each: the least of the rounds and their median, of each round those of
+    the slowest rank."""
+    seconds = rounds_in_turns(world, works, rounds)
+    each = {name: [x / layers for x in slowest(world, all_)] for name, all_ in seconds.items()}
+    least = {name: min(values) for name, values in each.items()}
+    return least, {name: statistics.median(values) for name, values in each.items()}
+
+
 def in_turns(world: World, works: dict[str, Work], rounds: int) -> dict[str, float]:
     """The least seconds of each, on the slowest rank."""
+    seconds = rounds_in_turns(world, works, rounds)
+    least = slowest(world, [min(values) for values in seconds.values()])
+    return dict(zip(works, least, strict=True))
+
+
+def rounds_in_turns(world: World, works: dict[str, Work], rounds: int) -> dict[str, list[float]]:
+    """This rank's seconds of every round but a first one."""
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(rounds + 1):
         for name, work in works.items():
@@ -106,8 +160,7 @@ def in_turns(world: World, works: dict[str, Work], rounds: int) -> dict[str, flo
             work()
             if turn:
                 seconds[name].append(time.perf_counter() - began)
-    least = slowest(world, [min(values) for values in seconds.values()])
-    return dict(zip(works, least, strict=True))
+    return seconds
 
 
 def on_one(item: Shards, me: int) -> Shards:
@@ -210,6 +263,18 @@ def exchanges(group: Group, spec: LayerSpec, dtype: torch.dtype, rows: int) -> W
     return once
 
 
+def repeated(work: Work, times: int) -> Work:
+    def all_of_them() -> None:
+        for _ in range(times):
+            work()
+
+    return all_of_them
+
+
+def _medians(found: dict[str, float]) -> dict[str, float]:
+    return {f"{name} median": value for name, value in found.items()}
+
+
 def routes() -> dict[str, float]:
     """Seconds for 64 streams over all of 128 ranks on 16 hosts: finding who holds what, making the
     route, and finding one that is kept."""
@@ -254,26 +319,34 @@ def measure(
     rows.append(batch(world, group, kernel, small, dtype, longest, max(3, rounds // 10)))
     for keys in (4096, 32768):
         half = decode(keys // ranks, group.rank, ranks, local=True)
-        works = {
-            "local part": layer(group, kernel, spec, dtype, "local", [half]),
-            "tree": layer(group, kernel, spec, dtype, "tree", [decode(keys, 0, ranks)]),
-            "exchange": exchanges(group, spec, dtype, 1),
+        pool = filled_pool(kernel, spec, dtype, keys // BLOCK // ranks, LAYERS)
+        bare = exchanges(group, spec, dtype, 1)
+        works: dict[str, Work] = {
+            "local part": step(group, kernel, spec, "local", [half], pool, LAYERS),
+            "tree": step(group, kernel, spec, "tree", [decode(keys, 0, ranks)], pool, LAYERS),
+            "exchange": repeated(bare, LAYERS),
         }
-        found = in_turns(world, works, rounds)
-        more = found["tree"] / found["local part"] - 1
-        rows.append({"what": f"decode {keys}", **found, "more": round(more, 3)})
+        least, median = in_steps(world, works, rounds, LAYERS)
+        row = {"what": f"decode {keys}", **least, **_medians(median)}
+        row["more"] = round(least["tree"] / least["local part"] - 1, 3)
+        row["more at the median"] = round(median["tree"] / median["local part"] - 1, 3)
+        rows.append(row)
     keys = 2048
     each = keys // BLOCK
     span = [decode(keys, i % ranks, ranks, i * each // ranks) for i in range(STREAMS)]
     home = [decode(keys, i % ranks, ranks, i // ranks * each, True) for i in range(STREAMS)]
+    pool = filled_pool(kernel, spec, dtype, STREAMS * each // ranks, WIDE_LAYERS)
+    bare = exchanges(group, spec, dtype, STREAMS // ranks)
     works = {
-        "local": layer(group, kernel, spec, dtype, "local", home),
-        "tree": layer(group, kernel, spec, dtype, "tree", span),
-        "exchange": exchanges(group, spec, dtype, STREAMS // ranks),
+        "local": step(group, kernel, spec, "local", home, pool, WIDE_LAYERS),
+        "tree": step(group, kernel, spec, "tree", span, pool, WIDE_LAYERS),
+        "exchange": repeated(bare, WIDE_LAYERS),
     }
-    found = in_turns(world, works, rounds)
-    ratio = (found["tree"] - found["exchange"]) / found["local"]
-    rows.append({"what": f"{STREAMS} streams", **found, "beyond the exchange": round(ratio, 3)})
+    least, median = in_steps(world, works, max(3, rounds // 3), WIDE_LAYERS)
+    row = {"what": f"{STREAMS} streams", **least, **_medians(median)}
+    for name, found in (("beyond the exchange", least), ("beyond, at the median", median)):
+        row[name] = round((found["tree"] - found["exchange"]) / found["local"], 3)
+    rows.append(row)
     rows.append({"what": "routes", **routes()})
     return rows
 
@@ -300,7 +373,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("| what | figures (ms) | ratio |\n|---|---|---|")
         for row in rows:
             times = ", ".join(
-                f"{k} {v * 1e3:.3f}" for k, v in row.items() if k in _TIMES or k.endswith("_s")
+                f"{k} {v * 1e3:.3f}"
+                for k, v in row.items()
+                if k.removesuffix(" median") in _TIMES or k.endswith("_s")
             )
             rest = ", ".join(f"{k} {v}" for k, v in row.items() if k in _RATIOS)
             print(f"| {row['what']} | {times} | {rest} |")
@@ -314,7 +389,7 @@ _TIMES = (
 )  # fmt: skip
 _RATIOS = (
     "efficiency", "busiest", "busiest one by one", "per sequence / fused", "padded / fused", "more",
-    "beyond the exchange",
+    "more at the median", "beyond the exchange", "beyond, at the median",
 )  # fmt: skip
 
 
