@@ -10,14 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from ds_cp.attention.batch import BatchPlan, IndexUpload, Part, Shards
-from ds_cp.attention.kernels import PagedKernel
+from ds_cp.attention.kernels import Call, Merge, PagedKernel
 from ds_cp.attention.pages import Pages
 from ds_cp.attention.spec import LayerSpec
-from ds_cp.attention.state import Partial, empty_partial
+from ds_cp.attention.state import NEG_INF, Partial, empty_partial
 from ds_cp.attention.visible import Rows, sees, visible
 from ds_cp.attention.wireform import new_rows
 from ds_cp.comm.tree import Ask, RowBlock, TreeRoutes
@@ -52,19 +53,6 @@ class _Peer:
             self.own.copy(mine, out[:cut])
         self.carried.copy(others, out[cut:])
 
-    def fold(
-        self, packed: torch.Tensor, dtype: torch.dtype, mine: Partial, others: Partial | None,
-        kernel: PagedKernel,
-    ) -> None:  # fmt: skip
-        """Merge its answers into my rows and into those that I carry (``others``, None when there
-        are none)."""
-        if others is None or not self.carried.count:
-            self.own.fold(mine, packed, dtype, kernel)
-            return
-        cut = self.own.count
-        self.own.fold(mine, packed[:cut], dtype, kernel)
-        self.carried.fold(others, packed[cut:], dtype, kernel)
-
 
 @dataclass(frozen=True)
 class _Level:
@@ -82,26 +70,34 @@ class _Wires:
     them. A layer waits for all of them before the next one begins."""
 
     def __init__(
-        self, level: _Level, group: Group, q_THD: torch.Tensor, arrived: torch.Tensor,
-        spec: LayerSpec, schemes: tuple[str, str],
+        self, level: _Level, group: Group, schemes: tuple[str, str], like: torch.Tensor,
+        spec: LayerSpec, arrived: torch.Tensor, part: Partial, kernel: PagedKernel,
     ) -> None:  # fmt: skip
-        self._level, self._dtype = level, q_THD.dtype
-
-        def rows(count: int) -> torch.Tensor:
-            return new_rows(count, spec, q_THD.dtype, q_THD)
-
+        """``arrived``: queries of others; ``part``: what is found for them; ``like``: queries of
+        such layers."""
         self._asked = {peer.which: peer for peer in level.asks}
         self._queries = {
-            which: q_THD.new_empty(peer.count, *q_THD.shape[1:])
+            which: like.new_empty(peer.count, *like.shape[1:])
             for which, peer in self._asked.items()
         }
-        self._packed = rows(level.end - level.begin)
-        self._answers = [rows(peer.count) for peer in level.asks]
         going = [(peer.rank, self._queries[peer.which]) for peer in level.asks]
-        coming = _cut(arrived[level.begin : level.end], level.asked_by)
-        self._ask = group.prepare(going, coming, schemes[0])
-        found = [(p.rank, x) for p, x in zip(level.asks, self._answers, strict=True)]
-        self._back = group.prepare(_cut(self._packed, level.asked_by), found, schemes[1])
+        here = slice(level.begin, level.end)
+        self._ask = group.prepare(going, _cut(arrived[here], level.asked_by), schemes[0])
+        packed = new_rows(level.end - level.begin, spec, like.dtype, like)
+        found = Partial(part.out[here], part.lse[here])
+        self._pack = kernel.packing(found, like.dtype, packed) if level.asked_by else None
+        answers = [new_rows(peer.count, spec, like.dtype, like) for peer in level.asks]
+        coming = [(p.rank, x) for p, x in zip(level.asks, answers, strict=True)]
+        self._back = group.prepare(_cut(packed, level.asked_by), coming, schemes[1])
+        self._mine: list[Merge] = []  # by rank: of the rows that are mine in an answer
+        self._carried: list[Call] = []  # and of the others
+        for peer, rows in zip(level.asks, answers, strict=True):
+            cut = peer.own.count
+            if cut:
+                self._mine.append(peer.own.merging(rows[:cut], like.dtype, spec, kernel))
+            if peer.carried.count:
+                merge = peer.carried.merging(rows[cut:], like.dtype, spec, kernel)
+                self._carried.append(merge(part))
 
     def ask(self, q_THD: torch.Tensor, arrived: torch.Tensor) -> Pending:
         """Send queries to whom I ask; those of who asks me come into ``arrived``."""
@@ -109,19 +105,26 @@ class _Wires:
             self._asked[which].copy(q_THD, arrived, queries)
         return self._ask.start()
 
-    def answer(self, part: Partial | None, into: Partial, kernel: PagedKernel) -> None:
-        """Send who asks me its rows of ``part``; merge what I am answered, by rank, into ``into``
-        and into the rows of ``part`` that I carry."""
-        level = self._level
-        if part is not None and level.asked_by:
-            mine = part
-            if len(part.out) != len(self._packed):
-                at = slice(level.begin, level.end)
-                mine = Partial(part.out[at], part.lse[at])
-            kernel.pack(mine, self._dtype, self._packed)
-        self._back.start().wait()
-        for peer, rows in zip(level.asks, self._answers, strict=True):
-            peer.fold(rows, self._dtype, into, part, kernel)
+    def answer(self, into: Partial) -> None:
+        """Send who asks me what was found; merge what I am answered, by rank, into ``into`` and
+        into what was found for those that I carry."""
+        if self._pack is not None:
+            self._pack()
+        pending = self._back.start()
+        merges = [merge(into) for merge in self._mine]
+        pending.wait()
+        for merge in (*merges, *self._carried):
+            merge()
+
+
+class _Layers(NamedTuple):
+    """What all layers of one shape share: queries of others that arrive, what is found for them,
+    the messages of both levels."""
+
+    arrived: torch.Tensor
+    part: Partial
+    between: _Wires | None
+    inside: _Wires
 
 
 class Asking:
@@ -174,7 +177,7 @@ class Asking:
         carried = route.rows_in(i for found in route.carried.values() for i in found)
         self._between = _Level(away, counts(route.carried), 0, carried) if route.between else None
         self._inside = _Level(inside, counts(route.asked), carried, self._arriving)
-        self._shapes: dict[object, tuple[torch.Tensor, _Wires | None, _Wires]] = {}
+        self._shapes: dict[object, _Layers] = {}
 
     def __call__(
         self,
@@ -185,40 +188,41 @@ class Asking:
         spec: LayerSpec,
         into: Partial,
     ) -> None:
-        """As in ``Mode``."""
-        arrived, between, inside = self._wires(q_THD, spec)
+        """As in ``Mode``. What comes after a wait is made ready before it."""
+        arrived, part, between, inside = self._layers_like(q_THD, spec, kernel)
         if between is not None:
             between.ask(q_THD, arrived).wait()
         pending = inside.ask(q_THD, arrived)
         if self._own is not None:
             kernel.paged_attention(q_THD, q_positions, pages, self._own.batch(), spec, into)
-        pending.wait()
-        part: Partial | None
+        attend: Call | None = None
+        if self._arriving:
+            part.out.zero_()
+            part.lse.fill_(NEG_INF)
         if self._asked is not None:
             at = self._upload[self._asked_at]
-            part = kernel.paged_attention(arrived, at, pages, self._asked.batch(), spec)
-        elif self._arriving:
-            part = empty_partial(self._arriving, spec.num_q_heads, spec.v_dim, arrived.device)
-        else:
-            part = None  # nobody asks this rank: it only asks
-        inside.answer(part, into, kernel)
+            attend = kernel.attending(arrived, at, pages, self._asked.batch(), spec, part)
+        pending.wait()
+        if attend is not None:
+            attend()
+        inside.answer(into)
         if between is not None:
-            between.answer(part, into, kernel)
+            between.answer(into)
 
-    def _wires(
-        self, q_THD: torch.Tensor, spec: LayerSpec
-    ) -> tuple[torch.Tensor, _Wires | None, _Wires]:
-        """Of layers of that shape: where queries of others arrive, and both levels' messages."""
-        shape = spec.num_q_heads, spec.head_dim, spec.v_dim, q_THD.dtype
+    def _layers_like(self, q_THD: torch.Tensor, spec: LayerSpec, kernel: PagedKernel) -> _Layers:
+        dtype, heads = q_THD.dtype, spec.num_q_heads
+        shape = kernel, heads, spec.head_dim, spec.v_dim, dtype
         found = self._shapes.get(shape)
         if found is None:
-            arrived = q_THD.new_empty(self._arriving, spec.num_q_heads, spec.head_dim)
+            arrived = q_THD.new_empty(self._arriving, heads, spec.head_dim)
+            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            part = empty_partial(self._arriving, heads, spec.v_dim, q_THD.device, wide)
 
             def wires(level: _Level) -> _Wires:
-                return _Wires(level, self._group, q_THD, arrived, spec, self._schemes)
+                return _Wires(level, self._group, self._schemes, q_THD, spec, arrived, part, kernel)
 
             between = None if self._between is None else wires(self._between)
-            found = self._shapes[shape] = arrived, between, wires(self._inside)
+            found = self._shapes[shape] = _Layers(arrived, part, between, wires(self._inside))
         return found
 
 

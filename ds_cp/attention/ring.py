@@ -247,7 +247,7 @@ class _QueriesRound:
                 answers = self._answers[origin]
                 part = Partial(answers.of(part.out), answers.of(part.lse))
                 packed = new_rows(answers.count, spec, dtype, into.out)
-                kernel.pack(part, dtype, packed)
+                kernel.packing(part, dtype, packed)()
                 sends.append((origin, packed))
             if not last:
                 shard = ring.wait()
@@ -255,7 +255,8 @@ class _QueriesRound:
             recvs.append((peer, new_rows(rows.count, spec, dtype, into.out)))
         self._group.exchange(sends, recvs, SCHEME_Q_BACK).wait()
         for peer, arrived in recvs:
-            self._back[peer].fold(into, arrived, dtype, kernel)
+            if len(arrived):
+                self._back[peer].merging(arrived, dtype, spec, kernel)(into)()
 
     def _buffer(self, q_THD: torch.Tensor) -> torch.Tensor:
         most = max(self._counts[r] for r in self._members)

@@ -11,8 +11,8 @@ from typing import TypeVar
 import torch
 
 from ds_cp.attention.batch import Blocks, IndexUpload, Shards
-from ds_cp.attention.kernels import PagedKernel
-from ds_cp.attention.state import Partial
+from ds_cp.attention.kernels import Merge, PagedKernel
+from ds_cp.attention.spec import LayerSpec
 from ds_cp.layout import Runs
 
 P = TypeVar("P")
@@ -134,13 +134,11 @@ class Rows:
         else:
             torch.index_select(x, 0, self._upload[self._where], out=out)
 
-    def fold(
-        self, into: Partial, packed: torch.Tensor, dtype: torch.dtype, kernel: PagedKernel
-    ) -> None:
-        """Merge ``packed``, a row on the wire for each, with out in ``dtype``, into these rows of
-        ``into``."""
-        if not self.count:
-            return
+    def merging(
+        self, packed: torch.Tensor, dtype: torch.dtype, spec: LayerSpec, kernel: PagedKernel
+    ) -> Merge:
+        """Merges ``packed``, a row on the wire for each, with out in ``dtype``, into these rows of
+        a partial."""
         first = self._stretch
         rows = self._upload[self._where] if first is None else first.start
-        kernel.merge_packed(into, packed, dtype, rows)
+        return kernel.merging(packed, dtype, rows, spec.num_q_heads, spec.v_dim)

@@ -3,8 +3,6 @@ model's dtype, then lse in fp32."""
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 
 from ds_cp.attention.spec import LayerSpec
@@ -44,13 +42,9 @@ def pack_into(part: Partial, dtype: torch.dtype, rows: torch.Tensor) -> None:
         rows[:, cut:] = dense(part.lse.to(torch.float32)).view(torch.uint8)
 
 
-def unpack_partial(rows: torch.Tensor, spec: LayerSpec, dtype: torch.dtype) -> Partial:
+def unpack_partial(rows: torch.Tensor, num_heads: int, v_dim: int, dtype: torch.dtype) -> Partial:
     """The inverse of ``pack_partial``: out in ``dtype`` and lse, views of ``rows`` wherever the
     numbers are aligned to their size there. So fold it before ``rows`` is written again."""
-    return _unpacked(rows, spec.num_q_heads, spec.v_dim, dtype)
-
-
-def _unpacked(rows: torch.Tensor, num_heads: int, v_dim: int, dtype: torch.dtype) -> Partial:
     shape = len(rows), num_heads, v_dim
     cut = num_heads * v_dim * dtype.itemsize
     out, lse = rows[:, :cut], rows[:, cut:]
@@ -62,31 +56,3 @@ def _unpacked(rows: torch.Tensor, num_heads: int, v_dim: int, dtype: torch.dtype
 def _aligned(cut: int, width: int, dtype: torch.dtype) -> bool:
     """Whether every row's numbers begin at a multiple of their own size."""
     return cut % 4 == 0 and width % max(4, dtype.itemsize) == 0
-
-
-class _Merges(Protocol):
-    def merge_rows(self, into: Partial, part: Partial, rows: torch.Tensor | None) -> None: ...
-
-
-class PackedByTorch:
-    """``pack`` and ``merge_packed`` of a ``PagedKernel`` by torch's operators."""
-
-    def pack(self, part: Partial, dtype: torch.dtype, packed: torch.Tensor) -> None:
-        """As in ``PagedKernel``."""
-        pack_into(part, dtype, packed)
-
-    def merge_packed(
-        self: _Merges,
-        into: Partial,
-        packed: torch.Tensor,
-        dtype: torch.dtype,
-        rows: torch.Tensor | int,
-    ) -> None:
-        """As in ``PagedKernel``."""
-        _, num_heads, v_dim = into.out.shape
-        part = _unpacked(packed, num_heads, v_dim, dtype)
-        if isinstance(rows, int):
-            here = slice(rows, rows + len(packed))
-            self.merge_rows(Partial(into.out[here], into.lse[here]), part, None)
-        else:
-            self.merge_rows(into, part, rows)

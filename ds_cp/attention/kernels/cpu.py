@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import ctypes
 import struct
+from functools import partial
 from typing import Any
 
 import torch
 
 from ds_cp.attention.batch import PagedBatch
+from ds_cp.attention.kernels.cpu_partials import TYPES, CpuPartials, indices, run
+from ds_cp.attention.kernels.kernel import Call
 from ds_cp.attention.pages import Pages
 from ds_cp.attention.spec import LayerSpec
-from ds_cp.attention.state import NEG_INF, Partial, dense, merge_rows
-from ds_cp.attention.wireform import PackedByTorch
+from ds_cp.attention.state import NEG_INF, Partial, dense
 from ds_cp.native import Library
 
 # The structures of the native code, field by field.
@@ -25,9 +27,6 @@ _BATCH = struct.Struct("7q")
 _LAYER = struct.Struct("9q2d")
 _CALL = struct.Struct("16q")
 _WRITE = struct.Struct("18q")
-_MERGE = struct.Struct("20q")
-_PACK = struct.Struct("12q")
-_TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _FAULTS = {
     1: "it does not serve such a layer",
     2: "rows of queries are named that are not there, or a position is below 0",
@@ -38,7 +37,7 @@ _FAULTS = {
 ISAS = ("avx512bf16", "avx512", "avx2", "baseline")  # by the native code's numbers
 
 
-class CpuKernel(PackedByTorch):
+class CpuKernel(CpuPartials):
     """``PagedKernel`` of the native library. ``isa``: the variant, one of ``library.isas`` (None:
     the best); ``brgemm``: matrix products of bf16 by ATen's brgemm, which uses AMX where the
     processor has it: not by default, since that has run on no such processor yet. Raises
@@ -56,15 +55,14 @@ class CpuKernel(PackedByTorch):
             raise ValueError("torch has no brgemm for this processor")
         self.brgemm = brgemm
         self._isa = ISAS.index(self.isa)
+        super().__init__(library)
         call = ctypes.c_char_p
         self._attend = library.function("ds_cp_paged_attention", [call] * 3, ctypes.c_int64)
         self._write = library.function("ds_cp_write_pages", [call], ctypes.c_int64)
-        self._merge = library.function("ds_cp_merge_rows", [call], ctypes.c_int64)
-        self._pack = library.function("ds_cp_pack_rows", [call], ctypes.c_int64)
 
     def refuses(self, spec: LayerSpec, block_size: int, dtype: torch.dtype) -> str:
         """As in ``PagedKernel``."""
-        if dtype not in _TYPES:
+        if dtype not in TYPES:
             return f"it serves float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"
         if dtype == torch.bfloat16 and (spec.head_dim % 2 or block_size % 2):
             return (
@@ -87,13 +85,40 @@ class CpuKernel(PackedByTorch):
         into: Partial | None = None,
     ) -> Partial:
         """As in ``PagedKernel``. Raises ``ValueError`` for tensors that do not fit together."""
-        num_tokens = q_THD.shape[0]
-        shape, data = pages.shape, pages.data
-        q_THD = dense(q_THD)
-        _check_queries(q_THD, q_positions, pages, spec)
         fresh = into is None
         if into is None:
-            into = _room(num_tokens, batch, spec)
+            into = _room(q_THD.shape[0], batch, spec)
+        self._ready(q_THD, q_positions, pages, batch, spec, into, fresh)()
+        return into
+
+    def attending(
+        self,
+        q_THD: torch.Tensor,
+        q_positions: torch.Tensor,
+        pages: Pages,
+        batch: PagedBatch,
+        spec: LayerSpec,
+        into: Partial,
+    ) -> Call:
+        """As in ``PagedKernel``. Raises ``ValueError`` as ``paged_attention``."""
+        if q_THD.stride(-1) != 1:  # what is copied now is not what it holds then
+            return super().attending(q_THD, q_positions, pages, batch, spec, into)
+        return self._ready(q_THD, q_positions, pages, batch, spec, into, False)
+
+    def _ready(
+        self,
+        q_THD: torch.Tensor,
+        q_positions: torch.Tensor,
+        pages: Pages,
+        batch: PagedBatch,
+        spec: LayerSpec,
+        into: Partial,
+        fresh: bool,
+    ) -> Call:
+        """``fresh``: what ``into`` holds is not looked at."""
+        num_tokens, shape, data = q_THD.shape[0], pages.shape, pages.data
+        q_THD = dense(q_THD)
+        _check_queries(q_THD, q_positions, pages, spec)
         out, lse = into.out, into.lse
         if (
             out.shape != (num_tokens, spec.num_q_heads, spec.v_dim)
@@ -108,7 +133,7 @@ class CpuKernel(PackedByTorch):
                 f"queries of {tuple(q_THD.shape)}"
             )
         layer = _LAYER.pack(
-            _TYPES[shape.dtype], shape.num_kv_heads, spec.num_q_heads // shape.num_kv_heads,
+            TYPES[shape.dtype], shape.num_kv_heads, spec.num_q_heads // shape.num_kv_heads,
             shape.k_dim, shape.v_dim, shape.block_size, spec.window or 0, self._isa, self.brgemm,
             spec.scale, spec.softcap or 0.0,
         )  # fmt: skip
@@ -118,9 +143,8 @@ class CpuKernel(PackedByTorch):
             out.data_ptr(), out.stride(0), out.stride(1),
             lse.data_ptr(), lse.stride(0), lse.stride(1), not fresh, torch.get_num_threads(),
         )  # fmt: skip
-        if fault := self._attend(_batch_bytes(batch), layer, call):
-            raise ValueError(f"the cpu kernel cannot serve this call: {_FAULTS[fault]}")
-        return into
+        given = _batch_bytes(batch), layer, call
+        return partial(run, self._attend, given, _FAULTS, (q_THD, q_positions, data, batch, into))
 
     def write(
         self,
@@ -145,7 +169,7 @@ class CpuKernel(PackedByTorch):
                 f"places of {shape}"
             )
         k, v = dense(k_TGD.to(shape.dtype)), dense(v_TGD.to(shape.dtype))
-        blocks, places = _indices(blocks), _indices(places)
+        blocks, places = indices(blocks), indices(places)
         args = _WRITE.pack(
             data.data_ptr(), data.stride(0) * data.itemsize, data.shape[0],
             data.itemsize, shape.num_kv_heads, shape.k_dim, shape.v_dim, shape.block_size,
@@ -154,113 +178,6 @@ class CpuKernel(PackedByTorch):
         )  # fmt: skip
         if self._write(args):
             raise ValueError("the cpu kernel cannot write a token: its block or place is not there")
-
-    def merge_rows(self, into: Partial, part: Partial, rows: torch.Tensor | None) -> None:
-        """As in ``PagedKernel``."""
-        out, lse = part.out, part.lse
-        if not _is_plain(into):
-            merge_rows(into, part, rows)
-            return
-        if out.dtype not in _TYPES or out.stride(2) != 1:
-            out = dense(out.to(torch.float32))
-        if lse.dtype != torch.float32:
-            lse = lse.to(torch.float32)
-        num_rows, heads, dim = out.shape
-        if (
-            into.out.shape[1:] != (heads, dim)
-            or not out.device.type == lse.device.type == "cpu"
-            or lse.shape != (num_rows, heads)
-            or (rows is None and num_rows != len(into.out))
-        ):
-            raise ValueError(f"{tuple(out.shape)} does not fold into {tuple(into.out.shape)}")
-        size = out.itemsize
-        self._fold(
-            into, 0 if rows is None else rows, num_rows,
-            _TYPES[out.dtype], out.data_ptr(), out.stride(0) * size, out.stride(1) * size,
-            lse.data_ptr(), lse.stride(0) * 4, lse.stride(1) * 4,
-        )  # fmt: skip
-
-    def pack(self, part: Partial, dtype: torch.dtype, packed: torch.Tensor) -> None:
-        """As in ``PagedKernel``. Raises ``ValueError`` for tensors that do not fit together."""
-        out, lse = part.out, part.lse
-        if dtype not in _TYPES or not _is_plain(part):
-            super().pack(part, dtype, packed)
-            return
-        num_rows, heads, dim = out.shape
-        _check_packed(packed, (num_rows, heads * (dim * dtype.itemsize + 4)))
-        args = _PACK.pack(
-            out.data_ptr(), out.stride(0), out.stride(1),
-            lse.data_ptr(), lse.stride(0), lse.stride(1),
-            packed.data_ptr(), _TYPES[dtype], num_rows, heads, dim, torch.get_num_threads(),
-        )  # fmt: skip
-        if self._pack(args):
-            raise ValueError("the cpu kernel cannot pack such a partial")
-
-    def merge_packed(
-        self,
-        into: Partial,
-        packed: torch.Tensor,
-        dtype: torch.dtype,
-        rows: torch.Tensor | int,
-    ) -> None:
-        """As in ``PagedKernel``. Raises ``ValueError`` for tensors that do not fit together."""
-        if dtype not in _TYPES or not _is_plain(into):
-            super().merge_packed(into, packed, dtype, rows)
-            return
-        _, heads, dim = into.out.shape
-        size, num_rows = dtype.itemsize, len(packed)
-        cut = heads * dim * size
-        width = cut + heads * 4
-        _check_packed(packed, (num_rows, width))
-        at = packed.data_ptr()
-        self._fold(
-            into, rows, num_rows, _TYPES[dtype], at, width, dim * size, at + cut, width, 4
-        )  # fmt: skip
-
-    def _fold(
-        self, into: Partial, rows: torch.Tensor | int, num_rows: int, *part: int
-    ) -> None:  # fmt: skip
-        """``rows``: an index vector, or the first row. ``part``: type, then address and strides in
-        bytes of out and of lse, which are there for ``num_rows``."""
-        out, lse = into.out, into.lse
-        at, first = 0, rows
-        if not isinstance(rows, int):
-            rows = _indices(rows)
-            if len(rows) != num_rows:
-                raise ValueError(f"{num_rows} rows do not fold into {len(rows)}")
-            at, first = rows.data_ptr(), 0
-        args = _MERGE.pack(
-            out.data_ptr(), out.stride(0), out.stride(1),
-            lse.data_ptr(), lse.stride(0), lse.stride(1), len(out), *part,
-            at, first, num_rows, out.shape[1], out.shape[2], torch.get_num_threads(),
-        )  # fmt: skip
-        if self._merge(args):
-            raise ValueError("the cpu kernel cannot merge: a row is not there")
-
-
-def _is_plain(part: Partial) -> bool:
-    """Whether the native code can read and write it: fp32, dense in its last dimension, here.
-    Raises ``ValueError`` where out and lse do not fit together."""
-    out, lse = part.out, part.lse
-    if lse.shape != out.shape[:2]:
-        raise ValueError(f"lse {tuple(lse.shape)} is not of out {tuple(out.shape)}")
-    return (
-        out.dtype == lse.dtype == torch.float32
-        and out.stride(2) == 1
-        and out.device.type == lse.device.type == "cpu"
-    )
-
-
-def _check_packed(packed: torch.Tensor, shape: tuple[int, int]) -> None:
-    if (
-        packed.shape != shape
-        or packed.dtype != torch.uint8
-        or packed.device.type != "cpu"
-        or not packed.is_contiguous()
-    ):
-        raise ValueError(
-            f"{tuple(packed.shape)} {packed.dtype} is no {shape[0]} rows of {shape[1]} bytes"
-        )
 
 
 def _rounded(x: float) -> float:
@@ -285,7 +202,7 @@ def _batch_bytes(batch: PagedBatch) -> bytes:
     known: Any = batch.derived.get(CpuKernel)
     if known is None:
         vectors = [
-            _indices(x)
+            indices(x)
             for x in (batch.q_starts, batch.block_starts, batch.blocks, batch.firsts, batch.keys)
         ]
         parts, entries = len(batch.parts), len(batch.blocks)
@@ -298,18 +215,11 @@ def _batch_bytes(batch: PagedBatch) -> bytes:
     return bytes(known[0])
 
 
-def _indices(x: torch.Tensor) -> torch.Tensor:
-    """A dense int64 vector on the CPU: ``x`` itself, mostly."""
-    if x.dtype != torch.int64 or x.device.type != "cpu" or x.dim() != 1:
-        raise ValueError(f"indices are int64 vectors on the CPU, not {x.dtype} on {x.device}")
-    return x.contiguous()
-
-
 def _check_pages(pages: Pages) -> None:
     shape, data = pages.shape, pages.data
     if (
         not shape.packed
-        or shape.dtype not in _TYPES
+        or shape.dtype not in TYPES
         or data.dtype != shape.dtype
         or data.device.type != "cpu"
         or data.dim() != 2

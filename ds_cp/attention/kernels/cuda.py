@@ -18,12 +18,12 @@ from typing import NamedTuple
 import torch
 
 from ds_cp.attention.batch import PagedBatch, Part, make_batch
+from ds_cp.attention.kernels.by_torch import ByTorch
 from ds_cp.attention.kernels.dense import Candidate, Dense, Found, first_right
 from ds_cp.attention.kernels.kernel import PagedKernel
 from ds_cp.attention.pages import Pages
 from ds_cp.attention.spec import LayerSpec
 from ds_cp.attention.state import Partial, dense, empty_partial
-from ds_cp.attention.wireform import PackedByTorch
 from ds_cp.layout import Blocks
 
 SQUARE_ROWS = 256  # least rows of a square; for fewer, launches cost more than they save
@@ -50,7 +50,7 @@ class _Plan:
     whole: bool  # the squares are all there is
 
 
-class CudaKernel(PackedByTorch):
+class CudaKernel(ByTorch):
     """``PagedKernel`` over plain pages: ``paged`` and, for layers for which one is right, an
     operator of ``choices``."""
 

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 import torch
 
 from ds_cp.attention.batch import Block, PagedBatch, Part, in_window
+from ds_cp.attention.kernels.by_torch import ByTorch
 from ds_cp.attention.kernels.operators import Operator, cpu_op, hide_blind, operator
 from ds_cp.attention.kernels.single_rows import SingleRows
 from ds_cp.attention.pages import Pages
 from ds_cp.attention.spec import LayerSpec
 from ds_cp.attention.state import NEG_INF, Partial, dense, empty_partial, merge_rows, split_heads
 from ds_cp.attention.tiles import Tile, cover
-from ds_cp.attention.wireform import PackedByTorch
 from ds_cp.layout import Run, join, total
 
 STRETCH_KEYS = 16_384  # keys gathered at once; stretches begin at multiples of it in positions
@@ -51,7 +51,7 @@ class _Plan:
     values: torch.Tensor
 
 
-class TorchKernel(PackedByTorch):
+class TorchKernel(ByTorch):
     """``PagedKernel`` by torch's operators."""
 
     name = "sdpa"

@@ -261,14 +261,14 @@ def test_rows_on_the_wire_are_those_of_torch(heads: int, dim: int, dtype: torch.
         want = pack_partial(part, dtype)
         for one in (part, swapped):
             packed = torch.full_like(want, 77)
-            kernel.pack(one, dtype, packed)
+            kernel.packing(one, dtype, packed)()
             assert torch.equal(packed, want)
         at = torch.randperm(50)[:rows]
         for places in (at, 50 - rows, 0):
             ours = partial(50)
             theirs = Partial(ours.out.clone(), ours.lse.clone())
-            kernel.merge_packed(ours, want, dtype, places)
-            ReferenceKernel().merge_packed(theirs, want, dtype, places)
+            kernel.merging(want, dtype, places, heads, dim)(ours)()
+            ReferenceKernel().merging(want, dtype, places, heads, dim)(theirs)()
             torch.testing.assert_close(ours.out, theirs.out)
             torch.testing.assert_close(ours.lse, theirs.lse)
 
@@ -283,7 +283,7 @@ def test_bf16_rows_round_as_torch_does() -> None:
     out = torch.where(bits < 1 << 31, bits, bits - (1 << 32)).to(torch.int32).view(torch.float32)
     out = out.view(1, 6, 1 << 16)
     packed = torch.empty(1, 6 * ((1 << 17) + 4), dtype=torch.uint8)
-    kernel.pack(Partial(out, torch.zeros(1, 6)), torch.bfloat16, packed)
+    kernel.packing(Partial(out, torch.zeros(1, 6)), torch.bfloat16, packed)()
     ours = packed[0, : 6 << 17].view(torch.bfloat16)
     nan = out.flatten().isnan()
     assert ours[nan].isnan().all() and nan.any()
@@ -298,7 +298,7 @@ def test_a_partial_that_does_not_fit_its_rows_is_refused() -> None:
     wide = torch.zeros(4, 2 * rows.shape[1], dtype=torch.uint8)[:, : rows.shape[1]]
     for bad in (rows[:3], rows[:, 1:], rows.to(torch.int8), wide):
         with pytest.raises(ValueError, match="rows of"):
-            kernel.pack(part, torch.bfloat16, bad)
+            kernel.packing(part, torch.bfloat16, bad)()
     cases: list[tuple[torch.Tensor, torch.Tensor | int]] = [
         (rows[:, :-4], 0),
         (wide, 0),
@@ -310,11 +310,15 @@ def test_a_partial_that_does_not_fit_its_rows_is_refused() -> None:
     ]
     for packed, places in cases:
         with pytest.raises(ValueError):
-            kernel.merge_packed(part, packed, torch.bfloat16, places)
+            kernel.merging(packed, torch.bfloat16, places, 2, 8)(part)()
     with pytest.raises(ValueError, match="is not of out"):
-        kernel.pack(Partial(part.out, part.lse[:3]), torch.bfloat16, rows)
+        kernel.packing(Partial(part.out, part.lse[:3]), torch.bfloat16, rows)()
+    with pytest.raises(ValueError, match="do not fold"):
+        kernel.merging(rows, torch.bfloat16, 0, 2, 8)(
+            Partial(torch.zeros(4, 4, 4), torch.zeros(4, 4))
+        )
     with pytest.raises(ValueError, match="is not of out"):
-        kernel.merge_packed(Partial(part.out, part.lse[:3]), rows, torch.bfloat16, 0)
+        kernel.merging(rows, torch.bfloat16, 0, 2, 8)(Partial(part.out, part.lse[:3]))()
 
 
 def test_what_does_not_fit_is_refused_and_nothing_is_read() -> None:
