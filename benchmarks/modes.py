@@ -21,17 +21,16 @@ from __future__ import annotations
 import math
 import os
 import random
-import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.common import command, commit, finish, machine, parser
-from benchmarks.wire import slowest
+from benchmarks.steps import BLOCK, Work, filled_pool, in_steps, in_turns, repeated, step
 from ds_cp.attention import LayerSpec, PagedKernel, Shards, TreeRoutes, choose_kernel, make_mode
 from ds_cp.attention.asking import row_blocks
 from ds_cp.attention.batch import IndexUpload
@@ -40,7 +39,6 @@ from ds_cp.attention.state import empty_partial
 from ds_cp.comm.tree import Route
 from ds_cp.comm.wire import Group, World
 from ds_cp.config import load_config
-from ds_cp.kv.pool import KVPool
 from ds_cp.kv.table import SequenceTable
 from ds_cp.layout import Block, Blocks, Runs, positions, split_even, total, zigzag
 from ds_cp.sampling_params import SamplingParams
@@ -52,10 +50,9 @@ from ds_cp.startup.join import join_job
 from ds_cp.startup.resources import socket_environment
 from ds_cp.topology.job import detect
 
-BLOCK, STREAMS = 64, 64
+STREAMS = 64
 PROMPTS, SHORTEST, LONGEST = 16, 64, 4096  # of the batch; tokens
 LAYERS, WIDE_LAYERS = 8, 2  # of a step with one stream, and with many, whose pages fit no cache
-Work = Callable[[], object]
 
 
 def stored(counts: Sequence[int], q_runs: tuple[Runs, ...], begin: int = 0) -> Shards:
@@ -99,68 +96,6 @@ def layer(
         one(q, at, pages, kernel, spec, into)
 
     return once
-
-
-def step(
-    group: Group, kernel: PagedKernel, spec: LayerSpec, mode: str, items: Sequence[Shards],
-    pool: KVPool, layers: int,
-) -> Work:  # fmt: skip
-    """The attention of a whole step, layer by layer."""
-    upload, me = IndexUpload(), group.rank
-    one = make_mode(mode, "kv", items, group, 0, [None], upload, TreeRoutes())
-    upload.send(group.device)
-    at = torch.tensor([p for item in items for p in positions(item.q_runs[me])], dtype=torch.int64)
-    q = torch.randn(layers, spec.num_q_heads, len(at), spec.head_dim).to(pool.dtype).transpose(1, 2)
-    each = list(zip(q.unbind(), map(pool.layer, range(layers)), strict=True))
-
-    def once() -> None:
-        for q_THD, pages in each:
-            into = empty_partial(len(at), spec.num_q_heads, spec.v_dim)
-            one(q_THD, at, pages, kernel, spec, into)
-
-    return once
-
-
-def filled_pool(
-    kernel: PagedKernel, spec: LayerSpec, dtype: torch.dtype, blocks: int, layers: int
-) -> KVPool:
-    """Random pages of several layers, as a worker keeps them."""
-    specs, device = [spec] * layers, torch.device("cpu")
-    pool = KVPool(specs, blocks, BLOCK, dtype, device, kernel.packed)
-    for i in range(layers):
-        pool.layer(i).data.normal_()
-    return pool
-
-
-def in_steps(
-    world: World, works: dict[str, Work], rounds: int, layers: int
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Seconds of a layer of each: the least of the rounds and their median, of each round those of
-    the slowest rank."""
-    seconds = rounds_in_turns(world, works, rounds)
-    each = {name: [x / layers for x in slowest(world, all_)] for name, all_ in seconds.items()}
-    least = {name: min(values) for name, values in each.items()}
-    return least, {name: statistics.median(values) for name, values in each.items()}
-
-
-def in_turns(world: World, works: dict[str, Work], rounds: int) -> dict[str, float]:
-    """The least seconds of each, on the slowest rank."""
-    seconds = rounds_in_turns(world, works, rounds)
-    least = slowest(world, [min(values) for values in seconds.values()])
-    return dict(zip(works, least, strict=True))
-
-
-def rounds_in_turns(world: World, works: dict[str, Work], rounds: int) -> dict[str, list[float]]:
-    """This rank's seconds of every round but a first one."""
-    seconds: dict[str, list[float]] = {name: [] for name in works}
-    for turn in range(rounds + 1):
-        for name, work in works.items():
-            world.everybody.barrier()
-            began = time.perf_counter()
-            work()
-            if turn:
-                seconds[name].append(time.perf_counter() - began)
-    return seconds
 
 
 def on_one(item: Shards, me: int) -> Shards:
@@ -261,14 +196,6 @@ def exchanges(group: Group, spec: LayerSpec, dtype: torch.dtype, rows: int) -> W
             group.exchange(sends, recvs, "bench").wait()
 
     return once
-
-
-def repeated(work: Work, times: int) -> Work:
-    def all_of_them() -> None:
-        for _ in range(times):
-            work()
-
-    return all_of_them
 
 
 def _medians(found: dict[str, float]) -> dict[str, float]:
