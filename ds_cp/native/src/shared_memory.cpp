@@ -62,7 +62,7 @@ constexpr int POLL_MS = 50;                         // between looks at the peer
 constexpr int64_t POLL_NS = POLL_MS * int64_t(1'000'000);
 constexpr int LOOKS = 32;                           // looks between two looks at the clock
 constexpr int64_t LEAST_LOOK_NS = 50'000;           // about what falling asleep and waking takes
-constexpr int MOST_MISSES = 255;                    // twice the waits in a row that do not look
+constexpr int MOST_MISSES = 31;                     // twice the waits in a row that do not look
 
 enum Result : int {
   DONE = 0,
