@@ -2,16 +2,18 @@
 
     torchrun --nproc-per-node 2 -m benchmarks.modes [--rounds N] [--quick] [--out FILE]
 
-One layer with one thread a rank, and both sides of a row in turns in one run. ``prefill``: a prompt
-by ring pass-KV, against the same prompt by the same kernel on one rank, divided by the ranks
+One thread a rank, and both sides of a row in turns in one run. ``prefill``: a layer of a prompt by
+ring pass-KV, against the same prompt by the same kernel on one rank, divided by the ranks
 (efficiency). ``batch``: prompts of log-uniform lengths as the scheduler deals them out, in one
 round, against each of them on one rank as above (efficiency), against a round for each (per
 sequence) and against all of them as long as the longest (padded); busiest: the most pairs of a rank
 over the mean, together and dealt out one by one. ``decode``: one stream whose keys are spread
-evenly, by tree, against its local part alone. ``streams``: 64 streams that span, against 64 that
-are local, with as many keys in all; the time of the bare exchanges (measured by themselves) is
-taken off. ``routes``: seconds to plan 64 streams over 128 ranks, with routes that are new and that
-are kept. A time is the least of its rounds, on the slowest rank.
+evenly, by tree, against its local part alone, which all ranks attend at once; a layer's time in a
+step of 8 layers one after the other, each with pages of its own. ``streams``: 64 streams that span,
+against 64 that are local, with as many keys in all, in a step of two layers; the time of the bare
+exchanges (measured by themselves) is taken off. ``routes``: seconds to plan 64 streams over 128
+ranks, with routes that are new and that are kept. A time is the least of its rounds, a median that
+of its rounds, each round on its slowest rank; ratios are of the least and of the medians.
 """
 
 from __future__ import annotations
@@ -21,14 +23,14 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.common import command, commit, finish, machine, parser
-from benchmarks.wire import slowest
+from benchmarks.steps import BLOCK, Work, filled_pool, in_steps, in_turns, repeated, step
 from ds_cp.attention import LayerSpec, PagedKernel, Shards, TreeRoutes, choose_kernel, make_mode
 from ds_cp.attention.asking import row_blocks
 from ds_cp.attention.batch import IndexUpload
@@ -48,9 +50,9 @@ from ds_cp.startup.join import join_job
 from ds_cp.startup.resources import socket_environment
 from ds_cp.topology.job import detect
 
-BLOCK, STREAMS = 64, 64
+STREAMS = 64
 PROMPTS, SHORTEST, LONGEST = 16, 64, 4096  # of the batch; tokens
-Work = Callable[[], object]
+LAYERS, WIDE_LAYERS = 8, 2  # of a step with one stream, and with many, whose pages fit no cache
 
 
 def stored(counts: Sequence[int], q_runs: tuple[Runs, ...], begin: int = 0) -> Shards:
@@ -94,20 +96,6 @@ def layer(
         one(q, at, pages, kernel, spec, into)
 
     return once
-
-
-def in_turns(world: World, works: dict[str, Work], rounds: int) -> dict[str, float]:
-    """The least seconds of each, on the slowest rank."""
-    seconds: dict[str, list[float]] = {name: [] for name in works}
-    for turn in range(rounds + 1):
-        for name, work in works.items():
-            world.everybody.barrier()
-            began = time.perf_counter()
-            work()
-            if turn:
-                seconds[name].append(time.perf_counter() - began)
-    least = slowest(world, [min(values) for values in seconds.values()])
-    return dict(zip(works, least, strict=True))
 
 
 def on_one(item: Shards, me: int) -> Shards:
@@ -210,6 +198,10 @@ def exchanges(group: Group, spec: LayerSpec, dtype: torch.dtype, rows: int) -> W
     return once
 
 
+def _medians(found: dict[str, float]) -> dict[str, float]:
+    return {f"{name} median": value for name, value in found.items()}
+
+
 def routes() -> dict[str, float]:
     """Seconds for 64 streams over all of 128 ranks on 16 hosts: finding who holds what, making the
     route, and finding one that is kept."""
@@ -254,26 +246,34 @@ def measure(
     rows.append(batch(world, group, kernel, small, dtype, longest, max(3, rounds // 10)))
     for keys in (4096, 32768):
         half = decode(keys // ranks, group.rank, ranks, local=True)
-        works = {
-            "local part": layer(group, kernel, spec, dtype, "local", [half]),
-            "tree": layer(group, kernel, spec, dtype, "tree", [decode(keys, 0, ranks)]),
-            "exchange": exchanges(group, spec, dtype, 1),
+        pool = filled_pool(kernel, spec, dtype, keys // BLOCK // ranks, LAYERS)
+        bare = exchanges(group, spec, dtype, 1)
+        works: dict[str, Work] = {
+            "local part": step(group, kernel, spec, "local", [half], pool, LAYERS),
+            "tree": step(group, kernel, spec, "tree", [decode(keys, 0, ranks)], pool, LAYERS),
+            "exchange": repeated(bare, LAYERS),
         }
-        found = in_turns(world, works, rounds)
-        more = found["tree"] / found["local part"] - 1
-        rows.append({"what": f"decode {keys}", **found, "more": round(more, 3)})
+        least, median = in_steps(world, works, rounds, LAYERS)
+        row = {"what": f"decode {keys}", **least, **_medians(median)}
+        row["more"] = round(least["tree"] / least["local part"] - 1, 3)
+        row["more at the median"] = round(median["tree"] / median["local part"] - 1, 3)
+        rows.append(row)
     keys = 2048
     each = keys // BLOCK
     span = [decode(keys, i % ranks, ranks, i * each // ranks) for i in range(STREAMS)]
     home = [decode(keys, i % ranks, ranks, i // ranks * each, True) for i in range(STREAMS)]
+    pool = filled_pool(kernel, spec, dtype, STREAMS * each // ranks, WIDE_LAYERS)
+    bare = exchanges(group, spec, dtype, STREAMS // ranks)
     works = {
-        "local": layer(group, kernel, spec, dtype, "local", home),
-        "tree": layer(group, kernel, spec, dtype, "tree", span),
-        "exchange": exchanges(group, spec, dtype, STREAMS // ranks),
+        "local": step(group, kernel, spec, "local", home, pool, WIDE_LAYERS),
+        "tree": step(group, kernel, spec, "tree", span, pool, WIDE_LAYERS),
+        "exchange": repeated(bare, WIDE_LAYERS),
     }
-    found = in_turns(world, works, rounds)
-    ratio = (found["tree"] - found["exchange"]) / found["local"]
-    rows.append({"what": f"{STREAMS} streams", **found, "beyond the exchange": round(ratio, 3)})
+    least, median = in_steps(world, works, max(3, rounds // 3), WIDE_LAYERS)
+    row = {"what": f"{STREAMS} streams", **least, **_medians(median)}
+    for name, found in (("beyond the exchange", least), ("beyond, at the median", median)):
+        row[name] = round((found["tree"] - found["exchange"]) / found["local"], 3)
+    rows.append(row)
     rows.append({"what": "routes", **routes()})
     return rows
 
@@ -300,7 +300,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("| what | figures (ms) | ratio |\n|---|---|---|")
         for row in rows:
             times = ", ".join(
-                f"{k} {v * 1e3:.3f}" for k, v in row.items() if k in _TIMES or k.endswith("_s")
+                f"{k} {v * 1e3:.3f}"
+                for k, v in row.items()
+                if k.removesuffix(" median") in _TIMES or k.endswith("_s")
             )
             rest = ", ".join(f"{k} {v}" for k, v in row.items() if k in _RATIOS)
             print(f"| {row['what']} | {times} | {rest} |")
@@ -314,7 +316,7 @@ _TIMES = (
 )  # fmt: skip
 _RATIOS = (
     "efficiency", "busiest", "busiest one by one", "per sequence / fused", "padded / fused", "more",
-    "beyond the exchange",
+    "more at the median", "beyond the exchange", "beyond, at the median",
 )  # fmt: skip
 
 

@@ -4,13 +4,16 @@
 
 Each rank sends to the next one and receives from the one before (``exchange``), takes part in a
 sum (``all_reduce``) and in a broadcast with an answer (``plan``: 4 KiB out, 1 KiB back from every
-rank). The carriers take turns, a few exchanges each. A row gives the least and the median time, of
+rank). ``pauses``: as in the layers of a decode, rank 0 works for 0.2 to 1 ms, then asks the other
+ranks, which wait for that and answer, each by a message; the time is from asking to the last
+answer. The carriers take turns, a few exchanges each. A row gives the least and the median time, of
 the slowest rank; ``copy`` is a plain copy of the same bytes.
 """
 
 from __future__ import annotations
 
 import os
+import random
 import statistics
 import sys
 import time
@@ -31,21 +34,23 @@ from ds_cp.topology.job import detect
 SIZES = (1024, 16 * 1024, 256 * 1024, 2**20, 8 * 2**20)
 TURN = 20  # exchanges of one carrier before it is the other's turn
 PLAN, ANSWER = 4096, 1024
+PAUSES_S = 0.2e-3, 1e-3
+Exchange = Callable[[], float | None]  # returns seconds where they are not those of the whole call
 
 
-def exchange(group: Group, nbytes: int) -> Callable[[], None]:
+def exchange(group: Group, nbytes: int) -> Exchange:
     mine, coming = torch.zeros(nbytes, dtype=torch.uint8), torch.empty(nbytes, dtype=torch.uint8)
     sends = [((group.rank + 1) % group.size, mine)]
     recvs = [((group.rank - 1) % group.size, coming)]
     return lambda: group.exchange(sends, recvs, "bench").wait()
 
 
-def all_reduce(group: Group, nbytes: int) -> Callable[[], None]:
+def all_reduce(group: Group, nbytes: int) -> Exchange:
     tensor = torch.zeros(nbytes // 4)
     return lambda: group.all_reduce(tensor, "bench")
 
 
-def plan(group: Group, nbytes: int) -> Callable[[], None]:
+def plan(group: Group, nbytes: int) -> Exchange:
     frame = torch.zeros(nbytes, dtype=torch.uint8)
     answers = [torch.zeros(ANSWER, dtype=torch.uint8) for _ in range(group.size)]
     others = list(enumerate(answers))[1:]
@@ -59,12 +64,37 @@ def plan(group: Group, nbytes: int) -> Callable[[], None]:
     return once
 
 
-def timed(work: Callable[[], None], count: int) -> list[float]:
+def pauses(group: Group, nbytes: int) -> Exchange:
+    rng, work = random.Random(2), torch.ones(4096)
+    mine = torch.zeros(nbytes, dtype=torch.uint8)
+    others = [peer for peer in range(group.size) if peer != group.rank]
+    coming = [(peer, torch.empty_like(mine)) for peer in others]
+
+    def ask() -> float:
+        until = time.perf_counter() + rng.uniform(*PAUSES_S)
+        while time.perf_counter() < until:
+            work.mul_(1.0)
+        began = time.perf_counter()
+        asked = group.exchange([(peer, mine) for peer in others], [], "bench")
+        answers = group.exchange([], coming, "bench")
+        asked.wait()
+        answers.wait()
+        return time.perf_counter() - began
+
+    def answer() -> float:
+        group.exchange([], coming[:1], "bench").wait()
+        group.exchange([(0, mine)], [], "bench").wait()
+        return 0.0
+
+    return answer if group.rank else ask
+
+
+def timed(work: Exchange, count: int) -> list[float]:
     found = []
     for _ in range(count):
         began = time.perf_counter()
-        work()
-        found.append(time.perf_counter() - began)
+        seconds = work()
+        found.append(time.perf_counter() - began if seconds is None else seconds)
     return found
 
 
@@ -91,7 +121,7 @@ def slowest(world: World, seconds: Sequence[float]) -> list[float]:
 
 
 def row(
-    world: World, carriers: dict[str, Group], what: Callable[[Group, int], Callable[[], None]],
+    world: World, carriers: dict[str, Group], what: Callable[[Group, int], Exchange],
     nbytes: int, rounds: int,
 ) -> dict[str, Any]:  # fmt: skip
     """One kind of exchange and one size, the carriers in turns."""
@@ -128,7 +158,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     far = process_group.new_group(ranks, world.timeout_s)
     carriers = {"shared": world.group("shared", [ranks]), "gloo": Group("gloo", ranks, world, far)}
     rows = []
-    for what, sizes in ((exchange, SIZES), (all_reduce, SIZES[:2]), (plan, (PLAN,))):
+    kinds = ((exchange, SIZES), (pauses, SIZES[1:2]), (all_reduce, SIZES[:2]), (plan, (PLAN,)))
+    for what, sizes in kinds:
         for nbytes in sizes:
             rounds = args.rounds if nbytes < 2**20 else max(TURN, args.rounds // 8)
             rows.append(row(world, carriers, what, nbytes, rounds))

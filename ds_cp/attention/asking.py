@@ -10,18 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from ds_cp.attention.batch import BatchPlan, IndexUpload, Part, Shards
-from ds_cp.attention.kernels import PagedKernel
+from ds_cp.attention.kernels import Call, Merge, PagedKernel
 from ds_cp.attention.pages import Pages
 from ds_cp.attention.spec import LayerSpec
-from ds_cp.attention.state import Partial, empty_partial
+from ds_cp.attention.state import NEG_INF, Partial, empty_partial
 from ds_cp.attention.visible import Rows, sees, visible
-from ds_cp.attention.wireform import new_rows, pack_partial, unpack_partial
+from ds_cp.attention.wireform import new_rows
 from ds_cp.comm.tree import Ask, RowBlock, TreeRoutes
-from ds_cp.comm.wire import Group, Message
+from ds_cp.comm.wire import Group, Message, Pending
 from ds_cp.layout import positions, total
 
 Count = tuple[int, int]  # (peer, rows)
@@ -29,9 +30,11 @@ Count = tuple[int, int]  # (peer, rows)
 
 @dataclass(frozen=True)
 class _Peer:
-    """Rows that I send to a peer and that it answers: mine, then those that I carry for others."""
+    """Rows that I send to a peer and that it answers: mine, then those that I carry for others.
+    ``which``: alike for peers that get the same rows."""
 
     rank: int
+    which: object
     own: Rows
     carried: Rows
 
@@ -40,18 +43,88 @@ class _Peer:
         """Rows that it answers."""
         return self.own.count + self.carried.count
 
-    def fold(
-        self, found: Partial, mine: Partial, others: Partial | None, kernel: PagedKernel
-    ) -> None:
-        """Merge its answers into my rows and into those that I carry (``others``, None when there
-        are none)."""
-        if others is None or not self.carried.count:
-            self.own.fold(mine, found, kernel)
-            return
+    def copy(self, mine: torch.Tensor, others: torch.Tensor, out: torch.Tensor) -> None:
+        """Copy the rows of ``mine`` and ``others`` (those that I carry) to ``out``."""
         cut = self.own.count
+        if not self.carried.count:
+            self.own.copy(mine, out)
+            return
         if cut:
-            self.own.fold(mine, Partial(found.out[:cut], found.lse[:cut]), kernel)
-        self.carried.fold(others, Partial(found.out[cut:], found.lse[cut:]), kernel)
+            self.own.copy(mine, out[:cut])
+        self.carried.copy(others, out[cut:])
+
+
+@dataclass(frozen=True)
+class _Level:
+    """Between hosts or inside one: whom I ask, and who asks me, for the rows ``begin .. end - 1``
+    of those that arrive here."""
+
+    asks: Sequence[_Peer]
+    asked_by: Sequence[Count]
+    begin: int
+    end: int
+
+
+class _Wires:
+    """One level's messages in the layers of one shape: memory and exchanges, the same for each of
+    them. A layer waits for all of them before the next one begins."""
+
+    def __init__(
+        self, level: _Level, group: Group, schemes: tuple[str, str], like: torch.Tensor,
+        spec: LayerSpec, arrived: torch.Tensor, part: Partial, kernel: PagedKernel,
+    ) -> None:  # fmt: skip
+        """``arrived``: queries of others; ``part``: what is found for them; ``like``: queries of
+        such layers."""
+        self._asked = {peer.which: peer for peer in level.asks}
+        self._queries = {
+            which: like.new_empty(peer.count, *like.shape[1:])
+            for which, peer in self._asked.items()
+        }
+        going = [(peer.rank, self._queries[peer.which]) for peer in level.asks]
+        here = slice(level.begin, level.end)
+        self._ask = group.prepare(going, _cut(arrived[here], level.asked_by), schemes[0])
+        packed = new_rows(level.end - level.begin, spec, like.dtype, like)
+        found = Partial(part.out[here], part.lse[here])
+        self._pack = kernel.packing(found, like.dtype, packed) if level.asked_by else None
+        answers = [new_rows(peer.count, spec, like.dtype, like) for peer in level.asks]
+        coming = [(p.rank, x) for p, x in zip(level.asks, answers, strict=True)]
+        self._back = group.prepare(_cut(packed, level.asked_by), coming, schemes[1])
+        self._mine: list[Merge] = []  # by rank: of the rows that are mine in an answer
+        self._carried: list[Call] = []  # and of the others
+        for peer, rows in zip(level.asks, answers, strict=True):
+            cut = peer.own.count
+            if cut:
+                self._mine.append(peer.own.merging(rows[:cut], like.dtype, spec, kernel))
+            if peer.carried.count:
+                merge = peer.carried.merging(rows[cut:], like.dtype, spec, kernel)
+                self._carried.append(merge(part))
+
+    def ask(self, q_THD: torch.Tensor, arrived: torch.Tensor) -> Pending:
+        """Send queries to whom I ask; those of who asks me come into ``arrived``."""
+        for which, queries in self._queries.items():
+            self._asked[which].copy(q_THD, arrived, queries)
+        return self._ask.start()
+
+    def answer(self, into: Partial) -> None:
+        """Send who asks me what was found; merge what I am answered, by rank, into ``into`` and
+        into what was found for those that I carry."""
+        if self._pack is not None:
+            self._pack()
+        pending = self._back.start()
+        merges = [merge(into) for merge in self._mine]
+        pending.wait()
+        for merge in (*merges, *self._carried):
+            merge()
+
+
+class _Layers(NamedTuple):
+    """What all layers of one shape share: queries of others that arrive, what is found for them,
+    the messages of both levels."""
+
+    arrived: torch.Tensor
+    part: Partial
+    between: _Wires | None
+    inside: _Wires
 
 
 class Asking:
@@ -70,10 +143,9 @@ class Asking:
     ) -> None:
         me = group.rank
         self._group = group
-        self._scheme_q, self._scheme_back = schemes
+        self._schemes = schemes
         blocks = row_blocks(items, group.size, window)
         route = routes.find(blocks, group.hosts, me)
-        self._between = route.between
 
         def mine_of(item: int, owner: int) -> Part:
             runs = items[item].q_runs[owner]
@@ -93,18 +165,19 @@ class Asking:
         def carried_rows(indices: Sequence[int]) -> Rows:
             return Rows(route.arriving_rows(indices), upload)
 
-        none = Rows((), upload)
-        self._away = [_Peer(r, own_rows(found), none) for r, found in route.away.items()]
-        self._inside = [
-            _Peer(r, own_rows(route.own.get(r, ())), carried_rows(route.passed_on.get(r, ())))
-            for r in route.inside
-        ]
-
         def counts(ask: Ask) -> list[Count]:
             return [(peer, route.rows_in(found)) for peer, found in ask.items()]
 
-        self._carried, self._asked_by = counts(route.carried), counts(route.asked)
-        self._num_carried = route.rows_in(i for found in route.carried.values() for i in found)
+        none = Rows((), upload)
+        away = [_Peer(r, found, own_rows(found), none) for r, found in route.away.items()]
+        inside = []
+        for r in route.inside:
+            mine, others = route.own.get(r, ()), route.passed_on.get(r, ())
+            inside.append(_Peer(r, (mine, others), own_rows(mine), carried_rows(others)))
+        carried = route.rows_in(i for found in route.carried.values() for i in found)
+        self._between = _Level(away, counts(route.carried), 0, carried) if route.between else None
+        self._inside = _Level(inside, counts(route.asked), carried, self._arriving)
+        self._shapes: dict[object, _Layers] = {}
 
     def __call__(
         self,
@@ -115,49 +188,42 @@ class Asking:
         spec: LayerSpec,
         into: Partial,
     ) -> None:
-        """As in ``Mode``."""
-        dtype = q_THD.dtype
-        asked = q_THD.new_empty(self._arriving, spec.num_q_heads, spec.head_dim)
-        carried, close = asked[: self._num_carried], asked[self._num_carried :]
-        if self._between:
-            sends = [(peer.rank, peer.own.of(q_THD)) for peer in self._away]
-            self._group.exchange(sends, _cut(carried, self._carried), self._scheme_q).wait()
-        pending = None
-        if self._inside or self._asked_by:
-            sends = [(peer.rank, _rows_for(peer, q_THD, asked)) for peer in self._inside]
-            pending = self._group.exchange(sends, _cut(close, self._asked_by), self._scheme_q)
+        """As in ``Mode``. What comes after a wait is made ready before it."""
+        arrived, part, between, inside = self._layers_like(q_THD, spec, kernel)
+        if between is not None:
+            between.ask(q_THD, arrived).wait()
+        pending = inside.ask(q_THD, arrived)
         if self._own is not None:
             kernel.paged_attention(q_THD, q_positions, pages, self._own.batch(), spec, into)
-        if pending is not None:
-            pending.wait()
-        part: Partial | None
+        attend: Call | None = None
+        if self._arriving:
+            part.out.zero_()
+            part.lse.fill_(NEG_INF)
         if self._asked is not None:
             at = self._upload[self._asked_at]
-            part = kernel.paged_attention(asked, at, pages, self._asked.batch(), spec)
-        elif self._arriving:
-            part = empty_partial(len(asked), spec.num_q_heads, spec.v_dim, asked.device)
-        else:
-            part = None  # nobody asks this rank: it only asks
+            attend = kernel.attending(arrived, at, pages, self._asked.batch(), spec, part)
+        pending.wait()
+        if attend is not None:
+            attend()
+        inside.answer(into)
+        if between is not None:
+            between.answer(into)
 
-        def back(answers: Sequence[Count], begin: int, peers: Sequence[_Peer]) -> None:
-            """Send rows of ``part`` from ``begin`` on back to who asked, fold what ``peers``
-            answer, by rank."""
-            if not answers and not peers:
-                return
-            sends: list[Message] = []
-            if part is not None and answers:
-                end = begin + sum(count for _, count in answers)
-                packed = pack_partial(Partial(part.out[begin:end], part.lse[begin:end]), dtype)
-                sends = _cut(packed, answers)
-            recvs = [(peer.rank, new_rows(peer.count, spec, dtype, q_THD)) for peer in peers]
-            self._group.exchange(sends, recvs, self._scheme_back).wait()
-            for peer, (_, rows) in zip(peers, recvs, strict=True):
-                found = unpack_partial(rows, spec, dtype)
-                peer.fold(found, into, part, kernel)
+    def _layers_like(self, q_THD: torch.Tensor, spec: LayerSpec, kernel: PagedKernel) -> _Layers:
+        dtype, heads = q_THD.dtype, spec.num_q_heads
+        shape = kernel, heads, spec.head_dim, spec.v_dim, dtype
+        found = self._shapes.get(shape)
+        if found is None:
+            arrived = q_THD.new_empty(self._arriving, heads, spec.head_dim)
+            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            part = empty_partial(self._arriving, heads, spec.v_dim, q_THD.device, wide)
 
-        back(self._asked_by, self._num_carried, self._inside)
-        if self._between:
-            back(self._carried, 0, self._away)
+            def wires(level: _Level) -> _Wires:
+                return _Wires(level, self._group, self._schemes, q_THD, spec, arrived, part, kernel)
+
+            between = None if self._between is None else wires(self._between)
+            found = self._shapes[shape] = _Layers(arrived, part, between, wires(self._inside))
+        return found
 
 
 def row_blocks(items: Sequence[Shards], size: int, window: int | None) -> tuple[RowBlock, ...]:
@@ -171,14 +237,6 @@ def row_blocks(items: Sequence[Shards], size: int, window: int | None) -> tuple[
                 seen = tuple(r for r in holders if sees(shards.blocks[r], runs, window))
                 found.append(RowBlock(item, owner, total(runs), seen))
     return tuple(sorted(found, key=lambda block: (block.owner, block.item)))
-
-
-def _rows_for(peer: _Peer, q_THD: torch.Tensor, arrived: torch.Tensor) -> torch.Tensor:
-    if not peer.carried.count:
-        return peer.own.of(q_THD)
-    if not peer.own.count:
-        return peer.carried.of(arrived)
-    return torch.cat([peer.own.of(q_THD), peer.carried.of(arrived)])
 
 
 def _cut(rows: torch.Tensor, counts: Sequence[Count]) -> list[Message]:

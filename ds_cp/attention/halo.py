@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import torch
 
 from ds_cp.attention.batch import BatchPlan, Block, Blocks, IndexUpload, Part, Shards
-from ds_cp.attention.kernels import PagedKernel
+from ds_cp.attention.kernels import Call, PagedKernel
 from ds_cp.attention.pages import Pages
 from ds_cp.attention.spec import LayerSpec
 from ds_cp.attention.state import Partial
 from ds_cp.attention.visible import Rows, renumbered, visible
-from ds_cp.comm.wire import Group
+from ds_cp.comm.wire import Group, Prepared
 
 
 class Halo:
@@ -51,6 +51,7 @@ class Halo:
                 at += len(theirs)
             if at > begin:
                 self._recvs.append((peer, at - begin))
+        self._shapes: dict[object, tuple[torch.Tensor | None, torch.Tensor, Prepared]] = {}
         self._going = Rows(going, upload)
         self._coming = at
         own = [
@@ -74,22 +75,32 @@ class Halo:
         into: Partial,
     ) -> None:
         """As in ``Mode``."""
-        pending, arrived = None, None
-        if self._sends or self._recvs:
-            width = pages.shape.elements
-            blocks = pages.data.new_empty(0, width)
-            if self._sends:
-                blocks = self._going.of(pages.data[:, :width])
-            arrived = pages.data.new_empty(self._coming, width)
-            sends = _cut(blocks, self._sends)
-            pending = self._group.exchange(sends, _cut(arrived, self._recvs), self._scheme)
+        sent, arrived, exchange = self._layers_like(pages)
+        if sent is not None:
+            self._going.copy(pages.data[:, : pages.shape.elements], sent)
+        pending = exchange.start()
         if self._own is not None:
             kernel.paged_attention(q_THD, q_positions, pages, self._own.batch(), spec, into)
-        if pending is not None:
-            pending.wait()
-        if self._away is not None and arrived is not None:
-            theirs = Pages(arrived, pages.shape)
-            kernel.paged_attention(q_THD, q_positions, theirs, self._away.batch(), spec, into)
+        attend: Call | None = None
+        if self._away is not None:
+            theirs, batch = Pages(arrived, pages.shape), self._away.batch()
+            attend = kernel.attending(q_THD, q_positions, theirs, batch, spec, into)
+        pending.wait()
+        if attend is not None:
+            attend()
+
+    def _layers_like(self, pages: Pages) -> tuple[torch.Tensor | None, torch.Tensor, Prepared]:
+        """What layers of such pages share: where blocks that go and blocks that come are, and the
+        exchange."""
+        found = self._shapes.get(pages.shape)
+        if found is None:
+            width = pages.shape.elements
+            sent = pages.data.new_empty(self._going.count, width) if self._sends else None
+            arrived = pages.data.new_empty(self._coming, width)
+            sends = [] if sent is None else _cut(sent, self._sends)
+            exchange = self._group.prepare(sends, _cut(arrived, self._recvs), self._scheme)
+            found = self._shapes[pages.shape] = sent, arrived, exchange
+        return found
 
 
 def _cut(rows: torch.Tensor, counts: Sequence[tuple[int, int]]) -> list[tuple[int, torch.Tensor]]:

@@ -14,22 +14,23 @@ sent, or asks for, just what its queries see, in one exchange.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
 from ds_cp.attention.asking import Asking
 from ds_cp.attention.batch import BatchPlan, IndexUpload, Part, Shards
 from ds_cp.attention.halo import Halo
-from ds_cp.attention.kernels import PagedKernel
+from ds_cp.attention.kernels import Merge, PagedKernel
 from ds_cp.attention.mode import Mode
 from ds_cp.attention.pages import Pages
 from ds_cp.attention.spec import LayerSpec
 from ds_cp.attention.state import Partial
 from ds_cp.attention.visible import Rows, by_item, renumbered, visible
-from ds_cp.attention.wireform import new_rows, pack_partial, unpack_partial
+from ds_cp.attention.wireform import new_rows
 from ds_cp.comm.ring import RingExchange
 from ds_cp.comm.tree import TreeRoutes
-from ds_cp.comm.wire import Group
+from ds_cp.comm.wire import Group, Prepared
 from ds_cp.layout import positions, total
 
 # Names in the ledger.
@@ -181,6 +182,16 @@ class _BlocksRound:
         return self._buffers[kind]
 
 
+class _Layers(NamedTuple):
+    """What all layers of one shape share: two buffers for queries that pass, the rows on the wire
+    for each origin, their exchange, and what merges those that come back."""
+
+    spare: torch.Tensor
+    packed: dict[int, torch.Tensor]
+    back: Prepared
+    merges: list[Merge]
+
+
 class _QueriesRound:
     """Every member's queries visit every member; partials return to the owners in one exchange."""
 
@@ -203,6 +214,7 @@ class _QueriesRound:
         self._places: dict[int, slice] = {}
         self._answers: dict[int, Rows] = {}  # owner -> its rows that I can answer
         self._back: dict[int, Rows] = {}  # holder -> my rows that it answers
+        self._shapes: dict[object, _Layers] = {}
         for peer in self._members:
             if self._counts[peer] and any(item.blocks[me] for item in going):
                 asked, begin = (items, first_row) if peer == me else (going, 0)
@@ -228,10 +240,8 @@ class _QueriesRound:
         if self._group.rank not in self._members:
             return
         ring = RingExchange(self._group, self._members, SCHEME_Q)
-        dtype = q_THD.dtype
         shard = self._own.of(q_THD) if ring.size > 1 else q_THD
-        spare = [self._buffer(q_THD), self._buffer(q_THD)] if ring.size > 1 else []
-        sends, recvs = [], []
+        spare, packed, back, merges = self._layers_like(q_THD, spec, kernel)
         for step in range(ring.size):
             origin = self._members[ring.origin(step)]
             last = step + 1 == ring.size
@@ -241,25 +251,37 @@ class _QueriesRound:
             plan = self._plans.get(origin)
             if plan is not None and step == 0:
                 kernel.paged_attention(q_THD, q_positions, pages, plan.batch(), spec, into)
-            elif plan is not None and self._answers[origin].count:
+            elif plan is not None and origin in packed:
                 at = self._upload[self._places[origin]]
                 part = kernel.paged_attention(shard, at, pages, plan.batch(), spec)
                 answers = self._answers[origin]
                 part = Partial(answers.of(part.out), answers.of(part.lse))
-                sends.append((origin, pack_partial(part, dtype)))
+                kernel.packing(part, q_THD.dtype, packed[origin])()
             if not last:
                 shard = ring.wait()
-        for peer, rows in self._back.items():
-            recvs.append((peer, new_rows(rows.count, spec, dtype, into.out)))
-        self._group.exchange(sends, recvs, SCHEME_Q_BACK).wait()
-        for peer, arrived in recvs:
-            if len(arrived):
-                found = unpack_partial(arrived, spec, dtype)
-                self._back[peer].fold(into, found, kernel)
+        pending = back.start()
+        ready = [merge(into) for merge in merges]
+        pending.wait()
+        for merge in ready:
+            merge()
 
-    def _buffer(self, q_THD: torch.Tensor) -> torch.Tensor:
-        most = max(self._counts[r] for r in self._members)
-        return q_THD.new_empty(most, *q_THD.shape[1:])
+    def _layers_like(self, q_THD: torch.Tensor, spec: LayerSpec, kernel: PagedKernel) -> _Layers:
+        dtype = q_THD.dtype
+        shape = kernel, spec.num_q_heads, spec.head_dim, spec.v_dim, dtype
+        found = self._shapes.get(shape)
+        if found is None:
+            most = max(self._counts[r] for r in self._members) if len(self._members) > 1 else 0
+            spare = q_THD.new_empty(2, most, *q_THD.shape[1:])
+
+            def rows(some: dict[int, Rows]) -> dict[int, torch.Tensor]:
+                return {r: new_rows(x.count, spec, dtype, q_THD) for r, x in some.items()}
+
+            packed = rows({r: x for r, x in self._answers.items() if r in self._plans and x.count})
+            arriving = rows({r: x for r, x in self._back.items() if x.count})
+            back = self._group.prepare(list(packed.items()), list(arriving.items()), SCHEME_Q_BACK)
+            merges = [self._back[r].merging(x, dtype, spec, kernel) for r, x in arriving.items()]
+            found = self._shapes[shape] = _Layers(spare, packed, back, merges)
+        return found
 
 
 def _rows_where(counts: Sequence[int], holds: Sequence[bool], begin: int) -> list[int]:

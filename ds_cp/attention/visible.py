@@ -11,8 +11,8 @@ from typing import TypeVar
 import torch
 
 from ds_cp.attention.batch import Blocks, IndexUpload, Shards
-from ds_cp.attention.kernels import PagedKernel
-from ds_cp.attention.state import Partial
+from ds_cp.attention.kernels import Merge, PagedKernel
+from ds_cp.attention.spec import LayerSpec
 from ds_cp.layout import Runs
 
 P = TypeVar("P")
@@ -130,14 +130,15 @@ class Rows:
     def copy(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """Copy these rows of ``x`` to ``out``."""
         if self._stretch is not None:
-            out.copy_(x[self._stretch])
+            out.copy_(x if self.count == len(x) else x[self._stretch])
         else:
             torch.index_select(x, 0, self._upload[self._where], out=out)
 
-    def fold(self, into: Partial, part: Partial, kernel: PagedKernel) -> None:
-        """Merge ``part`` into these rows of ``into``."""
-        if self._stretch is not None:
-            here = Partial(into.out[self._stretch], into.lse[self._stretch])
-            kernel.merge_rows(here, part, None)
-        else:
-            kernel.merge_rows(into, part, self._upload[self._where])
+    def merging(
+        self, packed: torch.Tensor, dtype: torch.dtype, spec: LayerSpec, kernel: PagedKernel
+    ) -> Merge:
+        """Merges ``packed``, a row on the wire for each, with out in ``dtype``, into these rows of
+        a partial."""
+        first = self._stretch
+        rows = self._upload[self._where] if first is None else first.start
+        return kernel.merging(packed, dtype, rows, spec.num_q_heads, spec.v_dim)

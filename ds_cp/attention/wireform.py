@@ -25,22 +25,28 @@ def pack_partial(part: Partial, dtype: torch.dtype) -> torch.Tensor:
     """``[T, row_bytes]`` uint8: a pass over out and one over lse. One rounding to the model's
     dtype, nothing in fp32."""
     num_rows, num_heads, v_dim = part.out.shape
-    cut = num_heads * v_dim * dtype.itemsize
-    rows = part.out.new_empty(num_rows, cut + num_heads * 4, dtype=torch.uint8)
+    width = num_heads * (v_dim * dtype.itemsize + 4)
+    rows = part.out.new_empty(num_rows, width, dtype=torch.uint8)
+    pack_into(part, dtype, rows)
+    return rows
+
+
+def pack_into(part: Partial, dtype: torch.dtype, rows: torch.Tensor) -> None:
+    """The same, to ``rows [T, row_bytes]`` uint8."""
+    cut = part.out.shape[1] * part.out.shape[2] * dtype.itemsize
     if _aligned(cut, rows.shape[1], dtype):
         rows[:, :cut].view(dtype).view(part.out.shape).copy_(part.out)
         rows[:, cut:].view(torch.float32).copy_(part.lse)
     else:
         rows[:, :cut] = dense(part.out.to(dtype).flatten(1)).view(torch.uint8)
         rows[:, cut:] = dense(part.lse.to(torch.float32)).view(torch.uint8)
-    return rows
 
 
-def unpack_partial(rows: torch.Tensor, spec: LayerSpec, dtype: torch.dtype) -> Partial:
+def unpack_partial(rows: torch.Tensor, num_heads: int, v_dim: int, dtype: torch.dtype) -> Partial:
     """The inverse of ``pack_partial``: out in ``dtype`` and lse, views of ``rows`` wherever the
     numbers are aligned to their size there. So fold it before ``rows`` is written again."""
-    shape = len(rows), spec.num_q_heads, spec.v_dim
-    cut = spec.num_q_heads * spec.v_dim * dtype.itemsize
+    shape = len(rows), num_heads, v_dim
+    cut = num_heads * v_dim * dtype.itemsize
     out, lse = rows[:, :cut], rows[:, cut:]
     if not _aligned(cut, rows.shape[1], dtype):
         out, lse = (x.clone(memory_format=torch.contiguous_format) for x in (out, lse))

@@ -91,18 +91,40 @@ class Shape:
         return size
 
 
+@dataclass(frozen=True, eq=False)
+class Messages:
+    """What one exchange moves, as the native code takes it; the tensors that it moves."""
+
+    packed: bytes
+    count: int
+    tensors: object
+
+    @classmethod
+    def of(
+        cls, sends: Sequence[tuple[int, torch.Tensor]], recvs: Sequence[tuple[int, torch.Tensor]]
+    ) -> Messages:
+        """``sends`` and ``recvs``: pairs of (member, contiguous CPU tensor)."""
+        fields: list[int] = []
+        for peer, t in recvs:
+            fields += (peer, 0, t.data_ptr(), t.nbytes)
+        for peer, t in sends:
+            fields += (peer, 1, t.data_ptr(), t.nbytes)
+        count = len(fields) // 4
+        return cls(_packer(count).pack(*fields), count, (sends, recvs))
+
+
 class Channel:
     """A seat in a channel.
 
     ``fd``: the channel's memory, of ``shape.nbytes``, which is mapped and need not stay open;
-    ``me``: this member's index; ``pidfds``: of every member's process, -1 for me; ``spin_s``: how
-    long a wait looks before it sleeps; ``make``: this seat is the first, and makes the channel of
-    zeroed memory. Raises ``ValueError`` when the memory is not this channel or cannot be mapped.
+    ``me``: this member's index; ``pidfds``: of every member's process, -1 for me; ``look_s``: the
+    most that a wait looks before it sleeps; ``make``: this seat is the first, and makes the channel
+    of zeroed memory. Raises ``ValueError`` when the memory is not this channel or cannot be mapped.
     """
 
     def __init__(
         self, library: Library, fd: int, shape: Shape, me: int, token: bytes,
-        pidfds: Sequence[int], spin_s: float, make: bool,
+        pidfds: Sequence[int], look_s: float, make: bool,
     ) -> None:  # fmt: skip
         if len(token) != TOKEN or len(pidfds) != shape.members:
             raise ValueError("a channel's token has 16 bytes, and each member a pidfd")
@@ -115,7 +137,7 @@ class Channel:
             self._calls.format(memory, shape.members, shape.ring_bytes, token)
         lives = (ctypes.c_int * len(pidfds))(*pidfds)
         self._handle: int | None = self._calls.open(
-            memory, shape.members, me, shape.ring_bytes, token, lives, round(spin_s * 1e9)
+            memory, shape.members, me, shape.ring_bytes, token, lives, round(look_s * 1e9)
         )
         if self._handle is None:
             self._calls.unmap(memory, nbytes)
@@ -128,22 +150,19 @@ class Channel:
     def post(
         self, sends: Sequence[tuple[int, torch.Tensor]], recvs: Sequence[tuple[int, torch.Tensor]]
     ) -> int:
-        """Start an exchange of (member, contiguous CPU tensor) pairs. Returns its number, to
-        ``wait`` for, or 0 when it is through already. Raises ``ChannelError``.
+        """``start`` of messages that are packed now."""
+        return self.start(Messages.of(sends, recvs))
+
+    def start(self, messages: Messages) -> int:
+        """Start an exchange. Returns its number, to ``wait`` for, or 0 when it is through already.
+        Raises ``ChannelError``.
 
         The tensors are kept until the exchange is through, or, after an error, the channel closed.
         After an error here nothing is moved any more.
         """
-        fields: list[int] = []
-        for peer, t in recvs:
-            fields += (peer, 0, t.data_ptr(), t.nbytes)
-        for peer, t in sends:
-            fields += (peer, 1, t.data_ptr(), t.nbytes)
-        messages = len(fields) // 4
-        packed = _packer(messages).pack(*fields)
         number = next(self._numbers)
-        self._kept[number] = (sends, recvs)  # before: a signal's handler may raise after the call
-        left: int = self._calls.post(self._handle, number, packed, messages)
+        self._kept[number] = messages  # before: a signal's handler may raise after the call
+        left: int = self._calls.post(self._handle, number, messages.packed, messages.count)
         if left < 0:
             raise self._error(-left)
         if not left:

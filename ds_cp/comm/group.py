@@ -2,16 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
 from ds_cp.comm.pending import Pending
-from ds_cp.comm.transport import Message, Transport
+from ds_cp.comm.transport import Message, Preparing, Transport
 
 if TYPE_CHECKING:
     from ds_cp.comm.world import World
+
+
+class Prepared:
+    """An exchange that ``Group.prepare`` gives: started any number of times, each when the one
+    before was waited for. ``weight``: its bytes as the ledger counts them, None when nothing is
+    sent or received; ``begin``: starts it."""
+
+    __slots__ = ("_begin", "_group", "_scheme", "_weight")
+
+    def __init__(
+        self, group: Group, scheme: str, weight: tuple[int, int] | None,
+        begin: Callable[[], Pending],
+    ) -> None:  # fmt: skip
+        self._group = group
+        self._scheme = scheme
+        self._weight = weight
+        self._begin = begin
+
+    def start(self) -> Pending:
+        """Start one round, as ``Group.exchange`` does."""
+        group = self._group
+        group.local_work.refuse(self._scheme, group.name)
+        if self._weight is not None:
+            group.ledger.add(self._scheme, *self._weight)
+        return self._begin()
 
 
 class Group:
@@ -42,7 +68,7 @@ class Group:
         self.ledger = world.ledger
         self.transport = transport
         self.on_device = on_device
-        self._local_work = world.local_work
+        self.local_work = world.local_work
 
     def close(self) -> None:
         """Wake the peers that wait for this rank and give the connections up; no call may
@@ -62,19 +88,36 @@ class Group:
         are skipped on both sides. The ledger counts the payload under ``scheme``. Raises
         ``ValueError`` for a tensor that is not contiguous, ``CommError`` when a peer is gone.
         """
-        self._local_work.refuse(scheme, self.name)
+        self.local_work.refuse(scheme, self.name)
         coming, going = self._checked(recvs), self._checked(sends)
         what = f"{scheme} in group {self.name}"
         if not coming and not going:
             return Pending(None, what)
+        self.ledger.add(scheme, *self._weighed(going))
+        return self._carrier((going or coming)[0][1]).exchange(going, coming, what)
+
+    def prepare(self, sends: Sequence[Message], recvs: Sequence[Message], scheme: str) -> Prepared:
+        """A round as in ``exchange`` of tensors that stay where they are, checked here, once."""
+        coming, going = self._checked(recvs), self._checked(sends)
+        what = f"{scheme} in group {self.name}"
+        if not coming and not going:
+            return Prepared(self, scheme, None, partial(Pending, None, what))
+        carrier = self._carrier((going or coming)[0][1])
+        if isinstance(carrier, Preparing):
+            begin = carrier.prepare(going, coming, what)
+        else:
+            begin = partial(carrier.exchange, going, coming, what)
+        return Prepared(self, scheme, self._weighed(going), begin)
+
+    def _weighed(self, going: Sequence[Message]) -> tuple[int, int]:
+        """Bytes that are sent, and those of them for other hosts."""
         nbytes = inter = 0
         for peer, tensor in going:
             size = tensor.nbytes
             nbytes += size
             if self._is_away[peer]:
                 inter += size
-        self.ledger.add(scheme, nbytes, inter)
-        return self._carrier((going or coming)[0][1]).exchange(going, coming, what)
+        return nbytes, inter
 
     def _checked(self, messages: Sequence[Message]) -> list[Message]:
         """Those that are not empty."""
@@ -101,7 +144,7 @@ class Group:
         Raises ``ValueError`` for a tensor that is not contiguous (what was reduced would be a
         temporary, and lost), ``CommError`` when a peer is gone.
         """
-        self._local_work.refuse(scheme, self.name)
+        self.local_work.refuse(scheme, self.name)
         if self.size == 1:
             return
         if not tensor.is_contiguous():
@@ -114,7 +157,7 @@ class Group:
     def broadcast(self, tensor: torch.Tensor, scheme: str) -> None:
         """Give member 0's ``tensor`` (same shape everywhere) to all, in place. ``ValueError`` and
         ``CommError`` as in ``all_reduce``."""
-        self._local_work.refuse(scheme, self.name)
+        self.local_work.refuse(scheme, self.name)
         if self.size == 1:
             return
         if not tensor.is_contiguous():

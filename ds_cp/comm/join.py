@@ -86,8 +86,11 @@ def join(
         topology = Topology.from_hosts(names)
         near = topology.ranks_on(topology.host_index(rank))
         processes = [Process(hello.pid, hello.namespace, hello.key) for hello in hellos]
+        threads = torch.get_num_threads()
         neighbours = (
-            Neighbours(rank, near, processes, store, timeout_s, cores()) if shared_memory else None
+            Neighbours(rank, near, processes, store, timeout_s, cores(), threads)
+            if shared_memory
+            else None
         )
         mine = (hellos[rank].key, hellos[rank].gpu)
         world = World(

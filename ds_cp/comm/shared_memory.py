@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from ds_cp.comm import channel as ch
-from ds_cp.comm.channel import Channel, ChannelError, Shape
+from ds_cp.comm.channel import Channel, ChannelError, Messages, Shape
 from ds_cp.comm.pending import Pending, gone_peer, silent_peer
 from ds_cp.comm.transport import Message, sum_in_order
 from ds_cp.errors import CommError
@@ -32,7 +32,9 @@ from ds_cp.native import Library, load
 # Bytes from each member to each other, by the number of members; claimed as they are touched. Large
 # ones let a sender go on before its peer reads.
 RING_BYTES = {4: 8 * 2**20, 8: 4 * 2**20, ch.MAX_MEMBERS: 2**20}
-SPIN_S = 50e-6  # that a wait looks before it sleeps, where every rank has a core
+# The most that a wait looks before it sleeps: where every thread of the ranks has a core, as long
+# as a rank may compute between two exchanges; where every rank has one, a moment; else nothing.
+LOOK_S, SHORT_LOOK_S = 2e-3, 50e-6
 NAME = "ds_cp"  # of the memory, in /proc/PID/maps
 _NOEXEC = 0x8  # MFD_NOEXEC_SEAL, which Python does not know yet
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
@@ -72,16 +74,27 @@ class SharedMemory:
 
     def exchange(self, sends: Sequence[Message], recvs: Sequence[Message], what: str) -> Pending:
         """Start to send each tensor and to receive into each buffer."""
-        began = time.monotonic()
+        return self.prepare(sends, recvs, what)()
+
+    def prepare(
+        self, sends: Sequence[Message], recvs: Sequence[Message], what: str
+    ) -> Callable[[], Pending]:
+        """What starts such an exchange each time it is called."""
         if not self._all:
             sends, recvs = self._seated(sends), self._seated(recvs)
-        try:
-            number = self._channel.post(sends, recvs)
-        except ChannelError as err:
-            raise self._comm_error(what, began, err) from None
-        if not number:
-            return Pending(None, what)
-        return Pending(partial(self._finish, number, what, began), what)
+        messages = Messages.of(sends, recvs)
+
+        def start() -> Pending:
+            began = time.monotonic()
+            try:
+                number = self._channel.start(messages)
+            except ChannelError as err:
+                raise self._comm_error(what, began, err) from None
+            if not number:
+                return Pending(None, what)
+            return Pending(partial(self._finish, number, what, began), what)
+
+        return start
 
     def _seated(self, messages: Sequence[Message]) -> list[Message]:
         return [(self._seats[peer], tensor) for peer, tensor in messages]
@@ -137,23 +150,32 @@ class SharedMemory:
         return gone_peer(what, began, f"{who}: {cause}")
 
 
+def longest_look(ranks: int, threads: int, cores: int) -> float:
+    """Seconds that a wait may look before it sleeps, with so many ranks of so many threads on a
+    host of so many cores."""
+    if ranks * threads <= cores:
+        return LOOK_S
+    return SHORT_LOOK_S if ranks <= cores else 0.0
+
+
 class Neighbours:
     """Makes channels with the ranks of this host.
 
     ``ranks``: world ranks of this host; ``processes``: of all ranks; ``store``: what the ranks
-    share (``set``, ``get``); ``cores``: that this process may use.
+    share (``set``, ``get``); ``cores``: that this process may use; ``threads``: of each rank.
     """
 
     def __init__(
         self, rank: int, ranks: Sequence[int], processes: Sequence[Process], store: Any,
-        timeout_s: float, cores: int, find: Callable[[], Library | str] = load,
+        timeout_s: float, cores: int, threads: int,
+        find: Callable[[], Library | str] = load,
     ) -> None:  # fmt: skip
         self._rank = rank
         self._ranks = tuple(ranks)
         self._processes = tuple(processes)
         self._store = store
         self._timeout_s = timeout_s
-        self._spin_s = SPIN_S if len(ranks) <= cores else 0.0
+        self._look_s = longest_look(len(ranks), threads, cores)
         self._find = find
         self._pidfds: dict[int, int] = {}
 
@@ -203,7 +225,7 @@ class Neighbours:
         with _refusing("the memory cannot be made"):
             fd = private_memory(shape.nbytes(library))
             try:
-                channel = Channel(library, fd, shape, 0, token, pidfds, self._spin_s, make=True)
+                channel = Channel(library, fd, shape, 0, token, pidfds, self._look_s, make=True)
             except BaseException:
                 os.close(fd)
                 raise
@@ -220,7 +242,7 @@ class Neighbours:
             fd = open_memory(f"/proc/{int(where)}/fd/{int(number)}", shape.nbytes(library))
             try:
                 return Channel(
-                    library, fd, shape, seat, bytes.fromhex(token), pidfds, self._spin_s, make=False
+                    library, fd, shape, seat, bytes.fromhex(token), pidfds, self._look_s, make=False
                 )
             finally:
                 os.close(fd)

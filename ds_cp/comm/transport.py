@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -33,6 +33,16 @@ class Transport(Protocol):
 
     def close(self) -> None:
         """Wake the peers that wait for this member; no call may follow. May be called twice."""
+
+
+@runtime_checkable
+class Preparing(Transport, Protocol):
+    """A transport that can do once what is the same each time the same tensors are exchanged."""
+
+    def prepare(
+        self, sends: Sequence[Message], recvs: Sequence[Message], what: str
+    ) -> Callable[[], Pending]:
+        """What does as ``exchange`` with these each time it is called."""
 
 
 class Near(Transport, Protocol):

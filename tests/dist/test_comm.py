@@ -45,7 +45,10 @@ def refusal(kind: type[Exception], call: Callable[..., Any], *args: Any) -> str:
 
 def four_ranks(world: World) -> dict[str, Any]:
     whole = world.group("cp", [[0, 1, 2, 3]])
-    checks = [misuse_of_a_ring, refused_messages, refused_groups, messages_keep_their_order]
+    checks = [
+        misuse_of_a_ring, prepared_rounds, refused_messages, refused_groups,
+        messages_keep_their_order,
+    ]  # fmt: skip
     for check in checks:
         check(world, whole)
         whole.barrier()
@@ -84,6 +87,33 @@ def misuse_of_a_ring(world: World, group: Group) -> None:
     nothing = group.exchange([], [], "once")
     nothing.wait()
     assert "waited for twice" in refusal(RuntimeError, nothing.wait)
+
+
+def prepared_rounds(world: World, group: Group) -> None:
+    """Checked once and started often: each start sends what is there then and is booked as an
+    exchange; one without messages is none."""
+    world.ledger.clear()
+    me, size = group.rank, group.size
+    mine, there = torch.empty(700), torch.empty(700)
+    one = group.prepare([((me + 1) % size, mine)], [((me - 1) % size, there)], "prepared")
+    for i in range(4):
+        mine.fill_(10 * i + me)
+        pending = one.start()
+        pending.wait()
+        assert there.eq(10 * i + (me - 1) % size).all()
+        assert "waited for twice" in refusal(RuntimeError, pending.wait)
+        mine.fill_(-1)  # what was sent is on its way
+    entry = world.ledger["prepared"]
+    assert (entry.bytes, entry.exchanges) == (4 * 700 * 4, 4)
+    nothing = group.prepare([(1 - min(me, 1), torch.empty(0))], [], "nothing")
+    for _ in range(2):
+        nothing.start().wait()
+    assert world.ledger["nothing"].exchanges == 0
+    with world.local_work():
+        assert "local to one rank" in refusal(RuntimeError, one.start)
+    strided = torch.ones(4, 4)[:, 1]
+    text = refusal(ValueError, group.prepare, [((me + 1) % size, strided)], [], "bad")
+    assert "must be contiguous" in text
 
 
 def refused_messages(world: World, group: Group) -> None:

@@ -20,7 +20,7 @@ from ds_cp import SamplingParams
 from ds_cp.attention import LayerSpec, TreeRoutes
 from ds_cp.attention.kernels import choose_kernel
 from ds_cp.comm.ledger import Entry
-from ds_cp.comm.wire import Group, World
+from ds_cp.comm.wire import Group, Prepared, World
 from ds_cp.kv.pool import KVPool
 from ds_cp.layout import contiguous, positions
 from ds_cp.plan import Begin, Chunk, Sampling, StepPlan
@@ -59,17 +59,30 @@ Batches = Mapping[str, tuple[Sequence[int], Sequence[Case]]]  # name -> members,
 def run_batches(world: World, batches: Batches) -> dict[str, list[Entries]]:
     """Per batch, this rank's ledger after each case; a rank that is no member runs nothing.
 
-    The bytes that are handed to ``Group.exchange`` are counted too and must be the same.
+    The bytes that are handed to ``Group.exchange``, and to ``Group.prepare`` for each start, are
+    counted too and must be the same.
     """
     found: dict[str, list[Entries]] = {}
     weighed = [0]
-    exchange = Group.exchange
+    exchange, prepare, start = Group.exchange, Group.prepare, Prepared.start
+    prepared: dict[int, tuple[Prepared, int]] = {}
 
     def weigh(group: Group, sends: Any, recvs: Any, scheme: str) -> Any:
         weighed[0] += sum(tensor.nbytes for _, tensor in sends)
         return exchange(group, sends, recvs, scheme)
 
+    def weigh_prepared(group: Group, sends: Any, recvs: Any, scheme: str) -> Any:
+        made = prepare(group, sends, recvs, scheme)
+        prepared[id(made)] = made, sum(tensor.nbytes for _, tensor in sends)
+        return made
+
+    def weigh_start(made: Prepared) -> Any:
+        weighed[0] += prepared[id(made)][1]
+        return start(made)
+
     Group.exchange = weigh  # type: ignore[method-assign]
+    Group.prepare = weigh_prepared  # type: ignore[method-assign]
+    Prepared.start = weigh_start  # type: ignore[method-assign]
     for name, (members, cases) in batches.items():
         rest = [r for r in range(world.size) if r not in members]
         group = world.group(name, [list(members), *([rest] if rest else [])])

@@ -134,7 +134,7 @@ def one_cannot(world: World) -> list[Any]:
             Process(int(pid), "elsewhere" if r == odd else "here", "host")
             for r, pid in enumerate(pids)
         ]
-        return Neighbours(world.rank, ranks, processes, world.store, timeout_s, 2, find)
+        return Neighbours(world.rank, ranks, processes, world.store, timeout_s, 2, 1, find)
 
     lacks = neighbours(lambda: "there is no library") if world.rank == 2 else neighbours()
     found: list[Any] = [lacks.join("a", ranks, ranks), neighbours(odd=1).join("b", ranks, ranks)]

@@ -7,6 +7,6 @@ and passes ``self_test`` on the device.
 from __future__ import annotations
 
 from ds_cp.attention.kernels.choose import choose_kernel
-from ds_cp.attention.kernels.kernel import PagedKernel
+from ds_cp.attention.kernels.kernel import Call, Merge, PagedKernel
 
-__all__ = ["PagedKernel", "choose_kernel"]
+__all__ = ["Call", "Merge", "PagedKernel", "choose_kernel"]

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import ctypes
 import struct
+from functools import partial
 from typing import Any
 
 import torch
 
 from ds_cp.attention.batch import PagedBatch
+from ds_cp.attention.kernels.cpu_partials import TYPES, CpuPartials, indices, run
+from ds_cp.attention.kernels.kernel import Call
 from ds_cp.attention.pages import Pages
 from ds_cp.attention.spec import LayerSpec
-from ds_cp.attention.state import NEG_INF, Partial, dense, merge_rows
+from ds_cp.attention.state import NEG_INF, Partial, dense
 from ds_cp.native import Library
 
 # The structures of the native code, field by field.
@@ -24,8 +27,6 @@ _BATCH = struct.Struct("7q")
 _LAYER = struct.Struct("9q2d")
 _CALL = struct.Struct("16q")
 _WRITE = struct.Struct("18q")
-_MERGE = struct.Struct("18q")
-_TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _FAULTS = {
     1: "it does not serve such a layer",
     2: "rows of queries are named that are not there, or a position is below 0",
@@ -36,7 +37,7 @@ _FAULTS = {
 ISAS = ("avx512bf16", "avx512", "avx2", "baseline")  # by the native code's numbers
 
 
-class CpuKernel:
+class CpuKernel(CpuPartials):
     """``PagedKernel`` of the native library. ``isa``: the variant, one of ``library.isas`` (None:
     the best); ``brgemm``: matrix products of bf16 by ATen's brgemm, which uses AMX where the
     processor has it: not by default, since that has run on no such processor yet. Raises
@@ -54,14 +55,14 @@ class CpuKernel:
             raise ValueError("torch has no brgemm for this processor")
         self.brgemm = brgemm
         self._isa = ISAS.index(self.isa)
+        super().__init__(library)
         call = ctypes.c_char_p
         self._attend = library.function("ds_cp_paged_attention", [call] * 3, ctypes.c_int64)
         self._write = library.function("ds_cp_write_pages", [call], ctypes.c_int64)
-        self._merge = library.function("ds_cp_merge_rows", [call], ctypes.c_int64)
 
     def refuses(self, spec: LayerSpec, block_size: int, dtype: torch.dtype) -> str:
         """As in ``PagedKernel``."""
-        if dtype not in _TYPES:
+        if dtype not in TYPES:
             return f"it serves float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"
         if dtype == torch.bfloat16 and (spec.head_dim % 2 or block_size % 2):
             return (
@@ -84,13 +85,40 @@ class CpuKernel:
         into: Partial | None = None,
     ) -> Partial:
         """As in ``PagedKernel``. Raises ``ValueError`` for tensors that do not fit together."""
-        num_tokens = q_THD.shape[0]
-        shape, data = pages.shape, pages.data
-        q_THD = dense(q_THD)
-        _check_queries(q_THD, q_positions, pages, spec)
         fresh = into is None
         if into is None:
-            into = _room(num_tokens, batch, spec)
+            into = _room(q_THD.shape[0], batch, spec)
+        self._ready(q_THD, q_positions, pages, batch, spec, into, fresh)()
+        return into
+
+    def attending(
+        self,
+        q_THD: torch.Tensor,
+        q_positions: torch.Tensor,
+        pages: Pages,
+        batch: PagedBatch,
+        spec: LayerSpec,
+        into: Partial,
+    ) -> Call:
+        """As in ``PagedKernel``. Raises ``ValueError`` as ``paged_attention``."""
+        if q_THD.stride(-1) != 1:  # what is copied now is not what it holds then
+            return super().attending(q_THD, q_positions, pages, batch, spec, into)
+        return self._ready(q_THD, q_positions, pages, batch, spec, into, False)
+
+    def _ready(
+        self,
+        q_THD: torch.Tensor,
+        q_positions: torch.Tensor,
+        pages: Pages,
+        batch: PagedBatch,
+        spec: LayerSpec,
+        into: Partial,
+        fresh: bool,
+    ) -> Call:
+        """``fresh``: what ``into`` holds is not looked at."""
+        num_tokens, shape, data = q_THD.shape[0], pages.shape, pages.data
+        q_THD = dense(q_THD)
+        _check_queries(q_THD, q_positions, pages, spec)
         out, lse = into.out, into.lse
         if (
             out.shape != (num_tokens, spec.num_q_heads, spec.v_dim)
@@ -105,7 +133,7 @@ class CpuKernel:
                 f"queries of {tuple(q_THD.shape)}"
             )
         layer = _LAYER.pack(
-            _TYPES[shape.dtype], shape.num_kv_heads, spec.num_q_heads // shape.num_kv_heads,
+            TYPES[shape.dtype], shape.num_kv_heads, spec.num_q_heads // shape.num_kv_heads,
             shape.k_dim, shape.v_dim, shape.block_size, spec.window or 0, self._isa, self.brgemm,
             spec.scale, spec.softcap or 0.0,
         )  # fmt: skip
@@ -115,9 +143,8 @@ class CpuKernel:
             out.data_ptr(), out.stride(0), out.stride(1),
             lse.data_ptr(), lse.stride(0), lse.stride(1), not fresh, torch.get_num_threads(),
         )  # fmt: skip
-        if fault := self._attend(_batch_bytes(batch), layer, call):
-            raise ValueError(f"the cpu kernel cannot serve this call: {_FAULTS[fault]}")
-        return into
+        given = _batch_bytes(batch), layer, call
+        return partial(run, self._attend, given, _FAULTS, (q_THD, q_positions, data, batch, into))
 
     def write(
         self,
@@ -142,7 +169,7 @@ class CpuKernel:
                 f"places of {shape}"
             )
         k, v = dense(k_TGD.to(shape.dtype)), dense(v_TGD.to(shape.dtype))
-        blocks, places = _indices(blocks), _indices(places)
+        blocks, places = indices(blocks), indices(places)
         args = _WRITE.pack(
             data.data_ptr(), data.stride(0) * data.itemsize, data.shape[0],
             data.itemsize, shape.num_kv_heads, shape.k_dim, shape.v_dim, shape.block_size,
@@ -151,35 +178,6 @@ class CpuKernel:
         )  # fmt: skip
         if self._write(args):
             raise ValueError("the cpu kernel cannot write a token: its block or place is not there")
-
-    def merge_rows(self, into: Partial, part: Partial, rows: torch.Tensor | None) -> None:
-        """As in ``PagedKernel``."""
-        out, lse = into.out, into.lse
-        if out.dtype != torch.float32 or lse.dtype != torch.float32 or out.stride(2) != 1:
-            merge_rows(into, part, rows)
-            return
-        part_out, part_lse = dense(part.out.to(torch.float32)), part.lse.to(torch.float32)
-        num_rows, heads, dim = part_out.shape
-        if (
-            out.shape[1:] != (heads, dim)
-            or not out.device.type == lse.device.type == "cpu"
-            or not part_out.device.type == part_lse.device.type == "cpu"
-            or lse.shape != out.shape[:2]
-            or part_lse.shape != (num_rows, heads)
-            or (rows is None and num_rows != len(out))
-            or (rows is not None and rows.shape != (num_rows,))
-        ):
-            raise ValueError(f"{tuple(part_out.shape)} does not fold into {tuple(out.shape)}")
-        rows = None if rows is None else _indices(rows)
-        args = _MERGE.pack(
-            out.data_ptr(), out.stride(0), out.stride(1),
-            lse.data_ptr(), lse.stride(0), lse.stride(1), len(out),
-            part_out.data_ptr(), part_out.stride(0), part_out.stride(1),
-            part_lse.data_ptr(), part_lse.stride(0), part_lse.stride(1),
-            0 if rows is None else rows.data_ptr(), num_rows, heads, dim, torch.get_num_threads(),
-        )  # fmt: skip
-        if self._merge(args):
-            raise ValueError("the cpu kernel cannot merge: a row is not there")
 
 
 def _rounded(x: float) -> float:
@@ -204,7 +202,7 @@ def _batch_bytes(batch: PagedBatch) -> bytes:
     known: Any = batch.derived.get(CpuKernel)
     if known is None:
         vectors = [
-            _indices(x)
+            indices(x)
             for x in (batch.q_starts, batch.block_starts, batch.blocks, batch.firsts, batch.keys)
         ]
         parts, entries = len(batch.parts), len(batch.blocks)
@@ -217,18 +215,11 @@ def _batch_bytes(batch: PagedBatch) -> bytes:
     return bytes(known[0])
 
 
-def _indices(x: torch.Tensor) -> torch.Tensor:
-    """A dense int64 vector on the CPU: ``x`` itself, mostly."""
-    if x.dtype != torch.int64 or x.device.type != "cpu" or x.dim() != 1:
-        raise ValueError(f"indices are int64 vectors on the CPU, not {x.dtype} on {x.device}")
-    return x.contiguous()
-
-
 def _check_pages(pages: Pages) -> None:
     shape, data = pages.shape, pages.data
     if (
         not shape.packed
-        or shape.dtype not in _TYPES
+        or shape.dtype not in TYPES
         or data.dtype != shape.dtype
         or data.device.type != "cpu"
         or data.dim() != 2

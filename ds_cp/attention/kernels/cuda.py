@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 
 from ds_cp.attention.batch import PagedBatch, Part, make_batch
+from ds_cp.attention.kernels.by_torch import ByTorch
 from ds_cp.attention.kernels.dense import Candidate, Dense, Found, first_right
 from ds_cp.attention.kernels.kernel import PagedKernel
 from ds_cp.attention.pages import Pages
@@ -49,7 +50,7 @@ class _Plan:
     whole: bool  # the squares are all there is
 
 
-class CudaKernel:
+class CudaKernel(ByTorch):
     """``PagedKernel`` over plain pages: ``paged`` and, for layers for which one is right, an
     operator of ``choices``."""
 

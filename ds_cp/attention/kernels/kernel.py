@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -10,6 +11,9 @@ from ds_cp.attention.batch import PagedBatch
 from ds_cp.attention.pages import Pages
 from ds_cp.attention.spec import LayerSpec
 from ds_cp.attention.state import Partial
+
+Call = Callable[[], object]
+Merge = Callable[[Partial], Call]
 
 
 class PagedKernel(Protocol):
@@ -60,6 +64,37 @@ class PagedKernel(Protocol):
     def merge_rows(self, into: Partial, part: Partial, rows: torch.Tensor | None) -> None:
         """Fold ``part`` (``[R, H, Dv]``, any float dtype) into rows ``rows`` (int64 ``[R]``, each
         once; None: all, in order) of ``into``, which is fp32 and overwritten."""
+        ...
+
+    def attending(
+        self,
+        q_THD: torch.Tensor,
+        q_positions: torch.Tensor,
+        pages: Pages,
+        batch: PagedBatch,
+        spec: LayerSpec,
+        into: Partial,
+    ) -> Call:
+        """``paged_attention`` made ready: called, it does it with what the tensors hold then. So
+        does what the next two give. Made before a wait, they leave little to be done after it."""
+        ...
+
+    def packing(self, part: Partial, dtype: torch.dtype, packed: torch.Tensor) -> Call:
+        """Writes ``part``, T rows, as rows on the wire with out in ``dtype``: ``packed [T,
+        row_bytes]`` uint8, contiguous (see ``ds_cp.attention.wireform``)."""
+        ...
+
+    def merging(
+        self,
+        packed: torch.Tensor,
+        dtype: torch.dtype,
+        rows: torch.Tensor | int,
+        num_heads: int,
+        v_dim: int,
+    ) -> Merge:
+        """Given a partial, makes ``merge_rows`` of what ``packing`` wrote into it ready. ``rows``:
+        int64 ``[R]``, or the first of R rows that follow one another; ``num_heads``, ``v_dim``: of
+        the partials."""
         ...
 
 

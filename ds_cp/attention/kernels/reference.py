@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from ds_cp.attention.batch import PagedBatch
+from ds_cp.attention.kernels.by_torch import ByTorch
 from ds_cp.attention.pages import Pages
 from ds_cp.attention.spec import LayerSpec
 from ds_cp.attention.state import NEG_INF, Partial, empty_partial, merge_rows, split_heads
@@ -15,7 +16,7 @@ from ds_cp.attention.state import NEG_INF, Partial, empty_partial, merge_rows, s
 SCORE_BYTES = 64 * 2**20  # bytes of fp32 scores held at once; rows are computed in slices that fit
 
 
-class ReferenceKernel:
+class ReferenceKernel(ByTorch):
     """``PagedKernel`` by matrix products over each request's gathered keys, in fp32 (fp64 for fp64
     queries)."""
 

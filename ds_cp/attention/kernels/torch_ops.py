@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from ds_cp.attention.batch import Block, PagedBatch, Part, in_window
+from ds_cp.attention.kernels.by_torch import ByTorch
 from ds_cp.attention.kernels.operators import Operator, cpu_op, hide_blind, operator
 from ds_cp.attention.kernels.single_rows import SingleRows
 from ds_cp.attention.pages import Pages
@@ -50,7 +51,7 @@ class _Plan:
     values: torch.Tensor
 
 
-class TorchKernel:
+class TorchKernel(ByTorch):
     """``PagedKernel`` by torch's operators."""
 
     name = "sdpa"

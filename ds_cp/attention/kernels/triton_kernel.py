@@ -7,6 +7,7 @@ import triton
 
 from ds_cp.attention.batch import PagedBatch
 from ds_cp.attention.kernels import triton_merge
+from ds_cp.attention.kernels.by_torch import ByTorch
 from ds_cp.attention.kernels.choose import KernelUnavailableError
 from ds_cp.attention.kernels.triton_decode import DecodePlan, decode, plan_decode
 from ds_cp.attention.kernels.triton_prefill import PrefillPlan, plan_prefill, prefill
@@ -19,7 +20,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 CAPABILITY = (8, 0)  # of the oldest device that its tiles are made for
 
 
-class TritonKernel:
+class TritonKernel(ByTorch):
     """``PagedKernel`` by Triton: requests with few rows by split keys, the others by tiles of rows.
     Which of the two serves a request depends on that request and the layer alone. They differ by
     rounding; with ``deterministic`` all go by tiles, so that a row does not depend on how its

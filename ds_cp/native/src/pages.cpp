@@ -1,4 +1,4 @@
-// Writing of tokens into packed pages, and the merge of partials.
+// Writing of tokens into packed pages, and partials: their merge, and their rows on the wire.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -30,13 +30,81 @@ struct MergeArgs {
   float* lse;
   int64_t lse_token, lse_head;
   int64_t into_tokens;
-  const float* part_out;
-  int64_t part_out_token, part_out_head;
-  const float* part_lse;
-  int64_t part_lse_token, part_lse_head;
-  const int64_t* rows;  // null: row r is r
-  int64_t num_rows, heads, dim, threads;
+  int64_t part_type;  // of part_out, a Type; part_lse is fp32, at any address
+  const char* part_out;
+  int64_t part_out_token, part_out_head;  // bytes
+  const char* part_lse;
+  int64_t part_lse_token, part_lse_head;  // bytes
+  const int64_t* rows;                    // null: row r is first + r
+  int64_t first, num_rows, heads, dim, threads;
 };
+
+struct PackArgs {
+  const float* out;
+  int64_t out_token, out_head;
+  const float* lse;
+  int64_t lse_token, lse_head;
+  char* packed;  // rows of heads * dim numbers of the type, then heads of fp32
+  int64_t type, num_rows, heads, dim, threads;
+};
+
+enum Type : int64_t { kFloat = 0, kBfloat = 1 };
+
+// The upper half, rounded to nearest, ties to even; a NaN stays one.
+uint16_t to_bfloat(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return static_cast<uint16_t>(x != x ? (bits >> 16) | 0x40 : rounded);
+}
+
+float to_float(uint16_t x) {
+  const uint32_t bits = static_cast<uint32_t>(x) << 16;
+  float found;
+  std::memcpy(&found, &bits, sizeof found);
+  return found;
+}
+float to_float(float x) { return x; }
+
+// Rows by tasks of several, on threads where there is much to do.
+template <class F>
+void for_rows(int64_t num_rows, int64_t numbers, int64_t most_threads, F each_row) {
+  const int threads = num_rows * numbers < kSerial ? 1 : static_cast<int>(most_threads);
+  const int64_t each = threads > 1 ? 8 : num_rows;  // rows of a task
+  const int64_t tasks = each ? (num_rows + each - 1) / each : 0;
+  parallel_for(tasks, threads, [&](int64_t task, int) {
+    for (int64_t r = task * each; r < std::min(num_rows, (task + 1) * each); ++r) each_row(r);
+  });
+}
+
+template <class E>
+void merge(const MergeArgs& args) {
+  for_rows(args.num_rows, args.heads * args.dim, args.threads, [&](int64_t r) {
+    const int64_t row = args.rows ? args.rows[r] : args.first + r;
+    for (int64_t h = 0; h < args.heads; ++h) {
+      float& a = args.lse[row * args.lse_token + h * args.lse_head];
+      float b;
+      std::memcpy(&b, args.part_lse + r * args.part_lse_token + h * args.part_lse_head, sizeof b);
+      float* out = args.out + row * args.out_token + h * args.out_head;
+      const E* from = reinterpret_cast<const E*>(args.part_out + r * args.part_out_token +
+                                                 h * args.part_out_head);
+      if (b == -INFINITY) {
+        if (a == -INFINITY) std::memset(out, 0, args.dim * sizeof(float));
+        continue;
+      }
+      if (a == -INFINITY) {
+        for (int64_t d = 0; d < args.dim; ++d) out[d] = to_float(from[d]);
+        a = b;
+        continue;
+      }
+      const float top = a > b ? a : b;
+      const float x = std::exp(a - top), y = std::exp(b - top), sum = x + y;
+      const float mine = x / sum, theirs = y / sum;
+      for (int64_t d = 0; d < args.dim; ++d) out[d] = out[d] * mine + to_float(from[d]) * theirs;
+      a = top + std::log(sum);
+    }
+  });
+}
 
 // Tokens that go to places one after the other in one block: keys [k_dim / p][block_size][p].
 template <class E, class Word, int P>
@@ -120,39 +188,38 @@ DS_CP_EXPORT int64_t ds_cp_write_pages(const WriteArgs* args) {
 }
 
 // Folds a partial into rows of another, in place. Returns 0, or 1 when a row is not there (then nothing
-// was written).
-DS_CP_EXPORT int64_t ds_cp_merge_rows(const MergeArgs* given) {
-  const MergeArgs& args = *given;
-  for (int64_t r = 0; args.rows && r < args.num_rows; ++r)
-    if (args.rows[r] < 0 || args.rows[r] >= args.into_tokens) return 1;
-  if (!args.rows && args.num_rows > args.into_tokens) return 1;
-  const int threads =
-      args.num_rows * args.heads * args.dim < kSerial ? 1 : static_cast<int>(args.threads);
-  const int64_t each = threads > 1 ? 8 : args.num_rows;  // rows of a task
-  const int64_t tasks = each ? (args.num_rows + each - 1) / each : 0;
-  parallel_for(tasks, threads, [&](int64_t task, int) {
-    for (int64_t r = task * each; r < std::min(args.num_rows, (task + 1) * each); ++r) {
-      const int64_t row = args.rows ? args.rows[r] : r;
-      for (int64_t h = 0; h < args.heads; ++h) {
-        float& a = args.lse[row * args.lse_token + h * args.lse_head];
-        const float b = args.part_lse[r * args.part_lse_token + h * args.part_lse_head];
-        float* out = args.out + row * args.out_token + h * args.out_head;
-        const float* from = args.part_out + r * args.part_out_token + h * args.part_out_head;
-        if (b == -INFINITY) {
-          if (a == -INFINITY) std::memset(out, 0, args.dim * sizeof(float));
-          continue;
-        }
-        if (a == -INFINITY) {
-          std::memcpy(out, from, args.dim * sizeof(float));
-          a = b;
-          continue;
-        }
-        const float top = a > b ? a : b;
-        const float x = std::exp(a - top), y = std::exp(b - top), sum = x + y;
-        const float mine = x / sum, theirs = y / sum;
-        for (int64_t d = 0; d < args.dim; ++d) out[d] = out[d] * mine + from[d] * theirs;
-        a = top + std::log(sum);
+// was written), or 2 for a type that there is not.
+DS_CP_EXPORT int64_t ds_cp_merge_rows(const MergeArgs* args) {
+  for (int64_t r = 0; args->rows && r < args->num_rows; ++r)
+    if (args->rows[r] < 0 || args->rows[r] >= args->into_tokens) return 1;
+  if (!args->rows && (args->first < 0 || args->num_rows > args->into_tokens - args->first)) return 1;
+  if (args->part_type == kFloat)
+    merge<float>(*args);
+  else if (args->part_type == kBfloat)
+    merge<uint16_t>(*args);
+  else
+    return 2;
+  return 0;
+}
+
+// Writes a partial as rows of bytes. Returns 0, or 2 for a type that there is not.
+DS_CP_EXPORT int64_t ds_cp_pack_rows(const PackArgs* given) {
+  const PackArgs& args = *given;
+  if (args.type != kFloat && args.type != kBfloat) return 2;
+  const int64_t element = args.type == kFloat ? 4 : 2;
+  const int64_t out_bytes = args.heads * args.dim * element;
+  for_rows(args.num_rows, args.heads * args.dim, args.threads, [&](int64_t r) {
+    char* to = args.packed + r * (out_bytes + args.heads * 4);
+    for (int64_t h = 0; h < args.heads; ++h) {
+      const float* from = args.out + r * args.out_token + h * args.out_head;
+      char* head = to + h * args.dim * element;
+      if (element == 4) {
+        std::memcpy(head, from, args.dim * 4);
+      } else {
+        uint16_t* numbers = reinterpret_cast<uint16_t*>(head);
+        for (int64_t d = 0; d < args.dim; ++d) numbers[d] = to_bfloat(from[d]);
       }
+      std::memcpy(to + out_bytes + h * 4, args.lse + r * args.lse_token + h * args.lse_head, 4);
     }
   });
   return 0;

@@ -7,11 +7,11 @@
 // fits. `wait` moves everything that is queued until the exchange is done, so that two members that
 // both send much do not wait for each other.
 //
-// Who waits looks again and again for a moment, then sleeps in the kernel (futex) and is woken by the
-// peer that moves what it waits for. Where looking is in vain, because the peer computes for long or
-// wants this very core, the next waits sleep at once. None yields: who yields to a busy process gets
-// the core back milliseconds later, who is woken gets it at once. Asleep it looks after its peers'
-// lives every POLL_MS. What is read from the shared memory is checked before it is used.
+// Who waits looks again and again, then sleeps in the kernel (futex) and is woken by the peer that
+// moves what it waits for, which takes longer than many an exchange. How long it looks follows from
+// how long waits were (`Habit`). None yields: who yields to a busy process gets the core back
+// milliseconds later, who is woken gets it at once. Asleep it looks after its peers' lives every
+// POLL_MS. What is read from the shared memory is checked before it is used.
 //
 // Plain C ABI, no exceptions across it. A channel may be used by several threads, one at a time, and
 // closed by any of them meanwhile: that unmaps the memory when the call in flight has ended, and later
@@ -61,7 +61,8 @@ constexpr int MAX_MEMBERS = 64;                     // one bit each in a sleeper
 constexpr int POLL_MS = 50;                         // between looks at the peers' lives and at signals
 constexpr int64_t POLL_NS = POLL_MS * int64_t(1'000'000);
 constexpr int LOOKS = 32;                           // looks between two looks at the clock
-constexpr int MOST_MISSES = 63;                     // waits in a row that sleep without a look
+constexpr int64_t LEAST_LOOK_NS = 50'000;           // about what falling asleep and waking takes
+constexpr int MOST_MISSES = 31;                     // twice the waits in a row that do not look
 
 enum Result : int {
   DONE = 0,
@@ -149,19 +150,42 @@ struct Queue {
   uint64_t number = 0;  // of the message at the front
 };
 
+// For how long a wait looks before it sleeps: twice as long as waits usually are, and not at all where
+// that is more than `most_ns`. Waits that slept teach it too. Looks in vain, one after the other, mean
+// that the peer wants this very core, or that waits differ much: ever more waits then sleep at once.
+struct Habit {
+  int64_t most_ns = 0;
+  int64_t usual_ns = 0;      // most waits are no longer: longer ones raise it fast, others lower it slowly
+  int misses = 0, rest = 0;  // after looks in vain; waits that will sleep at once
+
+  int64_t look_ns() {
+    if (rest) return --rest, 0;
+    return usual_ns > most_ns ? 0 : std::min(most_ns, std::max(2 * usual_ns, LEAST_LOOK_NS));
+  }
+  void in_vain() {
+    misses = std::min(2 * misses + 1, MOST_MISSES);
+    rest = misses / 2;
+  }
+  void learn(int64_t waited_ns) {
+    int64_t more = std::min(waited_ns, 2 * most_ns) - usual_ns;
+    usual_ns += more > 0 ? more / 2 : more / 16;
+  }
+};
+
 struct Channel {
   uint8_t* memory;
   uint64_t mapped;  // bytes of the memory; 0 when it is not mapped any more
   int members, me;
   uint64_t ring_bytes;
-  int64_t spin_ns;
   std::vector<int> pidfds;  // by member; -1 for me
   std::vector<Queue> out, in;
   std::unordered_map<int64_t, int64_t> open;  // exchange -> messages that are not through
   std::mutex busy;   // held by what moves messages
   std::mutex there;  // held by what looks at the members only, and for a moment
   std::atomic<bool> shut{false};
-  int misses = 0, rest = 0;  // waits that will sleep at once, after so many looks in vain
+  Habit habit;
+  int64_t waiting = 0;               // the exchange that is waited for, or was until a signal
+  int64_t blocked_at = 0, longest = 0;  // of that wait: since when nothing moves; the longest such time
   int culprit = -1;
   uint64_t expected = 0, found = 0;
   Result fault = DONE;  // DIFFERENT or BROKEN: no message can follow, so nothing is moved any more
@@ -329,37 +353,48 @@ struct Channel {
 
   int wait(int64_t exchange, int64_t limit_ns) {
     const int64_t begin = now_ns(), deadline = begin + limit_ns;
-    bool blocked = false, looking = false;
+    if (waiting != exchange) waiting = exchange, blocked_at = longest = 0;
+    bool looking = false;  // not where a wait goes on that a signal interrupted: it has looked
     int64_t look_until = 0;
     int looks = 0;
     for (;;) {
       bool moved = false;
       if (int why = progress(moved)) return why;
       bool through = done(exchange);
-      if (looking && (moved || through)) misses = 0;
-      if (through) return DONE;
+      if (moved || through) {
+        if (looking) habit.misses = 0;
+        unblocked();
+        looking = false;
+      }
+      if (through) {
+        if (longest) habit.learn(longest);
+        waiting = 0;
+        return DONE;
+      }
       if (shut.load(std::memory_order_relaxed)) return fail(SHUT, me);
       if (moved) {
-        blocked = looking = false;
         if (now_ns() - begin >= POLL_NS) return INTERRUPTED;
         continue;
       }
-      if (!blocked) {
-        blocked = true;
-        looking = spin_ns && !rest;
-        if (looking) look_until = now_ns() + spin_ns;
-        if (rest) --rest;
+      if (!blocked_at) {
+        blocked_at = now_ns();
+        look_until = blocked_at + habit.look_ns();
+        looking = look_until > blocked_at;
       }
       if (looking) {
         RELAX();
         if (++looks % LOOKS || now_ns() < look_until) continue;
         looking = false;
-        misses = std::min(2 * misses + 1, MOST_MISSES);
-        rest = misses;
+        habit.in_vain();
       }
       if (int why = sleep(exchange, deadline)) return why;
-      blocked = false;
+      unblocked();
     }
+  }
+
+  void unblocked() {
+    if (blocked_at) longest = std::max(longest, now_ns() - blocked_at);
+    blocked_at = 0;
   }
 
   // Until a peer rings or POLL_MS pass. These end in INTERRUPTED: a signal wakes one thread, any of
@@ -446,10 +481,10 @@ DS_CP_EXPORT void ds_cp_shm_format(void* memory, int members, uint64_t ring_byte
   std::memcpy(memory, &head, sizeof head);
 }
 
-// Take a seat. `pidfds`: one for each member, -1 for me. nullptr when the memory is not that channel;
-// else the memory is the channel's, which unmaps it.
+// Take a seat. `pidfds`: one for each member, -1 for me; `look_ns`: the most that a wait looks. nullptr
+// when the memory is not that channel; else the memory is the channel's, which unmaps it.
 DS_CP_EXPORT void* ds_cp_shm_open(void* memory, int members, int me, uint64_t ring_bytes, const uint8_t* token,
-                     const int* pidfds, int64_t spin_ns) {
+                     const int* pidfds, int64_t look_ns) {
   Head head;
   std::memcpy(&head, memory, sizeof head);
   if (head.magic != MAGIC || head.members != uint64_t(members) || head.ring_bytes != ring_bytes ||
@@ -463,7 +498,7 @@ DS_CP_EXPORT void* ds_cp_shm_open(void* memory, int members, int me, uint64_t ri
   channel->members = members;
   channel->me = me;
   channel->ring_bytes = ring_bytes;
-  channel->spin_ns = spin_ns;
+  channel->habit.most_ns = look_ns;
   channel->pidfds.assign(pidfds, pidfds + members);
   channel->out.resize(members);
   channel->in.resize(members);

@@ -12,10 +12,12 @@ import torch
 
 from ds_cp.attention.batch import Part, make_batch
 from ds_cp.attention.kernels.cpu import ISAS, CpuKernel
+from ds_cp.attention.kernels.reference import ReferenceKernel
 from ds_cp.attention.kernels.self_test import fault
 from ds_cp.attention.pages import Pages, PageShape, empty_pages
 from ds_cp.attention.spec import LayerSpec
 from ds_cp.attention.state import Partial, merge_rows
+from ds_cp.attention.wireform import pack_partial
 from ds_cp.layout import Block, Blocks, Runs, positions
 from tests.helpers.native import native_library
 from tests.helpers.oracle import full_attention
@@ -237,6 +239,86 @@ def test_merge_rows_is_that_of_torch(kernel: CpuKernel) -> None:
         merge_rows(theirs, part, rows)
         torch.testing.assert_close(ours.out, theirs.out)
         torch.testing.assert_close(ours.lse, theirs.lse)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "dim"), [(3, 5), (4, 32), (1, 7), (32, 128)])
+def test_rows_on_the_wire_are_those_of_torch(heads: int, dim: int, dtype: torch.dtype) -> None:
+    """Byte by byte, lse at any address; and what is merged from them is what torch merges."""
+    kernel = make_kernel(ISAS[-1], False)
+
+    def partial(rows: int) -> Partial:
+        lse = torch.randn(rows, heads)
+        lse[torch.rand(rows, heads) < 0.3] = -torch.inf
+        out = torch.randn(rows, heads, dim)
+        return Partial(out.masked_fill(torch.isneginf(lse)[..., None], 0.0), lse)
+
+    for rows in (0, 1, 40):
+        part = partial(rows)
+        swapped = Partial(
+            part.out.transpose(0, 1).contiguous().transpose(0, 1), part.lse.t().contiguous().t()
+        )
+        want = pack_partial(part, dtype)
+        for one in (part, swapped):
+            packed = torch.full_like(want, 77)
+            kernel.packing(one, dtype, packed)()
+            assert torch.equal(packed, want)
+        at = torch.randperm(50)[:rows]
+        for places in (at, 50 - rows, 0):
+            ours = partial(50)
+            theirs = Partial(ours.out.clone(), ours.lse.clone())
+            kernel.merging(want, dtype, places, heads, dim)(ours)()
+            ReferenceKernel().merging(want, dtype, places, heads, dim)(theirs)()
+            torch.testing.assert_close(ours.out, theirs.out)
+            torch.testing.assert_close(ours.lse, theirs.lse)
+
+
+def test_bf16_rows_round_as_torch_does() -> None:
+    """To nearest, ties to even, over every upper half and the lower halves beside the ties; NaN
+    stays NaN."""
+    kernel = make_kernel(ISAS[-1], False)
+    upper = torch.arange(1 << 16, dtype=torch.int64)
+    lower = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
+    bits = (upper[:, None] << 16 | lower).flatten()
+    out = torch.where(bits < 1 << 31, bits, bits - (1 << 32)).to(torch.int32).view(torch.float32)
+    out = out.view(1, 6, 1 << 16)
+    packed = torch.empty(1, 6 * ((1 << 17) + 4), dtype=torch.uint8)
+    kernel.packing(Partial(out, torch.zeros(1, 6)), torch.bfloat16, packed)()
+    ours = packed[0, : 6 << 17].view(torch.bfloat16)
+    nan = out.flatten().isnan()
+    assert ours[nan].isnan().all() and nan.any()
+    want = out.flatten().to(torch.bfloat16)
+    assert torch.equal(ours[~nan].view(torch.int16), want[~nan].view(torch.int16))
+
+
+def test_a_partial_that_does_not_fit_its_rows_is_refused() -> None:
+    kernel = make_kernel(ISAS[-1], False)
+    part = Partial(torch.zeros(4, 2, 8), torch.zeros(4, 2))
+    rows = pack_partial(part, torch.bfloat16)
+    wide = torch.zeros(4, 2 * rows.shape[1], dtype=torch.uint8)[:, : rows.shape[1]]
+    for bad in (rows[:3], rows[:, 1:], rows.to(torch.int8), wide):
+        with pytest.raises(ValueError, match="rows of"):
+            kernel.packing(part, torch.bfloat16, bad)()
+    cases: list[tuple[torch.Tensor, torch.Tensor | int]] = [
+        (rows[:, :-4], 0),
+        (wide, 0),
+        (rows, 1),
+        (rows, -1),
+        (rows, torch.tensor([0, 1, 2])),
+        (rows, torch.tensor([0, 1, 2, 4])),
+        (rows, torch.tensor([0, 1, 2, -1])),
+    ]
+    for packed, places in cases:
+        with pytest.raises(ValueError):
+            kernel.merging(packed, torch.bfloat16, places, 2, 8)(part)()
+    with pytest.raises(ValueError, match="is not of out"):
+        kernel.packing(Partial(part.out, part.lse[:3]), torch.bfloat16, rows)()
+    with pytest.raises(ValueError, match="do not fold"):
+        kernel.merging(rows, torch.bfloat16, 0, 2, 8)(
+            Partial(torch.zeros(4, 4, 4), torch.zeros(4, 4))
+        )
+    with pytest.raises(ValueError, match="is not of out"):
+        kernel.merging(rows, torch.bfloat16, 0, 2, 8)(Partial(part.out, part.lse[:3]))()
 
 
 def test_what_does_not_fit_is_refused_and_nothing_is_read() -> None:

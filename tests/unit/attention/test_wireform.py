@@ -71,28 +71,28 @@ def test_a_bf16_row_read_by_hand() -> None:
 def test_roundtrip_rounds_once(dtype: torch.dtype, num_tokens: int) -> None:
     """fp32 comes back bit for bit, the others after one rounding, in their own dtype; lse always
     bit for bit."""
-    part, spec = partial_of(num_tokens, 3, 5), spec_of(3, 5)
-    back = unpack_partial(pack_partial(part, dtype), spec, dtype)
+    part = partial_of(num_tokens, 3, 5)
+    back = unpack_partial(pack_partial(part, dtype), 3, 5, dtype)
     assert back.out.dtype == dtype and back.lse.dtype == torch.float32
     assert back.out.shape == (num_tokens, 3, 5) and back.lse.shape == (num_tokens, 3)
     assert torch.equal(back.lse, part.lse)
     assert torch.equal(back.out, part.out.to(dtype))
-    again = unpack_partial(pack_partial(back, dtype), spec, dtype)
+    again = unpack_partial(pack_partial(back, dtype), 3, 5, dtype)
     assert torch.equal(again.out, back.out)  # a second trip changes nothing
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_strided_partials_and_slices_of_rows(dtype: torch.dtype) -> None:
     """Kernels return transposed views; receivers cut one buffer into several blocks."""
-    part, spec = partial_of(6, 3, 5), spec_of(3, 5)
+    part = partial_of(6, 3, 5)
     strided = Partial(
         part.out.transpose(0, 1).contiguous().transpose(0, 1), part.lse.T.contiguous().T
     )
     assert not strided.out.is_contiguous() and not strided.lse.is_contiguous()
     rows = pack_partial(part, dtype)
     assert torch.equal(pack_partial(strided, dtype), rows)
-    low, high = (unpack_partial(block, spec, dtype) for block in rows.split([2, 4]))
-    whole = unpack_partial(rows, spec, dtype)
+    low, high = (unpack_partial(block, 3, 5, dtype) for block in rows.split([2, 4]))
+    whole = unpack_partial(rows, 3, 5, dtype)
     assert torch.equal(torch.cat([low.out, high.out]), whole.out)
     assert torch.equal(torch.cat([low.lse, high.lse]), whole.lse)
 
@@ -103,7 +103,7 @@ def test_unpacking_reads_in_place(dtype: torch.dtype) -> None:
     merge. Of three heads of five dims in 16 bit lse is not aligned."""
     for dim, in_place in ((6, True), (5, dtype.itemsize == 4)):
         rows = pack_partial(partial_of(4, 3, dim), dtype)
-        back = unpack_partial(rows, spec_of(3, dim), dtype)
+        back = unpack_partial(rows, 3, dim, dtype)
         assert back.out.dtype == dtype
         rows.zero_()
         assert (not back.out.any() and not back.lse.any()) == in_place
@@ -115,7 +115,7 @@ def test_values_of_another_head_dim() -> None:
     part = partial_of(3, 2, 24)
     assert row_bytes(spec, torch.bfloat16) == 104
     assert new_rows(3, spec, torch.bfloat16, part.out).shape == (3, 104)
-    back = unpack_partial(pack_partial(part, torch.bfloat16), spec, torch.bfloat16)
+    back = unpack_partial(pack_partial(part, torch.bfloat16), 2, 24, torch.bfloat16)
     assert torch.equal(back.out, part.out.to(torch.bfloat16)) and torch.equal(back.lse, part.lse)
 
 

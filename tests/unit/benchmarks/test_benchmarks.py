@@ -6,7 +6,9 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -71,6 +73,9 @@ class RecordingGroup:
                 self.crossed[scheme] += tensor.nbytes
         self.rounds[scheme] += any(t.numel() for _, t in (*sends, *recvs))
         return _Done()
+
+    def prepare(self, sends: Sequence[Any], recvs: Sequence[Any], scheme: str) -> SimpleNamespace:
+        return SimpleNamespace(start=partial(self.exchange, sends, recvs, scheme))
 
 
 def attend(cell: Cell, rank: int, work: StepWork) -> RecordingGroup:

@@ -22,8 +22,14 @@ import pytest
 import torch
 
 from ds_cp.comm import channel as ch
-from ds_cp.comm.channel import Channel, ChannelError, Shape
-from ds_cp.comm.shared_memory import open_memory, private_memory
+from ds_cp.comm.channel import Channel, ChannelError, Messages, Shape
+from ds_cp.comm.shared_memory import (
+    LOOK_S,
+    SHORT_LOOK_S,
+    longest_look,
+    open_memory,
+    private_memory,
+)
 from ds_cp.native import Library, load
 
 LIBRARY = load()
@@ -37,7 +43,7 @@ LINE = 64
 
 @contextmanager
 def seats(
-    members: int, ring_bytes: int = PAGE, lives: Sequence[int] | None = None, spin_s: float = 0.0
+    members: int, ring_bytes: int = PAGE, lives: Sequence[int] | None = None, look_s: float = 0.0
 ) -> Iterator[list[Channel]]:
     """Every seat of a new channel."""
     shape = Shape(members, ring_bytes)
@@ -47,7 +53,7 @@ def seats(
         found = []
         for me in range(members):
             seat = Channel(
-                LIBRARY, fd, shape, me, TOKEN, list(lives or [-1] * members), spin_s, make=me == 0
+                LIBRARY, fd, shape, me, TOKEN, list(lives or [-1] * members), look_s, make=me == 0
             )
             stack.callback(seat.close)
             found.append(seat)
@@ -136,6 +142,18 @@ def test_messages_of_any_size_arrive_in_order(members: int, ring_bytes: int) -> 
         assert raised == [None] * members
 
 
+def test_messages_that_are_packed_once_are_sent_any_number_of_times() -> None:
+    """What the tensors hold then."""
+    with seats(2) as (one, other):
+        mine, got = torch.zeros(3000), torch.zeros(3000)
+        going, coming = Messages.of([(1, mine)], []), Messages.of([], [(0, got)])
+        for i in range(5):
+            mine.fill_(i)
+            sent, expected = one.start(going), other.start(coming)
+            raised = at_once(lambda n=sent: finish(one, n), lambda n=expected: finish(other, n))
+            assert raised == [None, None] and got.eq(i).all()
+
+
 def test_two_that_both_send_much_do_not_wait_for_each_other() -> None:
     size = 3_000_001
     with seats(2) as found:
@@ -191,15 +209,58 @@ def test_tensors_live_until_their_exchange_is_through() -> None:
         assert torch.equal(got, payload(7, 200_000)) and len(noise) == 20
 
 
-@pytest.mark.parametrize("spin_s", [0.0, 0.001])
-def test_a_silent_peer_runs_into_the_limit(spin_s: float) -> None:
-    with seats(3, spin_s=spin_s) as found:
+@pytest.mark.parametrize("look_s", [0.0, 0.001])
+def test_a_silent_peer_runs_into_the_limit(look_s: float) -> None:
+    with seats(3, look_s=look_s) as found:
         number = found[0].post([], [(2, torch.zeros(4))])
         err, seconds = refused(found[0], number, 0.3)
         assert (err.reason, err.peer) == (ch.SILENT, 2) and 0.29 <= seconds < 2
         full = found[0].post([(1, torch.zeros(10_000))], [])
         err, _ = refused(found[0], full, 0.1)
         assert (err.reason, err.peer) == (ch.SILENT, 1)
+
+
+def waits(seat: Channel, peer: Channel, pauses: Sequence[float]) -> list[float]:
+    """Seconds of CPU time in which ``seat`` waits for messages that ``peer`` sends after pauses."""
+    found: list[float] = []
+    there = threading.Semaphore(0)
+
+    def wait() -> None:
+        for _ in pauses:
+            number = seat.post([], [(1, torch.zeros(4))])
+            there.release()
+            began = time.thread_time()
+            finish(seat, number)
+            found.append(time.thread_time() - began)
+
+    def send() -> None:
+        for pause in pauses:
+            there.acquire()
+            time.sleep(pause)
+            finish(peer, peer.post([(0, torch.ones(4))], []))
+
+    assert at_once(wait, send) == [None, None]
+    return found
+
+
+def test_a_wait_looks_about_as_long_as_waits_are_and_not_where_they_are_longer() -> None:
+    """By its CPU time: all of a usual wait, no more than the bound of a long one, however long, and
+    nothing where waits are usually longer than the bound, until they are short again."""
+    looks = 0.02
+    with seats(2, look_s=looks) as (one, other):
+        usual = waits(one, other, [0.004] * 8)
+        assert sum(usual[4:]) > 0.2 * 4 * 0.004  # awake, but where others want the core
+        (idle,) = waits(one, other, [0.4])
+        assert idle < 2 * looks  # signals are looked after every 50 ms, without a look each
+        long = waits(one, other, [0.06] * 8)
+        assert sum(long[4:]) < 0.25 * looks * 4
+        again = waits(one, other, [0.004] * 30)
+        assert sum(again[-4:]) > 0.2 * 4 * 0.004
+
+
+def test_a_wait_that_may_not_look_sleeps() -> None:
+    with seats(2) as (one, other):
+        assert sum(waits(one, other, [0.005] * 10)) < 0.02
 
 
 def test_a_peer_that_leaves_wakes_who_waits_for_it() -> None:
@@ -304,7 +365,7 @@ def test_closing_ends_my_own_wait_and_may_be_done_twice() -> None:
 def test_closing_while_other_threads_are_in_any_call() -> None:
     """As when a rank gives up on one thread and the step goes on for a moment on another."""
     for turn in range(24):
-        with seats(2, spin_s=0.0001 * (turn % 2)) as (one, other):
+        with seats(2, look_s=0.0001 * (turn % 2)) as (one, other):
             started = threading.Barrier(4)
 
             def until_closed(*calls: Any, started: threading.Barrier = started) -> None:
@@ -521,3 +582,13 @@ def test_a_seat_in_something_else_is_refused() -> None:
         seat.close()
     finally:
         os.close(fd)
+
+
+def test_who_has_no_core_of_its_own_does_not_look() -> None:
+    """A thread of another rank may want the core: the longer look is for hosts with cores for
+    all."""
+    for ranks, threads, cores, want in (
+        (2, 1, 2, LOOK_S), (2, 4, 8, LOOK_S), (2, 2, 2, SHORT_LOOK_S), (8, 2, 15, SHORT_LOOK_S),
+        (3, 1, 2, 0.0), (4, 4, 2, 0.0),
+    ):  # fmt: skip
+        assert longest_look(ranks, threads, cores) == want
