@@ -14,7 +14,7 @@ import torch
 from ds_cp.comm import process_group
 from ds_cp.comm.process_group import DistError
 from ds_cp.comm.shared_memory import Neighbours, Process
-from ds_cp.comm.world import Backend, World, cores
+from ds_cp.comm.world import Backend, World
 from ds_cp.errors import CommError, ConfigError
 from ds_cp.topology.hosts import Topology, name_hosts
 from ds_cp.topology.net import host_key, listening_address
@@ -37,7 +37,7 @@ class Rendezvous:
 
 class Hello(msgspec.Struct, array_like=True):
     """What a rank says of itself. ``mark``: digest of its config; ``key``: alike on one host;
-    ``gpu``: a word for its CUDA device, "" without one."""
+    ``gpu``: a word for its CUDA device, "" without one; ``cores``: those that it may use."""
 
     mark: str
     key: str
@@ -45,6 +45,7 @@ class Hello(msgspec.Struct, array_like=True):
     pid: int
     namespace: str
     gpu: str = ""
+    cores: tuple[int, ...] = ()
 
 
 def join(
@@ -87,8 +88,9 @@ def join(
         near = topology.ranks_on(topology.host_index(rank))
         processes = [Process(hello.pid, hello.namespace, hello.key) for hello in hellos]
         threads = torch.get_num_threads()
+        cores = len({core for r in near for core in hellos[r].cores})  # launchers may bind ranks
         neighbours = (
-            Neighbours(rank, near, processes, store, timeout_s, cores(), threads)
+            Neighbours(rank, near, processes, store, timeout_s, cores, threads)
             if shared_memory
             else None
         )
@@ -154,7 +156,7 @@ def _introduce(
     """Publish what this rank says of itself; returns what every rank says, rank 0 first."""
     mine = Hello(
         hashlib.sha256(digest.encode()).hexdigest(), host_key(), host, os.getpid(),
-        _pid_namespace(), _gpu(device),
+        _pid_namespace(), _gpu(device), tuple(sorted(os.sched_getaffinity(0))),
     )  # fmt: skip
     store.set(f"hello/{rank}", msgspec.json.encode(mine).decode())
     return [msgspec.json.decode(store.get(f"hello/{r}"), type=Hello) for r in range(size)]

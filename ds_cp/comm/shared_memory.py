@@ -162,7 +162,7 @@ class Neighbours:
     """Makes channels with the ranks of this host.
 
     ``ranks``: world ranks of this host; ``processes``: of all ranks; ``store``: what the ranks
-    share (``set``, ``get``); ``cores``: that this process may use; ``threads``: of each rank.
+    share (``set``, ``get``); ``cores``: that these ranks may use; ``threads``: of each rank.
     """
 
     def __init__(

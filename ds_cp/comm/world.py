@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -147,8 +146,3 @@ class World:
             if self._neighbours is not None:
                 self._neighbours.close()
         self._joined = False
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0))
