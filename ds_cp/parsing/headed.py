@@ -1,0 +1,193 @@
+"""Calls with a header between markers and JSON arguments: DeepSeek V3 and V3.1, Kimi K2."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ds_cp.parsing.calls import MAX_NAME, CallsMachine, Toolbox, is_name
+from ds_cp.parsing.machine import SPACE, Markers
+
+MAX_FENCE = 64  # characters between a name and its arguments
+
+
+@dataclass(frozen=True)
+class Style:
+    """Markers of a family. ``named_after``: a header that means that the name comes behind the
+    separator, on a line of its own. ``read``: from a header, the name and the id (or None)."""
+
+    section_begin: str
+    call_begin: str
+    separator: str
+    call_end: str
+    section_end: str
+    read: Callable[[str], tuple[str, str | None]]
+    named_after: str | None = None
+
+
+def _as_it_is(header: str) -> tuple[str, str | None]:
+    return header, None
+
+
+def _numbered(header: str) -> tuple[str, str | None]:
+    """``functions.NAME:INDEX`` is Kimi's id of a call."""
+    name, colon, number = header.rpartition(":")
+    if not colon or not number.isdigit():
+        return header.removeprefix("functions."), None
+    return name.removeprefix("functions."), header
+
+
+DEEPSEEK = Style(
+    "<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>",
+    "<｜tool▁calls▁end｜>", _as_it_is, "function",
+)  # fmt: skip
+KIMI = Style(
+    "<|tool_calls_section_begin|>", "<|tool_call_begin|>", "<|tool_call_argument_begin|>",
+    "<|tool_call_end|>", "<|tool_calls_section_end|>", _numbered,
+)  # fmt: skip
+
+
+class Headed(CallsMachine):
+    """A section of calls: marker, header, separator, JSON, marker."""
+
+    def __init__(self, tools: Toolbox, style: Style) -> None:
+        super().__init__(tools)
+        self._style = style
+        self._outside = Markers(style.section_begin, style.call_begin)
+        self._within = Markers(style.call_begin, style.section_end)
+        self._separators = Markers(style.separator, style.call_end, style.section_end)
+        self._closing = Markers(style.call_end, style.section_end, style.call_begin)
+        self._header = ""
+
+    def _start(self) -> bool:
+        before, marker = self._until(self._outside)
+        self._say(before)
+        if marker is None:
+            return False
+        self._hold(marker)
+        self._enter(marker)
+        return True
+
+    def _enter(self, marker: str) -> None:
+        self._header = ""
+        self._state = self._in_header if marker == self._style.call_begin else self._section
+
+    def _section(self) -> bool:
+        """Between calls."""
+        before, marker = self._until(self._within)
+        if before.strip(SPACE):
+            if marker == self._style.call_begin:
+                self._pos -= len(marker)
+            elif marker is not None and self._held:
+                before += marker
+            return self._give_up(before)
+        if marker == self._style.section_end:
+            self._drop()
+            self._state = self._start
+        elif marker is not None:
+            self._hold(marker)
+            self._enter(marker)
+        elif self._held and not self._hold(before):
+            return True
+        return marker is not None
+
+    def _in_header(self) -> bool:
+        before, marker = self._until(self._separators)
+        self._header += before
+        if not self._hold(before):
+            return True
+        if len(self._header) > MAX_NAME or (self._final and marker is None):
+            return self._give_up()
+        if marker is None:
+            return False
+        if marker != self._style.separator:
+            return self._give_up(marker)
+        self._hold(marker)
+        self._header = self._header.strip()
+        if self._header == self._style.named_after:
+            self._state = self._behind_separator
+            return True
+        name, id_ = self._style.read(self._header)
+        return self._announce(name, id_)
+
+    def _announce(self, name: str, id_: str | None = None) -> bool:
+        if not is_name(name):
+            return self._give_up()
+        self._begin(name, id_)
+        self._read_arguments(self._closing)
+        return True
+
+    def _behind_separator(self) -> bool:
+        """Where the header may be a name after all, if arguments follow at once."""
+        if not self._hold(self._space()):
+            return True
+        if self._at_end():
+            return False
+        if self._text[self._pos] == "{":
+            return self._announce(self._header)
+        self._header = ""
+        self._state = self._named_line
+        return True
+
+    def _named_line(self) -> bool:
+        before, marker = self._until(_LINE)
+        self._header += before
+        if not self._hold(before):
+            return True
+        if len(self._header) > MAX_NAME or (self._final and marker is None):
+            return self._give_up()
+        if marker is None:
+            return False
+        if marker == "{":
+            self._pos -= 1
+        else:
+            self._hold(marker)
+        name = self._header.strip()
+        if not is_name(name):
+            return self._give_up()
+        self._begin(name)
+        self._header = ""
+        self._state = self._fence
+        return True
+
+    def _fence(self) -> bool:
+        """What stands between a name and its arguments: the beginning of a block of code."""
+        before, marker = self._until(_BRACE)
+        self._header += before
+        if len(self._header) > MAX_FENCE or self._final and marker is None:
+            self._ends = self._closing
+            self._spoil("the arguments do not begin", self._header + (marker or ""))
+            return True
+        if marker is None:
+            return False
+        self._pos -= 1
+        self._read_arguments(self._closing)
+        return True
+
+    def _after_arguments(self, marker: str | None) -> None:
+        if marker is None:
+            self._state = self._tail
+        elif marker == self._style.section_end:
+            self._state = self._start
+        elif marker == self._style.call_begin:
+            self._hold(marker)
+            self._enter(marker)
+        else:
+            self._state = self._section
+
+    def _tail(self) -> bool:
+        """Behind arguments: the end of the block of code, and the marker."""
+        while not self._at_end() and self._text[self._pos] in SPACE + "`":
+            self._pos += 1
+        if self._at_end():
+            return False
+        before, marker = self._until(self._closing)
+        if before:
+            self._say(before)
+            self._state = self._start
+        if marker is not None:
+            self._after_arguments(marker)
+        return bool(before) or marker is not None
+
+
+_LINE, _BRACE = Markers("\n", "{"), Markers("{")
