@@ -22,7 +22,7 @@ class BareJson(MarkedJson):
 
     def _start(self) -> bool:
         """At the beginning of the answer."""
-        if not self._hold(self._space()):
+        if not self._hold_space():
             return True
         if self._at_end():
             return False

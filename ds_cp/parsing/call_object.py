@@ -109,14 +109,19 @@ class CallObject:
 
     def _read(self, text: str, pos: int) -> int:
         out: list[str] = []
-        end = self._reader.push(text, pos, out)
         in_key = self._state == _IN_KEY
         if in_key or self._kind in ("name", "text"):
+            room = (MAX_KEY if in_key or self._kind == "name" else MAX_HELD) - self._captured_chars
+            end = pos + self._reader.push(text[pos : pos + room], 0, out)
             self._captured += out
             self._captured_chars += end - pos
-            if self._captured_chars > (MAX_HELD if self._kind == "text" else MAX_KEY):
+            if end == pos:
                 self._state = _BAD
                 return end
+        else:
+            end = self._reader.push(text, pos, out)
+        if in_key or self._kind in ("name", "text"):
+            pass
         elif self._kind == "arguments":
             self._out += out
         if self._reader.bad:

@@ -11,7 +11,7 @@ from typing import Any
 from ds_cp.parsing.events import ArgumentsDelta, CallBegin, CallEnd, Content
 from ds_cp.parsing.ids import OPENAI, new_ids
 from ds_cp.parsing.json_reader import JsonReader
-from ds_cp.parsing.machine import Gate, Machine, Markers
+from ds_cp.parsing.machine import WAIT, Gate, Machine, Markers
 
 MAX_HELD = 1 << 18  # characters that are held at most, until it is known what they are
 MAX_NAME = 256  # characters of a tool's name as a model may write it
@@ -50,6 +50,7 @@ class CallsMachine(Machine):
         self._open = False
         self._held: list[str] = []
         self._held_chars = 0
+        self._header = ""  # what is read before a call is certain: a name, mostly
         self._reader = JsonReader()
         self._ends = Markers()  # what closes the arguments that are read now
         self._bad = ""  # what is wrong with them
@@ -70,6 +71,35 @@ class CallsMachine(Machine):
             return True
         self._give_up()
         return False
+
+    def _hold_space(self) -> bool:
+        """Hold the white space that comes next; as ``_hold``."""
+        return self._hold(self._space(MAX_HELD + 1 - self._held_chars))
+
+    def _keep(self, space: str) -> bool:
+        """White space between calls: held with what is held, else content if content follows."""
+        if self._held:
+            return self._hold(space)
+        self._say(space)
+        return True
+
+    def _hold_header(self, markers: Markers, most: int = MAX_NAME) -> str | None:
+        """Read and hold the header up to one of the markers, and return that; ``WAIT`` before it
+        has come; None where it is too long or never comes: then all is content."""
+        start, room = self._pos, most - len(self._header)
+        before, marker = self._until(markers)
+        if len(before) > room:
+            self._pos = start + room
+            self._hold(before[:room])
+            self._give_up()
+            return None
+        self._header += before
+        if not self._hold(before):
+            return None
+        if marker is None and self._final:
+            self._give_up()
+            return None
+        return WAIT if marker is None else marker
 
     def _give_up(self, rest: str = "") -> bool:
         """What is held, and ``rest``, is content. The next state is ``_start``."""

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from ds_cp.parsing.calls import (
     MAX_HELD,
-    MAX_NAME,
     NOT_JSON,
     CallsMachine,
     Toolbox,
@@ -45,7 +44,8 @@ class Gemma(CallsMachine):
         self._name_end = Markers("{", style.end)
         self._quote = Markers(style.quote)
         self._call_end = Markers(style.end)
-        self._name = ""
+        self._key_ends = Markers(":", ",", "{", "}", "[", "]", style.end)
+        self._value_ends = Markers(",", "}", "]", style.end)
         self._closers: list[str] = []
         self._out: list[str] = []
         self._fresh = False  # nothing has come in the innermost container
@@ -59,20 +59,15 @@ class Gemma(CallsMachine):
         if marker is None:
             return False
         self._hold(marker)
-        self._name = ""
+        self._header = ""
         self._state = self._in_name
         return True
 
     def _in_name(self) -> bool:
-        before, marker = self._until(self._name_end)
-        self._name += before
-        if not self._hold(before):
-            return True
-        if len(self._name) > MAX_NAME or (self._final and marker is None):
-            return self._give_up()
-        if marker is None:
-            return False
-        called, colon, name = self._name.strip().partition(":")
+        marker = self._hold_header(self._name_end)
+        if marker is None or marker == WAIT:
+            return marker is None
+        called, colon, name = self._header.strip().partition(":")
         if marker != "{" or called != "call" or not colon or not is_name(name):
             return self._give_up(marker)
         self._begin(name)
@@ -150,18 +145,18 @@ class Gemma(CallsMachine):
         return True
 
     def _in_bare(self) -> bool:
-        before, marker = self._until(_KEY_ENDS if self._is_key else _VALUE_ENDS)
+        before, marker = self._until(self._key_ends if self._is_key else self._value_ends)
         self._bare.append(before)
         self._bare_chars += len(before)
+        self._pos -= len(marker or "")
         if self._bare_chars > MAX_HELD:
-            self._fail("".join(self._bare) + (marker or ""))
+            self._fail("".join(self._bare))
             return True
         if marker is None:
             return False
-        self._pos -= len(marker)
         text = "".join(self._bare).strip(SPACE)
-        if self._is_key and (marker != ":" or not text) or not text:
-            self._fail(text)
+        if not text or marker == self._style.end or (self._is_key and marker != ":"):
+            self._fail("".join(self._bare))
             return True
         self._argue(json.dumps(text, ensure_ascii=False) if self._is_key else _value(text))
         self._after()
@@ -233,7 +228,3 @@ class Gemma(CallsMachine):
 def _value(text: str) -> str:
     """The JSON of a value without quotes."""
     return _WORDS.get(text) or as_json(text, _ANY)
-
-
-_KEY_ENDS = Markers(":", ",", "{", "}", "[", "]")
-_VALUE_ENDS = Markers(",", "}", "]")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ds_cp.parsing.calls import MAX_NAME, CallsMachine, Toolbox, is_name
-from ds_cp.parsing.machine import SPACE, Markers
+from ds_cp.parsing.calls import NO_OBJECT, CallsMachine, Toolbox, is_name
+from ds_cp.parsing.machine import SPACE, WAIT, Markers
 
 MAX_FENCE = 64  # characters between a name and its arguments
 
@@ -57,7 +57,7 @@ class Headed(CallsMachine):
         self._within = Markers(style.call_begin, style.section_end)
         self._separators = Markers(style.separator, style.call_end, style.section_end)
         self._closing = Markers(style.call_end, style.section_end, style.call_begin)
-        self._header = ""
+        self._fence_ends = Markers("{", *self._closing.texts)
 
     def _start(self) -> bool:
         before, marker = self._until(self._outside)
@@ -74,32 +74,23 @@ class Headed(CallsMachine):
 
     def _section(self) -> bool:
         """Between calls."""
-        before, marker = self._until(self._within)
-        if before.strip(SPACE):
-            if marker == self._style.call_begin:
-                self._pos -= len(marker)
-            elif marker is not None and self._held:
-                before += marker
-            return self._give_up(before)
+        space, marker = self._expect(self._within)
+        if not self._keep(space):
+            return True
+        if marker is None:
+            return self._give_up()
         if marker == self._style.section_end:
             self._drop()
             self._state = self._start
-        elif marker is not None:
+        elif marker != WAIT:
             self._hold(marker)
             self._enter(marker)
-        elif self._held and not self._hold(before):
-            return True
-        return marker is not None
+        return marker != WAIT
 
     def _in_header(self) -> bool:
-        before, marker = self._until(self._separators)
-        self._header += before
-        if not self._hold(before):
-            return True
-        if len(self._header) > MAX_NAME or (self._final and marker is None):
-            return self._give_up()
-        if marker is None:
-            return False
+        marker = self._hold_header(self._separators)
+        if marker is None or marker == WAIT:
+            return marker is None
         if marker != self._style.separator:
             return self._give_up(marker)
         self._hold(marker)
@@ -119,7 +110,7 @@ class Headed(CallsMachine):
 
     def _behind_separator(self) -> bool:
         """Where the header may be a name after all, if arguments follow at once."""
-        if not self._hold(self._space()):
+        if not self._hold_space():
             return True
         if self._at_end():
             return False
@@ -130,14 +121,9 @@ class Headed(CallsMachine):
         return True
 
     def _named_line(self) -> bool:
-        before, marker = self._until(_LINE)
-        self._header += before
-        if not self._hold(before):
-            return True
-        if len(self._header) > MAX_NAME or (self._final and marker is None):
-            return self._give_up()
-        if marker is None:
-            return False
+        marker = self._hold_header(_LINE)
+        if marker is None or marker == WAIT:
+            return marker is None
         if marker == "{":
             self._pos -= 1
         else:
@@ -152,16 +138,16 @@ class Headed(CallsMachine):
 
     def _fence(self) -> bool:
         """What stands between a name and its arguments: the beginning of a block of code."""
-        before, marker = self._until(_BRACE)
+        before, marker = self._until(self._fence_ends)
         self._header += before
-        if len(self._header) > MAX_FENCE or self._final and marker is None:
+        self._pos -= len(marker or "")
+        if marker == "{" and len(self._header) <= MAX_FENCE:
+            self._read_arguments(self._closing)
+        elif marker is not None or self._final or len(self._header) > MAX_FENCE:
             self._ends = self._closing
-            self._spoil("the arguments do not begin", self._header + (marker or ""))
-            return True
-        if marker is None:
+            self._spoil(NO_OBJECT, self._header)
+        else:
             return False
-        self._pos -= 1
-        self._read_arguments(self._closing)
         return True
 
     def _after_arguments(self, marker: str | None) -> None:
@@ -181,13 +167,12 @@ class Headed(CallsMachine):
             self._pos += 1
         if self._at_end():
             return False
-        before, marker = self._until(self._closing)
-        if before:
-            self._say(before)
+        _, marker = self._expect(self._closing)
+        if marker is None:
             self._state = self._start
-        if marker is not None:
+        elif marker != WAIT:
             self._after_arguments(marker)
-        return bool(before) or marker is not None
+        return marker != WAIT
 
 
-_LINE, _BRACE = Markers("\n", "{"), Markers("{")
+_LINE = Markers("\n", "{")

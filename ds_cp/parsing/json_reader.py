@@ -126,10 +126,11 @@ class JsonReader:
     def _read_word(self, text: str, pos: int) -> int:
         found = _WORD.match(text, pos)
         end = found.end() if found else pos
-        self._word_chars += end - pos
-        if self._word_chars > MAX_NUMBER:
+        room = MAX_NUMBER - self._word_chars
+        if end - pos > room:
             self._state = _BAD
-            return pos
+            return pos + room
+        self._word_chars += end - pos
         self._word.append(text[pos:end])
         if end < len(text):
             self._end_word()

@@ -152,5 +152,16 @@ class Machine:
         found, self._pos = text[self._pos : rest], rest
         return found
 
+    def _expect(self, markers: Markers) -> tuple[str, str | None]:
+        """The white space that comes next, and the marker behind it, consumed; ``WAIT`` where more
+        text decides, None for other text."""
+        space = self._space()
+        if self._at_end():
+            return space, WAIT
+        marker = self._ahead(markers.texts)
+        if marker is not None and marker != WAIT:
+            self._pos += len(marker)
+        return space, marker
+
     def _at_end(self) -> bool:
         return self._pos == len(self._text)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ds_cp.parsing.call_object import CallObject
-from ds_cp.parsing.calls import CallsMachine, Toolbox
+from ds_cp.parsing.calls import MAX_HELD, CallsMachine, Toolbox
 from ds_cp.parsing.machine import SPACE, Markers
 
 
@@ -39,7 +39,7 @@ class MarkedJson(CallsMachine):
 
     def _opening(self) -> bool:
         """Behind the marker."""
-        if not self._hold(self._space()):
+        if not self._hold_space():
             return True
         if self._at_end():
             return False
@@ -59,7 +59,11 @@ class MarkedJson(CallsMachine):
 
     def _object(self) -> bool:
         call, start = self._call, self._pos
-        self._pos = call.push(self._text, start)
+        room = MAX_HELD + 1 - self._held_chars
+        if self._told or len(self._text) - start <= room:
+            self._pos = call.push(self._text, start)
+        else:
+            self._pos += call.push(self._text[start : start + room], 0)
         if self._final and self._at_end():
             call.end()
         if not self._told:

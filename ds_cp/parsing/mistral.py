@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ds_cp.parsing.calls import MAX_NAME, Toolbox, is_name
-from ds_cp.parsing.machine import Markers
+from ds_cp.parsing.calls import Toolbox, is_name
+from ds_cp.parsing.machine import WAIT, Markers
 from ds_cp.parsing.marked_json import MarkedJson
 
 CALLS, ARGS, CALL_ID = "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
@@ -17,29 +17,23 @@ class Mistral(MarkedJson):
     def __init__(self, tools: Toolbox) -> None:
         super().__init__(tools, CALLS)
         self._name = ""
-        self._id = ""
 
     def _opening(self) -> bool:
-        if not self._hold(self._space()):
+        if not self._hold_space():
             return True
         if self._at_end():
             return False
         if self._text[self._pos] in "{[" or self._in_list:
             return super()._opening()
-        self._name = self._id = ""
+        self._header = ""
         self._state = self._in_name
         return True
 
     def _in_name(self) -> bool:
-        before, marker = self._until(_AFTER_NAME)
-        self._name += before
-        if not self._hold(before):
-            return True
-        if len(self._name) > MAX_NAME or (self._final and marker is None):
-            return self._give_up()
-        if marker is None:
-            return False
-        self._name = self._name.strip()
+        marker = self._hold_header(_AFTER_NAME)
+        if marker is None or marker == WAIT:
+            return marker is None
+        self._name, self._header = self._header.strip(), ""
         if not is_name(self._name):
             return self._give_up(marker)
         self._hold(marker)
@@ -50,21 +44,16 @@ class Mistral(MarkedJson):
         return True
 
     def _in_id(self) -> bool:
-        before, marker = self._until(_AFTER_ID)
-        self._id += before
-        if not self._hold(before):
-            return True
-        if len(self._id) > MAX_NAME or (self._final and marker is None):
-            return self._give_up()
-        if marker is None:
-            return False
+        marker = self._hold_header(_AFTER_ID)
+        if marker is None or marker == WAIT:
+            return marker is None
         self._announce(marker)
         return True
 
     def _announce(self, marker: str) -> None:
         if marker == "{":
             self._pos -= 1
-        self._begin(self._name, self._id.strip() or None)
+        self._begin(self._name, self._header.strip() or None)
         self._read_arguments(self._outside)
 
     def _after_arguments(self, marker: str | None) -> None:

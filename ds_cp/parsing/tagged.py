@@ -7,9 +7,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ds_cp.parsing.calls import MAX_NAME, CallsMachine, Toolbox, is_name
+from ds_cp.parsing.calls import CallsMachine, Toolbox, is_name
 from ds_cp.parsing.convert import ValueText, parameter_types
-from ds_cp.parsing.machine import SPACE, Markers
+from ds_cp.parsing.machine import WAIT, Markers
 
 MAX_KEY = 1024  # characters of a parameter's name
 BETWEEN = "there is text between the arguments"
@@ -96,84 +96,92 @@ class Tagged(CallsMachine):
 
     def _section(self) -> bool:
         """Within a section, between calls."""
-        before, marker = self._until(self._within)
-        if before.strip(SPACE):
-            return self._stray(before, marker)
-        if marker == self._style.call_begin:
-            self._hold(before + marker)
-            self._enter()
-        elif marker is not None:
-            if self._held:  # no call was in it
-                return self._give_up(before + marker)
-            self._state = self._start
-        elif self._held and not self._hold(before):
+        space, marker = self._expect(self._within)
+        if not self._keep(space):
             return True
-        return marker is not None
-
-    def _stray(self, text: str, marker: str | None) -> bool:
-        """Text between calls: content. So is an end whose beginning held no call."""
+        if marker is None:  # text between calls
+            return self._give_up()
         if marker == self._style.call_begin:
-            self._pos -= len(marker)
-        elif marker is not None and self._held:
-            text += marker
-        return self._give_up(text)
+            self._hold(marker)
+            self._enter()
+        elif marker != WAIT:
+            if self._held:  # no call was in it
+                return self._give_up(marker)
+            self._state = self._start
+        return marker != WAIT
 
     def _enter(self) -> None:
-        self._name = ""
+        self._header = ""
         self._state = self._in_name
 
     def _in_name(self) -> bool:
-        before, marker = self._until(self._name_ends)
-        self._name += before
-        if not self._hold(before):
-            return True
-        if len(self._name) > MAX_NAME or (self._final and marker is None):
-            return self._give_up()
-        if marker is None:
-            return False
-        name = self._name.strip()
+        marker = self._hold_header(self._name_ends)
+        if marker is None or marker == WAIT:
+            return marker is None
+        name = self._header.strip()
         if not name and marker == "\n":
             return self._hold(marker) or True
         known = self._in_section or not self._style.sections or name in self._tools.schemas
         if not is_name(name) or not known:
             return self._give_up(marker)
-        self._begin(name)
-        self._name, self._keys = name, 0
+        self._name = name
         if marker == self._style.key_begin or marker == self._style.call_end:
             self._pos -= len(marker)
-        self._state = self._arguments
+        else:
+            self._hold(marker)
+        if self._in_section:
+            self._announce()
+        else:
+            self._state = self._confirm
         return True
+
+    def _confirm(self) -> bool:
+        """Behind a name that nothing but a line break may have ended: a call goes on with a tag."""
+        space, marker = self._expect(self._between)
+        if not self._keep(space):
+            return True
+        if marker is None:
+            return self._give_up()
+        if marker != WAIT:
+            self._pos -= len(marker)
+            self._announce()
+        return marker != WAIT
+
+    def _announce(self) -> None:
+        self._begin(self._name)
+        self._keys = 0
+        self._state = self._arguments
 
     def _arguments(self) -> bool:
         """Between arguments."""
-        before, marker = self._until(self._between)
-        if before.strip(SPACE):
-            self._pos -= len(marker or "")
+        _, marker = self._expect(self._between)
+        if marker is None:
             self._close_braces()
             self._end(BETWEEN)
-            self._say(before)
             self._state = self._start
             return True
         if marker == self._style.key_begin:
             self._key = ""
             self._state = self._in_key
-        elif marker is not None:
+        elif marker != WAIT:
             self._close_braces()
             self._end()
             ends = marker in self._style.sections.values() or not self._in_section
             self._state = self._start if ends else self._section
-        return marker is not None
+        return marker != WAIT
 
     def _close_braces(self) -> None:
         self._argue("}" if self._keys else "{}")
 
     def _in_key(self) -> bool:
+        start, room = self._pos, MAX_KEY - len(self._key)
         before, marker = self._until(self._key_ends)
-        self._key += before
-        if len(self._key) > MAX_KEY:
+        self._key += before[:room]
+        if len(before) > room:
+            self._pos = start + room
             self._close_braces()
             self._end(LONG_KEY)
-            self._say(self._key + (marker or ""))
+            self._say(self._key)
             self._state = self._start
             return True
         if marker is None:
@@ -193,18 +201,14 @@ class Tagged(CallsMachine):
         self._keys += 1
 
     def _before_value(self) -> bool:
-        before, marker = self._until(self._value_begin)
-        if before.strip(SPACE):
-            self._pos -= len(marker or "")
+        _, marker = self._expect(self._value_begin)
+        if marker is None:
             self._argue(self._key + "null}")
             self._end(BETWEEN)
-            self._say(before)
             self._state = self._start
-            return True
-        if marker is None:
-            return False
-        self._state = self._in_value
-        return True
+        elif marker != WAIT:
+            self._state = self._in_value
+        return marker != WAIT
 
     def _in_value(self) -> bool:
         before, marker = self._until(self._value_end)

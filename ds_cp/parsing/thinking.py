@@ -118,6 +118,7 @@ class Thinking(Machine):
         return True
 
     def _close(self) -> None:
-        self._events.append(Content(self._space_before))
+        if not self._style.assumed:
+            self._events.append(Content(self._space_before))
         if self._state != self._outside:
             self._events.append(Reasoning(self._thought.flush()))
