@@ -40,12 +40,16 @@ class Harmony(CallsMachine):
 
     def _start(self) -> bool:
         """In a header, or before it."""
+        start = self._pos
+        room = (MAX_HEADER if self._marked else MAX_LEAD) - len(self._header)
         before, marker = self._until(_HEADER)
+        if len(before) > room:
+            self._pos = start + room
+            self._hold(before[:room])
+            return self._no_header(None)
         self._header += before
-        if not self._hold(before):
-            return True
-        too_long = len(self._header) > (MAX_HEADER if self._marked else MAX_LEAD)
-        if too_long or (not self._marked and "\n" in self._header.lstrip("\n")):
+        self._hold(before)
+        if not self._marked and "\n" in self._header.lstrip("\n"):
             return self._no_header(marker)
         if marker is None:
             if self._final and not self._marked and self._header.strip() not in ("", "assistant"):

@@ -17,6 +17,7 @@ from ds_cp.parsing.registry import (
     make_parser,
     markers,
 )
+from ds_cp.parsing.thinking import DEEPSEEK_R1
 from tests.unit.parsing.answers import (
     ANSWERS,
     SCHEMAS,
@@ -131,16 +132,25 @@ def test_calls_that_are_written_are_read_back(tool: str) -> None:
     check()
 
 
+PLAIN_TEXT = st.text('<>|{}[]":,` \n\\/aé0-').map(lambda text: text + ".")
+
+
 @pytest.mark.parametrize("tool", TOOL_FAMILIES)
-@given(st.text('<>|{}[]":,` \n\\/aé0-'), CUTS)
+@given(PLAIN_TEXT, CUTS)
 @settings(max_examples=10)
 def test_text_without_calls_is_content(tool: str, text: str, places: list[int]) -> None:
-    if "json" not in tool:
-        assert parsed(text, tool, pieces=cut(text, places)).content == text
-    for reasoning in REASONING_FAMILIES:
-        assert parsed(text, None, reasoning, pieces=cut(text, places)).content == (
-            "" if reasoning == "deepseek_r1" else text
-        )
+    assert parsed(text, tool, pieces=cut(text, places)).content == text
+
+
+@pytest.mark.parametrize("reasoning", REASONING_FAMILIES)
+@given(PLAIN_TEXT, CUTS)
+@settings(max_examples=10)
+def test_text_without_reasoning_is_content(reasoning: str, text: str, places: list[int]) -> None:
+    found = parsed(text, None, reasoning, pieces=cut(text, places))
+    if REASONING_FAMILIES[reasoning].style == DEEPSEEK_R1:
+        assert (found.content, found.reasoning) == ("", text.lstrip(" \n"))
+    else:
+        assert (found.content, found.reasoning) == (text, "")
 
 
 @pytest.mark.parametrize("tool", TOOL_FAMILIES)
