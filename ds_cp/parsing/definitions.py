@@ -67,8 +67,8 @@ def read_tools(value: Any, where: str = "tools", skip_unknown: bool = False) -> 
             if skip_unknown and isinstance(kind, str):
                 continue
             _refuse(f'{place}.type must be "function", not {show(kind)}', f"{place}.type")
-        tool = _read_tool(item.get("function"), f"{place}.function")
-        nodes += _count(tool.parameters, f"{place}.function.parameters")
+        tool = read_function(item.get("function"), f"{place}.function")
+        nodes += count_values(tool.parameters, f"{place}.function.parameters")
         if nodes > MAX_SCHEMA_NODES:
             _refuse(f"{where}: the schemas have more than {MAX_SCHEMA_NODES} values", where)
         if tool.name in tools:
@@ -77,11 +77,13 @@ def read_tools(value: Any, where: str = "tools", skip_unknown: bool = False) -> 
     return list(tools.values())
 
 
-def _read_tool(function: Any, place: str) -> Tool:
+def read_function(function: Any, place: str, schema_name: str = "parameters") -> Tool:
+    """A tool from its ``name``, ``description``, schema and ``strict``. ``place``: its field;
+    ``schema_name``: what the protocol calls the schema. Raises ``RequestError``."""
     if not isinstance(function, dict):
         _refuse(f"{place} must be an object with a name", place)
     name, description = function.get("name"), function.get("description")
-    parameters, strict = function.get("parameters"), function.get("strict")
+    parameters, strict = function.get(schema_name), function.get("strict")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         _refuse(
             f"{place}.name must be 1 to {MAX_TOOL_NAME} letters, digits, _, - or ., "
@@ -96,19 +98,20 @@ def _read_tool(function: Any, place: str) -> Tool:
             f"{place}.description",
         )
     if parameters is not None and not isinstance(parameters, dict):
-        _refuse(f"{place}.parameters must be a JSON schema, an object", f"{place}.parameters")
+        _refuse(f"{place}.{schema_name} must be a JSON schema, an object", f"{place}.{schema_name}")
     if parameters and parameters.get("type", "object") != "object":
         _refuse(
-            f'{place}.parameters.type must be "object", not {show(parameters["type"])}',
-            f"{place}.parameters.type",
+            f'{place}.{schema_name}.type must be "object", not {show(parameters["type"])}',
+            f"{place}.{schema_name}.type",
         )
     if strict is not None and not isinstance(strict, bool):
         _refuse(f"{place}.strict must be true or false", f"{place}.strict")
     return Tool(name, description or "", parameters or dict(_NO_ARGUMENTS), bool(strict))
 
 
-def _count(schema: Any, place: str) -> int:
-    """The values in a schema, ``MAX_SCHEMA_NODES`` + 1 for more. Refuses one that is too deep."""
+def count_values(schema: Any, place: str) -> int:
+    """The values in a schema, some number above ``MAX_SCHEMA_NODES`` for more than that. Raises
+    ``RequestError`` for one that is nested more than ``MAX_SCHEMA_DEPTH`` deep."""
     seen, level, depth = 0, [schema], 0
     while level and seen <= MAX_SCHEMA_NODES:
         seen += len(level)
@@ -132,7 +135,8 @@ def read_choice(
     where: str = "tool_choice",
 ) -> ToolChoice:
     """Which tools may be called: OpenAI's ``tool_choice``, with ``parallel_tool_calls``. Null is
-    "auto", or "none" without tools. Raises ``RequestError``."""
+    "auto", or "none" without tools. The name of a function may stand beside its type, as in
+    /v1/responses. Raises ``RequestError``."""
     names = tuple(tool.name for tool in tools)
     single = parallel is False
     if value is None:
@@ -169,7 +173,7 @@ def _allowed(value: Any, names: tuple[str, ...], single: bool, where: str) -> To
 
 
 def _chosen(value: Any, names: Sequence[str], where: str) -> str:
-    function = value.get("function") if isinstance(value, dict) else None
+    function = value.get("function", value) if isinstance(value, dict) else None
     name = function.get("name") if isinstance(function, dict) else None
     if not isinstance(name, str):
         _refuse(f"{where}.function.name must be the name of a tool", f"{where}.function.name")

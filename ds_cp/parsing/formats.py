@@ -14,14 +14,14 @@ INDEX = "{index}"  # in ``after_name``: the number of the call, from 0
 @dataclass(frozen=True)
 class TaggedArguments:
     """Arguments that are tagged one by one: ``before_key`` KEY ``after_key`` VALUE ``after_value``,
-    any number of times, ``between`` two of them. A value that is a string is written as it is, and
-    so cannot hold ``after_value``; any other is JSON. ``after_string_key``: what stands for
-    ``after_key`` before a string, where that is not the same."""
+    any number of times. A value that is a string is written as it is, and so cannot hold
+    ``ends_value``, a part of ``after_value``; any other is JSON. ``after_string_key``: what stands
+    for ``after_key`` before a string, where that is not the same."""
 
     before_key: str
     after_key: str
     after_value: str
-    between: str = ""
+    ends_value: str
     after_string_key: str | None = None
 
 
@@ -42,8 +42,7 @@ class ToolFormat:
     ``parallel``: whether an answer can hold several calls. ``triggers``: literal texts of which one
     begins a call in an answer that may also be content; () where a call is the whole answer.
     ``markers``: the texts above and within that a tokenizer may have as one token, special or not;
-    they must be in what the parser is fed. ``ends_turn``: behind ``end`` the model ends its answer
-    with no token of its own; a grammar should allow the end there and nothing else.
+    they must be in what the parser is fed.
     """
 
     before_name: str
@@ -73,7 +72,7 @@ class ToolFormat:
         """The arguments of a call."""
         kind = self.arguments
         if isinstance(kind, TaggedArguments):
-            return kind.between.join(_tagged(kind, key, arguments[key]) for key in arguments)
+            return "".join(_tagged(kind, key, arguments[key]) for key in arguments)
         if isinstance(kind, QuotedArguments):
             return _quoted(kind.quote, dict(arguments))
         return _json(arguments)

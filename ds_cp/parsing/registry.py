@@ -67,16 +67,16 @@ def _json_list(begin: str, end: str) -> ToolFormat:
 
 
 def _tags(style: tagged.Style, line: str = "\n") -> ToolFormat:
-    """``line``: what stands behind each tag but a value's."""
+    """``line``: what stands behind each tag but those around a value."""
     begin, end = next(iter(style.sections.items()))
     name_end, key_end = style.name_ends[0], next(iter(style.key_ends))
     around = "\n" if style.trim else ""
     stated = key_end.replace("true", "false")
     return ToolFormat(
         f"{begin}{line}{style.call_begin}", f"{name_end}{line}",
-        f"{line}{style.call_end}{line}{end}", separator=line,
+        f"{style.call_end}{line}{end}", separator=line,
         arguments=TaggedArguments(
-            style.key_begin, stated + around, around + style.value_end, line,
+            style.key_begin, stated + around, around + style.value_end + line, style.value_end,
             key_end + around if stated != key_end else None,
         ),
         triggers=tuple(style.sections), markers=(begin, end),
@@ -99,7 +99,7 @@ _QWEN_TAG, _QWEN_END = "<tool_call>", "</tool_call>"
 _GLM_FORMAT = ToolFormat(
     "<tool_call>", "\n", "</tool_call>", separator="\n",
     arguments=TaggedArguments(
-        "<arg_key>", "</arg_key>\n<arg_value>", "</arg_value>\n"
+        "<arg_key>", "</arg_key>\n<arg_value>", "</arg_value>\n", "</arg_value>"
     ),
     triggers=("<tool_call>",),
     markers=(

@@ -8,7 +8,14 @@ import pytest
 
 from ds_cp.errors import RequestError
 from ds_cp.parsing.calls import Toolbox
-from ds_cp.parsing.definitions import MAX_TOOLS, Tool, ToolChoice, read_choice, read_tools
+from ds_cp.parsing.definitions import (
+    MAX_TOOLS,
+    Tool,
+    ToolChoice,
+    read_choice,
+    read_function,
+    read_tools,
+)
 from ds_cp.parsing.history import (
     RAW,
     EarlierCall,
@@ -73,6 +80,13 @@ def test_a_bad_tool_is_refused_by_its_field(value: Any, param: str) -> None:
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
 
 
+def test_a_tool_of_another_protocol_is_refused_by_its_own_fields() -> None:
+    function = {"name": "f", "input_schema": {"type": "object"}}
+    assert read_function(function, "tools[0]", "input_schema") == Tool("f", "", {"type": "object"})
+    with pytest.raises(RequestError, match=r"^tools\[0\].input_schema must be"):
+        read_function({"name": "f", "input_schema": 5}, "tools[0]", "input_schema")
+
+
 def named(name: Any) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name}}
 
@@ -88,6 +102,7 @@ def test_choices_are_read() -> None:
         "type": "allowed_tools",
         "allowed_tools": {"mode": "required", "tools": [named("g")]},
     }
+    assert read_choice({"type": "function", "name": "g"}, tools).names == ("g",)
     assert read_choice(allowed, tools) == ToolChoice("required", ("g",))
 
 
