@@ -103,19 +103,23 @@ def read_reasoning(message: dict[str, Any], where: str) -> str:
     return ""
 
 
-def check_results(messages: Sequence[tuple[str, Sequence[EarlierCall], str | None]]) -> None:
-    """Every result answers a call: ``messages`` are the role, the calls, and the ``tool_call_id``
-    of each. A call may be left unanswered, since clients cut conversations. Raises
-    ``RequestError``."""
-    asked: set[str] = set()
+def check_results(
+    messages: Sequence[tuple[str, Sequence[EarlierCall], str | None]],
+) -> dict[str, str]:
+    """Every result answers an earlier call: ``messages`` are the role, the calls, and the
+    ``tool_call_id`` of each. A call may be left unanswered, since clients cut conversations.
+    Returns the tools' names by the ids of their calls: some templates want the name of a result.
+    Raises ``RequestError``."""
+    asked: dict[str, str] = {}
     for i, (role, calls, answered) in enumerate(messages):
-        asked.update(call.id for call in calls)
+        asked.update((call.id, call.name) for call in calls)
         if role == "tool" and answered not in asked:
             _refuse(
                 f"messages[{i}].tool_call_id: no earlier message calls a tool with the id "
                 f"{show(answered)}",
                 f"messages[{i}].tool_call_id",
             )
+    return asked
 
 
 def _refuse(message: str, param: str) -> NoReturn:

@@ -190,7 +190,8 @@ TOOL_FAMILIES: Mapping[str, ToolFamily] = {
     ),
     HARMONY: ToolFamily(harmony.Harmony, _HARMONY_FORMAT),
     "granite": ToolFamily(
-        lambda tools: MarkedJson(tools, "<|tool_call|>"), _json_list("<|tool_call|>", "")
+        lambda tools: MarkedJson(tools, "<|tool_call|>", "<|/tool_call|>"),  # the end is Phi's
+        _json_list("<|tool_call|>", ""),
     ),
     "nemotron": ToolFamily(
         lambda tools: MarkedJson(tools, "<TOOLCALL>", "</TOOLCALL>"),

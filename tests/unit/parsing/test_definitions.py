@@ -24,7 +24,7 @@ from ds_cp.parsing.history import (
     read_reasoning,
 )
 from ds_cp.parsing.ids import KIMI, MISTRAL, OPENAI, id_for_template, new_ids
-from ds_cp.parsing.instructions import call_as_text, result_as_text, tools_as_text
+from ds_cp.parsing.instructions import tools_as_text, without_tools
 from ds_cp.parsing.registry import make_parser
 from tests.unit.parsing.answers import events_of, read
 
@@ -174,7 +174,8 @@ def test_a_bad_earlier_call_is_refused_by_its_field(value: Any, param: str) -> N
 
 def test_a_result_needs_its_call() -> None:
     asked = [EarlierCall("c1", "f", "{}"), EarlierCall("c2", "f", "{}")]
-    check_results([("user", [], None), ("assistant", asked, None), ("tool", [], "c2")])
+    messages = [("user", [], None), ("assistant", asked, None), ("tool", [], "c2")]
+    assert check_results(messages) == {"c1": "f", "c2": "f"}
     with pytest.raises(RequestError) as caught:
         check_results([("tool", [], "c1"), ("assistant", asked, None)])
     assert caught.value.param == "messages[0].tool_call_id"
@@ -202,9 +203,23 @@ def test_ids_are_of_their_family() -> None:
 
 
 def test_a_model_that_is_told_of_tools_is_read_back() -> None:
-    told = tools_as_text([Tool("f", "does it", deep(1))])
-    assert '"name": "f"' in told and "does it" in told and '{"name": "NAME"' in told
-    text = call_as_text("f", '{"a": 1}')
-    found = read(events_of(make_parser("json", None, Toolbox({"f": {}})), [text]))
-    assert found.calls == [("f", {"a": 1})]
-    assert "f" in result_as_text("f", "12") and result_as_text("f", "12").endswith("\n12")
+    asked = [EarlierCall("c1", "f", '{"a": 1}'), EarlierCall("c2", "g", "")]
+    conversation: list[tuple[dict[str, Any], list[EarlierCall]]] = [
+        ({"role": "system", "content": "Be kind."}, []),
+        ({"role": "user", "content": [{"type": "text", "text": "Hi"}]}, []),
+        ({"role": "assistant", "content": None}, asked),
+        ({"role": "tool", "tool_call_id": "c2", "content": "12"}, []),
+        ({"role": "tool", "tool_call_id": "c1", "content": [{"type": "text", "text": "13"}]}, []),
+        ({"role": "user", "content": "And?"}, []),
+    ]
+    told = without_tools(conversation, [Tool("f", "does it", deep(1))])
+    assert [message["role"] for message in told] == ["system", "user", "assistant", "user", "user"]
+    assert told[0]["content"].startswith("Be kind.\n\nYou can call these tools")
+    assert '"name": "f"' in told[0]["content"] and "does it" in told[0]["content"]
+    assert told[1] == conversation[1][0]
+    assert told[3]["content"] == "Result of the tool g:\n12\n\nResult of the tool f:\n13"
+    parser = make_parser("json", None, Toolbox({"f": {}, "g": {}}))
+    assert read(events_of(parser, [told[2]["content"]])).calls == [("f", {"a": 1}), ("g", {})]
+    assert without_tools(conversation[1:2], []) == [conversation[1][0]]
+    first = without_tools(conversation[1:2], [Tool("f")])[0]
+    assert first == {"role": "system", "content": tools_as_text([Tool("f")])}
