@@ -236,9 +236,10 @@ def make_parser(
     ``tool``: a name of ``TOOL_FAMILIES``; None where the request has no tools, or may call none:
     then what looks like a call is content. ``reasoning``: of ``REASONING_FAMILIES``, or None.
     ``prompt_end``: the last ``thinking.TAIL_CHARS`` characters of the rendered prompt, which say
-    whether the answer begins within reasoning.
+    whether the answer begins within reasoning. An answer that a grammar forces to be calls from its
+    first character on has no reasoning: None.
     """
-    if HARMONY in (tool, reasoning):
+    if tool == HARMONY or (tool is None and reasoning == HARMONY):
         return harmony.Harmony(tools, harmony.open_channel(prompt_end), tool == HARMONY)
     calls = TOOL_FAMILIES[tool].make(tools) if tool else None
     style = REASONING_FAMILIES[reasoning].style if reasoning else None

@@ -166,7 +166,7 @@ class Tagged(CallsMachine):
         elif marker != WAIT:
             self._close_braces()
             self._end()
-            ends = marker in self._style.sections.values() or not self._in_section
+            ends = marker in self._style.sections.values() or not self._style.sections
             self._state = self._start if ends else self._section
         return marker != WAIT
 

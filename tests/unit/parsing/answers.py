@@ -179,8 +179,8 @@ ANSWERS = [
         "qwen3 coder, thinking that nothing closes, no tags around the function",
         "qwen3_coder",
         "I need the time.\n<tool_call>\n<function=get_time>\n</function>\n</tool_call>"
-        "<function=get_time></function>",
-        [TIME, TIME],
+        "<function=get_time></function></tool_call><function=get_time></function>",
+        [TIME, TIME, TIME],
         "",
         "I need the time.",
         "think",
