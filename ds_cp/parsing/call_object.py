@@ -7,7 +7,7 @@ import json
 from ds_cp.parsing.calls import MAX_HELD, NO_OBJECT, NOT_JSON, is_name
 from ds_cp.parsing.json_reader import JsonReader
 
-NAMES = frozenset({"name"})
+NAMES = frozenset({"name", "tool_name"})
 ARGUMENTS = frozenset({"arguments", "parameters"})
 MAX_KEY = 1024  # characters of a key, or of a name with its quotes
 

@@ -108,10 +108,12 @@ _GLM_FORMAT = ToolFormat(
 )  # fmt: skip
 
 
-def _headed_format(style: headed.Style, before: str, after: str, close: str) -> ToolFormat:
+def _headed_format(
+    style: headed.Style, before: str, after: str, close: str, separator: str = ""
+) -> ToolFormat:
     return ToolFormat(
         style.call_begin + before, after, close + style.call_end,
-        style.section_begin, "", style.section_end, triggers=(style.section_begin,),
+        style.section_begin, separator, style.section_end, triggers=(style.section_begin,),
         markers=(style.section_begin, style.call_begin, style.separator, style.call_end,
                  style.section_end),
     )  # fmt: skip
@@ -151,12 +153,16 @@ TOOL_FAMILIES: Mapping[str, ToolFamily] = {
         _in_one_section(_tags(tagged.MINIMAX)),
     ),
     "deepseek_v32": ToolFamily(
-        lambda tools: tagged.Tagged(tools, tagged.DEEPSEEK_DSML),
-        _in_one_section(_tags(tagged.DEEPSEEK_DSML)),
+        lambda tools: tagged.Tagged(tools, tagged.DEEPSEEK_V32),
+        _in_one_section(_tags(tagged.DEEPSEEK_V32)),
+    ),
+    "deepseek_v41": ToolFamily(
+        lambda tools: tagged.Tagged(tools, tagged.DEEPSEEK_V41),
+        _in_one_section(_tags(tagged.DEEPSEEK_V41)),
     ),
     "deepseek_v3": ToolFamily(
         lambda tools: headed.Headed(tools, headed.DEEPSEEK),
-        _headed_format(headed.DEEPSEEK, "function<｜tool▁sep｜>", "\n```json\n", "\n```"),
+        _headed_format(headed.DEEPSEEK, "function<｜tool▁sep｜>", "\n```json\n", "\n```", "\n"),
         text_arguments=True,
         ends_reasoning=_DEEPSEEK_ENDS,
     ),
@@ -193,6 +199,13 @@ TOOL_FAMILIES: Mapping[str, ToolFamily] = {
         lambda tools: MarkedJson(tools, "<|tool_call|>", "<|/tool_call|>"),  # the end is Phi's
         _json_list("<|tool_call|>", ""),
     ),
+    "cohere": ToolFamily(
+        lambda tools: MarkedJson(tools, "<|START_ACTION|>", "<|END_ACTION|>"),
+        replace(
+            _json_list("<|START_ACTION|>", "<|END_ACTION|>"),
+            before_name='{"tool_name": "', after_name='", "parameters": ',
+        ),
+    ),
     "nemotron": ToolFamily(
         lambda tools: MarkedJson(tools, "<TOOLCALL>", "</TOOLCALL>"),
         _json_list("<TOOLCALL>", "</TOOLCALL>"),
@@ -222,6 +235,7 @@ REASONING_FAMILIES: Mapping[str, ReasoningFamily] = {
     "magistral": _marks(thinking.MAGISTRAL),
     "gemma4": _marks(thinking.GEMMA4),
     "granite": _marks(thinking.GRANITE),
+    "cohere": _marks(thinking.COHERE),
     HARMONY: ReasoningFamily(
         None, ReasoningFormat("<|channel|>analysis<|message|>", "<|end|>"), "thinking"
     ),

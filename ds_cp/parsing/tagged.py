@@ -1,5 +1,5 @@
 """Calls whose arguments are tagged one by one: Qwen3-Coder, GLM, MiniMax, Seed-OSS, DeepSeek V3.2
-and V4. They become JSON by the schema of their tool."""
+to V4.1. They become JSON by the schema of their tool."""
 
 from __future__ import annotations
 
@@ -54,12 +54,19 @@ GLM = Style(
     {}, "<tool_call>", ("\n", "<arg_key>", "</tool_call>"), "</tool_call>",
     "<arg_key>", {"</arg_key>": None}, "</arg_value>", "<arg_value>",
 )  # fmt: skip
-DEEPSEEK_DSML = Style(
-    {f"<｜DSML｜{word}>": f"</｜DSML｜{word}>" for word in ("function_calls", "tool_calls")},
-    '<｜DSML｜invoke name="', ('">',), "</｜DSML｜invoke>", '<｜DSML｜parameter name="',
-    {'" string="true">': "string", '" string="false">': "json"},
-    "</｜DSML｜parameter>",
-)  # fmt: skip
+
+
+def _dsml(mark: str, *sections: str) -> Style:
+    """DeepSeek's tags. ``mark``: what each begins with."""
+    return Style(
+        {f"<{mark}{word}>": f"</{mark}{word}>" for word in sections},
+        f'<{mark}invoke name="', ('">',), f"</{mark}invoke>", f'<{mark}parameter name="',
+        {'" string="true">': "string", '" string="false">': "json"}, f"</{mark}parameter>",
+    )  # fmt: skip
+
+
+DEEPSEEK_V32 = _dsml("｜DSML｜", "function_calls", "tool_calls")  # the second is V4's
+DEEPSEEK_V41 = _dsml("｜DSML｜ ", "calls")
 
 
 class Tagged(CallsMachine):

@@ -42,6 +42,7 @@ DEEPSEEK_R1 = Style(("<think>",), ("</think>",), assumed=True)
 SEED = Style(("<seed:think>",), ("</seed:think>",))
 MAGISTRAL = Style(("[THINK]",), ("[/THINK]",), anywhere=True)
 GEMMA4 = Style(("<|channel>thought\n",), ("<channel|>",), anywhere=True)
+COHERE = Style(("<|START_THINKING|>",), ("<|END_THINKING|>",))
 GRANITE = Style(
     ("Here is my thought process:", "Here's my thought process:"),
     ("Here is my response:", "Here's my response:"),

@@ -258,6 +258,32 @@ ANSWERS = [
         [OSLO],
     ),
     Answer(
+        "deepseek v4",
+        "deepseek_v32",
+        'I look.\n\n<｜DSML｜tool_calls>\n<｜DSML｜invoke name="get_time">\n</｜DSML｜invoke>\n'
+        "</｜DSML｜tool_calls>",
+        [TIME],
+        "I look.",
+    ),
+    Answer(
+        "deepseek v4.1",
+        "deepseek_v41",
+        '<｜DSML｜ calls>\n<｜DSML｜ invoke name="get_weather">\n<｜DSML｜ parameter name="city" '
+        'string="true">Paris</｜DSML｜ parameter>\n</｜DSML｜ invoke>\n</｜DSML｜ calls>',
+        [PARIS],
+    ),
+    Answer(
+        "command a",
+        "cohere",
+        "<|START_THINKING|>Hm.<|END_THINKING|><|START_ACTION|>[\n    "
+        '{"tool_call_id": "0", "tool_name": "get_weather", "parameters": {"city": "Paris"}}\n'
+        "]<|END_ACTION|>",
+        [PARIS],
+        "",
+        "Hm.",
+        "cohere",
+    ),
+    Answer(
         "kimi k2",
         "kimi_k2",
         "◁ I look.<|tool_calls_section_begin|><|tool_call_begin|>functions.get_weather:0"

@@ -35,6 +35,8 @@ WITH_TOOLS = LOOP + "{% if tools %}{{ tools | tojson }}{% endif %}"
         ("<tool_call>", ["<|python_tag|>"], "hermes", None),
         ("Here is my thought process <|tool_call|>", [], "granite", "granite"),
         ("<TOOLCALL>", [], "nemotron", None),
+        ("<｜DSML｜ invoke ", [], "deepseek_v41", None),
+        ("<|START_THINKING|> <|START_ACTION|>", [], "cohere", "cohere"),
         ("<tool_calls>", [], "jamba", None),
         ("", [], "json", None),
     ],
