@@ -67,23 +67,28 @@ def test_any_split_of_any_part_gives_the_same(
 
 
 def fragments(tool: str) -> st.SearchStrategy[str]:
-    """Texts that are made of what the family's calls are made of."""
+    """Texts that are made of what the family's calls, and reasoning, are made of."""
     form = TOOL_FAMILIES[tool].format
     calls: list[tuple[str, dict[str, Any]]] = [("get_time", {}), ("get_weather", {"city": "x"})]
     texts = [form.render(calls), form.begin, form.end, form.before_arguments("get_weather")]
     texts += [*form.markers, *form.triggers, form.written(calls[1][1]), form.after_arguments]
     texts += [text[: len(text) // 2] for text in texts]
+    texts += [text for f in REASONING_FAMILIES.values() for text in (f.format.begin, f.format.end)]
     return st.one_of(st.sampled_from(texts), st.text('<>|{}[]":,` \n\\/aé0-', max_size=6))
 
 
 @pytest.mark.parametrize("tool", TOOL_FAMILIES)
 def test_broken_answers_are_read_the_same_however_they_are_split(tool: str) -> None:
-    @given(st.lists(fragments(tool), max_size=8), CUTS)
+    @given(
+        st.lists(fragments(tool), max_size=8),
+        CUTS,
+        st.none() | st.sampled_from(sorted(REASONING_FAMILIES)),
+    )
     @settings(max_examples=40)
-    def check(parts: list[str], places: list[int]) -> None:
+    def check(parts: list[str], places: list[int], reasoning: str | None) -> None:
         text = "".join(parts)
-        whole = events_of(make_parser(tool, None, TOOLS), [text])
-        assert events_of(make_parser(tool, None, TOOLS), cut(text, places)) == whole
+        whole = events_of(make_parser(tool, reasoning, TOOLS), [text])
+        assert events_of(make_parser(tool, reasoning, TOOLS), cut(text, places)) == whole
         read(whole)
 
     check()
