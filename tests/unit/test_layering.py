@@ -27,6 +27,7 @@ LAYERS = {
     "sampling_params": 1,
     "outputs": 1,
     "config": 1,
+    "sizing": 2,
     "topology": 2,
     "templates": 2,
     "native": 2,
@@ -58,6 +59,7 @@ NOT_EVEN_BELOW = {  # lower layers that a layer does not know all the same
 SIDEWAYS = {("kv", "attention"), ("outputs", "sampling_params")}  # attention knows no cache
 
 ONLY_IN = {
+    "matplotlib": ["sizing/picture.py"],
     "mpi4py": ["topology/mpi.py"],
     "deepspeed": ["comm/process_group.py"],
     "torch.distributed": ["comm/process_group.py"],
@@ -87,6 +89,7 @@ WITHOUT_TORCH = [
     "plan.py",
     "process.py",
     "sampling_params.py",
+    "sizing/",
     "topology/",
     "templates/",
     "model/__init__.py",
