@@ -83,8 +83,9 @@ def calibrated(hosts: int) -> CostModel:
     layer (8K on one host), and what a ring hop takes beside its bytes (128K on 16 hosts).
 
     Given: attention 540 TFLOP/s (FlashAttention-3 alone, section 4.2), links 26.1 GB/s (table 5, KV
-    of a hop) and 56.7 us (table 8, CP2: the mean of SendRecv, 32.3 us, and All2All, 81.1 us), memory 1.69 TB/s (table 8, 65.5 MB of KV in
-    38.9 us). Weights count as bf16 of as many bytes as they have, FP8 as a half.
+    of a hop) and 56.7 us (table 8, CP2: the mean of SendRecv, 32.3 us, and All2All, 81.1 us),
+    memory 1.69 TB/s (table 8, 65.5 MB of KV in 38.9 us). Weights count as bf16 of as many
+    bytes as they have, FP8 as a half.
     """
     shape = llama()
     feed_forward = 3 * 16384 * 53248 * 126

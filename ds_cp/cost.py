@@ -89,10 +89,10 @@ class CostModel:
     What follows is for ``forward_s`` alone; left out, it costs nothing. ``attention_flops_per_s``:
     achieved by attention (left out: ``flops_per_s``); ``memory_bytes_per_s``: at which weights and
     KV are read; ``layer_s``: seconds of a layer that no work explains, such as launches;
-    ``step_s``: the same of a call; ``hop_s``: of one hop of a ring in one layer; ``head``: parameters that only the last
-    token of a call passes; ``stored``: parameters of all layers, with the experts that a token
-    does not pass; ``near_latency_s``: of an exchange inside a host, where ``latency_s`` is of one
-    between hosts of several ranks; ``sums``: of tensor parallelism.
+    ``step_s``: the same of a call; ``hop_s``: of one hop of a ring in one layer; ``head``:
+    parameters that only the last token of a call passes; ``stored``: parameters of all layers, with
+    the experts that a token does not pass; ``near_latency_s``: of an exchange inside a host, where
+    ``latency_s`` is of one between hosts of several ranks; ``sums``: of tensor parallelism.
     """
 
     flops_per_s: float

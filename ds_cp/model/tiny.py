@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -22,5 +24,6 @@ def tiny_decoder(layers: int, dtype: torch.dtype, device: torch.device) -> Decod
         eos_token_id=None,
         pad_token_id=0,
     )
-    model: Decoder = LlamaForCausalLM(config).to(device, dtype).eval()
+    made: Any = LlamaForCausalLM(config)
+    model: Decoder = made.to(device, dtype).eval()
     return model

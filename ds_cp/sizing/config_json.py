@@ -45,7 +45,7 @@ class ConfigJson:
             return value
         if default is None:
             raise ModelError(
-                f"{self.where} does not say {' or '.join(keys)}, so the model's shape is not known: "
+                f"{self.where} does not say {' or '.join(keys)}, so the shape is not known: "
                 "give the config.json of a decoder, or add the key"
             )
         return default
@@ -55,8 +55,8 @@ class ConfigJson:
         return self.number(*keys, default=0, least=0) or None
 
     def flag(self, which: bool | str) -> bool:
-        """``which`` itself, or whether the key of that name is true. ``ModelError`` for a value that
-        is neither true nor false nor null."""
+        """``which`` itself, or whether the key of that name is true. ``ModelError`` for a value
+        that is neither true nor false nor null."""
         if isinstance(which, bool):
             return which
         value = self._values.get(which)

@@ -99,14 +99,19 @@ FAMILIES: dict[str, Family] = {
     "arcee": Family(_BIASED, _BIASED, "mlp_bias", gated=False),
     "exaone4": Family(qk_norm="head", slides=4),
     "gpt2": Family(
-        True, True, True, norms=4, multi_head=True, final_norm=2, gated=False, tied=True, positions=0, tp=False
+        True, True, True, norms=4, multi_head=True, final_norm=2, gated=False, tied=True,
+        positions=0, tp=False,
     ),
-    "gpt_neox": Family(_BIASED, _BIASED, True, norms=4, multi_head=True, final_norm=2, gated=False, tp=False),
+    "gpt_neox": Family(
+        _BIASED, _BIASED, True, norms=4, multi_head=True, final_norm=2, gated=False, tp=False
+    ),
     "opt": Family(
-        True, True, True, norms=4, multi_head=True, final_norm=2, gated=False, tied=True, positions=2, tp=False
+        True, True, True, norms=4, multi_head=True, final_norm=2, gated=False, tied=True,
+        positions=2, tp=False,
     ),
     "gpt_oss": Family(
-        _BIASED, _BIASED, slides=2, sinks="all", experts="all", router_bias=True, expert_bias=True, tp=False
+        _BIASED, _BIASED, slides=2, sinks="all", experts="all", router_bias=True, expert_bias=True,
+        tp=False,
     ),
     "ernie4_5": Family("use_bias", "use_bias", "use_bias", tied=True, head_dim=128),
     "ernie4_5_moe": Family(

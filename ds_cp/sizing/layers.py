@@ -183,8 +183,8 @@ def _windows(config: ConfigJson, family: Family, count: int) -> list[int | None]
     if types is not None:
         if other := sorted(set(types) - set(KNOWN_TYPES)):
             raise UnsupportedModelError(
-                f"{config.where} has layers of type {', '.join(other)[:200]}; ds_cp serves decoders "
-                "whose layers are all full or sliding-window softmax attention"
+                f"{config.where} has layers of type {', '.join(other)[:200]}; ds_cp serves "
+                "decoders whose layers are all full or sliding-window softmax attention"
             )
         if "sliding_attention" not in types:
             return [None] * count

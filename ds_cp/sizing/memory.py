@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from ds_cp.sizing.device import Device
@@ -76,7 +77,7 @@ def memory_of(model: ModelShape, device: Device, job: Job) -> RankMemory:
     reserved = int(device.memory.reserved_gib * GIB)
     weights = model.of_rank(job.tp) * job.element
     left = max(0, total - reserved - weights)
-    blocks = -(-(-(-job.context // BLOCK)) // job.cp)
+    blocks = math.ceil(math.ceil(job.context / BLOCK) / job.cp)
     return RankMemory(
         total=total,
         reserved=reserved,

@@ -80,8 +80,8 @@ def read_model(model: str) -> ModelShape:
         file = path
     if not model.endswith(".json") and file == path and not path.exists():
         raise ModelError(
-            f"no directory or config.json at {model[:200]}: a model of the hub is downloaded first, "
-            "its config.json is enough"
+            f"no directory or config.json at {model[:200]}: a model of the hub is downloaded "
+            "first, its config.json is enough"
         )
     found = read_json_object(file, MAX_BYTES)
     name = file.resolve().parent.name if file.name == "config.json" else file.stem

@@ -33,8 +33,9 @@ def _matplotlib() -> Any:
     try:
         return importlib.import_module("matplotlib.figure")
     except ImportError as err:
+        why = " ".join(str(err).split())[:200]
         raise OutputError(
-            f"--png needs matplotlib, which cannot be imported ({' '.join(str(err).split())[:200]}): "
+            f"--png needs matplotlib, which cannot be imported ({why}): "
             "pip install 'matplotlib>=3.8', or leave --png out, the text is the same"
         ) from None
 

@@ -101,10 +101,8 @@ def assumptions(model: ModelShape, device: Device, job: Job) -> list[str]:
         said.append(
             f"the model was made for {model.max_len} positions: a server refuses {job.context}"
         )
-    kinds = sorted({
-        source for path, source in device.sources.items()
-        if path.startswith((f"rates.{job.dtype}.", "memory.gb", "links.", "hop_us", "layer_us", "step_us"))
-    })  # fmt: skip
+    used = (f"rates.{job.dtype}.", "memory.gb", "links.", "hop_us", "layer_us", "step_us")
+    kinds = sorted({source for path, source in device.sources.items() if path.startswith(used)})
     said += [f"source: {source}" for source in kinds]
     return [*said, *model.notes]
 

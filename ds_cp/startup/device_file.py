@@ -55,7 +55,7 @@ def device_of(
         "memory.gb_per_s": f"{measured}, weights that one row passes",
         "layer_us": f"{measured[: measured.rindex(',')]}, fastest of {STEPS} decode steps of a "
         "decoder without work",
-        "step_us": "the same without its layers; the scheduler's and the sampler's parts are not in",
+        "step_us": "the same without its layers; scheduler and sampler are not in",
     }
     links = {}
     for key, link, other in (("intra_host", near, far), ("inter_host", far, near)):
