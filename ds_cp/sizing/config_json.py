@@ -78,13 +78,13 @@ class ConfigJson:
         return value
 
 
-def read_json_object(path: Path, most: int) -> dict[str, Any]:
+def read_json_object(path: Path, most: int, wanted: str) -> dict[str, Any]:
     """A file that holds one JSON object of at most ``most`` bytes. ``ModelError`` says what is
-    wrong."""
+    wrong, and to give ``wanted``."""
     try:
         if not path.is_file():
             kind = "is not a file" if path.exists() else "does not exist"
-            raise ModelError(f"{path} {kind}: give a model's directory, or its config.json")
+            raise ModelError(f"{path} {kind}: give {wanted}")
         with path.open("rb") as file:
             raw = file.read(most + 1)
     except OSError as err:
@@ -92,13 +92,13 @@ def read_json_object(path: Path, most: int) -> dict[str, Any]:
     except ValueError:  # a null byte in the path
         raise ModelError(f"{str(path)!r} is not a path") from None
     if len(raw) > most:
-        raise ModelError(f"{path} has more than {most} bytes: it is not such a file")
+        raise ModelError(f"{path} has more than {most} bytes: give {wanted}")
     try:
         found = parse_json(raw.decode("utf-8"))
     except UnicodeDecodeError:
-        raise ModelError(f"{path} is not UTF-8 text: give a model's config.json") from None
+        raise ModelError(f"{path} is not UTF-8 text: give {wanted}") from None
     except ValueError as err:
         raise ModelError(f"{path} is {err}") from None
     if not isinstance(found, dict):
-        raise ModelError(f"{path} holds no JSON object")
+        raise ModelError(f"{path} holds no JSON object: give {wanted}")
     return found

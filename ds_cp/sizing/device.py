@@ -106,7 +106,7 @@ def read_device(which: str) -> Device:
         return load_device(FOLDER / f"{which}.json")
     path = Path(which).expanduser()
     try:
-        there = path.exists()
+        there = bool(which) and path.exists()
     except (OSError, ValueError):
         there = False
     if not there:
@@ -122,9 +122,9 @@ def read_device(which: str) -> Device:
 def load_device(path: Path) -> Device:
     """The device of a file; raises as ``read_device``."""
     try:
-        found = read_json_object(path, MAX_BYTES)
+        found = read_json_object(path, MAX_BYTES, "one that ds-cp bench comm wrote")
     except ModelError as err:
-        raise ConfigError(f"device file {str(err).partition(': give a model')[0]}") from None
+        raise ConfigError(f"device file {err}") from None
     try:
         device = Device.model_validate(found)
     except ValidationError as err:

@@ -83,7 +83,7 @@ def read_model(model: str) -> ModelShape:
             f"no directory or config.json at {model[:200]}: a model of the hub is downloaded "
             "first, its config.json is enough"
         )
-    found = read_json_object(file, MAX_BYTES)
+    found = read_json_object(file, MAX_BYTES, "a model's directory, or its config.json")
     name = file.resolve().parent.name if file.name == "config.json" else file.stem
     return shape_of(found, name, str(file))
 

@@ -159,7 +159,7 @@ FULL = replace(
 
 
 def by_hand(cost: CostModel, mode: Passing, ranks: int, new: int, past: int) -> float:
-    """Seconds of a call, added up layer by layer from the formulas that ``forward_s`` and ``_exchanges_s`` state."""
+    """Seconds of a call, added up layer by layer as ``forward_s`` and ``_exchanges_s`` say."""
     tokens = math.ceil(new / ranks)
     memory, element, dim = cost.memory_bytes_per_s, cost.element, cost.head_dim
     read = min(cost.weights * tokens, cost.stored) * element / memory

@@ -28,14 +28,9 @@ from ds_cp.sizing.model import ModelShape, read_model, shape_of
 from ds_cp.startup.kv_budget import AUTO_GPU_SHARE, AUTO_MEMORY_SHARE
 from tests.helpers.engines import tiny_llama
 from tests.helpers.shapes import config_of, model_of
+from tests.unit.sizing.llama import LLAMA_8B, SMALL
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-SMALL: dict[str, Any] = {
-    "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
-    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
-    "vocab_size": 128256, "max_position_embeddings": 131072, "dtype": "bfloat16",
-}  # fmt: skip
-LLAMA_8B = shape_of(SMALL, "llama-8b", "config.json")
 
 
 def shape_case(case: str, folder: Path) -> tuple[ModelShape, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds_cp.cost import Passing
@@ -18,7 +18,7 @@ from ds_cp.sizing.job import Job
 from ds_cp.sizing.model import shape_of
 from ds_cp.sizing.predict import MODES, cost_model, predict
 from ds_cp.sizing.report import WIDTH, sizing, text_report
-from tests.unit.sizing.test_memory import LLAMA_8B, SMALL
+from tests.unit.sizing.llama import LLAMA_8B, SMALL
 
 H100 = read_device("h100")
 JOB = Job(4, 8, 1 << 20, "bf16")
@@ -48,6 +48,7 @@ def test_every_mode_at_every_number_of_ranks() -> None:
     assert all(p.ttft_s > 0 and p.tpot_s > 0 for p in found.values())
 
 
+@settings(max_examples=20)
 @given(CONTEXTS, CONTEXTS)
 def test_a_longer_context_takes_longer(one: int, other: int) -> None:
     short, long = times(min(one, other)), times(max(one, other))
@@ -61,6 +62,7 @@ def test_a_longer_context_takes_longer(one: int, other: int) -> None:
     ["rates.bf16.linear_tflops", "rates.bf16.attention_tflops", "memory.gb_per_s",
      "links.intra_host.gb_per_s", "links.inter_host.gb_per_s"],
 )  # fmt: skip
+@settings(max_examples=10)
 @given(CONTEXTS)
 def test_a_faster_machine_is_not_slower(field: str, context: int) -> None:
     slow, fast = times(context), times(context, faster(H100, field, 2.0))
