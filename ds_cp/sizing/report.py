@@ -143,7 +143,24 @@ def text_report(found: dict[str, Any]) -> list[str]:
             f"  {row['ranks']:>5}  {MODES[row['mode']]:<14} {_time(row['ttft_s']):>10} "
             f"{_time(row['tpot_s']):>10}{note}"
         )
+    lines += _best(found["predictions"])
     return [*lines, "", "assumptions", *(f"  - {each}" for each in found["assumptions"])]
+
+
+def _best(rows: list[dict[str, Any]]) -> list[str]:
+    """Of what holds the context: the fastest to the first token, and per token at as many ranks.
+    A request prefills by one mode and decodes by another, as the server's auto does."""
+    able = [row for row in rows if row["holds_context"]]
+    if not able:
+        return ["  no number of ranks here holds the context"]
+    first = min(able, key=lambda row: row["ttft_s"])
+    then = min(
+        (row for row in able if row["ranks"] == first["ranks"]), key=lambda row: row["tpot_s"]
+    )
+    return [
+        f"  fastest: {first['ranks']} ranks, prefill {MODES[first['mode']]} "
+        f"{_time(first['ttft_s'])}, decode {MODES[then['mode']]} {_time(then['tpot_s'])}"
+    ]
 
 
 def _bar(memory: dict[str, Any]) -> str:

@@ -180,9 +180,21 @@ def test_json_has_its_schema_and_text_says_the_same(device: str, context: int) -
     assert len(bar) == WIDTH and bar[0] == "#"
     assert ("DOES NOT FIT" in text) == (not found["memory_per_rank"]["fits"])
     assert all(each in text for each in found["assumptions"])
-    rows = [line for line in lines if any(f" {name} " in line for name in MODES.values())]
+    rows = [
+        line
+        for line in lines
+        if not line.startswith("  fastest") and any(f" {name} " in line for name in MODES.values())
+    ]
     assert len([r for r in rows if r.split()[0].isdigit()]) == len(found["predictions"])
     assert text.count("too few ranks") == sum(not p["holds_context"] for p in found["predictions"])
+
+
+def test_the_fastest_is_of_those_that_hold_the_context() -> None:
+    found = sizing(LLAMA_8B, H100, JOB)
+    [said] = [line for line in text_report(found) if line.startswith("  fastest: ")]
+    assert said.startswith("  fastest: 32 ranks, prefill ring, pass-KV ") and "decode tree" in said
+    none = sizing(LLAMA_8B, H100, replace(JOB, context=1 << 28))
+    assert "  no number of ranks here holds the context" in text_report(none)
 
 
 def test_a_bar_is_in_proportion() -> None:
