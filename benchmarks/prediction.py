@@ -1,13 +1,14 @@
 """What ``ds-cp plan`` predicts beside what was measured: published figures, and our own runs.
 
-    torchrun --nproc-per-node N -m benchmarks.prediction --measure FILE    N ranks, 1, 2 or 4
-    python -m benchmarks.prediction [--runs FILE ...] [--write]
+    torchrun --nproc-per-node N -m benchmarks.prediction --measure         N ranks, 1, 2 or 4
+    python -m benchmarks.prediction [--write]
 
 The first measures on this machine, in one job: the rates and links of a device file, then times to
-the first and per further token of SmolLM2 in bf16, in each mode. The second predicts these and the
-figures of arXiv 2411.01783 (``benchmarks/published.py``) by the cost model, and prints errors;
-``--write`` puts them into benchmarks/results/prediction.md and .json. An error is predicted over
-measured, less one; figures that a rate was fitted to are marked and not in the means.
+the first and per further token of SmolLM2 in bf16, in each mode, into
+benchmarks/results/prediction_runs_N_ranks.json. The second predicts what lies there and the figures
+of arXiv 2411.01783 (``benchmarks/published.py``) by the cost model, and prints errors; ``--write``
+puts them into benchmarks/results/prediction.md and .json. An error is predicted over measured, less
+one; figures that a rate was fitted to are marked and not in the means.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import os
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 from benchmarks import published
@@ -39,7 +39,7 @@ WAYS: dict[Passing, tuple[str, str]] = {
 # --- our own runs
 
 
-def measure(out: Path) -> None:
+def measure() -> None:
     """One job: rates, then runs. Rank 0 writes both."""
     import torch
 
@@ -100,7 +100,7 @@ def measure(out: Path) -> None:
             "commit": commit(), "ranks": world.size, "threads_per_rank": threads,
             "device": device, "runs": runs,
         }  # fmt: skip
-        finish(result, out)
+        finish(result, RESULTS / f"prediction_runs_{world.size}_ranks.json")
     world.leave()
 
 
@@ -209,14 +209,14 @@ def _pair(errors: Sequence[float]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--measure", type=Path, metavar="FILE", help="run a job, write it here")
-    arguments.add_argument("--runs", type=Path, nargs="*", default=[], metavar="FILE")
+    arguments.add_argument("--measure", action="store_true", help="run a job of this launcher")
     arguments.add_argument("--write", action="store_true", help="into benchmarks/results")
     args = arguments.parse_args(argv)
-    if args.measure is not None:
-        measure(args.measure)
+    if args.measure:
+        measure()
         return
-    jobs = [json.loads(file.read_text("utf-8")) for file in args.runs]
+    files = sorted(RESULTS.glob("prediction_runs_*_ranks.json"))
+    jobs = [json.loads(file.read_text("utf-8")) for file in files]
     rows = [
         {
             "table": r.table, "what": r.what, "published_s": r.published,

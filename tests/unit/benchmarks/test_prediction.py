@@ -69,11 +69,10 @@ def test_scaling_is_of_the_right_kind() -> None:
 def test_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     monkeypatch.setattr(prediction, "RESULTS", tmp_path)
     monkeypatch.setattr(prediction, "MODEL", str(small(tmp_path)))
-    files = []
     for ranks, modes in ((1, ["local"]), (2, ["kv", "q", "tree"])):
-        files.append(tmp_path / f"{ranks}.json")
-        files[-1].write_text(json.dumps(own(ranks, modes)))
-    prediction.main(["--runs", *map(str, files), "--write"])
+        file = tmp_path / f"prediction_runs_{ranks}_ranks.json"
+        file.write_text(json.dumps(own(ranks, modes)))
+    prediction.main(["--write"])
     said = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert said == json.loads((tmp_path / "prediction.json").read_text())
     assert len(said["own"]) == 8 and {r["what"] for r in said["own"]} == {"TTFT", "TPOT"}
@@ -84,7 +83,7 @@ def test_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch:
     assert text.count("(fit)") == 5 + 1
     for row in published.rows():
         assert f"| {row.table} | {row.what} |" in text
-    assert "| 2 | tree | 1000 | TPOT |" in text and str(tmp_path) not in text.split("\n", 3)[3]
+    assert "| 2 | tree | 1000 | TPOT |" in text and str(tmp_path) not in text
 
 
 def small(folder: Path) -> Path:

@@ -86,17 +86,60 @@ def test_tensor_parallelism_shares_what_the_plan_says(case: str, tmp_path: Path)
     assert shape.of_rank(2) == shape.total - split // 2
 
 
-def test_a_large_model_is_what_its_makers_say() -> None:
-    """Llama 3.1 405B."""
-    shape = shape_of(
+# Sizes of config.json, and billions of parameters as the makers state them: in all, and active.
+STATED: list[tuple[dict[str, Any], float, float]] = [
+    (
         {"model_type": "llama", "hidden_size": 16384, "intermediate_size": 53248,
          "num_hidden_layers": 126, "num_attention_heads": 128, "num_key_value_heads": 8,
-         "vocab_size": 128256, "max_position_embeddings": 131072, "torch_dtype": "bfloat16",
-         "tie_word_embeddings": False},
-        "405b", "x",
-    )  # fmt: skip
-    assert round(shape.total / 1e9, 1) == 405.9 and shape.active == shape.total
-    assert shape.kv_bytes(2, 1) == 516_096 and shape.dtype == "bf16"
+         "vocab_size": 128256},
+        405.9, 405.9,
+    ),
+    (
+        {"model_type": "mixtral", "hidden_size": 4096, "intermediate_size": 14336,
+         "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+         "num_local_experts": 8, "num_experts_per_tok": 2, "vocab_size": 32000},
+        46.7, 12.9,
+    ),
+    (
+        {"model_type": "qwen3_moe", "hidden_size": 4096, "intermediate_size": 12288,
+         "moe_intermediate_size": 1536, "num_hidden_layers": 94, "num_attention_heads": 64,
+         "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8,
+         "vocab_size": 151936},
+        235.1, 22.2,
+    ),
+    (
+        {"model_type": "deepseek_v3", "hidden_size": 7168, "intermediate_size": 18432,
+         "moe_intermediate_size": 2048, "num_hidden_layers": 61, "num_attention_heads": 128,
+         "num_key_value_heads": 128, "n_shared_experts": 1, "n_routed_experts": 256,
+         "num_experts_per_tok": 8, "q_lora_rank": 1536, "kv_lora_rank": 512,
+         "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+         "first_k_dense_replace": 3, "vocab_size": 129280},
+        671.0, 37.6,
+    ),
+    (
+        {"model_type": "gpt_oss", "hidden_size": 2880, "intermediate_size": 2880,
+         "num_hidden_layers": 36, "num_attention_heads": 64, "num_key_value_heads": 8,
+         "head_dim": 64, "num_local_experts": 128, "num_experts_per_tok": 4,
+         "sliding_window": 128, "vocab_size": 201088},
+        116.8, 5.7,  # they say 5.1, without the embedding's 0.58
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("values", "total", "active"), STATED, ids=lambda v: str(v)[:28])
+def test_large_models_are_what_their_makers_say(
+    values: dict[str, Any], total: float, active: float
+) -> None:
+    shape = shape_of(values, "m", "config.json")
+    assert round(shape.total / 1e9, 1) == total and round(shape.active / 1e9, 1) == active
+
+
+def test_kv_of_a_token() -> None:
+    """Llama 3.1 405B, bf16: 2 x 8 heads x 128 dims x 126 layers x 2 bytes; by eight ranks an
+    eighth. DeepSeek-V3's latent is expanded: 128 heads x (192 + 128) dims x 61 layers."""
+    llama, deepseek = (shape_of(STATED[i][0], "m", "x") for i in (0, 3))
+    assert llama.kv_bytes(2, 1) == 516_096 and llama.kv_bytes(2, 8) == 64_512
+    assert deepseek.kv_bytes(2, 1) == 128 * 320 * 61 * 2
 
 
 def test_the_server_and_the_plan_name_experts_alike() -> None:
