@@ -19,6 +19,7 @@ from ds_cp.attention.batch import IndexUpload
 from ds_cp.attention.pages import PageShape, empty_pages
 from ds_cp.attention.state import empty_partial
 from ds_cp.comm.device import synchronize
+from ds_cp.comm.failure import failing
 from ds_cp.comm.links import LinkSpeed, measure_links
 from ds_cp.comm.wire import Group, World
 from ds_cp.kv.pool import KVPool
@@ -27,6 +28,7 @@ from ds_cp.model.linear import packing_ops, torch_uses_amx
 from ds_cp.model.tiny import tiny_decoder
 from ds_cp.model.wiring import CONTEXT, probe_layers
 from ds_cp.plan import Begin, Chunk, Decodes, Sampling, StepPlan
+from ds_cp.startup.agreement import local_phase
 from ds_cp.startup.kv_budget import free_bytes
 from ds_cp.startup.packing import plan_packing
 from ds_cp.worker.state import WorkerState
@@ -61,18 +63,31 @@ class Rates:
 
 
 def measure_rates(world: World, dtype: torch.dtype) -> Rates:
-    """All of it. Collective; takes some seconds. ``ConfigError`` when no kernel runs here."""
-    kernel = choose_kernel("auto", world.device, dtype, [SPEC], BLOCK).kernel
-    group = world.group("cp", [tuple(range(world.size))])
-    memory, _ = free_bytes(world)
-    with torch.inference_mode():
-        linear = _linear(world, dtype)
-        reading = _reading(world, dtype)
-        attention = _attention(world, dtype, kernel)
-        few, many = (_decode_s(world, group, dtype, kernel, count) for count in (FEW, MANY))
-    layer = max(0.0, (many - few) / (MANY - FEW))
-    links = measure_links(world)
+    """All of it. Collective; takes some seconds.
+
+    Raises on every rank what one rank ran into: ``ConfigError`` when no kernel runs there.
+    """
+    with failing(world):
+        group = world.group("cp", [tuple(range(world.size))])
+        memory, _ = free_bytes(world)
+        alone = local_phase(world, lambda: _alone(world, group, dtype))
+        linear, attention, reading, few, many = alone
+        layer = max(0.0, (many - few) / (MANY - FEW))
+        links = measure_links(world)
     return Rates(linear, attention, reading, layer, max(0.0, few - FEW * layer), memory, links)
+
+
+def _alone(
+    world: World, group: Group, dtype: torch.dtype
+) -> tuple[float, float, float, float, float]:
+    """What needs no other rank: operations a second of linear layers and of attention, bytes a
+    second, and seconds of a decode step with few and with many layers."""
+    kernel = choose_kernel("auto", world.device, dtype, [SPEC], BLOCK).kernel
+    with torch.inference_mode():
+        linear, reading = _linear(world, dtype), _reading(world, dtype)
+        attention = _attention(world, dtype, kernel)
+        few, many = (_decode_s(world, group, dtype, count) for count in (FEW, MANY))
+    return linear, attention, reading, few, many
 
 
 def _best(world: World, run: Callable[[], object]) -> float:
@@ -136,12 +151,11 @@ def _attention(world: World, dtype: torch.dtype, kernel: PagedKernel) -> float:
     return 2.0 * keys * (keys + 1) * heads * dim / _best(world, run)
 
 
-def _decode_s(
-    world: World, group: Group, dtype: torch.dtype, kernel: PagedKernel, count: int
-) -> float:
+def _decode_s(world: World, group: Group, dtype: torch.dtype, count: int) -> float:
     """Seconds of a decode step of a decoder with ``count`` layers and next to no work."""
     model = tiny_decoder(count, dtype, world.device)
     specs = probe_layers(model)
+    kernel = choose_kernel("auto", world.device, dtype, specs, BLOCK, check=False).kernel
     plan_packing("auto", model, world, kept=False)()
     layers = Layers(
         specs, KVPool(specs, 1, BLOCK, dtype, world.device, kernel.packed), kernel, group
