@@ -92,7 +92,8 @@ def calibrated(hosts: int) -> CostModel:
     per_rank = (sum(layer.total for layer in shape.layers) - feed_forward // 2) // TP
     base = replace(
         shipped(hosts), attention_flops_per_s=540e12, bytes_per_s=26.1e9, latency_s=56.7e-6,
-        memory_bytes_per_s=65.536e6 / 38.9e-6, weights=per_rank, stored=per_rank, sums=None,
+        memory_bytes_per_s=65.536e6 / 38.9e-6, kv_bytes_per_s=None,
+        weights=per_rank, stored=per_rank, sums=None,
         head=shape.head_size // TP, layer_s=0.0, hop_s=0.0,
     )  # fmt: skip
     free = float("inf")

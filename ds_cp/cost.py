@@ -87,12 +87,13 @@ class CostModel:
     the thread that computes copies them, when it posts an exchange and while it waits for it.
 
     What follows is for ``forward_s`` alone; left out, it costs nothing. ``attention_flops_per_s``:
-    achieved by attention (left out: ``flops_per_s``); ``memory_bytes_per_s``: at which weights and
-    KV are read; ``layer_s``: seconds of a layer that no work explains, such as launches;
-    ``step_s``: the same of a call; ``hop_s``: of one hop of a ring in one layer; ``head``:
-    parameters that only the last token of a call passes; ``stored``: parameters of all layers, with
-    the experts that a token does not pass; ``near_latency_s``: of an exchange inside a host, where
-    ``latency_s`` is of one between hosts of several ranks; ``sums``: of tensor parallelism.
+    achieved by attention (left out: ``flops_per_s``); ``memory_bytes_per_s``: at which weights are
+    read, ``kv_bytes_per_s``: and KV by attention of a few rows (left out: the same); ``layer_s``:
+    seconds of a layer that no work explains, such as launches; ``step_s``: the same of a call;
+    ``hop_s``: of one hop of a ring in one layer; ``head``: parameters that only the last token of a
+    call passes; ``stored``: parameters of all layers, with the experts that a token does not pass;
+    ``near_latency_s``: of an exchange inside a host, where ``latency_s`` is of one between hosts of
+    several ranks; ``sums``: of tensor parallelism.
     """
 
     flops_per_s: float
@@ -108,6 +109,7 @@ class CostModel:
     in_background: bool = True
     attention_flops_per_s: float | None = None
     memory_bytes_per_s: float = float("inf")
+    kv_bytes_per_s: float | None = None
     layer_s: float = 0.0
     step_s: float = 0.0
     hop_s: float = 0.0
@@ -153,10 +155,11 @@ class CostModel:
 
         The sum of linear layers, attention, what travels and is not hidden, and what is fixed. A
         part that computes takes the longer of its operations and its reading ("Roofline", Williams
-        et al., CACM 2009), M for ``memory_bytes_per_s``, t = ceil(T / N):
+        et al., CACM 2009), M for ``memory_bytes_per_s``, M_kv for ``kv_bytes_per_s``, and
+        t = ceil(T / N):
 
             linear     max(2 W t / C, min(W t, stored) e / M), and the head for one token
-            attention  max(4 pairs H D / C_a, 2 seen G D e / M) L / N
+            attention  max(4 pairs H D / C_a, 2 seen G D e / M_kv) L / N
             sums       of tensor parallelism, see ``Sums``
             exchanges  see ``_exchanges_s``
             fixed      layer_s L + step_s
@@ -190,7 +193,8 @@ class CostModel:
         operations = 4.0 * pairs * self.num_q_heads * self.head_dim
         nbytes = 2.0 * seen * self.num_kv_heads * self.head_dim * self.element
         rate = self.attention_flops_per_s or self.flops_per_s
-        return self.num_layers * max(operations / rate, nbytes / self.memory_bytes_per_s) / ranks
+        reading = self.kv_bytes_per_s or self.memory_bytes_per_s
+        return self.num_layers * max(operations / rate, nbytes / reading) / ranks
 
     def _exchanges_s(
         self, passing: Passing, ranks: int, new: int, past: int, attention: float

@@ -43,7 +43,11 @@ class Memory(Section):
     kv_share: Annotated[float, Field(gt=0, le=1)] = Field(
         description="share of what weights leave free that the server takes for KV"
     )
-    gb_per_s: _Rate = Field(description="at which weights and KV are read, in 1e9 bytes/s")
+    gb_per_s: _Rate = Field(description="at which weights are read, in 1e9 bytes/s")
+    kv_gb_per_s: _Rate | None = Field(
+        None,
+        description="at which attention of one row reads KV, in 1e9 bytes/s; default: gb_per_s",
+    )
 
 
 class Link(Section):

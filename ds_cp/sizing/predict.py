@@ -56,6 +56,7 @@ def cost_model(model: ModelShape, device: Device, job: Job, groups: int) -> Cost
         in_background=link.in_background,
         attention_flops_per_s=rates.attention_tflops * 1e12,
         memory_bytes_per_s=memory.gb_per_s * 1e9,
+        kv_bytes_per_s=memory.kv_gb_per_s * 1e9 if memory.kv_gb_per_s else None,
         layer_s=device.layer_us * 1e-6,
         step_s=device.step_us * 1e-6,
         hop_s=device.hop_us * 1e-6,

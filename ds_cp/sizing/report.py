@@ -82,7 +82,8 @@ def assumptions(model: ModelShape, device: Device, job: Job) -> list[str]:
         f"{CHUNK} tokens for each of the ranks that share it; blocks of {BLOCK} tokens, dealt out "
         "evenly; a decode step computes one token on one group of ranks",
         f"{device.name}: linear layers {rates.linear_tflops:g} TFLOP/s, attention "
-        f"{rates.attention_tflops:g} TFLOP/s, memory read at {device.memory.gb_per_s:g} GB/s, "
+        f"{rates.attention_tflops:g} TFLOP/s, weights read at {device.memory.gb_per_s:g} GB/s, "
+        f"KV at {device.memory.kv_gb_per_s or device.memory.gb_per_s:g} GB/s, "
         f"beside that {device.layer_us:g} us a layer, {device.step_us:g} us a step and "
         f"{device.hop_us:g} us a ring hop",
         f"links: inside a host {near.gb_per_s:g} GB/s and {near.latency_us:g} us, between hosts "
@@ -101,7 +102,15 @@ def assumptions(model: ModelShape, device: Device, job: Job) -> list[str]:
         said.append(
             f"the model was made for {model.max_len} positions: a server refuses {job.context}"
         )
-    used = (f"rates.{job.dtype}.", "memory.gb", "links.", "hop_us", "layer_us", "step_us")
+    used = (
+        f"rates.{job.dtype}.",
+        "memory.gb",
+        "memory.kv_gb",
+        "links.",
+        "hop_us",
+        "layer_us",
+        "step_us",
+    )
     kinds = sorted({source for path, source in device.sources.items() if path.startswith(used)})
     said += [f"source: {source}" for source in kinds]
     return [*said, *model.notes]

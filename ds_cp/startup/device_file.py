@@ -13,7 +13,7 @@ from ds_cp.sizing.device import Device
 from ds_cp.sizing.memory import GIB
 from ds_cp.startup.join import join_job
 from ds_cp.startup.kv_budget import AUTO_GPU_SHARE, AUTO_MEMORY_SHARE
-from ds_cp.startup.rates import KEYS, STEPS, TRIALS, Rates, measure_rates
+from ds_cp.startup.rates import KEYS, READ_KEYS, STEPS, TRIALS, Rates, measure_rates
 from ds_cp.topology.job import Job
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -53,6 +53,7 @@ def device_of(
         "memory.reserved_gib": "none: what others use is not in memory.gib",
         "memory.kv_share": "what the server takes where kv_cache says auto",
         "memory.gb_per_s": f"{measured}, weights that one row passes",
+        "memory.kv_gb_per_s": f"{measured}, one row over {READ_KEYS[kind]} tokens",
         "layer_us": f"{measured[: measured.rindex(',')]}, fastest of {STEPS} decode steps of a "
         "decoder without work",
         "step_us": "the same without its layers; scheduler and sampler are not in",
@@ -79,6 +80,7 @@ def device_of(
             "reserved_gib": 0.0,
             "kv_share": AUTO_GPU_SHARE if kind == "cuda" else AUTO_MEMORY_SHARE,
             "gb_per_s": _round(rates.reading / 1e9),
+            "kv_gb_per_s": _round(rates.reading_kv / 1e9),
         },
         "layer_us": _round(rates.layer_s * 1e6),
         "step_us": _round(rates.step_s * 1e6),

@@ -38,6 +38,7 @@ TRIALS = 5  # of each, the fastest counts
 ROWS = {"cpu": 512, "cuda": 8192}  # tokens that pass a linear layer
 WIDTH = {"cpu": 1024, "cuda": 4096}  # its dims
 KEYS = {"cpu": 2048, "cuda": 16384}  # tokens of causal attention
+READ_KEYS = {"cpu": 1 << 16, "cuda": 1 << 20}  # tokens whose KV one row reads
 READ = {"cpu": 32, "cuda": 64}  # matrices [4 WIDTH, WIDTH] that one row passes
 SPEC = LayerSpec(8, 2, 128, 128**-0.5)
 BLOCK = 64  # tokens
@@ -50,12 +51,14 @@ Apply = Callable[[torch.Tensor], torch.Tensor]
 @dataclass(frozen=True)
 class Rates:
     """Of one rank, while all compute. ``linear``, ``attention``: operations a second; ``reading``:
-    bytes of weights a second, by one row; ``layer_s``, ``step_s``: seconds of a layer and of a step
-    beside their work; ``memory``: bytes that are free for a rank; ``links``: empty on one rank."""
+    bytes of weights a second, by one row; ``reading_kv``: of KV, by attention of one row;
+    ``layer_s``, ``step_s``: seconds of a layer and of a step beside their work; ``memory``: bytes
+    that are free for a rank; ``links``: empty on one rank."""
 
     linear: float
     attention: float
     reading: float
+    reading_kv: float
     layer_s: float
     step_s: float
     memory: int
@@ -71,23 +74,29 @@ def measure_rates(world: World, dtype: torch.dtype) -> Rates:
         group = world.group("cp", [tuple(range(world.size))])
         memory, _ = free_bytes(world)
         alone = local_phase(world, lambda: _alone(world, group, dtype))
-        linear, attention, reading, few, many = alone
+        linear, attention, reading, reading_kv, few, many = alone
         layer = max(0.0, (many - few) / (MANY - FEW))
         links = measure_links(world)
-    return Rates(linear, attention, reading, layer, max(0.0, few - FEW * layer), memory, links)
+    return Rates(
+        linear, attention, reading, reading_kv, layer, max(0.0, few - FEW * layer), memory, links
+    )
 
 
 def _alone(
     world: World, group: Group, dtype: torch.dtype
-) -> tuple[float, float, float, float, float]:
+) -> tuple[float, float, float, float, float, float]:
     """What needs no other rank: operations a second of linear layers and of attention, bytes a
-    second, and seconds of a decode step with few and with many layers."""
+    second of weights and of KV, and seconds of a decode step with few and with many layers."""
     kernel = choose_kernel("auto", world.device, dtype, [SPEC], BLOCK).kernel
     with torch.inference_mode():
         linear, reading = _linear(world, dtype), _reading(world, dtype)
-        attention = _attention(world, dtype, kernel)
+        keys, read = KEYS[world.device.type], READ_KEYS[world.device.type]
+        causal = _attention_s(world, dtype, kernel, keys, keys)
+        attention = 2.0 * keys * (keys + 1) * SPEC.num_q_heads * SPEC.head_dim / causal
+        nbytes = 2.0 * read * SPEC.num_kv_heads * SPEC.head_dim * dtype.itemsize
+        reading_kv = nbytes / _attention_s(world, dtype, kernel, 1, read)
         few, many = (_decode_s(world, group, dtype, count) for count in (FEW, MANY))
-    return linear, attention, reading, few, many
+    return linear, attention, reading, reading_kv, few, many
 
 
 def _best(world: World, run: Callable[[], object]) -> float:
@@ -133,22 +142,26 @@ def _reading(world: World, dtype: torch.dtype) -> float:
     return READ[kind] * 4.0 * width * width * dtype.itemsize / _best(world, row)
 
 
-def _attention(world: World, dtype: torch.dtype, kernel: PagedKernel) -> float:
-    keys, device = KEYS[world.device.type], world.device
-    blocks = keys // BLOCK
-    item = Shards((((0, keys),),), (Blocks(Block(i, i * BLOCK, BLOCK) for i in range(blocks)),))
+def _attention_s(
+    world: World, dtype: torch.dtype, kernel: PagedKernel, rows: int, keys: int
+) -> float:
+    """Seconds of the last ``rows`` queries of a sequence over its ``keys`` tokens."""
+    device, blocks = world.device, keys // BLOCK
+    runs = ((keys - rows, rows),)
+    item = Shards((runs,), (Blocks(Block(i, i * BLOCK, BLOCK) for i in range(blocks)),))
     upload = IndexUpload()
     mode = LocalAttention([item], 0, 0, upload)
     upload.send(device)
     pages = empty_pages(PageShape.of(SPEC, BLOCK, dtype, kernel.packed), blocks, device)
+    pages.data.fill_(0.5)  # pages that were never written may all be one page of zeros
     heads, dim = SPEC.num_q_heads, SPEC.head_dim
-    q = torch.ones(keys, heads, dim, dtype=dtype, device=device)
-    at = torch.arange(keys, device=device)
+    q = torch.ones(rows, heads, dim, dtype=dtype, device=device)
+    at = torch.arange(keys - rows, keys, device=device)
 
     def run() -> None:
-        mode(q, at, pages, kernel, SPEC, empty_partial(keys, heads, dim, device))
+        mode(q, at, pages, kernel, SPEC, empty_partial(rows, heads, dim, device))
 
-    return 2.0 * keys * (keys + 1) * heads * dim / _best(world, run)
+    return _best(world, run)
 
 
 def _decode_s(world: World, group: Group, dtype: torch.dtype, count: int) -> float:

@@ -172,7 +172,7 @@ def by_hand(cost: CostModel, mode: Passing, ranks: int, new: int, past: int) -> 
         pairs = sum(min(past + i + 1, window or 10**9) for i in range(new))
         keys = min(past + new, window + new) if window else past + new
         work = 4 * pairs * cost.num_q_heads * dim / cost.attention_flops_per_s
-        load = 2 * keys * cost.num_kv_heads * dim * element / memory
+        load = 2 * keys * cost.num_kv_heads * dim * element / (cost.kv_bytes_per_s or memory)
         attention += max(work, load) / ranks
         rows = new * (ranks - 1) / ranks * cost.num_q_heads
         hops = 1 if window else ranks - 1
@@ -202,7 +202,7 @@ def by_hand(cost: CostModel, mode: Passing, ranks: int, new: int, past: int) -> 
 @pytest.mark.parametrize(
     "change",
     [{}, {"windows": ((128, 30),)}, {"in_background": False}, {"near_latency_s": 2e-6},
-     {"bytes_per_s": 1e8}],
+     {"bytes_per_s": 1e8}, {"kv_bytes_per_s": 1e11}],
 )  # fmt: skip
 def test_a_forward_call_is_the_sum_of_its_parts(
     mode: Passing, ranks: int, new: int, past: int, change: dict[str, Any]
