@@ -135,7 +135,8 @@ def load_device(path: Path) -> Device:
         first = err.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         value = "" if isinstance(first["input"], dict) else f" is {str(first['input'])[:40]}:"
-        raise ConfigError(f"device file {path}: {where[:100]}{value} {first['msg']}") from None
+        said = " ".join(f"{where[:100]}{value} {first['msg']}".split())
+        raise ConfigError(f"device file {path}: {said}") from None
     if unknown := sorted(set(device.rates) - {"bf16", "fp16", "fp32"}):
         raise ConfigError(
             f"device file {path}: rates of {unknown[0][:40]}; give bf16, fp16 or fp32"
@@ -168,7 +169,12 @@ def check_writable(file: str) -> None:
     """Refuse, before anything is measured, a file that could not be written: ``OutputError``."""
     path = Path(file).expanduser()
     try:
-        if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        if (
+            "\0" in file
+            or path.is_dir()
+            or not path.parent.is_dir()
+            or not os.access(path.parent, os.W_OK)
+        ):
             raise OutputError(f"--out {file[:200]!r} cannot be written: give a file in a directory")
     except (OSError, ValueError):
         raise OutputError(f"--out {file[:200]!r} is not a path; give a file") from None

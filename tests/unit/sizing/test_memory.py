@@ -144,7 +144,9 @@ def test_more_ranks_hold_more(groups: int, context: int, tp: int) -> None:
     job = Job(groups, tp, context, "bf16", tp)
     more = replace(job, hosts=groups + 1)
     one, two = (memory_of(LLAMA_8B, device, each) for each in (job, more))
-    assert two.kv <= one.kv and two.activations <= one.activations + 2 * LLAMA_8B.hidden
+    assert two.kv <= one.kv
+    if groups > 1:  # the second rank brings the ring's two shards
+        assert two.activations <= one.activations
     assert one.kv * groups >= LLAMA_8B.kv_bytes(2, tp) * context
     rows = largest_context(LLAMA_8B, device, job)
     assert [ranks for ranks, _ in rows] == [n * tp for n in counts(groups)]
