@@ -13,7 +13,9 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NoReturn, TypeAlias
 
+from ds_cp.cli.bench import add_bench
 from ds_cp.cli.output import flush, prepare_streams, put, say
+from ds_cp.cli.sizing import add_plan
 from ds_cp.errors import DsCpError, LaunchError, OutputError
 from ds_cp.log_stream import drain_streams, take_over
 from ds_cp.topology.job import peek_rank
@@ -109,6 +111,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_serve(verbs)
     _add_generate(verbs)
     _add_batch(verbs)
+    add_plan(verbs)
+    add_bench(verbs, _Parser)
     _add_config(verbs)
     doctor = verbs.add_parser(
         "doctor", help="what was found on this machine, and how to fix what is missing"

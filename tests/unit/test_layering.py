@@ -27,6 +27,7 @@ LAYERS = {
     "sampling_params": 1,
     "outputs": 1,
     "config": 1,
+    "sizing": 2,
     "topology": 2,
     "parsing": 2,
     "templates": 2,
@@ -59,6 +60,7 @@ NOT_EVEN_BELOW = {  # lower layers that a layer does not know all the same
 SIDEWAYS = {("kv", "attention"), ("outputs", "sampling_params")}  # attention knows no cache
 
 ONLY_IN = {
+    "matplotlib": ["sizing/picture.py"],
     "mpi4py": ["topology/mpi.py"],
     "deepspeed": ["comm/process_group.py"],
     "torch.distributed": ["comm/process_group.py"],
@@ -88,6 +90,7 @@ WITHOUT_TORCH = [
     "plan.py",
     "process.py",
     "sampling_params.py",
+    "sizing/",
     "topology/",
     "parsing/",
     "templates/",
