@@ -21,6 +21,7 @@ from ds_cp.grammar.limits import (
     MAX_REPEAT,
     MAX_SOURCE_BYTES,
     MAX_TAGS,
+    MAX_VALUES,
 )
 from ds_cp.text import JsonError, parse_json, show
 
@@ -50,6 +51,7 @@ class StructuredOutputsParams:
     disable_any_whitespace: JSON is written without white space between its tokens.
     whitespace_pattern: the regex of white space between the tokens of JSON.
     lenient: keywords that cannot be kept are left out, formats too, as OpenAI's ``strict: false``.
+    asked_as: the field by which a client asked for it, as later errors name it.
     source: the grammar as Lark's text; under ``grammar`` as it was given, for ``desk`` to convert.
     """
 
@@ -62,6 +64,7 @@ class StructuredOutputsParams:
     disable_any_whitespace: bool = False
     whitespace_pattern: str | None = None
     lenient: bool = False
+    asked_as: str = FIELD
     source: str = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -172,7 +175,7 @@ def as_params(value: object) -> StructuredOutputsParams | None:
         return value
     if not isinstance(value, Mapping):
         raise _error(f"{FIELD} must be an object, not a {type(value).__name__}")
-    known = [name for name, f in StructuredOutputsParams.__dataclass_fields__.items() if f.init]
+    known = [*KINDS, "disable_any_whitespace", "whitespace_pattern", "lenient"]
     for name in value:
         if name not in known:
             raise _error(f"{FIELD} has no field {show(str(name))}; it has {', '.join(known)}")
@@ -208,8 +211,11 @@ def _schema(name: str, schema: object) -> dict[str, Any]:
         return {}
     if not isinstance(schema, Mapping):
         raise _error(f"{FIELD}.{name} must be a JSON schema: an object")
-    values = 0
+    values = count = 0
     for depth, key, value in _walk(schema):
+        count += len(value) if isinstance(value, Mapping | list | tuple) else 0
+        if count > MAX_VALUES:
+            raise _error(f"{FIELD}.{name} has more than {MAX_VALUES} values")
         if depth > MAX_DEPTH:
             raise _error(f"{FIELD}.{name} is nested more than {MAX_DEPTH} levels deep")
         if key == "enum" and isinstance(value, list):

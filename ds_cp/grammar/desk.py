@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections import OrderedDict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,13 @@ _START = (
 )
 
 
+@dataclass(frozen=True)
+class Refused:
+    """A grammar that was not accepted."""
+
+    reason: str
+
+
 class GrammarDesk:
     """Checks grammars for one tokenizer. May be called from several threads.
 
@@ -55,7 +63,7 @@ class GrammarDesk:
         self._control: socket.socket | None = None
         self._closed = False
         self._vocabulary: Vocabulary | None = None
-        self._known: OrderedDict[tuple[str, bool], str | RequestError] = OrderedDict()
+        self._known: OrderedDict[tuple[str, bool], str | Refused] = OrderedDict()
         self._knowing = threading.Lock()  # of ``_known``
 
     @property
@@ -79,7 +87,7 @@ class GrammarDesk:
             self._known[params.source, params.is_foreign] = found
             while len(self._known) > KEPT_CHECKS:
                 self._known.popitem(last=False)
-        return _or_raise(found)
+        return _or_raise(found, params)
 
     def recall(self, params: StructuredOutputsParams) -> str | None:
         """``check`` of one that was checked lately; None for another. Returns at once."""
@@ -89,9 +97,9 @@ class GrammarDesk:
             if found is None:
                 return None
             self._known.move_to_end(key)
-        return _or_raise(found)
+        return _or_raise(found, params)
 
-    def _compile(self, params: StructuredOutputsParams, deadline: float) -> str | RequestError:
+    def _compile(self, params: StructuredOutputsParams, deadline: float) -> str | Refused:
         if not self._slots.acquire(timeout=max(deadline - time.monotonic(), 0)):
             raise _busy()
         try:
@@ -103,13 +111,12 @@ class GrammarDesk:
         if isinstance(answer, Compiled):
             return answer.source
         if isinstance(answer, Failed):
-            return RequestError(f"{FIELD}: {answer.reason}", FIELD)
+            return Refused(answer.reason)
         if time.monotonic() >= deadline:
             raise _busy()
-        return RequestError(
-            f"{FIELD}: this grammar does not compile within {self._cpu_s:g} s of computing and "
-            f"{self._memory_bytes >> 20} MiB of memory; make it smaller",
-            FIELD,
+        return Refused(
+            f"this grammar does not compile within {self._cpu_s:g} s of computing and "
+            f"{self._memory_bytes >> 20} MiB of memory; make it smaller"
         )
 
     def _ask(self, job: Job) -> Answer | None:
@@ -204,9 +211,9 @@ class GrammarDesk:
         return None if self._process is None else self._process.pid
 
 
-def _or_raise(found: str | RequestError) -> str:
-    if isinstance(found, RequestError):
-        raise RequestError(str(found), found.param)  # a new one: callers add to theirs
+def _or_raise(found: str | Refused, params: StructuredOutputsParams) -> str:
+    if isinstance(found, Refused):
+        raise RequestError(f"{params.asked_as}: {found.reason}", params.asked_as)
     return found
 
 

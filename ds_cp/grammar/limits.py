@@ -6,6 +6,7 @@ from __future__ import annotations
 MAX_SOURCE_BYTES = 128 * 1024  # bytes of one grammar's text; it travels in the plan of its request
 MAX_GRAMMAR_BYTES = 2 * MAX_SOURCE_BYTES  # of it as ranks compile it, once it was converted
 MAX_DEPTH = 100  # levels of nested objects and lists in a JSON schema
+MAX_VALUES = 2**16  # values in a JSON schema, of any kind
 MAX_ENUM = 10_000  # values of all enums of one schema
 MAX_CHOICES = 10_000  # strings to choose from
 MAX_REGEX_CHARS = 8192  # characters of one regex

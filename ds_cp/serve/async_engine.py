@@ -215,7 +215,7 @@ class AsyncEngine:
         while self._thread.is_alive() and time.monotonic() < limit:
             await asyncio.sleep(0.02)
         await asyncio.to_thread(self._templates.close)
-        await self._checks.close(self._core and self._core.grammars)
+        await self._checks.close(None if self._core is None else self._core.grammars)
 
     # --- the engine's thread
 

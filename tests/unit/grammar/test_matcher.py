@@ -22,6 +22,7 @@ from tests.helpers.schemas import Schemas
 
 ENDS = frozenset({0})  # the fake tokenizer's <|end|>
 SCHEMAS = 500
+EXPLODES = "(.*[a-m].{30})*"  # as an automaton it has 2**30 states
 MOST = 600  # tokens of an answer
 
 
@@ -109,7 +110,8 @@ def test_valid_documents_are_allowed_however_they_are_spelled(
     }
     rng = random.Random(1)
     for value in ({"name": "fox", "n": -12}, {"name": 'Größe 名 \U0001f600 " \\ /'}, {"name": ""}):
-        for text in (json.dumps(value), json.dumps(value, indent=2, ensure_ascii=False)):
+        for indent in (None, 2):
+            text = json.dumps(value, indent=indent, ensure_ascii=False)
             for how in (None, rng, rng):
                 ids = spell(text, vocabulary, how)
                 assert accepts(compiled(compiler, json=schema), ids), text
@@ -252,18 +254,19 @@ def test_a_token_that_the_grammar_does_not_allow_is_an_error_that_stays(
 
 def test_a_vocabulary_that_cannot_spell_an_answer_is_an_error(vocabulary: Vocabulary) -> None:
     letters = Vocabulary.of([b"<end>", b"a", b"b"], [0])
-    with pytest.raises(GrammarError, match="no token"):
+    with pytest.raises(GrammarError, match="no token|NoExtension"):
         Compiler(letters).compile(StructuredOutputsParams(regex="[0-9]").source).allowed(ENDS)
 
 
-def test_a_step_is_bounded(compiler: Compiler, vocabulary: Vocabulary) -> None:
+def test_a_step_is_bounded() -> None:
     """A regex whose automaton is exponential ends its request; see ``limits``."""
-    matcher = compiled(compiler, regex="(.*a.{12}b.*a.{14}b.*a.{16}b.*){4}")
     rng = random.Random(6)
-    with pytest.raises(GrammarError, match="(?i)lexer|fuel|states|complex"):
-        for _ in range(20_000):
-            allowed = matcher.allowed(ENDS)
-            matcher.advance([rng.choice([i for i in ids_in(allowed) if i])], ENDS)
+    words = [bytes(rng.choices(b"amxyz", k=6)) for _ in range(4000)]
+    matcher = compiled(Compiler(Vocabulary.of([b"<end>", *words], [0])), regex=EXPLODES)
+    with pytest.raises(GrammarError, match="lexer error"):
+        for _ in range(500):
+            matcher.allowed(ENDS)
+            matcher.advance([rng.randrange(1, 4000)], ENDS)
 
 
 def test_compiled_grammars_are_kept_up_to_a_number(vocabulary: Vocabulary) -> None:
@@ -278,7 +281,8 @@ def test_vocabulary_says_what_each_token_spells(vocabulary: Vocabulary) -> None:
     tokenizer = make_tokenizer()
     tokens = vocabulary.tokens()
     assert len(tokens) == len(tokenizer)
-    assert set(vocabulary.special) == set(tokenizer.all_special_ids) | {0, 1, 2, 3}
+    (byte_255,) = set(vocabulary.special) - {0, 1, 2, 3}  # in no text
+    assert tokenizer.convert_ids_to_tokens(byte_255) == "ÿ"
     for token in range(len(tokenizer)):
         if token not in vocabulary.special:
             text = tokenizer.decode([token])
