@@ -23,7 +23,7 @@ from ds_cp.grammar.limits import (
     MAX_TAGS,
     MAX_VALUES,
 )
-from ds_cp.text import JsonError, parse_json, show
+from ds_cp.text import JsonError, nearest, parse_json, shorten, show
 
 FIELD = "structured_outputs"  # the field of SamplingParams, as errors name it
 MAX_INTEGER_BITS = 1024  # of an integer in a schema
@@ -178,7 +178,8 @@ def as_params(value: object) -> StructuredOutputsParams | None:
     known = [*KINDS, "disable_any_whitespace", "whitespace_pattern", "lenient"]
     for name in value:
         if name not in known:
-            raise _error(f"{FIELD} has no field {show(str(name))}; it has {', '.join(known)}")
+            near = nearest(str(name), known, known)
+            raise _error(f"{FIELD} has no field {shorten(str(name), 40)}; the nearest is {near}")
     given = {name: each for name, each in value.items() if each is not None}
     return StructuredOutputsParams(**given) if given else None
 

@@ -21,7 +21,7 @@ from ds_cp.engine.core import EngineCore
 from ds_cp.engine.interface import EngineInfo, EngineStats
 from ds_cp.engine.loop import PipelinedLoop
 from ds_cp.engine.sign_of_life import idle_seconds
-from ds_cp.errors import DsCpError, EngineDeadError, StoppingError
+from ds_cp.errors import DsCpError, EngineDeadError, RequestError, StoppingError
 from ds_cp.model.end_tokens import describe_tokenizer
 from ds_cp.outputs import Delta
 from ds_cp.plan import Idle, Outcome, Plan
@@ -116,7 +116,11 @@ class AsyncEngine:
         mailbox: _Mailbox = asyncio.Queue()
         prompt = tuple(prompt_token_ids)  # copied before the lock is taken
         desk = self._ready_core().grammars
-        grammar = await self._checks.check(desk, params.structured_outputs)
+        try:
+            grammar = await self._checks.check(desk, params.structured_outputs)
+        except RequestError:
+            self._ready_core()  # while the engine ends, that is why
+            raise
         with self._wake:
             self._ready_core().add(request_id, prompt, params, options, grammar)
             self._mailboxes[request_id] = mailbox

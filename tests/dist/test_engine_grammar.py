@@ -13,6 +13,7 @@ from typing import Any
 import jsonschema
 import pytest
 import torch
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ds_cp.comm.wire import World
@@ -20,6 +21,7 @@ from ds_cp.engine.collect import PromptRequest
 from ds_cp.engine.llm import LLMEngine
 from ds_cp.errors import RequestError
 from ds_cp.grammar.constraint import StructuredOutputsParams
+from ds_cp.grammar.lark import HEADER
 from ds_cp.grammar.desk import tokenizer_json
 from ds_cp.grammar.matcher import Compiler
 from ds_cp.grammar.nursery import vocabulary_of
@@ -47,6 +49,7 @@ PERSON: Schema = {
 }
 GREEDY: dict[str, Any] = {"temperature": 0.0}
 WARM: dict[str, Any] = {"temperature": 1.3, "top_k": 40}
+LETTER_A = sorted(ByteLevel.alphabet()).index("a")  # its token
 MODES = (("auto", "auto"), ("ring", "kv"), ("ring", "q"), ("tree", "auto"))
 SCHEMAS = 500  # random ones, each answered greedily and sampled, by one rank
 PART = 60  # of these, by several ranks
@@ -66,7 +69,7 @@ WISHES: list[Wish] = [
     wish(LONG, {**WARM, "frequency_penalty": 0.7, "min_p": 0.02}, regex="(la|le|lu){4,9}!"),
     wish("List", GREEDY, grammar='root ::= d ("," d){2,5}\nd ::= [0-9]{2}'),
     wish("Cut", WARM, max_tokens=9, json=PERSON),
-    wish("Stop", {**WARM, "stop_token_ids": [97]}, regex="[ab]{3}c[ab]{0,2}"),
+    wish("Stop", {**WARM, "stop_token_ids": [LETTER_A]}, regex="[ab]{3}c[ab]{0,2}"),
 ]
 
 
@@ -85,7 +88,7 @@ def reference(folder: str, wishes: Sequence[Wish]) -> list[Ids]:
         assert params.structured_outputs is not None and params.max_tokens is not None
         source = params.structured_outputs.source
         if params.structured_outputs.is_foreign:
-            source = 'start: D ("," D){2,5}\nD: /[0-9]{2}/'
+            source = HEADER + 'start: D ("," D){2,5}\nD: /[0-9]{2}/'
         matcher = compiler.compile(source)
         ends = frozenset({EOS, *params.stop_token_ids})
         how = Sampling(
@@ -144,7 +147,7 @@ def same_tokens(world: World, folder: str, want: list[Ids]) -> list[str]:
         ]
         ends = [output.outputs[0].finish_reason for output in outputs]
         assert ends == ["length" if n == 7 else "stop" for n in range(len(WISHES))]
-        assert outputs[8].outputs[0].stop_reason in (97, None)
+        assert outputs[8].outputs[0].stop_reason in (LETTER_A, None)
         _allowed_logprobs(outputs[3])
     return bad
 
@@ -264,11 +267,11 @@ def test_preemption_forks_and_moves(size: int, folder: str, want: list[Ids]) -> 
 
 
 def failing_ones(world: World, folder: str, want: list[Ids]) -> None:
-    """A grammar that passes the bounds of a step ends its own request, and one that cannot be kept
-    is refused before anything runs."""
+    """A grammar that allows no token, here because the only one is a stop token, ends its own
+    request, and one that cannot be kept is refused before anything runs."""
     engine = make_engine(world, folder, 8000)
-    grows = wish("x", WARM, 400, regex="(.*a.{12}b.*a.{14}b.*a.{16}b.*){4}")
-    outputs = generate(engine, [WISHES[0], grows, WISHES[3]])
+    dead_end = wish("x", {**WARM, "stop_token_ids": [LETTER_A]}, regex="ba{5}")
+    outputs = generate(engine, [WISHES[0], dead_end, WISHES[3]])
     if world.rank == 0:
         assert tokens_of(outputs)[::2] == [want[0], want[3]]
         last = outputs[1].outputs[0]

@@ -104,6 +104,7 @@ WITHOUT_TORCH = [
     "kv/table.py",
     "scheduler/",
     "worker/__init__.py",
+    "worker/grammars.py",
     "worker/state.py",
     "startup/__init__.py",
     "startup/report.py",

@@ -175,6 +175,7 @@ def test_a_step_of_many_decodes_is_a_few_bytes_each() -> None:
         ({"presence_penalty": 0.1}, True),
         ({"frequency_penalty": -0.1}, True),
         ({"repetition_penalty": 1.1}, True),
+        ({"grammar": "start: /a/"}, True),
         ({"min_tokens": 3, "logit_bias": ((1, 2.0),)}, False),
     ],
 )
