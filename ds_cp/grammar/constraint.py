@@ -51,6 +51,9 @@ class StructuredOutputsParams:
     disable_any_whitespace: JSON is written without white space between its tokens.
     whitespace_pattern: the regex of white space between the tokens of JSON.
     lenient: keywords that cannot be kept are left out, formats too, as OpenAI's ``strict: false``.
+    after: the server's own: free text comes before, up to this one, as reasoning ends with it.
+    special_tokens: the server's own: ids of tokens that are in no text, by their names, in
+        ``after`` and in what begins and ends tags.
     asked_as: the field by which a client asked for it, as later errors name it.
     source: the grammar as Lark's text; under ``grammar`` as it was given, for ``desk`` to convert.
     """
@@ -64,6 +67,8 @@ class StructuredOutputsParams:
     disable_any_whitespace: bool = False
     whitespace_pattern: str | None = None
     lenient: bool = False
+    after: str = ""
+    special_tokens: Mapping[str, int] = field(default_factory=dict)
     asked_as: str = FIELD
     source: str = field(init=False, repr=False)
 
@@ -96,15 +101,15 @@ class StructuredOutputsParams:
         schema = self.json
         if isinstance(schema, str):
             schema = _parsed("json", schema)
-        return lark.whole(lark.json_rule(_schema("json", schema), self._options()))
+        return self._whole(lark.json_rule(_schema("json", schema), self._options()))
 
     def _json_object(self) -> str:
         if self.json_object is not True:
             raise _error(f"{FIELD}.json_object must be true or left out")
-        return lark.whole(lark.json_rule({"type": "object"}, self._options()))
+        return self._whole(lark.json_rule({"type": "object"}, self._options()))
 
     def _regex(self) -> str:
-        return lark.whole(lark.regex_rule(_regex("regex", self.regex)))
+        return self._whole(lark.regex_rule(_regex("regex", self.regex)))
 
     def _choice(self) -> str:
         texts = self.choice
@@ -114,13 +119,15 @@ class StructuredOutputsParams:
             raise _error(f"{FIELD}.choice has {len(texts)} strings; 1 to {MAX_CHOICES}")
         if not all(isinstance(text, str) and text for text in texts):
             raise _error(f"{FIELD}.choice must be a list of strings with at least one character")
-        return lark.whole(lark.choice_rule(list(texts)))
+        return self._whole(lark.choice_rule(list(texts)))
 
     def _grammar(self) -> str:
         if not isinstance(self.grammar, str) or not self.grammar.strip():
             raise _error(f"{FIELD}.grammar must be the text of a grammar")
         if "%llguidance" in self.grammar:
             raise _error(f"{FIELD}.grammar: %llguidance is the server's own; leave it out")
+        if self.after:
+            raise _error(f"{FIELD}.grammar cannot come after reasoning; say json, regex or choice")
         for repeat in _repeats(self.grammar):
             _check_repeat("grammar", repeat)
         return self.grammar
@@ -155,7 +162,11 @@ class StructuredOutputsParams:
                 raise _error(f"{FIELD}.structural_tag: {show(begin)} begins with no trigger")
             schema = _schema("structural_tag", tag.get("schema", {}))
             found.append(lark.Tag(trigger, begin, lark.json_rule(schema, self._options()), end))
-        return lark.tagged(found, bool(least), most)
+        rules = lark.tagged(found, bool(least), most, self.special_tokens)
+        return lark.grammar(rules, self.after, self.special_tokens)
+
+    def _whole(self, rule: str) -> str:
+        return lark.grammar(lark.whole(rule), self.after, self.special_tokens)
 
     def _options(self) -> lark.JsonOptions:
         pattern = self.whitespace_pattern

@@ -16,6 +16,12 @@ HEADER = '%llguidance {"no_forcing": true}\n'
 WHITESPACE = rf"[\x20\x0A\x0D\x09]{{1,{MAX_WHITESPACE}}}"
 
 
+_ANY = r"/(.|\n)*/"
+
+Special = Mapping[str, int]  # special tokens, which are in no text, and their ids
+NONE: Special = {}
+
+
 @dataclass(frozen=True)
 class JsonOptions:
     """How JSON is written: ``whitespace`` between its tokens or none, of a regex ``pattern``.
@@ -37,8 +43,20 @@ class Tag:
 
 
 def whole(rule: str) -> str:
-    """The grammar of an answer that is one rule."""
-    return f"{HEADER}start: {rule}\n"
+    """The rules of an answer that is one rule."""
+    return f"answer: {rule}\n"
+
+
+def grammar(rules: str, after: str = "", special: Special = NONE) -> str:
+    """The grammar of ``rules``, of which ``answer`` is the first. With ``after``, free text comes
+    before, up to that text, and a few blanks."""
+    if not after:
+        return f"{HEADER}start: answer\n{rules}"
+    head = _head("before", after, special, "BEFORE")
+    return (
+        f"{HEADER}start: before BLANKS? answer\n{head}\nBEFORE: {_ANY}\n"
+        rf"BLANKS: /\s{{1,8}}/" + f"\n{rules}"
+    )
 
 
 def json_rule(schema: Mapping[str, Any], options: JsonOptions) -> str:
@@ -72,37 +90,44 @@ def choice_rule(texts: Sequence[str]) -> str:
     return " | ".join(map(_quoted, texts))
 
 
-def tagged(tags: Sequence[Tag], only_tags: bool, most: int | None) -> str:
-    """Text with tags in it: free text up to a trigger, which begins a tag, any number of times and
-    then free text again; ``only_tags``: one tag to ``most`` of them, and nothing else."""
+def tagged(tags: Sequence[Tag], only_tags: bool, most: int | None, special: Special = NONE) -> str:
+    """The rules of text with tags in it: free text up to a trigger, which begins a tag, any number
+    of times and then free text again; ``only_tags``: one tag to ``most`` of them, and nothing
+    else."""
+    rules: list[str] = []
     if only_tags:
         times = "+" if most is None else f"{{1,{most}}}"
         any_tag = " | ".join(f"tag_{i}" for i in range(len(tags)))
-        rules = [f"start: any_tag{times}", f"any_tag: {any_tag}"]
-        rules += [
-            f"tag_{i}: {_quoted(tag.begin)} {tag.rule}{_after(tag.end)}"
-            for i, tag in enumerate(tags)
-        ]
-        return HEADER + "\n".join(rules) + "\n"
-    triggers = list(dict.fromkeys(tag.trigger for tag in tags))
-    any_call = " | ".join(f"call_{i}" for i in range(len(triggers)))
-    times = "*" if most is None else f"{{0,{most}}}"
-    rules = [f"start: any_call{times} tail", f"any_call: {any_call}", "tail: TEXT"]
-    rules.append(r"TEXT: /(.|\n)*/")
-    for i, trigger in enumerate(triggers):
-        mine = [n for n, tag in enumerate(tags) if tag.trigger == trigger]
-        options = " | ".join(f"tag_{n}" for n in mine)
-        rules.append(f"call_{i}: head_{i} ({options})")
-        rules.append(f"head_{i}[lazy]: TEXT {_quoted(trigger)}")
+        rules += [f"answer: any_tag{times}", f"any_tag: {any_tag}"]
+    else:
+        triggers = list(dict.fromkeys(tag.trigger for tag in tags))
+        any_call = " | ".join(f"call_{i}" for i in range(len(triggers)))
+        times = "*" if most is None else f"{{0,{most}}}"
+        rules += [f"answer: any_call{times} tail", f"any_call: {any_call}", "tail: TEXT"]
+        rules.append(f"TEXT: {_ANY}")
+        for i, trigger in enumerate(triggers):
+            mine = [f"tag_{n}" for n, tag in enumerate(tags) if tag.trigger == trigger]
+            rules += [f"call_{i}: head_{i} ({' | '.join(mine)})"]
+            rules += [_head(f"head_{i}", trigger, special)]
     for n, tag in enumerate(tags):
-        rest = tag.begin[len(tag.trigger) :]
-        rules.append(f"tag_{n}:{_after(rest)} {tag.rule}{_after(tag.end)}")
-    return HEADER + "\n".join(rules) + "\n"
+        begin = tag.begin if only_tags else tag.begin[len(tag.trigger) :]
+        parts = (_quoted(begin, special), tag.rule, _quoted(tag.end, special))
+        rules.append(f"tag_{n}: {' '.join(filter(None, parts))}")
+    return "\n".join(rules) + "\n"
 
 
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
+def _head(name: str, trigger: str, special: Special, text: str = "TEXT") -> str:
+    """A rule of free text, the terminal ``text``, up to a trigger, which it ends with. A special token is in no text, so
+    that the rule needs not be lazy."""
+    lazy = "" if any(token in trigger for token in special) else "[lazy]"
+    return f"{name}{lazy}: {text} {_quoted(trigger, special)}"
 
 
-def _after(text: str) -> str:
-    return f" {_quoted(text)}" if text else ""
+def _quoted(text: str, special: Special = NONE) -> str:
+    """A text, with special tokens by their ids; nothing for ""."""
+    for token, number in special.items():
+        before, found, after = text.partition(token)
+        if found:
+            parts = (_quoted(before, special), f"<[{number}]>", _quoted(after, special))
+            return " ".join(filter(None, parts))
+    return json.dumps(text, ensure_ascii=False) if text else ""

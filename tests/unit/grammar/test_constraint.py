@@ -89,9 +89,9 @@ def test_a_schema_is_one_line_of_json_with_its_keys_in_order() -> None:
     schema = {"type": "object", "properties": {"z": {"const": "é\n/"}, "a": {}}, "x-guidance": 5}
     for given in (schema, json.dumps(schema)):
         source = StructuredOutputsParams(json=given).source
-        head, rule = source.splitlines()
+        head, start, rule = source.splitlines()
         assert head == '%llguidance {"no_forcing": true}'
-        found = json.loads(rule.removeprefix("start: %json "))
+        found = json.loads(rule.removeprefix("answer: %json "))
         assert found.pop("x-guidance") == {  # the caller's own does not count
             "whitespace_flexible": True,
             "whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,80}",
@@ -106,7 +106,7 @@ def test_a_schema_is_one_line_of_json_with_its_keys_in_order() -> None:
      (r"a\\/", r"/a\\\//"), ("a\\\nb", r"/a\nb/")],
 )  # fmt: skip
 def test_a_regex_stays_between_its_slashes(regex: str, rule: str) -> None:
-    assert StructuredOutputsParams(regex=regex).source.splitlines()[1] == f"start: {rule}"
+    assert StructuredOutputsParams(regex=regex).source.splitlines()[2] == f"answer: {rule}"
 
 
 def test_fields_come_as_a_mapping_too() -> None:

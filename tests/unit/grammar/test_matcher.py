@@ -186,6 +186,44 @@ def test_tags_begin_at_their_trigger_and_hold_json_of_their_schema(
     assert not fine(call_g + call_f, at_least=1, at_most=1)
 
 
+def test_special_tokens_are_tokens_in_tags_and_after_reasoning(
+    compiler: Compiler, vocabulary: Vocabulary
+) -> None:
+    """<|system|> (1) begins a call, <|user|> (2) ends reasoning: as text they come nowhere."""
+    special = {"<|system|>": 1, "<|user|>": 2}
+    tag = {
+        "triggers": ["<|system|>"],
+        "structures": [{"begin": '<|system|>{"f": ', "schema": {"type": "integer"}, "end": "}"}],
+    }
+
+    def said(*parts: int | str) -> list[int]:
+        return [
+            token
+            for part in parts
+            for token in ([part] if isinstance(part, int) else spell(part, vocabulary))
+        ]
+
+    def fine(ids: list[int], **wish: object) -> bool:
+        return accepts(compiled(compiler, special_tokens=special, **wish), ids)
+
+    call = (1, '{"f": 12}')
+    assert fine(said("some text", *call, "more", *call), structural_tag=tag)
+    assert fine(said('<|system|>{"f": x'), structural_tag=tag)  # it is text
+    assert not fine(said(1, '{"f": x}'), structural_tag=tag)
+    must = tag | {"at_least": 1}
+    assert fine(said(*call, *call), structural_tag=must)
+    assert not fine(said("text", *call), structural_tag=must)
+    for wish in ({"regex": "[0-9]+"}, {"json": {"type": "integer"}}):
+        assert fine(said("thinking 1 2", 2, "\n\n34"), after="<|user|>", **wish)
+        assert not fine(said("thinking"), after="<|user|>", **wish)
+        assert not fine(said(2, "thinking"), after="<|user|>", **wish)
+        assert fine(said("hm</t>\n56"), after="</t>", **wish)
+        assert not fine(said("hm</t>\n56</t>"), after="</t>", **wish)
+    assert fine(said("hm", 2, *call), structural_tag=must, after="<|user|>")
+    assert fine(said("hm", 2, "text", *call, "more"), structural_tag=tag, after="<|user|>")
+    assert not fine(said("hm", *call), structural_tag=tag, after="<|user|>")
+
+
 @pytest.mark.parametrize(
     "grammar",
     [
