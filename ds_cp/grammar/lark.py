@@ -117,8 +117,8 @@ def tagged(tags: Sequence[Tag], only_tags: bool, most: int | None, special: Spec
 
 
 def _head(name: str, trigger: str, special: Special, text: str = "TEXT") -> str:
-    """A rule of free text, the terminal ``text``, up to a trigger, which it ends with. A special token is in no text, so
-    that the rule needs not be lazy."""
+    """A rule of free text, the terminal ``text``, that ends with a trigger. A special token is in
+    no text, so that the rule needs not be lazy."""
     lazy = "" if any(token in trigger for token in special) else "[lazy]"
     return f"{name}{lazy}: {text} {_quoted(trigger, special)}"
 

@@ -27,10 +27,9 @@ def sample_rows(logits_RV: torch.Tensor, rows: Sequence[Row]) -> list[Sampled]:
     A row's token depends on that row alone, and its random number on (seed, index) alone.
     Temperature 0 is greedy, the lowest id of equals. Log-probabilities are of the logits with
     ``logit_bias``, before penalties, bans and filters, and under a grammar of the tokens that it
-    allows. A row gets token -1 when its logits are not
-    finite, when nothing is allowed, or when drawing it raises (the traceback goes to stderr): it
-    must not end the others. ``logits_RV`` is not changed. Raises ``ValueError`` when the numbers of
-    rows differ.
+    allows. A row gets token -1 when its logits are not finite, when nothing is allowed, or when
+    drawing it raises (the traceback goes to stderr): it must not end the others. ``logits_RV`` is
+    not changed. Raises ``ValueError`` when the numbers of rows differ.
     """
     if len(rows) != logits_RV.shape[0]:
         raise ValueError(f"{logits_RV.shape[0]} rows of logits for {len(rows)} tokens to draw")
