@@ -97,7 +97,9 @@ class Grammars:
         for wish in wishes:
             try:
                 found[wish.request] = self._mask(wish)
-            except Exception as err:  # whatever a grammar does concerns its request alone
+            # Whatever a grammar does concerns its request alone; a panic of the library is no
+            # Exception.
+            except BaseException as err:
                 if self._matchers.get(wish.request, wish) is not None:
                     reason = str(err) if isinstance(err, GrammarError) else repr(err)
                     print(
