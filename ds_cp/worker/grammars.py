@@ -17,6 +17,7 @@ from typing import NamedTuple
 from ds_cp.grammar.limits import RANK_STACK_BYTES
 from ds_cp.grammar.matcher import Compiler, GrammarError, Matcher
 from ds_cp.grammar.vocabulary import Vocabulary
+from ds_cp.text import shorten
 from ds_cp.worker.state import Draw
 
 MASKS_S = 30.0  # seconds for the masks of one step; each is bounded to some 20 ms by the library
@@ -101,7 +102,7 @@ class Grammars:
             # Exception.
             except BaseException as err:
                 if self._matchers.get(wish.request, wish) is not None:
-                    reason = str(err) if isinstance(err, GrammarError) else repr(err)
+                    reason = str(err) if isinstance(err, GrammarError) else shorten(repr(err), 200)
                     print(
                         f"ds_cp: error: request {wish.request}: its grammar failed: {reason}",
                         file=sys.stderr,
