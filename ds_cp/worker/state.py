@@ -175,8 +175,9 @@ class WorkerState:
         parent = self.sequences[fork.parent]
         known = parent.prompt_length - 1
         homes = parent.table.homes[: -(-known // self.block_size)]
-        grammar = parent.sampling.grammar
-        sampling = msgspec.structs.replace(fork.sampling, grammar=grammar)
+        sampling, grammar = fork.sampling, parent.sampling.grammar
+        if grammar:
+            sampling = msgspec.structs.replace(sampling, grammar=grammar)
         self.sequences[fork.request] = RunningSequence(
             fork.request, parent.prompt, parent.prompt_length,
             SequenceTable(self.block_size, homes, known), sampling, 0,
