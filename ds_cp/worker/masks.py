@@ -28,7 +28,8 @@ def masked(logits_RV: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
     bytes_SB = torch.frombuffer(packed, dtype=torch.uint8).view(len(which), size).to(device)
     bits = torch.arange(8, device=device)
     table = (torch.arange(256, device=device)[:, None] >> bits) & 1 == 0  # [256, 8]: bit not set
-    banned_SV = table[bytes_SB.int()].flatten(1)[:, :V]
+    # The eight of a byte at once, as one integer: many times faster than as eight elements.
+    banned_SV = table.view(torch.int64)[:, 0][bytes_SB.int()].view(torch.bool)[:, :V]
     if len(which) == len(rows):
         return logits_RV.masked_fill(banned_SV, -torch.inf)
     at = on_device(which, torch.int64, device)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from ds_cp.api.errors import FieldError, shown
 from ds_cp.api.requests.strict_model import StrictModel
@@ -22,7 +22,7 @@ GUIDED = {  # vLLM's older field -> field of ``structured_outputs``
     "guided_grammar": "grammar",
 }
 FIELDS = ("response_format", FIELD, *GUIDED)
-MAX_KEYS = 64  # keys of response_format and structured_outputs themselves
+MAX_KEYS = 64  # keys of these objects themselves, not of what is in them
 MAX_NAME_CHARS = 64  # characters of a schema's name, as OpenAI has it
 
 
@@ -45,6 +45,19 @@ class ConstrainedRequest(StrictModel):
         None, max_length=MAX_CHOICES, fail_fast=True, description="structured_outputs.choice"
     )
     guided_grammar: str | None = Field(None, description="structured_outputs.grammar")
+
+    @field_validator(
+        "guided_json", mode="plain", json_schema_input_type=str | dict[str, Any] | None
+    )
+    @classmethod
+    def _guided_json(cls, value: Any) -> Any:
+        """Its size is looked at before what is in it, which ``StructuredOutputsParams`` checks."""
+        if value is not None and not isinstance(value, str | dict):
+            raise FieldError("guided_json must be a JSON schema: an object, or its text")
+        if isinstance(value, dict) and len(value) > MAX_KEYS:
+            raise FieldError(f"guided_json has {len(value)} keys; at most {MAX_KEYS}")
+        return value
+
     _constraint: StructuredOutputsParams | None = PrivateAttr(None)
 
     @model_validator(mode="after")

@@ -89,6 +89,8 @@ def test_every_spelling_is_one_constraint(
         ({"structured_outputs": {"regx": "a"}}, "structured_outputs", "the nearest is regex"),
         ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs", "exactly"),
         ({"structured_outputs": [1]}, "structured_outputs", "dictionary"),
+        ({"guided_json": [1]}, "guided_json", "an object, or its text"),
+        ({"guided_json": {str(n): 1 for n in range(65)}}, "guided_json", "65 keys"),
         ({"guided_regex": "a\\"}, "guided_regex", "half an escape"),
         ({"guided_choice": ["a", 5]}, "guided_choice", ""),
         ({"guided_choice": ["a"], "guided_regex": "a"}, "guided_choice", "send one"),
