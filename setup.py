@@ -100,6 +100,8 @@ setup(
         "transformers>=5.23,<5.24",
         "safetensors",
         "msgspec>=0.19",
+        # Which masks a grammar gives, and what it refuses, is its own: an exact minor version.
+        "llguidance>=1.9,<1.10",
         "pydantic>=2.9",
         "numpy",
         "psutil",

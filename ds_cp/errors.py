@@ -83,6 +83,10 @@ class QueueFullError(DsCpError):
     """The waiting queue is at its bound; try again later (HTTP 429)."""
 
 
+class GrammarBusyError(DsCpError):
+    """Other grammars are being compiled; try again later (HTTP 503)."""
+
+
 class CommError(DsCpError):
     """A peer did not answer in time, or is gone. The message names the group, the exchange and the
     limit."""

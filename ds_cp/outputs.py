@@ -84,7 +84,8 @@ class Delta:
     text: str = ""
     logprobs: tuple[TokenLogprob, ...] | None = None
     finish_reason: str | None = None  # "stop" | "length" | "abort" | "error"
-    stop_reason: int | str | None = None  # the stop token or string that ended it
+    # The stop token or string that ended it; of an error, the field of the request at fault.
+    stop_reason: int | str | None = None
     index: int = 0
     cached_tokens: int | None = None
     prompt_logprobs: Sequence[TokenLogprob | None] | None = None

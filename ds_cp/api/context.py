@@ -249,7 +249,11 @@ def sampling_params(
         del given["top_p"]
     try:
         params = SamplingParams(
-            max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs, **given
+            max_tokens=max_tokens,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            structured_outputs=body.constraint,
+            **given,
         )
         return replace(params, temperature=0.0) if greedy else params
     except RequestError as err:

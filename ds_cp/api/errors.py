@@ -13,6 +13,7 @@ from ds_cp.errors import (
     CapacityError,
     DsCpError,
     EngineDeadError,
+    GrammarBusyError,
     QueueFullError,
     RequestError,
     StoppingError,
@@ -138,6 +139,8 @@ def from_engine(err: DsCpError) -> ApiError | None:
         return ApiError(400, message, param=err.param, code="kv_capacity_exceeded")
     if isinstance(err, RequestError):
         return ApiError(400, message, param=err.param, code="invalid_value")
+    if isinstance(err, GrammarBusyError):
+        return ApiError(503, message, code="grammars_busy", headers=RETRY_AFTER)
     if isinstance(err, QueueFullError):
         return ApiError(429, message, code="queue_full", headers=RETRY_AFTER)
     if isinstance(err, StoppingError):

@@ -10,9 +10,11 @@ from typing import Any
 
 from ds_cp.engine.detokenize import Detokenizer, IncrementalDetokenizer
 from ds_cp.engine.interface import EngineStats
-from ds_cp.errors import IntegrityError, RequestError
+from ds_cp.errors import GrammarBusyError, IntegrityError, RequestError
+from ds_cp.grammar.constraint import FIELD
+from ds_cp.grammar.desk import GrammarDesk
 from ds_cp.outputs import Delta, PackedLogprobs, TokenLogprob, pack_logprob
-from ds_cp.plan import Outcome, Sampled, Scored, StepPlan
+from ds_cp.plan import NO_GRAMMAR, Outcome, Sampled, Scored, StepPlan
 from ds_cp.sampling_params import RequestOptions, SamplingParams
 from ds_cp.scheduler.request import Request
 from ds_cp.scheduler.scheduler import Scheduler
@@ -46,6 +48,7 @@ class EngineCore:
 
     def __init__(self, scheduler: Scheduler, tokenizer: Any | None) -> None:
         self.scheduler = scheduler
+        self.grammars = GrammarDesk(tokenizer)
         self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
         self._calls: dict[str, _Call] = {}
         self._answers: dict[int, _Answer] = {}
@@ -62,9 +65,10 @@ class EngineCore:
         prompt: Sequence[int],
         params: SamplingParams,
         options: RequestOptions | None = None,
+        grammar: str = "",
     ) -> list[Request]:
         """Queue a request that ``check`` has accepted. Draws a seed when none is given. Returns its
-        ``params.n`` answers.
+        ``params.n`` answers. ``grammar``: of ``grammars.check`` under ``structured_outputs``.
 
         Raises ``CapacityError``, ``QueueFullError``, or ``RequestError`` for an id in use and for a
         prompt that the tokenizer cannot decode.
@@ -72,8 +76,11 @@ class EngineCore:
         if request_id in self._calls:
             raise RequestError(f"a request with id {request_id!r} is already running")
         texts = [self._start_text(prompt, params) for _ in range(params.n)]
+        assert bool(grammar) == (params.structured_outputs is not None), "check the grammar first"
+        if grammar:
+            self.scheduler.tell_vocabulary(self.grammars.vocabulary)
         seed = params.seed if params.seed is not None else secrets.randbits(62)
-        first = self.scheduler.admit(request_id, prompt, params, seed, options)
+        first = self.scheduler.admit(request_id, prompt, params, seed, options, grammar)
         call = self._calls[request_id] = _Call(request_id)
         for request, text in zip((first, *first.siblings), texts, strict=True):
             answer = self._answers[request.number] = _Answer(call, request, text)
@@ -87,6 +94,20 @@ class EngineCore:
         if params.stop and self._detokenizer is None:
             raise RequestError("stop strings need a tokenizer; this engine has none", "stop")
         self.scheduler.check(prompt, params)
+
+    def close(self) -> None:
+        """End the process that compiles grammars, if there is one."""
+        self.grammars.close()
+
+    def grammar_of(self, params: SamplingParams) -> str:
+        """The grammar for ``add``, "" where none is asked for. Compiles it, which may take seconds;
+        needs no lock. Raises ``RequestError``."""
+        if params.structured_outputs is None:
+            return ""
+        try:
+            return self.grammars.check(params.structured_outputs)
+        except GrammarBusyError as err:
+            raise RequestError(str(err), FIELD) from err
 
     def _start_text(
         self, prompt: Sequence[int], params: SamplingParams
@@ -168,8 +189,8 @@ class EngineCore:
     def _extend(self, answer: _Answer, got: Sampled) -> Delta:
         """Add one token to an answer."""
         request, call = answer.request, answer.call
-        if got.token < 0:  # logits were not finite: this request ends, the others go on
-            return self._fail(answer)
+        if got.token < 0:  # nothing could be drawn: this request ends, the others go on
+            return self._fail(answer, FIELD if got.token == NO_GRAMMAR else None)
         self._generation_tokens += 1
         offset = answer.text.length if answer.text is not None else 0
         reason = self.scheduler.record_token(request, got.token)
@@ -217,13 +238,15 @@ class EngineCore:
         added = text.push(token, may_stop) if reason != "stop" else ""
         return added + text.flush(may_stop) if reason is not None else added
 
-    def _fail(self, answer: _Answer) -> Delta:
-        """End one answer with ``error``."""
+    def _fail(self, answer: _Answer, field: str | None = None) -> Delta:
+        """End one answer with ``error``. ``field``: of the request, where that is at fault."""
         request = answer.request
         self.scheduler.finish(request, "error")
-        request.finish_reason, request.stop_reason = "error", None  # also where it had ended
+        request.finish_reason, request.stop_reason = "error", field  # also where it had ended
         self._forget(answer)
-        return Delta(request.request_id, finish_reason="error", index=request.index)
+        return Delta(
+            request.request_id, finish_reason="error", stop_reason=field, index=request.index
+        )
 
     @staticmethod
     def _scores(request: Request, call: _Call) -> PackedLogprobs | None:

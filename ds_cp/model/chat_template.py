@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 import msgspec
 
+from ds_cp.frames import frame, receive
 from ds_cp.process import die_with_parent
 from ds_cp.templates.messages import (
     Answer,
@@ -30,8 +31,6 @@ from ds_cp.templates.messages import (
     Looked,
     Render,
     Rendered,
-    frame,
-    receive,
 )
 from ds_cp.templates.shape import learn, marked, missing, mostly_there
 from ds_cp.text import shorten

@@ -99,6 +99,7 @@ class Request:
     priority: int = 0
     salt: str = ""
     index: int = 0  # which of the n answers
+    grammar: str = ""  # of ``params.structured_outputs``, as ranks compile it
     siblings: list[Request] = field(default_factory=list)
     output: list[int] = field(default_factory=list)
     table: SequenceTable | None = None

@@ -21,13 +21,14 @@ from ds_cp.engine.core import EngineCore
 from ds_cp.engine.interface import EngineInfo, EngineStats
 from ds_cp.engine.loop import PipelinedLoop
 from ds_cp.engine.sign_of_life import idle_seconds
-from ds_cp.errors import DsCpError, EngineDeadError, StoppingError
+from ds_cp.errors import DsCpError, EngineDeadError, RequestError, StoppingError
 from ds_cp.model.end_tokens import describe_tokenizer
 from ds_cp.outputs import Delta
 from ds_cp.plan import Idle, Outcome, Plan
 from ds_cp.sampling_params import RequestOptions, SamplingParams
 from ds_cp.scheduler.build import build_scheduler
 from ds_cp.serve.channel import Ready
+from ds_cp.serve.grammar_checks import GrammarChecks
 from ds_cp.serve.worker_link import WorkerLink
 from ds_cp.templates.chat import LOOK_S, ChatTemplate
 from ds_cp.templates.processes import TemplateProcesses
@@ -83,6 +84,7 @@ class AsyncEngine:
         self._steps = _Timed(link)
         self._stall_s = config.server.stall_s
         self._templates = TemplateProcesses()
+        self._checks = GrammarChecks()
         self._thread = threading.Thread(target=self._run, name="ds_cp engine", daemon=True)
 
     def start(self) -> None:
@@ -113,8 +115,14 @@ class AsyncEngine:
         refusal is raised before the first delta."""
         mailbox: _Mailbox = asyncio.Queue()
         prompt = tuple(prompt_token_ids)  # copied before the lock is taken
+        desk = self._ready_core().grammars
+        try:
+            grammar = await self._checks.check(desk, params.structured_outputs)
+        except RequestError:
+            self._ready_core()  # while the engine ends, that is why
+            raise
         with self._wake:
-            self._ready_core().add(request_id, prompt, params, options)
+            self._ready_core().add(request_id, prompt, params, options, grammar)
             self._mailboxes[request_id] = mailbox
             self._wake.notify()
         unfinished = params.n
@@ -211,6 +219,7 @@ class AsyncEngine:
         while self._thread.is_alive() and time.monotonic() < limit:
             await asyncio.sleep(0.02)
         await asyncio.to_thread(self._templates.close)
+        await self._checks.close(None if self._core is None else self._core.grammars)
 
     # --- the engine's thread
 

@@ -18,6 +18,7 @@ import threading
 import time
 from pathlib import Path
 
+from ds_cp.frames import frame, receive
 from ds_cp.templates.messages import (
     Answer,
     Ended,
@@ -28,8 +29,6 @@ from ds_cp.templates.messages import (
     Looked,
     Render,
     Rendered,
-    frame,
-    receive,
 )
 
 GRACE_S = 1.0  # seconds after a job's time in which the kernel should have ended its worker

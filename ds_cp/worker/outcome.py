@@ -89,6 +89,7 @@ def _row(token: int, logprob: float, top: Top, width: int) -> list[float]:
 
 
 def _top(row: list[float], width: int, wish: int) -> Top:
+    """The most likely tokens; under a grammar, those that it allows."""
     count = max(wish, 0)
-    ids, values = row[2 : 2 + width], row[2 + width :]
-    return tuple((int(t), value) for t, value in zip(ids[:count], values[:count], strict=True))
+    pairs = zip(row[2 : 2 + count], row[2 + width : 2 + width + count], strict=True)
+    return tuple((int(t), value) for t, value in pairs if value != -math.inf)

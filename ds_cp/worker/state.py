@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import msgspec
+
 from ds_cp.kv.table import SequenceTable
 from ds_cp.layout import Blocks, Home, Runs, join, total
 from ds_cp.plan import Begin, Chunk, Fork, Sampling, StepPlan
@@ -173,9 +175,12 @@ class WorkerState:
         parent = self.sequences[fork.parent]
         known = parent.prompt_length - 1
         homes = parent.table.homes[: -(-known // self.block_size)]
+        sampling, grammar = fork.sampling, parent.sampling.grammar
+        if grammar:
+            sampling = msgspec.structs.replace(sampling, grammar=grammar)
         self.sequences[fork.request] = RunningSequence(
             fork.request, parent.prompt, parent.prompt_length,
-            SequenceTable(self.block_size, homes, known), fork.sampling, 0,
+            SequenceTable(self.block_size, homes, known), sampling, 0,
         )  # fmt: skip
 
     def _chunk(self, chunk: Chunk, work: StepWork) -> None:

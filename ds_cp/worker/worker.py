@@ -21,6 +21,7 @@ from ds_cp.comm.wire import Group, World
 from ds_cp.kv.pool import KVPool
 from ds_cp.model.wiring import CONTEXT, Decoder
 from ds_cp.plan import (
+    NO_GRAMMAR,
     Outcome,
     Plan,
     Sampled,
@@ -31,6 +32,7 @@ from ds_cp.plan import (
     encode_plan,
 )
 from ds_cp.worker.decode_graph import DecodeGraphs, Graph
+from ds_cp.worker.grammars import Grammars
 from ds_cp.worker.outcome import Times, pack, rows_of, unpack, width_of
 from ds_cp.worker.sampler import History, Row, Score, sample_rows, score_prompt
 from ds_cp.worker.state import Draw, Handoff, StepWork, WorkerState
@@ -77,7 +79,8 @@ class Worker:
         self.state = WorkerState(cp.rank, pool.block_size)
         self.model_seconds = 0.0  # in the model's forward call, attention included
         self._graphs: DecodeGraphs | None = None
-        self._histories: dict[int, History] = {}  # of requests that looked back here
+        self._histories: dict[int, History] = {}  # of requests that were penalized here
+        self._grammars = Grammars()
 
     def capture_decodes(
         self, max_rows: int, max_blocks: int, make_graph: Callable[[], Graph]
@@ -133,18 +136,23 @@ class Worker:
         if isinstance(plan, Stop):
             self.state = WorkerState(self.cp.rank, self.state.block_size)
             self._histories.clear()
+            self._grammars.clear()
         if not isinstance(plan, StepPlan):
             return Outcome()
         began = time.perf_counter() if began is None else began
         before = self.model_seconds
         for number in plan.ended:
             self._histories.pop(number, None)
+        self._grammars.forget(plan.ended)
+        if plan.vocabulary is not None and self.tp.rank == 0:
+            self._grammars.learn(plan.vocabulary)
         with torch.inference_mode():
             work = self.state.apply(plan)
             width = width_of(work)
             coming = self._expect(work, width)
             self._transfer(plan.transfers)
             self._hand_over(work.handoffs)
+            self._grammars.start([draw for draw in work.draws if draw.rank == self.cp.rank])
             step = StepContext(work, self.layers)
             drawn: list[Sampled] = []
             scores: list[Score | None] = []
@@ -190,11 +198,7 @@ class Worker:
             return []
         drawn: list[Sampled] = []
         if self.tp.rank == 0:
-            rows = [
-                Row(d.sequence.number, d.index, d.sequence.sampling, self._history(d))
-                for d in step.draws
-            ]
-            drawn = sample_rows(logits_RV[: len(rows)], rows)
+            drawn = self._sample(step.draws, logits_RV[: len(step.draws)])
         tokens = [s.token for s in drawn]
         if self.tp.size > 1:
             shared = torch.tensor(tokens or [0] * len(step.draws), device=self.tp.device)
@@ -205,10 +209,24 @@ class Worker:
             draw.sequence.last = token
         return drawn
 
+    def _sample(self, draws: Sequence[Draw], logits_RV: torch.Tensor) -> list[Sampled]:
+        masks = self._grammars.masks()
+        rows, lost = [], set()
+        for draw in draws:
+            number, how = draw.sequence.number, draw.sequence.sampling
+            allowed = masks.get(number)
+            if how.grammar and allowed is None:
+                lost.add(number)
+            rows.append(Row(number, draw.index, how, self._history(draw), allowed))
+        return [
+            Sampled(drawn.request, NO_GRAMMAR, 0.0) if drawn.request in lost else drawn
+            for drawn in sample_rows(logits_RV, rows)
+        ]
+
     def _history(self, draw: Draw) -> History | None:
-        """The tokens before ``draw``, where its sampling looks back at them."""
+        """The tokens before ``draw``, where its sampling penalizes them."""
         sequence = draw.sequence
-        if not sequence.sampling.looks_back:
+        if not sequence.sampling.penalizes:
             return None
         history = self._histories.get(sequence.number)
         if history is None:

@@ -128,9 +128,9 @@ FIELDS: list[tuple[str, dict[str, Any], str | None, str]] = [
     (CHAT, {"messages": HELLO, "tools": [{"type": "function"}]}, "tools", "tools is not supported"),
     (
         CHAT,
-        {"messages": HELLO, "response_format": {"type": "json_object"}},
+        {"messages": HELLO, "response_format": {"type": "xml"}},
         "response_format",
-        "plain",
+        "'xml'",
     ),
     (CHAT, {"messages": HELLO, "chat_template": "{{ x }}"}, "chat_template", "not supported"),
     (

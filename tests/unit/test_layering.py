@@ -22,6 +22,8 @@ LAYERS = {
     "cost": 0,
     "log_stream": 0,
     "process": 0,
+    "frames": 0,
+    "grammar": 0,
     "facts": 1,
     "plan": 1,
     "sampling_params": 1,
@@ -48,9 +50,9 @@ LAYERS = {
 }
 _TENSORS = {"attention", "comm"}
 NOT_EVEN_BELOW = {  # lower layers that a layer does not know all the same
-    "attention": {"facts", "outputs", "plan", "sampling_params"},
-    "kv": {"comm", "facts", "outputs", "plan", "sampling_params", "topology"},
-    "model": {"facts", "outputs", "plan", "sampling_params"},
+    "attention": {"facts", "grammar", "outputs", "plan", "sampling_params"},
+    "kv": {"comm", "facts", "grammar", "outputs", "plan", "sampling_params", "topology"},
+    "model": {"facts", "grammar", "outputs", "plan", "sampling_params"},
     "scheduler": _TENSORS | {"model", "worker"},
     "api": _TENSORS | {"kv", "model", "scheduler", "startup", "worker"},
     "batch": _TENSORS | {"kv", "model", "scheduler", "startup", "worker"},
@@ -75,6 +77,7 @@ ONLY_IN = {
     "uvicorn": ["api/"],
     "httptools": ["api/"],
     "prometheus_client": ["api/"],
+    "llguidance": ["grammar/"],
 }
 WITHOUT_TORCH = [
     "errors.py",
@@ -83,6 +86,8 @@ WITHOUT_TORCH = [
     "config/",
     "cost.py",
     "facts.py",
+    "frames.py",
+    "grammar/",
     "layout.py",
     "log_stream.py",
     "native/",
@@ -104,6 +109,7 @@ WITHOUT_TORCH = [
     "kv/table.py",
     "scheduler/",
     "worker/__init__.py",
+    "worker/grammars.py",
     "worker/state.py",
     "startup/__init__.py",
     "startup/report.py",

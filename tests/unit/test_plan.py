@@ -124,6 +124,7 @@ WRONG_PARTS = {
     "chunks": [[1, "ring", "kv", [[0, [[0]]]], [], False]],
     "decodes": [["tree", "kv", [None]]],
     "forks": [[1, 2, ["hot"]]],
+    "vocabulary": [b"ab", "no bytes"],
 }
 
 
@@ -131,7 +132,8 @@ WRONG_PARTS = {
 def test_wrong_types_in_a_part_are_refused(part: str) -> None:
     names = StepPlan.__struct_fields__[1:]
     assert set(names) == set(WRONG_PARTS)
-    value = ["run", 1, *(WRONG_PARTS[name] if name == part else [] for name in names)]
+    absent = {"vocabulary": None}
+    value = ["run", 1, *(WRONG_PARTS[n] if n == part else absent.get(n, []) for n in names)]
     with pytest.raises(msgspec.ValidationError):
         decode_plan(msgspec.msgpack.encode(value))
 
@@ -175,6 +177,7 @@ def test_a_step_of_many_decodes_is_a_few_bytes_each() -> None:
         ({"presence_penalty": 0.1}, True),
         ({"frequency_penalty": -0.1}, True),
         ({"repetition_penalty": 1.1}, True),
+        ({"grammar": "start: /a/"}, True),
         ({"min_tokens": 3, "logit_bias": ((1, 2.0),)}, False),
     ],
 )

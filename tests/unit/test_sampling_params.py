@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ds_cp.errors import RequestError
+from ds_cp.grammar.constraint import StructuredOutputsParams
 from ds_cp.sampling_params import RequestOptions, SamplingParams
 
 HUGE = 10**5000  # more digits than Python turns into text
@@ -235,6 +236,7 @@ TYPES: dict[str, tuple[type, ...]] = {
     "presence_penalty": (float,), "frequency_penalty": (float,), "repetition_penalty": (float,),
     "stop": (tuple,), "stop_token_ids": (tuple,), "logit_bias": (dict,),
     "ignore_eos": (bool,), "skip_special_tokens": (bool,),
+    "structured_outputs": (StructuredOutputsParams, type(None)),
 }  # fmt: skip
 
 

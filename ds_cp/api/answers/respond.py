@@ -26,6 +26,7 @@ from ds_cp.api.answers.sse import EventStream, stream_events
 from ds_cp.api.context import AppContext, request_id_of
 from ds_cp.api.errors import ApiError
 from ds_cp.api.requests.protocol import SamplingRequest
+from ds_cp.grammar.constraint import StructuredOutputsParams
 from ds_cp.outputs import Delta, TokenLogprob
 
 ADMISSION_S = 1.0  # seconds that a stream waits for the engine's refusal before it answers 200
@@ -115,7 +116,7 @@ class Answer(ABC):
         Raises ``ApiError`` 500 when the engine failed, or left out the prompt's log-probabilities.
         """
         if delta.finish_reason == "error":
-            raise engine_failure()
+            raise engine_failure(self._sampling.constraint if delta.stop_reason else None)
         state = self.prompts[prompt]
         state.cached_tokens += delta.cached_tokens or 0
         state.logprobs = delta.prompt_logprobs or state.logprobs
@@ -226,6 +227,15 @@ def ending(last: Delta | None) -> Json:
     return {"finish_reason": last.finish_reason, "stop_reason": last.stop_reason}
 
 
-def engine_failure() -> ApiError:
-    """The answer when the engine ends a request with ``error``."""
+def engine_failure(constraint: StructuredOutputsParams | None = None) -> ApiError:
+    """The answer when the engine ends a request with ``error``; where its own ``constraint`` is at
+    fault, that is the client's."""
+    if constraint is not None:
+        return ApiError(
+            400,
+            f"{constraint.asked_as}: the grammar of this request needed more than one step may "
+            "take, or allowed no token; make it simpler",
+            param=constraint.asked_as,
+            code="grammar_failed",
+        )
     return ApiError(500, "the engine could not finish this request", code="engine_error")

@@ -80,19 +80,12 @@ _NO_TOOLS = Unsupported((), "tool calls are not supported yet")
 _NO_CHOICE = Unsupported(("none", "auto"), "tool calls are not supported yet")
 _NO_MEDIA = Unsupported((), "this server reads and writes text only")
 NO_TEMPLATE = Unsupported((), "templates come with the model; a request cannot bring or steer one")
-_NO_GRAMMAR = Unsupported((), "constrained output is not supported yet")
 _NO_BEAMS = Unsupported((), "beam search is not supported")
 _MAX_TOKENS = Unsupported((), "say max_tokens", names=("max_tokens", "max_completion_tokens"))
 _MIN_TOKENS = Unsupported((0,), "say min_tokens", names=("min_tokens",))
 _STOP = Unsupported((), "say stop", names=("stop",))
 # Fields of both kinds of completion; below, of one kind.
 BOTH: dict[str, Unsupported] = {
-    "response_format": Unsupported(({"type": "text"},), "only plain text is supported so far"),
-    "guided_json": _NO_GRAMMAR,
-    "guided_regex": _NO_GRAMMAR,
-    "guided_choice": _NO_GRAMMAR,
-    "guided_grammar": _NO_GRAMMAR,
-    "structured_outputs": _NO_GRAMMAR,
     "use_beam_search": _NO_BEAMS,
     "length_penalty": Unsupported((1,), "beam search is not supported"),
     "early_stopping": _NO_BEAMS,

@@ -8,7 +8,7 @@ From vLLM: ``top_k``, ``min_p``, ``min_tokens``, ``stop_token_ids``, ``ignore_eo
 ``repetition_penalty``, ``skip_special_tokens``, ``prompt_logprobs`` (answered where vLLM has it: in
 each choice of a completion, beside the choices of a chat; not in streams), ``priority`` (lower
 numbers first) and ``cache_salt`` (requests share cached prefixes only if their salts and API keys
-are equal).
+are equal). ``response_format``, ``structured_outputs`` and ``guided_*`` are in ``constraints``.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 from pydantic import Field, field_validator, model_validator
 
 from ds_cp.api.errors import FieldError, shown
+from ds_cp.api.requests.constraints import ConstrainedRequest
 from ds_cp.api.requests.foreign_fields import (
     BOTH,
     CHAT_ONLY,
@@ -51,7 +52,7 @@ class StreamOptions(StrictModel):
     include_usage: bool | None = None
 
 
-class SamplingRequest(StrictModel):
+class SamplingRequest(ConstrainedRequest):
     """The fields that both kinds of completion share; null means the default."""
 
     harmless: ClassVar[frozenset[str]] = HARMLESS["body"]
