@@ -88,7 +88,11 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["ds_cp", "ds_cp.*"]),
-    package_data={"ds_cp": ["py.typed"], "ds_cp.native": ["src/*.cpp", "src/*.h"]},
+    package_data={
+        "ds_cp": ["py.typed"],
+        "ds_cp.api": ["page/*"],
+        "ds_cp.native": ["src/*.cpp", "src/*.h"],
+    },
     cmdclass={"build_py": BuildWithNative, "bdist_wheel": NativeWheel},
     install_requires=[
         "torch>=2.13.0",
