@@ -119,10 +119,10 @@ class ModePolicy:
         alone decide. The algorithm takes the keys to be ``level``."""
         if self.ring_pass != "auto":
             return self.ring_pass, ModeReason.PASS_SET
-        if not level:
-            return "kv", ModeReason.UNEVEN
         if past == 0:
             return "kv", ModeReason.FIRST
+        if not level:
+            return "kv", ModeReason.UNEVEN
         if self.cost is not None and self.cost.kv_hides(ranks, new):
             return "kv", ModeReason.HIDES
         if new * self.num_q_heads <= 2 * self.num_kv_heads * (new + past):
