@@ -56,11 +56,15 @@ class LiveFeed:
         self._rates = Rates()
 
     async def once(self) -> Frame:
-        """The newest frame if it was just made, else a new one."""
-        async with self._turn:
-            if time.monotonic() >= self._due or not self._newest.number:
-                await self._make()
-            return self._newest
+        """The newest frame unless another may be made by now; at once in any case."""
+        if self._is_due():
+            async with self._turn:
+                if self._is_due():  # nobody made one meanwhile
+                    await self._make()
+        return self._newest
+
+    def _is_due(self) -> bool:
+        return time.monotonic() >= self._due or not self._newest.number
 
     async def after(self, number: int) -> Frame:
         """The newest frame once it is another than frame ``number``."""
@@ -178,6 +182,8 @@ def live_routes(context: AppContext) -> APIRouter:
                 code="too_many_viewers",
                 headers=RETRY_AFTER,
             )
+        if request.scope["state"].get("head"):
+            return Response(None, 200, media_type=EventStream.media_type)
         held_by(request.scope).take(FRAME_BYTES)
         return EventStream(feed.events(context.server.keep_alive_s), _Viewer(feed))
 

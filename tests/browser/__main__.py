@@ -1,6 +1,6 @@
-"""Fetch what the browser tests need, then run them: ``python -m tests.browser [pytest's options]``.
+"""Fetch what the browser tests need, then run them.
 
-``--screenshots`` also draws the pictures of docs/images.
+``python -m tests.browser [options of pytest]``
 """
 
 from __future__ import annotations

@@ -19,10 +19,6 @@ __all__ = ["launch", "tokenizer"]  # fixtures
 WAIT_MS = 8000
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--screenshots", action="store_true", help="draw docs/images again")
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     why = missing()
     for item in items:

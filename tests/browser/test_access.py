@@ -69,7 +69,8 @@ def test_it_works_without_a_mouse(site: Site) -> None:
     site.until("Done")
     assert "<|user|>Hello\nagain<|end|>" in site.engine.prompt()
     order = []
-    page.locator("body").evaluate("() => document.activeElement.blur()")
+    page.reload()
+    site.until("fake-model", "#model")
     for _ in range(40):
         page.keyboard.press("Tab")
         order.append(page.evaluate("document.activeElement.id || document.activeElement.localName"))
