@@ -38,34 +38,36 @@ def draw_pool(total: int, count: int, free: Runs, owners: dict[int, int], stride
     """
     if not total:
         return ()
-    weights: list[dict[int, float]] = [{} for _ in range(count)]
+    bounds = [-(-cell * total // count) for cell in range(count + 1)]  # the first block of each
+    used: dict[int, dict[int, float]] = {}  # by cell, where there are any
     for block, what in owners.items():
-        cell = weights[block * count // total]
+        cell = used.setdefault(block * count // total, {})
         cell[what] = cell.get(what, 0.0) + stride
-    for cell, blocks in zip(weights, _free_blocks(total, count, free), strict=True):
-        cell[FREE] = blocks
     shown = []
-    for at, cell in enumerate(weights):
-        size = _first(at + 1, total, count) - _first(at, total, count)
-        cell[CACHED] = size - sum(cell.values())
-        shown.append(max(cell, key=lambda what: (cell[what], what not in (FREE, CACHED))))
+    for at, blocks in enumerate(_free_blocks(bounds, free)):
+        cached = bounds[at + 1] - bounds[at] - blocks
+        found = used.get(at)
+        if found is not None:
+            what = max(found, key=found.__getitem__)
+            cached -= sum(found.values())
+            if found[what] >= max(blocks, cached):
+                shown.append(what)
+                continue
+        shown.append(FREE if blocks >= cached else CACHED)
     return tuple((what, len(list(run))) for what, run in groupby(shown))
 
 
-def _first(cell: int, total: int, count: int) -> int:
-    """The first block of a cell."""
-    return -(-cell * total // count)
-
-
-def _free_blocks(total: int, count: int, free: Runs) -> list[float]:
+def _free_blocks(bounds: Sequence[int], free: Runs) -> list[float]:
     """Free blocks of each cell. Of very many runs only some are looked at, and count for all."""
     stride = -(-len(free) // MAX_RUNS) or 1
+    total, count = bounds[-1], len(bounds) - 1
     found = [0.0] * count
     for start, length in free[::stride]:
-        at, end = start, start + length
-        while at < end:
-            cell = at * count // total
-            upto = min(end, _first(cell + 1, total, count))
-            found[cell] += (upto - at) * stride
-            at = upto
+        end = start + length
+        first, last = start * count // total, (end - 1) * count // total
+        for cell in range(first + 1, last):
+            found[cell] += (bounds[cell + 1] - bounds[cell]) * stride
+        found[first] += (min(end, bounds[first + 1]) - start) * stride
+        if last > first:
+            found[last] += (end - bounds[last]) * stride
     return found
