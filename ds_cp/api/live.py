@@ -132,7 +132,7 @@ class Rates:
             return None
 
         def rate(name: str) -> float:
-            return round((getattr(counters, name) - getattr(old, name)) / (now - then), 2)
+            return float(round((getattr(counters, name) - getattr(old, name)) / (now - then), 2))
 
         sent = {
             scheme: round((count - old.comm_bytes.get(scheme, 0)) / (now - then))

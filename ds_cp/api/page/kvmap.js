@@ -50,7 +50,7 @@ function look(what, requests) {
   if (what === SHARED) return { class: "cell", fill: "url(#shared)" };
   const reserved = what >= RESERVED;
   const request = requests[reserved ? what - RESERVED : what];
-  if (!request) return { class: "cell cached", fill: "currentColor" };
+  if (!request) return { class: "cell other" };
   const slot = slotOf(request.number);
   return { class: reserved ? "cell reserved" : "cell", fill: `url(#slot${slot})`, request, reserved, slot };
 }
@@ -162,7 +162,7 @@ export class KvMap {
       const paths = request.mode === "ring" ? ring(places) : tree(places);
       shown.push(drawn("g", { class: request.mode, "data-request": request.id },
         ...paths.map((d) => drawn("path", { class: "link", d, "marker-end": "url(#tip)" })),
-        label(places[0].x - 66, places[0].y + 4, `${tagOf(request.number)} ${travels(request)}`, "said")));
+        label(places[0].x - 9, places[0].y + 4, `${tagOf(request.number)} ${travels(request)}`, "said")));
     }
     this.#links.replaceChildren(...shown);
   }

@@ -5,7 +5,12 @@ import { KvMap, swatch, tagOf, travels } from "./kvmap.js";
 import { events } from "./server.js";
 
 const PAUSES_S = [1, 2, 5, 10];
-const KINDS = [[-1, "free"], [-2, "cached: nobody's, kept for its prefix"], [-3, "shared by several requests"]];
+const KINDS = [
+  [-1, "free"],
+  [-2, "cached: nobody's, kept for its prefix"],
+  [-3, "shared by several requests"],
+  [-4, "of requests that are not listed"],
+];
 
 // Reads /state for as long as the page is looked at; tells `onFrame` of each picture.
 export class Feed {
@@ -132,13 +137,15 @@ export class Live {
     const big = Math.max(1, ...picture.ranks.map((rank) => rank.blocks_per_cell));
     const size = `a cell is ${big === 1 ? "one block" : `about ${count(Math.round(big))} blocks`} of ${picture.block_size} tokens`;
     const running = picture.requests.map((r, i) => [i, tagOf(r.number), r]).filter(([, , r]) => r.phase !== "waiting").slice(0, 12);
-    const shown = JSON.stringify([size, running.map(([i, tag]) => [i, tag])]);
+    const there = new Set(picture.ranks.flatMap((rank) => rank.cells.map(([what]) => what)));
+    const kinds = KINDS.filter(([what]) => what > -3 || there.has(what));
+    const shown = JSON.stringify([size, running.map(([i, tag]) => [i, tag]), kinds]);
     const root = byId("legend");
     if (root.dataset.shown === shown) return;
     root.dataset.shown = shown;
     const items = [
       ...running.map(([i, tag]) => [swatch(i, picture.requests), `request ${tag}`]),
-      ...KINDS.map(([what, text]) => [swatch(what, []), text]),
+      ...kinds.map(([what, text]) => [swatch(what, []), text]),
     ];
     root.replaceChildren(...items.map(([sample, text]) => element("li", {}, sample, text)), element("li", {}, size));
   }

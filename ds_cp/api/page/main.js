@@ -12,10 +12,13 @@ const live = new Live();
 const chat = new Chat(server, askKey);
 const feed = new Feed(server, onFrame, (state) => {
   say(byId("feed"), FEED[state]);
+  byId("links").hidden = server.hasKey; // a link cannot bring the key
+  if (state === "connected") models = []; // it may be another server by now
   if (state === "lost") badge("unreachable");
   if (state === "key") askKey();
 });
 let models = [];
+let loading = false;
 
 function badge(state) {
   say(byId("state"), state);
@@ -24,7 +27,7 @@ function badge(state) {
 
 function onFrame(frame) {
   badge(frame.state);
-  if (frame.state === "ready" && !models.length) loadModels();
+  if (frame.state === "ready" && !models.length && !loading) loadModels();
   live.show(frame);
   chat.onFrame(frame);
 }
@@ -38,13 +41,15 @@ function askKey() {
 }
 
 async function loadModels() {
+  loading = true;
   try {
     models = (await server.json("/v1/models")).data;
   } catch (err) {
     if (err.status === 401) askKey();
-    else setTimeout(loadModels, RETRY_MS);
+    setTimeout(() => { loading = false; }, RETRY_MS); // the next frame tries again
     return;
   }
+  loading = false;
   byId("models").replaceChildren(...models.map((model) => element("option", { value: model.id }, model.id)));
   byId("models-row").hidden = models.length < 2;
   const length = models[0].max_model_len;
