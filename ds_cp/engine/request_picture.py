@@ -32,6 +32,7 @@ def request_picture(
         span_reason=request.why_span.value if request.why_span and table else None,
         why="; ".join(why),
         ranks=tuple(sorted({*span, *computing}))[:MAX_RANKS],
+        owner=table.last_rank if table and not request.prefilling and span else None,
         working=busy and step is not None,
         prompt_tokens=len(request.prompt),
         cached_tokens=request.cached_tokens or 0,

@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 import pytest
 
 from ds_cp.api.page_files import FOLDER, MEDIA_TYPES, page_paths
+from ds_cp.engine import picture
 from tests.server.conftest import Running, error_of
 
 TYPES = {"": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
@@ -84,6 +85,41 @@ def test_no_script_or_style_is_inline() -> None:
     walk = Walk()
     walk.feed((FOLDER / "index.html").read_text("utf-8"))
     assert walk.found == []
+
+
+def test_cells_mean_the_same_to_the_page_as_to_the_engine() -> None:
+    script = (FOLDER / "kvmap.js").read_text("utf-8")
+    said = dict(re.findall(r"\b(FREE|CACHED|SHARED|RESERVED) = (-?\d+)", script))
+    assert said == {
+        name: str(getattr(picture, name)) for name in ("FREE", "CACHED", "SHARED", "RESERVED")
+    }
+    kinds = re.findall(r"\[(-\d), ", (FOLDER / "live.js").read_text("utf-8"))
+    assert kinds == [
+        str(picture.FREE),
+        str(picture.CACHED),
+        str(picture.SHARED),
+        str(picture.OTHER),
+    ]
+
+
+def test_letters_can_be_read_on_every_colour() -> None:
+    """WCAG's contrast of black or white letters on the fill of each request."""
+    script = (FOLDER / "kvmap.js").read_text("utf-8")
+    fills = re.findall(r'^  \["#(\w{6})", "#\w{6}", ', script, re.M)
+    light = set(
+        map(int, re.findall(r"\d+", re.findall(r"LIGHT = new Set\(\[(.*?)\]\)", script)[0]))
+    )
+    assert len(fills) == len(set(fills)) == 8
+
+    def luminance(colour: str) -> float:
+        parts = (int(colour[i : i + 2], 16) / 255 for i in (0, 2, 4))
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+        return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    for slot, fill in enumerate(fills):
+        ink = 1.0 if slot in light else 0.0
+        low, high = sorted((luminance(fill), ink))
+        assert (high + 0.05) / (low + 0.05) >= 4.5, fill
 
 
 def test_every_id_that_scripts_use_is_in_the_page() -> None:

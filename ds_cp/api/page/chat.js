@@ -150,7 +150,7 @@ class Answer {
     this.usage = chunk.usage || this.usage;
     const choice = (chunk.choices || [])[0];
     if (!choice) return;
-    const { content, reasoning_content: thought } = choice.delta || {};
+    const { content, reasoning, reasoning_content: thought = reasoning } = choice.delta || {};
     if (content || thought) {
       this.#last = performance.now();
       this.#first ??= this.#last;

@@ -159,7 +159,7 @@ export class KvMap {
       if (!request.working || request.mode === "local" || shown.length >= 4) continue;
       const places = this.#along(picture, request);
       if (places.length < 2) continue;
-      const paths = request.mode === "ring" ? ring(places) : tree(places);
+      const paths = request.mode === "ring" ? ring(places) : tree(places, request.owner);
       shown.push(drawn("g", { class: request.mode, "data-request": request.id },
         ...paths.map((d) => drawn("path", { class: "link", d, "marker-end": "url(#tip)" })),
         label(places[0].x - 9, places[0].y + 4, `${tagOf(request.number)} ${travels(request)}`, "said")));
@@ -171,7 +171,7 @@ export class KvMap {
     const mine = new Set(request.ranks);
     const order = picture.ring_order.filter((rank) => mine.has(rank) && this.#boxes.has(rank));
     const hostOf = new Map(picture.ranks.map((rank) => [rank.rank, rank.host]));
-    return order.map((rank) => ({ ...this.#boxes.get(rank), host: hostOf.get(rank) }));
+    return order.map((rank) => ({ ...this.#boxes.get(rank), rank, host: hostOf.get(rank) }));
   }
 }
 
@@ -198,11 +198,11 @@ function ring(places) {
   return places.map((from, i) => line(from, places[(i + 1) % places.length], i));
 }
 
-// Partials go to the first rank of each host, then to the first of all.
-function tree(places) {
-  const heads = new Map();
+// Partials go to one rank of each host, then to the rank that computes the token.
+function tree(places, owner) {
+  const root = places.find((place) => place.rank === owner) || places[0];
+  const heads = new Map([[root.host, root]]);
   for (const place of places) if (!heads.has(place.host)) heads.set(place.host, place);
-  const root = places[0];
   return places.filter((place) => place !== root).map((place) => {
     const head = heads.get(place.host);
     return line(place, head === place ? root : head, 0);

@@ -78,6 +78,7 @@ export class Live {
     const headings = (names) => element("thead", {}, element("tr", {}, ...names.map((name) => element("th", { scope: "col" }, name))));
     byId("requests").replaceChildren(headings(["Request", "Phase", "Mode", "Ranks", "Prompt", "Tokens", "TTFT", "TPOT", "Why"]), element("tbody"));
     byId("ranks").replaceChildren(headings(["Rank", "Host", "State", "Used", "Cached", "Free", "Requests"]), element("tbody"));
+    byId("wire").replaceChildren(headings(["Scheme", "Sent", "Exchanges", "Now"]), element("tbody"));
     byId("recent").replaceChildren(headings(["Answer", "Ended by", "Modes", "Prompt", "Tokens", "TTFT", "TPOT", "Whole"]), element("tbody"));
   }
 
@@ -103,6 +104,7 @@ export class Live {
     const left = picture.num_running + picture.num_waiting - picture.requests.length;
     say(byId("more"), left > 0 ? `and ${count(left)} more` : "");
     rows(byId("ranks"), picture.ranks.map((rank) => rankRow(rank, picture)), "");
+    rows(byId("wire"), wireRows(picture.counters, rates), "Nothing yet.");
     rows(byId("recent"), picture.recent.toReversed().map(recentRow), "None yet.");
   }
 
@@ -190,6 +192,13 @@ function rankRow(rank, picture) {
   return element("tr", {}, element("th", { scope: "row" }, `${rank.rank}`), cell(rank.host), cell(rank.state),
     cell(count(rank.used)), cell(count(rank.cached)), cell(count(rank.total - rank.used - rank.cached)),
     cell(here.join(", ") || "–"));
+}
+
+function wireRows(counters, rates) {
+  return Object.entries(counters.comm_bytes).filter(([, sent]) => sent > 0).sort().map(([scheme, sent]) =>
+    element("tr", {}, element("th", { scope: "row" }, scheme), cell(bytes(sent)),
+      cell(count(counters.comm_exchanges[scheme] || 0)),
+      cell(rates ? `${bytes(rates.comm_bytes_per_s[scheme] || 0)}/s` : "–")));
 }
 
 function recentRow(ended) {

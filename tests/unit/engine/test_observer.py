@@ -73,7 +73,7 @@ def test_a_request_from_the_queue_to_its_end() -> None:
     started = observed(cluster).requests[0]
     assert (started.phase, started.mode, started.computed) == ("prefill", "local", 8)
     assert (started.to_compute, started.prompt_tokens) == (30, 30)
-    assert started.ttft_s is None and started.mode_reason == "one_rank"
+    assert started.owner is None and started.ttft_s is None and started.mode_reason == "one_rank"
     assert observed(cluster).counters.prefill_tokens == 8
     kinds = set(cells_of(observed(cluster), 0))
     assert kinds == {0, RESERVED, FREE}, "computed, held for the rest of the prompt, free"
@@ -81,7 +81,7 @@ def test_a_request_from_the_queue_to_its_end() -> None:
         cluster.step()
     now = observed(cluster).requests[0]
     assert (now.phase, now.new_tokens) == ("decode", 2)
-    assert now.ttft_s is not None and now.tpot_s is not None
+    assert now.ttft_s is not None and now.tpot_s is not None and now.owner == 0
     cluster.settle()
     ended = observed(cluster)
     assert ended.requests == () and [e.prompt_tokens for e in ended.recent] == [30, 30]
