@@ -47,9 +47,10 @@ class RequestPicture:
 
     ``mode``, ``ring_pass`` and ``mode_reason`` are of its newest step, ``span_reason`` of its
     ranks, None before it starts; ``why``: both reasons as a sentence. ``ranks`` hold its KV or
-    compute it, ascending; ``owner`` computes its next token, None in its prefill. ``working``: the newest step has it and has not ended. ``computed``:
-    tokens of the prompt (and, once preempted, of the output) whose KV is stored, of ``to_compute``.
-    Times in seconds; ``age_s`` since its arrival, ``tpot_s`` the mean time between its tokens.
+    compute it, ascending; ``owner`` computes its next token, None in its prefill. ``working``: the
+    newest step has it and has not ended. ``computed``: tokens of the prompt (and, once preempted,
+    of the output) whose KV is stored, of ``to_compute``. Times in seconds; ``age_s`` since its
+    arrival, ``tpot_s`` the mean time between its tokens.
     """
 
     number: int
