@@ -56,7 +56,7 @@ class LiveFeed:
         self._rates = Rates()
 
     async def once(self) -> Frame:
-        """The newest frame unless another may be made by now; at once in any case."""
+        """A new frame, or the newest one while it is too early for another."""
         if self._is_due():
             async with self._turn:
                 if self._is_due():  # nobody made one meanwhile
@@ -98,9 +98,9 @@ class LiveFeed:
         self._newest = Frame(self._newest.number + 1, data, state)
 
     async def events(self, keep_alive_s: float) -> AsyncIterator[bytes]:
-        """The events of one viewer, from the newest frame on; one that reads slowly misses some.
-        They end when the server does."""
-        number = 0
+        """The events of one viewer, from a new frame on; one that reads slowly misses some. They
+        end when the server does."""
+        number = (await self.once()).number - 1
         while True:
             try:
                 frame = await within(keep_alive_s, self.after(number))

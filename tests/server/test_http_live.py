@@ -126,6 +126,11 @@ def test_pictures_are_made_once_for_all_and_not_when_nobody_looks(busy: Running)
     left = busy.engine.looks
     time.sleep(1.2 * IDLE_S)
     assert busy.engine.looks <= left + 1
+    busy.engine.shown = replace(busy.engine.shown, num_running=100)
+    with lines_of(busy) as lines:
+        assert frame(next(lines))["picture"]["num_running"] == 100, (
+            "the first one is not an old one"
+        )
 
 
 def test_one_that_does_not_read_is_dropped_and_holds_up_nobody(busy: Running) -> None:
