@@ -69,7 +69,7 @@ def test_it_works_without_a_mouse(site: Site) -> None:
     site.until("Done")
     assert "<|user|>Hello\nagain<|end|>" in site.engine.prompt()
     order = []
-    page.reload()
+    page.goto(site.served.url + "/")
     site.until("fake-model", "#model")
     for _ in range(40):
         page.keyboard.press("Tab")

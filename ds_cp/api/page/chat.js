@@ -9,7 +9,7 @@ const PAINT_MS = 80; // between two paintings of an answer that grows
 const NUMBERS = { temperature: parseFloat, top_p: parseFloat, max_tokens: (t) => parseInt(t, 10), seed: (t) => parseInt(t, 10) };
 
 export class Chat {
-  #server; #files; #history = []; #running = null; #onKey;
+  #server; #files; #history = []; #running = null; #onKey; #frame = null;
 
   constructor(server, onKey) {
     this.#server = server;
@@ -78,14 +78,20 @@ export class Chat {
       if (data === "[DONE]") return;
       answer.take(JSON.parse(data));
       if (answer.started) byId("progress").hidden = true;
+      else this.#progress(); // its id is known now, and the newest frame may have it
     }
     if (!answer.reason) throw new ServerError("the answer was cut off", 0);
   }
 
-  // Shows how far the prompt of the running answer is, by the live picture.
   onFrame(frame) {
-    const answer = this.#running;
-    if (!answer || answer.started || !answer.id || !frame.picture) return;
+    this.#frame = frame;
+    this.#progress();
+  }
+
+  // Shows how far the prompt of the running answer is, by the live picture.
+  #progress() {
+    const answer = this.#running, frame = this.#frame;
+    if (!answer || answer.started || !answer.id || !frame?.picture) return;
     const request = frame.picture.requests.find((r) => r.id.startsWith(answer.id));
     if (!request) return;
     const bar = byId("bar");
