@@ -16,8 +16,8 @@ from tests.browser.tools import chromium, missing
 DOCUMENT = Path(__file__).resolve().parents[2] / "LICENSE"
 CHARACTERS = 5000  # of the document
 VIEWS: dict[str, dict[str, Any]] = {
-    "page-light": {"viewport": {"width": 1280, "height": 860}, "color_scheme": "light"},
-    "page-dark": {"viewport": {"width": 1280, "height": 860}, "color_scheme": "dark"},
+    "page-light": {"viewport": {"width": 1280, "height": 900}, "color_scheme": "light"},
+    "page-dark": {"viewport": {"width": 1280, "height": 900}, "color_scheme": "dark"},
     "page-phone": {"viewport": {"width": 360, "height": 740}, "color_scheme": "light"},
 }
 WAIT_MS = 60_000

@@ -16,7 +16,7 @@ const COLOURS = [
   ["#cc79a7", "#5c1f40", "M0 8 8 0M0 0 8 8"],
   ["#882255", "#f0a8c8", "M2 2h2v2h-2z"],
 ];
-const BOX = 146, GAP = 8, EDGE = 9, TOP = 36, WIDE = 128;
+const BOX = 142, GAP = 8, EDGE = 9, TOP = 36, BOTTOM = 20, WIDE = 128;
 
 export const slotOf = (number) => number % SLOTS;
 
@@ -96,7 +96,7 @@ export class KvMap {
       y += 20;
       for (let i = 0; i < ranks.length; i += columns) {
         const row = ranks.slice(i, i + columns);
-        const height = Math.max(...row.map((rank) => TOP + 8 + grid(cellsOf(rank)).height));
+        const height = Math.max(...row.map((rank) => TOP + BOTTOM + grid(cellsOf(rank)).height));
         row.forEach((rank, j) => this.#box(rank, EDGE + j * (BOX + GAP), y, height));
         y += height + GAP;
       }
@@ -118,10 +118,10 @@ export class KvMap {
     const used = label(x + 8, y + 28, "", "small");
     const { across, size } = grid(cellsOf(rank));
     const cells = Array.from({ length: cellsOf(rank) }, (_, i) =>
-      drawn("rect", { x: x + 9 + (i % across) * size, y: y + TOP + Math.floor(i / across) * size, width: size, height: size }));
+      drawn("rect", { x: x + 7 + (i % across) * size, y: y + TOP + Math.floor(i / across) * size, width: size, height: size }));
     const tags = drawn("g");
     this.#svg.append(frame, name, used, ...cells, tags);
-    this.#boxes.set(rank.rank, { frame, name, used, cells, tags, size, shown: "", x: x + BOX - 14, y: y + 14 });
+    this.#boxes.set(rank.rank, { frame, name, used, cells, tags, size, shown: "", x: x + BOX - 14, y: y + 14, left: x + 8, foot: y + height - 6 });
   }
 
   #fill(rank, requests, working) {
@@ -159,10 +159,11 @@ export class KvMap {
       if (!request.working || request.mode === "local" || shown.length >= 4) continue;
       const places = this.#along(picture, request);
       if (places.length < 2) continue;
+      const at = places[shown.length % places.length]; // so that labels are not all in one place
       const paths = request.mode === "ring" ? ring(places) : tree(places, request.owner);
       shown.push(drawn("g", { class: request.mode, "data-request": request.id },
         ...paths.map((d) => drawn("path", { class: "link", d, "marker-end": "url(#tip)" })),
-        label(places[0].x - 9, places[0].y + 4, `${tagOf(request.number)} ${travels(request)}`, "said")));
+        label(at.left, at.foot, `${tagOf(request.number)} ${travels(request)}`, "said")));
     }
     this.#links.replaceChildren(...shown);
   }

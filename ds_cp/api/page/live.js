@@ -113,8 +113,7 @@ export class Live {
     const total = picture.ranks.reduce((sum, rank) => sum + rank.total, 0);
     const known = [...picture.recent, ...picture.requests];
     const middle = (name) => seconds(median(known.map((r) => r[name]).filter((v) => v !== null)));
-    const sent = Object.entries(rates?.comm_bytes_per_s || {}).filter(([, n]) => n > 0);
-    const wire = sent.sort((a, b) => b[1] - a[1]).map(([name, n]) => `${name} ${bytes(n)}/s`);
+    const wire = Object.values(rates?.comm_bytes_per_s || {}).reduce((sum, n) => sum + n, 0);
     const all = Object.values(picture.counters.comm_bytes).reduce((sum, n) => sum + n, 0);
     const figures = [
       ["Running", count(picture.num_running)],
@@ -125,7 +124,7 @@ export class Live {
       ["TTFT, median", middle("ttft_s")],
       ["TPOT, median", middle("tpot_s")],
       ["Sent by rank 0", bytes(all)],
-      ["On the wire now", wire.join(", ") || "nothing"],
+      ["Sent now", `${bytes(wire)}/s`],
       ["Preemptions", count(picture.counters.num_preemptions)],
     ];
     const root = byId("figures");
