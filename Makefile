@@ -11,10 +11,12 @@ RANKS ?= 4
 PROMPT ?= Gravity is
 MAX_TOKENS ?= 64
 PEERS ?=
+BROWSER ?=
 # deepspeed starts the "python" it was installed for, and mpirun the one on the PATH
 WITH_VENV := PATH="$(CURDIR)/$(BIN):$$PATH" VIRTUAL_ENV="$(CURDIR)/$(VENV)"
 
-.PHONY: help install model serve generate test unit checks format bench bench-peers clients fuzz attacks clean
+.PHONY: help install model serve generate test unit checks format bench bench-peers clients fuzz attacks \
+	browser conformance clean
 
 help:
 	@echo "make serve      four ranks serve a small model at http://127.0.0.1:8000"
@@ -24,6 +26,7 @@ help:
 	@echo "make bench-peers  ds_cp beside its peers, under 40 minutes on an idle machine; PEERS='--quick'"
 	@echo "make clients    clients of OpenAI's protocol against the server; installs each by itself"
 	@echo "make fuzz       10,000 generated requests; make attacks: attacks beside honest streams"
+	@echo "make browser    the page in a real Chromium; make conformance: this and what else is longer"
 	@echo "make install | model | checks | format | bench | clean"
 
 install: $(STAMP)
@@ -83,6 +86,11 @@ fuzz: install model
 
 attacks: install model
 	$(WITH_VENV) $(BIN)/python -m benchmarks.attacks
+
+browser: install
+	$(WITH_VENV) $(BIN)/python -m tests.browser $(BROWSER)
+
+conformance: browser
 
 clean:
 	rm -rf $(VENV) .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -90,6 +90,7 @@ setup(
     packages=find_packages(include=["ds_cp", "ds_cp.*"]),
     package_data={
         "ds_cp": ["py.typed"],
+        "ds_cp.api": ["page/*"],
         "ds_cp.native": ["src/*.cpp", "src/*.h"],
         "ds_cp.sizing": ["devices/*.json"],
     },

@@ -22,8 +22,10 @@ from ds_cp.api.answers.logprobs import TokenTexts
 from ds_cp.api.answers.paced import PacedJson, Turns
 from ds_cp.api.context import AppContext
 from ds_cp.api.errors import ApiError, ErrorBody, from_engine, from_validation
+from ds_cp.api.live import live_routes
 from ds_cp.api.metrics import ServerMetrics
 from ds_cp.api.openapi import CHAT_ANSWERS, TEXT_ANSWERS
+from ds_cp.api.page_files import page_paths, page_routes
 from ds_cp.api.requests.bodies import Bodies
 from ds_cp.api.requests.json_route import strict_json_route
 from ds_cp.api.requests.protocol import (
@@ -95,13 +97,15 @@ def create_app(engine: EngineInterface, server: Server) -> FastAPI:
     app.include_router(_text_routes(context, json_route))
     app.include_router(_state_routes(context))
     app.include_router(rank_routes(context))
+    app.include_router(live_routes(context))
+    app.include_router(page_routes())
     app.add_exception_handler(RequestValidationError, _on_validation)
     app.add_exception_handler(HTTPException, _on_http)
     app.add_exception_handler(DsCpError, _on_typed)
     # The last one added is the outermost.
     app.add_middleware(HoldMemory, budget=budget)
     if server.api_keys:
-        app.add_middleware(ApiKeys, keys=server.api_keys)
+        app.add_middleware(ApiKeys, keys=server.api_keys, open_paths=page_paths())
     app.add_middleware(Routing, routes=app.router.routes)
     app.add_middleware(Hosts, hosts=server.answered_hosts)
     app.add_middleware(

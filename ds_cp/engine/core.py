@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import logging
 import secrets
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ds_cp.engine.detokenize import Detokenizer, IncrementalDetokenizer
 from ds_cp.engine.interface import EngineStats
+from ds_cp.engine.picture import MAX_RECENT, EndedPicture
+from ds_cp.engine.request_picture import ended_picture
 from ds_cp.errors import GrammarBusyError, IntegrityError, RequestError
 from ds_cp.grammar.constraint import FIELD
 from ds_cp.grammar.desk import GrammarDesk
+from ds_cp.layout import total
 from ds_cp.outputs import Delta, PackedLogprobs, TokenLogprob, pack_logprob
-from ds_cp.plan import NO_GRAMMAR, Outcome, Sampled, Scored, StepPlan
+from ds_cp.plan import NO_GRAMMAR, Chunk, Decodes, Outcome, Sampled, Scored, StepPlan
 from ds_cp.sampling_params import RequestOptions, SamplingParams
 from ds_cp.scheduler.request import Request
 from ds_cp.scheduler.scheduler import Scheduler
 
 logger = logging.getLogger("ds_cp.engine")
+
+StepItems = tuple[tuple[Chunk, ...], tuple[Decodes, ...]]  # what a step computes
 
 
 @dataclass(eq=False)
@@ -58,6 +64,9 @@ class EngineCore:
         self._empty_plans = 0  # consecutive empty plans while requests were pending
         self._finished: dict[str, int] = {}
         self._modes: dict[str, int] = {}
+        self._prefill_tokens = 0
+        self.last_items: StepItems = ((), ())  # of the newest step
+        self.recent: deque[EndedPicture] = deque(maxlen=MAX_RECENT)
 
     def add(
         self,
@@ -155,8 +164,10 @@ class EngineCore:
             )
         if plan is not None:
             self._steps += 1
+            self.last_items = plan.chunks, plan.decodes
             for chunk in plan.chunks:
                 self._modes[chunk.mode] = self._modes.get(chunk.mode, 0) + 1
+                self._prefill_tokens += sum(total(runs) for _, runs in chunk.owners)
             for decodes in plan.decodes:
                 count = self._modes.get(decodes.mode, 0) + len(decodes.requests)
                 self._modes[decodes.mode] = count
@@ -258,6 +269,7 @@ class EngineCore:
         reason = answer.request.finish_reason or "error"
         self._finished[reason] = self._finished.get(reason, 0) + 1
         del self._answers[answer.request.number]
+        self.recent.append(ended_picture(answer.request))
         answer.call.answers.remove(answer)
         if not answer.call.answers:
             del self._calls[answer.call.request_id]
@@ -293,6 +305,7 @@ class EngineCore:
             blocks_moved=scheduler.migration.num_moved,
             prompt_tokens=self._prompt_tokens,
             generation_tokens=self._generation_tokens,
+            prefill_tokens=self._prefill_tokens,
             num_preemptions=scheduler.num_preemptions,
             steps=self._steps,
             finished=dict(self._finished),

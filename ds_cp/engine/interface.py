@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from ds_cp.engine.picture import Picture
 from ds_cp.outputs import Delta
 from ds_cp.sampling_params import RequestOptions, SamplingParams
 from ds_cp.templates.chat import ChatTemplate
@@ -42,6 +43,7 @@ class EngineStats:
     blocks_moved: int = 0  # by drain and rebalance
     prompt_tokens: int = 0
     generation_tokens: int = 0
+    prefill_tokens: int = 0  # prompt tokens that steps computed: without what was cached
     num_preemptions: int = 0
     steps: int = 0
     step_seconds: float = 0.0
@@ -94,6 +96,11 @@ class EngineInterface(Protocol):
 
     def stats(self) -> EngineStats:
         """A snapshot of counters and gauges."""
+        ...
+
+    def picture(self) -> Picture | None:
+        """The live picture of now, made in a few milliseconds; None before the engine is ready. May
+        be called in any thread."""
         ...
 
     def drain(self, rank: int) -> None:

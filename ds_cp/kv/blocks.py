@@ -80,6 +80,10 @@ class BlockAllocator:
         """``num_available`` of every rank."""
         return [blocks.num_available for blocks in self._ranks]
 
+    def free_runs(self, rank: int) -> list[tuple[int, int]]:
+        """The free runs of ``rank`` as (start, length), in no order. Linear in runs."""
+        return self._of(rank).free.unordered_runs()
+
     def references(self, home: Home) -> int:
         """How many hold the block; 0 for a free or a cached one."""
         return self._of(home[0]).references.get(home[1], 0)

@@ -88,6 +88,7 @@ class PrefillPlanner:
         child.table = SequenceTable(size, shared, known)
         child.prefilling, child.served = False, parent.served
         child.workers, child.num_keyed = parent.workers, known // size
+        child.why_span = parent.why_span
         if parent.keys is not None:  # the same up to there, its own from there on
             child.keys = parent.keys.fork(known // size)
         child.first_scheduled_time = time.time()

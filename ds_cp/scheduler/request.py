@@ -13,6 +13,7 @@ from ds_cp.kv.table import SequenceTable
 from ds_cp.layout import Home
 from ds_cp.outputs import RequestMetrics
 from ds_cp.sampling_params import SamplingParams
+from ds_cp.scheduler.reasons import ModeReason, SpanReason
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +124,10 @@ class Request:
     first_token_time: float | None = None
     finished_time: float | None = None
     modes: list[str] = field(default_factory=list)
+    last_token_time: float | None = None
     num_preemptions: int = 0
+    why_span: SpanReason | None = None  # of the ranks that it has now
+    why_mode: ModeReason | None = None  # of its newest step
 
     @property
     def tokens(self) -> KnownTokens:

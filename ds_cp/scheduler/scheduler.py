@@ -226,8 +226,9 @@ class Scheduler:
         request.in_flight -= 1
         request.output.append(token)
         params, length = request.params, len(request.output)
+        request.last_token_time = time.time()
         if length == 1:
-            request.first_token_time = time.time()
+            request.first_token_time = request.last_token_time
         if request.table is not None and request.num_tokens % self.allocator.block_size <= 1:
             self.block_manager.prefix.enter(request)
         if length > params.min_tokens:  # that many come before an end, as in vLLM

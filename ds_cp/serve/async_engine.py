@@ -20,13 +20,15 @@ from ds_cp.config import Config
 from ds_cp.engine.core import EngineCore
 from ds_cp.engine.interface import EngineInfo, EngineStats
 from ds_cp.engine.loop import PipelinedLoop
+from ds_cp.engine.observer import Observer
+from ds_cp.engine.picture import Picture
 from ds_cp.engine.sign_of_life import idle_seconds
 from ds_cp.errors import DsCpError, EngineDeadError, RequestError, StoppingError
 from ds_cp.model.end_tokens import describe_tokenizer
 from ds_cp.outputs import Delta
 from ds_cp.plan import Idle, Outcome, Plan
 from ds_cp.sampling_params import RequestOptions, SamplingParams
-from ds_cp.scheduler.build import build_scheduler
+from ds_cp.scheduler.build import build_scheduler, grid_of
 from ds_cp.serve.channel import Ready
 from ds_cp.serve.grammar_checks import GrammarChecks
 from ds_cp.serve.worker_link import WorkerLink
@@ -74,6 +76,7 @@ class AsyncEngine:
         self._paced = paced
         self._state = "starting"
         self._core: EngineCore | None = None
+        self._observer: Observer | None = None
         self._lock = threading.Lock()  # guards core and mailboxes; not held during a step
         self._wake = threading.Condition(self._lock)
         self._refusing = False  # new requests, because the server is being stopped
@@ -179,6 +182,12 @@ class AsyncEngine:
                 comm_exchanges={scheme: sent[1] for scheme, sent in self._link.sent.items()},
             )
 
+    def picture(self) -> Picture | None:
+        """As ``EngineInterface`` says."""
+        if self._observer is None:
+            return None
+        return self._observer.picture(self._steps.seconds, self._link.sent)
+
     # --- the end; called in the event loop
 
     def refuse_new(self) -> None:
@@ -244,6 +253,8 @@ class AsyncEngine:
         scheduler = build_scheduler(self._config, facts, self._paced)
         with self._lock:
             self._core = EngineCore(scheduler, tokenizer)
+            hosts = grid_of(facts).cp_topology().hosts
+            self._observer = Observer(self._core, hosts, self._lock)
             self.tokenizer = tokenizer
             self.chat_template = chat_template
             self.info = EngineInfo(

@@ -13,6 +13,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ds_cp.engine.interface import EngineInfo, EngineStats
+from ds_cp.engine.picture import Picture
 from ds_cp.errors import CapacityError, RequestError
 from ds_cp.outputs import Delta, PackedLogprobs, TokenLogprob
 from ds_cp.sampling_params import RequestOptions, SamplingParams
@@ -107,6 +108,8 @@ class FakeEngine:
         )
         self.state = "ready"
         self.snapshot = EngineStats()
+        self.shown: Picture | None = None  # what ``picture`` says
+        self.looks = 0  # how often it was asked
         self._thread = ThreadPoolExecutor(1)
         self.first_delay_s = 0.0
         self.delay_s = 0.0
@@ -219,6 +222,10 @@ class FakeEngine:
             ranks_drained=tuple(sorted(self.drained)),
             ranks_draining=tuple(rank for rank in sorted(self.drained) if used[rank]),
         )
+
+    def picture(self) -> Picture | None:
+        self.looks += 1
+        return self.shown
 
     def drain(self, rank: int) -> None:
         self._check(rank)

@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import aclosing
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -76,6 +76,14 @@ def stream_error(err: Exception, request_id: str) -> ApiError:
     return internal_error(request_id)
 
 
+class Closable(Protocol):
+    """What a stream ends with it."""
+
+    async def close(self) -> None:
+        """Free what it holds. May be called twice."""
+        ...
+
+
 class EventStream(Response):
     """Sends events until the last one, or until the client leaves; then closes the generation.
 
@@ -86,7 +94,7 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[bytes], generation: Generation) -> None:
+    def __init__(self, events: AsyncIterator[bytes], generation: Closable) -> None:
         self.status_code = 200
         self.background = None
         self._events = events

@@ -12,7 +12,7 @@ import logging
 import re
 import secrets
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -90,18 +90,19 @@ class Failures:
 
 
 class ApiKeys:
-    """Asks for ``Authorization: Bearer KEY`` on every path but /health.
+    """Asks for ``Authorization: Bearer KEY`` on every path but /health and ``open_paths``.
 
     The sha256 (hex) of the sent key is put into ``scope["state"]["key_digest"]``. It is compared
     with that of every key, without an early exit, so that the duration reveals nothing about a key.
     """
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
+    def __init__(self, app: ASGIApp, keys: Sequence[str], open_paths: Collection[str] = ()) -> None:
         self.app = app
+        self._open = frozenset({"/health", *open_paths})
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] == "/health" or self._allows(scope):
+        if scope["type"] != "http" or scope["path"] in self._open or self._allows(scope):
             await self.app(scope, receive, send)
             return
         error = ApiError(

@@ -128,6 +128,35 @@ def test_blocks_that_do_not_add_up_end_the_engine_with_the_numbers() -> None:
     assert "\n" not in str(err)
 
 
+def test_a_picture_of_what_runs() -> None:
+    """Also while a step runs: the engine waits for it without its lock."""
+    rank = StuckRank()
+
+    async def work(engine: AsyncEngine) -> None:
+        before = engine.picture()
+        assert before is not None and before.requests == () and before.ranks[0].host == "here"
+        rank.going.clear()
+        asking = asyncio.create_task(ask(engine, "a-0"))
+        await until(lambda: engine._steps.age_s > 0)
+        during = await asyncio.to_thread(engine.picture)
+        assert during is not None
+        (request,) = during.requests
+        assert (request.id, request.mode, request.working) == ("a-0", "local", True)
+        assert request.why == (
+            "one rank has room, and no link was measured; "
+            "queries and keys are on one rank, so nothing travels"
+        )
+        rank.going.set()
+        assert await asking == [7] * 9
+        after = engine.picture()
+        assert after is not None and [e.finish_reason for e in after.recent] == ["length"]
+        assert after.counters.generation_tokens == 9 and after.counters.prefill_tokens == 3
+
+    served = Served(rank)
+    served.run(work)
+    assert not served.died
+
+
 def test_a_check_waits_for_no_step() -> None:
     """A long prompt is looked through while the engine's thread holds the lock."""
 
