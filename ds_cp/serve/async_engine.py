@@ -119,9 +119,9 @@ class AsyncEngine:
         refusal is raised before the first delta."""
         mailbox: _Mailbox = asyncio.Queue()
         prompt = tuple(prompt_token_ids)  # copied before the lock is taken
-        desk = self._ready_core().grammars
+        checker = self._ready_core().grammars
         try:
-            grammar = await self._checks.check(desk, params.structured_outputs)
+            grammar = await self._checks.check(checker, params.structured_outputs)
         except RequestError:
             self._ready_core()  # while the engine ends, that is why
             raise
