@@ -136,7 +136,8 @@ def _build(
     if world.device.type == "cuda" and tp.size == 1:  # sums between ranks are not captured
         longest = -(-served.max_model_len // size)
         rows = config.scheduler.max_num_seqs
-        worker.capture_decodes(rows, longest, cuda_graphs(world.device))
+        spans = cp.size > 1 and world.backend == "nccl"  # exchanges by way of the host are not
+        worker.capture_decodes(rows, longest, cuda_graphs(world.device), spans)
     return worker, facts
 
 

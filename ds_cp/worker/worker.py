@@ -33,6 +33,7 @@ from ds_cp.plan import (
 from ds_cp.worker.decode_graph import DecodeGraphs, Graph
 from ds_cp.worker.outcome import Times, pack, rows_of, unpack, width_of
 from ds_cp.worker.sampler import History, Row, Score, sample_rows, score_prompt
+from ds_cp.worker.span_graph import Kind, SpanGraphs
 from ds_cp.worker.state import Draw, Handoff, StepWork, WorkerState
 from ds_cp.worker.step_context import Layers, StepContext
 
@@ -77,13 +78,15 @@ class Worker:
         self.state = WorkerState(cp.rank, pool.block_size)
         self.model_seconds = 0.0  # in the model's forward call, attention included
         self._graphs: DecodeGraphs | None = None
+        self._spans: SpanGraphs | None = None
         self._histories: dict[int, History] = {}  # of requests that looked back here
 
     def capture_decodes(
-        self, max_rows: int, max_blocks: int, make_graph: Callable[[], Graph]
+        self, max_rows: int, max_blocks: int, make_graph: Callable[[], Graph], spans: bool = False
     ) -> None:
-        """From now on, steps that only decode requests which are whole here run as graphs. The pool
-        has a scratch block; ``max_rows``: requests that run at once; ``max_blocks``: of one."""
+        """From now on, steps that only decode requests which are whole here run as graphs; with
+        ``spans``, also those of requests in mode tree, on all ranks of the group. The pool has a
+        scratch block; ``max_rows``: requests that run at once; ``max_blocks``: of one."""
         model, layers, scratch = self.model, self.layers, self.pool.scratch
         assert scratch is not None, "padded rows need a block to write to"
 
@@ -92,10 +95,17 @@ class Worker:
             logits: torch.Tensor = out.logits[0]
             return logits
 
+        def note(line: str) -> None:
+            print(f"ds_cp: {line}", file=sys.stderr)
+
         self._graphs = DecodeGraphs(
             forward, layers.specs, self.pool, layers.kernel, scratch, max_rows, max_blocks,
-            self.cp.device, make_graph, lambda line: print(f"ds_cp: {line}", file=sys.stderr),
+            self.cp.device, make_graph, note,
         )  # fmt: skip
+        if spans:
+            self._spans = SpanGraphs(
+                forward, layers, self.world, model.dtype, max_rows, make_graph, note
+            )
 
     def lead(self, plan: Plan) -> Outcome:
         """Rank 0: ``forward`` of a plan that was made in this process."""
@@ -145,13 +155,17 @@ class Worker:
             coming = self._expect(work, width)
             self._transfer(plan.transfers)
             self._hand_over(work.handoffs)
-            step = StepContext(work, self.layers)
+            kind = self._spans.kind(work) if self._spans is not None else None
+            padding = self._spans.padding(kind) if self._spans is not None and kind else None
+            step = StepContext(work, self.layers, padding)
             drawn: list[Sampled] = []
             scores: list[Score | None] = []
             if step.num_rows:
-                logits = self._forward(step)
+                logits = self._forward(step, kind)
                 drawn = self._draw(step, logits)
                 scores = _score(step, logits)
+            elif self._spans is not None and kind is not None:
+                self._spans.run(kind, step)
             elif step.spans:
                 step.attend_without_tokens(self.model.dtype, self.cp.device)
             self.world.wait_for_device()  # or the time would be that of launching kernels
@@ -161,11 +175,11 @@ class Worker:
         seconds = max(outcome.seconds, time.perf_counter() - began)
         return msgspec.structs.replace(outcome, seconds=seconds)
 
-    def _forward(self, step: StepContext) -> torch.Tensor:
+    def _forward(self, step: StepContext, kind: Kind | None) -> torch.Tensor:
         """Logits ``[rows wanted, V]`` of the flat batch ``[1, T]``."""
         self.world.wait_for_device()
         began = time.perf_counter()
-        logits = self._replay(step)
+        logits = self._replay(step, kind)
         if logits is None:
             out = self.model(
                 input_ids=step.ids, position_ids=step.positions, use_cache=False,
@@ -176,8 +190,12 @@ class Worker:
         self.model_seconds += time.perf_counter() - began
         return logits
 
-    def _replay(self, step: StepContext) -> torch.Tensor | None:
+    def _replay(self, step: StepContext, kind: Kind | None) -> torch.Tensor | None:
         """The same from a graph, where the step can be one."""
+        if self._spans is not None and kind is not None:
+            logits = self._spans.run(kind, step)
+            assert logits is not None, "the step has rows"
+            return logits[step.logit_rows]
         inputs = step.decode_inputs() if self._graphs else None
         if self._graphs is None or inputs is None:
             return None
