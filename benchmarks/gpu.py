@@ -35,11 +35,12 @@ LEAST_S = 5.0  # seconds that a section is worth starting with
 STOP_S = 5.0  # seconds that the other ranks of a section get when one has failed, or was killed
 # name -> seconds, ranks, module
 SECTIONS: dict[str, tuple[float, int, str]] = {
-    "kernels": (80, 1, "gpu_checks"),
+    "kernels": (70, 1, "gpu_checks"),
     "one-rank": (35, 1, "gpu_checks"),
-    "two-ranks": (45, 2, "gpu_checks"),
-    "four-ranks": (55, 4, "gpu_checks"),
-    "tests": (80, 1, ""),
+    "two-ranks": (40, 2, "gpu_checks"),
+    "four-ranks": (50, 4, "gpu_checks"),
+    "tests": (65, 1, ""),
+    "rank-tests": (35, 1, ""),
     "prefill": (50, 1, "gpu_kernels"),
     "decode": (40, 1, "gpu_kernels"),
     "merge": (15, 1, "gpu_kernels"),
@@ -47,7 +48,9 @@ SECTIONS: dict[str, tuple[float, int, str]] = {
     "model": (45, 1, "gpu_model"),
     "flex": (35, 1, "gpu_kernels"),
 }
-CHECKS = ("kernels", "one-rank", "two-ranks", "four-ranks", "tests")
+CHECKS = ("kernels", "one-rank", "two-ranks", "four-ranks", "tests", "rank-tests")
+# Multi-rank tests that are run on CUDA tensors here; CONTRIBUTING.md says how all of them are.
+RANK_TESTS = ("tests/dist/test_modes.py", "tests/dist/test_reused_blocks.py")
 
 
 def argv_of(name: str, device: str, quick: bool) -> list[str]:
@@ -55,6 +58,11 @@ def argv_of(name: str, device: str, quick: bool) -> list[str]:
     if name == "tests":
         mark = "gpu" if device == "cuda" else "gpu and not gpu"
         return [sys.executable, "-m", "pytest", "-q", "-m", mark, "-p", "no:cacheprovider", "tests"]
+    if name == "rank-tests":
+        run = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *RANK_TESTS]
+        if device == "cpu":  # they are in `make test`
+            return [*run, "-m", "gpu and not gpu"]
+        return ["env", f"DS_CP_TEST_DEVICE={device}", *run]
     more = ["--quick"] if quick else []
     module = f"benchmarks.{SECTIONS[name][2]}"
     return [sys.executable, "-m", module, name, "--device", device, *more]
@@ -77,7 +85,7 @@ def run_section(name: str, device: str, quick: bool, limit: float) -> dict[str, 
             except ValueError:  # cut where its process was killed
                 said.append(line)
                 problem = problem or "a row was cut"
-    if name == "tests":
+    if name in ("tests", "rank-tests"):
         last = said[-1] if said else "no output"
         passed = not problem and re.search(r"\b[1-9]\d* passed", last) is not None
         if device == "cpu" and problem == "exit status 5":  # no test was chosen

@@ -23,6 +23,7 @@ from ds_cp.facts import Facts, LinkFacts
 from ds_cp.kv.pool import bytes_per_token
 from ds_cp.model.end_tokens import model_end_tokens
 from ds_cp.model.faults import decoder_at_fault
+from ds_cp.model.invariant import restore_layers
 from ds_cp.model.linear import unpack
 from ds_cp.model.loading import choose_dtype, load_config, load_model
 from ds_cp.model.shard import RowSums, shard_model
@@ -174,7 +175,9 @@ def _serve(
         reference = reference_logits(decoder, modules)
         shard_model(decoder, sums)
         with sums.recording():
-            packing = plan_packing(config.linear_layers, decoder, world, kept=is_callers)
+            packing = plan_packing(
+                config.linear_layers, decoder, world, is_callers, config.attention.deterministic
+            )
         with sums.recording():  # anew: what is kept are the sums of this one call of the model
             layers = probe_layers(decoder)
         _check_heads(decoder.config.get_text_config(), layers, tp.size)
@@ -204,6 +207,7 @@ def _load(
 ) -> Decoder:
     if isinstance(model, Decoder):
         unpack(model)  # what an earlier engine made of it
+        restore_layers(model)
         return cast(Decoder, model.train(False))
     found = load_config(model)
     dtype = choose_dtype(config.dtype, getattr(found, "dtype", None), world.device)

@@ -29,6 +29,8 @@ from ds_cp.errors import CommError, ConfigError, LaunchError
 from tests.helpers.oracle import full_attention
 from tests.helpers.ranks import RankError, run_ranks, world_group
 
+pytestmark = pytest.mark.cpu_only("what carries CPU tensors")
+
 SIZES = [0, 1, Control.FRAME - 8, Control.FRAME - 7, 2**20, 3]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8]
 

@@ -23,10 +23,13 @@ from tests.helpers.engines import engine_on, tiny_llama
 from tests.helpers.ranks import run_ranks
 
 LIBRARY = load()
-pytestmark = pytest.mark.skipif(
-    not isinstance(LIBRARY, Library) or LIBRARY.isas[0] == "baseline",
-    reason=f"needs the native library and AVX2: {LIBRARY}",
-)
+pytestmark = [
+    pytest.mark.cpu_only("the native CPU kernel"),
+    pytest.mark.skipif(
+        not isinstance(LIBRARY, Library) or LIBRARY.isas[0] == "baseline",
+        reason=f"needs the native library and AVX2: {LIBRARY}",
+    ),
+]
 COUNT, VOCAB = 26, 128
 LENGTHS = (1, 2, 3, 5, 8, 13, 16, 17, 31, 47, 64, 90, 131)
 Answer = tuple[tuple[int, ...], tuple[float, ...]]  # tokens, their log-probabilities

@@ -50,7 +50,7 @@ def specs() -> list[LayerSpec]:
 def check(world: World, size: int, kernel: str) -> list[str]:
     group, bad = world_group(world), []
     requests = requests_of(group.size, size)
-    chosen = choose_kernel(kernel, torch.device("cpu"), torch.float32, specs(), size).kernel
+    chosen = choose_kernel(kernel, group.device, torch.float32, specs(), size).kernel
     for mode, ring_pass in MODES:
         step = Step(group, requests, size, mode, ring_pass, WINDOWS, TreeRoutes())
         for spec in specs():

@@ -36,6 +36,8 @@ from ds_cp.attention.kernels.triton_kernel import TritonKernel, make_triton  # n
 from ds_cp.attention.kernels.triton_tables import Tile, prefill_tile  # noqa: E402
 from tests.helpers import triton_cases  # noqa: E402
 
+pytestmark = pytest.mark.cpu_only("interpreted kernels; has tests of its own marked gpu")
+
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = (
     triton_decode.plan_kernel, triton_decode.split_kernel, triton_decode.merge_kernel,
