@@ -53,15 +53,19 @@ class Blocks:
         self.keys[-1] += keys
         self.num_keys += keys
 
-    def within(self, low: int, high: int) -> Blocks:
-        """The blocks with some position in ``low .. high - 1``, as a new object. None when ``high
-        <= low``."""
-        if high <= low:
-            return Blocks()
-        begin = bisect_right(self.firsts, low)
-        if begin and self.firsts[begin - 1] + self.keys[begin - 1] > low:
+    def where(self, low: int, high: int) -> tuple[int, int]:
+        """Indices, begin and end, of the blocks with some position in ``low .. high - 1``; both the
+        same when there is none, as when ``high <= low``."""
+        end = bisect_left(self.firsts, high)
+        begin = min(bisect_right(self.firsts, low), end)
+        if low < high and begin and self.firsts[begin - 1] + self.keys[begin - 1] > low:
             begin -= 1
-        return self[begin : max(bisect_left(self.firsts, high), begin)]
+        return begin, end if low < high else begin
+
+    def within(self, low: int, high: int) -> Blocks:
+        """The blocks with some position in ``low .. high - 1``, as a new object."""
+        begin, end = self.where(low, high)
+        return self[begin:end]
 
     def runs(self) -> Runs:
         """The positions of all keys."""

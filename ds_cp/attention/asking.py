@@ -194,6 +194,7 @@ class Asking:
             between.ask(q_THD, arrived).wait()
         pending = inside.ask(q_THD, arrived)
         if self._own is not None:
+            pending.before_work()
             kernel.paged_attention(q_THD, q_positions, pages, self._own.batch(), spec, into)
         attend: Call | None = None
         if self._arriving:

@@ -80,6 +80,7 @@ class Halo:
             self._going.copy(pages.data[:, : pages.shape.elements], sent)
         pending = exchange.start()
         if self._own is not None:
+            pending.before_work()
             kernel.paged_attention(q_THD, q_positions, pages, self._own.batch(), spec, into)
         attend: Call | None = None
         if self._away is not None:

@@ -4,7 +4,6 @@ run, views and index vectors then."""
 from __future__ import annotations
 
 from array import array
-from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
@@ -30,10 +29,7 @@ def visible(blocks: Blocks, q_runs: Runs, window: int | None) -> Blocks:
         return blocks if blocks.firsts[-1] < end else blocks.within(0, end)
     stretches: list[tuple[int, int]] = []  # indices, begin and end
     for start, length in q_runs:
-        end = bisect_left(blocks.firsts, start + length)
-        begin = bisect_right(blocks.firsts, start - window + 1)
-        if begin and blocks.firsts[begin - 1] + blocks.keys[begin - 1] > start - window + 1:
-            begin -= 1
+        begin, end = blocks.where(start - window + 1, start + length)
         if stretches:
             begin = max(begin, stretches[-1][1])
         if begin < end:

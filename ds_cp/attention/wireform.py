@@ -21,18 +21,9 @@ def new_rows(
     return like.new_empty(num_rows, row_bytes(spec, dtype), dtype=torch.uint8)
 
 
-def pack_partial(part: Partial, dtype: torch.dtype) -> torch.Tensor:
-    """``[T, row_bytes]`` uint8: a pass over out and one over lse. One rounding to the model's
-    dtype, nothing in fp32."""
-    num_rows, num_heads, v_dim = part.out.shape
-    width = num_heads * (v_dim * dtype.itemsize + 4)
-    rows = part.out.new_empty(num_rows, width, dtype=torch.uint8)
-    pack_into(part, dtype, rows)
-    return rows
-
-
 def pack_into(part: Partial, dtype: torch.dtype, rows: torch.Tensor) -> None:
-    """The same, to ``rows [T, row_bytes]`` uint8."""
+    """To ``rows [T, row_bytes]`` uint8: a pass over out and one over lse. One rounding to the
+    model's dtype, nothing in fp32."""
     cut = part.out.shape[1] * part.out.shape[2] * dtype.itemsize
     if _aligned(cut, rows.shape[1], dtype):
         rows[:, :cut].view(dtype).view(part.out.shape).copy_(part.out)
@@ -43,7 +34,7 @@ def pack_into(part: Partial, dtype: torch.dtype, rows: torch.Tensor) -> None:
 
 
 def unpack_partial(rows: torch.Tensor, num_heads: int, v_dim: int, dtype: torch.dtype) -> Partial:
-    """The inverse of ``pack_partial``: out in ``dtype`` and lse, views of ``rows`` wherever the
+    """The inverse of ``pack_into``: out in ``dtype`` and lse, views of ``rows`` wherever the
     numbers are aligned to their size there. So fold it before ``rows`` is written again."""
     shape = len(rows), num_heads, v_dim
     cut = num_heads * v_dim * dtype.itemsize

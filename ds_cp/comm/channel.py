@@ -129,6 +129,7 @@ class Channel:
         if len(token) != TOKEN or len(pidfds) != shape.members:
             raise ValueError("a channel's token has 16 bytes, and each member a pidfd")
         self._calls = _calls(library)
+        self.ring_bytes = shape.ring_bytes
         nbytes = shape.nbytes(library)
         memory: int | None = self._calls.map(fd, nbytes)
         if memory is None:

@@ -88,7 +88,7 @@ def join(
         near = topology.ranks_on(topology.host_index(rank))
         processes = [Process(hello.pid, hello.namespace, hello.key) for hello in hellos]
         threads = torch.get_num_threads()
-        cores = len({core for r in near for core in hellos[r].cores})  # launchers may bind ranks
+        cores = cores_of([hellos[r] for r in near])
         neighbours = (
             Neighbours(rank, near, processes, store, timeout_s, cores, threads)
             if shared_memory
@@ -160,6 +160,11 @@ def _introduce(
     )  # fmt: skip
     store.set(f"hello/{rank}", msgspec.json.encode(mine).decode())
     return [msgspec.json.decode(store.get(f"hello/{r}"), type=Hello) for r in range(size)]
+
+
+def cores_of(hellos: Sequence[Hello]) -> int:
+    """Cores that these ranks of one host may use together: launchers may bind each to its own."""
+    return len({core for hello in hellos for core in hello.cores})
 
 
 def _names(hellos: Sequence[Hello]) -> list[str]:

@@ -38,15 +38,27 @@ class Pending:
     """An exchange that was started. Wait for it exactly once.
 
     ``finish`` blocks until every message has arrived, and raises ``CommError``; None when nothing
-    is left to be done.
+    is left to be done. ``hurry``: see ``before_work``; whether it did what ``finish`` does. None
+    where messages move by themselves.
     """
 
-    __slots__ = ("_finish", "_waited", "_what")
+    __slots__ = ("_finish", "_hurry", "_waited", "_what")
 
-    def __init__(self, finish: Callable[[], None] | None, what: str) -> None:
+    def __init__(
+        self, finish: Callable[[], None] | None, what: str, hurry: Callable[[], bool] | None = None
+    ) -> None:
         self._finish = finish
+        self._hurry = hurry
         self._what = what
         self._waited = False
+
+    def before_work(self) -> None:
+        """Called by who is about to compute for long before ``wait``. Where messages move only
+        within this rank's calls and a peer has not taken all of them yet, it would have to wait
+        until the work is done: then they are sent now. Raises ``CommError``."""
+        if self._hurry is not None and self._hurry():
+            self._finish = None
+        self._hurry = None
 
     def wait(self) -> None:
         """Block until every message has arrived. ``CommError`` after the job's time limit;

@@ -37,11 +37,12 @@ class RingExchange:
     def post(self, send: torch.Tensor, recv: torch.Tensor) -> None:
         """Start sending ``send`` to the next member and receiving ``recv`` from the previous one.
 
-        Both must stay untouched until ``wait``.
+        Both must stay untouched until ``wait``. The caller computes before that.
         """
         if self._pending is not None:
             raise RuntimeError("ring: post before the last hop was waited for")
         self._pending = self._group.exchange([(self.next, send)], [(self.prev, recv)], self._scheme)
+        self._pending.before_work()
         self._arriving = recv
 
     def wait(self) -> torch.Tensor:

@@ -83,6 +83,8 @@ class SharedMemory:
         if not self._all:
             sends, recvs = self._seated(sends), self._seated(recvs)
         messages = Messages.of(sends, recvs)
+        most = max((tensor.nbytes for _, tensor in sends), default=0)
+        long = most > self._channel.ring_bytes  # else ``start`` hands over all that it is given
 
         def start() -> Pending:
             began = time.monotonic()
@@ -92,9 +94,17 @@ class SharedMemory:
                 raise self._comm_error(what, began, err) from None
             if not number:
                 return Pending(None, what)
-            return Pending(partial(self._finish, number, what, began), what)
+            finish = partial(self._finish, number, what, began)
+            return Pending(finish, what, partial(self._hurry, finish) if long else None)
 
         return start
+
+    def _hurry(self, finish: Callable[[], None]) -> bool:
+        """As ``Pending`` wants it."""
+        waits = self.unsent()
+        if waits:
+            finish()
+        return waits
 
     def _seated(self, messages: Sequence[Message]) -> list[Message]:
         return [(self._seats[peer], tensor) for peer, tensor in messages]

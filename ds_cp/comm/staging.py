@@ -58,7 +58,11 @@ class Staged:
             inner.wait()
             self._host.up(arriving)
 
-        return Pending(finish, what)
+        def hurry() -> bool:
+            inner.before_work()
+            return False
+
+        return Pending(finish, what, hurry)
 
     def all_reduce(self, tensor: torch.Tensor, what: str) -> None:
         """As ``inner``, on a copy."""

@@ -79,7 +79,11 @@ class Routed:
             mine.wait()
             _wait_beside(far, near)
 
-        return Pending(finish, what)
+        def hurry() -> bool:
+            mine.before_work()
+            return False
+
+        return Pending(finish, what, hurry)
 
     def _of(self, messages: Sequence[Message], near: bool) -> list[Message]:
         return [message for message in messages if self._is_near[message[0]] == near]

@@ -254,7 +254,9 @@ def test_overlap_is_the_positions_of_both(a: Runs, b: Runs) -> None:
 @pytest.mark.parametrize("at", [0, 1, 2])
 def test_no_block_is_within_no_positions(at: int) -> None:
     blocks = layout.Blocks([layout.Block(0, 0, 2), layout.Block(3, 2, 1)])
-    assert list(blocks.within(at, at)) == [] and list(blocks.within(at, at - 1)) == []
+    for high in (at, at - 1, -5):
+        begin, end = blocks.where(at, high)
+        assert begin == end and list(blocks.within(at, high)) == []
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 5)), max_size=8), st.data())

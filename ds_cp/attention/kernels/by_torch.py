@@ -8,23 +8,11 @@ from typing import Protocol
 import torch
 
 from ds_cp.attention.batch import PagedBatch
-from ds_cp.attention.kernels.kernel import Call, Merge
+from ds_cp.attention.kernels.kernel import Call, Merge, PagedKernel
 from ds_cp.attention.pages import Pages
 from ds_cp.attention.spec import LayerSpec
 from ds_cp.attention.state import Partial
 from ds_cp.attention.wireform import pack_into, unpack_partial
-
-
-class _Attends(Protocol):
-    def paged_attention(
-        self,
-        q_THD: torch.Tensor,
-        q_positions: torch.Tensor,
-        pages: Pages,
-        batch: PagedBatch,
-        spec: LayerSpec,
-        into: Partial | None = None,
-    ) -> Partial: ...
 
 
 class _Merges(Protocol):
@@ -35,7 +23,7 @@ class ByTorch:
     """Part of a ``PagedKernel``."""
 
     def attending(
-        self: _Attends,
+        self: PagedKernel,
         q_THD: torch.Tensor,
         q_positions: torch.Tensor,
         pages: Pages,

@@ -17,10 +17,10 @@ from ds_cp.attention.kernels.self_test import fault
 from ds_cp.attention.pages import Pages, PageShape, empty_pages
 from ds_cp.attention.spec import LayerSpec
 from ds_cp.attention.state import Partial, merge_rows
-from ds_cp.attention.wireform import pack_partial
 from ds_cp.layout import Block, Blocks, Runs, positions
 from tests.helpers.native import native_library
 from tests.helpers.oracle import full_attention
+from tests.helpers.wire_rows import pack_partial
 
 LIMIT = {torch.float32: 2e-6, torch.bfloat16: 8e-3}  # of the largest value
 DIMS = ((16, 16), (64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256), (20, 36))

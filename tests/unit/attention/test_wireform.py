@@ -9,8 +9,9 @@ import torch
 
 from ds_cp.attention.spec import LayerSpec
 from ds_cp.attention.state import NEG_INF, Partial
-from ds_cp.attention.wireform import new_rows, pack_partial, row_bytes, unpack_partial
+from ds_cp.attention.wireform import new_rows, row_bytes, unpack_partial
 from tests.helpers.attention_cases import laid_out
+from tests.helpers.wire_rows import pack_partial
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -47,6 +47,9 @@ def tiny_trace(cell: Cell) -> list[Session]:
 
 
 class _Done:
+    def before_work(self) -> None:
+        pass
+
     def wait(self) -> None:
         pass
 

@@ -23,6 +23,7 @@ import torch
 
 from ds_cp.comm import channel as ch
 from ds_cp.comm.channel import Channel, ChannelError, Messages, Shape
+from ds_cp.comm.join import Hello, cores_of
 from ds_cp.comm.shared_memory import (
     LOOK_S,
     SHORT_LOOK_S,
@@ -592,3 +593,17 @@ def test_who_has_no_core_of_its_own_does_not_look() -> None:
         (3, 1, 2, 0.0), (4, 4, 2, 0.0),
     ):  # fmt: skip
         assert longest_look(ranks, threads, cores) == want
+
+
+@pytest.mark.parametrize(
+    ("cores", "want"),
+    [([(0,), (1,)], 2), ([(0, 1), (0, 1)], 2), ([(0, 1), (2, 3)], 4), ([(5,), (5,)], 1)],
+    ids=["bound", "shared", "bound to some", "one core for both"],
+)
+def test_cores_are_counted_over_the_ranks_of_a_host(
+    cores: list[tuple[int, ...]], want: int
+) -> None:
+    """A launcher that binds each of two ranks to a core leaves each with one: they look."""
+    hellos = [Hello("", "k", "h", pid, "", "", some) for pid, some in enumerate(cores)]
+    assert cores_of(hellos) == want
+    assert (longest_look(2, 1, cores_of(hellos)) == LOOK_S) == (want >= 2)
