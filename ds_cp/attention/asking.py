@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -86,18 +87,23 @@ class _Wires:
         packed = new_rows(level.end - level.begin, spec, like.dtype, like)
         found = Partial(part.out[here], part.lse[here])
         self._pack = kernel.packing(found, like.dtype, packed) if level.asked_by else None
-        answers = [new_rows(peer.count, spec, like.dtype, like) for peer in level.asks]
-        coming = [(p.rank, x) for p, x in zip(level.asks, answers, strict=True)]
-        self._back = group.prepare(_cut(packed, level.asked_by), coming, schemes[1])
-        self._mine: list[Merge] = []  # by rank: of the rows that are mine in an answer
+        coming: list[Message] = []
+        self._mine: list[Merge] = []  # by rank: of the rows that are mine in answers
         self._carried: list[Call] = []  # and of the others
-        for peer, rows in zip(level.asks, answers, strict=True):
-            cut = peer.own.count
+        for peers in _alike(level.asks, kernel):
+            peer, number = peers[0], len(peers)
+            rows = new_rows(number * peer.count, spec, like.dtype, like)
+            answers = rows.view(number, peer.count, rows.shape[1])
+            coming += [(p.rank, answer) for p, answer in zip(peers, answers, strict=True)]
+            rows, cut = answers if number > 1 else answers[0], peer.own.count
             if cut:
-                self._mine.append(peer.own.merging(rows[:cut], like.dtype, spec, kernel))
+                mine = rows[..., :cut, :]
+                self._mine.append(peer.own.merging(mine, like.dtype, spec, kernel))
             if peer.carried.count:
-                merge = peer.carried.merging(rows[cut:], like.dtype, spec, kernel)
+                others = rows[..., cut:, :]
+                merge = peer.carried.merging(others, like.dtype, spec, kernel)
                 self._carried.append(merge(part))
+        self._back = group.prepare(_cut(packed, level.asked_by), coming, schemes[1])
 
     def ask(self, q_THD: torch.Tensor, arrived: torch.Tensor) -> Pending:
         """Send queries to whom I ask; those of who asks me come into ``arrived``."""
@@ -238,6 +244,14 @@ def row_blocks(items: Sequence[Shards], size: int, window: int | None) -> tuple[
                 seen = tuple(r for r in holders if sees(shards.blocks[r], runs, window))
                 found.append(RowBlock(item, owner, total(runs), seen))
     return tuple(sorted(found, key=lambda block: (block.owner, block.item)))
+
+
+def _alike(asks: Sequence[_Peer], kernel: PagedKernel) -> list[list[_Peer]]:
+    """The peers by rank, those that follow one another and answer the same rows together where the
+    kernel merges several answers at once."""
+    if not getattr(kernel, "stacks", False):
+        return [[peer] for peer in asks]
+    return [list(peers) for _, peers in groupby(asks, key=lambda peer: peer.which)]
 
 
 def _cut(rows: torch.Tensor, counts: Sequence[Count]) -> list[Message]:

@@ -4,6 +4,8 @@ model's code untouched."""
 
 from __future__ import annotations
 
+from typing import Any, TypeGuard
+
 import torch
 from torch import nn
 
@@ -14,46 +16,69 @@ from ds_cp.model.wiring import Decoder
 
 def make_invariant(model: Decoder, interpreted: bool = False) -> str:
     """Replace what the ``nn.Linear`` modules and RMS norms compute, and return a line for the start
-    that also names what is left to torch. Weights stay where they are.
+    that also names what is left to torch. Weights stay where they are, and what is computed is that
+    of the weights as they are then, but for norms: as they are now.
 
-    Raises ``ConfigError`` where Triton is missing.
+    ``interpreted``: on a CPU, for tests. Raises ``ConfigError`` where Triton cannot do it.
     """
     try:
         from ds_cp.model.triton_linear import DTYPES, TritonLinear
         from ds_cp.model.triton_norm import TritonNorm
-    except ImportError as err:
-        raise ConfigError(
-            "attention.deterministic is true, but on CUDA it needs Triton for the linear layers, "
-            f"which does not load here ({err}); pip install 'ds_cp[cuda]', or set "
-            "attention.deterministic to false"
-        ) from err
-    done, norms = 0, 0
+    except Exception as err:  # a build for another torch may raise anything at import
+        raise _unable(err) from err
+
+    def norm_of(module: nn.Module) -> TritonNorm | None:
+        device = next((p.device.type for p in module.parameters()), "")
+        return fitting(module, TritonNorm) if may_be_norm(module, device, DTYPES) else None
+
+    linears = norms = 0
     left: set[str] = set()
-    for module in model.modules():
-        if "Norm" in type(module).__name__:
-            with torch.inference_mode():
-                device = next((p.device.type for p in module.parameters()), "")
-                may = may_be_norm(module, device, DTYPES)
-                norm = fitting(module, TritonNorm) if may else None
-            if norm is None:
+    with torch.inference_mode():
+        for module in model.modules():
+            forward: Any = None
+            if "Norm" in type(module).__name__:
+                try:
+                    forward = norm_of(module)
+                except Exception as err:  # whatever its compiler, linker or driver says
+                    raise _unable(err) from err
+                norms += forward is not None
+            elif _is_plain(module) and module.weight.dtype in DTYPES:
+                forward = TritonLinear(module, interpreted)
+                linears += 1
+            if forward is not None:
+                setattr(module, "forward", forward)  # noqa: B010
+            elif _sums(module):
                 left.add(type(module).__name__)
-                continue
-            setattr(module, "forward", norm)  # noqa: B010
-            norms += 1
-        if not isinstance(module, nn.Linear):
-            continue
-        weight = module.weight
-        plain = type(module) is nn.Linear and type(weight) is nn.Parameter
-        plain = plain and weight.is_contiguous()
-        if not plain or "forward" in module.__dict__ or weight.dtype not in DTYPES:
-            left.add(type(module).__name__)
-            continue
-        setattr(module, "forward", TritonLinear(module, interpreted))  # noqa: B010
-        done += 1
-    line = f"{done} linear layers and {norms} RMS norms by Triton, rows alike in any number"
+    line = f"{linears} linear layers and {norms} RMS norms by Triton, rows alike in any number"
     if left:
         line += f"; left to torch, whose sums may depend on it: {', '.join(sorted(left))}"
     return line
+
+
+def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether it computes nothing but ``x W^T + b`` over weights that a kernel can read."""
+    if type(module) is not nn.Linear or "forward" in module.__dict__:
+        return False
+    tensors = [t for t in (module.weight, module.bias) if t is not None]
+    return all(type(t) is nn.Parameter and t.is_contiguous() for t in tensors)
+
+
+def _sums(module: nn.Module) -> bool:
+    """Whether it is likely to sum over its own weights: anything with a matrix but a table of which
+    rows are read (experts, routers, convolutions), norms."""
+    if isinstance(module, nn.Embedding):
+        return False
+    own = list(module.parameters(recurse=False))
+    return any(p.ndim > 1 for p in own) or (bool(own) and "Norm" in type(module).__name__)
+
+
+def _unable(err: Exception) -> ConfigError:
+    first = (str(err).strip() or type(err).__name__).splitlines()[0][:200]
+    return ConfigError(
+        "attention.deterministic is true, but on CUDA it needs Triton for the linear layers, which "
+        f"does not work here ({first}); pip install 'ds_cp[cuda]', or set attention.deterministic "
+        "to false"
+    )
 
 
 def restore_layers(model: Decoder) -> None:

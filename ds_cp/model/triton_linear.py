@@ -1,8 +1,8 @@
 """Triton: a linear layer whose rows do not depend on the number of rows.
 
-A row's sum over K goes in steps of ``KS`` from 0 on, in one program, whatever rows are beside it:
-tiles are the same for every number of rows, and K is never split over programs. cuBLAS takes
-another product for other numbers of rows, which sums in another order.
+A row's sum over K goes in steps of the same length from 0 on, in one program, whatever rows are
+beside it: tiles are the same for every number of rows, and K is never split over programs. cuBLAS
+takes another product for other numbers of rows, which sums in another order.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-ROWS, COLUMNS, KS = 32, 64, 32  # of one program's tile, and of one step of its sum
+ROWS, COLUMNS = 32, 64  # of one program's tile
+STEP_BYTES = 128  # of a row, in one step of its sum
+STAGES = 4  # steps that are on their way at once
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -19,7 +21,8 @@ class TritonLinear:
     """``x W^T + b``: ``[..., K]`` -> ``[..., N]``, summed in fp32 and rounded once. Takes the place
     of a module's ``forward``, and reads the module's weights as they are then.
 
-    ``interpreted``: on a CPU, for tests; Triton's interpreter cannot multiply bf16."""
+    ``interpreted``: on a CPU, for tests; Triton's interpreter cannot multiply bf16. Raises
+    ``ValueError`` for an input of another width, dtype or device than the weights."""
 
     row_invariant = True
 
@@ -27,25 +30,27 @@ class TritonLinear:
         self._module = module
         self._upcast = interpreted
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, input: torch.Tensor) -> torch.Tensor:  # named as that of nn.Linear
         weight, bias = self._module.weight, self._module.bias
-        (num_columns, depth), rows = weight.shape, x.reshape(-1, x.shape[-1]).contiguous()
+        num_columns, depth = weight.shape
+        fits = input.shape[-1:] == (depth,) and input.dtype == weight.dtype
+        if not fits or input.device != weight.device:
+            raise ValueError(
+                f"a linear layer of {depth} columns, {weight.dtype} on {weight.device}, got "
+                f"{list(input.shape)}, {input.dtype} on {input.device}"
+            )
+        rows = input.reshape(-1, depth).contiguous()
         if rows.data_ptr() % 16:  # or Triton would compile the kernel once more for it
             rows = rows.clone()
-        if rows.dtype != weight.dtype or rows.shape[1] != depth:
-            raise ValueError(
-                f"a linear layer of {weight.dtype} and {depth} columns got {rows.dtype} and "
-                f"{rows.shape[1]}"
-            )
         y = torch.empty(len(rows), num_columns, dtype=rows.dtype, device=rows.device)
         if len(rows):
             linear_kernel[(triton.cdiv(num_columns, COLUMNS), triton.cdiv(len(rows), ROWS))](
                 rows, weight, weight if bias is None else bias, y,
                 len(rows), num_columns, depth,
-                BIAS=bias is not None, M=ROWS, N=COLUMNS, K=KS, UPCAST=self._upcast,
-                num_warps=4, num_stages=3,
+                BIAS=bias is not None, M=ROWS, N=COLUMNS, K=STEP_BYTES // weight.dtype.itemsize,
+                UPCAST=self._upcast, num_warps=4, num_stages=STAGES,
             )  # fmt: skip
-        return y.view(*x.shape[:-1], num_columns)
+        return y.view(*input.shape[:-1], num_columns)
 
 
 # One program for any number of rows: what is known of it is no part of what is compiled.

@@ -37,9 +37,15 @@ class TritonNorm:
         if rows := x.numel() // n:
             norm_kernel[(rows,)](
                 x, self._weight, y, n, self._eps,
-                ROUND=self._round_first, N=triton.next_power_of_2(n), num_warps=4,
+                ROUND=self._round_first, N=triton.next_power_of_2(n), num_warps=warps(n),
             )  # fmt: skip
         return y
+
+
+def warps(n: int) -> int:
+    """Of the program of a row of ``n`` elements, whatever rows there are: the tree of its sum
+    follows from it."""
+    return max(1, min(8, int(triton.next_power_of_2(n)) // 512))
 
 
 @triton.jit
@@ -48,7 +54,8 @@ def norm_kernel(x, weight, y, n, eps, ROUND: tl.constexpr, N: tl.constexpr):
     at = tl.arange(0, N)
     there = at < n
     values = tl.load(x + row + at, mask=there, other=0.0).to(tl.float32)
-    values = values * (1.0 / tl.sqrt(tl.sum(values * values, 0) / n + eps))
+    mean = tl.sum(values * values, 0) / n
+    values = values * tl.div_rn(1.0, tl.sqrt_rn(mean + eps))
     if ROUND:
         values = values.to(y.dtype.element_ty).to(tl.float32)
     values = values * tl.load(weight + at, mask=there, other=0.0)

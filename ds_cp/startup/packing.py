@@ -20,8 +20,9 @@ def plan_packing(
     how: str, model: Decoder, world: World, kept: bool, deterministic: bool = False
 ) -> Packing:
     """Look which layers can be packed and whether their copy has room; ``how``: ``linear_layers``
-    of the config; ``kept``: the originals stay. Runs the model on one token. On CUDA nothing is
-    packed; with ``deterministic`` the layers go by a product whose rows are each their own.
+    of the config; ``kept``: the originals stay. Runs the model on one token, but on CUDA, where
+    nothing is packed; with ``deterministic`` the layers there go by a product whose rows do not
+    depend on how many there are.
 
     Raises ``ConfigError`` when ``how`` is ``packed`` and it cannot be done.
     """

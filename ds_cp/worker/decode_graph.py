@@ -18,8 +18,7 @@ from typing import Any, Protocol
 import torch
 
 from ds_cp.attention import LayerSpec, PagedKernel, finish
-from ds_cp.attention.batch import PagedBatch
-from ds_cp.attention.batch import parts_with_room as _room
+from ds_cp.attention.batch import PagedBatch, parts_with_room
 from ds_cp.kv.pool import KVPool
 
 FEWEST_KEYS = 4096  # least room for keys, all rows together; then 4 times as much each
@@ -44,6 +43,10 @@ class Graph(Protocol):
 
     def replay(self) -> None:
         """Do it again."""
+        ...
+
+    def release(self) -> None:
+        """Give up what was recorded; no replay follows."""
         ...
 
 
@@ -76,6 +79,10 @@ class CudaGraph:
     def replay(self) -> None:
         """As in ``Graph``."""
         self._graph.replay()
+
+    def release(self) -> None:
+        """As in ``Graph``."""
+        self._graph.reset()
 
 
 def cuda_graphs(device: torch.device) -> Callable[[], Graph]:
@@ -248,7 +255,7 @@ class _StaticStep:
         # New for each run: what kernels keep in ``derived`` is computed from the buffers, so it has
         # to be among what is captured.
         self._batch = PagedBatch(
-            parts=_room(size, keys, layers.pool.block_size),
+            parts=parts_with_room(size, keys, layers.pool.block_size),
             first_row=0,
             num_rows=size,
             max_rows=1,

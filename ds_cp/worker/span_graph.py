@@ -37,8 +37,8 @@ SCHEME = "graph_agreement"  # name in the ledger
 @dataclass(frozen=True)
 class Kind:
     """What steps that are one graph on each rank have in common: of the requests that span, sorted,
-    owner and holders; per rank, rows of requests that are whole there,
-    padded; most keys of a batch on any rank, padded."""
+    owner and holders; per rank, rows of requests that are whole there, padded; most keys of a batch
+    on any rank, padded."""
 
     spans: tuple[tuple[int, tuple[int, ...]], ...]
     rows: tuple[int, ...]
@@ -72,11 +72,20 @@ class SpanGraphs:
         # Layers with windows ask ranks by what they see, which changes from step to step.
         windows = any(spec.window is not None for spec in layers.specs)
         self._off = windows or not getattr(layers.kernel, "capturable", False)
+        world.before_leaving(self.release)
 
     @property
     def captured(self) -> list[Kind]:
         """The kinds that are replayed."""
         return [kind for kind, kept in self._kept.items() if kept.recorded]
+
+    def release(self) -> None:
+        """Drop all graphs. NCCL ends a communicator only after the graphs with its messages."""
+        self._off = True
+        for kept in self._kept.values():
+            if kept.recorded:
+                kept.graph.release()
+        self._kept.clear()
 
     def kind(self, work: StepWork) -> Kind | None:
         """The kind of a step that can be kept: one new token each, some of requests that span in
@@ -125,7 +134,7 @@ class SpanGraphs:
         if kept is None:
             kept = self._kept[kind] = _Kept(step, self._make_graph())
             if len(self._kept) > MOST_KINDS:
-                gone, _ = self._kept.popitem(last=False)
+                gone, _ = self._kept.popitem(last=False)  # its graph ends with it
                 self._seen.pop(gone, None)
             self._once(kept)
             return kept.logits
@@ -166,8 +175,9 @@ class SpanGraphs:
         if not int(failed):
             kept.recorded = True
             return True
-        self._off = True
-        self._kept.clear()
+        if not why:
+            kept.graph.release()
+        self.release()
         what = "decode steps of requests that span ranks are not captured in CUDA graphs"
         self._note(f"{what}: {why or 'it failed on another rank'}")
         return False

@@ -237,9 +237,11 @@ def _batches(
             if item.shard(me) is not None:
                 batches.setdefault(("local", "", ()), []).append(item)
             continue
-        # A ring visits the ranks of its items, so items of one span share a ring.
-        around = tuple(s.rank for s in item.shards) if item.mode == "ring" else ()
-        batches.setdefault((item.mode, item.ring_pass, around), []).append(item)
+        if item.mode == "ring":  # it visits the ranks of its items: those of one span share a ring
+            around = tuple(s.rank for s in item.shards)
+            batches.setdefault(("ring", item.ring_pass, around), []).append(item)
+        else:
+            batches.setdefault((item.mode, "", ()), []).append(item)
     return sorted(batches.items(), key=lambda pair: pair[0])  # "local" is before "ring" and "tree"
 
 

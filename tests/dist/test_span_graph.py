@@ -3,24 +3,33 @@ what it recorded, with exchanges that are silent while it records, as captured o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from ds_cp.attention.batch import Part, make_batch
+from ds_cp.attention.kernels.choose import find_kernels
 from ds_cp.attention.kernels.reference import ReferenceKernel
 from ds_cp.comm.pending import Pending
 from ds_cp.comm.wire import World
 from ds_cp.kv.pool import KVPool
 from ds_cp.layout import Block, Blocks
+from ds_cp.model.wiring import probe_layers
 from ds_cp.sampling_params import SamplingParams
+from ds_cp.worker.decode_graph import cuda_graphs
+from tests.helpers.absent_peer import Steps, world_of_two
 from tests.helpers.engines import engine_on, tiny_llama
 from tests.helpers.ranks import run_ranks
 
 pytestmark = pytest.mark.cpu_only("graphs that are emulated; has a test of its own marked gpu")
 
+ROOT = Path(__file__).resolve().parents[2]
 SIZE = 4
 PROMPTS = [[1, 2, 3], [4] * 40, [7, 8] * 9]
 NEW = [60, 64, 12]  # tokens of each
@@ -72,6 +81,7 @@ class Repeated:
     def __init__(self, switch: Switch, ledger: Any, fails: bool) -> None:
         self.switch, self.ledger, self.fails, self.replays = switch, ledger, fails, 0
         self.run: Callable[[], None] = lambda: None
+        self.released = False
 
     def capture(self, run: Callable[[], None]) -> None:
         run()
@@ -87,7 +97,11 @@ class Repeated:
             raise RuntimeError("operation not permitted when stream is capturing\nmore")
         self.run = run
 
+    def release(self) -> None:
+        self.released = True
+
     def replay(self) -> None:
+        assert not self.released
         self.replays += 1
         before = {k: list(v) for k, v in self.ledger._counts.items()}
         self.run()
@@ -156,6 +170,87 @@ def test_a_recording_that_fails_on_one_rank_ends_it_on_all() -> None:
         [what + "it failed on another rank"],
         [what + "operation not permitted when stream is capturing"],
     ]
+
+
+def beside_an_absent_peer(
+    steps: Callable[[], Steps], make_graph: Callable[[], Any], beside: Sequence[int]
+) -> Any:
+    """Eager steps and replayed ones give the same logits, each with so many local requests
+    ``beside``, while blocks fill up. Returns the kinds that were captured."""
+    eager, replayed = steps(), steps()
+    notes: list[str] = []
+    graphs = replayed.graphs(make_graph, notes.append)
+    for whole in beside:
+        want, got = eager.run(None, whole), replayed.run(graphs, whole)
+        assert len(want) > whole
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    assert not notes
+    return graphs.captured
+
+
+def interpreted() -> None:
+    """In a process where Triton interprets: by the kernels that are captured, with the plans that
+    they make for what there is room for."""
+    from ds_cp.attention.kernels.triton_kernel import TritonKernel
+    from ds_cp.worker import decode_graph
+
+    decode_graph.FEWEST_KEYS = 2048  # of this process alone, to be quick
+    world, model = world_of_two(torch.device("cpu")), tiny_llama(num_hidden_layers=1)
+    specs = probe_layers(model)
+
+    def steps() -> Steps:
+        return Steps(model, specs, TritonKernel(), world, 2, 1, 520, 9, 8)
+
+    switch = Switch(world.everybody.transport)
+    beside = (1, 1, 1, 1, 0, 0, 0, 0, 1)
+    kinds = beside_an_absent_peer(steps, lambda: Repeated(switch, world.ledger, False), beside)
+    print(len(kinds))
+
+
+def test_steps_by_the_triton_kernels() -> None:
+    code = "from tests.dist import test_span_graph as t; t.interpreted()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True, text=True, timeout=250,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == 2, "with and without local requests"
+
+
+@pytest.mark.gpu
+def test_steps_are_captured_on_one_gpu() -> None:
+    """Real graphs and kernels; nothing in such a step waits for the device."""
+    device = torch.device("cuda", 0)
+    torch.cuda.set_device(device)
+    world, model = world_of_two(device), tiny_llama().to(device)
+    specs = probe_layers(model)
+    [kernel] = find_kernels("auto", device, model.dtype, specs, 16, check=False).kernels
+    made = cuda_graphs(device)
+    kinds = beside_an_absent_peer(
+        lambda: Steps(model, specs, kernel, world, 4, 2, 700, 14, 16), made,
+        (2, 2, 2, 2, 1, 2, 0, 0, 0, 0, 2, 1, 2, 2),
+    )  # fmt: skip
+    assert len(kinds) >= 2
+
+
+def test_graphs_end_before_the_connections_do() -> None:
+    """NCCL would wait for them for ever."""
+    world, model = world_of_two(torch.device("cpu")), tiny_llama()
+    specs = probe_layers(model)
+    steps = Steps(model, specs, TensorKernel(), world, 2, 0, 40, 6, 16)
+    made: list[Repeated] = []
+
+    def make() -> Repeated:
+        made.append(Repeated(Switch(world.everybody.transport), world.ledger, False))
+        return made[-1]
+
+    graphs = steps.graphs(make, pytest.fail)
+    for _ in range(6):
+        steps.run(graphs)
+    assert graphs.captured and made[0].replays
+    world.leave()
+    assert made[0].released and not graphs.captured
+    world.leave()
 
 
 def on_cuda(world: World) -> Any:

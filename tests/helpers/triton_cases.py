@@ -25,6 +25,7 @@ from ds_cp.attention.kernels.triton_kernel import TritonKernel
 from ds_cp.attention.kernels.triton_merge import merge_stacked
 from ds_cp.attention.pages import Pages, PageShape, empty_pages
 from ds_cp.attention.state import Partial, empty_partial
+from ds_cp.attention.wireform import new_rows
 from ds_cp.layout import Runs, positions, total
 from ds_cp.model.invariant import make_invariant, restore_layers
 from ds_cp.model.triton_linear import TritonLinear
@@ -311,6 +312,29 @@ def check_merge(device: torch.device) -> None:
         assert torch.equal(got.lse[others], into.lse[others].double())
 
 
+def check_answers(device: torch.device) -> None:
+    """Rows on the wire of three ranks folded by one call, and one by one: the same bits."""
+    gen, heads, dim = torch.Generator().manual_seed(6), 3, 24
+    spec, kernel = LayerSpec(heads, 1, dim, 0.2), TritonKernel()
+    for dtype in (torch.bfloat16, torch.float32):
+        packed = new_rows(3 * 5, spec, dtype, torch.empty(0, device=device)).view(3, 5, -1)
+        for rows in packed:
+            out = torch.randn(5, heads, dim, generator=gen)
+            lse = 5 * torch.randn(5, heads, generator=gen)
+            lse[2], lse[4, 1] = -torch.inf, -torch.inf
+            part = Partial(out.to(device), lse.to(device))
+            kernel.packing(part, dtype, rows)()
+        base = torch.randn(9, heads, dim, generator=gen), torch.randn(9, heads, generator=gen)
+        for where in (2, torch.tensor([7, 0, 3, 8, 1], device=device)):
+            ours, theirs = (Partial(*(x.to(device, copy=True) for x in base)) for _ in range(2))
+            cut, to = slice(1, 5), where + 1 if isinstance(where, int) else where[1:]
+            kernel.merging(packed[:, cut], dtype, to, heads, dim)(ours)()
+            for rows in packed:
+                kernel.merging(rows[cut], dtype, to, heads, dim)(theirs)()
+            assert torch.equal(ours.out, theirs.out) and torch.equal(ours.lse, theirs.lse)
+            assert not torch.equal(ours.out.cpu(), base[0])
+
+
 def check_write(device: torch.device) -> None:
     """Bit by bit what indexing stores, from any strides, and nothing beside it."""
     for dtype, dims in ((torch.bfloat16, (20, 36)), (torch.float32, (16, 16))):
@@ -412,6 +436,7 @@ GROUPS: dict[str, dict[str, Check]] = {
         "company": check_company,
         "deterministic": check_deterministic,
         "merge": check_merge,
+        "answers of ranks": check_answers,
         "write": check_write,
         "linear": check_linear,
         "norm": check_norm,

@@ -150,7 +150,7 @@ def test_a_device_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_kernel_that_cannot_be_made_is_wrong_on_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
-    def refused(device: torch.device) -> Any:
+    def refused(device: torch.device, dtype: torch.dtype) -> Any:
         raise RuntimeError("no compiler")
 
     for device, fine in (("cuda", False), ("cpu", True)):
