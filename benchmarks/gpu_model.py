@@ -3,6 +3,7 @@ time to first and further tokens beside transformers."""
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from typing import Any
@@ -21,13 +22,14 @@ from ds_cp.startup.build import build_worker
 from ds_cp.topology.hosts import Topology
 
 
-def engine_of(model: Any, tokens: int, streams: int) -> LLMEngine:
+def engine_of(model: Any, tokens: int, streams: int, deterministic: bool = False) -> LLMEngine:
     """One rank with room for so many tokens."""
     device = torch.device(model.device.type, 0) if model.device.type == "cuda" else model.device
     world = World(0, Topology(("here",)), device, 60.0, joined=False)
     config = load_config(
         {
             "model": "a loaded model", "device": device.type,
+            "attention": {"deterministic": deterministic},
             "kv_cache": {"tokens_per_rank": -(-tokens // 64) * 64, "prefix_caching": False},
             "scheduler": {"max_num_seqs": streams, "max_num_batched_tokens": 8192},
         }
@@ -94,6 +96,31 @@ def step(device: torch.device, quick: bool) -> None:
             target="<= 1.1" if count == 64 else "")  # fmt: skip
 
 
+def deterministic(device: torch.device, quick: bool) -> None:
+    """What rows that do not depend on their company cost: off, off without graphs, and on."""
+    decoder = llama(device, torch.float32 if device.type == "cpu" else torch.bfloat16, quick)
+    streams, new, length, long = (4, 6, 20, 60) if quick else (64, 24, 500, 8192)
+    prompts = [[(i * 31 + n) % 100 for i in range(length)] for n in range(streams)]
+    prompt = [(i * 31) % 100 for i in range(long)]
+    for on in (False, True):
+        room = max(streams * (length + new + 64), long + 128)
+        engine = engine_of(decoder, room, streams, on)
+        name = f"deterministic {'on' if on else 'off'}, kernel {engine.facts.kernel}"
+        graphs = engine._worker._graphs
+        for how in (graphs, None) if graphs is not None and not on else (None,):
+            engine._worker._graphs = how
+            stamps(engine, prompts, 4)
+            took = gap(stamps(engine, prompts, new))
+            row(f"decode step, {streams} streams, {name}, {'graphs' if how else 'eager'}",
+                value=f"{took * 1e3:.2f} ms")  # fmt: skip
+        stamps(engine, [prompt], 1)
+        row(f"TTFT {long}, {name}", value=f"{stamps(engine, [prompt], 1)[0] * 1e3:.2f} ms")
+        del engine, graphs, how
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
 def model(device: torch.device, quick: bool) -> None:
     """Seconds to the first token and between tokens, a stream alone."""
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
@@ -134,4 +161,4 @@ def _transformers(decoder: Any, length: int, new: int) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    section({"step": step, "model": model})
+    section({"step": step, "deterministic": deterministic, "model": model})

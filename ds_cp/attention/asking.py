@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ from ds_cp.attention.kernels import Call, Merge, PagedKernel
 from ds_cp.attention.pages import Pages
 from ds_cp.attention.spec import LayerSpec
 from ds_cp.attention.state import NEG_INF, Partial, empty_partial
-from ds_cp.attention.visible import Rows, sees, visible
+from ds_cp.attention.visible import Rows, alike, sees, visible
 from ds_cp.attention.wireform import new_rows
 from ds_cp.comm.tree import Ask, RowBlock, TreeRoutes
 from ds_cp.comm.wire import Group, Message, Pending
@@ -90,7 +89,7 @@ class _Wires:
         coming: list[Message] = []
         self._mine: list[Merge] = []  # by rank: of the rows that are mine in answers
         self._carried: list[Call] = []  # and of the others
-        for peers in _alike(level.asks, kernel):
+        for peers in alike(level.asks, lambda peer: peer.which, kernel):
             peer, number = peers[0], len(peers)
             rows = new_rows(number * peer.count, spec, like.dtype, like)
             answers = rows.view(number, peer.count, rows.shape[1])
@@ -244,14 +243,6 @@ def row_blocks(items: Sequence[Shards], size: int, window: int | None) -> tuple[
                 seen = tuple(r for r in holders if sees(shards.blocks[r], runs, window))
                 found.append(RowBlock(item, owner, total(runs), seen))
     return tuple(sorted(found, key=lambda block: (block.owner, block.item)))
-
-
-def _alike(asks: Sequence[_Peer], kernel: PagedKernel) -> list[list[_Peer]]:
-    """The peers by rank, those that follow one another and answer the same rows together where the
-    kernel merges several answers at once."""
-    if not getattr(kernel, "stacks", False):
-        return [[peer] for peer in asks]
-    return [list(peers) for _, peers in groupby(asks, key=lambda peer: peer.which)]
 
 
 def _cut(rows: torch.Tensor, counts: Sequence[Count]) -> list[Message]:

@@ -4,12 +4,12 @@ model's code untouched."""
 
 from __future__ import annotations
 
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 import torch
 from torch import nn
 
-from ds_cp.errors import ConfigError
+from ds_cp.errors import ConfigError, is_out_of_memory
 from ds_cp.model.native_norm import fitting, may_be_norm
 from ds_cp.model.wiring import Decoder
 
@@ -27,26 +27,32 @@ def make_invariant(model: Decoder, interpreted: bool = False) -> str:
     except Exception as err:  # a build for another torch may raise anything at import
         raise _unable(err) from err
 
-    def norm_of(module: nn.Module) -> TritonNorm | None:
-        device = next((p.device.type for p in module.parameters()), "")
+    checked: set[torch.dtype] = set()
+
+    def replacement(module: nn.Module) -> TritonLinear | TritonNorm | None:
+        if _is_plain(module) and module.weight.dtype in DTYPES:
+            linear = TritonLinear(module, interpreted)
+            if module.weight.dtype not in checked:
+                linear.check()
+                checked.add(module.weight.dtype)
+            return linear
+        device = next((p.device.type for p in module.parameters(recurse=False)), "")
         return fitting(module, TritonNorm) if may_be_norm(module, device, DTYPES) else None
 
     linears = norms = 0
     left: set[str] = set()
     with torch.inference_mode():
         for module in model.modules():
-            forward: Any = None
-            if "Norm" in type(module).__name__:
-                try:
-                    forward = norm_of(module)
-                except Exception as err:  # whatever its compiler, linker or driver says
-                    raise _unable(err) from err
-                norms += forward is not None
-            elif _is_plain(module) and module.weight.dtype in DTYPES:
-                forward = TritonLinear(module, interpreted)
-                linears += 1
+            try:
+                forward = replacement(module)
+            except Exception as err:  # whatever the compiler, the linker or the driver says
+                if is_out_of_memory(err):
+                    raise
+                raise _unable(err) from err
             if forward is not None:
                 setattr(module, "forward", forward)  # noqa: B010
+                linears += isinstance(forward, TritonLinear)
+                norms += isinstance(forward, TritonNorm)
             elif _sums(module):
                 left.add(type(module).__name__)
     line = f"{linears} linear layers and {norms} RMS norms by Triton, rows alike in any number"

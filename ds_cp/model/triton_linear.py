@@ -30,6 +30,14 @@ class TritonLinear:
         self._module = module
         self._upcast = interpreted
 
+    def check(self) -> None:
+        """Compile and run it once, for one row. Raises whatever Triton's compiler, the linker or
+        the driver does."""
+        weight = self._module.weight
+        self(weight.new_zeros(1, weight.shape[1]))
+        if weight.is_cuda:
+            torch.cuda.synchronize(weight.device)
+
     def __call__(self, input: torch.Tensor) -> torch.Tensor:  # named as that of nn.Linear
         weight, bias = self._module.weight, self._module.bias
         num_columns, depth = weight.shape

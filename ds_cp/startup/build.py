@@ -188,6 +188,11 @@ def _serve(
     # All ranks of a host looked at its free memory before any of them takes some.
     if line := local_phase(world, packing):
         note(line)
+    if config.attention.deterministic and world.device.type == "cuda" and tp.size > 2:
+        note(
+            f"deterministic: sums over {tp.size} tensor-parallel ranks go in an order that what "
+            "carries them may choose by the number of rows"
+        )
 
     def serve(record: AttentionRecord | None) -> list[Step]:
         return served_logits(decoder, layers, kernel.kernel, cp, sums, record)

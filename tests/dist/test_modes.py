@@ -81,8 +81,8 @@ class Stacking(ReferenceKernel):
             super().merge_rows(into, Partial(one, its_lse), rows)
 
 
-def stacked(world: World) -> tuple[bool, int, int]:
-    """Whether a tree gives the same bits by stacked answers; launches with and without."""
+def stacked(world: World, mode: str) -> tuple[bool, int, int]:
+    """Whether stacked answers give the same bits; launches with them and without."""
     group, size = world_group(world), 4
     ranks, everywhere = group.size, [r % group.size for r in range(2 * group.size)]
     requests = [
@@ -94,7 +94,7 @@ def stacked(world: World) -> tuple[bool, int, int]:
     for stacks in (True, False):
         kernel = Stacking()
         kernel.stacks = stacks
-        step = Step(group, requests, size, "tree", "kv", (None,), TreeRoutes())
+        step = Step(group, requests, size, mode, "q", (None,), TreeRoutes())
         found.append(step.run(spec, kernel))
         launches.append(kernel.launches)
     ours, theirs = found
@@ -102,9 +102,9 @@ def stacked(world: World) -> tuple[bool, int, int]:
     return same and step.error(ours, spec) <= LIMIT, *launches
 
 
-@pytest.mark.parametrize("hosts", ["aaaa", "aabba"])
-def test_answers_of_the_same_rows_are_merged_at_once(hosts: str) -> None:
-    results = run_ranks(stacked, len(hosts), hosts=list(hosts))
+@pytest.mark.parametrize(("mode", "hosts"), [("tree", "aaaa"), ("tree", "aabba"), ("ring", "aaa")])
+def test_answers_of_the_same_rows_are_merged_at_once(mode: str, hosts: str) -> None:
+    results = run_ranks(stacked, len(hosts), mode, hosts=list(hosts))
     assert all(same and few <= many for same, few, many in results)
     assert sum(few for _, few, _ in results) < sum(many for _, _, many in results)
 

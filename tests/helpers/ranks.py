@@ -36,15 +36,17 @@ def run_ranks(
     """Call ``fn(world, *args)`` on ``size`` ranks and return their results, rank 0 first.
 
     ``fn`` and ``args`` must be importable and picklable (the children come from a fork server that
-    has torch loaded already). ``hosts`` fakes a host name per rank; ``shared_memory``: between
-    ranks of one of these. ``device``: "cpu", "cuda" (all ranks share the first GPU), "cuda:each"
-    (rank r has GPU r); by default the one of ``TEST_DEVICE``.
+    has torch loaded already; for a GPU they start anew, since deepspeed asks CUDA what there is
+    when it is loaded, and CUDA does not outlive a fork). ``hosts`` fakes a host name per rank;
+    ``shared_memory``: between ranks of one of these. ``device``: "cpu", "cuda" (all ranks share the
+    first GPU), "cuda:each" (rank r has GPU r); by default the one of ``TEST_DEVICE``.
     """
     device = device or TEST_DEVICE
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["deepspeed", "pytest", "tests.helpers.ranks", "tests.helpers.engines"]
-    )
+    context: Any = mp.get_context("spawn" if device.startswith("cuda") else "forkserver")
+    if device == "cpu":
+        context.set_forkserver_preload(
+            ["deepspeed", "pytest", "tests.helpers.ranks", "tests.helpers.engines"]
+        )
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
     hosts = list(hosts) if hosts else ["localhost"] * size

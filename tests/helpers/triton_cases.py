@@ -410,7 +410,8 @@ def check_norm(device: torch.device) -> None:
 
 
 def check_model(device: torch.device) -> None:
-    """A decoder's layers, found and replaced: its logits, each row alike in any company."""
+    """A decoder's layers, found and replaced: its logits to rounding; through the layers a row's
+    bits are those alone; and given back."""
     from tests.helpers.engines import tiny_llama
 
     model = tiny_llama().to(device)
@@ -419,6 +420,12 @@ def check_model(device: torch.device) -> None:
         want = model(ids).logits
         line = make_invariant(model, interpreted=device.type == "cpu")
         got = model(ids).logits
+        layer = model.model.layers[0]
+        x = torch.randn(1, 50, 64, generator=torch.Generator().manual_seed(8)).to(device)
+        many = layer.mlp(layer.input_layernorm(x))
+        for row in (0, 31, 32, 49):
+            one = layer.mlp(layer.input_layernorm(x[:, row : row + 1]))
+            assert torch.equal(one, many[:, row : row + 1]), row
     assert line == "15 linear layers and 5 RMS norms by Triton, rows alike in any number", line
     assert float((got - want).abs().max() / want.abs().max()) < 1e-5
     restore_layers(model)
