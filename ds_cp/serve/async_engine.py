@@ -23,14 +23,16 @@ from ds_cp.engine.loop import PipelinedLoop
 from ds_cp.engine.observer import Observer
 from ds_cp.engine.picture import Picture
 from ds_cp.engine.sign_of_life import idle_seconds
+from ds_cp.engine.wire_model import WireModel
 from ds_cp.errors import DsCpError, EngineDeadError, RequestError, StoppingError
 from ds_cp.model.end_tokens import describe_tokenizer
-from ds_cp.outputs import Delta
-from ds_cp.plan import Idle, Outcome, Plan
+from ds_cp.outputs import Delta, EndedRequest
+from ds_cp.plan import Idle
 from ds_cp.sampling_params import RequestOptions, SamplingParams
 from ds_cp.scheduler.build import build_scheduler, grid_of
 from ds_cp.serve.channel import Ready
 from ds_cp.serve.grammar_checks import GrammarChecks
+from ds_cp.serve.timed_steps import TimedSteps
 from ds_cp.serve.worker_link import WorkerLink
 from ds_cp.templates.chat import LOOK_S, ChatTemplate
 from ds_cp.templates.processes import TemplateProcesses
@@ -84,15 +86,20 @@ class AsyncEngine:
         self._stopping = False  # the loop of steps ends
         self._failed = False  # by ``fail``
         self._mailboxes: dict[str, _Mailbox] = {}  # by request id
-        self._steps = _Timed(link)
+        self._steps = TimedSteps(link)
         self._stall_s = config.server.stall_s
         self._templates = TemplateProcesses()
         self._checks = GrammarChecks()
+        self._listeners: list[Callable[[EndedRequest], None]] = []
         self._thread = threading.Thread(target=self._run, name="ds_cp engine", daemon=True)
 
     def start(self) -> None:
         """Begin to wait for the worker and then to step."""
         self._thread.start()
+
+    def on_ended(self, listener: Callable[[EndedRequest], None]) -> None:
+        """As ``EngineInterface`` says."""
+        self._listeners.append(listener)
 
     @property
     def state(self) -> str:
@@ -143,8 +150,8 @@ class AsyncEngine:
         """End a request that has not finished; its blocks are free before the next step."""
         with self._lock:
             self._mailboxes.pop(request_id, None)
-            if self._core is not None:
-                self._core.abort(request_id)
+            if self._core is not None and self._core.abort(request_id):
+                self._tell_ended(self._core)
 
     def drain(self, rank: int) -> None:
         """Begin to move everything off a rank, live; see ``EngineInterface``."""
@@ -252,7 +259,7 @@ class AsyncEngine:
         ready = Ready(facts, (*ready.summary, *said, *odd))
         scheduler = build_scheduler(self._config, facts, self._paced)
         with self._lock:
-            self._core = EngineCore(scheduler, tokenizer)
+            self._core = EngineCore(scheduler, tokenizer, WireModel.of(facts))
             hosts = grid_of(facts).cp_topology().hosts
             self._observer = Observer(self._core, hosts, self._lock)
             self.tokenizer = tokenizer
@@ -296,6 +303,7 @@ class AsyncEngine:
             deltas = loop.advance()
             with self._lock:
                 pairs = [(self._mailboxes.get(delta.request_id), delta) for delta in deltas]
+                self._tell_ended(core)
             self._deliver([(mailbox, delta) for mailbox, delta in pairs if mailbox is not None])
         self._state = "dead"
         loop.settle()
@@ -310,6 +318,19 @@ class AsyncEngine:
             with contextlib.suppress(RuntimeError):  # the loop has closed
                 self._loop.call_soon_threadsafe(put)
 
+    def _tell_ended(self, core: EngineCore) -> None:
+        """Tell the listeners, in the event loop. The lock is held."""
+        ended = core.tally.take_ended()
+
+        def tell() -> None:
+            for one in ended:
+                for listener in self._listeners:
+                    listener(one)
+
+        if ended and self._listeners:
+            with contextlib.suppress(RuntimeError):  # the loop has closed
+                self._loop.call_soon_threadsafe(tell)
+
     def _die(self, err: DsCpError, exit_code: int) -> None:
         with self._lock:
             self._state = "dead"
@@ -320,34 +341,3 @@ class AsyncEngine:
         self._deliver([(mailbox, kind(str(err))) for mailbox in mailboxes])
         if not self._stopping:
             self._on_death(err, exit_code)
-
-
-class _Timed:
-    """A runner that knows the seconds of the steps so far, and the age of the one that runs."""
-
-    def __init__(self, link: WorkerLink) -> None:
-        self._link = link
-        self._outstanding = 0  # plans without an outcome
-        self._since: float | None = None  # the oldest of them runs, in time.monotonic()
-        self.seconds = 0.0
-
-    @property
-    def age_s(self) -> float:
-        """Seconds that the oldest plan without an outcome has been running; 0 without one."""
-        since = self._since
-        return 0.0 if since is None else time.monotonic() - since
-
-    def submit(self, plan: Plan) -> None:
-        """Hand over a plan."""
-        if not self._outstanding:
-            self._since = time.monotonic()
-        self._outstanding += 1
-        self._link.submit(plan)
-
-    def outcome(self) -> Outcome:
-        """The oldest plan's outcome."""
-        outcome = self._link.outcome()
-        self._outstanding -= 1
-        self._since = time.monotonic() if self._outstanding else None
-        self.seconds += outcome.seconds
-        return outcome
