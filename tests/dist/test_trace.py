@@ -28,9 +28,10 @@ TOKENS = 5
 Sent = dict[str, int]  # bytes by scheme
 
 
-def config(mode: str, **more: Any) -> dict[str, Any]:
+def config(mode: str, size: int, **more: Any) -> dict[str, Any]:
+    """``size`` ranks, all of which are needed for a request."""
     return {
-        "kv_cache": {"tokens_per_rank": 128, "block_size": 16},
+        "kv_cache": {"tokens_per_rank": 96 // size, "block_size": 16},
         "context_parallel": {"mode": mode, "local_threshold": 0 if mode == "auto" else "auto"},
         **more,
     }
@@ -38,7 +39,7 @@ def config(mode: str, **more: Any) -> dict[str, Any]:
 
 def traced(world: World, mode: str, file: str) -> tuple[list[int], Sent, dict[str, Any]]:
     """The tokens of an answer, what this rank's ledger counted meanwhile, and rank 0's counters."""
-    engine = engine_on(world, tiny_llama(), config(mode, trace={"file": file}))
+    engine = engine_on(world, tiny_llama(), config(mode, world.size, trace={"file": file}))
     if world.rank == 0:
         scheduler = build_scheduler(engine._config, engine.facts, paced=False)
         engine._core = EngineCore(scheduler, None, WireModel.of(engine.facts))
@@ -106,7 +107,7 @@ def test_a_trace_of_prefill_and_decode(
 
 
 def untraced(world: World, mode: str) -> list[int]:
-    engine = engine_on(world, tiny_llama(), config(mode))
+    engine = engine_on(world, tiny_llama(), config(mode, world.size))
     params = SamplingParams(max_tokens=TOKENS, temperature=0.0)
     outputs = engine.generate([[i % 100 for i in range(75)]], params)
     return list(outputs[0].outputs[0].token_ids) if outputs else []
@@ -151,10 +152,10 @@ def check_steps_overlap(spans: list[dict[str, Any]], size: int) -> None:
 
 def small(world: World, file: str, missing: str) -> tuple[str, str]:
     """Traces with room for a few steps; and into a folder that has gone meanwhile."""
-    engine = engine_on(world, tiny_llama(), config("tree"))
+    engine = engine_on(world, tiny_llama(), config("tree", world.size))
     worker = engine._worker
-    worker.tracing = trace_steps(worker, file, 150)
-    engine.generate([[5] * 40], SamplingParams(max_tokens=12, temperature=0.0))
+    worker.tracing = trace_steps(worker, file, 100)
+    engine.generate([[5] * 75], SamplingParams(max_tokens=12, temperature=0.0))
     line = worker.tracing.write()
     worker.tracing = trace_steps(worker, missing, 1000)
     try:
@@ -177,7 +178,7 @@ def test_what_found_no_room_is_said(tmp_path: Path) -> None:
     assert about["steps"] + about["left_out_steps"] == 12
     assert f"{about['left_out_steps']} later steps had no room" in line
     spans = sum(event["ph"] == "X" for event in found["traceEvents"])
-    assert spans <= 3 * 150 and f"{spans} spans" in line
+    assert spans <= 3 * 100 and f"{spans} spans" in line
     assert "cannot write the trace" in problem and "\n" not in problem
     assert not list(tmp_path.glob("*.part"))
     json.dumps(summarize(found).plain())
