@@ -32,7 +32,7 @@ from ds_cp.sampling_params import RequestOptions, SamplingParams
 from ds_cp.scheduler.build import build_scheduler, grid_of
 from ds_cp.serve.channel import Ready
 from ds_cp.serve.grammar_checks import GrammarChecks
-from ds_cp.serve.timed_steps import TimedSteps
+from ds_cp.serve.timed_link import TimedLink
 from ds_cp.serve.worker_link import WorkerLink
 from ds_cp.templates.chat import LOOK_S, ChatTemplate
 from ds_cp.templates.processes import TemplateProcesses
@@ -86,7 +86,7 @@ class AsyncEngine:
         self._stopping = False  # the loop of steps ends
         self._failed = False  # by ``fail``
         self._mailboxes: dict[str, _Mailbox] = {}  # by request id
-        self._steps = TimedSteps(link)
+        self._steps = TimedLink(link)
         self._stall_s = config.server.stall_s
         self._templates = TemplateProcesses()
         self._checks = GrammarChecks()
@@ -125,9 +125,9 @@ class AsyncEngine:
         refusal is raised before the first delta."""
         mailbox: _Mailbox = asyncio.Queue()
         prompt = tuple(prompt_token_ids)  # copied before the lock is taken
-        desk = self._ready_core().grammars
+        checker = self._ready_core().grammars
         try:
-            grammar = await self._checks.check(desk, params.structured_outputs)
+            grammar = await self._checks.check(checker, params.structured_outputs)
         except RequestError:
             self._ready_core()  # while the engine ends, that is why
             raise

@@ -1,4 +1,4 @@
-"""The link to rank 0's worker, with the time of its steps."""
+"""Times the steps that a worker runs: their seconds in all, and how long the oldest one takes."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from ds_cp.plan import Outcome, Plan
 from ds_cp.serve.worker_link import WorkerLink
 
 
-class TimedSteps:
-    """A runner that knows the seconds of the steps so far, and the age of the one that runs."""
+class TimedLink:
+    """A ``WorkerLink`` that times its plans. One thread submits and takes outcomes; ``seconds``, of
+    all steps so far as the ranks measured them, and ``age_s`` may be read by any."""
 
     def __init__(self, link: WorkerLink) -> None:
         self._link = link
