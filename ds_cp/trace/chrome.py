@@ -17,6 +17,11 @@ FORMAT = 1  # of what is in the file
 TITLES = {Kind.POST: "post", Kind.WAIT: "wait"}  # before the name
 
 
+def pid_of(rank: int) -> int:
+    """A rank's process and thread in the file. To Perfetto, 0 is the idle process."""
+    return rank + 1
+
+
 class TraceFile:
     """Writes a trace, rank by rank, a line an event. ``about``: what is said of the whole.
 
@@ -36,11 +41,11 @@ class TraceFile:
     ) -> int:  # fmt: skip
         """One rank's spans; ``aligned`` gives nanoseconds since the beginning of the trace. Returns
         the number of records."""
-        self._event({"ph": "M", "name": "process_name", "pid": rank,
+        self._event({"ph": "M", "name": "process_name", "pid": pid_of(rank),
                      "args": {"name": f"rank {rank} on {host}"}})  # fmt: skip
-        self._event({"ph": "M", "name": "process_sort_index", "pid": rank,
+        self._event({"ph": "M", "name": "process_sort_index", "pid": pid_of(rank),
                      "args": {"sort_index": rank}})  # fmt: skip
-        self._event({"ph": "M", "name": "thread_name", "pid": rank, "tid": 0,
+        self._event({"ph": "M", "name": "thread_name", "pid": pid_of(rank), "tid": pid_of(rank),
                      "args": {"name": "computing thread"}})  # fmt: skip
         count = 0
         for record in records:
@@ -63,7 +68,7 @@ def events_of(
 ) -> Iterator[dict[str, Any]]:
     """The events of one record: a span, and of an exchange its begin or its end."""
     kind, name, mode = Kind(record.kind), names[record.name], names[record.mode]
-    begin, end = aligned(record.begin), aligned(record.end)
+    begin, end, pid = aligned(record.begin), aligned(record.end), pid_of(rank)
     args: dict[str, Any] = {"mode": mode} if mode else {}
     label = name
     if kind in TITLES:
@@ -71,7 +76,7 @@ def events_of(
         label = f"{TITLES[kind]} {scheme}"
         args |= {"scheme": scheme, "exchange": record.number}
         about = {
-            "cat": "exchange", "id": f"{rank}.{record.number}", "pid": rank, "tid": 0,
+            "cat": "exchange", "id": f"{rank}.{record.number}", "pid": pid, "tid": pid,
             "name": scheme,
         }  # fmt: skip
         if kind is Kind.POST:
@@ -88,6 +93,6 @@ def events_of(
         args["layer"] = record.number
         label = f"attention of layer {record.number}"
     yield {
-        "ph": "X", "cat": kind.name.lower(), "name": label, "pid": rank, "tid": 0,
+        "ph": "X", "cat": kind.name.lower(), "name": label, "pid": pid, "tid": pid,
         "ts": begin / 1000, "dur": (end - begin) / 1000, "args": args,
     }  # fmt: skip

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_cp.errors import UserError
-from ds_cp.trace.chrome import FORMAT, PRODUCER
+from ds_cp.trace.chrome import FORMAT, PRODUCER, pid_of
 
 MAX_BYTES = 1 << 30  # of a file that is read
 Interval = tuple[float, float]  # microseconds
@@ -110,7 +110,7 @@ def _summarize(trace: dict[str, Any]) -> TraceSummary:
     flights: dict[tuple[int, str], list[Interval]] = {}
     posted: dict[str, tuple[int, str, float]] = {}  # exchange -> rank, mode, when
     for event in trace["traceEvents"]:
-        rank, phase = event["pid"], event["ph"]
+        rank, phase = event["pid"] - pid_of(0), event["ph"]
         if phase == "b":
             posted[event["id"]] = rank, event["args"].get("mode", ""), event["ts"]
         elif phase == "e" and event["id"] in posted:
@@ -130,7 +130,7 @@ def _summarize(trace: dict[str, Any]) -> TraceSummary:
 def _span(
     found: TraceSummary, event: dict[str, Any], computing: dict[tuple[int, str], list[Interval]]
 ) -> None:
-    kind, rank, args = event["cat"], event["pid"], event["args"]
+    kind, rank, args = event["cat"], event["pid"] - pid_of(0), event["args"]
     begin, seconds = event["ts"], event["dur"] / 1e6
     if "bytes" in args:
         sent = found.sent.setdefault(rank, {})

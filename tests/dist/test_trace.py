@@ -71,12 +71,12 @@ def test_a_trace_of_prefill_and_decode(
     assert about["hosts"] == (hosts or ["localhost"] * size)
     assert about["clock_error_us"] == 0, "the processes have one clock"
     spans = [event for event in events if event["ph"] == "X"]
-    assert {event["pid"] for event in spans} == set(range(size))
+    assert {event["pid"] for event in spans} == set(range(1, size + 1)), "rank + 1"
     check_nesting(spans)
     check_exchanges(events)
     modes = {"auto": {"ring pass-KV", "tree"}, "tree": {"tree"}}[mode]
     for rank in range(size):
-        mine = [event for event in spans if event["pid"] == rank]
+        mine = [event for event in spans if event["pid"] == rank + 1]
         assert {e["args"]["mode"] for e in mine if e["cat"] == "mode"} == modes
         assert {e["args"]["layer"] for e in mine if e["cat"] == "layer"} == set(range(LAYERS))
         assert len([e for e in mine if e["cat"] == "step"]) == about["steps"] == TOKENS
@@ -173,7 +173,7 @@ def test_what_found_no_room_is_said(tmp_path: Path) -> None:
     steps = {rank: [] for rank in range(3)}  # type: dict[int, list[int]]
     for event in found["traceEvents"]:
         if event["ph"] == "X" and event["cat"] == "step":
-            steps[event["pid"]].append(event["args"]["step"])
+            steps[event["pid"] - 1].append(event["args"]["step"])
     assert steps[0] == steps[1] == steps[2] and len(steps[0]) == about["steps"] > 0
     assert about["steps"] + about["left_out_steps"] == 12
     assert f"{about['left_out_steps']} later steps had no room" in line

@@ -66,7 +66,7 @@ def test_the_file_is_what_perfetto_reads() -> None:
     found = json.loads(written())
     assert found["displayTimeUnit"] == "ms"
     events = found["traceEvents"]
-    assert {e["pid"] for e in events} == {0, 1}
+    assert {e["pid"] for e in events} == {1, 2}
     assert [e["args"]["name"] for e in events if e["name"] == "process_name"] == [
         "rank 0 on a", "rank 1 on b",
     ]  # fmt: skip
@@ -78,7 +78,7 @@ def test_the_file_is_what_perfetto_reads() -> None:
         "mode": "ring pass-KV", "scheme": "ring_pass_kv", "exchange": 1, "bytes": 640,
         "peers": "to 1 from 1",
     }  # fmt: skip
-    begin, end = [next(e for e in events if e["ph"] == phase and e["pid"] == 1) for phase in "be"]
+    begin, end = [next(e for e in events if e["ph"] == phase and e["pid"] == 2) for phase in "be"]
     assert begin["id"] == end["id"] == "1.1" and (begin["ts"], end["ts"]) == (10_000, 70_000)
 
 
