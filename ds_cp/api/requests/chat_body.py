@@ -29,6 +29,7 @@ from ds_cp.parsing.definitions import (
 
 MAX_TEMPLATE_KWARGS = 64  # names in chat_template_kwargs
 MAX_KWARGS_VALUES = 256  # values in it, of any kind
+MAX_BITS = 63  # of an integer in a schema or in chat_template_kwargs
 MAX_KWARG_CHARS = 4096  # characters of one text in it
 _FINAL = "continue_final_message goes on with the last message, so that"
 
@@ -62,7 +63,7 @@ class TemplateFields(StrictModel):
             with in_fields():
                 if count_values(wish, name) > MAX_KWARGS_VALUES:
                     raise FieldError(f"{name} has more than {MAX_KWARGS_VALUES} values", name)
-            _check_texts(wish, name)
+            _check_values(wish, name, MAX_KWARG_CHARS)
         return value
 
     @field_validator("tools")
@@ -75,7 +76,7 @@ class TemplateFields(StrictModel):
         with in_fields():
             self._tools = read_tools(self.tools)
         for tool in self._tools:
-            plain_text(tool.description, "tools")
+            _check_values([tool.description, tool.parameters], "tools")
         self._turns = turns_of(messages)
         if not self.continue_final_message:
             return
@@ -108,16 +109,21 @@ class TemplateFields(StrictModel):
         return self.add_generation_prompt
 
 
-def _check_texts(value: Any, name: str) -> None:
+def _check_values(value: Any, name: str, most_chars: int | None = None) -> None:
+    """Raises ``FieldError`` for what cannot be passed on: half a surrogate pair, an integer of more
+    than 64 bits, a text of more than ``most_chars`` characters."""
     todo = [value]
     while todo:
         one = todo.pop()
         if isinstance(one, str):
-            if len(one) > MAX_KWARG_CHARS:
-                raise FieldError(
-                    f"{name} has {len(one)} characters; at most {MAX_KWARG_CHARS}", name
-                )
-            plain_text(one, name)
+            if most_chars is not None and len(one) > most_chars:
+                raise FieldError(f"{name} has {len(one)} characters; at most {most_chars}", name)
+            try:
+                plain_text(one, name)
+            except FieldError as err:
+                raise FieldError(str(err), name) from None
+        elif isinstance(one, int) and one.bit_length() > MAX_BITS:
+            raise FieldError(f"{name} has an integer of {one.bit_length()} bits", name)
         elif isinstance(one, dict):
             todo += [*one, *one.values()]
         elif isinstance(one, list):

@@ -102,7 +102,7 @@ class ChatMessage(StrictModel):
         with in_fields():
             self._calls = read_calls(self.tool_calls, "tool_calls")
             for call in self._calls:
-                plain_text(call.arguments, "arguments")
+                plain_text(f"{call.id}{call.name}{call.arguments}", "tool_calls")
             if self.role == "tool":
                 read_id(self.tool_call_id, "tool_call_id")
         return self
