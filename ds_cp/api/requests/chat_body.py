@@ -66,10 +66,10 @@ class TemplateFields(StrictModel):
             _check_values(wish, name, MAX_KWARG_CHARS)
         return value
 
-    @field_validator("tools")
+    @field_validator("tools", mode="before")
     @classmethod
-    def _nothing(cls, value: list[Any] | None) -> list[Any] | None:
-        return value or None
+    def _nothing(cls, value: Any) -> Any:
+        return None if is_nothing(value) else value
 
     def _read_conversation(self, messages: list[ChatMessage]) -> None:
         """Read tools and turns. Raises ``FieldError``."""
@@ -118,10 +118,7 @@ def _check_values(value: Any, name: str, most_chars: int | None = None) -> None:
         if isinstance(one, str):
             if most_chars is not None and len(one) > most_chars:
                 raise FieldError(f"{name} has {len(one)} characters; at most {most_chars}", name)
-            try:
-                plain_text(one, name)
-            except FieldError as err:
-                raise FieldError(str(err), name) from None
+            plain_text(one, name, name)
         elif isinstance(one, int) and one.bit_length() > MAX_BITS:
             raise FieldError(f"{name} has an integer of {one.bit_length()} bits", name)
         elif isinstance(one, dict):

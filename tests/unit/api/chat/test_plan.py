@@ -92,7 +92,11 @@ FAMILIES = [name for name, family in TOOL_FAMILIES.items() if family.format.argu
 # Parser of reasoning, the end of the prompt, and beginnings of an answer: whether each may come.
 BEFORE = [
     (None, "", {"": True, "<think>x</think>": False}),
-    ("think", "<|im_start|>assistant\n", {"": True, "<think>\nhm\n</think>\n\n": True, "hm": False}),
+    (
+        "think",
+        "<|im_start|>assistant\n",
+        {"": True, "<think>\nhm\n</think>\n\n": True, "hm": False},
+    ),
     ("think", "<think>\n", {"": False, "hm</think>\n\n": True}),
     ("think", "<think>\n\n</think>\n\n", {"": True, "<think>hm</think>": False}),
     ("deepseek_r1", "", {"": False, "<think>hm</think>": True, "hm</think>": True}),
@@ -253,8 +257,8 @@ def test_values_of_the_template() -> None:
     reads = frozenset({"enable_thinking", "thinking", "reasoning_effort", "lang"})
     one = ChatStyle(Chosen(None, "think", True), {}, reads, reads)
 
-    def told(given: Any = {}, effort: Any = None, **defaults: Any) -> dict[str, Any]:
-        return one.template_values(defaults, given, effort, "kwargs")
+    def told(given: Any = None, effort: Any = None, **defaults: Any) -> dict[str, Any]:
+        return one.template_values(defaults, given or {}, effort, "kwargs")
 
     assert told() == {} and told(lang="de", other=1) == {"lang": "de"}
     assert told({"lang": "fr"}, lang="de") == {"lang": "fr"}
