@@ -201,6 +201,11 @@ class ChatTemplate:
         return notes
 
     @property
+    def available(self) -> bool:
+        """Whether conversations may be rendered, as far as is known."""
+        return not self._problem
+
+    @property
     def examined(self) -> Looked | None:
         """What was found about the template; None before it was examined."""
         return self._looked

@@ -129,6 +129,7 @@ WITHOUT_TORCH = [
     "serve/async_engine.py",
     "serve/channel.py",
     "serve/job_link.py",
+    "serve/ready_facts.py",
     "serve/supervisor.py",
     "serve/worker_child.py",
     "serve/worker_link.py",
