@@ -120,6 +120,9 @@ class SamplingParams:
         self._set(
             "stop_token_ids", tuple(_integer("stop_token_ids", id_, 0, MAX_INT32) for id_ in ids)
         )
+        name = "kept_special_tokens"
+        kept = _members(name, getattr(self, name), "ids", MAX_LOGIT_BIAS)
+        self._set(name, frozenset(_integer(name, id_, 0, MAX_INT32) for id_ in kept))
         self._set("logit_bias", _biases(self.logit_bias))
         self._set(FIELD, as_params(self.structured_outputs))
         if self.structured_outputs is not None:
