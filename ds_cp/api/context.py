@@ -23,6 +23,7 @@ from ds_cp.api.answers.budget import (
 from ds_cp.api.answers.generation import Generation, Job, in_client_names
 from ds_cp.api.answers.logprobs import TokenTexts
 from ds_cp.api.answers.paced import Turns
+from ds_cp.api.chat.style import ChatStyles
 from ds_cp.api.errors import ApiError, context_overflow, not_ready
 from ds_cp.api.metrics import ServerMetrics
 from ds_cp.api.requests.protocol import SamplingRequest
@@ -55,6 +56,7 @@ class AppContext:
     codec: TextCodec
     texts: TokenTexts
     turns: Turns
+    styles: ChatStyles
 
     def model_name(self) -> str:
         """The name under which the model is served."""
@@ -78,19 +80,6 @@ class AppContext:
                 param="model",
                 code="model_not_found",
             )
-
-    def check_template_kwargs(self, given: Mapping[str, Any] | None) -> None:
-        """Raises ``ApiError`` 400 for a false that the model's chat template would heed."""
-        wishes = [name for name, value in (given or {}).items() if value is False]
-        names = self.engine.chat_template.choice.names() if wishes else ()
-        for name in wishes:
-            if name in names:
-                raise ApiError(
-                    400,
-                    f"chat_template_kwargs is not supported: this model's template reads {name!r}, "
-                    "which a request cannot set",
-                    param="chat_template_kwargs",
-                )
 
     def check_ids(self, ids: Collection[int], param: str) -> None:
         """Raises ``RequestError`` for token ids outside the vocabulary."""
