@@ -60,8 +60,6 @@ CHECKED = (
     Rule(r"(ssh|scp|pdsh) ", "there is no such host", checks.check_files),
     Rule(r"python launch/", SERVES, checks.check_python),
     Rule(r"python examples/(?!client)", "test_examples.py runs it", checks.check_python),
-    Rule(r"(\.venv/bin/)?(python -m )?pytest |python -m pytest ", "runs other tests",
-         lambda command: None),
     Rule(r"python -m (benchmarks|ds_cp)\.", "takes minutes, or compiles; a test of its own runs it",
          checks.check_python),
     Rule(r"ds-cp serve ", SERVES, checks.check_ds_cp),
