@@ -42,6 +42,7 @@ class Rule:
 
 
 SERVES = "starts a server for good; test_launchers.py starts every launcher, with the tiny model"
+NO_SLURM = "there is no Slurm here; tests/unit/topology reads what it tells its tasks"
 CHECKED = (
     Rule(r"make \w", "installs, serves or runs all tests; .ci/run begins with make test",
          checks.check_make),
@@ -53,8 +54,8 @@ CHECKED = (
     Rule(r"mpirun ", SERVES, checks.check_mpirun),
     Rule(r"torchrun .*(launch/|ds_cp\.cli|examples/)",
          SERVES + "; test_examples.py runs the examples", checks.check_torchrun),
-    Rule(r"srun |salloc ", "Slurm is not here", checks.check_srun),
-    Rule(r"(sbatch|scancel|squeue) ", "Slurm is not here", checks.check_files),
+    Rule(r"srun |salloc ", NO_SLURM, checks.check_srun),
+    Rule(r"(sbatch|scancel|squeue) ", NO_SLURM, checks.check_files),
     Rule(r"kubectl ", "there is no cluster; test_kubernetes.py checks the manifest",
          checks.check_files),
     Rule(r"(ssh|scp|pdsh) ", "there is no such host", checks.check_files),
