@@ -88,6 +88,12 @@ def guides() -> list[Path]:
     return sorted([*found, ROOT / "CONTRIBUTING.md"])
 
 
+def is_made(file: Path) -> bool:
+    """Whether a page is made from the code, whose own tests compare the two."""
+    head = "\n".join(file.read_text("utf-8").splitlines()[:5])
+    return bool(re.search(r"^(Made|Written) from ", head, re.MULTILINE))
+
+
 @cache
 def blocks_of(file: Path) -> tuple[Block, ...]:
     """Every block of code of a document, in order."""
