@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
+from weakref import WeakMethod
 
 import torch
 
@@ -59,6 +60,7 @@ class World:
         self._neighbours = neighbours
         self._near: list[SharedMemory] = []
         self._made = 0  # groups, the same number on every rank
+        self._before_leaving: list[WeakMethod[Callable[[], None]]] = []
         self._groups: list[Group] = []
         ranks = range(self.size)
         far = process_group.everybody(ranks, timeout_s) if self.size > 1 else None
@@ -141,9 +143,17 @@ class World:
         found = next((who for near in self._near if (who := near.lost()) is not None), None)
         return "" if found is None else f"rank {found} has ended"
 
+    def before_leaving(self, work: Callable[[], None]) -> None:
+        """``work``, a method of an object that may end before, is called when this world is
+        left, and no more than once: it gives up what must not outlive the connections."""
+        self._before_leaving.append(WeakMethod(work))
+
     def leave(self) -> None:
         """Leave: every peer that waits for this rank wakes, and gloo's threads end here, even if
         this world is still referred to."""
+        while self._before_leaving:
+            if (work := self._before_leaving.pop()()) is not None:
+                work()
         if self._joined:
             for group in self._groups:
                 group.close()
