@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NoReturn, TypeAlias
 from ds_cp.cli.bench import add_bench
 from ds_cp.cli.output import flush, prepare_streams, put, say
 from ds_cp.cli.sizing import add_plan
+from ds_cp.cli.trace import add_trace, add_trace_option
 from ds_cp.errors import DsCpError, LaunchError, OutputError
 from ds_cp.log_stream import drain_streams, take_over
 from ds_cp.topology.job import peek_rank
@@ -113,6 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_batch(verbs)
     add_plan(verbs)
     add_bench(verbs, _Parser)
+    add_trace(verbs, _Parser)
     _add_config(verbs)
     doctor = verbs.add_parser(
         "doctor", help="what was found on this machine, and how to fix what is missing"
@@ -140,6 +142,7 @@ def _add_serve(verbs: Verbs) -> None:
     _add_job_options(serve)
     serve.add_argument("--host", help="instead of the config's server.host")
     serve.add_argument("--port", type=int, help="instead of the config's server.port; 0: any free")
+    add_trace_option(serve)
     serve.set_defaults(verb=_serve)
 
 
@@ -155,6 +158,7 @@ def _add_generate(verbs: Verbs) -> None:
         help="JSON lines: strings, lists of token ids, or objects with prompt and sampling fields",
     )
     generate.add_argument("--json", action="store_true", help="one JSON object per prompt")
+    add_trace_option(generate)
     sampling = generate.add_argument_group("sampling")
     sampling.add_argument("--max-tokens", type=int, default=128, help="default 128")
     sampling.add_argument("--min-tokens", type=int, help="default 0")

@@ -13,7 +13,7 @@ import torch
 from ds_cp.comm import process_group
 from ds_cp.comm.device import mark_here, wait_until
 from ds_cp.comm.group import Group
-from ds_cp.comm.ledger import Ledger
+from ds_cp.comm.ledger import Ledger, Waits
 from ds_cp.comm.local_work import LocalWork
 from ds_cp.comm.process_group import DistError, ProcessGroup
 from ds_cp.comm.shared_memory import Neighbours, SharedMemory
@@ -51,6 +51,7 @@ class World:
         self.cores = cores or len(os.sched_getaffinity(0))
         self.threads = threads or self.cores
         self.ledger = Ledger()
+        self.waits = Waits()
         self.local_work = LocalWork()
         self.store = store  # of the ranks that joined: keys and values, also after ``leave``
         self.failure: BaseException | None = None  # why this world is of no use any more

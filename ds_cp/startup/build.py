@@ -42,6 +42,7 @@ from ds_cp.startup.shapes import layer_windows, mean_shape, shape_notes
 from ds_cp.startup.weights import active_weights
 from ds_cp.topology.hosts import resolve_grid
 from ds_cp.worker.decode_graph import cuda_graphs
+from ds_cp.worker.tracing import trace_steps
 from ds_cp.worker.worker import Worker
 
 
@@ -141,6 +142,8 @@ def _build(
         rows = config.scheduler.max_num_seqs
         spans = cp.size > 1 and world.backend == "nccl"  # exchanges by way of the host are not
         worker.capture_decodes(rows, longest, cuda_graphs(world.device), spans)
+    if config.trace.file is not None:
+        trace_steps(worker, config.trace.file, config.trace.max_events)
     return worker, facts
 
 

@@ -137,11 +137,11 @@ def spread(world: World, graphs: bool, fails: int = -1) -> Any:
             return made[-1]
 
         worker.capture_decodes(8, 64, make, spans=True)
-        worker._spans._note = notes.append
+        worker.graphs.spans._note = notes.append
     world.ledger.clear()
     outputs = engine.generate(PROMPTS, [SamplingParams(max_tokens=n, temperature=0.0) for n in NEW])
     tokens = [list(o.outputs[0].token_ids) for o in outputs] if world.rank == 0 else None
-    kinds = worker._spans.captured if worker._spans is not None else []
+    kinds = worker.graphs.spans.captured if worker.graphs is not None else []
     sent = {k: v for k, v in world.ledger.schemes().items() if k.startswith("tree")}
     return tokens, sent, [graph.replays for graph in made], kinds, notes
 
@@ -262,10 +262,10 @@ def on_cuda(world: World) -> Any:
     engine = engine_on(world, tiny_llama().to(world.device), config)
     params = [SamplingParams(max_tokens=n, temperature=0.0) for n in NEW]
     found = [engine.generate(PROMPTS, params)]
-    spans = engine._worker._spans
-    assert spans is not None
-    captured = len(spans.captured)
-    engine._worker._spans = None
+    graphs = engine._worker.graphs
+    assert graphs is not None and graphs.spans is not None
+    captured = len(graphs.spans.captured)
+    engine._worker.graphs = None
     found.append(engine.generate(PROMPTS, params))
     return [[o.outputs[0].token_ids for o in some] for some in found], captured
 

@@ -337,9 +337,9 @@ def test_an_engine_with_cuda_graphs() -> None:
     cuda = torch.device("cuda", 0)
     engine = alone(tiny_llama().to(cuda), cuda)
     captured = answers(engine)
-    graphs = engine._worker._graphs
-    assert graphs is not None and graphs.captured
-    engine._worker._graphs = None
+    graphs = engine._worker.graphs
+    assert graphs is not None and graphs.decodes.captured
+    engine._worker.graphs = None
     assert [ids for ids, _ in answers(engine)] == [ids for ids, _ in captured]
 
 
