@@ -41,6 +41,9 @@ TEST = [
     "jsonschema>=4.20",
     "ruff>=0.15",
     "mypy>=1.10",
+    "kubernetes-validate>=1.37",  # ships the schemas of Kubernetes
+    "markdown-it-py>=3",  # the code in the documents
+    "pyyaml>=6",
 ]
 
 
