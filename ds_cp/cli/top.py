@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ds_cp.client.connection import Server
 
 AGAIN_S = 1.0  # seconds until a server that is gone is looked for again
-WIDTH = 100  # columns of a picture that does not go to a terminal
+WIDTH = 120  # columns of a picture that does not go to a terminal
 
 
 def add_top(verbs: Verbs) -> None:

@@ -34,6 +34,8 @@ COLOURS = ("cyan", "green", "magenta", "yellow", "blue", "bright_red", "bright_c
            "bright_green", "bright_magenta", "bright_yellow", "bright_blue", "red")  # fmt: skip
 BAR = range(16, 129)  # columns of a KV bar
 BESIDE = 44  # columns beside a KV bar
+NARROW = 120  # columns below which requests have no names
+REASONS = 8  # different reasons that are spelled out
 LEGEND = "KV: a letter is a request's, . free, - cached, + shared, * of a request not listed"
 
 
@@ -54,7 +56,7 @@ def draw(frame: Frame, url: str, width: int) -> RenderableType:
     parts += _ranks(picture, min(max(width - BESIDE, BAR[0]), BAR[-1]))
     parts.append(Text(LEGEND, style="dim"))
     if picture.requests:
-        parts += [Text(), _requests(picture, width)]
+        parts += [Text(), _requests(picture, width), *_reasons(picture)]
     if picture.recent:
         parts += [Text(), _ended(picture.recent)]
     return Group(*parts)
@@ -148,20 +150,39 @@ def _cell(what: int, requests: int) -> tuple[str, str]:
 
 
 def _requests(picture: Picture, width: int) -> Table:
+    """A row each. On a narrow terminal the names are left out: a letter is enough."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), expand=False)
-    for name in ("", "request", "phase", "mode", "ranks", "prompt", "answer", "TTFT", "TPOT", "age",
-                 "why"):  # fmt: skip
-        table.add_column(name, no_wrap=name not in ("why",), overflow="ellipsis")
+    columns = ["", "request", "phase", "mode", "ranks", "prompt", "answer", "TTFT", "TPOT", "age",
+               "why"]  # fmt: skip
+    wide = width >= NARROW
+    for name in columns:
+        if wide or name != "request":
+            table.add_column(name, no_wrap=True, overflow="ellipsis")
     for place, request in enumerate(picture.requests):
         letter, style = _cell(place, len(picture.requests))
         table.add_row(
-            Text(letter, style), Text(shorten(request.id, 22)), Text(_phase(request)),
-            Text(_mode(request)), Text(ranges(request.ranks)), Text(_prompt(request)),
-            Text(f"{request.new_tokens:,}/{request.max_tokens:,}"),
+            Text(letter, style), *([Text(shorten(request.id, 22))] if wide else []),
+            Text(_phase(request)), Text(_mode(request)), Text(ranges(request.ranks)),
+            Text(_prompt(request)), Text(f"{request.new_tokens:,}/{request.max_tokens:,}"),
             Text(seconds(request.ttft_s)), Text(seconds(request.tpot_s)),
-            Text(seconds(request.age_s)), Text(shorten(request.why, max(40, width))),
+            Text(seconds(request.age_s)), Text(_why(request)),
         )  # fmt: skip
     return table
+
+
+def _why(request: RequestPicture) -> str:
+    names = [name for name in (request.span_reason, request.mode_reason) if name]
+    return shorten(", ".join(names) or "-", 30)
+
+
+def _reasons(picture: Picture) -> list[Text]:
+    """The reasons in words, each once, with the requests that have it."""
+    found: dict[str, list[str]] = {}
+    for place, request in enumerate(picture.requests):
+        if request.why:
+            found.setdefault(request.why, []).append(_cell(place, len(picture.requests))[0])
+    lines = [f"{''.join(who):>4}  {shorten(why, 200)}" for why, who in found.items()]
+    return [Text(line, style="dim") for line in lines[:REASONS]]
 
 
 def _phase(request: RequestPicture) -> str:
@@ -176,7 +197,7 @@ def _mode(request: RequestPicture) -> str:
 def _prompt(request: RequestPicture) -> str:
     if request.phase == "prefill" and request.to_compute > 0:
         share = 100 * request.computed // request.to_compute
-        return f"{request.computed:,} of {request.to_compute:,}, {share} %"
+        return f"{request.computed:,}/{request.to_compute:,} {share}%"
     return f"{request.prompt_tokens:,}"
 
 

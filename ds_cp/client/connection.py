@@ -37,6 +37,7 @@ class Server:
                 raise ValueError
             parsed = httpx.URL(url.strip())
             fine = parsed.scheme in ("http", "https") and parsed.host and not parsed.query
+            fine = fine and (parsed.port is None or 0 < parsed.port < 1 << 16)
         except (httpx.InvalidURL, ValueError):
             fine = False
         if not fine:

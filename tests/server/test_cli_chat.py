@@ -1,5 +1,5 @@
-"""``ds-cp chat`` as a user has it: at a terminal and through pipes, against the application over the
-fake engine, and against a server that says what the real one never does."""
+"""``ds-cp chat`` as a user has it: at a terminal and through pipes, against the application over
+the fake engine, and against a server that says what the real one never does."""
 
 from __future__ import annotations
 

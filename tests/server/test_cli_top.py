@@ -42,7 +42,7 @@ def test_one_picture(served: Running, capfd: Any) -> None:
         out, err = capfd.readouterr()
         assert err == "" and "4 ranks on 2 hosts" in out and "host beta" in out
         assert "fake-model, 128 tokens, ready" in out and "\x1b" not in out
-        assert max(map(len, out.splitlines())) <= 100
+        assert max(map(len, out.splitlines())) <= 120
 
 
 def test_one_object(served: Running, capfd: Any) -> None:

@@ -26,7 +26,7 @@ ask() {{
     echo "${{COMPREPLY[*]}}"
 }}
 """
-ZSH = "compdef() {{ }}\n_describe() {{ print -l -- ${{(P)2}} }}\nsource {script}\n"
+ZSH = 'compdef() {{ }}\n_describe() {{ print -l -- ${{(P)2}} }}\neval "$(<{script})"\n'
 
 
 @pytest.fixture(params=SHELLS)

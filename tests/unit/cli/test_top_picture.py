@@ -20,7 +20,11 @@ from tests.helpers.pictures import PicturedJob
 def shown(frame: Frame, width: int = 200, colours: bool = False) -> str:
     out = io.StringIO()
     console = Console(
-        file=out, width=width, force_terminal=colours, highlight=False, color_system="standard"
+        file=out,
+        width=width,
+        force_terminal=colours,
+        highlight=False,
+        color_system="standard" if colours else None if colours else None,
     )
     console.print(draw(frame, "http://x:1", width))
     return out.getvalue()
