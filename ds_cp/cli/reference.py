@@ -17,12 +17,12 @@ Made from the parsers by `python -m ds_cp.cli.reference > docs/cli.md`.
   words as a shell splits them. Of flags that exclude each other, one that is given puts the twins of the others aside.
 - **`--json`.** Every command has it. stdout then holds JSON and nothing else, one object a line, in ASCII. What people read (progress, notes, the one line of a
   failure) is on stderr, and the exit code says how it ended.
-- **Exit codes.** 0 done; 2 the user's input, with one line on stderr that says what is wrong and the way out; 1 a failure of ours or of the server; 130 Ctrl-C.
-- **Terminal.** What comes from a server is shown as text: control characters in it are made visible, never sent to the terminal.
   An object holds: `serve` ready, urls, summary; `generate` the fields of `RequestOutput`; `batch` the counts of its summary; `chat` role, content,
   reasoning_content, finish_reason, stopped, prompt_tokens, cached_tokens, completion_tokens, ttft_s, seconds; `top` what GET /state says; `plan` the report;
   `doctor` ds_cp, ok, checks; `config check` file, ok, and `explain` config as well; `config schema` the schema; `version` versions by package; `completion` shell,
   script; `bench comm` the device file.
+- **Exit codes.** 0 done; 2 the user's input, with one line on stderr that says what is wrong and the way out; 1 a failure of ours or of the server; 130 Ctrl-C.
+- **Terminal.** What comes from a server is shown as text: control characters in it are made visible, never sent to the terminal.
 - **Figures.** Every `ds-cp bench` but `comm`, which writes a device file, has one shape: `bench`, `ds_cp`, `date` (UTC), `machine` (before the load), `settings`
   (what was asked for, with the warm-up), `about` (what was found), `figures` (a list of `name`, `unit`, `count`, `min`, `median`, `p90`, `p99`, `max`) and `notes`.
 - **Completion.** `eval "$(ds-cp completion bash)"`; zsh and fish: `ds-cp completion --help`.

@@ -121,11 +121,11 @@ def _add_config(verbs: Verbs) -> None:
     add_json(schema, "it in one line")
     schema.set_defaults(verb=_config, action="schema")
     check = actions.add_parser("check", help="say whether config files are valid")
-    check.add_argument("files", nargs="+", metavar="FILE")
+    check.add_argument("files", nargs="+", metavar="FILE", help="JSON configs")
     add_json(check, "an object for each file")
     check.set_defaults(verb=_config, action="check")
     explain = actions.add_parser("explain", help="every key with its value, unit and meaning")
-    explain.add_argument("files", nargs=1, metavar="FILE")
+    explain.add_argument("files", nargs=1, metavar="FILE", help="JSON config")
     add_json(explain, "every key")
     explain.set_defaults(verb=_config, action="explain")
 
