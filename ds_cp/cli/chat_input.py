@@ -74,9 +74,10 @@ class Prompter:
 
 
 def candidates(text: str, commands: Sequence[str], begins: bool) -> list[str | None]:
-    """What ``text`` may be completed to: a command where it ``begins`` the line, else a file."""
+    """What ``text`` may be completed to: a command and a blank where it ``begins`` the line, else a
+    file."""
     if begins:
-        return [name for name in commands if name.startswith(text)]
+        return [f"{name} " for name in commands if name.startswith(text)]
     found = sorted(glob.glob(glob.escape(os.path.expanduser(text)) + "*"))
     return [path + "/" if os.path.isdir(path) else path for path in found]
 

@@ -73,6 +73,18 @@ class Terminal:
         begin, self._seen = self._seen, at + len(text)
         return self.shown[begin : self._seen]
 
+    def insist(self, key: str, text: str) -> None:
+        """Type ``key`` until ``text`` is shown: Python's readline may miss a signal that comes just
+        when it begins to wait."""
+        end = time.monotonic() + PATIENCE_S
+        while self.shown.find(text, self._seen) < 0:
+            assert time.monotonic() < end, f"{text!r} did not come:\n{self.shown!r}"
+            self.send(key)
+            again = time.monotonic() + 1.0
+            while time.monotonic() < again and self.shown.find(text, self._seen) < 0:
+                self._read(0.1)
+        self.until(text)
+
     def ends(self) -> int:
         """Wait for the end; the exit code."""
         end = time.monotonic() + PATIENCE_S

@@ -121,7 +121,7 @@ def test_files_are_read_as_text(tmp_path: Path) -> None:
 
 
 def test_completion_of_a_line(tmp_path: Path) -> None:
-    assert candidates("/s", ["/save", "/set", "/undo"], True) == ["/save", "/set"]
+    assert candidates("/s", ["/save", "/set", "/undo"], True) == ["/save ", "/set "]
     (tmp_path / "book.txt").write_text("")
     (tmp_path / "books").mkdir()
     assert candidates(f"{tmp_path}/bo", [], False) == [f"{tmp_path}/book.txt", f"{tmp_path}/books/"]
