@@ -68,7 +68,7 @@ def serve(args: argparse.Namespace, env: Mapping[str, str]) -> int:
     }  # fmt: skip
     about = {
         "url": server.url, "model": model, "answered": len(outcome.answers),
-        "failed": len(outcome.failures), "seconds": round(outcome.seconds, 3),
+        "failed": len(outcome.failures), "seconds": round(outcome.seconds, 6),
         "prompt_tokens": sum(answer.prompt_tokens for answer in outcome.answers),
         "completion_tokens": sum(answer.completion_tokens for answer in outcome.answers),
     }  # fmt: skip
