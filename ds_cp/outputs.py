@@ -105,6 +105,34 @@ class RequestMetrics:
 
 
 @dataclass(frozen=True)
+class EndedRequest:
+    """One answer that has ended, for metrics and logs: no text and no token of it.
+
+    ``request_id``: the engine's; ``http_id``: of the HTTP request that it was part of, "" without
+    one; ``ranks``: those that held its KV or computed its prompt. Seconds, None for what it did not
+    come to: ``queue_s`` up to its first step, ``prefill_s`` from there to its first token,
+    ``decode_s`` from there to its last one, ``tpot_s`` the mean between its tokens.
+    """
+
+    request_id: str
+    index: int
+    http_id: str
+    finish_reason: str
+    prompt_tokens: int
+    cached_tokens: int
+    new_tokens: int
+    preemptions: int
+    modes: tuple[str, ...]
+    ranks: tuple[int, ...]
+    queue_s: float | None
+    ttft_s: float | None
+    prefill_s: float | None
+    decode_s: float | None
+    tpot_s: float | None
+    e2e_s: float
+
+
+@dataclass(frozen=True)
 class CompletionOutput:
     """One completion of a prompt."""
 

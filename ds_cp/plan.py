@@ -171,13 +171,29 @@ class Scored(msgspec.Struct, frozen=True, array_like=True):
     rows: tuple[tuple[float, tuple[tuple[int, float], ...]], ...]
 
 
+# Names in the ledger of what attention sends; every rank reports its bytes under each of them.
+ATTENTION_SCHEMES = (
+    "ring_pass_kv", "ring_pass_q", "ring_pass_q_partials", "tree_q", "tree_partials", "ship_kv",
+)  # fmt: skip
+
+
+class RankTimes(msgspec.Struct, frozen=True, array_like=True):
+    """One rank's part of a step: seconds that it worked on it, and of these waited for other ranks;
+    bytes that it sent under each of ``ATTENTION_SCHEMES``."""
+
+    rank: int
+    seconds: float
+    waited: float
+    sent: tuple[int, ...]
+
+
 class Outcome(msgspec.Struct, frozen=True, array_like=True, tag="outcome"):
     """What rank 0 learns from one plan (``step`` 0: from one that is no step).
 
     The tokens drawn and the prompts scored. ``seconds``: the longest time that a rank worked on the
     step; rank 0's ends when it has the rows of all ranks. ``model_seconds``: the longest time in
     the model's forward call. ``failed``: requests with a prompt token that could not be scored;
-    they end with an error.
+    they end with an error. ``ranks``: of those with work in the step.
     """
 
     step: int = 0
@@ -186,6 +202,7 @@ class Outcome(msgspec.Struct, frozen=True, array_like=True, tag="outcome"):
     seconds: float = 0.0
     model_seconds: float = 0.0
     failed: tuple[int, ...] = ()
+    ranks: tuple[RankTimes, ...] = ()
 
 
 _encoder = msgspec.msgpack.Encoder()

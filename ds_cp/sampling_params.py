@@ -222,12 +222,14 @@ class RequestOptions:
     """What a request says besides its prompt and sampling.
 
     ``priority``: lower numbers are served first; of equals the older. ``cache_salt``: requests
-    share cached prefixes only with those of the same salt. Raises ``RequestError`` naming the field
+    share cached prefixes only with those of the same salt; ``http_id``: of the HTTP request that it
+    is part of, for logs. Raises ``RequestError`` naming the field
     when a value is of another kind or out of range.
     """
 
     priority: int = 0
     cache_salt: str = ""
+    http_id: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         priority = _integer("priority", self.priority, -(2**31), MAX_INT32)

@@ -26,6 +26,7 @@ from ds_cp.api.live import live_routes
 from ds_cp.api.metrics import ServerMetrics
 from ds_cp.api.openapi import CHAT_ANSWERS, TEXT_ANSWERS
 from ds_cp.api.page_files import page_paths, page_routes
+from ds_cp.api.request_log import RequestLog
 from ds_cp.api.requests.bodies import Bodies
 from ds_cp.api.requests.json_route import strict_json_route
 from ds_cp.api.requests.protocol import (
@@ -52,8 +53,9 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 _EXPOSITION: dict[str, Any] = {"text/plain": {}, "application/openmetrics-text": {}}
 
 
-def create_app(engine: EngineInterface, server: Server) -> FastAPI:
+def create_app(engine: EngineInterface, server: Server, *, log_requests: bool = False) -> FastAPI:
     """The ASGI application over ``engine``, with the settings of the config's ``server`` section.
+    ``log_requests``: a line on stderr for each answer that ends.
 
     The engine may still be starting: its info and tokenizer are not read before its state is
     "ready". Until then every route but /health answers 503, or without the engine's numbers.
@@ -66,6 +68,9 @@ def create_app(engine: EngineInterface, server: Server) -> FastAPI:
     context = AppContext(
         engine, server, ServerMetrics(engine, model_name), codec, TokenTexts(engine), Turns()
     )
+    engine.on_ended(context.metrics.ended)
+    if log_requests:
+        engine.on_ended(RequestLog(model_name, server.log_format == "json"))
 
     def model_length() -> int:
         context.check_ready()
@@ -131,10 +136,12 @@ def _completion_routes(context: AppContext, json_route: type[APIRoute]) -> APIRo
 
     @router.post("/v1/chat/completions", response_model=None, responses=CHAT_ANSWERS)
     async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
+        """Answer a conversation, whole or (``stream``) as events."""
         return await chat_completions(context, body, request)
 
     @router.post("/v1/completions", response_model=None, responses=TEXT_ANSWERS)
     async def create_completion(body: CompletionRequest, request: Request) -> Response:
+        """Complete one prompt or several, as text or token ids, whole or (``stream``) as events."""
         return await completions(context, body, request)
 
     return router
@@ -145,6 +152,7 @@ def _text_routes(context: AppContext, json_route: type[APIRoute]) -> APIRouter:
 
     @router.post("/tokenize", response_model=dict[str, Any])
     async def tokenize(body: TokenizeRequest, request: Request) -> Response:
+        """The tokens of a prompt, or of messages as the chat template writes them."""
         context.check(body.model)
         if body.messages is not None:
             messages = [message.for_template() for message in body.messages]
@@ -165,6 +173,7 @@ def _text_routes(context: AppContext, json_route: type[APIRoute]) -> APIRouter:
 
     @router.post("/detokenize", response_model=dict[str, str])
     async def detokenize(body: DetokenizeRequest) -> Response:
+        """The text of some tokens."""
         context.check(body.model)
         context.codec.check_count(len(body.tokens))
         context.check_ids(body.tokens, "tokens")
@@ -189,25 +198,30 @@ def _state_routes(context: AppContext) -> APIRouter:
 
     @router.get("/v1/models")
     async def list_models() -> dict[str, Any]:
+        """The model that is served."""
         context.check_ready()
         return {"object": "list", "data": [card()]}
 
     @router.get("/v1/models/{model:path}")
     async def get_model(model: str) -> dict[str, Any]:
+        """The same, by its name; 404 for another."""
         context.check(model)
         return card()
 
     @router.get("/health")
     async def health() -> Response:
+        """200 when ready; 503 while starting, stalled, stopping or dead, which ``status`` says."""
         state = context.engine.state
         return JSONResponse({"status": state}, status_code=200 if state == "ready" else 503)
 
     @router.get("/version")
     async def get_version() -> dict[str, str]:
+        """The version of ds_cp."""
         return {"version": package_version()}
 
     @router.get("/metrics", response_class=Response, responses={200: {"content": _EXPOSITION}})
     async def metrics(request: Request) -> Response:
+        """Metrics for Prometheus, in the format that ``Accept`` asks for."""
         text, content_type = context.metrics.exposition(",".join(request.headers.getlist("accept")))
         return Response(text, headers={"Content-Type": content_type})
 

@@ -279,6 +279,7 @@ def request_options(body: SamplingRequest, request: Request) -> RequestOptions:
     return RequestOptions(
         priority=0 if body.priority is None else body.priority,
         cache_salt=engine_salt(key_digest, body.cache_salt or ""),
+        http_id=request_id_of(request),
     )
 
 

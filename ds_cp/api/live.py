@@ -170,7 +170,8 @@ def live_routes(context: AppContext) -> APIRouter:
 
     @router.get("/state", include_in_schema=False)
     async def state(request: Request, once: bool = Query(default=False)) -> Response:
-        """503 when ``MAX_VIEWERS`` look already."""
+        """The live picture as server-sent events, or with ``once=1`` one as JSON. 503 when
+        ``MAX_VIEWERS`` look already."""
         if once:
             frame = await feed.once()
             return Response(frame.data, 200, {"Cache-Control": "no-store"}, "application/json")

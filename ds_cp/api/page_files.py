@@ -64,10 +64,12 @@ def page_routes() -> APIRouter:
 
     @router.get("/")
     async def page(request: Request) -> Response:
+        """The page: a chat, and the live picture."""
         return _answer(files["index.html"], request)
 
     @router.get("/page/{name}")
     async def part(name: str, request: Request) -> Response:
+        """A file of the page."""
         if name not in files or name == "index.html":
             raise ApiError(404, f"the page has no file {name[:100]!r}")
         return _answer(files[name], request)

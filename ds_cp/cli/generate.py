@@ -23,7 +23,7 @@ STOP_S = 10.0  # seconds that ranks get after a signal to leave
 
 def generate(args: argparse.Namespace, env: Mapping[str, str]) -> int:
     """Complete every prompt and print the results. Returns the exit code."""
-    config = job_config(args, {}, env)
+    config = job_config(args, {"trace.file": args.trace}, env)
     # Only rank 0's host needs the file: the other ranks follow rank 0.
     prompts = read_prompts(args) if peek_rank(env) == 0 else Prompts()
     if starts_ranks(args, env):

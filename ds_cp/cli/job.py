@@ -9,6 +9,7 @@ from typing import Any
 
 from ds_cp.api.transport.listen import bind
 from ds_cp.cli.launcher import LAUNCHER, own_command, spawn
+from ds_cp.cli.trace import check_trace_file
 from ds_cp.config import Config, load_config, looks_like_path
 from ds_cp.config.fields import MAX_RANKS
 from ds_cp.errors import LaunchError, ModelError, TopologyError
@@ -33,6 +34,7 @@ def job_config(
         raise LaunchError("give --config FILE (for example configs/quickstart.json) or --model")
     config = load_config(args.config if args.config is not None else {}, given)
     if peek_rank(env) == 0:
+        check_trace_file(config.trace.file)
         if not Path(config.model).exists() and looks_like_path(config.model):
             hint = "make model brings it" if "smollm2" in config.model else "set model to its path"
             raise ModelError(f"no model at {config.model} (from {Path.cwd()}); {hint}")

@@ -20,6 +20,7 @@ from ds_cp.cli.output import flush, prepare_streams, say
 from ds_cp.cli.parser import Parser
 from ds_cp.cli.sizing import add_plan
 from ds_cp.cli.top import add_top
+from ds_cp.cli.trace import add_trace
 from ds_cp.cli.verbs import add_verbs, needs_stdout, serve
 from ds_cp.errors import DsCpError, OutputError
 from ds_cp.log_stream import drain_streams, take_over
@@ -94,7 +95,7 @@ def build_parser() -> Parser:
         epilog="Each flag has a twin in the environment, shown in brackets; a flag wins.",
     )
     verbs = parser.add_subparsers(required=True, metavar="verb")
-    for add in (add_verbs, add_chat, add_top, add_plan, add_bench):
+    for add in (add_verbs, add_chat, add_top, add_plan, add_bench, add_trace):
         add(verbs)
     add_completion(verbs, build_parser)
     return parser

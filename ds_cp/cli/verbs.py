@@ -9,6 +9,7 @@ import argparse
 from collections.abc import Mapping
 
 from ds_cp.cli.parser import Verbs, add_json
+from ds_cp.cli.trace import add_trace_option
 
 
 def add_verbs(verbs: Verbs) -> None:
@@ -49,6 +50,7 @@ def _add_serve(verbs: Verbs) -> None:
     _add_job_options(parser)
     parser.add_argument("--host", help="instead of the config's server.host")
     parser.add_argument("--port", type=int, help="instead of the config's server.port; 0: any free")
+    add_trace_option(parser)
     add_json(parser, "the address and what start-up decided, once requests are served")
     parser.set_defaults(verb=serve)
 
@@ -65,6 +67,7 @@ def _add_generate(verbs: Verbs) -> None:
         help="JSON lines: strings, lists of token ids, or objects with prompt and sampling fields",
     )
     add_json(generate, "an object for each prompt")
+    add_trace_option(generate)
     sampling = generate.add_argument_group("sampling")
     sampling.add_argument("--max-tokens", type=int, default=128, help="default 128")
     sampling.add_argument("--min-tokens", type=int, help="default 0")

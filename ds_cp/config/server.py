@@ -49,6 +49,11 @@ class Server(Section):
         description="what becomes of a field that no part of the protocol knows: warn ignores it "
         "with a header that names it, refuse answers HTTP 400",
     )
+    log_format: Literal["text", "json"] = Field(
+        default="text",
+        description="how the server's log lines look: text, or json: one object a line; of each "
+        "answer there is a line with its ids, tokens and times, never with its text",
+    )
     max_body_bytes: Annotated[int, Field(ge=1024, le=1 << 30)] = Field(
         default=8 << 20, description="largest HTTP request body", json_schema_extra=unit_of("bytes")
     )

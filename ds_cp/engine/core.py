@@ -13,10 +13,12 @@ from ds_cp.engine.detokenize import Detokenizer, IncrementalDetokenizer
 from ds_cp.engine.interface import EngineStats
 from ds_cp.engine.picture import MAX_RECENT, EndedPicture
 from ds_cp.engine.request_picture import ended_picture
+from ds_cp.engine.tally import Tally
+from ds_cp.engine.wire_model import WireModel
 from ds_cp.errors import GrammarBusyError, IntegrityError, RequestError
 from ds_cp.grammar.checker import GrammarChecker
 from ds_cp.grammar.constraint import FIELD
-from ds_cp.layout import total
+from ds_cp.kv.table import SequenceTable
 from ds_cp.outputs import Delta, PackedLogprobs, TokenLogprob, pack_logprob
 from ds_cp.plan import NO_GRAMMAR, Chunk, Decodes, Outcome, Sampled, Scored, StepPlan
 from ds_cp.sampling_params import RequestOptions, SamplingParams
@@ -33,6 +35,7 @@ class _Call:
     """One caller's request: ``params.n`` answers to one prompt."""
 
     request_id: str
+    http_id: str
     answers: list[_Answer] = field(default_factory=list)
     sent_prompt: bool = False  # the delta that describes the prompt went out
     scores: dict[int, bytes] = field(default_factory=dict)  # by prompt position, packed
@@ -52,7 +55,10 @@ class EngineCore:
     caller may add and abort requests and plan the next step.
     """
 
-    def __init__(self, scheduler: Scheduler, tokenizer: Any | None) -> None:
+    def __init__(
+        self, scheduler: Scheduler, tokenizer: Any | None, wire: WireModel | None = None
+    ) -> None:
+        """``wire``: predicts the bytes of exchanges, for metrics."""
         self.scheduler = scheduler
         self.grammars = GrammarChecker(tokenizer)
         self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
@@ -63,8 +69,7 @@ class EngineCore:
         self._steps = 0
         self._empty_plans = 0  # consecutive empty plans while requests were pending
         self._finished: dict[str, int] = {}
-        self._modes: dict[str, int] = {}
-        self._prefill_tokens = 0
+        self.tally = Tally(len(scheduler.allocator.blocks_per_rank), wire)
         self.last_items: StepItems = ((), ())  # of the newest step
         self.recent: deque[EndedPicture] = deque(maxlen=MAX_RECENT)
 
@@ -90,7 +95,8 @@ class EngineCore:
             self.scheduler.tell_vocabulary(self.grammars.vocabulary)
         seed = params.seed if params.seed is not None else secrets.randbits(62)
         first = self.scheduler.admit(request_id, prompt, params, seed, options, grammar)
-        call = self._calls[request_id] = _Call(request_id)
+        call = self._calls[request_id] = _Call(request_id, options.http_id if options else "")
+        self.tally.grammar_requests += params.n if grammar else 0
         for request, text in zip((first, *first.siblings), texts, strict=True):
             answer = self._answers[request.number] = _Answer(call, request, text)
             call.answers.append(answer)
@@ -165,17 +171,17 @@ class EngineCore:
         if plan is not None:
             self._steps += 1
             self.last_items = plan.chunks, plan.decodes
-            for chunk in plan.chunks:
-                self._modes[chunk.mode] = self._modes.get(chunk.mode, 0) + 1
-                self._prefill_tokens += sum(total(runs) for _, runs in chunk.owners)
-            for decodes in plan.decodes:
-                count = self._modes.get(decodes.mode, 0) + len(decodes.requests)
-                self._modes[decodes.mode] = count
+            self.tally.plan(plan, self._table_of)
         return plan
+
+    def _table_of(self, number: int) -> SequenceTable | None:
+        answer = self._answers.get(number)
+        return None if answer is None else answer.request.table
 
     def apply(self, outcome: Outcome) -> list[Delta]:
         """What a step's tokens add: one delta for each answer that is still live."""
         self.scheduler.observe_step(outcome.step, outcome.seconds)
+        self.tally.step(outcome)
         for scored in outcome.scored:
             self._record_scores(scored)
         deltas = []
@@ -270,6 +276,7 @@ class EngineCore:
         self._finished[reason] = self._finished.get(reason, 0) + 1
         del self._answers[answer.request.number]
         self.recent.append(ended_picture(answer.request))
+        self.tally.end(answer.request, answer.call.http_id)
         answer.call.answers.remove(answer)
         if not answer.call.answers:
             del self._calls[answer.call.request_id]
@@ -289,7 +296,7 @@ class EngineCore:
 
     def stats(self) -> EngineStats:
         """A snapshot. The caller adds the seconds and bytes that the workers count."""
-        scheduler = self.scheduler
+        scheduler, tally = self.scheduler, self.tally
         allocator = scheduler.allocator
         ranks = range(len(allocator.blocks_per_rank))
         return EngineStats(
@@ -305,9 +312,18 @@ class EngineCore:
             blocks_moved=scheduler.migration.num_moved,
             prompt_tokens=self._prompt_tokens,
             generation_tokens=self._generation_tokens,
-            prefill_tokens=self._prefill_tokens,
+            prefill_tokens=tally.prefill_tokens,
             num_preemptions=scheduler.num_preemptions,
             steps=self._steps,
             finished=dict(self._finished),
-            mode_counts=dict(self._modes),
+            mode_counts=dict(tally.modes),
+            rank_steps=tuple(rank.steps for rank in tally.ranks),
+            rank_seconds=tuple(rank.seconds for rank in tally.ranks),
+            rank_waits=tuple(rank.waited for rank in tally.ranks),
+            skew_seconds=tally.skew_seconds,
+            skew=tally.skew,
+            attention_bytes=dict(tally.sent),
+            predicted_bytes=dict(tally.predicted),
+            grammar_requests=tally.grammar_requests,
+            grammar_failures=tally.grammar_failures,
         )

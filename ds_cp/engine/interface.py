@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ds_cp.engine.picture import Picture
-from ds_cp.outputs import Delta
+from ds_cp.outputs import Delta, EndedRequest
 from ds_cp.sampling_params import RequestOptions, SamplingParams
 from ds_cp.templates.chat import ChatTemplate
 
@@ -52,6 +52,15 @@ class EngineStats:
     mode_counts: dict[str, int] = field(default_factory=dict)  # scheduled items by mode
     comm_bytes: dict[str, int] = field(default_factory=dict)  # rank 0's sent bytes by scheme
     comm_exchanges: dict[str, int] = field(default_factory=dict)
+    rank_steps: tuple[int, ...] = ()  # steps in which the rank had work
+    rank_seconds: tuple[float, ...] = ()  # of these
+    rank_waits: tuple[float, ...] = ()  # seconds of these in which it waited for other ranks
+    skew_seconds: float = 0.0  # the busiest rank's own work beyond the mean, over all steps
+    skew: float = 1.0  # the busiest rank's own work over the mean, in the newest step of several
+    attention_bytes: dict[str, int] = field(default_factory=dict)  # all ranks, by scheme
+    predicted_bytes: dict[str, int] = field(default_factory=dict)  # the same by the formulas
+    grammar_requests: int = 0  # answers under a grammar
+    grammar_failures: int = 0  # of these, ended because it allowed no token or passed its bounds
 
     def rank_state(self, rank: int) -> str:
         """ "open", "draining" (closed, and not empty yet) or "drained" (closed and empty)."""
@@ -88,6 +97,11 @@ class EngineInterface(Protocol):
         options: RequestOptions = ...,
     ) -> AsyncIterator[Delta]:
         """Deltas until the last one of every answer. Raises as the class says."""
+        ...
+
+    def on_ended(self, listener: Callable[[EndedRequest], None]) -> None:
+        """Have ``listener`` called, in the event loop, once for each answer that ends. Before the
+        first request."""
         ...
 
     def abort(self, request_id: str) -> None:

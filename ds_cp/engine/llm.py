@@ -324,8 +324,8 @@ class LLMEngine:
             if self._core is not None:
                 self._core.close()
             self._borrowed.give_back()
-            self._world.leave()
             self._world = None
+            self._worker.leave(self._state == "ready")
 
 
 def _with_model(

@@ -124,6 +124,7 @@ class Request:
     first_token_time: float | None = None
     finished_time: float | None = None
     modes: list[str] = field(default_factory=list)
+    ranks_used: set[int] = field(default_factory=set)  # up to its last stop
     last_token_time: float | None = None
     num_preemptions: int = 0
     why_span: SpanReason | None = None  # of the ranks that it has now

@@ -272,6 +272,8 @@ class Scheduler:
 
     def _stop(self, request: Request, keep: bool) -> None:
         self.running.remove(request)
+        if request.table is not None:
+            request.ranks_used.update(request.table.span, request.workers)
         self.block_manager.release(request, keep)
         self.migration.forget(request)
         request.prefilling, request.decode_key = True, None

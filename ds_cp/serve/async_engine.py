@@ -23,9 +23,10 @@ from ds_cp.engine.loop import PipelinedLoop
 from ds_cp.engine.observer import Observer
 from ds_cp.engine.picture import Picture
 from ds_cp.engine.sign_of_life import idle_seconds
+from ds_cp.engine.wire_model import WireModel
 from ds_cp.errors import DsCpError, EngineDeadError, RequestError, StoppingError
 from ds_cp.model.end_tokens import describe_tokenizer
-from ds_cp.outputs import Delta
+from ds_cp.outputs import Delta, EndedRequest
 from ds_cp.plan import Idle
 from ds_cp.sampling_params import RequestOptions, SamplingParams
 from ds_cp.scheduler.build import build_scheduler, grid_of
@@ -89,11 +90,16 @@ class AsyncEngine:
         self._stall_s = config.server.stall_s
         self._templates = TemplateProcesses()
         self._checks = GrammarChecks()
+        self._listeners: list[Callable[[EndedRequest], None]] = []
         self._thread = threading.Thread(target=self._run, name="ds_cp engine", daemon=True)
 
     def start(self) -> None:
         """Begin to wait for the worker and then to step."""
         self._thread.start()
+
+    def on_ended(self, listener: Callable[[EndedRequest], None]) -> None:
+        """As ``EngineInterface`` says."""
+        self._listeners.append(listener)
 
     @property
     def state(self) -> str:
@@ -144,8 +150,8 @@ class AsyncEngine:
         """End a request that has not finished; its blocks are free before the next step."""
         with self._lock:
             self._mailboxes.pop(request_id, None)
-            if self._core is not None:
-                self._core.abort(request_id)
+            if self._core is not None and self._core.abort(request_id):
+                self._tell_ended(self._core)
 
     def drain(self, rank: int) -> None:
         """Begin to move everything off a rank, live; see ``EngineInterface``."""
@@ -253,7 +259,7 @@ class AsyncEngine:
         ready = Ready(facts, (*ready.summary, *said, *odd))
         scheduler = build_scheduler(self._config, facts, self._paced)
         with self._lock:
-            self._core = EngineCore(scheduler, tokenizer)
+            self._core = EngineCore(scheduler, tokenizer, WireModel.of(facts))
             hosts = grid_of(facts).cp_topology().hosts
             self._observer = Observer(self._core, hosts, self._lock)
             self.tokenizer = tokenizer
@@ -297,6 +303,7 @@ class AsyncEngine:
             deltas = loop.advance()
             with self._lock:
                 pairs = [(self._mailboxes.get(delta.request_id), delta) for delta in deltas]
+                self._tell_ended(core)
             self._deliver([(mailbox, delta) for mailbox, delta in pairs if mailbox is not None])
         self._state = "dead"
         loop.settle()
@@ -310,6 +317,19 @@ class AsyncEngine:
         if items:
             with contextlib.suppress(RuntimeError):  # the loop has closed
                 self._loop.call_soon_threadsafe(put)
+
+    def _tell_ended(self, core: EngineCore) -> None:
+        """Tell the listeners, in the event loop. The lock is held."""
+        ended = core.tally.take_ended()
+
+        def tell() -> None:
+            for one in ended:
+                for listener in self._listeners:
+                    listener(one)
+
+        if ended and self._listeners:
+            with contextlib.suppress(RuntimeError):  # the loop has closed
+                self._loop.call_soon_threadsafe(tell)
 
     def _die(self, err: DsCpError, exit_code: int) -> None:
         with self._lock:

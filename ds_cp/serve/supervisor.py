@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from ds_cp.serve.async_engine import AsyncEngine
 
 LEAVE_S = 2.0  # seconds for workers to end after the stop plan
+TRACE_S = 60.0  # seconds more where they write a trace
 POLL_S = 0.1  # seconds between looks at the worker and the launcher
 TOLD_S = 1.0  # seconds for the errors of a failed engine to reach their clients
 CAUSE_S = 1.5  # seconds that rank 0 waits for the cause when its worker knows only of a lost peer
@@ -51,11 +52,8 @@ FOLLOW_S = 5.0  # seconds that other ranks wait beyond the drain, which began on
 
 
 def serve(config: Config, job: Job, announce: Announce = print_ready) -> int:
-    """Serve until a signal, or until a failure ends the job. Returns the exit code. Rank 0 calls
-    ``announce`` once requests are served.
-
-    Raises ``LaunchError`` or ``ModelError`` before any process is started.
-    """
+    """Serve until a signal or a failure ends the job; the exit code. Rank 0 calls ``announce`` once
+    requests are served. Raises ``LaunchError``, ``ModelError`` before a process is started."""
     return asyncio.run(_Supervisor(config, job, announce).run())
 
 
@@ -74,6 +72,7 @@ class _Supervisor:
         self._signals = StopSignals()
         self._pending: tuple[str, int] | None = None  # a failure whose cause may still come
         self._exit_code = 0
+        self._leave_s = LEAVE_S + (0.0 if config.trace.file is None else TRACE_S)
         self._launchers = launcher_processes(job.launcher)
         self._engine: AsyncEngine | None = None
         self._leading = LeadingLink(job.world_size, self._on_lost, self._on_gone, self._on_stopping)
@@ -100,7 +99,7 @@ class _Supervisor:
                     await self._serve_http(channel, *found)
                 else:
                     await self._follow(channel)
-                await asyncio.wait({watch}, timeout=0 if self._failed and leads else LEAVE_S)
+                await asyncio.wait({watch}, timeout=0 if self._failed and leads else self._leave_s)
             finally:
                 watch.cancel()
                 await link.close()
@@ -157,7 +156,7 @@ class _Supervisor:
         )
         self._engine = engine
         engine.start()
-        app = create_app(engine, server)
+        app = create_app(engine, server, log_requests=True)
         await serve_until(app, listeners, server, self._stop, self._hurry)
         end = time.monotonic() + CAUSE_S
         while self._pending is not None and not self._may_fail and time.monotonic() < end:
@@ -339,7 +338,7 @@ class _Supervisor:
         if self._job.rank == 0:
             return math.inf
         drains = not (self._hurry.is_set() or self._failed)
-        return LEAVE_S + (self._config.server.drain_timeout_s + FOLLOW_S if drains else 0.0)
+        return self._leave_s + (self._config.server.drain_timeout_s + FOLLOW_S if drains else 0.0)
 
 
 def _load_tokenizer(source: ModelSource) -> Any:

@@ -31,9 +31,13 @@ def test_served_name_with_slashes(launch: Any) -> None:
 
 
 class Starting:
-    """An engine before its first answer: nothing but its state may be asked for."""
+    """An engine before its first answer: nothing but its state may be asked for, and who is to
+    hear of requests."""
 
     state = "starting"
+
+    def on_ended(self, listener: object) -> None:
+        pass
 
     def __getattr__(self, name: str) -> Any:
         raise AssertionError(f"{name} of a starting engine was read")

@@ -25,6 +25,7 @@ LAYERS = {
     "sandbox": 0,
     "frames": 0,
     "grammar": 0,
+    "trace": 0,
     "facts": 1,
     "plan": 1,
     "sampling_params": 1,
@@ -71,9 +72,13 @@ ONLY_IN = {
     "torch.distributed": ["comm/process_group.py"],
     "flash_attn": ["attention/kernels/dense.py"],
     "triton": [
-        f"attention/kernels/triton_{part}.py"
-        for part in ("decode", "kernel", "merge", "prefill", "tables", "tile")
-    ],
+        *(
+            f"attention/kernels/triton_{part}.py"
+            for part in ("decode", "kernel", "merge", "prefill", "tables", "tile")
+        ),
+        "model/triton_linear.py",
+        "model/triton_norm.py",
+    ],  # fmt: skip
     "transformers": ["model/"],
     "fastapi": ["api/"],
     "starlette": ["api/"],
@@ -106,6 +111,7 @@ WITHOUT_TORCH = [
     "topology/",
     "parsing/",
     "templates/",
+    "trace/",
     "model/__init__.py",
     "model/chat_template.py",
     "kv/__init__.py",

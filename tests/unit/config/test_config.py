@@ -56,6 +56,7 @@ DEFAULTS = {
     "server.cors_origins": (),
     "server.served_model_name": None,
     "server.unknown_fields": "warn",
+    "server.log_format": "text",
     "server.max_body_bytes": 8 * 1024 * 1024,
     "server.max_connections": "auto",
     "server.max_buffered_bytes": "auto",
@@ -66,6 +67,8 @@ DEFAULTS = {
     "server.write_timeout_s": 60,
     "server.tokenize_timeout_s": 30,
     "server.keep_alive_s": 5,
+    "trace.file": None,
+    "trace.max_events": 100_000,
 }
 
 

@@ -14,6 +14,7 @@ from ds_cp.config import load_config
 from ds_cp.engine.core import EngineCore
 from ds_cp.errors import CommError, DsCpError, EngineDeadError, RequestError, StoppingError
 from ds_cp.facts import Facts
+from ds_cp.outputs import EndedRequest
 from ds_cp.plan import Outcome, Sampled, StepPlan
 from ds_cp.sampling_params import SamplingParams
 from ds_cp.serve.async_engine import AsyncEngine
@@ -280,3 +281,29 @@ def test_requests_are_told_at_once_why_they_end(how: str) -> None:
 
     served.run(work)
     assert len(served.died) == (how != "fail")
+
+
+def test_listeners_hear_of_each_answer_that_ends_in_the_event_loop() -> None:
+    """However it ends: by itself, by its client, or because the server stops."""
+    rank = StuckRank()
+    heard: list[tuple[str, str, int]] = []
+    threads: set[int] = set()
+
+    def listen(ended: EndedRequest) -> None:
+        heard.append((ended.request_id, ended.finish_reason, ended.new_tokens))
+        threads.add(threading.get_ident())
+
+    async def work(engine: AsyncEngine) -> None:
+        engine.on_ended(listen)
+        assert await ask(engine, "a") == [7] * 9
+        rank.going.clear()
+        asking = asyncio.create_task(ask(engine, "b"))
+        await until(lambda: engine._steps.age_s > 0)
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+        await until(lambda: len(heard) == 2)
+        rank.going.set()
+
+    Served(rank).run(work)
+    assert heard == [("a", "length", 9), ("b", "abort", 0)]
+    assert threads == {threading.get_ident()}
