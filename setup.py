@@ -37,7 +37,6 @@ TEST = [
     "pytest-xdist>=3.6",
     "hypothesis>=6",
     "openai>=2",
-    "httpx>=0.27",
     "jsonschema>=4.20",
     "ruff>=0.15",
     "mypy>=1.10",
@@ -109,6 +108,10 @@ setup(
         "pydantic>=2.9",
         "numpy",
         "psutil",
+        # the commands that talk to a server, and what they draw
+        "httpx>=0.27",
+        "rich>=13.7",
+        "shtab>=1.13",  # completion for fish
     ],
     extras_require={
         "cuda": CUDA,

@@ -29,7 +29,7 @@ def generate(args: argparse.Namespace, env: Mapping[str, str]) -> int:
     if starts_ranks(args, env):
         return start_ranks(args, config, env, STOP_S)
     job = find_job(config, env)
-    with _ended_by_ctrl_c(), own_stdout() as out:
+    with ended_by_ctrl_c(), own_stdout() as out:
         from ds_cp.engine.llm import init_inference
 
         engine = init_inference(config.model, config, job=job, env=env)
@@ -49,7 +49,7 @@ def generate(args: argparse.Namespace, env: Mapping[str, str]) -> int:
 
 
 @contextmanager
-def _ended_by_ctrl_c() -> Iterator[None]:
+def ended_by_ctrl_c() -> Iterator[None]:
     """Inside the block, Ctrl-C ends this rank by the signal's default action. Python's own handler
     would not run while the rank waits in a collective, and results are written only at the end, so
     nothing is lost."""

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Mapping
 
 from ds_cp.cli.job import check_address, find_job, job_config, start_ranks, starts_ranks
+from ds_cp.cli.output import own_stdout
 from ds_cp.log_stream import take_over, write_json_lines
 from ds_cp.topology.job import peek_rank
 
@@ -26,7 +27,14 @@ def serve(args: argparse.Namespace, env: Mapping[str, str]) -> int:
     job = find_job(config, env)
     from ds_cp.serve.supervisor import serve as serve_job
 
-    take_over("stdout", "stderr")  # neither may hold up a server
+    if not args.json:
+        take_over("stdout", "stderr")  # neither may hold up a server
     if config.server.log_format == "json":
         write_json_lines()
-    return serve_job(config, job)
+    if not args.json:
+        return serve_job(config, job)
+    from ds_cp.serve.announce import ready_as_json
+
+    with own_stdout() as out:  # for the object alone; what libraries print goes to stderr
+        take_over("stderr")
+        return serve_job(config, job, ready_as_json(out))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping
-from typing import Any
 
 from ds_cp.cli.output import put
+from ds_cp.cli.parser import Verbs, add_json
 
 
-def add_plan(verbs: Any) -> None:
+def add_plan(verbs: Verbs) -> None:
     """Add ``plan`` to the verbs of ``ds-cp``."""
     parser = verbs.add_parser(
         "plan",
@@ -18,7 +18,6 @@ def add_plan(verbs: Any) -> None:
         description="Says how much memory a rank needs for a model and a context, the largest "
         "context by number of ranks, and the time to the first token and per further token of each "
         "mode, by the cost model that the server uses. Reads config.json only.",
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--model", required=True, metavar="PATH", help="a model's directory, or its config.json"
@@ -42,7 +41,7 @@ def add_plan(verbs: Any) -> None:
     parser.add_argument(
         "--tp", type=int, default=1, metavar="N", help="ranks that share each layer; default 1"
     )
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    add_json(parser, "the report")
     parser.add_argument("--png", metavar="FILE", help="draw it too; needs matplotlib")
     parser.set_defaults(verb=_plan)
 

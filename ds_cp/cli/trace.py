@@ -7,16 +7,16 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from ds_cp.cli.output import put
+from ds_cp.cli.parser import Verbs, add_json
 from ds_cp.errors import OutputError
 
 
-def add_trace(verbs: Any, parser_class: Any) -> None:
+def add_trace(verbs: Verbs) -> None:
     """Add ``trace`` to the verbs of ``ds-cp``."""
     trace = verbs.add_parser("trace", help="what a trace of serve or generate says")
-    actions = trace.add_subparsers(required=True, metavar="action", parser_class=parser_class)
+    actions: Verbs = trace.add_subparsers(required=True, metavar="action")
     summary = actions.add_parser(
         "summary",
         help="by mode: time in attention and in exchanges, and how much of it overlaps",
@@ -26,7 +26,7 @@ def add_trace(verbs: Any, parser_class: Any) -> None:
         "computed.",
     )
     summary.add_argument("file", metavar="FILE", help="written by --trace or trace.file")
-    summary.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    add_json(summary, "the sums")
     summary.set_defaults(verb=_summary)
 
 

@@ -27,6 +27,7 @@ from ds_cp.log_stream import say
 from ds_cp.model.source import ModelSource, find_model
 from ds_cp.model.watch import FilesWatch, watch_model
 from ds_cp.process import StopSignals
+from ds_cp.serve.announce import Announce, print_ready
 from ds_cp.serve.channel import Channel, Failed, FromWorker, Ready
 from ds_cp.serve.job_link import FollowingLink, LeadingLink, Lost, link_name
 from ds_cp.serve.worker_child import SIGNALS, describe_end, ended, noticed, worker_child
@@ -50,16 +51,15 @@ FIRST_WORD_S, LAST_WORD_S = 30.0, 1.0
 FOLLOW_S = 5.0  # seconds that other ranks wait beyond the drain, which began on rank 0
 
 
-def serve(config: Config, job: Job) -> int:
-    """Serve until a signal, or until a failure ends the job. Returns the exit code.
-
-    Raises ``LaunchError`` or ``ModelError`` before any process is started.
-    """
-    return asyncio.run(_Supervisor(config, job).run())
+def serve(config: Config, job: Job, announce: Announce = print_ready) -> int:
+    """Serve until a signal or a failure ends the job; the exit code. Rank 0 calls ``announce`` once
+    requests are served. Raises ``LaunchError``, ``ModelError`` before a process is started."""
+    return asyncio.run(_Supervisor(config, job, announce).run())
 
 
 class _Supervisor:
-    def __init__(self, config: Config, job: Job) -> None:
+    def __init__(self, config: Config, job: Job, announce: Announce = print_ready) -> None:
+        self._announce = announce
         self._config = config
         self._job = job
         self._stop = asyncio.Event()
@@ -137,10 +137,8 @@ class _Supervisor:
 
         def on_ready(ready: Ready) -> None:
             self._loaded = True
-            for line in ready.summary:
-                print(line)
             self._note_launchers()
-            print(f"ds_cp ready: {addresses}", flush=True)
+            self._announce(ready.summary, addresses)
 
         def on_death(err: DsCpError, exit_code: int) -> None:
             lost = isinstance(err, WorkerLostError)  # _watch reports the exit code
