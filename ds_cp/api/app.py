@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from ds_cp.api.admin import rank_routes
 from ds_cp.api.answers.budget import ID_BYTES, Budget, HoldMemory, auto_bytes, held_by
@@ -34,6 +33,7 @@ from ds_cp.api.requests.protocol import (
     DetokenizeRequest,
     TokenizeRequest,
 )
+from ds_cp.api.state import HEALTH_PATHS, package_version, state_routes
 from ds_cp.api.tokenization import TextCodec
 from ds_cp.api.transport.cors import Cors
 from ds_cp.api.transport.hosts import Hosts
@@ -48,8 +48,6 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorBody, "description": "The request is at fault."},
     "5XX": {"model": ErrorBody, "description": "The server is at fault or not ready."},
 }
-# The content types of /metrics.
-_EXPOSITION: dict[str, Any] = {"text/plain": {}, "application/openmetrics-text": {}}
 
 
 def create_app(engine: EngineInterface, server: Server) -> FastAPI:
@@ -60,7 +58,7 @@ def create_app(engine: EngineInterface, server: Server) -> FastAPI:
     """
 
     def model_name() -> str:
-        return server.served_model_name or engine.info.model
+        return (*server.model_names, engine.info.model)[0]
 
     codec = TextCodec(engine, server.tokenize_timeout_s)
     context = AppContext(
@@ -95,7 +93,7 @@ def create_app(engine: EngineInterface, server: Server) -> FastAPI:
     )
     app.include_router(_completion_routes(context, json_route))
     app.include_router(_text_routes(context, json_route))
-    app.include_router(_state_routes(context))
+    app.include_router(state_routes(context))
     app.include_router(rank_routes(context))
     app.include_router(live_routes(context))
     app.include_router(page_routes())
@@ -105,7 +103,7 @@ def create_app(engine: EngineInterface, server: Server) -> FastAPI:
     # The last one added is the outermost.
     app.add_middleware(HoldMemory, budget=budget)
     if server.api_keys:
-        app.add_middleware(ApiKeys, keys=server.api_keys, open_paths=page_paths())
+        app.add_middleware(ApiKeys, keys=server.api_keys, open_paths=HEALTH_PATHS | page_paths())
     app.add_middleware(Routing, routes=app.router.routes)
     app.add_middleware(Hosts, hosts=server.answered_hosts)
     app.add_middleware(
@@ -116,14 +114,6 @@ def create_app(engine: EngineInterface, server: Server) -> FastAPI:
         app.add_middleware(Cors, origins=server.cors_origins)
     app.add_middleware(RequestIds)
     return app
-
-
-def package_version() -> str:
-    """The installed version of ds_cp."""
-    try:
-        return version("ds_cp")
-    except PackageNotFoundError:  # run from a plain checkout
-        return "0+unknown"
 
 
 def _completion_routes(context: AppContext, json_route: type[APIRoute]) -> APIRouter:
@@ -170,46 +160,6 @@ def _text_routes(context: AppContext, json_route: type[APIRoute]) -> APIRouter:
         context.check_ids(body.tokens, "tokens")
         text = await context.codec.decode(body.tokens)
         return PacedJson(json_object({"prompt": json_text(text)}), context.turns)
-
-    return router
-
-
-def _state_routes(context: AppContext) -> APIRouter:
-    router = APIRouter()
-
-    def card() -> dict[str, Any]:
-        info = context.engine.info
-        return {
-            "id": context.model_name(),
-            "object": "model",
-            "created": info.created,
-            "owned_by": "ds_cp",
-            "max_model_len": info.max_model_len,
-        }
-
-    @router.get("/v1/models")
-    async def list_models() -> dict[str, Any]:
-        context.check_ready()
-        return {"object": "list", "data": [card()]}
-
-    @router.get("/v1/models/{model:path}")
-    async def get_model(model: str) -> dict[str, Any]:
-        context.check(model)
-        return card()
-
-    @router.get("/health")
-    async def health() -> Response:
-        state = context.engine.state
-        return JSONResponse({"status": state}, status_code=200 if state == "ready" else 503)
-
-    @router.get("/version")
-    async def get_version() -> dict[str, str]:
-        return {"version": package_version()}
-
-    @router.get("/metrics", response_class=Response, responses={200: {"content": _EXPOSITION}})
-    async def metrics(request: Request) -> Response:
-        text, content_type = context.metrics.exposition(",".join(request.headers.getlist("accept")))
-        return Response(text, headers={"Content-Type": content_type})
 
     return router
 

@@ -56,9 +56,13 @@ class AppContext:
     texts: TokenTexts
     turns: Turns
 
-    def model_name(self) -> str:
-        """The name under which the model is served."""
-        return self.server.served_model_name or self.engine.info.model
+    def model_names(self) -> tuple[str, ...]:
+        """The names under which the model is served, one at least."""
+        return self.server.model_names or (self.engine.info.model,)
+
+    def model_name(self, asked: str | None = None) -> str:
+        """The name that an answer gives: the one that its request ``asked`` for, else the first."""
+        return self.model_names()[0] if asked is None else asked
 
     def check_ready(self) -> None:
         """Raises ``ApiError`` 503 while the engine is starting, stopping or dead. A stalled one
@@ -70,11 +74,12 @@ class AppContext:
     def check(self, model: str | None) -> None:
         """Raises ``ApiError`` 503 when the engine is not ready, 404 for another model's name."""
         self.check_ready()
-        name = self.model_name()
-        if model is not None and model != name:
+        names = self.model_names()
+        if model is not None and model not in names:
             raise ApiError(
                 404,
-                f"the model {model[:200]!r} does not exist here; this server has {name!r}",
+                f"the model {model[:200]!r} does not exist here; this server has "
+                + ", ".join(map(repr, names)),
                 param="model",
                 code="model_not_found",
             )

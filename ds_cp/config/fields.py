@@ -67,6 +67,12 @@ ApiKeys = Annotated[
 _Name = Annotated[str, Field(min_length=1, max_length=300)]
 Names = Annotated[tuple[_Name, ...], Field(max_length=64), BeforeValidator(_tuple)]
 
+_ModelName = Annotated[str, Field(min_length=1, max_length=256)]
+ModelNames = Annotated[
+    _ModelName | Annotated[tuple[_ModelName, ...], Field(min_length=1, max_length=64)] | None,
+    BeforeValidator(_tuple),
+]
+
 
 def unit_of(unit: str) -> dict[str, Any]:
     """The entry of a field's JSON schema that names its unit."""

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from ds_cp.config.addresses import canonical_host, canonical_origin
-from ds_cp.config.fields import ApiKeys, Auto, MemorySize, Names, Section, Timeout, unit_of
+from ds_cp.config.fields import ApiKeys, Auto, MemorySize, ModelNames, Names, Section, Timeout, unit_of
 from ds_cp.text import show
 
 _HOST_LETTERS = frozenset(string.ascii_lowercase + string.digits + ".-_:")
@@ -41,8 +41,10 @@ class Server(Section):
         'the server from a browser; ["*"]: every page, which without api_key is every page that a '
         "browser on this machine opens",
     )
-    served_model_name: Annotated[str, Field(min_length=1, max_length=256)] | None = Field(
-        default=None, description="model name in the API; null: the last part of model"
+    served_model_name: ModelNames = Field(
+        default=None,
+        description="model name in the API, or list of names, each of which a request may give; "
+        "null: the last part of model",
     )
     unknown_fields: Literal["warn", "refuse"] = Field(
         default="warn",
@@ -111,6 +113,12 @@ class Server(Section):
         if self.api_key is None:
             return ()
         return (self.api_key,) if isinstance(self.api_key, str) else self.api_key
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """The configured names of the model; empty for the model's own."""
+        name = self.served_model_name
+        return (name,) if isinstance(name, str) else name or ()
 
     @property
     def answered_hosts(self) -> frozenset[str] | None:
