@@ -26,7 +26,7 @@ def package_version() -> str:
 
 
 def state_routes(context: AppContext) -> APIRouter:
-    """GET /v1/models, /v1/models/{name}, /health, /ready, /load, /server_info, /version, /metrics."""
+    """The routes of this file; all are GET."""
     router = APIRouter()
 
     @router.get("/v1/models")
