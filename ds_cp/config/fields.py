@@ -54,6 +54,11 @@ MemorySize = Annotated[
     BeforeValidator(_bytes),
     WithJsonSchema({"anyOf": [_AUTO_SCHEMA, *_sizes(MIN_BUFFERED)]}),
 ]
+ByteSize = Annotated[
+    Annotated[int, Field(ge=1, le=MAX_MEMORY)],
+    BeforeValidator(_bytes),
+    WithJsonSchema({"anyOf": _sizes(1)}),
+]
 TokenBudget = Annotated[
     Auto | Tokens | Annotated[tuple[Tokens, ...], Field(min_length=1, max_length=MAX_RANKS)],
     BeforeValidator(_tuple),

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from ds_cp.config.addresses import canonical_host, canonical_origin
-from ds_cp.config.fields import ApiKeys, Auto, MemorySize, ModelNames, Names, Section, Timeout, unit_of
+from ds_cp.config.fields import ApiKeys, Auto, ByteSize, MemorySize, ModelNames, Names, Section, Timeout, unit_of
 from ds_cp.text import show
 
 _HOST_LETTERS = frozenset(string.ascii_lowercase + string.digits + ".-_:")
@@ -64,6 +64,16 @@ class Server(Section):
         description="memory that bodies and answers of all requests together may hold; requests "
         "beyond it are refused with HTTP 503; auto: an eighth of the machine's memory, "
         "at most 8 GiB",
+        json_schema_extra=unit_of("bytes"),
+    )
+    max_stored_responses: Annotated[int, Field(ge=0, le=1_000_000)] = Field(
+        default=1000,
+        description="answers of /v1/responses that are kept for previous_response_id and GET; the "
+        "oldest make room for new ones; 0 keeps none",
+    )
+    max_stored_response_bytes: ByteSize = Field(
+        default=256 << 20,
+        description="memory that kept answers and their inputs may hold together",
         json_schema_extra=unit_of("bytes"),
     )
     drain_timeout_s: Annotated[float, Field(ge=0, le=3600)] = Field(
