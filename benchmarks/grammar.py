@@ -19,8 +19,8 @@ from typing import Any
 from benchmarks.common import MODEL, command, commit, finish, machine, parser
 from ds_cp import init_inference
 from ds_cp.engine.llm import LLMEngine
+from ds_cp.grammar.checker import GrammarChecker
 from ds_cp.grammar.constraint import StructuredOutputsParams
-from ds_cp.grammar.desk import GrammarDesk
 from ds_cp.plan import Outcome, Plan, StepPlan
 from ds_cp.sampling_params import SamplingParams
 from ds_cp.worker.grammars import Grammars
@@ -144,13 +144,13 @@ def main(argv: list[str]) -> None:
 
 def checks(tokenizer: Any) -> dict[str, float]:
     """Milliseconds until a new grammar is accepted; the first one starts the process too."""
-    desk, found = GrammarDesk(tokenizer), {}
+    checker, found = GrammarChecker(tokenizer), {}
     first = StructuredOutputsParams(regex="a")
     for name, wanted in {"the first one": first, **COMPILED}.items():
         began = time.perf_counter()
-        desk.check(wanted)
+        checker.check(wanted)
         found[name] = round(1e3 * (time.perf_counter() - began), 1)
-    desk.close()
+    checker.close()
     return found
 
 

@@ -14,8 +14,8 @@ from ds_cp.engine.interface import EngineStats
 from ds_cp.engine.picture import MAX_RECENT, EndedPicture
 from ds_cp.engine.request_picture import ended_picture
 from ds_cp.errors import GrammarBusyError, IntegrityError, RequestError
+from ds_cp.grammar.checker import GrammarChecker
 from ds_cp.grammar.constraint import FIELD
-from ds_cp.grammar.desk import GrammarDesk
 from ds_cp.layout import total
 from ds_cp.outputs import Delta, PackedLogprobs, TokenLogprob, pack_logprob
 from ds_cp.plan import NO_GRAMMAR, Chunk, Decodes, Outcome, Sampled, Scored, StepPlan
@@ -54,7 +54,7 @@ class EngineCore:
 
     def __init__(self, scheduler: Scheduler, tokenizer: Any | None) -> None:
         self.scheduler = scheduler
-        self.grammars = GrammarDesk(tokenizer)
+        self.grammars = GrammarChecker(tokenizer)
         self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
         self._calls: dict[str, _Call] = {}
         self._answers: dict[int, _Answer] = {}

@@ -28,7 +28,8 @@ from ds_cp.text import JsonError, nearest, parse_json, shorten, show
 FIELD = "structured_outputs"  # the field of SamplingParams, as errors name it
 MAX_INTEGER_BITS = 1024  # of an integer in a schema
 KINDS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
-_REPEAT = re.compile(r"\{\s*([0-9]+)\s*(?:,\s*([0-9]*)\s*)?\}", re.ASCII)
+# No two neighbours match the same text, so that it is linear in texts that are made to hurt.
+_REPEAT = re.compile(r"\{\s*([0-9]+)\s*(?:,\s*(?:([0-9]+)\s*)?)?\}", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,7 @@ class StructuredOutputsParams:
     """What the whole answer must be; exactly one of the first six. Field names are vLLM's.
 
     Raises ``RequestError`` naming the field when a value is of another kind or too large. Whether
-    the grammar can be kept is only known when it is compiled (``desk``).
+    the grammar can be kept is only known when it is compiled (``checker``).
 
     json: a JSON schema, as an object or as text. Every keyword is kept exactly or is refused by
         name, except under ``lenient``.
@@ -55,7 +56,8 @@ class StructuredOutputsParams:
     special_tokens: the server's own: ids of tokens that are in no text, by their names, in
         ``after`` and in what begins and ends tags.
     asked_as: the field by which a client asked for it, as later errors name it.
-    source: the grammar as Lark's text; under ``grammar`` as it was given, for ``desk`` to convert.
+    source: the grammar as Lark's text; under ``grammar`` as it was given, to be converted when it
+        is compiled.
     """
 
     json: str | Mapping[str, Any] | bool | None = None
@@ -124,6 +126,7 @@ class StructuredOutputsParams:
     def _grammar(self) -> str:
         if not isinstance(self.grammar, str) or not self.grammar.strip():
             raise _error(f"{FIELD}.grammar must be the text of a grammar")
+        _check_size("grammar", self.grammar)
         if "%llguidance" in self.grammar:
             raise _error(f"{FIELD}.grammar: %llguidance is the server's own; leave it out")
         if self.after:
@@ -206,10 +209,14 @@ def _utf8(text: str) -> bytes:
         raise _error(f"{FIELD}: half a surrogate pair is not text") from None
 
 
-def _parsed(name: str, text: str) -> Any:
-    """JSON given as text. Its size is looked at first."""
+def _check_size(name: str, text: str) -> None:
     if len(text) > MAX_SOURCE_BYTES:
         raise _error(f"{FIELD}.{name} has {len(text)} characters; at most {MAX_SOURCE_BYTES}")
+
+
+def _parsed(name: str, text: str) -> Any:
+    """JSON given as text. Its size is looked at first."""
+    _check_size(name, text)
     try:
         return parse_json(text)
     except JsonError as err:

@@ -31,5 +31,5 @@ ROW_ITEMS = 2_000  # Earley items at one position
 LEXER_STATES = 50_000  # states of one grammar's lexer; each has 1 to 2 KiB
 GRAMMAR_SYMBOLS = 500_000  # symbols in all rules
 
-KEPT_CHECKS = 1024  # grammars whose check is remembered on rank 0
+KEPT_CHECK_BYTES = 32 * 2**20  # bytes of the grammars whose check is remembered on rank 0
 KEPT_GRAMMARS = 32  # compiled grammars that a rank keeps for later requests

@@ -44,5 +44,11 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     reason: str
 
 
-Answer = Compiled | Failed
+class Unable(msgspec.Struct, frozen=True, tag="unable"):
+    """It was not compiled, which says nothing of it: why, in one line."""
+
+    reason: str
+
+
+Answer = Compiled | Failed | Unable
 First = Known | Failed

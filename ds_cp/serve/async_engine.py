@@ -26,11 +26,12 @@ from ds_cp.engine.sign_of_life import idle_seconds
 from ds_cp.errors import DsCpError, EngineDeadError, RequestError, StoppingError
 from ds_cp.model.end_tokens import describe_tokenizer
 from ds_cp.outputs import Delta
-from ds_cp.plan import Idle, Outcome, Plan
+from ds_cp.plan import Idle
 from ds_cp.sampling_params import RequestOptions, SamplingParams
 from ds_cp.scheduler.build import build_scheduler, grid_of
 from ds_cp.serve.channel import Ready
 from ds_cp.serve.grammar_checks import GrammarChecks
+from ds_cp.serve.timed_link import TimedLink
 from ds_cp.serve.worker_link import WorkerLink
 from ds_cp.templates.chat import LOOK_S, ChatTemplate
 from ds_cp.templates.processes import TemplateProcesses
@@ -84,7 +85,7 @@ class AsyncEngine:
         self._stopping = False  # the loop of steps ends
         self._failed = False  # by ``fail``
         self._mailboxes: dict[str, _Mailbox] = {}  # by request id
-        self._steps = _Timed(link)
+        self._steps = TimedLink(link)
         self._stall_s = config.server.stall_s
         self._templates = TemplateProcesses()
         self._checks = GrammarChecks()
@@ -118,9 +119,9 @@ class AsyncEngine:
         refusal is raised before the first delta."""
         mailbox: _Mailbox = asyncio.Queue()
         prompt = tuple(prompt_token_ids)  # copied before the lock is taken
-        desk = self._ready_core().grammars
+        checker = self._ready_core().grammars
         try:
-            grammar = await self._checks.check(desk, params.structured_outputs)
+            grammar = await self._checks.check(checker, params.structured_outputs)
         except RequestError:
             self._ready_core()  # while the engine ends, that is why
             raise
@@ -325,34 +326,3 @@ class AsyncEngine:
         self._deliver([(mailbox, kind(str(err))) for mailbox in mailboxes])
         if not self._stopping:
             self._on_death(err, exit_code)
-
-
-class _Timed:
-    """A runner that knows the seconds of the steps so far, and the age of the one that runs."""
-
-    def __init__(self, link: WorkerLink) -> None:
-        self._link = link
-        self._outstanding = 0  # plans without an outcome
-        self._since: float | None = None  # the oldest of them runs, in time.monotonic()
-        self.seconds = 0.0
-
-    @property
-    def age_s(self) -> float:
-        """Seconds that the oldest plan without an outcome has been running; 0 without one."""
-        since = self._since
-        return 0.0 if since is None else time.monotonic() - since
-
-    def submit(self, plan: Plan) -> None:
-        """Hand over a plan."""
-        if not self._outstanding:
-            self._since = time.monotonic()
-        self._outstanding += 1
-        self._link.submit(plan)
-
-    def outcome(self) -> Outcome:
-        """The oldest plan's outcome."""
-        outcome = self._link.outcome()
-        self._outstanding -= 1
-        self._since = time.monotonic() if self._outstanding else None
-        self.seconds += outcome.seconds
-        return outcome

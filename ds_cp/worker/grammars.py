@@ -31,15 +31,19 @@ class _Wish(NamedTuple):
 
 
 class Grammars:
-    """States by request. ``start`` and ``masks`` are called in turns."""
+    """States by request. ``start`` and ``masks`` are called in turns.
 
-    def __init__(self) -> None:
+    ``wait_s``: seconds that a step waits for its masks, well below what other ranks wait for it.
+    """
+
+    def __init__(self, wait_s: float = MASKS_S) -> None:
+        self._wait_s = wait_s
         self._thread: ThreadPoolExecutor | None = None
         self._compiler: Future[Compiler] | None = None
         self._num_told: dict[int, int] = {}  # output tokens that a request's state has
         self._matchers: dict[int, Matcher | None] = {}  # None: it failed. Of the thread alone
         self._coming: Future[dict[int, bytes]] | None = None
-        self._is_stuck = False
+        self._late: Future[dict[int, bytes]] | None = None  # masks that no step waits for any more
 
     def learn(self, vocabulary: Vocabulary) -> None:
         """What tokens spell; before the first request with a grammar draws."""
@@ -65,20 +69,23 @@ class Grammars:
         """Begin to make the masks of this rank's draws, once it knows all tokens before them."""
         wishes = [self._wish(draw) for draw in draws if draw.sequence.sampling.grammar]
         self._coming = None
-        if wishes and self._thread is not None and not self._is_stuck:
+        if self._late is not None and self._late.done():
+            self._late = None
+        if wishes and self._thread is not None and self._late is None:
             self._coming = self._thread.submit(self._make, wishes)
 
     def masks(self) -> dict[int, bytes]:
         """By request, the tokens that may come next, as ``Row.allowed``. A request whose grammar
-        failed is not in it; why goes to stderr."""
+        failed is not in it; why goes to stderr. None is in it after ``wait_s``, nor in the steps
+        until the late masks are made: their requests fail, and others go on."""
         coming, self._coming = self._coming, None
         if coming is None:
             return {}
         try:
-            return coming.result(MASKS_S)
-        except NotInTime:  # all later ones would wait too
-            self._is_stuck = True
-            print(f"ds_cp: error: no masks of grammars within {MASKS_S:g} s", file=sys.stderr)
+            return coming.result(self._wait_s)
+        except NotInTime:  # those of the next steps would wait behind them
+            self._late = coming
+            print(f"ds_cp: error: no masks of grammars within {self._wait_s:g} s", file=sys.stderr)
             return {}
 
     def _wish(self, draw: Draw) -> _Wish:

@@ -32,7 +32,7 @@ from ds_cp.plan import (
     encode_plan,
 )
 from ds_cp.worker.decode_graph import DecodeGraphs, Graph
-from ds_cp.worker.grammars import Grammars
+from ds_cp.worker.grammars import MASKS_S, Grammars
 from ds_cp.worker.outcome import Times, pack, rows_of, unpack, width_of
 from ds_cp.worker.sampler import History, Row, Score, sample_rows, score_prompt
 from ds_cp.worker.state import Draw, Handoff, StepWork, WorkerState
@@ -80,7 +80,7 @@ class Worker:
         self.model_seconds = 0.0  # in the model's forward call, attention included
         self._graphs: DecodeGraphs | None = None
         self._histories: dict[int, History] = {}  # of requests that were penalized here
-        self._grammars = Grammars()
+        self._grammars = Grammars(min(MASKS_S, world.timeout_s / 3))
 
     def capture_decodes(
         self, max_rows: int, max_blocks: int, make_graph: Callable[[], Graph]

@@ -20,9 +20,9 @@ from ds_cp.engine.llm import LLMEngine
 from ds_cp.errors import RequestError
 from ds_cp.grammar.constraint import StructuredOutputsParams
 from ds_cp.grammar.lark import HEADER
-from ds_cp.grammar.desk import tokenizer_json
+from ds_cp.grammar.checker import tokenizer_json
 from ds_cp.grammar.matcher import Compiler
-from ds_cp.grammar.nursery import vocabulary_of
+from ds_cp.grammar.compile_process import vocabulary_of
 from ds_cp.outputs import RequestOutput
 from ds_cp.plan import Sampling
 from ds_cp.sampling_params import SamplingParams

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from typing import Any
 
 import pytest
@@ -60,6 +61,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"grammar": 5}, "text of a grammar"),
     ({"grammar": "%llguidance {}\nstart: /a/"}, "server's own"),
     ({"grammar": "start: /a{20000}/"}, "20000 times"),
+    ({"grammar": 'start: "a"{ 2 , 20000 }'}, "20000 times"),
+    ({"grammar": "{1,".ljust(limits.MAX_SOURCE_BYTES + 1)}, "131073 characters; at most 131072"),
     ({"json_object": "yes"}, "json_object must be true"),
     ({"json_object": True, "lenient": 1}, "lenient must be true or false"),
     ({"json_object": True, "whitespace_pattern": "a{10001}"}, "10001 times"),
@@ -83,6 +86,15 @@ def test_what_cannot_be_is_refused_by_name(given: dict[str, Any], words: str) ->
     assert words in str(caught.value) and "\n" not in str(caught.value)
     assert len(str(caught.value)) < 300
     assert caught.value.param == "structured_outputs"
+
+
+@pytest.mark.parametrize("text", ["{1,", "{1", "{", "{1, ", "{1 ,1", "{" + "1" * 50])
+def test_repeats_are_found_in_linear_time(text: str) -> None:
+    """In the event loop of all requests; with a quadratic search the first one takes minutes."""
+    began = time.process_time()
+    for hurting in (text.ljust(100_000), (text * 50_000)[:100_000]):
+        StructuredOutputsParams(grammar=hurting)
+    assert time.process_time() - began < 10
 
 
 def test_a_schema_is_one_line_of_json_with_its_keys_in_order() -> None:

@@ -11,11 +11,11 @@ import jsonschema
 import pytest
 
 from ds_cp.errors import RequestError
+from ds_cp.grammar.checker import tokenizer_json
+from ds_cp.grammar.compile_process import compile_one, vocabulary_of
 from ds_cp.grammar.constraint import StructuredOutputsParams
-from ds_cp.grammar.desk import tokenizer_json
 from ds_cp.grammar.matcher import Compiler, GrammarError, Matcher
 from ds_cp.grammar.messages import Compiled, Job
-from ds_cp.grammar.nursery import compile_one, vocabulary_of
 from ds_cp.grammar.vocabulary import Vocabulary
 from tests.helpers.fake_engine import make_tokenizer
 from tests.helpers.schemas import Schemas

@@ -13,7 +13,6 @@ from ds_cp.grammar.matcher import Compiler
 from ds_cp.grammar.vocabulary import Vocabulary
 from ds_cp.kv.table import SequenceTable
 from ds_cp.plan import Sampling
-from ds_cp.worker import grammars as module
 from ds_cp.worker.grammars import Grammars
 from ds_cp.worker.state import Draw, RunningSequence
 
@@ -112,15 +111,20 @@ def test_a_failure_is_its_requests_alone_and_stays(grammars: Grammars, capfd: An
     assert [said.count(f"request {n}: its grammar failed") for n in (4, 5, 6, 7)] == [1, 1, 1, 0]
 
 
-def test_masks_that_do_not_come_in_time_fail_their_requests(
-    grammars: Grammars, monkeypatch: pytest.MonkeyPatch, capfd: Any
+def test_masks_that_do_not_come_in_time_fail_their_requests_and_no_later_ones(
+    grammars: Grammars, capfd: Any
 ) -> None:
-    monkeypatch.setattr(module, "MASKS_S", 0.05)
     masks(grammars, draw(sequence(1, [])))
     gate = threading.Event()
     assert grammars._thread is not None
-    grammars._thread.submit(gate.wait, 10)
+    grammars._thread.submit(gate.wait, 60)
+    grammars._wait_s = 0.05
     assert masks(grammars, draw(sequence(1, []))) == {}
-    assert masks(grammars, draw(sequence(1, []))) == {}  # waits no more
+    grammars._wait_s = 60.0
+    assert masks(grammars, draw(sequence(2, []))) == {}  # waits no more
+    assert capfd.readouterr().err.count("no masks of grammars within 0.05 s") == 1
     gate.set()
-    assert "no masks of grammars within 0.05 s" in capfd.readouterr().err
+    assert grammars._late is not None
+    grammars._late.result(60)
+    grammars.forget([1, 2])  # rank 0 has ended them
+    assert masks(grammars, draw(sequence(3, []))) == {3: wanted([])}

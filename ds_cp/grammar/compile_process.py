@@ -23,7 +23,7 @@ from ds_cp.frames import frame, receive
 from ds_cp.grammar.lark import HEADER
 from ds_cp.grammar.limits import COMPILE_STACK_BYTES
 from ds_cp.grammar.matcher import MAX_REASON_CHARS, Compiler, GrammarError
-from ds_cp.grammar.messages import Answer, Compiled, Failed, Job, Known, Tokens
+from ds_cp.grammar.messages import Answer, Compiled, Failed, Job, Known, Tokens, Unable
 from ds_cp.grammar.vocabulary import Vocabulary
 from ds_cp.process import die_with_parent
 from ds_cp.text import shorten
@@ -71,12 +71,16 @@ def _serve(control: socket.socket, vocabulary: Vocabulary) -> None:
         if not data:
             return
         for fd in fds:
-            sock = socket.socket(fileno=fd)
-            if os.fork() == 0:
-                control.close()
-                follow()
-                _child(sock, compiler)
-            sock.close()
+            with socket.socket(fileno=fd) as sock:
+                try:
+                    pid = os.fork()
+                except OSError as err:  # no room for one more process, which may pass
+                    _tell(sock, Unable(_one_line(err)))
+                    continue
+                if pid == 0:
+                    control.close()
+                    follow()
+                    _child(sock, compiler)
 
 
 def _child(sock: socket.socket, compiler: Compiler) -> NoReturn:
@@ -131,7 +135,7 @@ def _one_line(err: Exception) -> str:
     return shorten(f"{type(err).__name__}: {err}", MAX_REASON_CHARS)
 
 
-def _tell(sock: socket.socket, message: Failed) -> None:
+def _tell(sock: socket.socket, message: Failed | Unable) -> None:
     try:
         sock.sendall(frame(message))
     except OSError:

@@ -8,7 +8,6 @@ compiles the same text, which is known to take little.
 
 from __future__ import annotations
 
-import contextlib
 import socket
 import subprocess
 import sys
@@ -22,18 +21,17 @@ from typing import Any
 from ds_cp.errors import GrammarBusyError, RequestError
 from ds_cp.frames import frame, receive
 from ds_cp.grammar.constraint import FIELD, StructuredOutputsParams
-from ds_cp.grammar.limits import COMPILE_BYTES, COMPILE_CPU_S, KEPT_CHECKS
-from ds_cp.grammar.messages import Answer, Compiled, Failed, First, Job, Known, Tokens
+from ds_cp.grammar.limits import COMPILE_BYTES, COMPILE_CPU_S, KEPT_CHECK_BYTES
+from ds_cp.grammar.messages import Answer, Compiled, Failed, First, Job, Known, Tokens, Unable
 from ds_cp.grammar.vocabulary import Vocabulary
 
 WALL_S = 10.0  # seconds by the clock for one grammar, the wait for others included
 START_S = 60.0  # seconds by the clock for the process to start and read the tokenizer
 AT_ONCE = 2  # grammars that are compiled at the same time
-_CLOSE_S = 1.0  # seconds for the process to end after its socket was closed
 # Finds the same ds_cp as this process, installed or not.
 _START = (
     "import sys; sys.path.insert(0, sys.argv[2]); "
-    "from ds_cp.grammar.nursery import main; main(int(sys.argv[1]))"
+    "from ds_cp.grammar.compile_process import main; main(int(sys.argv[1]))"
 )
 
 
@@ -44,7 +42,7 @@ class Refused:
     reason: str
 
 
-class GrammarDesk:
+class GrammarChecker:
     """Checks grammars for one tokenizer. May be called from several threads.
 
     Its process starts with the first grammar, and again when it is gone. It ends when this process
@@ -64,7 +62,8 @@ class GrammarDesk:
         self._closed = False
         self._vocabulary: Vocabulary | None = None
         self._known: OrderedDict[tuple[str, bool], str | Refused] = OrderedDict()
-        self._knowing = threading.Lock()  # of ``_known``
+        self._known_bytes = 0
+        self._knowing = threading.Lock()  # of both
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -83,10 +82,7 @@ class GrammarDesk:
         if known is not None:
             return known
         found = self._compile(params, time.monotonic() + timeout_s)
-        with self._knowing:
-            self._known[params.source, params.is_foreign] = found
-            while len(self._known) > KEPT_CHECKS:
-                self._known.popitem(last=False)
+        self._remember((params.source, params.is_foreign), found)
         return _or_raise(found, params)
 
     def recall(self, params: StructuredOutputsParams) -> str | None:
@@ -98,6 +94,15 @@ class GrammarDesk:
                 return None
             self._known.move_to_end(key)
         return _or_raise(found, params)
+
+    def _remember(self, key: tuple[str, bool], found: str | Refused) -> None:
+        with self._knowing:
+            if key in self._known:
+                return
+            self._known[key] = found
+            self._known_bytes += _size(key, found)
+            while self._known_bytes > KEPT_CHECK_BYTES:
+                self._known_bytes -= _size(*self._known.popitem(last=False))
 
     def _compile(self, params: StructuredOutputsParams, deadline: float) -> str | Refused:
         if not self._slots.acquire(timeout=max(deadline - time.monotonic(), 0)):
@@ -113,11 +118,15 @@ class GrammarDesk:
         finally:
             self._slots.release()
         if isinstance(answer, Compiled):
-            return answer.source
+            return answer.source if params.is_foreign else params.source  # one copy, not two
         if isinstance(answer, Failed):
             return Refused(answer.reason)
+        if isinstance(answer, Unable):
+            raise _unavailable(answer.reason)
         if time.monotonic() >= deadline:
             raise _busy()
+        if not self._lives():
+            raise _unavailable("its process has ended")
         return Refused(
             f"this grammar does not compile within {self._cpu_s:g} s of computing and "
             f"{self._memory_bytes >> 20} MiB of memory; make it smaller"
@@ -144,6 +153,10 @@ class GrammarDesk:
             except (OSError, ValueError):  # its end by a signal resets the connection
                 answer = None
         return answer
+
+    def _lives(self) -> bool:
+        with self._lock:
+            return self._process is not None and self._process.poll() is None
 
     # --- the process; the lock is held
 
@@ -176,6 +189,9 @@ class GrammarDesk:
         finally:
             theirs.close()
         self._control = ours
+        if self._closed:  # meanwhile; ``close`` may have seen no process to end
+            self._drop()
+            raise _unavailable("it has been ended")
         try:
             ours.settimeout(START_S)
             ours.sendall(frame(tokens))
@@ -197,22 +213,24 @@ class GrammarDesk:
         self._control, self._process = None, None
 
     def close(self) -> None:
-        """End the process. Checks that run raise ``RequestError``."""
+        """End the process, at once. Checks that run raise ``RequestError``."""
+        self._closed = True
+        process = self._process  # its start holds the lock, and ends with it
+        if process is not None:
+            process.kill()
         with self._lock:
-            self._closed = True
-            process = self._process
-            if self._control is not None:
-                self._control.close()
-            self._control = None
-            if process is not None:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(_CLOSE_S)
             self._drop()
 
     @property
     def pid(self) -> int | None:
         """The process id while it is kept; its children compile."""
         return None if self._process is None else self._process.pid
+
+
+def _size(key: tuple[str, bool], found: str | Refused) -> int:
+    """Bytes that a remembered check takes, about: characters, and what holds them."""
+    text = found.reason if isinstance(found, Refused) else found
+    return len(key[0]) + (0 if text is key[0] else len(text)) + 256
 
 
 def _or_raise(found: str | Refused, params: StructuredOutputsParams) -> str:
