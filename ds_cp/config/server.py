@@ -9,7 +9,17 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from ds_cp.config.addresses import canonical_host, canonical_origin
-from ds_cp.config.fields import ApiKeys, Auto, ByteSize, MemorySize, ModelNames, Names, Section, Timeout, unit_of
+from ds_cp.config.fields import (
+    ApiKeys,
+    Auto,
+    ByteSize,
+    MemorySize,
+    ModelNames,
+    Names,
+    Section,
+    Timeout,
+    unit_of,
+)
 from ds_cp.text import show
 
 _HOST_LETTERS = frozenset(string.ascii_lowercase + string.digits + ".-_:")

@@ -88,7 +88,7 @@ def _role(role: str) -> Role:
 def _assistant(blocks: list[Block]) -> Turn:
     texts = [block["text"] for block in blocks if block["type"] == "text"]
     thoughts = [block["thinking"] for block in blocks if block["type"] == "thinking"]
-    calls = [block["call"] for block in blocks if block["type"] == "tool_use"]
+    calls = tuple(block["call"] for block in blocks if block["type"] == "tool_use")
     content: Any = texts[0] if len(texts) == 1 else [_part(text) for text in texts]
     return Turn(role="assistant", content=content or "", reasoning="\n".join(thoughts), calls=calls)
 
