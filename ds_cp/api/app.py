@@ -22,6 +22,7 @@ from ds_cp.api.answers.paced import PacedJson, Turns
 from ds_cp.api.context import AppContext
 from ds_cp.api.errors import ApiError, ErrorBody, from_engine, from_validation
 from ds_cp.api.live import live_routes
+from ds_cp.api.messages.route import message_routes
 from ds_cp.api.metrics import ServerMetrics
 from ds_cp.api.openapi import CHAT_ANSWERS, TEXT_ANSWERS
 from ds_cp.api.page_files import page_paths, page_routes
@@ -33,6 +34,7 @@ from ds_cp.api.requests.protocol import (
     DetokenizeRequest,
     TokenizeRequest,
 )
+from ds_cp.api.responses.route import response_routes
 from ds_cp.api.state import HEALTH_PATHS, package_version, state_routes
 from ds_cp.api.tokenization import TextCodec
 from ds_cp.api.transport.cors import Cors
@@ -93,6 +95,8 @@ def create_app(engine: EngineInterface, server: Server) -> FastAPI:
     )
     app.include_router(_completion_routes(context, json_route))
     app.include_router(_text_routes(context, json_route))
+    app.include_router(response_routes(context, json_route))
+    app.include_router(message_routes(context, json_route))
     app.include_router(state_routes(context))
     app.include_router(rank_routes(context))
     app.include_router(live_routes(context))

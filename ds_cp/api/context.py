@@ -162,9 +162,12 @@ class AppContext:
         """Tokens of one answer at most."""
         if job.params.max_tokens is not None:
             return job.params.max_tokens
+        return max(self.room(len(job.prompt_token_ids)), 1)
+
+    def room(self, prompt: int) -> int:
+        """New tokens of one answer to a prompt of so many that the model and the KV cache hold."""
         info = self.engine.info
-        longest = min(info.max_model_len, info.largest_request_tokens + 1)
-        return max(longest - len(job.prompt_token_ids), 1)
+        return min(info.max_model_len, info.largest_request_tokens + 1) - prompt
 
     @staticmethod
     def _check_logprobs(
@@ -210,7 +213,8 @@ class AppContext:
         room = length - prompt
         least = max(params.min_tokens, 1)
         if params.max_tokens is not None and clamp and least <= room:
-            return replace(params, max_tokens=min(params.max_tokens, room))
+            fitting = max(self.room(prompt), least)
+            return replace(params, max_tokens=min(params.max_tokens, fitting))
         if params.max_tokens is None or clamp:
             asked, name = least, "min_tokens" if params.min_tokens else max_param
         else:

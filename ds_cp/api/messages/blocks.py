@@ -10,11 +10,11 @@ from typing import Any
 from ds_cp.api.chat.request import Part, Role, Turn
 from ds_cp.api.errors import FieldError, shown
 from ds_cp.api.messages.fields import HARMLESS
+from ds_cp.api.requests.client_tools import check_depth
 from ds_cp.api.requests.messages import MAX_MESSAGES, plain_text
 from ds_cp.api.requests.strict_model import Notes, sift
 from ds_cp.errors import RequestError
 from ds_cp.parsing.calls import is_name
-from ds_cp.parsing.definitions import MAX_SCHEMA_NODES, count_values
 from ds_cp.parsing.history import RAW, EarlierCall, read_id
 
 MAX_BLOCKS = 1_000  # blocks of one message
@@ -198,16 +198,6 @@ def _read_result(block: Block, name: str, notes: Notes) -> Block:
         text = f"Error: {text}"
     answered = _id(kept.get("tool_use_id"), f"{name}.tool_use_id", "tool_use_id")
     return {"type": "tool_result", "content": text, "tool_use_id": answered}
-
-
-def check_depth(value: Any, name: str, param: str) -> None:
-    """``FieldError`` for a value that is nested too deep, or has too many values in it."""
-    try:
-        count = count_values(value, name)
-    except RequestError as err:
-        raise FieldError(str(err), param) from None
-    if count > MAX_SCHEMA_NODES:
-        raise FieldError(f"{name} has more than {MAX_SCHEMA_NODES} values", param)
 
 
 def _id(value: Any, where: str, param: str) -> str:

@@ -11,9 +11,9 @@ from pydantic import Field, PrivateAttr, ValidationInfo, field_validator, model_
 
 from ds_cp.api.chat.request import Part, Turn
 from ds_cp.api.errors import FieldError, shown
-from ds_cp.api.messages.blocks import check_depth, read_messages, read_system, with_system
+from ds_cp.api.messages.blocks import read_messages, read_system, with_system
 from ds_cp.api.messages.fields import BODY, HARMLESS
-from ds_cp.api.requests.client_tools import in_place, read_client_tools
+from ds_cp.api.requests.client_tools import check_depth, in_place, read_client_tools
 from ds_cp.api.requests.constraints import constraint_of
 from ds_cp.api.requests.foreign_fields import Unsupported
 from ds_cp.api.requests.messages import plain_text
@@ -24,6 +24,7 @@ from ds_cp.grammar.constraint import StructuredOutputsParams
 from ds_cp.parsing.definitions import Tool, ToolChoice, read_choice
 from ds_cp.sampling_params import MAX_STOPS
 
+_FORMAT = ("type", "schema")
 _TOOL = ("type", "name", "description", "input_schema", "strict", "input_examples")
 _MODES = {"auto": "auto", "any": "required", "none": "none"}
 MAX_EXAMPLES = 32  # examples of a tool's input
@@ -44,6 +45,14 @@ class OutputConfig(StrictModel):
 
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
     format: dict[str, Any] | None = Field(None, max_length=16)
+
+    @field_validator("format")
+    @classmethod
+    def _format(cls, value: dict[str, Any] | None, info: ValidationInfo) -> dict[str, Any] | None:
+        if value is None:
+            return None
+        check_depth(value, "output_config.format", "")
+        return sift("output_config.format", value, _FORMAT, {}, frozenset(), notes_of(info))
 
 
 class AnthropicChoice(StrictModel):

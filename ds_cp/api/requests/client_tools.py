@@ -8,7 +8,7 @@ from typing import Any
 from ds_cp.api.errors import FieldError
 from ds_cp.api.requests.strict_model import Notes
 from ds_cp.errors import RequestError
-from ds_cp.parsing.definitions import Tool, read_tools
+from ds_cp.parsing.definitions import MAX_SCHEMA_NODES, Tool, count_values, read_tools
 
 # From a tool of the client: the function in the spelling of a chat, or None for a hosted tool.
 AsFunction = Callable[[Mapping[str, Any]], Mapping[str, Any] | None]
@@ -44,3 +44,13 @@ def in_place(err: RequestError, field: str, renamed: Mapping[str, str] = {}) -> 
     for ours, theirs in renamed.items():
         message, param = message.replace(ours, theirs), param.replace(ours, theirs)
     return FieldError(message, param.removeprefix(field).removeprefix(".") or None)
+
+
+def check_depth(value: Any, name: str, param: str) -> None:
+    """``FieldError`` for a value that is nested too deep, or has too many values in it."""
+    try:
+        count = count_values(value, name)
+    except RequestError as err:
+        raise FieldError(str(err), param or None) from None
+    if count > MAX_SCHEMA_NODES:
+        raise FieldError(f"{name} has more than {MAX_SCHEMA_NODES} values", param or None)

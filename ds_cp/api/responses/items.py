@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import base64
 import binascii
-import secrets
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from ds_cp.api.answers.named_events import new_id
 from ds_cp.api.errors import FieldError, shown
 from ds_cp.api.requests.foreign_fields import Unsupported
 from ds_cp.api.requests.messages import MAX_MESSAGES, MAX_PARTS, plain_text
@@ -25,11 +25,6 @@ _ROLES = ("user", "assistant", "system", "developer")
 _SEALED = "ds_cp:"  # before the base64 of reasoning that a client keeps for us
 _TEXT_PARTS = ("input_text", "output_text", "text")
 _NO_MEDIA = "this server reads text only"
-
-
-def new_id(prefix: str) -> str:
-    """An id that nobody can guess, such as ``msg_...``."""
-    return f"{prefix}_{secrets.token_hex(24)}"
 
 
 def text_item(role: str, text: str) -> Item:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, PrivateAttr, ValidationInfo, field_validator, model_validator
 
 from ds_cp.api.errors import FieldError, shown
-from ds_cp.api.requests.client_tools import in_place, read_client_tools
+from ds_cp.api.requests.client_tools import check_depth, in_place, read_client_tools
 from ds_cp.api.requests.constraints import constraint_of
 from ds_cp.api.requests.foreign_fields import Unsupported
 from ds_cp.api.requests.messages import plain_text
@@ -49,6 +49,7 @@ class TextConfig(StrictModel):
     def _format(cls, value: dict[str, Any] | None, info: ValidationInfo) -> dict[str, Any] | None:
         if value is None:
             return None
+        check_depth(value, "text.format", "")
         kept = sift("text.format", value, _FORMAT, {}, frozenset(), notes_of(info))
         if not isinstance(kept.get("description"), str | None):
             raise FieldError("text.format.description must be text", "description")
@@ -114,6 +115,12 @@ class ResponseInput(CommonRequest):
             return sift("tool", tool, _FUNCTION, {}, HARMLESS["tool"], notes)
 
         return None if value is None else read_client_tools(value, as_function, notes)
+
+    @field_validator("tool_choice")
+    @classmethod
+    def _tool_choice(cls, value: Any) -> Any:
+        check_depth(value, "tool_choice", "")
+        return value
 
     @model_validator(mode="after")
     def _read_choice(self) -> ResponseInput:

@@ -238,3 +238,16 @@ def test_formats() -> None:
     plain = served({"text": {"format": {"type": "json_object"}}}).constraint
     assert plain is not None and plain.json_object
     assert served({"text": {"format": {"type": "text"}}}).constraint is None
+
+
+def test_what_is_deep_is_refused() -> None:
+    deep: Any = {}
+    for _ in range(300):
+        deep = {"x": deep}
+    for body, param in (
+        ({"tool_choice": {"type": "function", "name": "f", "junk": deep}}, "tool_choice"),
+        ({"text": {"format": {"type": "text", "schema": deep}}}, "text.format"),
+        ({"tools": [FUNCTION | {"parameters": deep}]}, "tools[0].parameters"),
+    ):
+        refused = error(body)
+        assert refused.param == param and "64 deep" in refused.detail
