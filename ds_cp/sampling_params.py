@@ -70,6 +70,7 @@ class SamplingParams:
         has already is divided by it when positive, else multiplied; 1 for none.
     logit_bias: is added to the logits, -100 to 100, by token id, before the penalties.
     skip_special_tokens: leave them out of the text.
+    kept_special_tokens: the server's own: ids that are text all the same, as a parser needs them.
     structured_outputs: what the answer must look like (``StructuredOutputsParams``, or its fields
         as a mapping). The model's end tokens and ``stop_token_ids`` may come only where the answer
         is complete; ``max_tokens`` may still cut it. Excludes ``min_tokens`` and ``ignore_eos``,
@@ -94,6 +95,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     logit_bias: dict[int, float] = field(default_factory=dict)
     skip_special_tokens: bool = True
+    kept_special_tokens: frozenset[int] = frozenset()
     structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:

@@ -14,11 +14,13 @@ from starlette.responses import Response
 
 from ds_cp.api.admin import rank_routes
 from ds_cp.api.answers.budget import ID_BYTES, Budget, HoldMemory, auto_bytes, held_by
-from ds_cp.api.answers.chat import chat_completions
+from ds_cp.api.answers.chat import chat_completions, tokenized
 from ds_cp.api.answers.completions import completions
 from ds_cp.api.answers.json_pieces import json_integers, json_object, json_text
 from ds_cp.api.answers.logprobs import TokenTexts
 from ds_cp.api.answers.paced import PacedJson, Turns
+from ds_cp.api.chat.start import render
+from ds_cp.api.chat.style import ChatStyles
 from ds_cp.api.context import AppContext
 from ds_cp.api.errors import ApiError, ErrorBody, from_engine, from_validation
 from ds_cp.api.live import live_routes
@@ -27,13 +29,9 @@ from ds_cp.api.metrics import ServerMetrics
 from ds_cp.api.openapi import CHAT_ANSWERS, TEXT_ANSWERS
 from ds_cp.api.page_files import page_paths, page_routes
 from ds_cp.api.requests.bodies import Bodies
+from ds_cp.api.requests.chat_body import ChatCompletionRequest, TokenizeRequest
 from ds_cp.api.requests.json_route import strict_json_route
-from ds_cp.api.requests.protocol import (
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    TokenizeRequest,
-)
+from ds_cp.api.requests.protocol import CompletionRequest, DetokenizeRequest
 from ds_cp.api.responses.route import response_routes
 from ds_cp.api.state import HEALTH_PATHS, package_version, state_routes
 from ds_cp.api.tokenization import TextCodec
@@ -64,7 +62,13 @@ def create_app(engine: EngineInterface, server: Server) -> FastAPI:
 
     codec = TextCodec(engine, server.tokenize_timeout_s)
     context = AppContext(
-        engine, server, ServerMetrics(engine, model_name), codec, TokenTexts(engine), Turns()
+        engine,
+        server,
+        ServerMetrics(engine, model_name),
+        codec,
+        TokenTexts(engine),
+        Turns(),
+        ChatStyles(engine, server),
     )
 
     def model_length() -> int:
@@ -124,7 +128,7 @@ def _completion_routes(context: AppContext, json_route: type[APIRoute]) -> APIRo
     router = APIRouter(route_class=json_route)
 
     @router.post("/v1/chat/completions", response_model=None, responses=CHAT_ANSWERS)
-    async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
+    async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:
         return await chat_completions(context, body, request)
 
     @router.post("/v1/completions", response_model=None, responses=TEXT_ANSWERS)
@@ -141,10 +145,7 @@ def _text_routes(context: AppContext, json_route: type[APIRoute]) -> APIRouter:
     async def tokenize(body: TokenizeRequest, request: Request) -> Response:
         context.check(body.model)
         if body.messages is not None:
-            messages = [message.for_template() for message in body.messages]
-            ids = await context.codec.encode_chat(
-                messages, add_generation_prompt=body.add_generation_prompt
-            )
+            _, ids = await render(context, tokenized(body))
         else:
             ids = await context.codec.encode(
                 body.prompt or "", add_special_tokens=body.add_special_tokens

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,9 +22,11 @@ from ds_cp.api.answers.budget import (
 from ds_cp.api.answers.generation import Generation, Job, in_client_names
 from ds_cp.api.answers.logprobs import TokenTexts
 from ds_cp.api.answers.paced import Turns
+from ds_cp.api.chat.style import ChatStyles
 from ds_cp.api.errors import ApiError, context_overflow, not_ready
 from ds_cp.api.metrics import ServerMetrics
 from ds_cp.api.requests.protocol import SamplingRequest
+from ds_cp.api.requests.sampling import params_of
 from ds_cp.api.tokenization import TextCodec
 from ds_cp.config import Server
 from ds_cp.engine.interface import EngineInterface
@@ -55,6 +56,7 @@ class AppContext:
     codec: TextCodec
     texts: TokenTexts
     turns: Turns
+    styles: ChatStyles
 
     def model_names(self) -> tuple[str, ...]:
         """The names under which the model is served, one at least."""
@@ -83,19 +85,6 @@ class AppContext:
                 param="model",
                 code="model_not_found",
             )
-
-    def check_template_kwargs(self, given: Mapping[str, Any] | None) -> None:
-        """Raises ``ApiError`` 400 for a false that the model's chat template would heed."""
-        wishes = [name for name, value in (given or {}).items() if value is False]
-        names = self.engine.chat_template.choice.names() if wishes else ()
-        for name in wishes:
-            if name in names:
-                raise ApiError(
-                    400,
-                    f"chat_template_kwargs is not supported: this model's template reads {name!r}, "
-                    "which a request cannot set",
-                    param="chat_template_kwargs",
-                )
 
     def check_ids(self, ids: Collection[int], param: str) -> None:
         """Raises ``RequestError`` for token ids outside the vocabulary."""
@@ -245,31 +234,14 @@ def sampling_params(
     prompt_logprobs: int | None,
     names: Mapping[str, str] = {},
 ) -> SamplingParams:
-    """The engine's parameters of a request; null fields take the engine's defaults.
-
-    ``top_p`` 0, which OpenAI allows and the engine does not, is greedy: the likeliest token alone.
-    ``names``: the client's name of a parameter, where it differs. Raises ``RequestError`` with the
-    client's names.
-    """
-    given: dict[str, Any] = {name: getattr(body, name) for name in _COPIED}
-    given = {name: value for name, value in given.items() if value is not None}
-    greedy = given.get("top_p") == 0
-    if greedy:
-        del given["top_p"]
-    try:
-        params = SamplingParams(
-            max_tokens=max_tokens,
-            logprobs=logprobs,
-            prompt_logprobs=prompt_logprobs,
-            structured_outputs=body.constraint,
-            **given,
-        )
-        return replace(params, temperature=0.0) if greedy else params
-    except RequestError as err:
-        message = str(err)
-        for ours, theirs in names.items():
-            message = re.sub(rf"\b{ours}\b", theirs, message)
-        raise RequestError(message, names.get(err.param or "", err.param)) from None
+    """The engine's parameters of a request, by ``params_of``."""
+    given: dict[str, Any] = {name: getattr(body, name) for name in _COPIED} | {
+        "max_tokens": max_tokens,
+        "logprobs": logprobs,
+        "prompt_logprobs": prompt_logprobs,
+        "structured_outputs": body.constraint,
+    }
+    return params_of(given, names)
 
 
 def overflow_text(length: int, prompt: int, new: int, prompt_param: str) -> str:

@@ -6,7 +6,7 @@ import ipaddress
 import string
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from ds_cp.config.addresses import canonical_host, canonical_origin
 from ds_cp.config.fields import (
@@ -20,6 +20,9 @@ from ds_cp.config.fields import (
     Timeout,
     unit_of,
 )
+from ds_cp.errors import ConfigError
+from ds_cp.parsing.choose import AUTO, NONE
+from ds_cp.parsing.registry import REASONING_FAMILIES, TOOL_FAMILIES, checked_name
 from ds_cp.text import show
 
 _HOST_LETTERS = frozenset(string.ascii_lowercase + string.digits + ".-_:")
@@ -60,6 +63,28 @@ class Server(Section):
         default="warn",
         description="what becomes of a field that no part of the protocol knows: warn ignores it "
         "with a header that names it, refuse answers HTTP 400",
+    )
+    tool_parser: Annotated[str, Field(json_schema_extra={"enum": [AUTO, NONE, *TOOL_FAMILIES]})] = (
+        Field(
+            default=AUTO,
+            description="how the model writes tool calls; auto: as its chat template says, none: "
+            "calls are text",
+        )
+    )
+    reasoning_parser: Annotated[
+        str, Field(json_schema_extra={"enum": [AUTO, NONE, *REASONING_FAMILIES]})
+    ] = Field(
+        default=AUTO,
+        description="how the model marks reasoning; auto: as its chat template says, none: "
+        "reasoning is text",
+    )
+    chat_template_kwargs: Annotated[
+        dict[Annotated[str, Field(min_length=1, max_length=64)], bool | int | float | str],
+        Field(max_length=64),
+    ] = Field(
+        default_factory=dict,
+        description="values that the chat template reads, such as enable_thinking, unless a "
+        "request gives others",
     )
     max_body_bytes: Annotated[int, Field(ge=1024, le=1 << 30)] = Field(
         default=8 << 20, description="largest HTTP request body", json_schema_extra=unit_of("bytes")
@@ -150,6 +175,17 @@ class Server(Section):
             return None
         named = {canonical_host(name) for name in (self.host, *self.allowed_hosts)}
         return frozenset({"localhost", "127.0.0.1", "::1"} | {name for name in named if name})
+
+    @field_validator("tool_parser", "reasoning_parser")
+    @classmethod
+    def _parser(cls, value: str, info: ValidationInfo) -> str:
+        families = TOOL_FAMILIES if info.field_name == "tool_parser" else REASONING_FAMILIES
+        if value in (AUTO, NONE):
+            return value
+        try:
+            return checked_name(value, families, f"server.{info.field_name}")
+        except ConfigError as err:
+            raise ValueError(str(err)) from None
 
     @field_validator("allowed_hosts")
     @classmethod

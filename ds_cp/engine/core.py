@@ -124,7 +124,9 @@ class EngineCore:
         if self._detokenizer is None:
             return None
         try:
-            return self._detokenizer.start(prompt, params.stop, params.skip_special_tokens)
+            return self._detokenizer.start(
+                prompt, params.stop, params.skip_special_tokens, params.kept_special_tokens
+            )
         except Exception as err:  # whatever a tokenizer raises concerns this request alone
             raise RequestError(
                 f"the tokenizer cannot decode the prompt ({type(err).__name__}: {err})", "prompt"

@@ -52,9 +52,11 @@ class StructuredOutputsParams:
     disable_any_whitespace: JSON is written without white space between its tokens.
     whitespace_pattern: the regex of white space between the tokens of JSON.
     lenient: keywords that cannot be kept are left out, formats too, as OpenAI's ``strict: false``.
-    after: the server's own: free text comes before, up to this one, as reasoning ends with it.
+    thought: the server's own: the reasoning that may come before.
+    or_begins: the server's own: or the answer begins with one of these, and is free from there on,
+        as a tool call is.
     special_tokens: the server's own: ids of tokens that are in no text, by their names, in
-        ``after`` and in what begins and ends tags.
+        ``thought``, in ``or_begins``, and in what begins and ends tags.
     asked_as: the field by which a client asked for it, as later errors name it.
     source: the grammar as Lark's text; under ``grammar`` as it was given, to be converted when it
         is compiled.
@@ -69,7 +71,8 @@ class StructuredOutputsParams:
     disable_any_whitespace: bool = False
     whitespace_pattern: str | None = None
     lenient: bool = False
-    after: str = ""
+    thought: lark.Thought | None = None
+    or_begins: Collection[str] = ()
     special_tokens: Mapping[str, int] = field(default_factory=dict)
     asked_as: str = FIELD
     source: str = field(init=False, repr=False)
@@ -129,8 +132,10 @@ class StructuredOutputsParams:
         _check_size("grammar", self.grammar)
         if "%llguidance" in self.grammar:
             raise _error(f"{FIELD}.grammar: %llguidance is the server's own; leave it out")
-        if self.after:
+        if self.thought is not None:
             raise _error(f"{FIELD}.grammar cannot come after reasoning; say json, regex or choice")
+        if self.or_begins:
+            raise _error(f"{FIELD}.grammar cannot stand beside tools; say json, regex or choice")
         for repeat in _repeats(self.grammar):
             _check_repeat("grammar", repeat)
         return self.grammar
@@ -166,10 +171,13 @@ class StructuredOutputsParams:
             schema = _schema("structural_tag", tag.get("schema", {}))
             found.append(lark.Tag(trigger, begin, lark.json_rule(schema, self._options()), end))
         rules = lark.tagged(found, bool(least), most, self.special_tokens)
-        return lark.grammar(rules, self.after, self.special_tokens)
+        return self._behind_thought(rules)
 
     def _whole(self, rule: str) -> str:
-        return lark.grammar(lark.whole(rule), self.after, self.special_tokens)
+        return self._behind_thought(lark.whole(rule))
+
+    def _behind_thought(self, rules: str) -> str:
+        return lark.grammar(rules, self.thought, self.special_tokens, tuple(self.or_begins))
 
     def _options(self) -> lark.JsonOptions:
         pattern = self.whitespace_pattern

@@ -33,6 +33,17 @@ class JsonOptions:
 
 
 @dataclass(frozen=True)
+class Thought:
+    """Free text before the answer: ``begin``, text, ``end``; perhaps none of it where it is
+    ``optional``, none without an ``end``. ``then``: what stands between that and the answer."""
+
+    end: str = ""
+    begin: str = ""
+    optional: bool = False
+    then: str = ""
+
+
+@dataclass(frozen=True)
 class Tag:
     """``begin``, which starts with ``trigger``, then what ``rule`` says, then ``end``."""
 
@@ -47,16 +58,26 @@ def whole(rule: str) -> str:
     return f"answer: {rule}\n"
 
 
-def grammar(rules: str, after: str = "", special: Special = NONE) -> str:
-    """The grammar of ``rules``, of which ``answer`` is the first. With ``after``, free text comes
-    before, up to that text, and a few blanks."""
-    if not after:
-        return f"{HEADER}start: answer\n{rules}"
-    head = _head("before", after, special, "BEFORE")
-    return (
-        f"{HEADER}start: before BLANKS? answer\n{head}\nBEFORE: {_ANY}\n"
-        rf"BLANKS: /\s{{1,8}}/" + f"\n{rules}"
-    )
+def grammar(
+    rules: str,
+    thought: Thought | None = None,
+    special: Special = NONE,
+    or_begins: Sequence[str] = (),
+) -> str:
+    """The grammar of ``rules``, of which ``answer`` is the first, behind what is thought. In its
+    place may be text that begins with one of ``or_begins``, and is free from there on."""
+    then = "" if thought is None else _quoted(thought.then, special)
+    start, parts = f"{then} answer".strip(), []
+    if or_begins:
+        begins = " | ".join(_quoted(text, special) for text in or_begins)
+        start = f"({start} | other)"
+        parts = [f"other: ({begins}) OTHER", f"OTHER: {_ANY}"]
+    if thought is not None and thought.end:
+        begin = _quoted(thought.begin, special)
+        start = f"thought{'?' if thought.optional else ''} {start}"
+        parts += [f"thought: {begin} before BLANKS?", f"BEFORE: {_ANY}", r"BLANKS: /\s{1,8}/"]
+        parts += [_head("before", thought.end, special, "BEFORE")]
+    return f"{HEADER}start: {start}\n" + "".join(f"{part}\n" for part in parts) + rules
 
 
 def json_rule(schema: Mapping[str, Any], options: JsonOptions) -> str:

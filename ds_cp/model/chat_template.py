@@ -32,7 +32,8 @@ from ds_cp.templates.messages import (
     Render,
     Rendered,
 )
-from ds_cp.templates.shape import learn, marked, missing, mostly_there
+from ds_cp.templates.shape import learn, marked, missing, mostly_there, shaped
+from ds_cp.templates.tools import learn_tools
 from ds_cp.text import shorten
 
 NICENESS = 5  # of workers: a long rendering takes less than ranks and server
@@ -72,12 +73,16 @@ def _transformers() -> Renderer:
     renders: Any = chat_template_utils.render_jinja_template  # its types say too little
 
     def render(work: Render) -> str:
-        messages = [{k: v for k, v in m.items() if v is not None} for m in work.messages]
+        messages = [
+            {k: v for k, v in m.items() if v is not None or k == "content"} for m in work.messages
+        ]
         rendered, _ = renders(
             conversations=[messages],
             chat_template=work.template,
             add_generation_prompt=work.add_generation_prompt,
-            **work.tokens,
+            tools=work.tools,
+            continue_final_message=work.continue_final,
+            **{**work.values, **work.tokens},
         )
         text: str = rendered[0]
         return text
@@ -251,11 +256,20 @@ def _look(work: Look, render: Renderer) -> Looked:
     def render_messages(messages: list[dict[str, Any]]) -> str:
         return render(Render(work.template, work.tokens, messages, True, 0))
 
-    shapes, lost, failed = learn(render_messages, (MemoryError, TemplateSyntaxError))
+    def render_tools(messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> str:
+        shaped_messages = shaped(messages, shapes)
+        for message, shaped_one in zip(messages, shaped_messages, strict=True):
+            if message["content"] is None:
+                shaped_one["content"] = None
+        return render(Render(work.template, work.tokens, shaped_messages, True, 0, tools))
+
+    passing = (MemoryError, TemplateSyntaxError)
+    shapes, lost, failed = learn(render_messages, passing)
+    tools = learn_tools(render_tools, passing)
     reasons = {
         role: shorten(" ".join(why.split()), MAX_REASON_CHARS) for role, why in failed.items()
     }
-    return Looked(shapes, lost, reasons)
+    return Looked(shapes, lost, reasons, tools)
 
 
 def _limit(limits: Limits) -> None:

@@ -6,9 +6,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ds_cp.parsing import harmony, thinking
 from ds_cp.parsing.definitions import Tool, ToolChoice
 from ds_cp.parsing.formats import INDEX, ToolFormat
-from ds_cp.parsing.registry import TOOL_FAMILIES
+from ds_cp.parsing.registry import REASONING_FAMILIES, TOOL_FAMILIES
 
 PLAIN = "json"  # the family that any model can be forced to write
 
@@ -48,6 +49,38 @@ def call_grammar(
     return CallGrammar(name, tag | {"at_least": 1})
 
 
+@dataclass(frozen=True)
+class Opening:
+    """What stands before an answer that a grammar forces: ``begin``, free text and ``end`` are
+    reasoning, perhaps none of it where that is ``optional``, none at all without an ``end``.
+    ``before_content``: then comes this, before content."""
+
+    begin: str = ""
+    end: str = ""
+    optional: bool = False
+    before_content: str = ""
+
+
+def opening(reasoning: str | None, prompt: str, continues: bool = False) -> Opening:
+    """What a grammar must let an answer to the prompt begin with. ``reasoning``: the name of the
+    model's parser; ``prompt``, ``continues``: as ``registry.make_parser`` has them."""
+    if reasoning is None:
+        return Opening()
+    family = REASONING_FAMILIES[reasoning]
+    form = family.format
+    end = form.end + form.after_end
+    if family.style is None:
+        channel = harmony.open_channel(prompt)
+        if channel is None:
+            return Opening(form.begin, end, True, form.before_content)
+        inside = "analysis" in channel
+        return Opening("", end, False, form.before_content) if inside else Opening()
+    begins = family.style.begins(prompt, continues)
+    if begins == thinking.INSIDE or (begins == thinking.UNKNOWN and family.style.assumed):
+        return Opening("", end)
+    return Opening(form.begin, end, True) if begins == thinking.UNKNOWN else Opening()
+
+
 def _marks(form: ToolFormat) -> set[str]:
     whole = form.begin + form.before_arguments("") + form.after_arguments + form.end
     return {mark for mark in form.markers if mark in whole}
@@ -58,8 +91,8 @@ def _structures(form: ToolFormat, tools: Sequence[Tool], choice: ToolChoice) -> 
     structures = [
         {
             "begin": form.begin + form.before_arguments(tool.name),
-            "schema": dict(tool.parameters),
-            "end": form.after_arguments + form.end,
+            "schema": {"type": "object", **tool.parameters},
+            "end": "" if form.ends_answer else form.after_arguments + form.end,
         }
         for tool in tools
     ]

@@ -41,6 +41,7 @@ class ToolFormat:
 
     ``parallel``: whether an answer can hold several calls. ``triggers``: literal texts of which one
     begins a call in an answer that may also be content; () where a call is the whole answer.
+    ``ends_answer``: the model ends its answer by ``after_arguments``, an end token.
     ``markers``: the texts above and within that a tokenizer may have as one token, special or not;
     they must be in what the parser is fed.
     """
@@ -53,6 +54,7 @@ class ToolFormat:
     end: str = ""
     arguments: Literal["json"] | TaggedArguments | QuotedArguments = "json"
     parallel: bool = True
+    ends_answer: bool = False
     triggers: tuple[str, ...] = ()
     markers: tuple[str, ...] = ()
 
@@ -81,10 +83,13 @@ class ToolFormat:
 @dataclass(frozen=True)
 class ReasoningFormat:
     """What stands around reasoning, where a prompt does not hold ``begin`` already. A grammar that
-    forces what follows reasoning applies from behind ``end``."""
+    forces what follows reasoning applies from behind ``end`` and ``after_end``.
+    ``before_content``: what begins content, whether or not reasoning came."""
 
     begin: str
     end: str
+    after_end: str = ""
+    before_content: str = ""
 
 
 def _json(value: Any) -> str:

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from ds_cp.errors import RequestError
 from ds_cp.parsing.calls import is_name
-from ds_cp.parsing.definitions import MAX_TOOLS
+from ds_cp.parsing.definitions import MAX_TOOLS, count_values
 from ds_cp.parsing.ids import OPENAI, id_for_template
 from ds_cp.parsing.json_reader import is_json
 from ds_cp.text import show
@@ -78,6 +78,7 @@ def _read_call(value: Any, where: str) -> EarlierCall:
         _refuse(f"{where}.function.name must be a tool's name", f"{where}.function.name")
     arguments = function.get("arguments")
     if isinstance(arguments, dict):  # some clients send the object itself
+        count_values(arguments, f"{where}.function.arguments")
         arguments = json.dumps(arguments, ensure_ascii=False)
     if arguments is not None and not isinstance(arguments, str):
         _refuse(f"{where}.function.arguments must be JSON text", f"{where}.function.arguments")

@@ -128,7 +128,7 @@ def _gemma_format(style: gemma.Style) -> ToolFormat:
 
 _HARMONY_FORMAT = ToolFormat(
     "<|channel|>commentary to=functions.", " <|constrain|>json<|message|>", "<|call|>",
-    parallel=False, triggers=("<|channel|>commentary to=functions.",),
+    parallel=False, ends_answer=True, triggers=("<|channel|>commentary to=functions.",),
     markers=("<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", "<|end|>", "<|call|>",
              "<|return|>"),
 )  # fmt: skip
@@ -237,21 +237,32 @@ REASONING_FAMILIES: Mapping[str, ReasoningFamily] = {
     "granite": _marks(thinking.GRANITE),
     "cohere": _marks(thinking.COHERE),
     HARMONY: ReasoningFamily(
-        None, ReasoningFormat("<|channel|>analysis<|message|>", "<|end|>"), "thinking"
+        None,
+        ReasoningFormat(
+            "<|channel|>analysis<|message|>",
+            "<|end|>",
+            "<|start|>assistant",
+            "<|channel|>final<|message|>",
+        ),
+        "thinking",
     ),
 }
 
 
 def make_parser(
-    tool: str | None, reasoning: str | None, tools: Toolbox, prompt_end: str = ""
+    tool: str | None,
+    reasoning: str | None,
+    tools: Toolbox,
+    prompt_end: str = "",
+    continues: bool = False,
 ) -> Parser:
     """A parser for one answer.
 
     ``tool``: a name of ``TOOL_FAMILIES``; None where the request has no tools, or may call none:
     then what looks like a call is content. ``reasoning``: of ``REASONING_FAMILIES``, or None.
     ``prompt_end``: the last ``thinking.TAIL_CHARS`` characters of the rendered prompt, which say
-    whether the answer begins within reasoning. An answer that a grammar forces to be calls from its
-    first character on has no reasoning: None.
+    whether the answer begins within reasoning. ``continues``: the prompt ends within an answer,
+    with which this one goes on; then ``prompt_end`` begins where that does.
     """
     if tool == HARMONY or (tool is None and reasoning == HARMONY):
         return harmony.Harmony(tools, harmony.open_channel(prompt_end), tool == HARMONY)
@@ -261,7 +272,7 @@ def make_parser(
         return calls or Plain()
     if tool:
         style = replace(style, ends=TOOL_FAMILIES[tool].ends_reasoning)
-    first = thinking.Thinking(style, style.begins(prompt_end))
+    first = thinking.Thinking(style, style.begins(prompt_end, continues))
     return Chain(first, calls) if calls else first
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from ds_cp.parsing.events import Content, Reasoning
 from ds_cp.parsing.machine import MAX_SPACE, SPACE, WAIT, Gate, Machine, Markers
 
-INSIDE, OUTSIDE, UNKNOWN = "inside", "outside", "unknown"  # where an answer begins
+# Where an answer begins; ``WITHIN``: behind the beginning of its content.
+INSIDE, OUTSIDE, UNKNOWN, WITHIN = "inside", "outside", "unknown", "within"
 TAIL_CHARS = 512  # characters at the end of a prompt that say where its answer begins
 
 _BREAK = "\n\n"  # between two pieces of reasoning
@@ -26,9 +27,13 @@ class Style:
     assumed: bool = False
     ends: tuple[str, ...] = ()
 
-    def begins(self, prompt: str) -> str:
+    def begins(self, prompt: str, continues: bool = False) -> str:
         """Where an answer to the prompt begins: inside of reasoning, outside, or unknown. The last
-        ``TAIL_CHARS`` characters of the prompt are enough."""
+        ``TAIL_CHARS`` characters of the prompt are enough, unless the answer ``continues`` one that
+        the prompt has begun: then all of that."""
+        if continues:
+            opened = max(prompt.rfind(mark) for mark in self.opens)
+            return INSIDE if opened > max(prompt.rfind(mark) for mark in self.closes) else WITHIN
         tail = prompt[-TAIL_CHARS:].rstrip(SPACE)
         if tail.endswith(tuple(mark.rstrip(SPACE) for mark in self.closes)):
             return OUTSIDE
@@ -66,8 +71,8 @@ class Thinking(Machine):
 
     def _start(self) -> bool:
         """At the beginning of the answer."""
-        if self._begins == INSIDE:
-            self._state = self._inside
+        if self._begins in (INSIDE, WITHIN):
+            self._state = self._inside if self._begins == INSIDE else self._outside
             return True
         self._space_before += self._space(MAX_SPACE - len(self._space_before))
         if self._at_end():

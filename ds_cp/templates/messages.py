@@ -9,13 +9,17 @@ import msgspec
 
 class Render(msgspec.Struct, frozen=True, tag="render"):
     """Render ``messages``. ``tokens``: the tokenizer's special tokens by name. A rendering has at
-    most ``max_chars`` characters."""
+    most ``max_chars`` characters. ``tools``: None for none. ``values``: more that the template can
+    read. ``continue_final``: end within the last message."""
 
     template: str
     tokens: dict[str, str]
     messages: list[dict[str, Any]]
     add_generation_prompt: bool
     max_chars: int
+    tools: list[dict[str, Any]] | None = None
+    values: dict[str, Any] = {}
+    continue_final: bool = False
 
 
 class Look(msgspec.Struct, frozen=True, tag="look"):
@@ -23,6 +27,18 @@ class Look(msgspec.Struct, frozen=True, tag="look"):
 
     template: str
     tokens: dict[str, str]
+
+
+class ToolShape(msgspec.Struct, frozen=True):
+    """What a template makes of tools. ``offers``: it writes a request's tools. ``history``: it
+    writes earlier calls and their results, if the arguments of a call are JSON text
+    (``text_arguments``) or an object, and content that is empty is null beside a call
+    (``null_content``) or ""."""
+
+    offers: bool = False
+    history: bool = False
+    text_arguments: bool = False
+    null_content: bool = False
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -50,11 +66,13 @@ class Rendered(msgspec.Struct, frozen=True, tag="rendered"):
 class Looked(msgspec.Struct, frozen=True, tag="looked"):
     """What was found about a template. ``shapes``: by role, what its content must be like
     (``ds_cp.templates.shape``). ``lost``: roles whose text the template leaves out.
-    ``failed``: the exception by role where every try ended with one."""
+    ``failed``: the exception by role where every try ended with one. ``tools``: what it makes of
+    tools (``ds_cp.templates.tools``)."""
 
     shapes: dict[str, str]
     lost: list[str]
     failed: dict[str, str]
+    tools: ToolShape = ToolShape()
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):

@@ -20,15 +20,15 @@ import pytest
 from pydantic import BaseModel
 
 from ds_cp.api.app import create_app
-from ds_cp.api.requests import protocol
+from ds_cp.api.requests import chat_body, protocol
 from ds_cp.api.requests.bodies import SMALL_BYTES, _to_model
 from ds_cp.api.requests.strict_model import Notes, StrictModel
 from tests.helpers.front import front, honest_streams
 
 ROUTES: dict[type[BaseModel], str] = {
     protocol.CompletionRequest: "/v1/completions",
-    protocol.ChatRequest: "/v1/chat/completions",
-    protocol.TokenizeRequest: "/tokenize",
+    chat_body.ChatCompletionRequest: "/v1/chat/completions",
+    chat_body.TokenizeRequest: "/tokenize",
     protocol.DetokenizeRequest: "/detokenize",
 }
 ATTACKERS = 4
@@ -37,7 +37,7 @@ LARGEST = 8 << 20  # bytes, the default of server.max_body_bytes
 HEAVY = (
     "CompletionRequest.prompt:",
     "CompletionRequest:",
-    "ChatRequest.messages:",
+    "ChatCompletionRequest.messages:",
     "ChatMessage.content: 90,000",
     "TokenizeRequest.messages: 90,000",
     "DetokenizeRequest.tokens:",

@@ -22,8 +22,9 @@ from ds_cp.api.requests.bodies import (
     Bodies,
     kept_bytes,
 )
+from ds_cp.api.requests.chat_body import ChatCompletionRequest as ChatRequest
 from ds_cp.api.requests.json_route import warning
-from ds_cp.api.requests.protocol import ChatRequest, CompletionRequest
+from ds_cp.api.requests.protocol import CompletionRequest
 from tests.helpers.fake_engine import FakeEngine, make_tokenizer
 from tests.server.conftest import Running, error_of, wait_for
 

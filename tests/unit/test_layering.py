@@ -31,7 +31,7 @@ LAYERS = {
     "config": 1,
     "sizing": 2,
     "topology": 2,
-    "parsing": 2,
+    "parsing": 0,
     "templates": 2,
     "native": 2,
     "comm": 3,

@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from starlette.responses import Response
@@ -31,38 +32,53 @@ def event(data: Any) -> bytes:
     return b"data: " + json.dumps(data, ensure_ascii=False, allow_nan=False).encode() + b"\n\n"
 
 
+@dataclass(frozen=True)
+class Framing:
+    """How a protocol writes its events: one from what its answer makes, the one of an error, what
+    ends every stream, and what it says while nothing comes."""
+
+    event: Callable[[Any], bytes]
+    error: Callable[[ApiError], bytes]
+    last: bytes
+    keep_alive: bytes = KEEP_ALIVE
+
+
+OPENAI = Framing(event, lambda err: event(err.body()), DONE)
+
+
 async def stream_events(
     generation: Generation,
     *,
-    opening: Iterable[dict[str, Any]],
-    chunks_of: Callable[[int, Delta], Iterable[dict[str, Any]]],
-    closing: Callable[[], list[dict[str, Any]]],
+    opening: Iterable[Any],
+    chunks_of: Callable[[int, Delta], Iterable[Any]],
+    closing: Callable[[], Iterable[Any]],
     turns: Turns,
     keep_alive_s: float,
     request_id: str,
+    framing: Framing = OPENAI,
 ) -> AsyncIterator[bytes]:
-    """The events of a stream, up to ``[DONE]``; an error becomes an event in OpenAI's shape.
+    """The events of a stream, up to the last one of its ``framing``; an error becomes an event.
 
     Many chunks at once, such as those of a long prompt, are made as the client reads them and a few
     a turn of the event loop.
     """
     try:
-        paced = turns.pace(map(event, opening))
+        paced = turns.pace(map(framing.event, opening))
         while (data := await paced.next()) is not None:
             yield data
         while not generation.finished:
             item = await generation.next(keep_alive_s)
             if item is None:
-                yield KEEP_ALIVE
+                yield framing.keep_alive
                 continue
-            paced = turns.pace(map(event, chunks_of(*item)))
+            paced = turns.pace(map(framing.event, chunks_of(*item)))
             while (data := await paced.next()) is not None:
                 yield data
         for chunk in closing():
-            yield event(chunk)
+            yield framing.event(chunk)
     except Exception as err:
-        yield event(stream_error(err, request_id).body())
-    yield DONE
+        yield framing.error(stream_error(err, request_id))
+    yield framing.last
 
 
 def stream_error(err: Exception, request_id: str) -> ApiError:
@@ -94,11 +110,14 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[bytes], generation: Closable) -> None:
+    def __init__(
+        self, events: AsyncIterator[bytes], generation: Closable, framing: Framing = OPENAI
+    ) -> None:
         self.status_code = 200
         self.background = None
         self._events = events
         self._generation = generation
+        self._framing = framing
         # A proxy that buffers would hide tokens and keep-alives alike.
         self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
 
@@ -119,7 +138,7 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _send_shutting_down(self, send: Send) -> None:
-        data = event(shutting_down().body()) + DONE
+        data = self._framing.error(shutting_down()) + self._framing.last
         body = {"type": "http.response.body", "body": data, "more_body": False}
         try:
             await within(_LAST_EVENT_S, send(body))

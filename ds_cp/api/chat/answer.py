@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from ds_cp.api.answers.json_pieces import EncodedList, encode
+from ds_cp.api.answers.respond import Answer
 from ds_cp.api.chat.events import (
     ArgumentsDelta,
     CallBegin,
@@ -13,7 +17,11 @@ from ds_cp.api.chat.events import (
     Finished,
     Reasoning,
     Step,
+    Usage,
 )
+from ds_cp.api.chat.start import Conversation
+from ds_cp.api.context import AppContext
+from ds_cp.outputs import Delta
 
 
 @dataclass
@@ -59,3 +67,45 @@ def _append(to: bytearray, text: str) -> int:
     encoded = encode(text)[1:-1]
     to += encoded
     return len(encoded)
+
+
+class ChatAnswer(Answer):
+    """Builds what is sent for one chat: one prompt, ``n`` messages. A subclass says how its
+    protocol writes them: ``whole`` from ``messages``, ``events_of`` a step, ``opening``,
+    ``closing``."""
+
+    def __init__(self, context: AppContext, conversation: Conversation) -> None:
+        super().__init__(context, [conversation.prompt_ids], conversation.params)
+        self._conversation = conversation
+        self.messages = [Message() for _ in range(self.n)]
+
+    @abstractmethod
+    def events_of(self, step: Step) -> Iterable[Any]:
+        """What the framing writes of a step; none while text is held back."""
+
+    def lists_of(self, step: Step) -> Mapping[str, list[Any]]:
+        """What ``Message.lists`` gets of a step: log-probabilities, ids; by name."""
+        return {}
+
+    def record(self, prompt: int, delta: Delta) -> int:
+        """Add a delta to its message."""
+        step = self._read(delta)
+        message = self.messages[step.choice]
+        size = message.add(step)
+        for name, values in self.lists_of(step).items():
+            size += message.lists[name].extend(values)
+        return size
+
+    def chunks_of(self, prompt: int, delta: Delta) -> Iterable[Any]:
+        """The events of a delta."""
+        return self.events_of(self._read(self.take(prompt, delta)))
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens so far."""
+        prompt = self.prompts[0]
+        thought = sum(reader.reasoning_tokens for reader in self._conversation.readers)
+        return Usage(len(prompt.ids), self.completion_tokens, prompt.cached_tokens, thought)
+
+    def _read(self, delta: Delta) -> Step:
+        return self._conversation.readers[delta.index].read(delta)

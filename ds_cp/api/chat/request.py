@@ -10,6 +10,7 @@ from ds_cp.parsing.definitions import Tool, ToolChoice
 from ds_cp.parsing.history import EarlierCall
 from ds_cp.sampling_params import RequestOptions, SamplingParams
 
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Role = Literal["system", "user", "assistant", "tool"]
 Part = Mapping[str, str]  # {"type": "text", "text": ...}
 NO_TOOLS = ToolChoice("none")
@@ -41,6 +42,7 @@ class FieldNames:
     tools: str = "tools"
     tool_choice: str = "tool_choice"
     template_kwargs: str = "chat_template_kwargs"
+    effort: str = "reasoning_effort"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +51,9 @@ class ChatRequest:
 
     ``params``: ``structured_outputs`` is what the client wants the content to be; what tools and
     reasoning add to it is added later. ``tools`` and ``choice``: read by ``parsing.definitions``.
-    ``template_kwargs``: the client's, over those of the config. ``effort``: of reasoning, as a word
-    of the protocol ("none", "low", ..); None where it does not say. ``continue_final``: the answer
-    goes on with the last turn, an assistant's, and is not a new one.
+    ``template_kwargs``: the client's, over those of the config. ``effort``: of reasoning; None
+    where the client does not say. ``continue_final``: the answer goes on with the last turn, an
+    assistant's, and is not a new one. ``clamp``: ``max_tokens`` is lowered to what fits.
     """
 
     turns: Sequence[Turn]
@@ -60,8 +62,9 @@ class ChatRequest:
     tools: Sequence[Tool] = ()
     choice: ToolChoice = NO_TOOLS
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    effort: str | None = None
+    effort: Effort | None = None
     add_generation_prompt: bool = True
     continue_final: bool = False
     stream: bool = False
+    clamp: bool = False
     names: FieldNames = field(default_factory=FieldNames)

@@ -13,7 +13,12 @@ from ds_cp.api.chat.request import Part, Turn
 from ds_cp.api.errors import FieldError, shown
 from ds_cp.api.messages.blocks import read_messages, read_system, with_system
 from ds_cp.api.messages.fields import BODY, HARMLESS
-from ds_cp.api.requests.client_tools import check_depth, in_place, read_client_tools
+from ds_cp.api.requests.client_tools import (
+    check_depth,
+    check_one_wish,
+    in_place,
+    read_client_tools,
+)
 from ds_cp.api.requests.constraints import constraint_of
 from ds_cp.api.requests.foreign_fields import Unsupported
 from ds_cp.api.requests.messages import plain_text
@@ -130,6 +135,7 @@ class CountRequest(CommonRequest):
     def _read_format(self) -> CountRequest:
         wish = self.output_config.format if self.output_config else None
         self._constraint = _constraint(wish)
+        check_one_wish(self._choice, self._constraint)
         return self
 
     @property

@@ -22,7 +22,7 @@ from ds_cp.api.openapi import MESSAGE_ANSWERS, MESSAGE_ERRORS
 from ds_cp.api.requests.turns import check_answers, options_of
 from ds_cp.sampling_params import SamplingParams
 
-_NAMES = FieldNames()
+_NAMES = FieldNames(effort="thinking")
 _SAMPLING_NAMES: Mapping[str, str] = {"stop": "stop_sequences"}
 
 

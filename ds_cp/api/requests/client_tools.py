@@ -6,9 +6,17 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ds_cp.api.errors import FieldError
+from ds_cp.api.requests.messages import plain_text
 from ds_cp.api.requests.strict_model import Notes
 from ds_cp.errors import RequestError
-from ds_cp.parsing.definitions import MAX_SCHEMA_NODES, Tool, count_values, read_tools
+from ds_cp.grammar.constraint import StructuredOutputsParams
+from ds_cp.parsing.definitions import (
+    MAX_SCHEMA_NODES,
+    Tool,
+    ToolChoice,
+    count_values,
+    read_tools,
+)
 
 # From a tool of the client: the function in the spelling of a chat, or None for a hosted tool.
 AsFunction = Callable[[Mapping[str, Any]], Mapping[str, Any] | None]
@@ -33,7 +41,10 @@ def read_client_tools(
         else:
             chat.append(tool)
     try:
-        return read_tools(chat, skip_unknown=True)
+        tools = read_tools(chat, skip_unknown=True)
+        for tool in tools:
+            plain_text(tool.description, "tools")
+        return tools
     except RequestError as err:
         raise in_place(err, "tools", {".function": "", ".parameters": f".{schema_name}"}) from None
 
@@ -54,3 +65,12 @@ def check_depth(value: Any, name: str, param: str) -> None:
         raise FieldError(str(err), param or None) from None
     if count > MAX_SCHEMA_NODES:
         raise FieldError(f"{name} has more than {MAX_SCHEMA_NODES} values", param or None)
+
+
+def check_one_wish(choice: ToolChoice, constraint: StructuredOutputsParams | None) -> None:
+    """``FieldError`` where the answer must be a call, and something else as well."""
+    if choice.mode == "required" and constraint is not None:
+        asked = constraint.asked_as
+        raise FieldError(
+            f"tool_choice says that the answer is a call and {asked} what it is; send one", asked
+        )

@@ -11,13 +11,13 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from ds_cp.api.errors import FieldError
+from ds_cp.api.requests.chat_body import MAX_TEMPLATE_KWARGS, checked_kwargs
 from ds_cp.api.requests.messages import plain_text
+from ds_cp.api.requests.protocol import MAX_MODEL_CHARS
 from ds_cp.api.requests.strict_model import StrictModel
 from ds_cp.errors import RequestError
 from ds_cp.sampling_params import MAX_SALT_CHARS, SamplingParams
 
-MAX_MODEL_CHARS = 1024  # characters of a model's name
-MAX_TEMPLATE_KWARGS = 64  # names in chat_template_kwargs
 _TO_ENGINE = (
     "temperature top_p top_k min_p seed presence_penalty frequency_penalty repetition_penalty"
 ).split()
@@ -47,6 +47,11 @@ class CommonRequest(StrictModel):
         if value is not None and len(value) > MAX_SALT_CHARS:
             raise FieldError(f"cache_salt has {len(value)} characters; at most {MAX_SALT_CHARS}")
         return value if value is None else plain_text(value, "cache_salt")
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _kwargs(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        return checked_kwargs(value)
 
     def sampling(self, names: Mapping[str, str], **more: Any) -> SamplingParams:
         """The engine's parameters; see ``params_of``."""

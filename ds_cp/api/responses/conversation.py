@@ -13,7 +13,12 @@ from ds_cp.api.responses.store import ResponseStore, Said
 from ds_cp.api.responses.turns import turns_of
 from ds_cp.sampling_params import SamplingParams
 
-NAMES = FieldNames(messages="input", max_tokens="max_output_tokens", logprobs="top_logprobs")
+NAMES = FieldNames(
+    messages="input",
+    max_tokens="max_output_tokens",
+    logprobs="top_logprobs",
+    effort="reasoning.effort",
+)
 SAMPLING_NAMES: Mapping[str, str] = {
     "max_tokens": "max_output_tokens",
     "logprobs": "top_logprobs",

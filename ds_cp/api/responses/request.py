@@ -9,7 +9,12 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, PrivateAttr, ValidationInfo, field_validator, model_validator
 
 from ds_cp.api.errors import FieldError, shown
-from ds_cp.api.requests.client_tools import check_depth, in_place, read_client_tools
+from ds_cp.api.requests.client_tools import (
+    check_depth,
+    check_one_wish,
+    in_place,
+    read_client_tools,
+)
 from ds_cp.api.requests.constraints import constraint_of
 from ds_cp.api.requests.foreign_fields import Unsupported
 from ds_cp.api.requests.messages import plain_text
@@ -143,6 +148,7 @@ class ResponseInput(CommonRequest):
     @model_validator(mode="after")
     def _read_format(self) -> ResponseInput:
         self._constraint = _constraint(self.text.format if self.text else None)
+        check_one_wish(self._choice, self._constraint)
         return self
 
     @property

@@ -14,6 +14,7 @@ from ds_cp.errors import RequestError
 from ds_cp.grammar.checker import tokenizer_json
 from ds_cp.grammar.compile_process import compile_one, vocabulary_of
 from ds_cp.grammar.constraint import StructuredOutputsParams
+from ds_cp.grammar.lark import Thought
 from ds_cp.grammar.matcher import Compiler, GrammarError, Matcher
 from ds_cp.grammar.messages import Compiled, Job
 from ds_cp.grammar.vocabulary import Vocabulary
@@ -214,14 +215,71 @@ def test_special_tokens_are_tokens_in_tags_and_after_reasoning(
     assert fine(said(*call, *call), structural_tag=must)
     assert not fine(said("text", *call), structural_tag=must)
     for wish in ({"regex": "[0-9]+"}, {"json": {"type": "integer"}}):
-        assert fine(said("thinking 1 2", 2, "\n\n34"), after="<|user|>", **wish)
-        assert not fine(said("thinking"), after="<|user|>", **wish)
-        assert not fine(said(2, "thinking"), after="<|user|>", **wish)
-        assert fine(said("hm</t>\n56"), after="</t>", **wish)
-        assert not fine(said("hm</t>\n56</t>"), after="</t>", **wish)
-    assert fine(said("hm", 2, *call), structural_tag=must, after="<|user|>")
-    assert fine(said("hm", 2, "text", *call, "more"), structural_tag=tag, after="<|user|>")
-    assert not fine(said("hm", *call), structural_tag=tag, after="<|user|>")
+        assert fine(said("thinking 1 2", 2, "\n\n34"), thought=Thought("<|user|>"), **wish)
+        assert not fine(said("thinking"), thought=Thought("<|user|>"), **wish)
+        assert not fine(said(2, "thinking"), thought=Thought("<|user|>"), **wish)
+        assert fine(said("hm</t>\n56"), thought=Thought("</t>"), **wish)
+        assert not fine(said("hm</t>\n56</t>"), thought=Thought("</t>"), **wish)
+    assert fine(said("hm", 2, *call), structural_tag=must, thought=Thought("<|user|>"))
+    assert fine(
+        said("hm", 2, "text", *call, "more"), structural_tag=tag, thought=Thought("<|user|>")
+    )
+    assert not fine(said("hm", *call), structural_tag=tag, thought=Thought("<|user|>"))
+
+
+@pytest.mark.parametrize(("begin", "end"), [("<t>", "</t>"), ("<|system|>", "<|user|>")])
+def test_reasoning_that_may_come_is_free_and_the_answer_behind_it_is_not(
+    compiler: Compiler, vocabulary: Vocabulary, begin: str, end: str
+) -> None:
+    """The marks as text, and as special tokens (1 and 2)."""
+    special = {"<|system|>": 1, "<|user|>": 2}
+
+    def said(text: str) -> list[int]:
+        ids: list[int] = []
+        for part in re.split(r"(<\|system\|>|<\|user\|>)", text):
+            ids += [special[part]] if part in special else spell(part, vocabulary)
+        return ids
+
+    def fine(text: str, or_begins: Sequence[str] = (), **thought: object) -> bool:
+        wish = {"json": {"type": "integer"}, "special_tokens": special, "or_begins": or_begins}
+        found = compiled(compiler, thought=Thought(end, **thought), **wish)
+        return accepts(found, said(text))
+
+    for text, may, must in (
+        ("12", True, False),
+        (f"{begin}hm 1 <b>{end}\n\n12", True, True),
+        (f"hm{end}12", False, False),
+        (f"{begin}hm{end}x", False, False),
+        (f"{begin}hm", False, False),
+    ):
+        assert fine(text, begin=begin, optional=True) == may, text
+        assert fine(text, begin=begin) == must, text
+    assert fine(f"{begin}hm{end}to:12", begin=begin, optional=True, then="to:")
+    assert fine("to:12", begin=begin, optional=True, then="to:")
+    assert not fine("12", begin=begin, optional=True, then="to:")
+    for text, may in (("call x", True), ("12", False), ("to:12", True), ("cal", False)):
+        given = {"begin": begin, "optional": True, "then": "to:", "or_begins": ["call", "<c>"]}
+        assert fine(text, **given) == may, text
+        assert fine(f"{begin}hm{end}{text}", **given) == may, text
+
+
+@pytest.mark.parametrize("at_least", [0, 1])
+def test_tags_may_come_behind_reasoning_or_at_once(
+    compiler: Compiler, vocabulary: Vocabulary, at_least: int
+) -> None:
+    tag = {"triggers": ["<c>"], "at_least": at_least, "structures": [
+        {"begin": "<c>", "schema": {"type": "integer"}, "end": "</c>"}]}  # fmt: skip
+    for thought in (Thought("</t>", "<t>", optional=True), Thought("</t>")):
+        begin = thought.begin
+
+        def fine(text: str) -> bool:
+            found = compiled(compiler, structural_tag=tag, thought=thought)  # noqa: B023
+            return accepts(found, spell(text, vocabulary))
+
+        assert fine(f"{begin}say <b>x</b></t>\n<c>1</c>")
+        assert fine("<c>1</c>") == thought.optional
+        assert not fine(f"{begin}hm</t><c>x</c>") and not fine("<c>x</c>")
+        assert fine(f"{begin}hm</t>text<c>1</c>") == (not at_least)
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ import pytest
 from ds_cp.api.context import sampling_params
 from ds_cp.api.errors import ApiError
 from ds_cp.api.requests.bodies import _to_model
+from ds_cp.api.requests.chat_body import ChatCompletionRequest as ChatRequest
 from ds_cp.api.requests.constraints import constraint_of
-from ds_cp.api.requests.protocol import ChatRequest, CompletionRequest
+from ds_cp.api.requests.protocol import CompletionRequest
 from ds_cp.api.requests.strict_model import Notes
 from ds_cp.grammar.constraint import StructuredOutputsParams
 from ds_cp.sampling_params import SamplingParams

@@ -15,6 +15,8 @@ from pydantic import BaseModel
 
 from ds_cp.api.errors import ApiError
 from ds_cp.api.requests.bodies import _to_model
+from ds_cp.api.requests.chat_body import ChatCompletionRequest as ChatRequest
+from ds_cp.api.requests.chat_body import TokenizeRequest
 from ds_cp.api.requests.foreign_fields import (
     BOTH,
     CHAT_ONLY,
@@ -25,13 +27,7 @@ from ds_cp.api.requests.foreign_fields import (
     STREAM_OPTIONS,
 )
 from ds_cp.api.requests.messages import ChatMessage
-from ds_cp.api.requests.protocol import (
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    StreamOptions,
-    TokenizeRequest,
-)
+from ds_cp.api.requests.protocol import CompletionRequest, DetokenizeRequest, StreamOptions
 from ds_cp.api.requests.strict_model import Notes
 
 NOTHING: list[Any] = [None, "", [], {}, False]
