@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, PrivateAttr, ValidationInfo, field_validator, model_validator
 
-from ds_cp.api.chat.request import Part, Turn
+from ds_cp.api.chat.request import Effort, Part, Turn
 from ds_cp.api.errors import FieldError, shown
 from ds_cp.api.messages.blocks import read_messages, read_system, with_system
 from ds_cp.api.messages.fields import BODY, HARMLESS
@@ -54,7 +54,7 @@ class OutputConfig(StrictModel):
     @field_validator("format")
     @classmethod
     def _format(cls, value: dict[str, Any] | None, info: ValidationInfo) -> dict[str, Any] | None:
-        if value is None:
+        if not value:
             return None
         check_depth(value, "output_config.format", "")
         return sift("output_config.format", value, _FORMAT, {}, frozenset(), notes_of(info))
@@ -154,11 +154,13 @@ class CountRequest(CommonRequest):
         return self._choice
 
     @property
-    def effort(self) -> str | None:
-        """How long the model is asked to think, as a word; None where nothing says so."""
-        if self.thinking is not None and self.thinking.type == "disabled":
+    def effort(self) -> Effort | None:
+        """How long the model is asked to think; None where nothing says so."""
+        wish = self.thinking.type if self.thinking else None
+        if wish == "disabled":
             return "none"
-        return self.output_config.effort if self.output_config else None
+        given = self.output_config.effort if self.output_config else None
+        return given or ("medium" if wish == "enabled" else None)
 
 
 class MessagesRequest(CountRequest):

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, PrivateAttr, ValidationInfo, field_validator, model_validator
 
+from ds_cp.api.chat.request import Effort
 from ds_cp.api.errors import FieldError, shown
 from ds_cp.api.requests.client_tools import (
     check_depth,
@@ -16,7 +17,7 @@ from ds_cp.api.requests.client_tools import (
     read_client_tools,
 )
 from ds_cp.api.requests.constraints import constraint_of
-from ds_cp.api.requests.foreign_fields import Unsupported
+from ds_cp.api.requests.foreign_fields import Unsupported, is_nothing
 from ds_cp.api.requests.messages import plain_text
 from ds_cp.api.requests.sampling import CommonRequest
 from ds_cp.api.requests.strict_model import StrictModel, notes_of, sift
@@ -37,7 +38,6 @@ from ds_cp.sampling_params import MAX_LOGPROBS
 MAX_METADATA = 16  # entries of metadata
 MAX_KEY_CHARS, MAX_VALUE_CHARS = 64, 512  # of an entry
 MAX_INCLUDE = 16  # names in include
-EFFORTS = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 _FORMAT = ("type", "name", "schema", "strict", "description")
 _FUNCTION = ("type", "name", "description", "parameters", "strict")
 
@@ -52,7 +52,7 @@ class TextConfig(StrictModel):
     @field_validator("format")
     @classmethod
     def _format(cls, value: dict[str, Any] | None, info: ValidationInfo) -> dict[str, Any] | None:
-        if value is None:
+        if not value:
             return None
         check_depth(value, "text.format", "")
         kept = sift("text.format", value, _FORMAT, {}, frozenset(), notes_of(info))
@@ -67,7 +67,7 @@ class ReasoningConfig(StrictModel):
     harmless: ClassVar[frozenset[str]] = HARMLESS["reasoning"]
     unsupported: ClassVar[dict[str, Unsupported]] = REASONING
 
-    effort: EFFORTS | None = None
+    effort: Effort | None = None
 
 
 class ResponseStreamOptions(StrictModel):
@@ -86,7 +86,9 @@ class ResponseInput(CommonRequest):
     instructions: str | None = Field(None, description="the system message; not carried over")
     previous_response_id: str | None = Field(None, max_length=MAX_ID_CHARS)
     tools: list[Tool] | None = Field(None, description="functions; hosted tools are skipped")
-    tool_choice: str | dict[str, Any] | None = Field(None, max_length=16)
+    tool_choice: str | dict[str, Any] | None = Field(
+        None, description="none, auto, required, or an object that names a function"
+    )
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
     reasoning: ReasoningConfig | None = None
@@ -121,9 +123,15 @@ class ResponseInput(CommonRequest):
 
         return None if value is None else read_client_tools(value, as_function, notes)
 
-    @field_validator("tool_choice")
+    @field_validator(
+        "tool_choice", mode="plain", json_schema_input_type=str | dict[str, Any] | None
+    )
     @classmethod
     def _tool_choice(cls, value: Any) -> Any:
+        if is_nothing(value):
+            return None
+        if not isinstance(value, str | dict):
+            raise FieldError("tool_choice must be a mode or an object that names a function")
         check_depth(value, "tool_choice", "")
         return value
 

@@ -208,6 +208,7 @@ def test_examples_and_thinking() -> None:
     high = served({"thinking": {"type": "enabled", "budget_tokens": 2000},
                    "output_config": {"effort": "high"}})  # fmt: skip
     assert high.effort == "high" and not high.hides_thinking
+    assert served({"thinking": {"type": "enabled", "budget_tokens": 2000}}).effort == "medium"
 
 
 def test_format() -> None:
