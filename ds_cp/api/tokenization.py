@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from threading import Event
 from time import monotonic
 from typing import Any, TypeVar
@@ -69,7 +70,8 @@ class TextCodec:
         fails, or they are too long.
         """
         self._check_messages(len(chat.messages))
-        chars = Size.of(chat.messages, chat.tools, chat.values).chars
+        with _as_400():
+            chars = Size.of(chat.messages, chat.tools, chat.values).chars
         self._check_chars(chars, "messages")
         text = await self._render(chat, chars)
         # The template brings the special tokens, as in apply_chat_template(tokenize=True).
@@ -119,9 +121,8 @@ class TextCodec:
         self, work: Callable[[], Result], long: bool, timeout_s: float
     ) -> Result:
         try:
-            return await self._templates.run(lambda _: work(), long=long, timeout_s=timeout_s)
-        except ChatTemplateError as err:
-            raise ApiError(400, str(err), param=err.param, code=err.code) from None
+            with _as_400():
+                return await self._templates.run(lambda _: work(), long=long, timeout_s=timeout_s)
         except TimeoutError:
             raise self._late("messages") from None
         except OSError as err:
@@ -173,6 +174,15 @@ class TextCodec:
             f"Please reduce the length of the {param}.",
             param,
         )
+
+
+@contextmanager
+def _as_400() -> Iterator[None]:
+    """Answer what is wrong with a conversation or its template."""
+    try:
+        yield
+    except ChatTemplateError as err:
+        raise ApiError(400, str(err), param=err.param, code=err.code) from None
 
 
 def _encode_bounded(

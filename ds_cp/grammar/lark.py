@@ -65,13 +65,15 @@ def grammar(
     or_begins: Sequence[str] = (),
 ) -> str:
     """The grammar of ``rules``, of which ``answer`` is the first, behind what is thought. In its
-    place may be text that begins with one of ``or_begins``, and is free from there on."""
+    place may be text that begins with one of ``or_begins``, and is free from there on, for special
+    tokens too."""
     then = "" if thought is None else _quoted(thought.then, special)
     start, parts = f"{then} answer".strip(), []
     if or_begins:
         begins = " | ".join(_quoted(text, special) for text in or_begins)
         start = f"({start} | other)"
-        parts = [f"other: ({begins}) OTHER", f"OTHER: {_ANY}"]
+        rest = " | ".join(("OTHER", *(f"<[{number}]>" for number in special.values())))
+        parts = [f"other: ({begins}) rest*", f"rest: {rest}", r"OTHER: /(.|\n)+/"]
     if thought is not None and thought.end:
         begin = _quoted(thought.begin, special)
         start = f"thought{'?' if thought.optional else ''} {start}"

@@ -41,7 +41,9 @@ def call_grammar(
     if choice.mode == "none" or not chosen:
         return None
     if choice.mode == "auto":
-        if not spelt or not form.triggers or not all(one.strict for one in chosen):
+        # Behind an end of the answer's own there are headers, which free text cannot hold.
+        free = spelt and form.triggers and not form.ends_answer
+        if not free or not all(one.strict for one in chosen):
             return None
         return CallGrammar(tool, _structures(form, chosen, choice))
     name = tool if spelt else PLAIN

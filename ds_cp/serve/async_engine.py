@@ -31,6 +31,7 @@ from ds_cp.sampling_params import RequestOptions, SamplingParams
 from ds_cp.scheduler.build import build_scheduler, grid_of
 from ds_cp.serve.channel import Ready
 from ds_cp.serve.grammar_checks import GrammarChecks
+from ds_cp.serve.ready_facts import chat_notes, info_of
 from ds_cp.serve.timed_link import TimedLink
 from ds_cp.serve.worker_link import WorkerLink
 from ds_cp.templates.chat import LOOK_S, ChatTemplate
@@ -251,7 +252,8 @@ class AsyncEngine:
         tokenizer = self._load_tokenizer()
         chat_template = ChatTemplate(tokenizer, self._templates)
         # While the worker starts, and not so long that a rank gives rank 0 up.
-        odd = chat_template.look(min(LOOK_S, idle_seconds(self._config.comm.timeout_s)))
+        look_s = min(LOOK_S, idle_seconds(self._config.comm.timeout_s))
+        odd = chat_notes(chat_template, tokenizer, self._config.server, look_s)
         ready = self._link.ready()
         facts = ready.facts.with_tokenizer(*describe_tokenizer(tokenizer))
         said = facts.notes[len(ready.facts.notes) :]
@@ -263,17 +265,7 @@ class AsyncEngine:
             self._observer = Observer(self._core, hosts, self._lock)
             self.tokenizer = tokenizer
             self.chat_template = chat_template
-            self.info = EngineInfo(
-                model=self._model_name,
-                max_model_len=ready.facts.max_model_len,
-                vocab_size=ready.facts.vocab_size,
-                kv_capacity_tokens=scheduler.allocator.capacity_tokens,
-                largest_request_tokens=scheduler.largest_tokens,
-                ranks=len(ready.facts.hosts),
-                hosts=len(set(ready.facts.hosts)),
-                dtype=ready.facts.dtype,
-                created=int(time.time()),
-            )
+            self.info = info_of(self._model_name, ready.facts, scheduler)
             self._state = "ready"
         self._on_ready(ready)
 

@@ -7,7 +7,8 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -115,7 +116,8 @@ class Size:
 
     @staticmethod
     def of(messages: Sequence[Message], *beside: Any) -> Size:
-        """Count, with what goes into the rendering ``beside`` the messages."""
+        """Count, with what goes into the rendering ``beside`` the messages. Raises
+        ``ChatTemplateError`` for what is no text."""
         texts = [texts_of(message.get("content")) for message in messages]
         chars = sum(map(len, chain(*texts))) + sum(_json_chars(one) for one in beside if one)
         for message in messages:
@@ -127,7 +129,19 @@ class Size:
 
 
 def _json_chars(value: Any) -> int:
-    return len(msgspec.json.encode(value))
+    with _sendable():
+        return len(msgspec.json.encode(value))
+
+
+@contextmanager
+def _sendable() -> Iterator[None]:
+    """Raises ``ChatTemplateError`` for what cannot be sent to a process."""
+    try:
+        yield
+    except UnicodeEncodeError:
+        raise ChatTemplateError("messages: half a surrogate pair is not text") from None
+    except OverflowError:
+        raise ChatTemplateError("messages: an integer has more than 64 bits") from None
 
 
 class ChatTemplate:
@@ -187,6 +201,11 @@ class ChatTemplate:
         return notes
 
     @property
+    def available(self) -> bool:
+        """Whether conversations may be rendered, as far as is known."""
+        return not self._problem
+
+    @property
     def examined(self) -> Looked | None:
         """What was found about the template; None before it was examined."""
         return self._looked
@@ -239,10 +258,8 @@ class ChatTemplate:
             dict(values),
             continue_final,
         )
-        try:
+        with _sendable():
             answer = self._run(work, self._limits(size, deadline, cpu_s))
-        except UnicodeEncodeError:
-            raise ChatTemplateError("messages: half a surrogate pair is not text") from None
         if isinstance(answer, Rendered):
             return answer.text
         code = _CODES.get(_kind(answer), "chat_template_error")

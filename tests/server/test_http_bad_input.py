@@ -103,7 +103,8 @@ FIELDS: list[tuple[str, dict[str, Any], str | None, str]] = [
     (CHAT, {"messages": "hi"}, "messages", "list"),
     (CHAT, {"messages": ["hi"]}, "messages[0]", "messages[0]"),
     (CHAT, {"messages": [{"role": "user"}]}, "messages[0].content", "missing"),
-    (CHAT, {"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "'tool'"),
+    (CHAT, {"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id", "id"),
+    (CHAT, {"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role", "'robot'"),
     (CHAT, {"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "text"),
     (CHAT, {"messages": [{"role": "user", "content": None}]}, "messages[0].content", "text"),
     (
@@ -125,7 +126,8 @@ FIELDS: list[tuple[str, dict[str, Any], str | None, str]] = [
         "image_url",
     ),
     (CHAT, {"messages": [*HELLO, {"role": "system", "content": "x"}]}, "messages", "come first"),
-    (CHAT, {"messages": HELLO, "tools": [{"type": "function"}]}, "tools", "tools is not supported"),
+    (CHAT, {"messages": HELLO, "tools": [{"type": "function"}]}, "tools[0].function", "a name"),
+    (CHAT, {"messages": HELLO, "tool_choice": "required"}, "tool_choice", "has no tools"),
     (
         CHAT,
         {"messages": HELLO, "response_format": {"type": "xml"}},
@@ -137,7 +139,7 @@ FIELDS: list[tuple[str, dict[str, Any], str | None, str]] = [
         CHAT,
         {"messages": HELLO, "chat_template_kwargs": {"a": 1}},
         "chat_template_kwargs",
-        "not sup",
+        "does not read 'a'",
     ),
     (CHAT, {"messages": HELLO, "top_logprobs": 2}, "top_logprobs", "logprobs true"),
     (CHAT, {"messages": HELLO, "logprobs": True, "top_logprobs": 21}, "top_logprobs", "21"),

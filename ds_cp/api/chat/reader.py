@@ -115,7 +115,7 @@ class AnswerReader:
         return events
 
     def _count(self, events: list[Event], tokens: int) -> None:
-        """Tokens are reasoning if that is the next that comes of them."""
+        """Tokens are reasoning if that is the next that comes of them; its marks are, too."""
         self._pending += tokens
         for event in events:
             if isinstance(event, Reasoning):

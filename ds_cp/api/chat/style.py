@@ -8,6 +8,7 @@ from typing import Any
 
 from ds_cp.api.chat.request import Effort
 from ds_cp.api.errors import ApiError, shown
+from ds_cp.api.requests.foreign_fields import is_nothing
 from ds_cp.config import Server
 from ds_cp.engine.interface import EngineInterface
 from ds_cp.parsing.choose import AUTO, Chosen, choose
@@ -75,9 +76,11 @@ class ChatStyle:
             if name in self.reads:
                 if value is not None:
                     values[name] = value
+            elif is_nothing(value):
+                continue
             elif name in _RESERVED:
                 raise _refused(f"{shown(name)} is not a request's to set", param)
-            elif value is not None and value is not False and value not in ("", [], {}):
+            else:
                 have = _listed(self.told)
                 raise _refused(f"this model's template does not read {shown(name)}; {have}", param)
         return values

@@ -29,6 +29,7 @@ from ds_cp.parsing.definitions import (
 
 MAX_TEMPLATE_KWARGS = 64  # names in chat_template_kwargs
 MAX_KWARGS_VALUES = 256  # values in it, of any kind
+MAX_BITS = 63  # of an integer in a schema or in chat_template_kwargs
 MAX_KWARG_CHARS = 4096  # characters of one text in it
 _FINAL = "continue_final_message goes on with the last message, so that"
 
@@ -59,17 +60,17 @@ class TemplateFields(StrictModel):
     def _kwargs(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
         return checked_kwargs(value)
 
-    @field_validator("tools")
+    @field_validator("tools", mode="before")
     @classmethod
-    def _nothing(cls, value: list[Any] | None) -> list[Any] | None:
-        return value or None
+    def _nothing(cls, value: Any) -> Any:
+        return None if is_nothing(value) else value
 
     def _read_conversation(self, messages: list[ChatMessage]) -> None:
         """Read tools and turns. Raises ``FieldError``."""
         with in_fields():
             self._tools = read_tools(self.tools)
         for tool in self._tools:
-            plain_text(tool.description, "tools")
+            check_values([tool.description, tool.parameters], "tools")
         self._turns = turns_of(messages)
         if not self.continue_final_message:
             return
@@ -109,20 +110,22 @@ def checked_kwargs(value: dict[str, Any] | None) -> dict[str, Any] | None:
         with in_fields():
             if count_values(wish, name) > MAX_KWARGS_VALUES:
                 raise FieldError(f"{name} has more than {MAX_KWARGS_VALUES} values", name)
-        _check_texts(wish, name)
+        check_values(wish, name, MAX_KWARG_CHARS)
     return value
 
 
-def _check_texts(value: Any, name: str) -> None:
+def check_values(value: Any, name: str, most_chars: int | None = None) -> None:
+    """Raises ``FieldError`` for what cannot be passed on: half a surrogate pair, an integer of more
+    than 64 bits, a text of more than ``most_chars`` characters."""
     todo = [value]
     while todo:
         one = todo.pop()
         if isinstance(one, str):
-            if len(one) > MAX_KWARG_CHARS:
-                raise FieldError(
-                    f"{name} has {len(one)} characters; at most {MAX_KWARG_CHARS}", name
-                )
-            plain_text(one, name)
+            if most_chars is not None and len(one) > most_chars:
+                raise FieldError(f"{name} has {len(one)} characters; at most {most_chars}", name)
+            plain_text(one, name, name)
+        elif isinstance(one, int) and one.bit_length() > MAX_BITS:
+            raise FieldError(f"{name} has an integer of {one.bit_length()} bits", name)
         elif isinstance(one, dict):
             todo += [*one, *one.values()]
         elif isinstance(one, list):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ds_cp.api.errors import FieldError
-from ds_cp.api.requests.messages import plain_text
+from ds_cp.api.requests.chat_body import check_values
 from ds_cp.api.requests.strict_model import Notes
 from ds_cp.errors import RequestError
 from ds_cp.grammar.constraint import StructuredOutputsParams
@@ -43,7 +43,7 @@ def read_client_tools(
     try:
         tools = read_tools(chat, skip_unknown=True)
         for tool in tools:
-            plain_text(tool.description, "tools")
+            check_values([tool.description, tool.parameters], "tools")
         return tools
     except RequestError as err:
         raise in_place(err, "tools", {".function": "", ".parameters": f".{schema_name}"}) from None

@@ -102,7 +102,7 @@ class ChatMessage(StrictModel):
         with in_fields():
             self._calls = read_calls(self.tool_calls, "tool_calls")
             for call in self._calls:
-                plain_text(call.arguments, "arguments")
+                plain_text(f"{call.id}{call.name}{call.arguments}", "tool_calls", "tool_calls")
             if self.role == "tool":
                 read_id(self.tool_call_id, "tool_call_id")
         return self
@@ -115,7 +115,7 @@ class ChatMessage(StrictModel):
             content=self.content,
             name=self.name or None,
             reasoning=self.reasoning_content or self.reasoning or "",
-            calls=self._calls,
+            calls=tuple(self._calls),
             answers=self.tool_call_id or "",
         )
 
@@ -137,14 +137,14 @@ def in_fields() -> Iterator[None]:
         raise FieldError(str(err), err.param) from None
 
 
-def plain_text(text: str, name: str) -> str:
+def plain_text(text: str, name: str, param: str | None = None) -> str:
     """The text itself. ``FieldError`` for half a surrogate pair, which JSON can spell but is not
-    text."""
+    text. ``param``: the field below the place where a validator sits."""
     try:
         text.encode()
     except UnicodeEncodeError as err:
         raise FieldError(
-            f"{name} is not text: half a surrogate pair at character {err.start}"
+            f"{name} is not text: half a surrogate pair at character {err.start}", param
         ) from None
     return text
 
