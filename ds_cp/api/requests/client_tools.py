@@ -45,6 +45,8 @@ def read_client_tools(
         for tool in tools:
             check_values([tool.description, tool.parameters], "tools")
         return tools
+    except FieldError as err:
+        raise FieldError(str(err)) from None  # it names this field
     except RequestError as err:
         raise in_place(err, "tools", {".function": "", ".parameters": f".{schema_name}"}) from None
 
