@@ -276,6 +276,8 @@ def test_errors_of_the_protocol(spoken: Launch) -> None:
     assert error["param"] == "max_output_tokens"
     error = error_of(server.post("/v1/responses", {"input": "x " * 9000}), 400)
     assert error["code"] == "context_length_exceeded" and error["param"] == "input"
+    error = error_of(server.post("/v1/responses", {"input": "x" * 300_000}), 400)  # not tokenized
+    assert error["code"] == "context_length_exceeded" and error["param"] == "input"
     error = error_of(server.post("/v1/responses", {"input": "x", "model": "gpt"}), 404)
     assert error["code"] == "model_not_found"
     reply = server.client().responses.create(model="fake-model", input="x")

@@ -15,6 +15,7 @@ from ds_cp.api.chat.reader import AnswerReader
 from ds_cp.api.chat.request import ChatRequest
 from ds_cp.api.chat.style import ChatStyle
 from ds_cp.api.context import AppContext
+from ds_cp.api.errors import ApiError
 from ds_cp.errors import RequestError
 from ds_cp.grammar.constraint import FIELD, StructuredOutputsParams
 from ds_cp.grammar.lark import Thought
@@ -75,7 +76,8 @@ async def start_chat(
 
 
 async def render(context: AppContext, chat: ChatRequest) -> tuple[str, list[int]]:
-    """The prompt of a chat, as text and as token ids. Raises ``ApiError``."""
+    """The prompt of a chat, as text and as token ids. Raises ``ApiError`` with the client's
+    field."""
     style = context.styles.now()
     values = style.template_values(
         context.server.chat_template_kwargs,
@@ -85,7 +87,12 @@ async def render(context: AppContext, chat: ChatRequest) -> tuple[str, list[int]
         chat.names.effort,
     )
     shape = await context.codec.tool_shape()
-    return await context.codec.encode_chat(template_input(chat, style, shape, values))
+    try:
+        return await context.codec.encode_chat(template_input(chat, style, shape, values))
+    except ApiError as err:
+        if err.param == "messages":
+            err.param = chat.names.messages
+        raise
 
 
 @dataclass(frozen=True)
