@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import anthropic
+import httpx
 import openai
 import pytest
 
@@ -122,3 +123,22 @@ def test_a_format_is_kept_in_each(gpt: Any, claude: Any) -> None:
     for text in (response.output_text, message.content[0].text):
         assert json.loads(text)["x"] in ("yes", "no")
     assert response.output_text == message.content[0].text
+
+
+def test_a_reset_forgets_the_prefixes(gpt: Any, url: str) -> None:
+    ask = {"model": "tiny", "input": "One prompt of more than a block. " * 3}
+
+    def cached() -> int:
+        reply = gpt.responses.create(max_output_tokens=1, **ask)
+        count: int = reply.usage.input_tokens_details.cached_tokens
+        return count
+
+    cached()
+    assert cached() >= 16
+    freed = httpx.post(f"{url}/reset_prefix_cache", timeout=60)
+    assert freed.status_code == 200 and freed.json()["blocks_freed"] > 0
+    assert cached() == 0
+    facts = httpx.get(f"{url}/server_info", timeout=60).json()
+    assert facts["ranks"] == 2 and facts["served_model_names"] == ["tiny", "claude-tiny"]
+    assert httpx.get(f"{url}/ready", timeout=60).json() == {"status": "ready"}
+    assert httpx.get(f"{url}/load", timeout=60).json()["server_load"] == 0
