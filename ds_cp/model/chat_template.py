@@ -267,6 +267,7 @@ def _look(work: Look, render: Renderer) -> Looked:
     passing = (MemoryError, TemplateSyntaxError)
     shapes, lost, failed = learn(render_messages, passing)
     tools = learn_tools(render_tools, passing)
+    tools = msgspec.structs.replace(tools, system="system" in shapes)
     reasons = {
         role: shorten(" ".join(why.split()), MAX_REASON_CHARS) for role, why in failed.items()
     }

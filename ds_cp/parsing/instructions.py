@@ -26,11 +26,14 @@ def tools_as_text(tools: Sequence[Tool]) -> str:
 
 
 def without_tools(
-    messages: Sequence[tuple[Message, Sequence[EarlierCall]]], tools: Sequence[Tool]
+    messages: Sequence[tuple[Message, Sequence[EarlierCall]]],
+    tools: Sequence[Tool],
+    system: bool = True,
 ) -> list[Message]:
     """The messages, each with the calls in it, in words that any template renders: roles system,
     user and assistant. Results in a row become one turn of the user, since many templates want
-    turns to alternate. ``content`` is text, a list of text parts, or None."""
+    turns to alternate. ``content`` is text, a list of text parts, or None. ``system``: the template
+    knows the role; where not, the user says what the system would."""
     names = {call.id: call.name for _, calls in messages for call in calls}
     plain: list[Message] = []
     results = False  # the last turn is of results
@@ -50,10 +53,15 @@ def without_tools(
             plain.append({"role": message["role"], "content": "\n".join(filter(None, said))})
         else:
             plain.append(dict(message))
-    return _told(plain, tools_as_text(tools)) if tools else plain
+    return _told(plain, tools_as_text(tools), system) if tools else plain
 
 
-def _told(messages: list[Message], text: str) -> list[Message]:
+def _told(messages: list[Message], text: str, system: bool) -> list[Message]:
+    if not system:
+        at = next((i for i, message in enumerate(messages) if message["role"] == "user"), None)
+        if at is not None:
+            said = _before(text, messages[at].get("content"))
+            return [*messages[:at], messages[at] | {"content": said}, *messages[at + 1 :]]
     if not messages or messages[0]["role"] != "system":
         return [{"role": "system", "content": text}, *messages]
     content = messages[0].get("content")
@@ -62,6 +70,12 @@ def _told(messages: list[Message], text: str) -> list[Message]:
     else:
         content = f"{content}\n\n{text}" if content else text
     return [messages[0] | {"content": content}, *messages[1:]]
+
+
+def _before(text: str, content: Any) -> Any:
+    if isinstance(content, list):
+        return [{"type": "text", "text": f"{text}\n\n"}, *content]
+    return f"{text}\n\n{content or ''}"
 
 
 def _text(content: Any) -> str:

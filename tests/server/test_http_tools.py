@@ -150,8 +150,10 @@ def test_reasoning_is_counted_and_may_be_left_out(speaking: Any) -> None:
     reply = server.post(CHAT, body | {"include_reasoning": False}).json()
     assert "reasoning_content" not in reply["choices"][0]["message"]
     assert "Let me" not in server.post(CHAT, stream | {"include_reasoning": False}).text
-    reply = server.post(CHAT, body | {"max_tokens": 3}).json()["choices"][0]
+    begun = len(server.engine.ids_of("<think>\nLet"))
+    reply = server.post(CHAT, body | {"max_tokens": begun}).json()["choices"][0]
     assert reply["finish_reason"] == "length" and reply["message"]["content"] == ""
+    assert reply["message"]["reasoning_content"] == "Let"
 
 
 def test_a_history_with_calls_reaches_the_template(speaking: Any) -> None:

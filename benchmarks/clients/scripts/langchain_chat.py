@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any, Literal
 
 import openai
-from checks import ASK_JSON, LONG, STORY, Checks, is_object, raises
+from checks import ASK_JSON, LONG, STORY, TOOL, Checks, is_call, is_object, raises
 from langchain_core.exceptions import ContextOverflowError
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langchain_core.prompts import ChatPromptTemplate
@@ -203,13 +204,12 @@ def _() -> Any:
     return raises(openai.NotFoundError, lambda: made.embed_query("a"), "/v1/embeddings")
 
 
-@checks.check("tools (not built)", unbuilt="tool")
+@checks.check("tools")
 def _() -> Any:
-    def now() -> str:
-        """The time."""
-        return ""
-
-    chat().bind_tools([now]).invoke(HELLO)
+    made = chat(max_tokens=100).bind_tools([TOOL], tool_choice="any", parallel_tool_calls=False)
+    (call,) = made.invoke(HELLO).tool_calls
+    is_call(call["name"], json.dumps(call["args"]))
+    return f"{call['name']}({call['args']})"
 
 
 @checks.check("JSON output")

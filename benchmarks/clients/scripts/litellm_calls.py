@@ -6,7 +6,7 @@ import asyncio
 from typing import Any, Literal
 
 import litellm
-from checks import ASK_JSON, LONG, STORY, Checks, is_object, raises
+from checks import ASK_JSON, LONG, STORY, TOOL, Checks, is_call, is_object, raises
 from pydantic import BaseModel, Field
 
 checks = Checks("litellm", "openai")
@@ -240,10 +240,12 @@ def _() -> Any:
     )
 
 
-@checks.check("tools (not built)", unbuilt="tool")
+@checks.check("tools")
 def _() -> Any:
-    function = {"name": "now", "parameters": {"type": "object", "properties": {}}}
-    chat(tools=[{"type": "function", "function": function}])
+    fields: Any = {"tools": [TOOL], "tool_choice": "required", "max_tokens": 100}
+    (call,) = chat(**fields, parallel_tool_calls=False).choices[0].message.tool_calls
+    is_call(call.function.name, call.function.arguments)
+    return f"{call.function.name}({call.function.arguments})"
 
 
 @checks.check("JSON output")

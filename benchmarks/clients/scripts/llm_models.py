@@ -220,13 +220,16 @@ def _() -> Any:
 checks.absent("embeddings (not served)", why="the client embeds with OpenAI's own models only")
 
 
-@checks.check("tools (not built)", unbuilt="tool")
+@checks.check("tools")
 def _() -> Any:
     def now() -> str:
         """The time."""
         return ""
 
-    text(ask(model="tools", tools=[now]))
+    response = ask(model="tools", tools=[now])
+    said, calls = response.text(), response.tool_calls()
+    assert said or calls, response.response_json
+    return "the client asks for no call; this model " + ("called" if calls else "answered in words")
 
 
 @checks.check("JSON output")

@@ -6,7 +6,7 @@ import asyncio
 from typing import Any, Literal
 
 import openai
-from checks import ASK_JSON, LONG, STORY, Checks, is_object, raises
+from checks import ASK_JSON, LONG, STORY, TOOL, Checks, is_call, is_object, raises
 from pydantic import BaseModel, Field
 
 checks = Checks("openai")
@@ -242,10 +242,20 @@ def _() -> Any:
     )
 
 
-@checks.check("tools (not built)", unbuilt="tool")
+@checks.check("tools")
 def _() -> Any:
-    function = {"name": "now", "parameters": {"type": "object", "properties": {}}}
-    chat(tools=[{"type": "function", "function": function}])
+    fields: Any = {"tools": [TOOL], "tool_choice": "required", "max_tokens": 100}
+    fields |= {"parallel_tool_calls": False}
+    (call,) = chat(**fields).choices[0].message.tool_calls
+    is_call(call.function.name, call.function.arguments)
+    pieces = [
+        piece.function.arguments
+        for chunk in chat(stream=True, **fields)
+        for choice in chunk.choices
+        for piece in choice.delta.tool_calls or []
+    ]
+    assert "".join(pieces) == call.function.arguments and len(pieces) > 1, pieces
+    return f"{call.function.name}({call.function.arguments})"
 
 
 @checks.check("JSON output")

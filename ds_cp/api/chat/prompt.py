@@ -37,7 +37,7 @@ def template_input(
         messages = native(chat.turns, style, shape)
     else:
         pairs = [(_plain(turn), turn.calls) for turn in chat.turns]
-        messages = without_tools(pairs, () if shape.offers else tools)
+        messages = without_tools(pairs, () if shape.offers else tools, shape.system)
     return TemplateInput(
         messages,
         [tool.for_template() for tool in tools] if shape.offers else (),

@@ -66,8 +66,8 @@ async def start_chat(
         max_param=chat.names.max_tokens,
         clamp=chat.clamp,
     )
-    marks = [name for name, number in style.special.items()
-             if number in plan.params.kept_special_tokens]  # fmt: skip
+    kept = plan.params.kept_special_tokens if plan.params.skip_special_tokens else frozenset()
+    marks = [name for name, number in style.special.items() if number in kept]
     readers = [
         AnswerReader(plan.parser(), marks, lambda token: context.texts.piece(token)[0], index)
         for index in range(plan.params.n)

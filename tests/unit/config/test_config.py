@@ -330,6 +330,26 @@ def test_wrong_choice_lists_the_choices(path: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("path", "name", "near"),
+    [("server.tool_parser", "hermes", "hermez"), ("server.reasoning_parser", "think", "thinks")],
+)
+def test_a_parser_is_one_that_there_is(path: str, name: str, near: str) -> None:
+    for value in (name, "auto", "none"):
+        assert at(load_config(nested(path, value)), path) == value
+    message = refusal(nested(path, near))
+    assert f'{path}: no parser is called "{near}"; did you mean "{name}"?' in message
+    assert path in refusal(nested(path, 5)) and path in refusal(nested(path, None))
+
+
+def test_values_of_the_chat_template() -> None:
+    path = "server.chat_template_kwargs"
+    given = {"enable_thinking": False, "effort": "low", "budget": 5, "share": 0.5}
+    assert at(load_config(nested(path, given)), path) == given
+    for bad in ([], "x", 1, {"": 1}, {"a": None}, {"a": [1]}, {str(i): 1 for i in range(65)}):
+        assert path in refusal(nested(path, bad))
+
+
+@pytest.mark.parametrize(
     "value", ["12XB", "512", "", "-1MiB", "1.5B", "0MiB", 0, -5, True, 1.5, [], ["1MiB", 0], None]
 )
 def test_wrong_memory(value: Any) -> None:

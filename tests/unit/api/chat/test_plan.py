@@ -316,6 +316,9 @@ def test_history_for_templates_that_know_none() -> None:
     assert all(name in found.messages[0]["content"] for name in SCHEMAS)
     assert '"get_time", "arguments": {"a": 1}' in found.messages[2]["content"]
     assert "now" in found.messages[3]["content"]
+    found = template_input(request, style("json"), ToolShape(system=False), {})
+    assert [m["role"] for m in found.messages] == ["user", "assistant", "user"]
+    assert all(word in found.messages[0]["content"] for word in (*SCHEMAS, "when?"))
     found = template_input(request, style("json"), ToolShape(True), {})
     assert len(found.tools) == len(TOOLS) and found.messages[0]["role"] == "user"
     found = template_input(replace(chat("none"), turns=HISTORY), style("json"), PLAIN, {})
