@@ -48,11 +48,16 @@ class Running:
 
 
 def error_of(reply: httpx.Response, status: int) -> dict[str, Any]:
-    """The error of an answer in OpenAI's shape, with one line as its message."""
+    """The error of an answer in OpenAI's shape, with one line as its message; on the paths of
+    Anthropic's protocol in its shape, without ``param`` and ``code``."""
     assert reply.status_code == status, reply.text
-    assert set(reply.json()) == {"error"}
     error: dict[str, Any] = reply.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
+    if reply.request.url.path.startswith("/v1/messages"):
+        assert set(reply.json()) == {"type", "error", "request_id"}
+        assert set(error) == {"message", "type"}
+    else:
+        assert set(reply.json()) == {"error"}
+        assert set(error) == {"message", "type", "param", "code"}
     assert error["message"] and "\n" not in error["message"]
     assert reply.headers["x-request-id"]
     return error

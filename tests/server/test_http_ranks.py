@@ -128,7 +128,8 @@ def test_engine_that_is_not_there(served: Running) -> None:
     def die(*_: Any) -> int:
         raise EngineDeadError("worker 2 at 10.0.0.7 was killed")
 
-    served.engine.drain = served.engine.reopen = served.engine.rebalance = die  # type: ignore
+    for name in ("drain", "reopen", "rebalance", "reset_prefix_cache"):
+        setattr(served.engine, name, die)
     for path in ROUTES:
         assert "10.0.0.7" not in error_of(served.post(path), 503)["message"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 from ds_cp.api.answers.budget import Held
 from ds_cp.api.answers.generation import Generation
@@ -23,7 +24,7 @@ async def run_in_background(
     """Let a response that is kept run on. ``kept``: as it is before its answer. ``held``: the
     memory of this response alone, which is given back at its end."""
 
-    def ended(body: dict[str, object]) -> None:
+    def ended(body: dict[str, Any]) -> None:
         kept.body = body
         if store.get(kept.body["id"], kept.said.owner) is kept:  # it was not deleted
             store.keep(kept)
