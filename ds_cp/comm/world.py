@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
+from weakref import WeakMethod
 
 import torch
 
@@ -29,13 +31,15 @@ class World:
 
     ``backend``: what carries the tensors of a CUDA device; ``neighbours``: makes shared memory with
     the ranks of this host, None when that is off; ``sharing``: ranks, this one among them, that
-    compute on its CUDA device; ``notes``: lines for the start-up summary.
+    compute on its CUDA device; ``cores``: that the ranks of this host may use together, and
+    ``threads``: CPU threads of this rank, both this process's cores where not given;
+    ``notes``: lines for the start-up summary.
     """
 
     def __init__(
         self, rank: int, topology: Topology, device: torch.device, timeout_s: float, joined: bool,
         store: Any = None, backend: Backend = "gloo", neighbours: Neighbours | None = None,
-        sharing: int = 1,
+        sharing: int = 1, cores: int | None = None, threads: int | None = None,
     ) -> None:  # fmt: skip
         self.rank = rank
         self.size = topology.size
@@ -44,6 +48,8 @@ class World:
         self.timeout_s = timeout_s
         self.backend = backend
         self.sharing = sharing
+        self.cores = cores or len(os.sched_getaffinity(0))
+        self.threads = threads or self.cores
         self.ledger = Ledger()
         self.local_work = LocalWork()
         self.store = store  # of the ranks that joined: keys and values, also after ``leave``
@@ -54,6 +60,7 @@ class World:
         self._neighbours = neighbours
         self._near: list[SharedMemory] = []
         self._made = 0  # groups, the same number on every rank
+        self._before_leaving: list[WeakMethod[Callable[[], None]]] = []
         self._groups: list[Group] = []
         ranks = range(self.size)
         far = process_group.everybody(ranks, timeout_s) if self.size > 1 else None
@@ -136,9 +143,17 @@ class World:
         found = next((who for near in self._near if (who := near.lost()) is not None), None)
         return "" if found is None else f"rank {found} has ended"
 
+    def before_leaving(self, work: Callable[[], None]) -> None:
+        """``work``, a method of an object that may end before, is called when this world is
+        left, and no more than once: it gives up what must not outlive the connections."""
+        self._before_leaving.append(WeakMethod(work))
+
     def leave(self) -> None:
         """Leave: every peer that waits for this rank wakes, and gloo's threads end here, even if
         this world is still referred to."""
+        while self._before_leaving:
+            if (work := self._before_leaving.pop()()) is not None:
+                work()
         if self._joined:
             for group in self._groups:
                 group.close()

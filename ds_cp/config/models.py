@@ -144,9 +144,9 @@ class Attention(Section):
     )
     deterministic: bool = Field(
         default=False,
-        description="whether attention on CUDA must not depend on how a prompt was cut into "
-        "chunks, and so on what else runs: kernel triton or reference; CPU kernels do not depend "
-        "on it in any case",
+        description="whether a token on CUDA must not depend on how its prompt was cut into "
+        "chunks, and so on what else runs: kernel triton or reference, linear layers and RMS norms "
+        "by Triton, no CUDA graphs; slower. CPU kernels do not depend on it in any case",
     )
 
     @model_validator(mode="after")
@@ -214,7 +214,7 @@ class Config(Section):
     )
     threads_per_rank: Auto | Annotated[int, Field(ge=1, le=1024)] = Field(
         default="auto",
-        description="CPU threads of one rank; auto: the host's cores / its ranks, at least 1",
+        description="CPU threads of one rank; auto: its cores / the ranks that may use them",
         json_schema_extra=unit_of("threads"),
     )
     linear_layers: Literal["auto", "packed", "torch"] = Field(

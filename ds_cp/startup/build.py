@@ -23,6 +23,7 @@ from ds_cp.facts import Facts, LinkFacts
 from ds_cp.kv.pool import bytes_per_token
 from ds_cp.model.end_tokens import model_end_tokens
 from ds_cp.model.faults import decoder_at_fault
+from ds_cp.model.invariant import restore_layers
 from ds_cp.model.linear import unpack
 from ds_cp.model.loading import choose_dtype, load_config, load_model
 from ds_cp.model.shard import RowSums, shard_model
@@ -121,7 +122,9 @@ def _build(
         bytes_per_token=per_token,
         num_layers=len(layers),
         threads=threads,
-        ranks_at_once=ranks_at_once(world.device.type, threads, world.size, world.sharing),
+        ranks_at_once=ranks_at_once(
+            world.device.type, world.cores, threads, world.size, world.sharing
+        ),
         exactness=served.exactness,
         links=tuple(LinkFacts(x.name, x.latency_us, x.gb_per_s, x.in_background) for x in links),
         flops_per_s=flops,
@@ -136,7 +139,8 @@ def _build(
     if world.device.type == "cuda" and tp.size == 1:  # sums between ranks are not captured
         longest = -(-served.max_model_len // size)
         rows = config.scheduler.max_num_seqs
-        worker.capture_decodes(rows, longest, cuda_graphs(world.device))
+        spans = cp.size > 1 and world.backend == "nccl"  # exchanges by way of the host are not
+        worker.capture_decodes(rows, longest, cuda_graphs(world.device), spans)
     return worker, facts
 
 
@@ -173,7 +177,9 @@ def _serve(
         reference = reference_logits(decoder, modules)
         shard_model(decoder, sums)
         with sums.recording():
-            packing = plan_packing(config.linear_layers, decoder, world, kept=is_callers)
+            packing = plan_packing(
+                config.linear_layers, decoder, world, is_callers, config.attention.deterministic
+            )
         with sums.recording():  # anew: what is kept are the sums of this one call of the model
             layers = probe_layers(decoder)
         _check_heads(decoder.config.get_text_config(), layers, tp.size)
@@ -184,6 +190,11 @@ def _serve(
     # All ranks of a host looked at its free memory before any of them takes some.
     if line := local_phase(world, packing):
         note(line)
+    if config.attention.deterministic and world.device.type == "cuda" and tp.size > 2:
+        note(
+            f"deterministic: sums over {tp.size} tensor-parallel ranks go in an order that what "
+            "carries them may choose by the number of rows"
+        )
 
     def serve(record: AttentionRecord | None) -> list[Step]:
         return served_logits(decoder, layers, kernel.kernel, cp, sums, record)
@@ -203,6 +214,7 @@ def _load(
 ) -> Decoder:
     if isinstance(model, Decoder):
         unpack(model)  # what an earlier engine made of it
+        restore_layers(model)
         return cast(Decoder, model.train(False))
     found = load_config(model)
     dtype = choose_dtype(config.dtype, getattr(found, "dtype", None), world.device)

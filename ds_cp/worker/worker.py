@@ -8,7 +8,6 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
 
 import msgspec
 import torch
@@ -31,10 +30,12 @@ from ds_cp.plan import (
     decode_plan,
     encode_plan,
 )
-from ds_cp.worker.decode_graph import DecodeGraphs, Graph
+from ds_cp.worker.decode_graph import Graph
 from ds_cp.worker.grammars import MASKS_S, Grammars
+from ds_cp.worker.graphs import StepGraphs
 from ds_cp.worker.outcome import Times, pack, rows_of, unpack, width_of
 from ds_cp.worker.sampler import History, Row, Score, sample_rows, score_prompt
+from ds_cp.worker.span_graph import Kind
 from ds_cp.worker.state import Draw, Handoff, StepWork, WorkerState
 from ds_cp.worker.step_context import Layers, StepContext
 
@@ -78,27 +79,19 @@ class Worker:
         self.layers = Layers(list(layers), pool, kernel, cp)
         self.state = WorkerState(cp.rank, pool.block_size)
         self.model_seconds = 0.0  # in the model's forward call, attention included
-        self._graphs: DecodeGraphs | None = None
-        self._histories: dict[int, History] = {}  # of requests that were penalized here
+        self.graphs: StepGraphs | None = None
+        self._histories: dict[int, History] = {}  # of requests that looked back here
         self._grammars = Grammars(min(MASKS_S, world.timeout_s / 2))
 
     def capture_decodes(
-        self, max_rows: int, max_blocks: int, make_graph: Callable[[], Graph]
+        self, max_rows: int, max_blocks: int, make_graph: Callable[[], Graph], spans: bool = False
     ) -> None:
-        """From now on, steps that only decode requests which are whole here run as graphs. The pool
-        has a scratch block; ``max_rows``: requests that run at once; ``max_blocks``: of one."""
-        model, layers, scratch = self.model, self.layers, self.pool.scratch
-        assert scratch is not None, "padded rows need a block to write to"
-
-        def forward(ids: torch.Tensor, positions: torch.Tensor, step: Any) -> torch.Tensor:
-            out = model(input_ids=ids, position_ids=positions, use_cache=False, **{CONTEXT: step})
-            logits: torch.Tensor = out.logits[0]
-            return logits
-
-        self._graphs = DecodeGraphs(
-            forward, layers.specs, self.pool, layers.kernel, scratch, max_rows, max_blocks,
-            self.cp.device, make_graph, lambda line: print(f"ds_cp: {line}", file=sys.stderr),
-        )  # fmt: skip
+        """From now on, steps that only decode requests which are whole here run as graphs; with
+        ``spans``, also those of requests in mode tree, on all ranks of the group. The pool has a
+        scratch block; ``max_rows``: requests that run at once; ``max_blocks``: of one."""
+        self.graphs = StepGraphs(
+            self.model, self.layers, self.world, max_rows, max_blocks, make_graph, spans
+        )
 
     def lead(self, plan: Plan) -> Outcome:
         """Rank 0: ``forward`` of a plan that was made in this process."""
@@ -153,13 +146,19 @@ class Worker:
             self._transfer(plan.transfers)
             self._hand_over(work.handoffs)
             self._grammars.start([draw for draw in work.draws if draw.rank == self.cp.rank])
-            step = StepContext(work, self.layers)
+            kind: Kind | None = None
+            if self.graphs is None:
+                step = StepContext(work, self.layers)
+            else:
+                step, kind = self.graphs.context(work, self.layers)
             drawn: list[Sampled] = []
             scores: list[Score | None] = []
             if step.num_rows:
-                logits = self._forward(step)
+                logits = self._forward(step, kind)
                 drawn = self._draw(step, logits)
                 scores = _score(step, logits)
+            elif self.graphs is not None and kind is not None:
+                self.graphs.attend(step, kind)
             elif step.spans:
                 step.attend_without_tokens(self.model.dtype, self.cp.device)
             self.world.wait_for_device()  # or the time would be that of launching kernels
@@ -169,11 +168,11 @@ class Worker:
         seconds = max(outcome.seconds, time.perf_counter() - began)
         return msgspec.structs.replace(outcome, seconds=seconds)
 
-    def _forward(self, step: StepContext) -> torch.Tensor:
+    def _forward(self, step: StepContext, kind: Kind | None) -> torch.Tensor:
         """Logits ``[rows wanted, V]`` of the flat batch ``[1, T]``."""
         self.world.wait_for_device()
         began = time.perf_counter()
-        logits = self._replay(step)
+        logits = self.graphs.replay(step, kind) if self.graphs is not None else None
         if logits is None:
             out = self.model(
                 input_ids=step.ids, position_ids=step.positions, use_cache=False,
@@ -183,14 +182,6 @@ class Worker:
         self.world.wait_for_device()
         self.model_seconds += time.perf_counter() - began
         return logits
-
-    def _replay(self, step: StepContext) -> torch.Tensor | None:
-        """The same from a graph, where the step can be one."""
-        inputs = step.decode_inputs() if self._graphs else None
-        if self._graphs is None or inputs is None:
-            return None
-        logits = self._graphs.run(inputs)
-        return None if logits is None else logits[step.logit_rows]
 
     def _draw(self, step: StepContext, logits_RV: torch.Tensor) -> list[Sampled]:
         """Draw my requests' next tokens; the same on every tensor-parallel rank."""

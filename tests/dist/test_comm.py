@@ -19,6 +19,7 @@ import psutil
 import pytest
 import torch
 
+import ds_cp
 from ds_cp.attention import LayerSpec, Span, attention
 from ds_cp.comm.control import Control
 from ds_cp.comm.pending import Pending
@@ -26,8 +27,32 @@ from ds_cp.comm.ring import RingExchange
 from ds_cp.comm.tree import RowBlock, TreeRoutes
 from ds_cp.comm.wire import Group, Rendezvous, World, join
 from ds_cp.errors import CommError, ConfigError, LaunchError
+from tests.helpers.engines import tiny_llama
 from tests.helpers.oracle import full_attention
 from tests.helpers.ranks import RankError, run_ranks, world_group
+
+pytestmark = pytest.mark.cpu_only("what carries CPU tensors")
+
+
+def joins_again(world: World) -> None:
+    """A second job of several ranks is refused before anything waits; one of a rank is not in the
+    way of the first."""
+    with pytest.raises(LaunchError, match="has joined a job already, by another engine") as caught:
+        join(
+            world.rank, 2, Rendezvous("127.0.0.1", 1), host="a", hosts=None, device=world.device,
+            timeout_s=5,
+        )  # fmt: skip
+    assert "engine.shutdown()" in str(caught.value) and "\n" not in str(caught.value)
+    config = {"kv_cache": {"tokens_per_rank": 64, "block_size": 16}}
+    engine = ds_cp.init_inference(tiny_llama(), config, env={})
+    assert len(engine.generate([1, 2, 3])[0].outputs[0].token_ids) == 16
+    engine.shutdown()
+    world.everybody.barrier()
+
+
+def test_one_job_a_process() -> None:
+    run_ranks(joins_again, 2)
+
 
 SIZES = [0, 1, Control.FRAME - 8, Control.FRAME - 7, 2**20, 3]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8]

@@ -69,9 +69,13 @@ ONLY_IN = {
     "torch.distributed": ["comm/process_group.py"],
     "flash_attn": ["attention/kernels/dense.py"],
     "triton": [
-        f"attention/kernels/triton_{part}.py"
-        for part in ("decode", "kernel", "merge", "prefill", "tables", "tile")
-    ],
+        *(
+            f"attention/kernels/triton_{part}.py"
+            for part in ("decode", "kernel", "merge", "prefill", "tables", "tile")
+        ),
+        "model/triton_linear.py",
+        "model/triton_norm.py",
+    ],  # fmt: skip
     "transformers": ["model/"],
     "fastapi": ["api/"],
     "starlette": ["api/"],

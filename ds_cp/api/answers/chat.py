@@ -105,11 +105,11 @@ class _ChatAnswer(ChatAnswer):
         """The messages, and beside them what the client asks for of the prompt."""
         prompt = self.prompts[0]
         choices = (self._choice(index, message) for index, message in enumerate(self.messages))
-        fields = {"choices": json_array(choices), "usage": self._usage()}
+        fields: Json = {"choices": json_array(choices)}
         fields |= prompt_logprobs(prompt, self.context.texts, self._body.prompt_logprobs)
         if self._body.return_token_ids:
             fields["prompt_token_ids"] = json_integers(prompt.ids)
-        return json_object(self._envelope.head(KIND) | fields)
+        return json_object(self._envelope.head(KIND) | fields | {"usage": self._usage()})
 
     def opening(self) -> Iterator[Json]:
         """The role of every message; in the first one, the prompt's ids, if asked for."""
