@@ -126,8 +126,8 @@ def test_preflights_of_listed_origins(launch: Launch) -> None:
         assert "Origin" in reply.headers["vary"]
     local = {"Access-Control-Request-Private-Network": "true"}
     assert preflight(server, APP, **local).headers["access-control-allow-private-network"] == "true"
-    refused = preflight(server, APP, **{"Access-Control-Request-Method": "DELETE"})
-    assert "DELETE" in error_of(refused, 400)["message"]
+    refused = preflight(server, APP, **{"Access-Control-Request-Method": "PATCH"})
+    assert "PATCH" in error_of(refused, 400)["message"]
     for origin in ("https://evil.example", APP + ".evil.example", APP + ":444", "null", ""):
         reply = preflight(server, origin)
         assert reply.status_code == 200 and "access-control-allow-origin" not in reply.headers
