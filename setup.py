@@ -37,6 +37,7 @@ TEST = [
     "pytest-xdist>=3.6",
     "hypothesis>=6",
     "openai>=2",
+    "anthropic>=2.14,<3",
     "jsonschema>=4.20",
     "ruff>=0.15",
     "mypy>=1.10",

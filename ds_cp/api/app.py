@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from ds_cp.api.admin import rank_routes
 from ds_cp.api.answers.budget import ID_BYTES, Budget, HoldMemory, auto_bytes, held_by
@@ -25,6 +24,7 @@ from ds_cp.api.chat.style import ChatStyles
 from ds_cp.api.context import AppContext
 from ds_cp.api.errors import ApiError, ErrorBody, from_engine, from_validation
 from ds_cp.api.live import live_routes
+from ds_cp.api.messages.route import message_routes
 from ds_cp.api.metrics import ServerMetrics
 from ds_cp.api.openapi import CHAT_ANSWERS, TEXT_ANSWERS
 from ds_cp.api.page_files import page_paths, page_routes
@@ -33,6 +33,8 @@ from ds_cp.api.requests.bodies import Bodies
 from ds_cp.api.requests.chat_body import ChatCompletionRequest, TokenizeRequest
 from ds_cp.api.requests.json_route import strict_json_route
 from ds_cp.api.requests.protocol import CompletionRequest, DetokenizeRequest
+from ds_cp.api.responses.route import response_routes
+from ds_cp.api.state import HEALTH_PATHS, package_version, state_routes
 from ds_cp.api.tokenization import TextCodec
 from ds_cp.api.transport.cors import Cors
 from ds_cp.api.transport.hosts import Hosts
@@ -47,8 +49,6 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorBody, "description": "The request is at fault."},
     "5XX": {"model": ErrorBody, "description": "The server is at fault or not ready."},
 }
-# The content types of /metrics.
-_EXPOSITION: dict[str, Any] = {"text/plain": {}, "application/openmetrics-text": {}}
 
 
 def create_app(engine: EngineInterface, server: Server, *, log_requests: bool = False) -> FastAPI:
@@ -60,7 +60,7 @@ def create_app(engine: EngineInterface, server: Server, *, log_requests: bool = 
     """
 
     def model_name() -> str:
-        return server.served_model_name or engine.info.model
+        return (*server.model_names, engine.info.model)[0]
 
     codec = TextCodec(engine, server.tokenize_timeout_s)
     context = AppContext(
@@ -104,7 +104,9 @@ def create_app(engine: EngineInterface, server: Server, *, log_requests: bool = 
     )
     app.include_router(_completion_routes(context, json_route))
     app.include_router(_text_routes(context, json_route))
-    app.include_router(_state_routes(context))
+    app.include_router(response_routes(context, json_route))
+    app.include_router(message_routes(context, json_route))
+    app.include_router(state_routes(context))
     app.include_router(rank_routes(context))
     app.include_router(live_routes(context))
     app.include_router(page_routes())
@@ -114,7 +116,7 @@ def create_app(engine: EngineInterface, server: Server, *, log_requests: bool = 
     # The last one added is the outermost.
     app.add_middleware(HoldMemory, budget=budget)
     if server.api_keys:
-        app.add_middleware(ApiKeys, keys=server.api_keys, open_paths=page_paths())
+        app.add_middleware(ApiKeys, keys=server.api_keys, open_paths=HEALTH_PATHS | page_paths())
     app.add_middleware(Routing, routes=app.router.routes)
     app.add_middleware(Hosts, hosts=server.answered_hosts)
     app.add_middleware(
@@ -125,14 +127,6 @@ def create_app(engine: EngineInterface, server: Server, *, log_requests: bool = 
         app.add_middleware(Cors, origins=server.cors_origins)
     app.add_middleware(RequestIds)
     return app
-
-
-def package_version() -> str:
-    """The installed version of ds_cp."""
-    try:
-        return version("ds_cp")
-    except PackageNotFoundError:  # run from a plain checkout
-        return "0+unknown"
 
 
 def _completion_routes(context: AppContext, json_route: type[APIRoute]) -> APIRouter:
@@ -180,51 +174,6 @@ def _text_routes(context: AppContext, json_route: type[APIRoute]) -> APIRouter:
         context.check_ids(body.tokens, "tokens")
         text = await context.codec.decode(body.tokens)
         return PacedJson(json_object({"prompt": json_text(text)}), context.turns)
-
-    return router
-
-
-def _state_routes(context: AppContext) -> APIRouter:
-    router = APIRouter()
-
-    def card() -> dict[str, Any]:
-        info = context.engine.info
-        return {
-            "id": context.model_name(),
-            "object": "model",
-            "created": info.created,
-            "owned_by": "ds_cp",
-            "max_model_len": info.max_model_len,
-        }
-
-    @router.get("/v1/models")
-    async def list_models() -> dict[str, Any]:
-        """The model that is served."""
-        context.check_ready()
-        return {"object": "list", "data": [card()]}
-
-    @router.get("/v1/models/{model:path}")
-    async def get_model(model: str) -> dict[str, Any]:
-        """The same, by its name; 404 for another."""
-        context.check(model)
-        return card()
-
-    @router.get("/health")
-    async def health() -> Response:
-        """200 when ready; 503 while starting, stalled, stopping or dead, which ``status`` says."""
-        state = context.engine.state
-        return JSONResponse({"status": state}, status_code=200 if state == "ready" else 503)
-
-    @router.get("/version")
-    async def get_version() -> dict[str, str]:
-        """The version of ds_cp."""
-        return {"version": package_version()}
-
-    @router.get("/metrics", response_class=Response, responses={200: {"content": _EXPOSITION}})
-    async def metrics(request: Request) -> Response:
-        """Metrics for Prometheus, in the format that ``Accept`` asks for."""
-        text, content_type = context.metrics.exposition(",".join(request.headers.getlist("accept")))
-        return Response(text, headers={"Content-Type": content_type})
 
     return router
 

@@ -64,3 +64,45 @@ CHAT_ANSWERS = _answers(
     )
 )
 TEXT_ANSWERS = _answers(_whole("text_completion", _choice(text=_TEXT)))
+_USAGE = {"input_tokens": _INTEGER, "output_tokens": _INTEGER}
+_ITEMS: _Schema = {"type": "array", "items": {"type": "object", "required": ["type"]}}
+_ERROR = _object(type=_TEXT, message=_TEXT)
+RESPONSE_ANSWERS = _answers(
+    _object(
+        id=_TEXT,
+        object={"const": "response"},
+        created_at=_INTEGER,
+        status={
+            "type": "string",
+            "enum": ["completed", "incomplete", "in_progress", "failed", "cancelled"],
+        },
+        model=_TEXT,
+        output=_ITEMS,
+        error=_or_null({"type": "object"}),
+        incomplete_details=_or_null({"type": "object"}),
+        usage=_or_null(_object(**_USAGE, total_tokens=_INTEGER)),
+    )
+)
+# Anthropic's shape of an error as well.
+MESSAGE_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {
+        "description": description,
+        "content": {"application/json": {"schema": _object(type={"const": "error"}, error=_ERROR)}},
+    }
+    for status, description in (
+        ("4XX", "The request is at fault."),
+        ("5XX", "The server is at fault or not ready."),
+    )
+}
+MESSAGE_ANSWERS = MESSAGE_ERRORS | _answers(
+    _object(
+        id=_TEXT,
+        type={"const": "message"},
+        role={"const": "assistant"},
+        model=_TEXT,
+        content=_ITEMS,
+        stop_reason=_TEXT,
+        stop_sequence=_or_null(_TEXT),
+        usage=_object(**_USAGE),
+    )
+)

@@ -9,7 +9,17 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from ds_cp.config.addresses import canonical_host, canonical_origin
-from ds_cp.config.fields import ApiKeys, Auto, MemorySize, Names, Section, Timeout, unit_of
+from ds_cp.config.fields import (
+    ApiKeys,
+    Auto,
+    ByteSize,
+    MemorySize,
+    ModelNames,
+    Names,
+    Section,
+    Timeout,
+    unit_of,
+)
 from ds_cp.errors import ConfigError
 from ds_cp.parsing.choose import AUTO, NONE
 from ds_cp.parsing.registry import REASONING_FAMILIES, TOOL_FAMILIES, checked_name
@@ -44,8 +54,10 @@ class Server(Section):
         'the server from a browser; ["*"]: every page, which without api_key is every page that a '
         "browser on this machine opens",
     )
-    served_model_name: Annotated[str, Field(min_length=1, max_length=256)] | None = Field(
-        default=None, description="model name in the API; null: the last part of model"
+    served_model_name: ModelNames = Field(
+        default=None,
+        description="model name in the API, or list of names, each of which a request may give; "
+        "null: the last part of model",
     )
     unknown_fields: Literal["warn", "refuse"] = Field(
         default="warn",
@@ -92,6 +104,16 @@ class Server(Section):
         description="memory that bodies and answers of all requests together may hold; requests "
         "beyond it are refused with HTTP 503; auto: an eighth of the machine's memory, "
         "at most 8 GiB",
+        json_schema_extra=unit_of("bytes"),
+    )
+    max_stored_responses: Annotated[int, Field(ge=0, le=1_000_000)] = Field(
+        default=1000,
+        description="answers of /v1/responses that are kept for previous_response_id and GET; the "
+        "oldest make room for new ones; 0 keeps none",
+    )
+    max_stored_response_bytes: ByteSize = Field(
+        default=256 << 20,
+        description="memory that kept answers and their inputs may hold together",
         json_schema_extra=unit_of("bytes"),
     )
     drain_timeout_s: Annotated[float, Field(ge=0, le=3600)] = Field(
@@ -141,6 +163,12 @@ class Server(Section):
         if self.api_key is None:
             return ()
         return (self.api_key,) if isinstance(self.api_key, str) else self.api_key
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """The configured names of the model; empty for the model's own."""
+        name = self.served_model_name
+        return (name,) if isinstance(name, str) else name or ()
 
     @property
     def answered_hosts(self) -> frozenset[str] | None:

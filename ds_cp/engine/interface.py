@@ -131,3 +131,8 @@ class EngineInterface(Protocol):
     def rebalance(self) -> int:
         """Move blocks from full ranks to empty ones; returns how many will move."""
         ...
+
+    def reset_prefix_cache(self) -> int:
+        """Forget every prefix: no later request shares a block that is computed now. Blocks in use
+        stay with who uses them; returns how many unused ones became free."""
+        ...

@@ -190,6 +190,13 @@ class BlockAllocator:
         self._evict(rank, count)
         return count
 
+    def forget_all(self) -> int:
+        """Drop the keys of all blocks; how many cached ones became free."""
+        freed = sum(self.drop_cached(rank) for rank in range(len(self._ranks)))
+        self._home_of.clear()
+        self._key_of.clear()
+        return freed
+
     def move_key(self, source: Home, target: Home) -> None:
         """The key of ``source``, if it has one, now names ``target``, a used block without a key
         that holds the same content. A cached source becomes free."""

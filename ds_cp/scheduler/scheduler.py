@@ -183,6 +183,11 @@ class Scheduler:
         """Move blocks from full ranks to empty ones in the next steps; returns how many."""
         return self.migration.rebalance(self.running)
 
+    def reset_prefix_cache(self) -> int:
+        """Forget every prefix; returns how many unused blocks became free. What runs keeps its
+        blocks, and enters those that it has not entered yet."""
+        return self.allocator.forget_all()
+
     # --- one step
 
     def schedule(self) -> StepPlan | None:

@@ -170,6 +170,11 @@ class AsyncEngine:
         with self._wake:
             return self._ready_core().scheduler.rebalance()
 
+    def reset_prefix_cache(self) -> int:
+        """Forget every prefix; see ``EngineInterface``."""
+        with self._wake:
+            return self._ready_core().scheduler.reset_prefix_cache()
+
     def _ready_core(self) -> EngineCore:
         if self._refusing and not self._failed:
             raise StoppingError("the server is stopping")

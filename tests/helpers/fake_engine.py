@@ -89,7 +89,8 @@ class FakeEngine:
     fit. ``short`` gives answers (by index) that stop after that many tokens; in each step the
     answers come in their order, or ``backwards``. ``cached`` is how many tokens of every prompt
     were in the prefix cache. ``drained`` ranks cannot all be drained, and hold ``blocks`` (by rank)
-    until a test takes them away; ``moving`` is what a rebalance says.
+    until a test takes them away; ``moving`` is what a rebalance says,
+    ``prefix_blocks`` what a reset of the prefix cache frees.
     """
 
     def __init__(self, tokenizer: Any, max_model_len: int = 128) -> None:
@@ -123,6 +124,7 @@ class FakeEngine:
         self.backwards = False
         self.cached: int | None = None
         self.moving = 0
+        self.prefix_blocks = 0
         self.drained: set[int] = set()
         self.blocks: dict[int, int] = {}
         self.seen: list[tuple[list[int], SamplingParams]] = []
@@ -256,6 +258,10 @@ class FakeEngine:
 
     def rebalance(self) -> int:
         return self.moving
+
+    def reset_prefix_cache(self) -> int:
+        freed, self.prefix_blocks = self.prefix_blocks, 0
+        return freed
 
     def _check(self, rank: int) -> None:
         if not 0 <= rank < self.info.ranks:

@@ -54,7 +54,7 @@ async def chat_completions(
         stream=bool(body.stream),
         names=FieldNames(max_tokens=max_param),
     )
-    envelope = Envelope("chatcmpl", context.model_name())
+    envelope = Envelope("chatcmpl", context.model_name(body.model))
     conversation = await start_chat(context, chat, request, envelope.id, arrival)
     answer = _ChatAnswer(context, conversation, body, envelope)
     return await respond(

@@ -101,7 +101,7 @@ class _CompletionAnswer(Answer):
         params: SamplingParams,
     ) -> None:
         super().__init__(context, prompts, params)
-        self.envelope = Envelope("cmpl", context.model_name())
+        self.envelope = Envelope("cmpl", context.model_name(body.model))
         self._body = body
         self._choices = [_Choice(p) for p in range(len(prompts)) for _ in range(self.n)]
         self._told = set[int]()  # prompts whose token ids a stream has given

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -43,7 +43,7 @@ class Answer(ABC):
     """Builds what is sent for one request. The engine's answer i to prompt p is choice
     ``p * n + i``. ``params``: the engine's."""
 
-    framing: ClassVar[Framing] = OPENAI
+    framing: Framing = OPENAI
 
     def __init__(
         self, context: AppContext, prompts: Sequence[list[int]], params: SamplingParams

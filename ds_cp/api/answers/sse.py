@@ -34,12 +34,13 @@ def event(data: Any) -> bytes:
 
 @dataclass(frozen=True)
 class Framing:
-    """How a protocol writes its events: one from what its answer makes, the one of an error, and
-    what ends every stream."""
+    """How a protocol writes its events: one from what its answer makes, the one of an error, what
+    ends every stream, and what it says while nothing comes."""
 
     event: Callable[[Any], bytes]
     error: Callable[[ApiError], bytes]
     last: bytes
+    keep_alive: bytes = KEEP_ALIVE
 
 
 OPENAI = Framing(event, lambda err: event(err.body()), DONE)
@@ -68,7 +69,7 @@ async def stream_events(
         while not generation.finished:
             item = await generation.next(keep_alive_s)
             if item is None:
-                yield KEEP_ALIVE
+                yield framing.keep_alive
                 continue
             paced = turns.pace(map(framing.event, chunks_of(*item)))
             while (data := await paced.next()) is not None:

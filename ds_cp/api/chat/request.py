@@ -42,6 +42,7 @@ class FieldNames:
     tools: str = "tools"
     tool_choice: str = "tool_choice"
     template_kwargs: str = "chat_template_kwargs"
+    effort: str = "reasoning_effort"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,7 @@ class ChatRequest:
     reasoning add to it is added later. ``tools`` and ``choice``: read by ``parsing.definitions``.
     ``template_kwargs``: the client's, over those of the config. ``effort``: of reasoning; None
     where the client does not say. ``continue_final``: the answer goes on with the last turn, an
-    assistant's, and is not a new one.
+    assistant's, and is not a new one. ``clamp``: ``max_tokens`` is lowered to what fits.
     """
 
     turns: Sequence[Turn]
@@ -65,4 +66,5 @@ class ChatRequest:
     add_generation_prompt: bool = True
     continue_final: bool = False
     stream: bool = False
+    clamp: bool = False
     names: FieldNames = field(default_factory=FieldNames)

@@ -15,6 +15,7 @@ from ds_cp.api.chat.reader import AnswerReader
 from ds_cp.api.chat.request import ChatRequest
 from ds_cp.api.chat.style import ChatStyle
 from ds_cp.api.context import AppContext
+from ds_cp.api.errors import ApiError
 from ds_cp.errors import RequestError
 from ds_cp.grammar.constraint import FIELD, StructuredOutputsParams
 from ds_cp.grammar.lark import Thought
@@ -63,6 +64,7 @@ async def start_chat(
         stream=chat.stream,
         prompt_param=chat.names.messages,
         max_param=chat.names.max_tokens,
+        clamp=chat.clamp,
     )
     kept = plan.params.kept_special_tokens if plan.params.skip_special_tokens else frozenset()
     marks = [name for name, number in style.special.items() if number in kept]
@@ -74,16 +76,23 @@ async def start_chat(
 
 
 async def render(context: AppContext, chat: ChatRequest) -> tuple[str, list[int]]:
-    """The prompt of a chat, as text and as token ids. Raises ``ApiError``."""
+    """The prompt of a chat, as text and as token ids. Raises ``ApiError`` with the client's
+    field."""
     style = context.styles.now()
     values = style.template_values(
         context.server.chat_template_kwargs,
         chat.template_kwargs,
         chat.effort,
         chat.names.template_kwargs,
+        chat.names.effort,
     )
     shape = await context.codec.tool_shape()
-    return await context.codec.encode_chat(template_input(chat, style, shape, values))
+    try:
+        return await context.codec.encode_chat(template_input(chat, style, shape, values))
+    except ApiError as err:
+        if err.param == "messages":
+            err.param = chat.names.messages
+        raise
 
 
 @dataclass(frozen=True)

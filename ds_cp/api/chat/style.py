@@ -61,6 +61,7 @@ class ChatStyle:
         given: Mapping[str, Any],
         effort: Effort | None,
         param: str,
+        effort_param: str = EFFORT,
     ) -> dict[str, Any]:
         """What the template is told: the operator's ``defaults``, then what ``effort`` means to it,
         then what the request gives.
@@ -70,7 +71,7 @@ class ChatStyle:
         model reasons and its template cannot tell it not to.
         """
         values = {name: defaults[name] for name in defaults if name in self.reads}
-        values |= self._of_effort(effort)
+        values |= self._of_effort(effort, effort_param)
         for name, value in given.items():
             if name in self.reads:
                 if value is not None:
@@ -84,16 +85,16 @@ class ChatStyle:
                 raise _refused(f"this model's template does not read {shown(name)}; {have}", param)
         return values
 
-    def _of_effort(self, effort: Effort | None) -> dict[str, Any]:
+    def _of_effort(self, effort: Effort | None, param: str) -> dict[str, Any]:
         if effort is None:
             return {}
         switches = [name for name in SWITCHES if name in self.reads]
         if effort == "none" and self.chosen.reasoning and not switches and EFFORT not in self.reads:
             raise ApiError(
                 400,
-                f"{EFFORT} is 'none', and this model always reasons: its chat template has no "
-                "switch for it; leave it out",
-                param=EFFORT,
+                f"{param}: this model always reasons, since its chat template has no switch for "
+                "it; leave it out",
+                param=param,
                 code="invalid_value",
             )
         values: dict[str, Any] = dict.fromkeys(switches, effort != "none")

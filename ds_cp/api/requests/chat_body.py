@@ -58,13 +58,7 @@ class TemplateFields(StrictModel):
     @field_validator("chat_template_kwargs")
     @classmethod
     def _kwargs(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
-        for name, wish in (value or {}).items():
-            plain_text(name, "chat_template_kwargs")
-            with in_fields():
-                if count_values(wish, name) > MAX_KWARGS_VALUES:
-                    raise FieldError(f"{name} has more than {MAX_KWARGS_VALUES} values", name)
-            _check_values(wish, name, MAX_KWARG_CHARS)
-        return value
+        return checked_kwargs(value)
 
     @field_validator("tools", mode="before")
     @classmethod
@@ -76,7 +70,7 @@ class TemplateFields(StrictModel):
         with in_fields():
             self._tools = read_tools(self.tools)
         for tool in self._tools:
-            _check_values([tool.description, tool.parameters], "tools")
+            check_values([tool.description, tool.parameters], "tools")
         self._turns = turns_of(messages)
         if not self.continue_final_message:
             return
@@ -109,7 +103,18 @@ class TemplateFields(StrictModel):
         return self.add_generation_prompt
 
 
-def _check_values(value: Any, name: str, most_chars: int | None = None) -> None:
+def checked_kwargs(value: dict[str, Any] | None) -> dict[str, Any] | None:
+    """``chat_template_kwargs``, bounded. Raises ``FieldError``."""
+    for name, wish in (value or {}).items():
+        plain_text(name, "chat_template_kwargs")
+        with in_fields():
+            if count_values(wish, name) > MAX_KWARGS_VALUES:
+                raise FieldError(f"{name} has more than {MAX_KWARGS_VALUES} values", name)
+        check_values(wish, name, MAX_KWARG_CHARS)
+    return value
+
+
+def check_values(value: Any, name: str, most_chars: int | None = None) -> None:
     """Raises ``FieldError`` for what cannot be passed on: half a surrogate pair, an integer of more
     than 64 bits, a text of more than ``most_chars`` characters."""
     todo = [value]

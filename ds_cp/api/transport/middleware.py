@@ -90,7 +90,8 @@ class Failures:
 
 
 class ApiKeys:
-    """Asks for ``Authorization: Bearer KEY`` on every path but /health and ``open_paths``.
+    """Asks for ``Authorization: Bearer KEY``, or Anthropic's ``x-api-key: KEY``, on every path but
+    /health and ``open_paths``.
 
     The sha256 (hex) of the sent key is put into ``scope["state"]["key_digest"]``. It is compared
     with that of every key, without an early exit, so that the duration reveals nothing about a key.
@@ -107,21 +108,27 @@ class ApiKeys:
             return
         error = ApiError(
             401,
-            "a valid API key is needed: send the header Authorization: Bearer KEY",
+            "a valid API key is needed: "
+            "send the header Authorization: Bearer KEY, or x-api-key: KEY",
             code="invalid_api_key",
             headers={"WWW-Authenticate": "Bearer"},
         )
         await error.response()(scope, receive, send)
 
     def _allows(self, scope: Scope) -> bool:
-        sent = Headers(scope=scope).get("authorization", "")
-        scheme, _, key = sent.partition(" ")
-        digest = hashlib.sha256(key.strip().encode("latin-1", "replace")).digest()
-        found = False
-        for known in self._digests:
-            found |= secrets.compare_digest(digest, known)
-        scope.setdefault("state", {})["key_digest"] = digest.hex()
-        return found and scheme.lower() == "bearer"
+        headers = Headers(scope=scope)
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        allowed = False
+        # Some clients send both, one of them from their environment; a valid one is enough.
+        for sent in (headers.get("x-api-key", ""), key if scheme.lower() == "bearer" else ""):
+            digest = hashlib.sha256(sent.strip().encode("latin-1", "replace")).digest()
+            found = False
+            for known in self._digests:
+                found |= secrets.compare_digest(digest, known)
+            if found:
+                scope.setdefault("state", {})["key_digest"] = digest.hex()
+                allowed = True
+        return allowed
 
 
 class ReadLimits:

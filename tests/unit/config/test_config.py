@@ -63,6 +63,8 @@ DEFAULTS = {
     "server.max_body_bytes": 8 * 1024 * 1024,
     "server.max_connections": "auto",
     "server.max_buffered_bytes": "auto",
+    "server.max_stored_responses": 1000,
+    "server.max_stored_response_bytes": 256 * 1024 * 1024,
     "server.drain_timeout_s": 25,
     "server.stall_s": 60,
     "server.header_timeout_s": 10,
