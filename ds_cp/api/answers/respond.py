@@ -154,9 +154,14 @@ class Answer(ABC):
         return json_object(self._head(self.whole_kind) | self.fields() | {"usage": self._usage()})
 
     def chunk(self, choices: list[Json], usage: Json | None = None) -> Json:
-        """One chunk of a stream; it has a usage only where the client asked for one."""
+        """One chunk of a stream; it has a usage only where the client asked for one: null, or
+        with ``continuous_usage_stats`` what has come so far."""
         chunk = self._head(self.chunk_kind) | {"choices": choices}
-        return chunk | {"usage": usage} if self._sampling.include_usage else chunk
+        if not self._sampling.include_usage:
+            return chunk
+        if self._sampling.continuous_usage:
+            usage = usage or self._usage()
+        return chunk | {"usage": usage}
 
     def closing(self) -> list[Json]:
         """The chunks after the last delta: the usage, if the client asked for it."""
