@@ -95,7 +95,7 @@ def parts(out: Path) -> list[Part]:
         Part(
             "needle",
             module(
-                *("benchmarks.needle", "--lengths", "512", "2048", "--depths", "0", "50", "100"),
+                *("benchmarks.needle", "--lengths", "512", "2048"),
                 *("--out", str(out / "needle.json")),
             ),
             240,

@@ -24,8 +24,8 @@ from benchmarks.needle.picture import draw
 from tests.helpers.ranks import run_ranks
 
 LENGTHS = (512, 1024, 2048, 4096, 8192)  # tokens; the last is the model's limit
-DEPTHS = (0, 25, 50, 75, 100)  # percent
-PIECE = 10_000  # tokens of prompts that one start of the ranks computes, about
+DEPTHS = (0, 33, 67, 100)  # percent
+PIECE = 5_000  # tokens of prompts that one start of the ranks computes, about
 PIECE_S = 900.0  # seconds for these, on a busy machine
 
 
