@@ -1,8 +1,8 @@
 """lm_eval's scores by HTTP against those of its own ``hf`` backend on the same model.
 
-Three small tasks that lie beside this file: likelihoods of choices and of passages, and answers in
-words, plain and as a chat. lm_eval has an environment of its own under .cache/environments; nothing
-asks a hub. The scores must agree to 1e-6, and every answer in words must be the same.
+Small tasks that lie beside this file: likelihoods of choices and of passages, answers in words, and
+replies of a chat of several turns. lm_eval has an environment of its own under .cache/environments;
+nothing asks a hub. The scores must agree to 1e-6, and every answer in words must be the same.
 
     python -m benchmarks.evaluation --ranks 4
 """
@@ -88,7 +88,7 @@ def compared(
                 "scores": scores,
                 "same": same and not words,
                 "different_answers": len(words),
-                "first_answers": [a["answers"] for a, _ in pairs[:4]],
+                "first_answers": [a["answers"][0] for a, _ in pairs[:4]],
                 "largest_difference": max((value for value in far if value), default=0.0),
             }
         )

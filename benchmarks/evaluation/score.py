@@ -19,6 +19,7 @@ from lm_eval.tasks import TaskManager
 TASKS = Path(__file__).parent / "tasks"
 LIKELIHOODS = ["facts", "passages"]
 WORDS = ["answers"]
+TURNS = ["replies"]  # with examples as earlier turns
 
 
 def main(folder: str, name: str, url: str) -> None:
@@ -33,8 +34,8 @@ def main(folder: str, name: str, url: str) -> None:
         "local-completions": scores(
             "local-completions", completions, [*LIKELIHOODS, *WORDS], False
         ),
-        "hf, chat": scores("hf", own, WORDS, True),
-        "local-chat-completions": scores("local-chat-completions", chat, WORDS, True),
+        "hf, chat": scores("hf", own, TURNS, True),
+        "local-chat-completions": scores("local-chat-completions", chat, TURNS, True),
     }
     versions = {package: version(package) for package in ("lm-eval", "torch", "transformers")}
     print(json.dumps({"versions": versions, "backends": found}))
@@ -47,6 +48,7 @@ def scores(model: str, args: dict[str, Any], tasks: list[str], chat: bool) -> di
         tasks=tasks,
         batch_size=1,
         apply_chat_template=chat,
+        fewshot_as_multiturn=chat,
         bootstrap_iters=0,
         log_samples=True,
         task_manager=TaskManager(include_path=str(TASKS), include_defaults=False),
