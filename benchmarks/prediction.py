@@ -160,7 +160,8 @@ def tables(result: dict[str, Any]) -> list[str]:
     lines = ["# Predicted and measured", "", f"`{result['command']}`, {result['date']}.", ""]
     lines += [
         "Published: arXiv 2411.01783, Llama 3 405B on H100 hosts of 8. *Calibrated*: with the "
-        "rates of the paper's own machine and three numbers fitted to a row each (`(fit)`), see "
+        "rates of the paper's own machine and four numbers fitted to a row each, and memory to a "
+        "fifth (`(fit)`), see "
         "`benchmarks/published.py`. *Shipped*: what `ds-cp plan --device h100` says, all weights "
         "in bf16, nothing fitted. Errors are predicted over measured, less one.",
         "", "| figures | calibrated: mean, largest error | shipped: mean, largest |",

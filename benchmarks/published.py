@@ -78,9 +78,11 @@ def shipped(hosts: int) -> CostModel:
 
 
 def calibrated(hosts: int) -> CostModel:
-    """The same with the rates of the paper's own machine, and three numbers that are fitted to one
-    row each: the rate of linear layers with their sums (8K on one host), the fixed part of a decode
-    layer (8K on one host), and what a ring hop takes beside its bytes (128K on 16 hosts).
+    """The same with the rates of the paper's own machine, and numbers that are fitted to one row
+    each, in all four: here the rate of linear layers with their sums (8K on one host) and what a
+    ring hop takes beside its bytes (128K on 16 hosts); in ``decoding`` the fixed part of a layer
+    (8K on one host); in ``partial`` a constant of its path (1 % new, pass-KV). A fifth row, the
+    first of table 8, gives the rate of memory, and counts as fitted too.
 
     Given: attention 540 TFLOP/s (FlashAttention-3 alone, section 4.2), links 26.1 GB/s (table 5, KV
     of a hop) and 56.7 us (table 8, CP2: the mean of SendRecv, 32.3 us, and All2All, 81.1 us),

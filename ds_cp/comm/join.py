@@ -60,6 +60,7 @@ def join(
     digest: str = "",
     backend: Literal["auto", "gloo", "nccl"] = "auto",
     shared_memory: bool = True,
+    threads: int | None = None,
 ) -> World:
     """Join the job and learn its hosts.
 
@@ -67,8 +68,10 @@ def join(
     knows it (MPI), else ``None`` and the names are exchanged through the store, where two hosts of
     one name get different ones. ``digest``: what all ranks must have in common (their config).
     ``backend``: see ``agree_on_backend``; ``shared_memory``: between ranks of a host, where it can
-    be had. Raises ``CommError`` when not all ranks arrive in time, ``LaunchError`` when the store
-    cannot listen, ``ConfigError`` when ranks were started differently or share a GPU under NCCL.
+    be had; ``threads``: CPU threads of this rank, ``None`` for its share of the cores (the caller
+    sets them, by ``World.threads``). Raises ``CommError`` when not all ranks arrive in time,
+    ``LaunchError`` when the store cannot listen, ``ConfigError`` when ranks were started
+    differently or share a GPU under NCCL.
     """
     try:
         store = process_group.open_store(
@@ -87,8 +90,8 @@ def join(
         topology = Topology.from_hosts(names)
         near = topology.ranks_on(topology.host_index(rank))
         processes = [Process(hello.pid, hello.namespace, hello.key) for hello in hellos]
-        threads = torch.get_num_threads()
-        cores = cores_of([hellos[r] for r in near])
+        here = [hellos[r] for r in near]
+        cores, threads = cores_of(here), threads or share_of(hellos[rank], here)
         neighbours = (
             Neighbours(rank, near, processes, store, timeout_s, cores, threads)
             if shared_memory
@@ -99,6 +102,7 @@ def join(
             rank, topology, device, timeout_s, joined=True, store=store, backend=chosen,
             neighbours=neighbours,
             sharing=sum((hello.key, hello.gpu) == mine for hello in hellos) if mine[1] else 1,
+            cores=cores, threads=threads,
         )  # fmt: skip
         world.notes = [*notes, *_notes_of_all(world)]
     except (RuntimeError, DistError) as err:
@@ -165,6 +169,13 @@ def _introduce(
 def cores_of(hellos: Sequence[Hello]) -> int:
     """Cores that these ranks of one host may use together: launchers may bind each to its own."""
     return len({core for hello in hellos for core in hello.cores})
+
+
+def share_of(mine: Hello, hellos: Sequence[Hello]) -> int:
+    """CPU threads for one rank of a host, at least 1: its cores over the ranks, itself among them,
+    that may use some of these. A launcher may have bound it to cores of its own."""
+    cores = set(mine.cores)
+    return max(1, len(cores) // max(1, sum(not cores.isdisjoint(h.cores) for h in hellos)))
 
 
 def _names(hellos: Sequence[Hello]) -> list[str]:

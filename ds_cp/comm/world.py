@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -29,13 +30,15 @@ class World:
 
     ``backend``: what carries the tensors of a CUDA device; ``neighbours``: makes shared memory with
     the ranks of this host, None when that is off; ``sharing``: ranks, this one among them, that
-    compute on its CUDA device; ``notes``: lines for the start-up summary.
+    compute on its CUDA device; ``cores``: that the ranks of this host may use together, and
+    ``threads``: CPU threads of this rank, both this process's cores where not given;
+    ``notes``: lines for the start-up summary.
     """
 
     def __init__(
         self, rank: int, topology: Topology, device: torch.device, timeout_s: float, joined: bool,
         store: Any = None, backend: Backend = "gloo", neighbours: Neighbours | None = None,
-        sharing: int = 1,
+        sharing: int = 1, cores: int | None = None, threads: int | None = None,
     ) -> None:  # fmt: skip
         self.rank = rank
         self.size = topology.size
@@ -44,6 +47,8 @@ class World:
         self.timeout_s = timeout_s
         self.backend = backend
         self.sharing = sharing
+        self.cores = cores or len(os.sched_getaffinity(0))
+        self.threads = threads or self.cores
         self.ledger = Ledger()
         self.local_work = LocalWork()
         self.store = store  # of the ranks that joined: keys and values, also after ``leave``

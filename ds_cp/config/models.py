@@ -214,7 +214,7 @@ class Config(Section):
     )
     threads_per_rank: Auto | Annotated[int, Field(ge=1, le=1024)] = Field(
         default="auto",
-        description="CPU threads of one rank; auto: the host's cores / its ranks, at least 1",
+        description="CPU threads of one rank; auto: its cores / the ranks that may use them",
         json_schema_extra=unit_of("threads"),
     )
     linear_layers: Literal["auto", "packed", "torch"] = Field(

@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ds_cp.errors import GrammarBusyError, RequestError
@@ -24,15 +22,11 @@ from ds_cp.grammar.constraint import FIELD, StructuredOutputsParams
 from ds_cp.grammar.limits import COMPILE_BYTES, COMPILE_CPU_S, KEPT_CHECK_BYTES
 from ds_cp.grammar.messages import Answer, Compiled, Failed, First, Job, Known, Tokens, Unable
 from ds_cp.grammar.vocabulary import Vocabulary
+from ds_cp.sandbox import start_beside
 
 WALL_S = 10.0  # seconds by the clock for one grammar, the wait for others included
 START_S = 60.0  # seconds by the clock for the process to start and read the tokenizer
 AT_ONCE = 2  # grammars that are compiled at the same time
-# Finds the same ds_cp as this process, installed or not.
-_START = (
-    "import sys; sys.path.insert(0, sys.argv[2]); "
-    "from ds_cp.grammar.compile_process import main; main(int(sys.argv[1]))"
-)
 
 
 @dataclass(frozen=True)
@@ -175,27 +169,18 @@ class GrammarChecker:
             tokens = Tokens(tokenizer_json(self._tokenizer))
         except ValueError as err:
             raise _unavailable(str(err)) from err
-        ours, theirs = socket.socketpair()
         try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", _START, str(theirs.fileno()), _root()],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,  # what this process prints is for its reader alone
-            )
+            self._process, self._control = start_beside("ds_cp.grammar.compile_process")
         except OSError as err:
-            ours.close()
             raise _unavailable(f"its process cannot start ({err.strerror})") from err
-        finally:
-            theirs.close()
-        self._control = ours
         if self._closed:  # meanwhile; ``close`` may have seen no process to end
             self._drop()
             raise _unavailable("it has been ended")
         try:
-            ours.settimeout(START_S)
-            ours.sendall(frame(tokens))
-            first: First | None = receive(ours, First, time.monotonic() + START_S)
+            self._control.settimeout(START_S)
+            self._control.sendall(frame(tokens))
+            deadline = time.monotonic() + START_S
+            first: First | None = receive(self._control, First, deadline)
         except (OSError, ValueError) as err:
             self._drop()
             raise _unavailable(f"its process does not answer ({err})") from err
@@ -258,7 +243,3 @@ def _busy() -> GrammarBusyError:
 
 def _unavailable(reason: str) -> RequestError:
     return RequestError(f"{FIELD} is not available: {reason}", FIELD)
-
-
-def _root() -> str:
-    return str(Path(__file__).resolve().parents[2])

@@ -21,11 +21,12 @@ from llguidance.gbnf_to_lark import any_to_lark
 
 from ds_cp.frames import frame, receive
 from ds_cp.grammar.lark import HEADER
-from ds_cp.grammar.limits import COMPILE_STACK_BYTES
+from ds_cp.grammar.limits import COMPILE_STACK_BYTES, MAX_GRAMMAR_BYTES
 from ds_cp.grammar.matcher import MAX_REASON_CHARS, Compiler, GrammarError
 from ds_cp.grammar.messages import Answer, Compiled, Failed, Job, Known, Tokens, Unable
 from ds_cp.grammar.vocabulary import Vocabulary
 from ds_cp.process import die_with_parent
+from ds_cp.sandbox import limit_this_process
 from ds_cp.text import shorten
 
 NICENESS = 5  # of compilations: a long one takes less than ranks and server
@@ -88,7 +89,7 @@ def _child(sock: socket.socket, compiler: Compiler) -> NoReturn:
         os.nice(NICENESS)
         job: Job | None = receive(sock, Job, time.monotonic() + LOAD_S)
         if job is not None:
-            _limit(job)
+            limit_this_process(job.cpu_s, job.wall_s, job.memory_bytes)
             sock.settimeout(job.wall_s)
             threading.stack_size(COMPILE_STACK_BYTES)
             answers: list[Answer] = []
@@ -106,6 +107,10 @@ def compile_one(compiler: Compiler, job: Job) -> Answer:
     try:
         if job.foreign:
             source = HEADER + any_to_lark(source).replace("%llguidance {}", "", 1)
+            if (size := len(source.encode())) > MAX_GRAMMAR_BYTES:  # plans are bounded by it
+                raise GrammarError(
+                    f"it has {size} bytes once converted; at most {MAX_GRAMMAR_BYTES}"
+                )
         matcher = compiler.compile(source)
         matcher.allowed(frozenset())
     except GrammarError as err:
@@ -113,22 +118,6 @@ def compile_one(compiler: Compiler, job: Job) -> Answer:
     except Exception as err:  # of the conversion, for what is no grammar
         return Failed(_one_line(err))
     return Compiled(source)
-
-
-def _limit(job: Job) -> None:
-    """Have the kernel end this process when it computes or lasts too long, and refuse it memory."""
-    try:
-        with open("/proc/self/statm", "rb") as file:
-            size = int(file.read().split()[0]) * resource.getpagesize()
-    except OSError:  # a system that does not tell: no limit of memory is kept
-        size = None
-    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    if size is not None:
-        most = size + job.memory_bytes
-        soft = most if hard == resource.RLIM_INFINITY else min(most, hard)
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-    signal.setitimer(signal.ITIMER_PROF, job.cpu_s)
-    signal.setitimer(signal.ITIMER_REAL, job.wall_s)
 
 
 def _one_line(err: Exception) -> str:

@@ -56,7 +56,8 @@ class StructuredOutputsParams:
     special_tokens: the server's own: ids of tokens that are in no text, by their names, in
         ``after`` and in what begins and ends tags.
     asked_as: the field by which a client asked for it, as later errors name it.
-    source: the grammar as Lark's text; under ``grammar`` as it was given, for ``checker`` to convert.
+    source: the grammar as Lark's text; under ``grammar`` as it was given, to be converted when it
+        is compiled.
     """
 
     json: str | Mapping[str, Any] | bool | None = None

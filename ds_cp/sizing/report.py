@@ -6,7 +6,7 @@ from typing import Any
 
 from ds_cp.sizing.device import Device
 from ds_cp.sizing.job import BLOCK, CHUNK, Job
-from ds_cp.sizing.memory import GIB, RankMemory, largest_context, memory_of
+from ds_cp.sizing.memory import GIB, largest_context, memory_of
 from ds_cp.sizing.model import ModelShape
 from ds_cp.sizing.predict import MODES, Prediction, predict
 
@@ -203,6 +203,3 @@ def _time(seconds: float) -> str:
     if seconds >= 100:
         return f"{seconds:.0f} s"
     return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
-
-
-__all__ = ["RankMemory", "assumptions", "sizing", "text_report", "tokens"]

@@ -121,7 +121,9 @@ def _build(
         bytes_per_token=per_token,
         num_layers=len(layers),
         threads=threads,
-        ranks_at_once=ranks_at_once(world.device.type, threads, world.size, world.sharing),
+        ranks_at_once=ranks_at_once(
+            world.device.type, world.cores, threads, world.size, world.sharing
+        ),
         exactness=served.exactness,
         links=tuple(LinkFacts(x.name, x.latency_us, x.gb_per_s, x.in_background) for x in links),
         flops_per_s=flops,

@@ -7,7 +7,6 @@ import torch
 from ds_cp.comm.wire import Rendezvous, World, join
 from ds_cp.config import Config
 from ds_cp.errors import ConfigError
-from ds_cp.startup.resources import choose_threads
 from ds_cp.topology.job import Job
 
 
@@ -20,8 +19,6 @@ def join_job(job: Job, config: Config) -> tuple[World, int]:
     cannot listen.
     """
     listen_fd = job.store_socket.fileno() if job.store_socket else None
-    threads = choose_threads(config, job.local_world_size or 1)
-    torch.set_num_threads(threads)
     device = choose_device(config, job.local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -36,8 +33,10 @@ def join_job(job: Job, config: Config) -> tuple[World, int]:
         digest=config.model_dump_json(exclude={"server"}),
         backend=config.comm.backend,
         shared_memory=config.comm.shared_memory,
+        threads=None if config.threads_per_rank == "auto" else config.threads_per_rank,
     )
-    return world, threads
+    torch.set_num_threads(world.threads)
+    return world, world.threads
 
 
 def choose_device(config: Config, local_rank: int) -> torch.device:

@@ -17,18 +17,20 @@ NCCL_ENVIRONMENT = {
 
 
 def choose_threads(config: Config, local_size: int) -> int:
-    """CPU threads of one rank: the config's number, or the cores of this process shared evenly
-    among the ``local_size`` ranks of the host."""
+    """CPU threads of one rank before it knows the others: the config's number, or the cores of
+    this process shared evenly among the ``local_size`` ranks of the host. ``comm.join`` knows
+    better whether a launcher has bound each to its own."""
     if config.threads_per_rank != "auto":
         return config.threads_per_rank
     return max(1, len(os.sched_getaffinity(0)) // max(local_size, 1))
 
 
-def ranks_at_once(device: str, threads: int, ranks: int, sharing: int = 1) -> int:
-    """How many ranks of a host like this one can compute at the same time: on CPU as many as the
-    cores give ``threads`` each, else all ``ranks``, of which ``sharing`` take turns on a GPU."""
+def ranks_at_once(device: str, cores: int, threads: int, ranks: int, sharing: int = 1) -> int:
+    """How many ranks of a host like this one can compute at the same time: on CPU as many as its
+    ``cores`` give ``threads`` each, else all ``ranks``, of which ``sharing`` take turns on a
+    GPU."""
     if device == "cpu":
-        return max(1, len(os.sched_getaffinity(0)) // threads)
+        return max(1, cores // threads)
     return max(1, ranks // sharing)
 
 

@@ -31,8 +31,10 @@ class _Wish(NamedTuple):
 
 
 class Grammars:
-    """States by request. ``start`` and ``masks`` are called in turns. ``wait_s``: seconds that a step
-    waits for its masks at most; well below what other ranks wait for this one."""
+    """States by request. ``start`` and ``masks`` are called in turns.
+
+    ``wait_s``: seconds that a step waits for its masks, well below what other ranks wait for it.
+    """
 
     def __init__(self, wait_s: float = MASKS_S) -> None:
         self._wait_s = wait_s

@@ -80,7 +80,7 @@ class Worker:
         self.model_seconds = 0.0  # in the model's forward call, attention included
         self._graphs: DecodeGraphs | None = None
         self._histories: dict[int, History] = {}  # of requests that were penalized here
-        self._grammars = Grammars(min(MASKS_S, world.timeout_s / 3))
+        self._grammars = Grammars(min(MASKS_S, world.timeout_s / 2))
 
     def capture_decodes(
         self, max_rows: int, max_blocks: int, make_graph: Callable[[], Graph]

@@ -117,6 +117,7 @@ def _child(
             Rendezvous("127.0.0.1", port, listener.fileno() if listener else None),
             host=hosts[rank],
             hosts=hosts,
+            threads=1,
             **{**settings, "device": torch.device(settings["device"])},
         )
         pipe.send((True, fn(world, *args)))

@@ -49,12 +49,14 @@ NAMES = (
     "leaving mid-stream",
     "embeddings (not served)",
     "tools (not built)",
-    "JSON output (not built)",
+    "JSON output",
+    "JSON by a schema",
     "structured answer by prompt",
 )
 CHECK_S = 120  # seconds of one check, on a busy machine
 LONG = "word " * 3000  # more tokens than the server's model length
 STORY = "Count from one to twenty in words."
+ASK_JSON = "Describe Ann, who is 30, in JSON with her name, age and mood."
 
 
 class AbsentError(Exception):
@@ -147,6 +149,12 @@ class Checks:
                 if line.startswith("ds_cp:num_requests_running"):
                     return int(float(line.rsplit(" ", 1)[1]))
         raise AssertionError("no metric of running requests")
+
+
+def is_object(text: str, reason: str) -> None:
+    """Assert that an answer is a JSON object, or begins one where ``reason`` says it was cut."""
+    assert text.lstrip().startswith("{"), text
+    assert reason == "length" or isinstance(json.loads(text), dict), text
 
 
 def raises(kind: type[BaseException], body: Callable[[], Any], *words: str) -> str:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, Literal
 
 import openai
-from checks import LONG, STORY, Checks, raises
+from checks import ASK_JSON, LONG, STORY, Checks, is_object, raises
 from langchain_core.exceptions import ContextOverflowError
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_openai import ChatOpenAI, OpenAI, OpenAIEmbeddings
+from pydantic import BaseModel, Field
 
 checks = Checks("langchain-openai", "langchain-core", "openai")
 HELLO = "Say hello."
@@ -211,10 +212,24 @@ def _() -> Any:
     chat().bind_tools([now]).invoke(HELLO)
 
 
-@checks.check("JSON output (not built)", unbuilt="response_format")
+@checks.check("JSON output")
 def _() -> Any:
-    schema = {"title": "Person", "type": "object", "properties": {"age": {"type": "integer"}}}
-    chat().with_structured_output(schema, method="json_mode").invoke("Answer in JSON: age 3.")
+    answer = chat(max_tokens=60).bind(response_format={"type": "json_object"}).invoke(ASK_JSON)
+    is_object(text(answer), answer.response_metadata["finish_reason"])
+
+
+class Person(BaseModel):
+    name: str = Field(max_length=12)
+    age: int = Field(ge=0, le=150)
+    mood: Literal["good", "bad"]
+
+
+@checks.check("JSON by a schema")
+def _() -> Any:
+    over = chat(max_tokens=200).with_structured_output(Person, method="json_schema")
+    found = over.invoke(ASK_JSON)
+    assert isinstance(found, Person), found
+    return repr(found)
 
 
 checks.absent("structured answer by prompt", why="no such mode in this client")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, Literal
 
 import openai
-from checks import LONG, STORY, Checks, raises
+from checks import ASK_JSON, LONG, STORY, Checks, is_object, raises
+from pydantic import BaseModel, Field
 
 checks = Checks("openai")
 client = openai.OpenAI(base_url=checks.url, api_key=checks.key, max_retries=0, timeout=110)
@@ -247,9 +248,29 @@ def _() -> Any:
     chat(tools=[{"type": "function", "function": function}])
 
 
-@checks.check("JSON output (not built)", unbuilt="response_format")
+@checks.check("JSON output")
 def _() -> Any:
-    chat(response_format={"type": "json_object"})
+    asked = [{"role": "user", "content": ASK_JSON}]
+    answer = chat(asked, response_format={"type": "json_object"}, max_tokens=60)
+    is_object(text(answer), answer.choices[0].finish_reason)
+
+
+class Person(BaseModel):
+    name: str = Field(max_length=12)
+    age: int = Field(ge=0, le=150)
+    mood: Literal["good", "bad"]
+
+
+@checks.check("JSON by a schema")
+def _() -> Any:
+    fields: Any = {"model": checks.model, "messages": [{"role": "user", "content": ASK_JSON}]}
+    fields |= {"response_format": Person, "max_tokens": 200, "temperature": 0}
+    found = client.chat.completions.parse(**fields).choices[0].message.parsed
+    assert isinstance(found, Person), found
+    with client.chat.completions.stream(**fields) as stream:
+        again = stream.get_final_completion().choices[0].message.parsed
+    assert again == found, again
+    return f"parse() and stream(): {found!r}"
 
 
 checks.absent("structured answer by prompt", why="no such mode in this client")

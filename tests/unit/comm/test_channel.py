@@ -23,7 +23,7 @@ import torch
 
 from ds_cp.comm import channel as ch
 from ds_cp.comm.channel import Channel, ChannelError, Messages, Shape
-from ds_cp.comm.join import Hello, cores_of
+from ds_cp.comm.join import Hello, cores_of, share_of
 from ds_cp.comm.shared_memory import (
     LOOK_S,
     SHORT_LOOK_S,
@@ -596,14 +596,20 @@ def test_who_has_no_core_of_its_own_does_not_look() -> None:
 
 
 @pytest.mark.parametrize(
-    ("cores", "want"),
-    [([(0,), (1,)], 2), ([(0, 1), (0, 1)], 2), ([(0, 1), (2, 3)], 4), ([(5,), (5,)], 1)],
-    ids=["bound", "shared", "bound to some", "one core for both"],
-)
+    ("cores", "want", "share"),
+    [
+        ([(0,), (1,)], 2, 1), ([(0, 1), (0, 1)], 2, 1), ([(0, 1), (2, 3)], 4, 2),
+        ([(5,), (5,)], 1, 1), ([(0, 1, 2, 3)], 4, 4), ([(0, 1, 2, 3)] * 4, 4, 1),
+        ([(0, 1, 2, 3), (0, 1, 2, 3), (4, 5), (4, 5)], 6, 2),
+    ],
+    ids=["bound", "shared", "to some", "one for both", "alone", "four", "a socket for two"],
+)  # fmt: skip
 def test_cores_are_counted_over_the_ranks_of_a_host(
-    cores: list[tuple[int, ...]], want: int
+    cores: list[tuple[int, ...]], want: int, share: int
 ) -> None:
-    """A launcher that binds each of two ranks to a core leaves each with one: they look."""
+    """A launcher that binds each of two ranks to a core leaves each with one: they look. A rank
+    has as many threads as cores for itself."""
     hellos = [Hello("", "k", "h", pid, "", "", some) for pid, some in enumerate(cores)]
     assert cores_of(hellos) == want
     assert (longest_look(2, 1, cores_of(hellos)) == LOOK_S) == (want >= 2)
+    assert share_of(hellos[0], hellos) == share

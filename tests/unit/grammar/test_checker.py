@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from ds_cp import sandbox
 from ds_cp.errors import GrammarBusyError, RequestError
 from ds_cp.grammar import checker as module
 from ds_cp.grammar.checker import GrammarChecker
@@ -77,6 +78,13 @@ def test_a_grammar_that_ends_its_process_is_refused_and_others_go_on(
         checker.check(StructuredOutputsParams(grammar=CHAIN))
     checker.check(regex("after"))
     assert checker.pid == pid
+
+
+def test_a_grammar_that_grows_when_it_is_converted_is_bounded(checker: GrammarChecker) -> None:
+    """GBNF's ``.`` becomes ``/./``; what travels in plans is the converted text."""
+    dots = StructuredOutputsParams(grammar="root ::= " + "." * 70_000)
+    with pytest.raises(RequestError, match=r"it has 280\d+ bytes once converted; at most 262144"):
+        checker.check(dots, timeout_s=120)
 
 
 def test_time_and_memory_are_bounded_by_the_kernel(tokenizer: Any) -> None:
@@ -150,7 +158,7 @@ def test_a_compilation_that_cannot_be_tried_is_not_remembered(
 def test_closing_ends_a_start_that_takes_long(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_START", "import time; time.sleep(600)")
+    monkeypatch.setattr(sandbox, "_START", "import time; time.sleep(600)")
     slow = GrammarChecker(tokenizer)
     with ThreadPoolExecutor(1) as threads:
         asked = threads.submit(slow.check, regex("a"))

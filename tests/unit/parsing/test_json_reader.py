@@ -16,11 +16,12 @@ from ds_cp.text import JsonError, parse_json
 from tests.unit.parsing.answers import cut
 
 CUTS = st.lists(st.integers(0, 200), max_size=6)
+TEXT = st.text(max_size=8)
 VALUES: st.SearchStrategy[Any] = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
-    max_leaves=12,
+    | TEXT,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
+    max_leaves=8,
 )  # fmt: skip
 
 
