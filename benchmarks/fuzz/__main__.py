@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
     arguments.add_argument("--cases", type=int, default=1000, help="random cases for each route")
     arguments.add_argument("--seed", type=int, default=8)
     arguments.add_argument("--legs", nargs="+", choices=LEGS, default=list(LEGS))
-    arguments.add_argument("--limit-s", type=int, default=62, help="of each leg")
+    arguments.add_argument("--limit-s", type=int, default=1200, help="of each leg")
     arguments.add_argument("--at-once", type=int, default=2, help="legs that run beside each other")
     arguments.add_argument("--out", type=Path, default=RESULTS / "fuzz.json")
     args = arguments.parse_args(argv)
