@@ -91,7 +91,6 @@ def test_generated_requests_are_answered_as_documented(tokenizer: Any, narrowed:
         narrow(raw, engine.info.model)
     seed = secrets.randbelow(2**32)
     statuses, phases, wrong = run(app, raw, seed, 60)
-    print(statuses, phases)
     assert not wrong, f"seed {seed}, {len(wrong)} found:\n" + "\n".join(wrong[:20])
     assert statuses.total() >= LEAST, statuses
     assert set(statuses) <= {"200", "400", "404", "405", "415", "422"}, statuses
