@@ -39,6 +39,7 @@ TEST = [
     "openai>=2",
     "anthropic>=2.14,<3",
     "jsonschema>=4.20",
+    "schemathesis>=4.32; python_version >= '3.11'",
     "ruff>=0.15",
     "mypy>=1.10",
     "kubernetes-validate>=1.37",  # ships the schemas of Kubernetes

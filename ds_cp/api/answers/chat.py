@@ -180,7 +180,9 @@ class _ChatAnswer(ChatAnswer):
     def _chunk(self, index: int, delta: Json) -> Json:
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
         chunk = self._envelope.head(CHUNK) | {"choices": [choice]}
-        return chunk | {"usage": None} if self._body.include_usage else chunk
+        if not self._body.include_usage:
+            return chunk
+        return chunk | {"usage": self._usage() if self._body.continuous_usage else None}
 
     def _usage(self) -> Json:
         details = {"reasoning_tokens": self.usage.reasoning}

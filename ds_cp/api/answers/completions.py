@@ -230,7 +230,11 @@ class _CompletionAnswer(Answer):
 
     def _envelop(self, choices: list[Json], usage: Json | None = None) -> Json:
         chunk = self.envelope.head("text_completion") | {"choices": choices}
-        return chunk | {"usage": usage} if self._body.include_usage else chunk
+        if not self._body.include_usage:
+            return chunk
+        if self._body.continuous_usage:
+            usage = usage or usage_of(self.prompts, self.completion_tokens)
+        return chunk | {"usage": usage}
 
     def _choice(self, index: int, text: Any, block: Any, last: Delta | None) -> Json:
         ended = ending() if last is None else ending(last.finish_reason, last.stop_reason)

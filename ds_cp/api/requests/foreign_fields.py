@@ -131,9 +131,7 @@ MESSAGE: dict[str, Unsupported] = {
     "annotations": Unsupported((), "annotations cannot be sent back"),
     "audio": _NO_MEDIA,
 }
-STREAM_OPTIONS: dict[str, Unsupported] = {
-    "continuous_usage_stats": Unsupported((), "usage comes once, in the last chunk"),
-}
+STREAM_OPTIONS: dict[str, Unsupported] = {}
 TOKENIZE: dict[str, Unsupported] = {
     "chat_template": _NO_TEMPLATE,
     "return_token_strs": Unsupported((), "/detokenize says what token ids spell"),

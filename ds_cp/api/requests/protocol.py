@@ -40,12 +40,14 @@ MAX_MODEL_CHARS = 1024  # characters of a model's name
 
 
 class StreamOptions(StrictModel):
-    """``include_usage`` adds a last chunk with the token counts."""
+    """``include_usage`` adds a last chunk with the token counts; with ``continuous_usage_stats``
+    (vLLM's) every chunk has them, as far as they have come."""
 
     unsupported: ClassVar[dict[str, Unsupported]] = STREAM_OPTIONS
     harmless: ClassVar[frozenset[str]] = HARMLESS["stream_options"]
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
 class SamplingRequest(ConstrainedRequest):
@@ -127,6 +129,13 @@ class SamplingRequest(ConstrainedRequest):
     def include_usage(self) -> bool:
         """Whether a stream ends with a chunk of token counts."""
         return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def continuous_usage(self) -> bool:
+        """Whether every chunk tells the usage so far; load generators count tokens by it."""
+        return self.include_usage and bool(
+            self.stream_options and self.stream_options.continuous_usage_stats
+        )
 
 
 class CompletionRequest(SamplingRequest):
