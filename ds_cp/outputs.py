@@ -91,6 +91,18 @@ class Delta:
     prompt_logprobs: Sequence[TokenLogprob | None] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class PromptProgress:
+    """How far a prompt has come before its first token, in tokens. ``cached``: found in the prefix
+    cache; ``processed``: those, and what steps have computed or compute now. ``seconds``: since its
+    first step was planned."""
+
+    total: int
+    cached: int
+    processed: int
+    seconds: float
+
+
 @dataclass(frozen=True)
 class RequestMetrics:
     """Wall-clock times in seconds since the epoch, and how the request was run."""

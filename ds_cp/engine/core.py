@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from ds_cp.errors import GrammarBusyError, IntegrityError, RequestError
 from ds_cp.grammar.checker import GrammarChecker
 from ds_cp.grammar.constraint import FIELD
 from ds_cp.kv.table import SequenceTable
-from ds_cp.outputs import Delta, PackedLogprobs, TokenLogprob, pack_logprob
+from ds_cp.outputs import Delta, PackedLogprobs, PromptProgress, TokenLogprob, pack_logprob
 from ds_cp.plan import NO_GRAMMAR, Chunk, Decodes, Outcome, Sampled, Scored, StepPlan
 from ds_cp.sampling_params import RequestOptions, SamplingParams
 from ds_cp.scheduler.request import Request
@@ -148,6 +149,18 @@ class EngineCore:
             self.scheduler.finish(answer.request, "abort")
             self._forget(answer)
         return True
+
+    def progress(self, request_id: str) -> PromptProgress | None:
+        """How far the prompt has come; None before it starts, after its first token, and for a
+        request that is not here (any more)."""
+        call = self._calls.get(request_id)
+        request = call.answers[0].request if call is not None else None
+        if request is None or request.first_scheduled_time is None or request.output:
+            return None
+        total = len(request.prompt)
+        seconds = max(0.0, time.time() - request.first_scheduled_time)
+        processed = min(request.num_computed, total)
+        return PromptProgress(total, request.cached_tokens or 0, processed, seconds)
 
     @property
     def has_work(self) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ds_cp.engine.picture import Picture
-from ds_cp.outputs import Delta, EndedRequest
+from ds_cp.outputs import Delta, EndedRequest, PromptProgress
 from ds_cp.sampling_params import RequestOptions, SamplingParams
 from ds_cp.templates.chat import ChatTemplate
 
@@ -102,6 +102,10 @@ class EngineInterface(Protocol):
     def on_ended(self, listener: Callable[[EndedRequest], None]) -> None:
         """Have ``listener`` called, in the event loop, once for each answer that ends. Before the
         first request."""
+        ...
+
+    def progress(self, request_id: str) -> PromptProgress | None:
+        """How far a request's prompt has come; None before it starts and after its first token."""
         ...
 
     def abort(self, request_id: str) -> None:

@@ -26,7 +26,7 @@ from ds_cp.engine.sign_of_life import idle_seconds
 from ds_cp.engine.wire_model import WireModel
 from ds_cp.errors import DsCpError, EngineDeadError, RequestError, StoppingError
 from ds_cp.model.end_tokens import describe_tokenizer
-from ds_cp.outputs import Delta, EndedRequest
+from ds_cp.outputs import Delta, EndedRequest, PromptProgress
 from ds_cp.plan import Idle
 from ds_cp.sampling_params import RequestOptions, SamplingParams
 from ds_cp.scheduler.build import build_scheduler, grid_of
@@ -146,6 +146,11 @@ class AsyncEngine:
                 yield delta
         finally:
             self.abort(request_id)
+
+    def progress(self, request_id: str) -> PromptProgress | None:
+        """As ``EngineInterface`` says."""
+        with self._lock:
+            return self._core.progress(request_id) if self._core is not None else None
 
     def abort(self, request_id: str) -> None:
         """End a request that has not finished; its blocks are free before the next step."""

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from ds_cp.engine.interface import EngineInfo, EngineStats
 from ds_cp.engine.picture import Picture
 from ds_cp.errors import CapacityError, RequestError
-from ds_cp.outputs import Delta, EndedRequest, PackedLogprobs, TokenLogprob
+from ds_cp.outputs import Delta, EndedRequest, PackedLogprobs, PromptProgress, TokenLogprob
 from ds_cp.sampling_params import RequestOptions, SamplingParams
 from ds_cp.scheduler.admission import Limits, check_request
 from ds_cp.templates.chat import ChatTemplate
@@ -114,6 +114,9 @@ class FakeEngine:
         self.looks = 0  # how often it was asked
         self._thread = ThreadPoolExecutor(1)
         self.first_delay_s = 0.0
+        self.steps_of_prompt: list[
+            PromptProgress
+        ] = []  # what ``progress`` says, before the first token
         self.delay_s = 0.0
         self.eager_s: float | None = None
         self.refuse: Exception | None = None
@@ -161,6 +164,8 @@ class FakeEngine:
             delay_s = (self.eager_s or 0.0) if eager else self.delay_s
             for step in range(count):
                 await asyncio.sleep(delay_s + (self.first_delay_s if step == 0 else 0.0))
+                while step == 0 and self.steps_of_prompt:
+                    await asyncio.sleep(0.01)
                 if self.break_after is not None and step == self.break_after[0]:
                     raise self.break_after[1]
                 for index in sorted(left, reverse=self.backwards):
@@ -258,6 +263,10 @@ class FakeEngine:
 
     def rebalance(self) -> int:
         return self.moving
+
+    def progress(self, request_id: str) -> PromptProgress | None:
+        """What a test says, one after the other, while the first token is awaited."""
+        return self.steps_of_prompt.pop(0) if self.steps_of_prompt else None
 
     def reset_prefix_cache(self) -> int:
         freed, self.prefix_blocks = self.prefix_blocks, 0

@@ -13,13 +13,14 @@ from ds_cp.api.answers.json_pieces import json_array, json_integers, json_object
 from ds_cp.api.answers.logprobs import chat_entries
 from ds_cp.api.answers.openai_shape import Envelope, ending, prompt_logprobs, usage_of
 from ds_cp.api.answers.respond import Json, respond
+from ds_cp.api.answers.timings import Timings, prompt_progress
 from ds_cp.api.chat.answer import Call, ChatAnswer, Message
 from ds_cp.api.chat.events import ArgumentsDelta, CallBegin, Content, Event, Reasoning, Step
 from ds_cp.api.chat.request import ChatRequest, FieldNames
 from ds_cp.api.chat.start import Conversation, start_chat
 from ds_cp.api.context import AppContext, request_options, sampling_params
 from ds_cp.api.requests.chat_body import ChatCompletionRequest, TokenizeRequest
-from ds_cp.outputs import TokenLogprob
+from ds_cp.outputs import Delta, PromptProgress, TokenLogprob
 from ds_cp.parsing.definitions import read_choice
 from ds_cp.sampling_params import RequestOptions, SamplingParams
 
@@ -56,7 +57,7 @@ async def chat_completions(
     )
     envelope = Envelope("chatcmpl", context.model_name(body.model))
     conversation = await start_chat(context, chat, request, envelope.id, arrival)
-    answer = _ChatAnswer(context, conversation, body, envelope)
+    answer = _ChatAnswer(context, conversation, body, envelope, arrival)
     return await respond(
         context, request, answer, conversation.generation, stream=bool(body.stream)
     )
@@ -85,12 +86,30 @@ class _ChatAnswer(ChatAnswer):
         conversation: Conversation,
         body: ChatCompletionRequest,
         envelope: Envelope,
+        arrival: float,
     ) -> None:
         super().__init__(context, conversation)
+        self._timings = Timings(arrival) if body.timings_per_token else None
         self._envelope = envelope
         self._body = body
         self._top = (body.top_logprobs or 0) if body.logprobs else None
         self._reasons = body.include_reasoning is not False
+
+    def take(self, prompt: int, delta: Delta) -> Delta:
+        """As ``Answer`` says; the times too."""
+        if self._timings is not None:
+            self._timings.take(delta)
+        return super().take(prompt, delta)
+
+    @property
+    def shows_progress(self) -> bool:
+        """If the client asked for it."""
+        return bool(self._body.return_progress)
+
+    def of_progress(self, progress: PromptProgress) -> Json:
+        """A chunk without choices, as llama.cpp's clients read it."""
+        fields = {"choices": [], "prompt_progress": prompt_progress(progress)}
+        return self._envelope.head(CHUNK) | fields
 
     def lists_of(self, step: Step) -> Mapping[str, list[Any]]:
         """``logprobs.content`` and ``token_ids``."""
@@ -109,7 +128,8 @@ class _ChatAnswer(ChatAnswer):
         fields |= prompt_logprobs(prompt, self.context.texts, self._body.prompt_logprobs)
         if self._body.return_token_ids:
             fields["prompt_token_ids"] = json_integers(prompt.ids)
-        return json_object(self._envelope.head(KIND) | fields | {"usage": self._usage()})
+        fields |= {"usage": self._usage()} | self._times()
+        return json_object(self._envelope.head(KIND) | fields)
 
     def opening(self) -> Iterator[Json]:
         """The role of every message; in the first one, the prompt's ids, if asked for."""
@@ -143,7 +163,8 @@ class _ChatAnswer(ChatAnswer):
         """The token counts, if the client asked for them."""
         if not self._body.include_usage:
             return []
-        return [self._envelope.head(CHUNK) | {"choices": [], "usage": self._usage()}]
+        fields = {"choices": [], "usage": self._usage()} | self._times()
+        return [self._envelope.head(CHUNK) | fields]
 
     def _delta(self, event: Event) -> Json:
         match event:
@@ -179,10 +200,16 @@ class _ChatAnswer(ChatAnswer):
 
     def _chunk(self, index: int, delta: Json) -> Json:
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
-        chunk = self._envelope.head(CHUNK) | {"choices": [choice]}
+        chunk = self._envelope.head(CHUNK) | {"choices": [choice]} | self._times()
         if not self._body.include_usage:
             return chunk
         return chunk | {"usage": self._usage() if self._body.continuous_usage else None}
+
+    def _times(self) -> Json:
+        if self._timings is None:
+            return {}
+        usage = self.usage
+        return {"timings": self._timings.shown(usage.prompt, usage.cached, usage.completion)}
 
     def _usage(self) -> Json:
         details = {"reasoning_tokens": self.usage.reasoning}

@@ -24,9 +24,10 @@ from ds_cp.api.answers.json_pieces import (
 from ds_cp.api.answers.logprobs import BLOCK_LISTS, echo_blocks, echo_lists, legacy_block
 from ds_cp.api.answers.openai_shape import Envelope, ending, prompt_logprobs, usage_of
 from ds_cp.api.answers.respond import Answer, Json, respond
+from ds_cp.api.answers.timings import Timings, prompt_progress
 from ds_cp.api.context import AppContext, request_options, sampling_params
 from ds_cp.api.requests.protocol import CompletionRequest
-from ds_cp.outputs import Delta, TokenLogprob
+from ds_cp.outputs import Delta, PromptProgress, TokenLogprob
 from ds_cp.sampling_params import SamplingParams
 
 DEFAULT_MAX_TOKENS = 16  # new tokens, as in OpenAI's API
@@ -49,7 +50,7 @@ async def completions(context: AppContext, body: CompletionRequest, request: Req
             ids = item
         context.fit(len(ids), params, "prompt", max_words, clamp)  # before the next one is encoded
         prompts.append(ids)
-    answer = _CompletionAnswer(context, body, prompts, params)
+    answer = _CompletionAnswer(context, body, prompts, params, arrival)
     generation = context.start(
         answer.envelope.id,
         prompts,
@@ -99,8 +100,10 @@ class _CompletionAnswer(Answer):
         body: CompletionRequest,
         prompts: list[list[int]],
         params: SamplingParams,
+        arrival: float,
     ) -> None:
         super().__init__(context, prompts, params)
+        self._timings = Timings(arrival) if body.timings_per_token else None
         self.envelope = Envelope("cmpl", context.model_name(body.model))
         self._body = body
         self._choices = [_Choice(p) for p in range(len(prompts)) for _ in range(self.n)]
@@ -116,6 +119,21 @@ class _CompletionAnswer(Answer):
         for index, item in enumerate(self._body.prompt):
             text = item if isinstance(item, str) else await self.context.codec.decode(item)
             self._echoes[index] = text
+
+    def take(self, prompt: int, delta: Delta) -> Delta:
+        """As ``Answer`` says; the times too."""
+        if self._timings is not None:
+            self._timings.take(delta)
+        return super().take(prompt, delta)
+
+    @property
+    def shows_progress(self) -> bool:
+        """If the client asked for it."""
+        return bool(self._body.return_progress)
+
+    def of_progress(self, progress: PromptProgress) -> Json:
+        """A chunk without choices; of several prompts, the first one that is not read."""
+        return self._envelop([]) | {"prompt_progress": prompt_progress(progress)}
 
     def shown(self, delta: Delta) -> Delta:
         """Nothing but the end of an answer that has only the prompt."""
@@ -143,7 +161,7 @@ class _CompletionAnswer(Answer):
         """The choices, each with the log-probabilities of its prompt where asked for."""
         choices = json_array(map(self._finished, range(len(self._choices))))
         fields = {"choices": choices, "usage": usage_of(self.prompts, self.completion_tokens)}
-        return json_object(self.envelope.head("text_completion") | fields)
+        return json_object(self.envelope.head("text_completion") | fields | self._times())
 
     def opening(self) -> Iterator[Json]:
         """The prompts, with ``echo``, unless their log-probabilities come first."""
@@ -229,12 +247,20 @@ class _CompletionAnswer(Answer):
         return self._envelop([fields])
 
     def _envelop(self, choices: list[Json], usage: Json | None = None) -> Json:
-        chunk = self.envelope.head("text_completion") | {"choices": choices}
+        chunk = self.envelope.head("text_completion") | {"choices": choices} | self._times()
         if not self._body.include_usage:
             return chunk
         if self._body.continuous_usage:
             usage = usage or usage_of(self.prompts, self.completion_tokens)
         return chunk | {"usage": usage}
+
+    def _times(self) -> Json:
+        if self._timings is None:
+            return {}
+        usage = usage_of(self.prompts, self.completion_tokens)
+        cached = usage["prompt_tokens_details"]["cached_tokens"]
+        times = self._timings.shown(usage["prompt_tokens"], cached, self.completion_tokens)
+        return {"timings": times}
 
     def _choice(self, index: int, text: Any, block: Any, last: Delta | None) -> Json:
         ended = ending() if last is None else ending(last.finish_reason, last.stop_reason)

@@ -21,7 +21,7 @@ from ds_cp.api.answers.sse import OPENAI, EventStream, Framing, stream_events
 from ds_cp.api.context import AppContext, request_id_of
 from ds_cp.api.errors import ApiError
 from ds_cp.grammar.constraint import StructuredOutputsParams
-from ds_cp.outputs import Delta, TokenLogprob
+from ds_cp.outputs import Delta, PromptProgress, TokenLogprob
 from ds_cp.sampling_params import SamplingParams
 
 ADMISSION_S = 1.0  # seconds that a stream waits for the engine's refusal before it answers 200
@@ -84,6 +84,15 @@ class Answer(ABC):
     def closing(self) -> Iterable[Any]:
         """The events after the last delta."""
 
+    def of_progress(self, progress: PromptProgress) -> Any | None:
+        """The event that says how far the prompt has come; None unless the client asked for it."""
+        return None
+
+    @property
+    def shows_progress(self) -> bool:
+        """Whether ``of_progress`` has events."""
+        return False
+
     # --- what they share
 
     def take(self, prompt: int, delta: Delta) -> Delta:
@@ -136,6 +145,7 @@ async def respond(
         opening=answer.opening(),
         chunks_of=answer.chunks_of,
         closing=answer.closing,
+        progress=answer.of_progress if answer.shows_progress else None,
         turns=context.turns,
         keep_alive_s=context.server.keep_alive_s,
         request_id=request_id_of(request),

@@ -8,6 +8,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass
+from time import monotonic
 from typing import Any, Protocol
 
 from starlette.responses import Response
@@ -18,12 +19,14 @@ from ds_cp.api.answers.paced import Turns
 from ds_cp.api.errors import ApiError, from_engine, internal_error, shutting_down
 from ds_cp.api.transport.deadline import within
 from ds_cp.errors import DsCpError
-from ds_cp.outputs import Delta
+from ds_cp.outputs import Delta, PromptProgress
 
 logger = logging.getLogger("ds_cp.api")
 
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"  # a comment, which clients ignore
+PROGRESS_S = 0.25  # seconds between looks at a prompt's progress
+_CLOSE_S = 0.001  # seconds by which a wait may end early
 _LAST_EVENT_S = 1.0  # seconds to send the event that the server is shutting down
 
 
@@ -56,8 +59,10 @@ async def stream_events(
     keep_alive_s: float,
     request_id: str,
     framing: Framing = OPENAI,
+    progress: Callable[[PromptProgress], Any] | None = None,
 ) -> AsyncIterator[bytes]:
     """The events of a stream, up to the last one of its ``framing``; an error becomes an event.
+    ``progress`` makes those that say how far the prompt has come, until its first token.
 
     Many chunks at once, such as those of a long prompt, are made as the client reads them and a few
     a turn of the event loop.
@@ -66,11 +71,21 @@ async def stream_events(
         paced = turns.pace(map(framing.event, opening))
         while (data := await paced.next()) is not None:
             yield data
+        told, due = -1, monotonic() + keep_alive_s
         while not generation.finished:
-            item = await generation.next(keep_alive_s)
+            asks = progress is not None and generation.reads_prompts
+            known = generation.progress() if asks else None
+            if progress is not None and known is not None and known.processed != told:
+                told, due = known.processed, monotonic() + keep_alive_s
+                yield framing.event(progress(known))
+            wait_s = max(0.0, due - monotonic())
+            item = await generation.next(min(wait_s, PROGRESS_S) if asks else wait_s)
             if item is None:
-                yield framing.keep_alive
+                if monotonic() >= due - _CLOSE_S:
+                    due = monotonic() + keep_alive_s
+                    yield framing.keep_alive
                 continue
+            due = monotonic() + keep_alive_s
             paced = turns.pace(map(framing.event, chunks_of(*item)))
             while (data := await paced.next()) is not None:
                 yield data

@@ -77,6 +77,12 @@ class SamplingRequest(ConstrainedRequest):
     prompt_logprobs: int | None = Field(None, description="of this many tokens per prompt token")
     priority: int | None = Field(None, description="lower numbers are served first; default 0")
     cache_salt: str | None = Field(None, description="keeps cached prefixes apart")
+    return_progress: bool | None = Field(
+        None, description="events with prompt_progress while the prompt is read; in streams"
+    )
+    timings_per_token: bool | None = Field(
+        None, description="timings in the answer, and in each chunk of a stream"
+    )
     return_token_ids: bool | None = Field(
         None, description="also the token ids of the prompt and of the answer"
     )
