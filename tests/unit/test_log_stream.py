@@ -152,7 +152,7 @@ def test_lines_of_two_ranks_do_not_tear(pipe: Pipe) -> None:
 
 IN_ORDER = """
 import sys
-from ds_cp.cli import main
+from ds_cp.cli import main, verbs
 from ds_cp.cli.output import flush, put, say
 
 def verb(args, env):
@@ -162,7 +162,7 @@ def verb(args, env):
         flush()
     return 0
 
-main._version = verb
+verbs._version = verb
 main.run(["version"])
 """
 
