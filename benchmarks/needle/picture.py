@@ -16,33 +16,31 @@ def draw(
     ranks: Sequence[int],
     out: Path,
 ) -> None:
-    """Write a PNG. ``rows`` by ranks, length and depth has every cell of ``grid``."""
+    """Write a PNG. ``rows`` are by ranks, length and depth; a cell that is missing stays empty."""
     plt = pyplot()
     lengths = sorted({cell.length for cell in grid})
     depths = sorted({cell.depth for cell in grid})
-
-    def tokens(size: int, length: int, depth: int) -> Any:
-        return rows[size, length, depth]["tokens"]
-
-    same = sum(
-        tokens(ranks[0], length, depth) == tokens(ranks[1], length, depth)
-        for length in lengths
-        for depth in depths
-    )
+    pairs = [
+        [rows[key]["tokens"] for size in ranks if (key := (size, cell.length, cell.depth)) in rows]
+        for cell in grid
+    ]
+    both = [pair for pair in pairs if len(pair) == 2]
+    same = sum(one == other for one, other in both)
     figure, panels = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="constrained")
     for panel, size in zip(panels, ranks, strict=True):
-        values = [[rows[size, length, depth]["found"] for length in lengths] for depth in depths]
+        cells = [[rows.get((size, length, depth)) for length in lengths] for depth in depths]
+        values = [[cell["found"] if cell else float("nan") for cell in line] for line in cells]
         image = panel.imshow(values, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
         panel.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
         panel.set_yticks(range(len(depths)), [f"{depth} %" for depth in depths])
         panel.set_xlabel("tokens of prompt and answer")
         panel.set_title("one rank" if size == 1 else f"{size} ranks")
-        for y, depth in enumerate(depths):
-            for x, length in enumerate(lengths):
-                text = rows[size, length, depth]["text"].split()
-                panel.text(x, y, (text or [""])[0][:8], ha="center", va="center", fontsize=7)
+        for y, line in enumerate(cells):
+            for x, cell in enumerate(line):
+                said = "not run" if cell is None else cell["text"].strip()[:12].split("\n")[0]
+                panel.text(x, y, said, ha="center", va="center", fontsize=7)
     panels[0].set_ylabel("depth of the needle")
     figure.colorbar(image, ax=panels, label="part of the key found", shrink=0.9)
-    figure.suptitle(f"SmolLM2-135M, fp32, greedy: the same tokens in {same} of {len(grid)} cells")
+    figure.suptitle(f"SmolLM2-135M, fp32, greedy: the same tokens in {same} of {len(both)} cells")
     figure.savefig(out, dpi=110, format="png")
     plt.close(figure)
