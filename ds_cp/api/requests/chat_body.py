@@ -78,8 +78,8 @@ class TemplateFields(StrictModel):
             raise FieldError(
                 f"{_FINAL} add_generation_prompt cannot be true with it", "add_generation_prompt"
             )
-        last = self._turns[-1]
-        if last.role != "assistant" or not last.content or last.calls:
+        last = self._turns[-1] if self._turns else None  # /tokenize may have a prompt instead
+        if last is None or last.role != "assistant" or not last.content or last.calls:
             raise FieldError(
                 f"{_FINAL} must be an assistant's, with text and without tool_calls",
                 "continue_final_message",

@@ -412,6 +412,11 @@ def test_what_is_wrong_with_tools_and_templates_is_named(
         assert error(TokenizeRequest, {"messages": [HELLO]} | body).param == param
 
 
+def test_a_prompt_has_no_last_message_to_go_on() -> None:
+    refused = error(TokenizeRequest, {"prompt": "a", "continue_final_message": True})
+    assert refused.param == "continue_final_message"
+
+
 def test_a_conversation_with_tools_is_read() -> None:
     body = {
         "messages": [*ASKED, RESULT, {"role": "assistant", "content": "ok", "reasoning": "hm"}],
