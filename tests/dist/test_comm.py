@@ -557,12 +557,15 @@ def test_joining_in_vain_ends_within_the_limit() -> None:
     assert "socket" in found["not a socket"][1]
 
 
-def join_with_an_empty_build_folder(folder: str, pipe: Any) -> None:
+def join_with_an_empty_build_folder(rank: int, folder: str, pipe: Any, port: int = 0) -> None:
     os.environ["TORCH_EXTENSIONS_DIR"] = folder
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    listener = socket.create_server(("127.0.0.1", 0))
-    at = Rendezvous("127.0.0.1", listener.getsockname()[1], listener.fileno())
-    world = seat(0, 1, at, 60.0)
+    listener = socket.create_server(("127.0.0.1", 0)) if rank == 0 else None
+    if listener is not None:
+        port = listener.getsockname()[1]
+        pipe.send(port)
+    at = Rendezvous("127.0.0.1", port, listener.fileno() if listener else None)
+    world = seat(rank, 2, at, 60.0)  # a job of one rank has no use for deepspeed
     from deepspeed.comm import comm
     from deepspeed.ops import __compatible_ops__
 
@@ -578,13 +581,21 @@ def test_deepspeed_compiles_nothing(tmp_path: Path) -> None:
     context = mp.get_context("forkserver")
     mine, theirs = context.Pipe(duplex=False)
     folder = tmp_path / "extensions"
-    child = context.Process(target=join_with_an_empty_build_folder, args=(str(folder), theirs))
-    child.start()
-    assert mine.poll(60)
-    compatible, joined, op = mine.recv()
-    child.join(20)
-    assert (compatible, joined, op) == (False, True, None)
-    assert child.exitcode == 0
+    children = []
+    port = 0
+    for rank in range(2):
+        args = (rank, str(folder), theirs, port)
+        children.append(context.Process(target=join_with_an_empty_build_folder, args=args))
+        children[rank].start()
+        if rank == 0:
+            assert mine.poll(60)
+            port = mine.recv()
+    for _ in children:
+        assert mine.poll(60)
+        assert mine.recv() == (False, True, None)  # compatible, joined, op
+    for child in children:
+        child.join(20)
+        assert child.exitcode == 0
     assert not folder.exists() or not any(folder.rglob("*"))
 
 
