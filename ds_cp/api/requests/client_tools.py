@@ -12,6 +12,7 @@ from ds_cp.errors import RequestError
 from ds_cp.grammar.constraint import StructuredOutputsParams
 from ds_cp.parsing.definitions import (
     MAX_SCHEMA_NODES,
+    MAX_TOOLS,
     Tool,
     ToolChoice,
     count_values,
@@ -30,6 +31,8 @@ def read_client_tools(
     Raises ``FieldError``, its field below the body's ``tools``."""
     if not isinstance(value, list):
         raise FieldError("tools must be a list of tools")
+    if len(value) > MAX_TOOLS:  # before one is looked at
+        raise FieldError(f"tools has {len(value)} tools; at most {MAX_TOOLS}")
     chat = []
     for tool in value:
         function = as_function(tool) if isinstance(tool, dict) else None
