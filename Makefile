@@ -11,10 +11,13 @@ RANKS ?= 4
 PROMPT ?= Gravity is
 MAX_TOKENS ?= 64
 PEERS ?=
+BROWSER ?=
+CONFORMANCE ?=
 # deepspeed starts the "python" it was installed for, and mpirun the one on the PATH
 WITH_VENV := PATH="$(CURDIR)/$(BIN):$$PATH" VIRTUAL_ENV="$(CURDIR)/$(VENV)"
 
-.PHONY: help install model serve generate test unit checks format bench bench-peers clients fuzz attacks clean
+.PHONY: help install model serve generate test unit checks format bench bench-peers clients fuzz attacks \
+	browser conformance clean
 
 help:
 	@echo "make serve      four ranks serve a small model at http://127.0.0.1:8000"
@@ -23,7 +26,10 @@ help:
 	@echo "make generate   one completion over four ranks; PROMPT='...' MAX_TOKENS=64"
 	@echo "make bench-peers  ds_cp beside its peers, under 40 minutes on an idle machine; PEERS='--quick'"
 	@echo "make clients    clients of OpenAI's protocol against the server; installs each by itself"
-	@echo "make fuzz       10,000 generated requests; make attacks: attacks beside honest streams"
+	@echo "make fuzz       20,000 generated requests; make attacks: attacks beside honest streams"
+	@echo "make browser    the page in a real Chromium"
+	@echo "make conformance  what is checked with software of others and is longer, under 25 minutes;"
+	@echo "                CONFORMANCE='--only clients fuzz' or '--skip browser'"
 	@echo "make install | model | checks | format | bench | clean"
 
 install: $(STAMP)
@@ -83,6 +89,12 @@ fuzz: install model
 
 attacks: install model
 	$(WITH_VENV) $(BIN)/python -m benchmarks.attacks
+
+browser: install
+	$(WITH_VENV) $(BIN)/python -m tests.browser $(BROWSER)
+
+conformance: install model
+	@$(WITH_VENV) $(BIN)/python -m benchmarks.conformance $(CONFORMANCE)
 
 clean:
 	rm -rf $(VENV) .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

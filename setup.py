@@ -37,10 +37,14 @@ TEST = [
     "pytest-xdist>=3.6",
     "hypothesis>=6",
     "openai>=2",
-    "httpx>=0.27",
+    "anthropic>=2.14,<3",
     "jsonschema>=4.20",
+    "schemathesis>=4.32; python_version >= '3.11'",
     "ruff>=0.15",
     "mypy>=1.10",
+    "kubernetes-validate>=1.37",  # ships the schemas of Kubernetes
+    "markdown-it-py>=3",  # the code in the documents
+    "pyyaml>=6",
 ]
 
 
@@ -88,7 +92,12 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["ds_cp", "ds_cp.*"]),
-    package_data={"ds_cp": ["py.typed"], "ds_cp.native": ["src/*.cpp", "src/*.h"]},
+    package_data={
+        "ds_cp": ["py.typed"],
+        "ds_cp.api": ["page/*"],
+        "ds_cp.native": ["src/*.cpp", "src/*.h"],
+        "ds_cp.sizing": ["devices/*.json"],
+    },
     cmdclass={"build_py": BuildWithNative, "bdist_wheel": NativeWheel},
     install_requires=[
         "torch>=2.13.0",
@@ -96,9 +105,15 @@ setup(
         "transformers>=5.23,<5.24",
         "safetensors",
         "msgspec>=0.19",
+        # Which masks a grammar gives, and what it refuses, is its own: an exact minor version.
+        "llguidance>=1.9,<1.10",
         "pydantic>=2.9",
         "numpy",
         "psutil",
+        # the commands that talk to a server, and what they draw
+        "httpx>=0.27",
+        "rich>=13.7",
+        "shtab>=1.13",  # completion for fish
     ],
     extras_require={
         "cuda": CUDA,

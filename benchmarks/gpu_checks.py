@@ -51,7 +51,7 @@ def _prompts(device: torch.device, quick: bool) -> None:
     """What a prompt of a bf16 model is computed by, at the sizes of one, against fp64: whole, as a
     partial, and a chunk behind many keys, its own where the layer left them and from pages."""
     spec, chunk = layer(quick), 512
-    kernel = makers(device)["cuda"](device)
+    kernel = makers(device)["cuda"](device, torch.bfloat16)
     assert isinstance(kernel, CudaKernel)
     for length in (2048, 8192 + chunk):
         q, k, v, pages, batch = prompt(length, spec, device)
@@ -85,7 +85,7 @@ def _near(what: str, got: torch.Tensor, want: torch.Tensor, *lse: torch.Tensor) 
 
 def _kernel(name: str, make: Any, dtype: torch.dtype, device: torch.device, quick: bool) -> None:
     try:
-        kernel = make(device)
+        kernel = make(device, dtype)
     except Exception as err:
         missing = {"ok": False} if device.type == "cuda" else {"value": "not here"}
         row(f"kernel {name}, {dtype}", **missing, against=str(err)[:160])

@@ -3,6 +3,7 @@ time to first and further tokens beside transformers."""
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from typing import Any
@@ -21,13 +22,14 @@ from ds_cp.startup.build import build_worker
 from ds_cp.topology.hosts import Topology
 
 
-def engine_of(model: Any, tokens: int, streams: int) -> LLMEngine:
+def engine_of(model: Any, tokens: int, streams: int, deterministic: bool = False) -> LLMEngine:
     """One rank with room for so many tokens."""
     device = torch.device(model.device.type, 0) if model.device.type == "cuda" else model.device
     world = World(0, Topology(("here",)), device, 60.0, joined=False)
     config = load_config(
         {
             "model": "a loaded model", "device": device.type,
+            "attention": {"deterministic": deterministic},
             "kv_cache": {"tokens_per_rank": -(-tokens // 64) * 64, "prefix_caching": False},
             "scheduler": {"max_num_seqs": streams, "max_num_batched_tokens": 8192},
         }
@@ -71,27 +73,53 @@ def step(device: torch.device, quick: bool) -> None:
     engine = engine_of(model, streams * (length + new + 64), streams)
     worker = engine._worker
     prompts = [[(i * 31 + n) % 100 for i in range(length)] for n in range(streams)]
-    graphs = worker._graphs
+    graphs = worker.graphs
     for count in (streams, 1):
-        worker._graphs = None
+        worker.graphs = None
         stamps(engine, prompts[:count], 4)
         eager = gap(stamps(engine, prompts[:count], new))
         row(f"decode step, {count} streams, eager", value=f"{eager * 1e3:.2f} ms")
         if graphs is None:
             row("graphs", value="none on this device")
             continue
-        worker._graphs = graphs
+        worker.graphs = graphs
         stamps(engine, prompts[:count], 4)
         took = gap(stamps(engine, prompts[:count], new))
-        if not graphs.captured:
+        decodes = graphs.decodes
+        if not decodes.captured:
             row(f"decode step, {count} streams, graphs", ok=False, against="nothing was captured")
             continue
-        size = min(rows for rows, _ in graphs.captured if rows >= count)
-        keys = max(keys for rows, keys in graphs.captured if rows == size)
-        alone = seconds(graphs._graphs[size, keys].replay, device, 0.5)
+        size = min(rows for rows, _ in decodes.captured if rows >= count)
+        keys = max(keys for rows, keys in decodes.captured if rows == size)
+        alone = seconds(decodes._graphs[size, keys].replay, device, 0.5)
         row(f"decode step, {count} streams, graphs", value=f"{took * 1e3:.2f} ms",
             against=f"{took / alone:.2f} of its kernels ({alone * 1e3:.2f} ms)",
             target="<= 1.1" if count == 64 else "")  # fmt: skip
+
+
+def deterministic(device: torch.device, quick: bool) -> None:
+    """What rows that do not depend on their company cost: off, off without graphs, and on."""
+    decoder = llama(device, torch.float32 if device.type == "cpu" else torch.bfloat16, quick)
+    streams, new, length, long = (4, 6, 20, 60) if quick else (64, 24, 500, 8192)
+    prompts = [[(i * 31 + n) % 100 for i in range(length)] for n in range(streams)]
+    prompt = [(i * 31) % 100 for i in range(long)]
+    for on in (False, True):
+        room = max(streams * (length + new + 64), long + 128)
+        engine = engine_of(decoder, room, streams, on)
+        name = f"deterministic {'on' if on else 'off'}, kernel {engine.facts.kernel}"
+        graphs = engine._worker.graphs
+        for how in (graphs, None) if graphs is not None and not on else (None,):
+            engine._worker.graphs = how
+            stamps(engine, prompts, 4)
+            took = gap(stamps(engine, prompts, new))
+            row(f"decode step, {streams} streams, {name}, {'graphs' if how else 'eager'}",
+                value=f"{took * 1e3:.2f} ms")  # fmt: skip
+        stamps(engine, [prompt], 1)
+        row(f"TTFT {long}, {name}", value=f"{stamps(engine, [prompt], 1)[0] * 1e3:.2f} ms")
+        del engine, graphs, how
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def model(device: torch.device, quick: bool) -> None:
@@ -134,4 +162,4 @@ def _transformers(decoder: Any, length: int, new: int) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    section({"step": step, "model": model})
+    section({"step": step, "deterministic": deterministic, "model": model})

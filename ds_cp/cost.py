@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
+
+Passing = Literal["local", "kv", "q", "tree"]  # what travels: nothing, in a ring, or by tree
 
 WORTH = 0.7  # ratio of the predicted time to one rank's; above it a request stays on one rank
 CLOSE = 1.05  # ratio of a predicted time to the least; up to it fewer ranks are as good
@@ -53,6 +56,27 @@ def attention_share(num_layers: int, num_q_heads: int, head_dim: int, weights: i
 
 
 @dataclass(frozen=True)
+class Sums:
+    """What the ranks that share a layer's heads add up: ``per_layer`` vectors of ``width`` elements
+    for each token, over ``ranks`` ranks, by a link of ``bytes_per_s`` and ``latency_s``."""
+
+    ranks: int
+    per_layer: int
+    width: int
+    bytes_per_s: float
+    latency_s: float
+
+    def layer_s(self, tokens: int, element: int) -> float:
+        """Seconds of a layer: each sum is a reduce-scatter and an all-gather, which send
+        (n - 1) / n of the vectors each (Thakur et al., "Optimization of Collective Communication
+        Operations in MPICH", 2005, section 4.4)."""
+        if self.ranks == 1:
+            return 0.0
+        sent = 2.0 * (self.ranks - 1) / self.ranks * tokens * self.width * element
+        return self.per_layer * (sent / self.bytes_per_s + 2.0 * self.latency_s)
+
+
+@dataclass(frozen=True)
 class CostModel:
     """One rank and its links.
 
@@ -61,6 +85,15 @@ class CostModel:
     layer; ``element``: bytes of one element; ``windows``: as in ``LayerWindows``;
     ``in_background``: whether bytes move while a rank computes. Through shared memory they do not:
     the thread that computes copies them, when it posts an exchange and while it waits for it.
+
+    What follows is for ``forward_s`` alone; left out, it costs nothing. ``attention_flops_per_s``:
+    achieved by attention (left out: ``flops_per_s``); ``memory_bytes_per_s``: at which weights are
+    read, ``kv_bytes_per_s``: and KV by attention of a few rows (left out: the same); ``layer_s``:
+    seconds of a layer that no work explains, such as launches; ``step_s``: the same of a call;
+    ``hop_s``: of one hop of a ring in one layer; ``head``: parameters that only the last token of a
+    call passes; ``stored``: parameters of all layers, with the experts that a token does not pass;
+    ``near_latency_s``: of an exchange inside a host, where ``latency_s`` is of one between hosts of
+    several ranks; ``sums``: of tensor parallelism.
     """
 
     flops_per_s: float
@@ -74,6 +107,16 @@ class CostModel:
     element: int
     windows: tuple[tuple[int, int], ...] = ()
     in_background: bool = True
+    attention_flops_per_s: float | None = None
+    memory_bytes_per_s: float = float("inf")
+    kv_bytes_per_s: float | None = None
+    layer_s: float = 0.0
+    step_s: float = 0.0
+    hop_s: float = 0.0
+    head: int = 0
+    stored: int = 0
+    near_latency_s: float | None = None
+    sums: Sums | None = None
 
     @property
     def layers(self) -> LayerWindows:
@@ -105,6 +148,89 @@ class CostModel:
         attention = 4.0 * seen * self.num_q_heads * self.head_dim * self.num_layers
         exchanges = 2 * self.num_layers * self.latency_s if ranks > 1 else 0.0
         return attention / ranks / self.flops_per_s + exchanges
+
+    def forward_s(self, passing: Passing, ranks: int, new: int, past: int) -> float:
+        """Seconds of one forward call: ``new`` tokens of one request after ``past`` stored ones,
+        tokens and keys spread evenly over ``ranks``; a decode step is one new token.
+
+        The sum of linear layers, attention, what travels and is not hidden, and what is fixed. A
+        part that computes takes the longer of its operations and its reading ("Roofline", Williams
+        et al., CACM 2009), M for ``memory_bytes_per_s``, M_kv for ``kv_bytes_per_s``, and
+        t = ceil(T / N):
+
+            linear     max(2 W t / C, min(W t, stored) e / M), and the head for one token
+            attention  max(4 pairs H D / C_a, 2 seen G D e / M_kv) L / N
+            sums       of tensor parallelism, see ``Sums``
+            exchanges  see ``_exchanges_s``
+            fixed      layer_s L + step_s
+        """
+        alone = passing == "local" or ranks == 1
+        over = 1 if alone else ranks
+        attention = self._attention_s(over, new, past)
+        exchanges = 0.0 if alone else self._exchanges_s(passing, ranks, new, past, attention)
+        tokens = -(-new // over)
+        sums = self.sums.layer_s(tokens, self.element) if self.sums else 0.0
+        fixed = self.num_layers * (sums + self.layer_s) + self.step_s
+        return self._linear_s(tokens) + attention + exchanges + fixed
+
+    def chunks_s(self, passing: Passing, ranks: int, new: int, past: int, chunk: int) -> float:
+        """Seconds of ``new`` prompt tokens in calls of at most ``chunk`` tokens."""
+        return sum(
+            self.forward_s(passing, ranks, min(chunk, new - at), past + at)
+            for at in range(0, new, chunk)
+        )
+
+    def _linear_s(self, tokens: int) -> float:
+        read = min(self.weights * tokens, max(self.stored, self.weights)) * self.element
+        body = max(2.0 * self.weights * tokens / self.flops_per_s, read / self.memory_bytes_per_s)
+        operations, nbytes = 2.0 * self.head, self.head * self.element
+        return body + max(operations / self.flops_per_s, nbytes / self.memory_bytes_per_s)
+
+    def _attention_s(self, ranks: int, new: int, past: int) -> float:
+        """Of all layers, on one of ``ranks``."""
+        pairs = self.layers.pairs(((past, new),))
+        seen = self.layers.mean(lambda w: min(past + new, w + new) if w else past + new)
+        operations = 4.0 * pairs * self.num_q_heads * self.head_dim
+        nbytes = 2.0 * seen * self.num_kv_heads * self.head_dim * self.element
+        rate = self.attention_flops_per_s or self.flops_per_s
+        reading = self.kv_bytes_per_s or self.memory_bytes_per_s
+        return self.num_layers * max(operations / rate, nbytes / reading) / ranks
+
+    def _exchanges_s(
+        self, passing: Passing, ranks: int, new: int, past: int, attention: float
+    ) -> float:
+        """Seconds of all layers in which a rank waits for the wire, or folds what came from it.
+
+        kv    2 S G D e (N-1)/N bytes in N-1 hops, hidden under attention
+        q     T H D e (N-1)/N in N-1 hops, hidden; then T H (D e + 4) (N-1)/N back, which are not
+        tree  the same bytes in 1 exchange each, 2 each over several hosts; the queries are hidden
+              under attention of a rank's own queries over its own keys, 1/N of all
+
+        What is hidden, where bytes move in the background and every rank has queries of its own;
+        arXiv 2411.01783 counts the same, tables 3 and 5. Each hop reads and writes the running
+        partials, 8 H D bytes of fp32 a row, and takes ``hop_s``.
+        """
+        layers = self.num_layers
+        hops = self.layers.mean(lambda window: 1.0 if window else ranks - 1.0)
+        back = (
+            self._pass_q_bytes(ranks, new)
+            / self.bytes_per_s
+            * ((self.head_dim * self.element + 4) / (2 * self.head_dim * self.element + 4))
+        )
+        out = self._pass_q_bytes(ranks, new) / self.bytes_per_s - back
+        if passing == "kv":
+            travel = self._pass_kv_bytes(ranks, new + past) / self.bytes_per_s
+            travel, exposed, hides = travel + hops * self.latency_s, 0.0, 1.0
+        elif passing == "q":
+            travel, exposed = out + hops * self.latency_s, back + self.latency_s
+            hides = 1.0
+        else:
+            once = self.latency_s + (self.near_latency_s or 0.0)
+            travel, exposed, hides, hops = out + once, back + once, 1.0 / ranks, 0.0
+        hidden = hides * attention if self.in_background and new >= ranks else 0.0
+        folded = (ranks - 1) / ranks * new * self.num_q_heads * self.head_dim * 8.0
+        fixed = hops * self.hop_s + folded / self.memory_bytes_per_s
+        return max(0.0, layers * travel - hidden) + layers * (exposed + fixed)
 
     def best_ranks(self, most: int, new: int, past: int, answer: int) -> int:
         """The number of ranks, at most ``most``, that serves a lone request fastest: ``new`` prompt

@@ -79,8 +79,20 @@ class CapacityError(RequestError):
         self.largest = largest
 
 
+class NoServerError(UserError):
+    """Nothing answers at the address of a server; the message says how to start or name one."""
+
+
+class ServerError(DsCpError):
+    """A server that a command talks to has failed, is full, or does not speak the protocol."""
+
+
 class QueueFullError(DsCpError):
     """The waiting queue is at its bound; try again later (HTTP 429)."""
+
+
+class GrammarBusyError(DsCpError):
+    """Other grammars are being compiled; try again later (HTTP 503)."""
 
 
 class CommError(DsCpError):

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
+import logging
 import os
 import sys
 import threading
@@ -29,6 +31,7 @@ class LogStream(io.TextIOBase):
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
+        self._json = False
         self._line: bytes
         self._begin()
 
@@ -46,6 +49,10 @@ class LogStream(io.TextIOBase):
     def buffer(self) -> BinaryIO:
         """The same stream for bytes."""
         return cast(BinaryIO, _Bytes(self))
+
+    def as_json(self) -> None:
+        """From now on each line that is no object of ``say_object`` is written as one."""
+        self._json = True
 
     def reconfigure(self, **_: Any) -> None:
         """Nothing: libraries ask for an encoding or a buffering, and this stream has its own."""
@@ -111,6 +118,8 @@ class LogStream(io.TextIOBase):
         self._queue(line)
 
     def _queue(self, data: bytes) -> None:
+        if self._json:
+            data = b"".join(map(_json_line, data.splitlines()))
         if not data:
             return
         room = LIMIT - self._waiting
@@ -194,6 +203,49 @@ def take_over(*names: str) -> None:
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
             setattr(sys, name, LogStream({"stdout": 1, "stderr": 2}[name]))
+
+
+def write_json_lines() -> None:
+    """Let stdout and stderr, where they are a ``LogStream``, write JSON objects, one a line."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, LogStream):
+            stream.as_json()
+    logging.getLogger().addHandler(_ObjectHandler())
+
+
+class _ObjectHandler(logging.Handler):
+    """Writes what Python's loggers are told as objects."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        fields: dict[str, Any] = {
+            "time": round(record.created, 3), "level": record.levelname.lower(),
+            "logger": record.name, "message": record.getMessage(),
+        }  # fmt: skip
+        if record.exc_info:
+            fields["traceback"] = logging.Formatter().formatException(record.exc_info)
+        say_object(fields)
+
+
+_OBJECT = b'{"time": '  # how a line of ``say_object`` begins
+_LEVELS = {"ds_cp: error": "error", "ds_cp: warning": "warning"}
+
+
+def _json_line(line: bytes) -> bytes:
+    """A line as a JSON object, with its end; nothing for an empty one."""
+    if line.startswith(_OBJECT):
+        return line + b"\n"
+    text = line.decode("utf-8", "backslashreplace")
+    if not text.strip():
+        return b""
+    level = next((level for head, level in _LEVELS.items() if text.startswith(head)), "info")
+    plain = {"time": round(time.time(), 3), "level": level, "message": text.removeprefix("ds_cp: ")}
+    return json.dumps(plain).encode() + b"\n"
+
+
+def say_object(fields: dict[str, Any]) -> None:
+    """A line for programs, on stderr: a JSON object, whose first field is ``time``."""
+    with contextlib.suppress(OSError, ValueError):
+        print(json.dumps(fields), file=sys.stderr, flush=True)
 
 
 def drain_streams(seconds: float = LAST_WORDS_S) -> None:

@@ -84,10 +84,23 @@ class Delta:
     text: str = ""
     logprobs: tuple[TokenLogprob, ...] | None = None
     finish_reason: str | None = None  # "stop" | "length" | "abort" | "error"
-    stop_reason: int | str | None = None  # the stop token or string that ended it
+    # The stop token or string that ended it; of an error, the field of the request at fault.
+    stop_reason: int | str | None = None
     index: int = 0
     cached_tokens: int | None = None
     prompt_logprobs: Sequence[TokenLogprob | None] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PromptProgress:
+    """How far a prompt has come before its first token, in tokens. ``cached``: found in the prefix
+    cache; ``processed``: those, and what steps have computed or compute now. ``seconds``: since its
+    first step was planned."""
+
+    total: int
+    cached: int
+    processed: int
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -101,6 +114,34 @@ class RequestMetrics:
     modes: tuple[str, ...] = ()  # attention modes used, in order of first use
     num_preemptions: int = 0
     cached_tokens: int = 0  # prompt tokens whose KV was found in the prefix cache
+
+
+@dataclass(frozen=True)
+class EndedRequest:
+    """One answer that has ended, for metrics and logs: no text and no token of it.
+
+    ``request_id``: the engine's; ``http_id``: of the HTTP request that it was part of, "" without
+    one; ``ranks``: those that held its KV or computed its prompt. Seconds, None for what it did not
+    come to: ``queue_s`` up to its first step, ``prefill_s`` from there to its first token,
+    ``decode_s`` from there to its last one, ``tpot_s`` the mean between its tokens.
+    """
+
+    request_id: str
+    index: int
+    http_id: str
+    finish_reason: str
+    prompt_tokens: int
+    cached_tokens: int
+    new_tokens: int
+    preemptions: int
+    modes: tuple[str, ...]
+    ranks: tuple[int, ...]
+    queue_s: float | None
+    ttft_s: float | None
+    prefill_s: float | None
+    decode_s: float | None
+    tpot_s: float | None
+    e2e_s: float
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import msgspec
 
+from ds_cp.grammar.vocabulary import Vocabulary
 from ds_cp.layout import Home, Runs
 
 MAX_PLAN_BYTES = 64 * 2**20  # bytes of one plan as msgpack; every channel to ranks carries that
@@ -26,6 +27,8 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     ``seed`` and a token's index name the random number to use, so that a request's tokens depend on
     nothing else. ``early_banned``: ids that may not be chosen before ``min_tokens`` tokens.
     ``logprobs`` and ``prompt_logprobs``: the number of alternatives, or -1 for none at all.
+    ``grammar``: the text of what the answer must look like, which each rank that draws compiles
+    (``ds_cp.grammar``); ``ends``: under a grammar, ids that may come only where the answer may end.
     """
 
     temperature: float = 1.0
@@ -41,10 +44,17 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
+    grammar: str = ""
+    ends: tuple[int, ...] = ()
 
     @property
     def looks_back(self) -> bool:
-        """Whether a token depends on which tokens came before it."""
+        """Whether the choice of a token depends on which tokens came before it."""
+        return self.penalizes or bool(self.grammar)
+
+    @property
+    def penalizes(self) -> bool:
+        """Whether tokens that came before are more or less likely to come again."""
         return (
             self.presence_penalty != 0.0
             or self.frequency_penalty != 0.0
@@ -67,7 +77,8 @@ class Begin(msgspec.Struct, frozen=True, array_like=True):
 
 class Fork(msgspec.Struct, frozen=True, array_like=True):
     """``request`` starts as another answer to the prompt of ``parent``, whose blocks it shares. It
-    computes the prompt's last token once more, for a draw of its own."""
+    computes the prompt's last token once more, for a draw of its own. It has the grammar of its
+    parent, which ``sampling`` leaves out."""
 
     parent: int
     request: int
@@ -109,7 +120,8 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True, tag="run"):
     """What all ranks do next, in the order of the fields; forks are made last.
 
     ``ended``: requests to forget. ``seen``: (request, index, token) of outputs, for requests whose
-    sampling looks back. ``grown``: a block for the next token of a request.
+    sampling looks back. ``grown``: a block for the next token of a request. ``vocabulary``: comes
+    once, with the first request that has a grammar.
     """
 
     step: int
@@ -121,6 +133,7 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True, tag="run"):
     chunks: tuple[Chunk, ...] = ()
     decodes: tuple[Decodes, ...] = ()
     forks: tuple[Fork, ...] = ()
+    vocabulary: Vocabulary | None = None
 
 
 class Idle(msgspec.Struct, frozen=True, array_like=True, tag="idle"):
@@ -133,12 +146,15 @@ class Stop(msgspec.Struct, frozen=True, array_like=True, tag="stop"):
 
 Plan = StepPlan | Idle | Stop
 
+NO_DRAW = -1  # in place of a token: the logits were not finite, or could not be drawn from
+NO_GRAMMAR = -2  # in place of a token: the request's grammar allows none, or passed its bounds
+
 
 class Sampled(msgspec.Struct, frozen=True, array_like=True):
     """The token chosen for a request, its log-probability and the most likely ones, best first.
 
-    ``token`` is -1 when the logits were not finite or could not be drawn from; the request then
-    ends with an error.
+    ``token`` is below 0 (``NO_DRAW``, ``NO_GRAMMAR``) when there is none; the request then ends
+    with an error.
     """
 
     request: int
@@ -155,13 +171,29 @@ class Scored(msgspec.Struct, frozen=True, array_like=True):
     rows: tuple[tuple[float, tuple[tuple[int, float], ...]], ...]
 
 
+# Names in the ledger of what attention sends; every rank reports its bytes under each of them.
+ATTENTION_SCHEMES = (
+    "ring_pass_kv", "ring_pass_q", "ring_pass_q_partials", "tree_q", "tree_partials", "ship_kv",
+)  # fmt: skip
+
+
+class RankTimes(msgspec.Struct, frozen=True, array_like=True):
+    """One rank's part of a step: seconds that it worked on it, and of these waited for other ranks;
+    bytes that it sent under each of ``ATTENTION_SCHEMES``."""
+
+    rank: int
+    seconds: float
+    waited: float
+    sent: tuple[int, ...]
+
+
 class Outcome(msgspec.Struct, frozen=True, array_like=True, tag="outcome"):
     """What rank 0 learns from one plan (``step`` 0: from one that is no step).
 
     The tokens drawn and the prompts scored. ``seconds``: the longest time that a rank worked on the
     step; rank 0's ends when it has the rows of all ranks. ``model_seconds``: the longest time in
     the model's forward call. ``failed``: requests with a prompt token that could not be scored;
-    they end with an error.
+    they end with an error. ``ranks``: of those with work in the step.
     """
 
     step: int = 0
@@ -170,6 +202,7 @@ class Outcome(msgspec.Struct, frozen=True, array_like=True, tag="outcome"):
     seconds: float = 0.0
     model_seconds: float = 0.0
     failed: tuple[int, ...] = ()
+    ranks: tuple[RankTimes, ...] = ()
 
 
 _encoder = msgspec.msgpack.Encoder()

@@ -10,6 +10,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from ds_cp.errors import RequestError
+from ds_cp.grammar.constraint import FIELD, StructuredOutputsParams, as_params
 
 MAX_LOGPROBS = 20  # alternatives a token
 MAX_STOPS = 16  # stop strings of one request
@@ -59,7 +60,9 @@ class SamplingParams:
         stop string counts.
     ignore_eos: the model's own end tokens are tokens as any other.
     logprobs: k, 0 to 20, returns each chosen token's log-probability and the k most likely ones
-        (natural log, of the logits with ``logit_bias``, before penalties and filters).
+        (natural log, of the logits with ``logit_bias``, before penalties and filters; under
+        ``structured_outputs`` of the tokens that the grammar allows, as vLLM: fewer than k where it
+        allows fewer).
     prompt_logprobs: the same for each token of the prompt but the first, of the plain logits.
     presence_penalty: -2 to 2, subtracted from the logit of each token that the answer has already.
     frequency_penalty: -2 to 2, the same once for each time the answer has it.
@@ -67,6 +70,11 @@ class SamplingParams:
         has already is divided by it when positive, else multiplied; 1 for none.
     logit_bias: is added to the logits, -100 to 100, by token id, before the penalties.
     skip_special_tokens: leave them out of the text.
+    kept_special_tokens: the server's own: ids that are text all the same, as a parser needs them.
+    structured_outputs: what the answer must look like (``StructuredOutputsParams``, or its fields
+        as a mapping). The model's end tokens and ``stop_token_ids`` may come only where the answer
+        is complete; ``max_tokens`` may still cut it. Excludes ``min_tokens`` and ``ignore_eos``,
+        which say where an answer must not end.
     """
 
     n: int = 1
@@ -87,6 +95,8 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     logit_bias: dict[int, float] = field(default_factory=dict)
     skip_special_tokens: bool = True
+    kept_special_tokens: frozenset[int] = frozenset()
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         # The one place where values are converted: from here on a field holds exactly the type that
@@ -110,7 +120,19 @@ class SamplingParams:
         self._set(
             "stop_token_ids", tuple(_integer("stop_token_ids", id_, 0, MAX_INT32) for id_ in ids)
         )
+        name = "kept_special_tokens"
+        kept = _members(name, getattr(self, name), "ids", MAX_LOGIT_BIAS)
+        self._set(name, frozenset(_integer(name, id_, 0, MAX_INT32) for id_ in kept))
         self._set("logit_bias", _biases(self.logit_bias))
+        self._set(FIELD, as_params(self.structured_outputs))
+        if self.structured_outputs is not None:
+            for name in ("min_tokens", "ignore_eos"):
+                if getattr(self, name):
+                    raise RequestError(
+                        f"{name} cannot be kept under {FIELD}, "
+                        "whose grammar says where an answer ends; leave it out",
+                        name,
+                    )
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)  # the dataclass is frozen
@@ -205,12 +227,14 @@ class RequestOptions:
     """What a request says besides its prompt and sampling.
 
     ``priority``: lower numbers are served first; of equals the older. ``cache_salt``: requests
-    share cached prefixes only with those of the same salt. Raises ``RequestError`` naming the field
+    share cached prefixes only with those of the same salt; ``http_id``: of the HTTP request that it
+    is part of, for logs. Raises ``RequestError`` naming the field
     when a value is of another kind or out of range.
     """
 
     priority: int = 0
     cache_salt: str = ""
+    http_id: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         priority = _integer("priority", self.priority, -(2**31), MAX_INT32)

@@ -68,9 +68,9 @@ def main(argv: Sequence[str]) -> int:
                 _run(client, pythons[client.name], base, model, key, proxy) for client in chosen
             ]
     facts = machine() | {"commit": commit(), "model": model}
-    if not args.only:
+    if not (args.only or args.check):
         write(PAGE, page(results, facts))
-    out = None if args.only else RESULTS / "clients.json"
+    out = None if args.only or args.check else RESULTS / "clients.json"
     failed = [
         f"{result['name']}: {row['check']}: {row['detail']}"
         for result in results
@@ -87,6 +87,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     arguments = parser(__doc__)
     arguments.add_argument("--base-url", help="a running server, without /v1")
     arguments.add_argument("--api-key", default=KEY, help="its key")
+    arguments.add_argument("--check", action="store_true", help="write nothing")
     arguments.add_argument(
         "--only",
         action="append",

@@ -1,7 +1,9 @@
 """schemathesis over the HTTP front: all modes, every phase, null bytes; and what came back.
 
 No answer may be a 5xx, and none may have a status, content type, header or body that openapi.json
-does not document. schemathesis has an environment of its own under .cache/environments.
+does not document; the process that served the first case serves the last one. schemathesis has an
+environment of its own under .cache/environments. ``--legs`` runs some legs, and keeps what the
+result has of the others and of other seeds: ``--limit-s`` and ``--seed`` run it in pieces.
 """
 
 from __future__ import annotations
@@ -18,13 +20,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import RESULTS, commit, finish, machine, parser
 from benchmarks.environments import environment
-from benchmarks.server import serving
+from benchmarks.server import front_of, serving
 from tests.helpers.front import front
 
 PACKAGES = ("schemathesis==4.32.*",)
@@ -45,11 +47,14 @@ FAKE_MODEL, QUICKSTART_MODEL = "fake-model", "smollm2-135m-instruct"
 
 @dataclass(frozen=True)
 class Leg:
-    """One run of schemathesis: over which server, with how many random cases a route."""
+    """One run of schemathesis: over which server, with how many random cases a route.
 
-    name: str
+    ``cases``: in ``LEGS`` as a part of those asked for, one in so many.
+    """
+
     server: Callable[[Path], Any]
     cases: int
+    name: str = ""
     model: str = ""  # of the server, where values are narrowed to those that the engine takes
     headers: Mapping[str, str] = field(default_factory=dict)
     checks: tuple[str, ...] = CHECKS
@@ -57,31 +62,35 @@ class Leg:
 
 def main(argv: Sequence[str]) -> int:
     arguments = parser(__doc__)
-    arguments.add_argument("--cases", type=int, default=720, help="random cases for each route")
+    arguments.add_argument("--cases", type=int, default=1000, help="random cases for each route")
     arguments.add_argument("--seed", type=int, default=8)
+    arguments.add_argument("--legs", nargs="+", choices=LEGS, default=list(LEGS))
+    arguments.add_argument("--limit-s", type=int, default=1200, help="of each leg")
     arguments.add_argument("--at-once", type=int, default=2, help="legs that run beside each other")
     arguments.add_argument("--out", type=Path, default=RESULTS / "fuzz.json")
     args = arguments.parse_args(argv)
     python = environment("schemathesis", PACKAGES)
-    half = max(1, args.cases // 2)
-    few = max(1, args.cases // 12)
-    legs = (
-        Leg("front over a fake engine", fake, half),
-        Leg("the same, values in range", fake, half, FAKE_MODEL),
-        Leg(
-            "the same with a key",
-            fake_with_key,
-            few,
-            headers={"Authorization": f"Bearer {KEY}"},
-            checks=(*CHECKS, "ignored_auth"),
-        ),
-        Leg("tiny model on two ranks, values in range", real, few, QUICKSTART_MODEL),
-    )
+    chosen = [
+        replace(LEGS[name], name=name, cases=max(1, args.cases // LEGS[name].cases))
+        for name in args.legs
+    ]
     with ThreadPoolExecutor(args.at_once) as pool:
-        results = list(pool.map(lambda leg: run(leg, python, args), legs))
+        new = list(pool.map(lambda leg: run(leg, python, args), chosen))
+    before = kept(args.out)
+    results = [leg for leg in before if (leg["leg"], leg["seed"]) not in replaced(new)] + new
     found = machine() | {"commit": commit()} | summary(results) | {"legs": results}
     finish(found, args.out)
-    return 1 if found["server_errors"] or found["failures"] else 0
+    return 1 if found["server_errors"] or found["failures"] or not found["same_process"] else 0
+
+
+def replaced(new: Sequence[Mapping[str, Any]]) -> set[tuple[str, int]]:
+    return {(leg["leg"], leg["seed"]) for leg in new}
+
+
+def kept(file: Path) -> list[dict[str, Any]]:
+    """The legs in a result that is there."""
+    found: list[dict[str, Any]] = json.loads(file.read_text())["legs"] if file.exists() else []
+    return [leg for leg in found if leg["leg"] in LEGS and "same_process" in leg]
 
 
 @contextmanager
@@ -106,13 +115,27 @@ def real(folder: Path) -> Iterator[str]:
         yield url
 
 
+LEGS = {
+    "front over a fake engine": Leg(fake, 2),
+    "the same, values in range": Leg(fake, 2, model=FAKE_MODEL),
+    "the same with a key": Leg(
+        fake_with_key,
+        12,
+        headers={"Authorization": f"Bearer {KEY}"},
+        checks=(*CHECKS, "ignored_auth"),
+    ),
+    "tiny model on two ranks, values in range": Leg(real, 12, model=QUICKSTART_MODEL),
+}
+
+
 def run(leg: Leg, python: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Run one leg: its counts, and schemathesis' last lines where it found something."""
     with tempfile.TemporaryDirectory() as name, leg.server(Path(name)) as url:
         counts = Path(name) / "counts.json"
+        process = front_of(url)
         began = time.monotonic()
         done = subprocess.run(
-            command(leg, python.parent / "schemathesis", url, args),
+            command(leg, python, url, args),
             env=os.environ
             | {"SCHEMATHESIS_HOOKS": str(HOOKS), "FUZZ_COUNTS": str(counts)}
             | {"FUZZ_MODEL": leg.model},
@@ -124,8 +147,10 @@ def run(leg: Leg, python: Path, args: argparse.Namespace) -> dict[str, Any]:
         if done.returncode not in (0, 1) or not counts.exists():
             raise RuntimeError(f"schemathesis ended with {done.returncode}:\n{done.stdout[-3000:]}")
         counted = json.loads(counts.read_text())
+        same = process.is_running() and front_of(url).pid == process.pid
     print(f"--- {leg.name}\n{done.stdout}", file=sys.stderr)
     result: dict[str, Any] = {"leg": leg.name, "seconds": round(seconds, 1)}
+    result |= {"seed": args.seed, "same_process": same}
     found = failures(done.stdout)
     if done.returncode and not found:
         found = done.stdout.splitlines()[-3:]
@@ -133,14 +158,16 @@ def run(leg: Leg, python: Path, args: argparse.Namespace) -> dict[str, Any]:
     return result | {"rows": counted["rows"]}
 
 
-def command(leg: Leg, tool: Path, url: str, args: argparse.Namespace) -> list[str]:
+def command(leg: Leg, python: Path, url: str, args: argparse.Namespace) -> list[str]:
     """The command line of one leg."""
     given = [f"--header={name}: {value}" for name, value in leg.headers.items()]
     return [
-        *[str(tool), "run", f"{url}/openapi.json", "--no-color", *given],
+        *[str(python), "-m", "schemathesis.cli", "run", f"{url}/openapi.json"],
+        *["--no-color", *given],
         *["--phases", "examples,coverage,fuzzing,stateful", "--mode", "all"],
         *["--generation-allow-x00", "true", "--checks", ",".join(leg.checks)],
         *["--max-examples", str(leg.cases), "--seed", str(args.seed)],
+        *["--max-time", str(args.limit_s)],
         # One thread a leg: with more, CPython 3.11 now and then fails to compile.
         *["--workers", "1", "--request-timeout", "60", "--continue-on-failure"],
         *["--generation-database", "none", "--suppress-health-check", "all"],
@@ -178,6 +205,7 @@ def summary(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "cases": sum(statuses.values()),
         "server_errors": sum(n for status, n in statuses.items() if status >= "5"),
         "failures": sum(len(result["found"]) for result in results),
+        "same_process": all(result["same_process"] for result in results),
         "statuses": dict(sorted(statuses.items())),
         "content_types": dict(sorted(kinds.items())),
     }

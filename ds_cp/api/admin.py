@@ -1,4 +1,4 @@
-"""Routes for operators: drain a rank while requests run, reopen it, rebalance the cache.
+"""Routes for operators: drain a rank while requests run, reopen it, rebalance or reset the cache.
 
 They change the placement of all requests. They need the API key like every other route; without
 ``server.api_key`` they are open, and the server listens on loopback only.
@@ -25,8 +25,8 @@ _LEFT: dict[str, Any] = {
 
 
 def rank_routes(context: AppContext) -> APIRouter:
-    """POST /ranks/{rank}/drain, /ranks/{rank}/reopen and /rebalance, all without a body, and
-    GET /ranks."""
+    """POST /ranks/{rank}/drain, /ranks/{rank}/reopen, /rebalance and /reset_prefix_cache, all
+    without a body, and GET /ranks."""
     router = APIRouter()
     listed = frozenset(context.server.cors_origins)
 
@@ -77,6 +77,12 @@ def rank_routes(context: AppContext) -> APIRouter:
         """Move KV blocks from full ranks to empty ones; how many will move."""
         context.check_ready()
         return {"moving": context.engine.rebalance()}
+
+    @router.post("/reset_prefix_cache", dependencies=changing)
+    async def reset_prefix_cache() -> dict[str, int]:
+        """Forget every cached prefix; how many KV blocks became free. What runs keeps its own."""
+        context.check_ready()
+        return {"blocks_freed": context.engine.reset_prefix_cache()}
 
     return router
 

@@ -4,34 +4,37 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from ds_cp.api.admin import rank_routes
 from ds_cp.api.answers.budget import ID_BYTES, Budget, HoldMemory, auto_bytes, held_by
-from ds_cp.api.answers.chat import chat_completions
+from ds_cp.api.answers.chat import chat_completions, tokenized
 from ds_cp.api.answers.completions import completions
 from ds_cp.api.answers.json_pieces import json_integers, json_object, json_text
 from ds_cp.api.answers.logprobs import TokenTexts
 from ds_cp.api.answers.paced import PacedJson, Turns
+from ds_cp.api.chat.start import render
+from ds_cp.api.chat.style import ChatStyles
 from ds_cp.api.context import AppContext
 from ds_cp.api.errors import ApiError, ErrorBody, from_engine, from_validation
+from ds_cp.api.live import live_routes
+from ds_cp.api.messages.route import message_routes
 from ds_cp.api.metrics import ServerMetrics
 from ds_cp.api.openapi import CHAT_ANSWERS, TEXT_ANSWERS
+from ds_cp.api.page_files import page_paths, page_routes
+from ds_cp.api.request_log import RequestLog
 from ds_cp.api.requests.bodies import Bodies
+from ds_cp.api.requests.chat_body import ChatCompletionRequest, TokenizeRequest
 from ds_cp.api.requests.json_route import strict_json_route
-from ds_cp.api.requests.protocol import (
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    TokenizeRequest,
-)
+from ds_cp.api.requests.protocol import CompletionRequest, DetokenizeRequest
+from ds_cp.api.responses.route import response_routes
+from ds_cp.api.state import HEALTH_PATHS, package_version, state_routes
 from ds_cp.api.tokenization import TextCodec
 from ds_cp.api.transport.cors import Cors
 from ds_cp.api.transport.hosts import Hosts
@@ -46,24 +49,32 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorBody, "description": "The request is at fault."},
     "5XX": {"model": ErrorBody, "description": "The server is at fault or not ready."},
 }
-# The content types of /metrics.
-_EXPOSITION: dict[str, Any] = {"text/plain": {}, "application/openmetrics-text": {}}
 
 
-def create_app(engine: EngineInterface, server: Server) -> FastAPI:
+def create_app(engine: EngineInterface, server: Server, *, log_requests: bool = False) -> FastAPI:
     """The ASGI application over ``engine``, with the settings of the config's ``server`` section.
+    ``log_requests``: a line on stderr for each answer that ends.
 
     The engine may still be starting: its info and tokenizer are not read before its state is
     "ready". Until then every route but /health answers 503, or without the engine's numbers.
     """
 
     def model_name() -> str:
-        return server.served_model_name or engine.info.model
+        return (*server.model_names, engine.info.model)[0]
 
     codec = TextCodec(engine, server.tokenize_timeout_s)
     context = AppContext(
-        engine, server, ServerMetrics(engine, model_name), codec, TokenTexts(engine), Turns()
+        engine,
+        server,
+        ServerMetrics(engine, model_name),
+        codec,
+        TokenTexts(engine),
+        Turns(),
+        ChatStyles(engine, server),
     )
+    engine.on_ended(context.metrics.ended)
+    if log_requests:
+        engine.on_ended(RequestLog(model_name, server.log_format == "json"))
 
     def model_length() -> int:
         context.check_ready()
@@ -93,15 +104,19 @@ def create_app(engine: EngineInterface, server: Server) -> FastAPI:
     )
     app.include_router(_completion_routes(context, json_route))
     app.include_router(_text_routes(context, json_route))
-    app.include_router(_state_routes(context))
+    app.include_router(response_routes(context, json_route))
+    app.include_router(message_routes(context, json_route))
+    app.include_router(state_routes(context))
     app.include_router(rank_routes(context))
+    app.include_router(live_routes(context))
+    app.include_router(page_routes())
     app.add_exception_handler(RequestValidationError, _on_validation)
     app.add_exception_handler(HTTPException, _on_http)
     app.add_exception_handler(DsCpError, _on_typed)
     # The last one added is the outermost.
     app.add_middleware(HoldMemory, budget=budget)
     if server.api_keys:
-        app.add_middleware(ApiKeys, keys=server.api_keys)
+        app.add_middleware(ApiKeys, keys=server.api_keys, open_paths=HEALTH_PATHS | page_paths())
     app.add_middleware(Routing, routes=app.router.routes)
     app.add_middleware(Hosts, hosts=server.answered_hosts)
     app.add_middleware(
@@ -114,23 +129,17 @@ def create_app(engine: EngineInterface, server: Server) -> FastAPI:
     return app
 
 
-def package_version() -> str:
-    """The installed version of ds_cp."""
-    try:
-        return version("ds_cp")
-    except PackageNotFoundError:  # run from a plain checkout
-        return "0+unknown"
-
-
 def _completion_routes(context: AppContext, json_route: type[APIRoute]) -> APIRouter:
     router = APIRouter(route_class=json_route)
 
     @router.post("/v1/chat/completions", response_model=None, responses=CHAT_ANSWERS)
-    async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
+    async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:
+        """Answer a conversation, whole or (``stream``) as events."""
         return await chat_completions(context, body, request)
 
     @router.post("/v1/completions", response_model=None, responses=TEXT_ANSWERS)
     async def create_completion(body: CompletionRequest, request: Request) -> Response:
+        """Complete one prompt or several, as text or token ids, whole or (``stream``) as events."""
         return await completions(context, body, request)
 
     return router
@@ -141,12 +150,10 @@ def _text_routes(context: AppContext, json_route: type[APIRoute]) -> APIRouter:
 
     @router.post("/tokenize", response_model=dict[str, Any])
     async def tokenize(body: TokenizeRequest, request: Request) -> Response:
+        """The tokens of a prompt, or of messages as the chat template writes them."""
         context.check(body.model)
         if body.messages is not None:
-            messages = [message.for_template() for message in body.messages]
-            ids = await context.codec.encode_chat(
-                messages, add_generation_prompt=body.add_generation_prompt
-            )
+            _, ids = await render(context, tokenized(body))
         else:
             ids = await context.codec.encode(
                 body.prompt or "", add_special_tokens=body.add_special_tokens
@@ -161,51 +168,12 @@ def _text_routes(context: AppContext, json_route: type[APIRoute]) -> APIRouter:
 
     @router.post("/detokenize", response_model=dict[str, str])
     async def detokenize(body: DetokenizeRequest) -> Response:
+        """The text of some tokens."""
         context.check(body.model)
         context.codec.check_count(len(body.tokens))
         context.check_ids(body.tokens, "tokens")
         text = await context.codec.decode(body.tokens)
         return PacedJson(json_object({"prompt": json_text(text)}), context.turns)
-
-    return router
-
-
-def _state_routes(context: AppContext) -> APIRouter:
-    router = APIRouter()
-
-    def card() -> dict[str, Any]:
-        info = context.engine.info
-        return {
-            "id": context.model_name(),
-            "object": "model",
-            "created": info.created,
-            "owned_by": "ds_cp",
-            "max_model_len": info.max_model_len,
-        }
-
-    @router.get("/v1/models")
-    async def list_models() -> dict[str, Any]:
-        context.check_ready()
-        return {"object": "list", "data": [card()]}
-
-    @router.get("/v1/models/{model:path}")
-    async def get_model(model: str) -> dict[str, Any]:
-        context.check(model)
-        return card()
-
-    @router.get("/health")
-    async def health() -> Response:
-        state = context.engine.state
-        return JSONResponse({"status": state}, status_code=200 if state == "ready" else 503)
-
-    @router.get("/version")
-    async def get_version() -> dict[str, str]:
-        return {"version": package_version()}
-
-    @router.get("/metrics", response_class=Response, responses={200: {"content": _EXPOSITION}})
-    async def metrics(request: Request) -> Response:
-        text, content_type = context.metrics.exposition(",".join(request.headers.getlist("accept")))
-        return Response(text, headers={"Content-Type": content_type})
 
     return router
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,9 +22,11 @@ from ds_cp.api.answers.budget import (
 from ds_cp.api.answers.generation import Generation, Job, in_client_names
 from ds_cp.api.answers.logprobs import TokenTexts
 from ds_cp.api.answers.paced import Turns
+from ds_cp.api.chat.style import ChatStyles
 from ds_cp.api.errors import ApiError, context_overflow, not_ready
 from ds_cp.api.metrics import ServerMetrics
 from ds_cp.api.requests.protocol import SamplingRequest
+from ds_cp.api.requests.sampling import params_of
 from ds_cp.api.tokenization import TextCodec
 from ds_cp.config import Server
 from ds_cp.engine.interface import EngineInterface
@@ -55,10 +56,15 @@ class AppContext:
     codec: TextCodec
     texts: TokenTexts
     turns: Turns
+    styles: ChatStyles
 
-    def model_name(self) -> str:
-        """The name under which the model is served."""
-        return self.server.served_model_name or self.engine.info.model
+    def model_names(self) -> tuple[str, ...]:
+        """The names under which the model is served, one at least."""
+        return self.server.model_names or (self.engine.info.model,)
+
+    def model_name(self, asked: str | None = None) -> str:
+        """The name that an answer gives: the one that its request ``asked`` for, else the first."""
+        return self.model_names()[0] if asked is None else asked
 
     def check_ready(self) -> None:
         """Raises ``ApiError`` 503 while the engine is starting, stopping or dead. A stalled one
@@ -70,27 +76,15 @@ class AppContext:
     def check(self, model: str | None) -> None:
         """Raises ``ApiError`` 503 when the engine is not ready, 404 for another model's name."""
         self.check_ready()
-        name = self.model_name()
-        if model is not None and model != name:
+        names = self.model_names()
+        if model is not None and model not in names:
             raise ApiError(
                 404,
-                f"the model {model[:200]!r} does not exist here; this server has {name!r}",
+                f"the model {model[:200]!r} does not exist here; this server has "
+                + ", ".join(map(repr, names)),
                 param="model",
                 code="model_not_found",
             )
-
-    def check_template_kwargs(self, given: Mapping[str, Any] | None) -> None:
-        """Raises ``ApiError`` 400 for a false that the model's chat template would heed."""
-        wishes = [name for name, value in (given or {}).items() if value is False]
-        names = self.engine.chat_template.choice.names() if wishes else ()
-        for name in wishes:
-            if name in names:
-                raise ApiError(
-                    400,
-                    f"chat_template_kwargs is not supported: this model's template reads {name!r}, "
-                    "which a request cannot set",
-                    param="chat_template_kwargs",
-                )
 
     def check_ids(self, ids: Collection[int], param: str) -> None:
         """Raises ``RequestError`` for token ids outside the vocabulary."""
@@ -157,9 +151,12 @@ class AppContext:
         """Tokens of one answer at most."""
         if job.params.max_tokens is not None:
             return job.params.max_tokens
+        return max(self.room(len(job.prompt_token_ids)), 1)
+
+    def room(self, prompt: int) -> int:
+        """New tokens of one answer to a prompt of so many that the model and the KV cache hold."""
         info = self.engine.info
-        longest = min(info.max_model_len, info.largest_request_tokens + 1)
-        return max(longest - len(job.prompt_token_ids), 1)
+        return min(info.max_model_len, info.largest_request_tokens + 1) - prompt
 
     @staticmethod
     def _check_logprobs(
@@ -205,7 +202,8 @@ class AppContext:
         room = length - prompt
         least = max(params.min_tokens, 1)
         if params.max_tokens is not None and clamp and least <= room:
-            return replace(params, max_tokens=min(params.max_tokens, room))
+            fitting = max(self.room(prompt), least)
+            return replace(params, max_tokens=min(params.max_tokens, fitting))
         if params.max_tokens is None or clamp:
             asked, name = least, "min_tokens" if params.min_tokens else max_param
         else:
@@ -236,27 +234,14 @@ def sampling_params(
     prompt_logprobs: int | None,
     names: Mapping[str, str] = {},
 ) -> SamplingParams:
-    """The engine's parameters of a request; null fields take the engine's defaults.
-
-    ``top_p`` 0, which OpenAI allows and the engine does not, is greedy: the likeliest token alone.
-    ``names``: the client's name of a parameter, where it differs. Raises ``RequestError`` with the
-    client's names.
-    """
-    given: dict[str, Any] = {name: getattr(body, name) for name in _COPIED}
-    given = {name: value for name, value in given.items() if value is not None}
-    greedy = given.get("top_p") == 0
-    if greedy:
-        del given["top_p"]
-    try:
-        params = SamplingParams(
-            max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs, **given
-        )
-        return replace(params, temperature=0.0) if greedy else params
-    except RequestError as err:
-        message = str(err)
-        for ours, theirs in names.items():
-            message = re.sub(rf"\b{ours}\b", theirs, message)
-        raise RequestError(message, names.get(err.param or "", err.param)) from None
+    """The engine's parameters of a request, by ``params_of``."""
+    given: dict[str, Any] = {name: getattr(body, name) for name in _COPIED} | {
+        "max_tokens": max_tokens,
+        "logprobs": logprobs,
+        "prompt_logprobs": prompt_logprobs,
+        "structured_outputs": body.constraint,
+    }
+    return params_of(given, names)
 
 
 def overflow_text(length: int, prompt: int, new: int, prompt_param: str) -> str:
@@ -275,6 +260,7 @@ def request_options(body: SamplingRequest, request: Request) -> RequestOptions:
     return RequestOptions(
         priority=0 if body.priority is None else body.priority,
         cache_salt=engine_salt(key_digest, body.cache_salt or ""),
+        http_id=request_id_of(request),
     )
 
 

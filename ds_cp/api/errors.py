@@ -1,4 +1,5 @@
-"""Every error answer in OpenAI's shape: ``{"error": {"message", "type", "param", "code"}}``."""
+"""Every error answer in OpenAI's shape: ``{"error": {"message", "type", "param", "code"}}``; on the
+paths of Anthropic's protocol in its own."""
 
 from __future__ import annotations
 
@@ -8,11 +9,14 @@ from typing import Any
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
+from ds_cp.api.error_shapes import is_messages_path, messages_error
 from ds_cp.errors import (
     CapacityError,
     DsCpError,
     EngineDeadError,
+    GrammarBusyError,
     QueueFullError,
     RequestError,
     StoppingError,
@@ -73,8 +77,25 @@ class ApiError(HTTPException):
         }
 
     def response(self) -> JSONResponse:
-        """The whole HTTP answer."""
-        return JSONResponse(self.body(), status_code=self.status_code, headers=self.headers)
+        """The whole HTTP answer, in the shape of the path that it is sent to."""
+        return _ErrorResponse(self)
+
+
+class _ErrorResponse(JSONResponse):
+    """It learns the path when it is sent: layers make it that know nothing of protocols."""
+
+    def __init__(self, error: ApiError) -> None:
+        super().__init__(error.body(), status_code=error.status_code, headers=error.headers)
+        self._message = error.detail
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if is_messages_path(scope.get("path", "")):
+            request_id = scope.get("state", {}).get("request_id")
+            self.body = self.render(messages_error(self.status_code, self._message, request_id))
+            self.headers["content-length"] = str(len(self.body))
+            if request_id:
+                self.headers["request-id"] = request_id
+        await super().__call__(scope, receive, send)
 
 
 class FieldError(ValueError):
@@ -138,6 +159,8 @@ def from_engine(err: DsCpError) -> ApiError | None:
         return ApiError(400, message, param=err.param, code="kv_capacity_exceeded")
     if isinstance(err, RequestError):
         return ApiError(400, message, param=err.param, code="invalid_value")
+    if isinstance(err, GrammarBusyError):
+        return ApiError(503, message, code="grammars_busy", headers=RETRY_AFTER)
     if isinstance(err, QueueFullError):
         return ApiError(429, message, code="queue_full", headers=RETRY_AFTER)
     if isinstance(err, StoppingError):
@@ -168,10 +191,12 @@ def from_validation(errors: Sequence[Any]) -> ApiError:
 
 
 def path_of(parts: Sequence[str | int]) -> str:
-    """``("messages", 0, "content")`` -> ``messages[0].content``."""
+    """``("messages", 0, "content")`` -> ``messages[0].content``. A part may be a path itself."""
     text = ""
     for part in parts:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
+        if isinstance(part, int):
+            part = f"[{part}]"
+        text += f".{part}" if text and not part.startswith("[") else part
     return text
 
 

@@ -10,6 +10,7 @@ from prometheus_client.exposition import choose_encoder
 
 from ds_cp.api.media_types import Offer, choose
 from ds_cp.engine.interface import EngineInterface, EngineStats
+from ds_cp.outputs import EndedRequest
 
 # Bucket bounds in seconds; the upper ones are for prompts that take many minutes.
 _TTFT = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
@@ -18,6 +19,9 @@ _ITL = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5,
 _ITL_BUCKETS = (*_ITL, 20.0, 40.0, 80.0)
 _E2E = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0)
 _E2E_BUCKETS = (*_E2E, 240.0, 480.0, 960.0, 1920.0, 7680.0)
+_TPOT_BUCKETS = _ITL_BUCKETS
+# Bucket bounds in tokens.
+_TOKENS = tuple(float(step * 10**power) for power in range(7) for step in (1, 2, 5))
 
 # The formats that can be sent, the one for everybody first, with what prometheus_client calls them.
 _FORMATS = {
@@ -55,6 +59,13 @@ class ServerMetrics:
         self._e2e = self._histogram(
             "e2e_request_latency", "From the arrival of a request to its last token.", _E2E_BUCKETS
         )
+        self._of_ended = [  # each with what it takes of a request that has ended
+            (self._histogram(name, text, _E2E_BUCKETS if b is None else b), of)
+            for name, text, b, of in _ENDED_SECONDS
+        ]
+        self._tokens = [
+            (self._histogram(name, text, _TOKENS, unit=""), of) for name, text, of in _ENDED_TOKENS
+        ]
         self._ignored = Counter(
             "ds_cp:ignored_fields",
             "Fields of requests that were ignored because no part of the protocol knows them.",
@@ -62,9 +73,11 @@ class ServerMetrics:
             registry=self._registry,
         )
 
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+    def _histogram(
+        self, name: str, text: str, buckets: tuple[float, ...], unit: str = "_seconds"
+    ) -> Histogram:
         return Histogram(
-            f"ds_cp:{name}_seconds",
+            f"ds_cp:{name}{unit}",
             text,
             labelnames=("model_name",),
             buckets=buckets,
@@ -83,6 +96,18 @@ class ServerMetrics:
         """A request got its last token, ``seconds`` after it arrived."""
         self._e2e.labels(self._name()).observe(seconds)
 
+    def ended(self, request: EndedRequest) -> None:
+        """An answer has ended; those that were aborted or failed tell nothing of the times."""
+        if request.finish_reason not in ("stop", "length"):
+            return
+        name = self._name()
+        for histogram, of in self._of_ended:
+            seconds = of(request)
+            if seconds is not None:
+                histogram.labels(name).observe(seconds)
+        for histogram, count in self._tokens:
+            histogram.labels(name).observe(count(request))
+
     def ignored_fields(self, count: int) -> None:
         """A request had ``count`` unknown fields that were ignored."""
         self._ignored.labels(self._name()).inc(count)
@@ -99,6 +124,33 @@ class ServerMetrics:
             asked += f";escaping={parameters['escaping']}"
         encode, content_type = choose_encoder(asked)
         return encode(self._registry), content_type
+
+
+def _inference_s(request: EndedRequest) -> float | None:
+    if request.prefill_s is None or request.decode_s is None:
+        return None
+    return request.prefill_s + request.decode_s
+
+
+_Seconds = Callable[[EndedRequest], float | None]
+# Histograms of requests that ended: name, text, bucket bounds (None: those of whole requests), what
+# they take.
+_ENDED_SECONDS: tuple[tuple[str, str, tuple[float, ...] | None, _Seconds], ...] = (
+    ("request_queue_time", "From the arrival of an answer's request to its first step.",
+     None, lambda r: r.queue_s),
+    ("request_prefill_time", "From the first step of an answer to its first token.",
+     None, lambda r: r.prefill_s),
+    ("request_decode_time", "From the first token of an answer to its last one.",
+     None, lambda r: r.decode_s),
+    ("request_inference_time", "From the first step of an answer to its last token.",
+     None, _inference_s),
+    ("request_time_per_output_token", "Mean time between the tokens of one answer.",
+     _TPOT_BUCKETS, lambda r: r.tpot_s),
+)  # fmt: skip
+_ENDED_TOKENS: tuple[tuple[str, str, Callable[[EndedRequest], int]], ...] = (
+    ("request_prompt_tokens", "Prompt tokens of an answer.", lambda r: r.prompt_tokens),
+    ("request_generation_tokens", "Tokens of an answer.", lambda r: r.new_tokens),
+)
 
 
 class EngineCollector:
@@ -119,6 +171,7 @@ class EngineCollector:
         stats, name = self._engine.stats(), self._name()
         yield from _gauges(stats, name)
         yield from _counters(stats, name)
+        yield from _rank_counters(stats, name)
 
 
 def _gauges(stats: EngineStats, name: str) -> Iterable[Metric]:
@@ -128,6 +181,11 @@ def _gauges(stats: EngineStats, name: str) -> Iterable[Metric]:
         ("num_requests_waiting", "Requests waiting to be scheduled.", stats.num_requests_waiting),
         ("engine_step_age_seconds", "Age of the step that runs now.", stats.step_age_seconds),
         ("kv_cache_usage_perc", "KV blocks in use, 1 means all.", used / total if total else 0.0),
+        (
+            "engine_step_skew_ratio",
+            "Own work of the busiest rank over the mean, in the newest step of several ranks.",
+            stats.skew,
+        ),
     ):
         family = GaugeMetricFamily(f"ds_cp:{key}", text, labels=("model_name",))
         family.add_metric((name,), value)
@@ -162,6 +220,18 @@ def _counters(stats: EngineStats, name: str) -> Iterable[Metric]:
         ("blocks_moved", "KV blocks moved between ranks.", stats.blocks_moved),
         ("engine_steps", "Steps of the engine.", stats.steps),
         ("engine_step_seconds", "Seconds spent in steps.", stats.step_seconds),
+        (
+            "engine_step_skew_seconds",
+            "Seconds that the busiest rank worked beyond the mean, over all steps.",
+            stats.skew_seconds,
+        ),
+        ("prefill_tokens", "Prompt tokens computed, without cached ones.", stats.prefill_tokens),
+        ("grammar_requests", "Answers under a grammar.", stats.grammar_requests),
+        (
+            "grammar_failures",
+            "Answers that ended since their grammar allowed no token or passed its bounds.",
+            stats.grammar_failures,
+        ),
     ):
         family = CounterMetricFamily(f"ds_cp:{key}", text, labels=("model_name",))
         family.add_metric((name,), value)
@@ -176,3 +246,26 @@ def _counters(stats: EngineStats, name: str) -> Iterable[Metric]:
         for item, count in sorted(values.items()):
             family.add_metric((name, item), count)
         yield family
+
+
+def _rank_counters(stats: EngineStats, name: str) -> Iterable[Metric]:
+    """By rank, and the bytes of all ranks by scheme: counted, and as the formulas have them."""
+    values: tuple[float, ...]
+    for key, text, values in (
+        ("rank_steps", "Steps in which a rank had work.", stats.rank_steps),
+        ("rank_step_seconds", "Seconds of the steps in which a rank had work.", stats.rank_seconds),
+        ("rank_wait_seconds", "Of these, waiting for other ranks.", stats.rank_waits),
+    ):
+        family = CounterMetricFamily(f"ds_cp:{key}", text, labels=("model_name", "rank"))
+        for rank, value in enumerate(values):
+            family.add_metric((name, str(rank)), value)
+        yield family
+    family = CounterMetricFamily(
+        "ds_cp:attention_bytes",
+        "Bytes that attention sent, on all ranks, by scheme: counted, and predicted by formula.",
+        labels=("model_name", "scheme", "source"),
+    )
+    for source, found in (("counted", stats.attention_bytes), ("predicted", stats.predicted_bytes)):
+        for scheme, count in sorted(found.items()):
+            family.add_metric((name, scheme, source), count)
+    yield family

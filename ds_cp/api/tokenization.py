@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from threading import Event
 from time import monotonic
 from typing import Any, TypeVar
 
+from ds_cp.api.chat.prompt import TemplateInput
 from ds_cp.api.errors import ApiError, context_overflow
 from ds_cp.api.lanes import Lanes, try_again
 from ds_cp.engine.interface import EngineInterface
 from ds_cp.errors import ChatTemplateError
-from ds_cp.templates.chat import TOO_SLOW
-from ds_cp.templates.shape import texts_of
+from ds_cp.templates.chat import TOO_SLOW, Size
+from ds_cp.templates.messages import ToolShape
 
 CHARS_PER_TOKEN = 32  # characters of a text per token of the model's length, at most
 READ_TOKENS = 4  # tokens of a long text per token of the model's length, at most
@@ -53,21 +55,27 @@ class TextCodec:
         self._check_chars(len(text), "prompt")
         return await self._encode(text, add_special_tokens, "prompt")
 
-    async def encode_chat(
-        self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = True
-    ) -> list[int]:
-        """Token ids of a conversation, through the model's own template. ``content`` of a message:
-        a text, a list of text parts, or None.
+    async def tool_shape(self) -> ToolShape:
+        """What the model's template makes of tools. Raises ``ApiError`` as ``encode_chat``."""
+        template, timeout_s = self._engine.chat_template, self._timeout_s
+        if template.examined is not None:
+            return template.examined.tools
+        return await self._in_template_lane(lambda: template.tools(timeout_s), False, timeout_s)
+
+    async def encode_chat(self, chat: TemplateInput) -> tuple[str, list[int]]:
+        """A conversation through the model's own template, as text and as token ids. ``content`` of
+        a message: a text, a list of text parts, or None.
 
         Raises ``ApiError`` 400 when the model has no template, the template refuses the messages or
         fails, or they are too long.
         """
-        self._check_messages(len(messages))
-        chars = sum(len(text) for m in messages for text in texts_of(m.get("content")))
+        self._check_messages(len(chat.messages))
+        with _as_400():
+            chars = Size.of(chat.messages, chat.tools, chat.values).chars
         self._check_chars(chars, "messages")
-        text = await self._render(messages, add_generation_prompt, chars)
+        text = await self._render(chat, chars)
         # The template brings the special tokens, as in apply_chat_template(tokenize=True).
-        return await self._encode(text, False, "messages")
+        return text, await self._encode(text, False, "messages")
 
     async def decode(self, ids: list[int]) -> str:
         """Text of token ids, special tokens included."""
@@ -80,9 +88,7 @@ class TextCodec:
         if tokens > self._engine.info.max_model_len:
             raise self._too_long(f"{tokens} tokens were sent", "tokens")
 
-    async def _render(
-        self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool, chars: int
-    ) -> str:
+    async def _render(self, chat: TemplateInput, chars: int) -> str:
         template = self._engine.chat_template
         most = CHARS_PER_TOKEN * self._engine.info.max_model_len
         deadline = monotonic() + self._timeout_s
@@ -90,26 +96,33 @@ class TextCodec:
         def render(long: bool) -> Awaitable[str]:
             left_s = max(deadline - monotonic(), 0.001)
 
-            def work(_: Event) -> str:
+            def work() -> str:
                 return template.render(
-                    messages,
-                    add_generation_prompt=add_generation_prompt,
+                    chat.messages,
+                    add_generation_prompt=chat.add_generation_prompt,
                     max_chars=most,
                     timeout_s=left_s,
                     cpu_s=None if long else SHORT_CPU_S,
+                    tools=chat.tools,
+                    values=chat.values,
+                    continue_final=chat.continue_final,
                 )
 
-            return self._templates.run(work, long=long, timeout_s=left_s)
+            return self._in_template_lane(work, long, left_s)
 
         try:
-            try:
-                return await render(chars > LONG_CHARS)
-            except ChatTemplateError as err:
-                if err.code != TOO_SLOW or chars > LONG_CHARS:
-                    raise
-            return await render(True)  # anew, and not in the way of those that are quick
-        except ChatTemplateError as err:
-            raise ApiError(400, str(err), param=err.param, code=err.code) from None
+            return await render(chars > LONG_CHARS)
+        except ApiError as err:
+            if err.code != TOO_SLOW or chars > LONG_CHARS:
+                raise
+        return await render(True)  # anew, and not in the way of those that are quick
+
+    async def _in_template_lane(
+        self, work: Callable[[], Result], long: bool, timeout_s: float
+    ) -> Result:
+        try:
+            with _as_400():
+                return await self._templates.run(lambda _: work(), long=long, timeout_s=timeout_s)
         except TimeoutError:
             raise self._late("messages") from None
         except OSError as err:
@@ -161,6 +174,15 @@ class TextCodec:
             f"Please reduce the length of the {param}.",
             param,
         )
+
+
+@contextmanager
+def _as_400() -> Iterator[None]:
+    """Answer what is wrong with a conversation or its template."""
+    try:
+        yield
+    except ChatTemplateError as err:
+        raise ApiError(400, str(err), param=err.param, code=err.code) from None
 
 
 def _encode_bounded(

@@ -19,7 +19,7 @@ from ds_cp.attention.kernels import Call, Merge, PagedKernel
 from ds_cp.attention.pages import Pages
 from ds_cp.attention.spec import LayerSpec
 from ds_cp.attention.state import NEG_INF, Partial, empty_partial
-from ds_cp.attention.visible import Rows, sees, visible
+from ds_cp.attention.visible import Rows, alike, sees, visible
 from ds_cp.attention.wireform import new_rows
 from ds_cp.comm.tree import Ask, RowBlock, TreeRoutes
 from ds_cp.comm.wire import Group, Message, Pending
@@ -86,18 +86,23 @@ class _Wires:
         packed = new_rows(level.end - level.begin, spec, like.dtype, like)
         found = Partial(part.out[here], part.lse[here])
         self._pack = kernel.packing(found, like.dtype, packed) if level.asked_by else None
-        answers = [new_rows(peer.count, spec, like.dtype, like) for peer in level.asks]
-        coming = [(p.rank, x) for p, x in zip(level.asks, answers, strict=True)]
-        self._back = group.prepare(_cut(packed, level.asked_by), coming, schemes[1])
-        self._mine: list[Merge] = []  # by rank: of the rows that are mine in an answer
+        coming: list[Message] = []
+        self._mine: list[Merge] = []  # by rank: of the rows that are mine in answers
         self._carried: list[Call] = []  # and of the others
-        for peer, rows in zip(level.asks, answers, strict=True):
-            cut = peer.own.count
+        for peers in alike(level.asks, lambda peer: peer.which, kernel):
+            peer, number = peers[0], len(peers)
+            rows = new_rows(number * peer.count, spec, like.dtype, like)
+            answers = rows.view(number, peer.count, rows.shape[1])
+            coming += [(p.rank, answer) for p, answer in zip(peers, answers, strict=True)]
+            rows, cut = answers if number > 1 else answers[0], peer.own.count
             if cut:
-                self._mine.append(peer.own.merging(rows[:cut], like.dtype, spec, kernel))
+                mine = rows[..., :cut, :]
+                self._mine.append(peer.own.merging(mine, like.dtype, spec, kernel))
             if peer.carried.count:
-                merge = peer.carried.merging(rows[cut:], like.dtype, spec, kernel)
+                others = rows[..., cut:, :]
+                merge = peer.carried.merging(others, like.dtype, spec, kernel)
                 self._carried.append(merge(part))
+        self._back = group.prepare(_cut(packed, level.asked_by), coming, schemes[1])
 
     def ask(self, q_THD: torch.Tensor, arrived: torch.Tensor) -> Pending:
         """Send queries to whom I ask; those of who asks me come into ``arrived``."""

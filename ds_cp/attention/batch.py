@@ -8,6 +8,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -15,7 +16,7 @@ from ds_cp.layout import Block, Blocks, Runs, total
 
 __all__ = [
     "BatchPlan", "Block", "Blocks", "IndexUpload", "PagedBatch", "Part", "Shards",
-    "blocks_of_runs", "in_window", "make_batch",
+    "Room", "blocks_of_runs", "in_window", "make_batch", "parts_with_room",
 ]  # fmt: skip
 
 
@@ -41,12 +42,27 @@ class Part:
     blocks: Blocks
 
 
-class IndexUpload:
-    """Index vectors of one step: collected as integers, then on the device by one copy."""
+class Room(NamedTuple):
+    """What each batch of a step gets room for, whatever it holds: ``keys``, counted from the first
+    to the last one that a request has here, and their blocks of ``block_size``. Each request has
+    one row at most."""
 
-    def __init__(self) -> None:
+    keys: int
+    block_size: int
+
+
+class IndexUpload:
+    """Index vectors of one step: collected as integers, then on the device by one copy.
+
+    ``room``: batches are padded to it, so that the vectors of a later step with the same requests
+    have the same places, which a captured graph reads (``ds_cp/worker/span_graph.py``).
+    """
+
+    def __init__(self, room: Room | None = None) -> None:
+        self.room = room
         self._values = array("q")
         self._tensor: torch.Tensor | None = None
+        self._plans: list[BatchPlan] = []  # those with room
 
     def add(self, values: Iterable[int]) -> slice:
         """Keep ``values``; what is returned finds them again after ``send``."""
@@ -70,6 +86,24 @@ class IndexUpload:
         if device.type == "cuda":
             values = values.pin_memory().to(device, non_blocking=True)
         self._tensor = values
+
+    def __len__(self) -> int:
+        """How many integers there are."""
+        return len(self._values)
+
+    def take(self, other: IndexUpload, count: int) -> None:
+        """Overwrite the first ``count`` numbers, where they are, with those of ``other``. Both were
+        sent."""
+        self[slice(0, count)].copy_(other[slice(0, count)])
+
+    def keep(self, plan: BatchPlan) -> None:
+        """``plan`` has room."""
+        self._plans.append(plan)
+
+    def forget(self) -> None:
+        """Batches with room are made anew: what kernels derived from their numbers is dropped."""
+        for plan in self._plans:
+            plan.forget()
 
     def __getitem__(self, where: slice) -> torch.Tensor:
         if self._tensor is None:
@@ -112,17 +146,25 @@ class BatchPlan:
         self._upload = upload
         rows = [total(part.q_runs) for part in self._parts]
         keys = [part.blocks.num_keys for part in self._parts]
-        self._sizes = (sum(rows), max(rows, default=0), max(keys, default=0))
+        blocks = [part.blocks for part in self._parts]
+        longest, spare = max(keys, default=0), 0
+        if upload.room is not None:
+            longest, size = upload.room
+            spare = longest // size + len(blocks) - sum(map(len, blocks))
+            self._parts = parts_with_room(len(blocks), longest, size)
+            upload.keep(self)
+        padding = array("q", [0]) * spare
+        self._sizes = (sum(rows), max(rows, default=0), longest)
         self._first_row = first_row
         self._batch: PagedBatch | None = None
-        blocks = [part.blocks for part in self._parts]
         self._where = [
             upload.add(_starts(first_row, rows)),
             upload.add(_starts(0, [len(some) for some in blocks])),
-            upload.add_all(some.numbers for some in blocks),
-            upload.add_all(some.firsts for some in blocks),
-            upload.add_all(some.keys for some in blocks),
+            upload.add_all([*(some.numbers for some in blocks), padding]),
+            upload.add_all([*(some.firsts for some in blocks), padding]),
+            upload.add_all([*(some.keys for some in blocks), padding]),
         ]
+        assert spare >= 0, "more blocks than there is room for"
 
     def batch(self) -> PagedBatch:
         """The batch, once the upload was sent; the same one each time."""
@@ -140,6 +182,10 @@ class BatchPlan:
             )
         return self._batch
 
+    def forget(self) -> None:
+        """``batch`` makes another one."""
+        self._batch = None
+
 
 def _starts(begin: int, lengths: Sequence[int]) -> list[int]:
     found = [begin]
@@ -154,6 +200,15 @@ def make_batch(parts: Sequence[Part], device: torch.device, first_row: int = 0) 
     plan = BatchPlan(parts, first_row, upload)
     upload.send(device)
     return plan.batch()
+
+
+def parts_with_room(rows: int, keys: int, block_size: int) -> tuple[Part, ...]:
+    """Parts that say how much a captured batch has room for, not what is in it: one row each,
+    ``keys`` keys together. Cut at multiples of any size up to ``MARGIN`` of
+    ``ds_cp.worker.decode_graph``, no batch of so many rows and keys gives more pieces."""
+    one = Blocks([Block(0, 0, block_size)])
+    all_keys = Blocks([Block(0, 0, block_size), Block(0, keys - block_size, block_size)])
+    return (Part(((keys - 1, 1),), all_keys), *[Part(((0, 1),), one)] * (rows - 1))
 
 
 def in_window(blocks: Blocks, first_query: int, window: int | None) -> Blocks:

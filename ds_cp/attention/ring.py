@@ -26,7 +26,7 @@ from ds_cp.attention.mode import Mode
 from ds_cp.attention.pages import Pages
 from ds_cp.attention.spec import LayerSpec
 from ds_cp.attention.state import Partial
-from ds_cp.attention.visible import Rows, by_item, renumbered, visible
+from ds_cp.attention.visible import Rows, alike, by_item, renumbered, visible
 from ds_cp.attention.wireform import new_rows
 from ds_cp.comm.ring import RingExchange
 from ds_cp.comm.tree import TreeRoutes
@@ -214,6 +214,7 @@ class _QueriesRound:
         self._places: dict[int, slice] = {}
         self._answers: dict[int, Rows] = {}  # owner -> its rows that I can answer
         self._back: dict[int, Rows] = {}  # holder -> my rows that it answers
+        self._held: dict[int, list[bool]] = {}  # and of which items these are
         self._shapes: dict[object, _Layers] = {}
         for peer in self._members:
             if self._counts[peer] and any(item.blocks[me] for item in going):
@@ -225,7 +226,7 @@ class _QueriesRound:
             places = [p for item in going for p in positions(item.q_runs[peer])]
             self._places[peer] = upload.add(places)
             self._answers[peer] = Rows(_rows_where(counts[peer], holds[me], 0), upload)
-            held = [bool(item.blocks[peer]) for item in items]
+            held = self._held[peer] = [bool(item.blocks[peer]) for item in items]
             self._back[peer] = Rows(_rows_where(own, held, first_row), upload)
 
     def __call__(
@@ -277,9 +278,16 @@ class _QueriesRound:
                 return {r: new_rows(x.count, spec, dtype, q_THD) for r, x in some.items()}
 
             packed = rows({r: x for r, x in self._answers.items() if r in self._plans and x.count})
-            arriving = rows({r: x for r, x in self._back.items() if x.count})
-            back = self._group.prepare(list(packed.items()), list(arriving.items()), SCHEME_Q_BACK)
-            merges = [self._back[r].merging(x, dtype, spec, kernel) for r, x in arriving.items()]
+            arriving, merges = [], []
+            holders = [r for r, x in self._back.items() if x.count]
+            for peers in alike(holders, lambda r: self._held[r], kernel):
+                mine, number = self._back[peers[0]], len(peers)
+                flat = new_rows(number * mine.count, spec, dtype, q_THD)
+                answers = flat.view(number, mine.count, flat.shape[1])
+                arriving += list(zip(peers, answers, strict=True))
+                stack = answers if number > 1 else answers[0]
+                merges.append(mine.merging(stack, dtype, spec, kernel))
+            back = self._group.prepare(list(packed.items()), arriving, SCHEME_Q_BACK)
             found = self._shapes[shape] = _Layers(spare, packed, back, merges)
         return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
 from typing import TypeVar
 
 import torch
@@ -15,6 +16,7 @@ from ds_cp.attention.spec import LayerSpec
 from ds_cp.layout import Runs
 
 P = TypeVar("P")
+T = TypeVar("T")
 Make = Callable[[Sequence[Shards], int | None], P]  # a plan of some items under one window
 Plans = dict[int | None, tuple[P, ...]]  # window -> plans, called one after the other
 NO_BLOCKS = Blocks()
@@ -104,6 +106,14 @@ def _end(item: Shards) -> int:
 
 def _emptied(item: Shards) -> Shards:
     return Shards(item.q_runs, (NO_BLOCKS,) * len(item.blocks))
+
+
+def alike(peers: Sequence[T], which: Callable[[T], object], kernel: PagedKernel) -> list[list[T]]:
+    """``peers`` in their order, those that follow one another and answer the same rows (``which``)
+    together where the kernel merges several answers at once."""
+    if not getattr(kernel, "stacks", False):
+        return [[peer] for peer in peers]
+    return [list(some) for _, some in groupby(peers, key=which)]
 
 
 class Rows:

@@ -35,11 +35,12 @@ def pack_into(part: Partial, dtype: torch.dtype, rows: torch.Tensor) -> None:
 
 def unpack_partial(rows: torch.Tensor, num_heads: int, v_dim: int, dtype: torch.dtype) -> Partial:
     """The inverse of ``pack_into``: out in ``dtype`` and lse, views of ``rows`` wherever the
-    numbers are aligned to their size there. So fold it before ``rows`` is written again."""
-    shape = len(rows), num_heads, v_dim
+    numbers are aligned to their size there. So fold it before ``rows`` is written again. Stacked
+    rows ``[N, T, row_bytes]`` give N stacked partials."""
+    shape = *rows.shape[:-1], num_heads, v_dim
     cut = num_heads * v_dim * dtype.itemsize
-    out, lse = rows[:, :cut], rows[:, cut:]
-    if not _aligned(cut, rows.shape[1], dtype):
+    out, lse = rows[..., :cut], rows[..., cut:]
+    if not _aligned(cut, rows.shape[-1], dtype):
         out, lse = (x.clone(memory_format=torch.contiguous_format) for x in (out, lse))
     return Partial(out.view(dtype).view(shape), lse.view(torch.float32))
 

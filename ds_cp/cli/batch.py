@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import signal
 import stat
 import sys
 import time
@@ -22,6 +21,7 @@ from ds_cp.batch.format import Problem, read_requests
 from ds_cp.batch.runner import INTERRUPTED, BatchReport, run_batch
 from ds_cp.cli.job import find_job, job_config, start_ranks, starts_ranks
 from ds_cp.cli.output import own_stdout, say, unwritable, writing
+from ds_cp.cli.signals import caught
 from ds_cp.config import Config
 from ds_cp.errors import CommError, DsCpError, EngineDeadError, LaunchError, RequestError
 from ds_cp.startup.resources import socket_environment
@@ -173,7 +173,7 @@ class _Lead:
             show(report)
 
         shown = self._out if self._args.output == STDOUT else None
-        with _progress(self._args.input, shown) as show, _signals(on_signal):
+        with _progress(self._args.input, shown) as show, caught(on_signal):
             async with open_app(self._config, self._job) as app:
                 running = True
                 self._deaths = getattr(app.state, "deaths", [])
@@ -246,22 +246,6 @@ def after_stop(deaths: Sequence[DsCpError], target: str) -> str:
             " by a fault of ds_cp; the same command would most likely stop again, please report it"
         )
     return "" if target == STDOUT else "; run the same command again to do the rest"
-
-
-@contextlib.contextmanager
-def _signals(on_signal: Callable[[int], None]) -> Iterator[None]:
-    """Inside the block, Ctrl-C and SIGTERM call ``on_signal`` in the running loop."""
-    loop = asyncio.get_running_loop()
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.getsignal(number) for number in numbers}
-    for number in numbers:
-        loop.add_signal_handler(number, on_signal, number)
-    try:
-        yield
-    finally:
-        for number in numbers:
-            loop.remove_signal_handler(number)
-            signal.signal(number, before[number] or signal.SIG_DFL)
 
 
 @contextlib.contextmanager

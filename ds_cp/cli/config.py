@@ -7,9 +7,10 @@ import json
 import platform
 from collections.abc import Mapping
 from importlib import metadata
+from typing import Any
 
 from ds_cp.cli.output import put
-from ds_cp.config import config_schema, explain, load_config
+from ds_cp.config import Config, config_schema, explain, load_config
 from ds_cp.version import __version__
 
 # Their versions are printed.
@@ -19,12 +20,26 @@ PACKAGES = ("torch", "deepspeed", "transformers", "safetensors", "mpi4py", "flas
 def config(args: argparse.Namespace, env: Mapping[str, str]) -> int:
     """Print the schema, check files, or explain one."""
     if args.action == "schema":
-        put(json.dumps(config_schema(), indent=2))
+        put(json.dumps(config_schema(), indent=None if args.json else 2))
         return 0
     for file in args.files:
         loaded = load_config(file)
-        put("\n".join(explain(loaded)) if args.action == "explain" else f"{file}: OK")
+        if args.json:
+            found: dict[str, Any] = {"file": file, "ok": True}
+            if args.action == "explain":
+                found["config"] = _shown(loaded)
+            put(json.dumps(found))
+        else:
+            put("\n".join(explain(loaded)) if args.action == "explain" else f"{file}: OK")
     return 0
+
+
+def _shown(loaded: Config) -> dict[str, Any]:
+    """Every key with its value; secrets are hidden."""
+    plain = loaded.model_dump(mode="json", by_alias=True)
+    if plain["server"]["api_key"] is not None:
+        plain["server"]["api_key"] = "(hidden)"
+    return plain
 
 
 def installed_version(package: str) -> str | None:

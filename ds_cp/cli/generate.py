@@ -23,13 +23,13 @@ STOP_S = 10.0  # seconds that ranks get after a signal to leave
 
 def generate(args: argparse.Namespace, env: Mapping[str, str]) -> int:
     """Complete every prompt and print the results. Returns the exit code."""
-    config = job_config(args, {}, env)
+    config = job_config(args, {"trace.file": args.trace}, env)
     # Only rank 0's host needs the file: the other ranks follow rank 0.
     prompts = read_prompts(args) if peek_rank(env) == 0 else Prompts()
     if starts_ranks(args, env):
         return start_ranks(args, config, env, STOP_S)
     job = find_job(config, env)
-    with _ended_by_ctrl_c(), own_stdout() as out:
+    with ended_by_ctrl_c(), own_stdout() as out:
         from ds_cp.engine.llm import init_inference
 
         engine = init_inference(config.model, config, job=job, env=env)
@@ -49,7 +49,7 @@ def generate(args: argparse.Namespace, env: Mapping[str, str]) -> int:
 
 
 @contextmanager
-def _ended_by_ctrl_c() -> Iterator[None]:
+def ended_by_ctrl_c() -> Iterator[None]:
     """Inside the block, Ctrl-C ends this rank by the signal's default action. Python's own handler
     would not run while the rank waits in a collective, and results are written only at the end, so
     nothing is lost."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ds_cp.api.transport.listen import bind
-from ds_cp.cli.launcher import LAUNCHER, spawn
+from ds_cp.cli.launcher import LAUNCHER, own_command, spawn
+from ds_cp.cli.trace import check_trace_file
 from ds_cp.config import Config, load_config, looks_like_path
 from ds_cp.config.fields import MAX_RANKS
 from ds_cp.errors import LaunchError, ModelError, TopologyError
@@ -34,6 +34,7 @@ def job_config(
         raise LaunchError("give --config FILE (for example configs/quickstart.json) or --model")
     config = load_config(args.config if args.config is not None else {}, given)
     if peek_rank(env) == 0:
+        check_trace_file(config.trace.file)
         if not Path(config.model).exists() and looks_like_path(config.model):
             hint = "make model brings it" if "smollm2" in config.model else "set model to its path"
             raise ModelError(f"no model at {config.model} (from {Path.cwd()}); {hint}")
@@ -68,9 +69,7 @@ def start_ranks(
     """Run this very command on ``--ranks`` ranks; the exit code of the job."""
     topology = Topology(("localhost",) * args.ranks)
     resolve_grid(topology, config.context_parallel.size, config.tensor_parallel.tp_size)
-    script = sys.argv[0]
-    program = ["-m", "ds_cp.cli"] if Path(script).name == "__main__.py" else [script]
-    return spawn([sys.executable, *program, *sys.argv[1:]], args.ranks, env, grace_s=grace_s)
+    return spawn(own_command(), args.ranks, env, grace_s=grace_s)
 
 
 def find_job(config: Config, env: Mapping[str, str]) -> Job:

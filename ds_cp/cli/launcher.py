@@ -7,8 +7,10 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from types import FrameType
 
 from ds_cp.errors import LaunchError
@@ -26,6 +28,13 @@ FAILURE_GRACE_S = 5.0
 HURRY_GRACE_S = 8.0
 # Signals that every rank gets as well.
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def own_command() -> list[str]:
+    """The command line of this process, for a rank."""
+    script = sys.argv[0]
+    program = ["-m", "ds_cp.cli"] if Path(script).name == "__main__.py" else [script]
+    return [sys.executable, *program, *sys.argv[1:]]
 
 
 def spawn(command: Sequence[str], ranks: int, env: Mapping[str, str], *, grace_s: float) -> int:

@@ -37,7 +37,9 @@ class Prepared:
         group.local_work.refuse(self._scheme, group.name)
         if self._weight is not None:
             group.ledger.add(self._scheme, *self._weight)
-        return self._begin()
+        pending = self._begin()
+        pending.waits = group.waits
+        return pending
 
 
 class Group:
@@ -66,6 +68,7 @@ class Group:
         self.ring = sub.ring_order()
         self.device = world.device
         self.ledger = world.ledger
+        self.waits = world.waits
         self.transport = transport
         self.on_device = on_device
         self.local_work = world.local_work
@@ -94,7 +97,9 @@ class Group:
         if not coming and not going:
             return Pending(None, what)
         self.ledger.add(scheme, *self._weighed(going))
-        return self._carrier((going or coming)[0][1]).exchange(going, coming, what)
+        pending = self._carrier((going or coming)[0][1]).exchange(going, coming, what)
+        pending.waits = self.waits
+        return pending
 
     def prepare(self, sends: Sequence[Message], recvs: Sequence[Message], scheme: str) -> Prepared:
         """A round as in ``exchange`` of tensors that stay where they are, checked here, once."""

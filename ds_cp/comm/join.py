@@ -15,7 +15,7 @@ from ds_cp.comm import process_group
 from ds_cp.comm.process_group import DistError
 from ds_cp.comm.shared_memory import Neighbours, Process
 from ds_cp.comm.world import Backend, World
-from ds_cp.errors import CommError, ConfigError
+from ds_cp.errors import CommError, ConfigError, LaunchError
 from ds_cp.topology.hosts import Topology, name_hosts
 from ds_cp.topology.net import host_key, listening_address
 
@@ -69,10 +69,20 @@ def join(
     one name get different ones. ``digest``: what all ranks must have in common (their config).
     ``backend``: see ``agree_on_backend``; ``shared_memory``: between ranks of a host, where it can
     be had; ``threads``: CPU threads of this rank, ``None`` for its share of the cores (the caller
-    sets them, by ``World.threads``). Raises ``CommError`` when not all ranks arrive in time,
-    ``LaunchError`` when the store cannot listen, ``ConfigError`` when ranks were started
-    differently or share a GPU under NCCL.
+    sets them, by ``World.threads``). A process is a rank of one job of several ranks at a time;
+    jobs of one rank need no connections, so it may have any number of these.
+
+    Raises ``CommError`` when not all ranks arrive in time, ``LaunchError`` when the store cannot
+    listen or this process is in a job already, ``ConfigError`` when ranks were started differently
+    or share a GPU under NCCL.
     """
+    if world_size > 1 and process_group.in_a_job():
+        raise LaunchError(
+            f"rank {rank} of {world_size}: this process has joined a job already, by another "
+            "engine or by torch.distributed itself: shut that engine down first "
+            "(engine.shutdown()), call torch.distributed.destroy_process_group(), or make this "
+            "engine in a process of its own"
+        )
     try:
         store = process_group.open_store(
             rendezvous.host, rendezvous.port, rendezvous.listen_fd if rank == 0 else None,
@@ -86,7 +96,8 @@ def join(
         except ConfigError:
             _stay_until_read(rank, world_size, store)
             raise
-        process_group.start(rank, world_size, store, device, chosen == "nccl", timeout_s)
+        if world_size > 1:
+            process_group.start(rank, world_size, store, device, chosen == "nccl", timeout_s)
         topology = Topology.from_hosts(names)
         near = topology.ranks_on(topology.host_index(rank))
         processes = [Process(hello.pid, hello.namespace, hello.key) for hello in hellos]
@@ -94,12 +105,12 @@ def join(
         cores, threads = cores_of(here), threads or share_of(hellos[rank], here)
         neighbours = (
             Neighbours(rank, near, processes, store, timeout_s, cores, threads)
-            if shared_memory
+            if shared_memory and world_size > 1
             else None
         )
         mine = (hellos[rank].key, hellos[rank].gpu)
         world = World(
-            rank, topology, device, timeout_s, joined=True, store=store, backend=chosen,
+            rank, topology, device, timeout_s, joined=world_size > 1, store=store, backend=chosen,
             neighbours=neighbours,
             sharing=sum((hello.key, hello.gpu) == mine for hello in hellos) if mine[1] else 1,
             cores=cores, threads=threads,

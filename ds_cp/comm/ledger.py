@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+
+class Waits:
+    """``seconds`` that this rank waited in exchanges that had not ended when it came to wait."""
+
+    __slots__ = ("seconds",)
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
 
 
 @dataclass(frozen=True)
@@ -36,6 +46,11 @@ class Ledger:
     def __getitem__(self, scheme: str) -> Entry:
         """The entry of ``scheme``; zeros when nothing was sent under it."""
         return Entry(*self._counts.get(scheme, ()))
+
+    def bytes_of(self, schemes: Sequence[str]) -> list[int]:
+        """Bytes under each of ``schemes`` so far."""
+        counts = self._counts
+        return [counts[scheme][0] if scheme in counts else 0 for scheme in schemes]
 
     def schemes(self) -> dict[str, Entry]:
         """A copy of all entries."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from ds_cp.comm.ledger import Waits
 from ds_cp.errors import CommError
 
 
@@ -42,7 +43,7 @@ class Pending:
     where messages move by themselves.
     """
 
-    __slots__ = ("_finish", "_hurry", "_waited", "_what")
+    __slots__ = ("_finish", "_hurry", "_waited", "_what", "waits")
 
     def __init__(
         self, finish: Callable[[], None] | None, what: str, hurry: Callable[[], bool] | None = None
@@ -51,14 +52,19 @@ class Pending:
         self._hurry = hurry
         self._what = what
         self._waited = False
+        self.waits: Waits | None = None  # what the time of ``wait`` is added to
 
     def before_work(self) -> None:
         """Called by who is about to compute for long before ``wait``. Where messages move only
         within this rank's calls and a peer has not taken all of them yet, it would have to wait
         until the work is done: then they are sent now. Raises ``CommError``."""
-        if self._hurry is not None and self._hurry():
-            self._finish = None
-        self._hurry = None
+        hurry, self._hurry = self._hurry, None
+        if hurry is not None:
+            began = time.perf_counter()
+            if hurry():
+                self._finish = None
+            if self.waits is not None:
+                self.waits.seconds += time.perf_counter() - began
 
     def wait(self) -> None:
         """Block until every message has arrived. ``CommError`` after the job's time limit;
@@ -67,5 +73,11 @@ class Pending:
             raise RuntimeError(f"{self._what}: waited for twice")
         self._waited = True
         finish, self._finish = self._finish, None
-        if finish is not None:
+        if finish is None:
+            return
+        if self.waits is None:
             finish()
+            return
+        began = time.perf_counter()
+        finish()
+        self.waits.seconds += time.perf_counter() - began

@@ -114,6 +114,11 @@ def new_group(ranks: Sequence[int], timeout_s: float) -> ProcessGroup:
     return ProcessGroup(ranks, handle, timeout_s)
 
 
+def in_a_job() -> bool:
+    """Whether this process has process groups of torch: an engine's, or the caller's own."""
+    return torch_dist.is_initialized()
+
+
 def leave() -> None:
     """End all process groups that no object refers to any more.
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
+from weakref import WeakMethod
 
 import torch
 
 from ds_cp.comm import process_group
 from ds_cp.comm.device import mark_here, wait_until
 from ds_cp.comm.group import Group
-from ds_cp.comm.ledger import Ledger
+from ds_cp.comm.ledger import Ledger, Waits
 from ds_cp.comm.local_work import LocalWork
 from ds_cp.comm.process_group import DistError, ProcessGroup
 from ds_cp.comm.shared_memory import Neighbours, SharedMemory
@@ -50,6 +51,7 @@ class World:
         self.cores = cores or len(os.sched_getaffinity(0))
         self.threads = threads or self.cores
         self.ledger = Ledger()
+        self.waits = Waits()
         self.local_work = LocalWork()
         self.store = store  # of the ranks that joined: keys and values, also after ``leave``
         self.failure: BaseException | None = None  # why this world is of no use any more
@@ -59,6 +61,7 @@ class World:
         self._neighbours = neighbours
         self._near: list[SharedMemory] = []
         self._made = 0  # groups, the same number on every rank
+        self._before_leaving: list[WeakMethod[Callable[[], None]]] = []
         self._groups: list[Group] = []
         ranks = range(self.size)
         far = process_group.everybody(ranks, timeout_s) if self.size > 1 else None
@@ -141,9 +144,17 @@ class World:
         found = next((who for near in self._near if (who := near.lost()) is not None), None)
         return "" if found is None else f"rank {found} has ended"
 
+    def before_leaving(self, work: Callable[[], None]) -> None:
+        """``work``, a method of an object that may end before, is called when this world is
+        left, and no more than once: it gives up what must not outlive the connections."""
+        self._before_leaving.append(WeakMethod(work))
+
     def leave(self) -> None:
         """Leave: every peer that waits for this rank wakes, and gloo's threads end here, even if
         this world is still referred to."""
+        while self._before_leaving:
+            if (work := self._before_leaving.pop()()) is not None:
+                work()
         if self._joined:
             for group in self._groups:
                 group.close()

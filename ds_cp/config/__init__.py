@@ -12,6 +12,7 @@ from ds_cp.config.models import (
     KvCache,
     Scheduler,
     TensorParallel,
+    Trace,
 )
 from ds_cp.config.server import Server, is_loopback
 
@@ -24,6 +25,7 @@ __all__ = [
     "Scheduler",
     "Server",
     "TensorParallel",
+    "Trace",
     "canonical_host",
     "canonical_origin",
     "config_schema",

@@ -54,6 +54,11 @@ MemorySize = Annotated[
     BeforeValidator(_bytes),
     WithJsonSchema({"anyOf": [_AUTO_SCHEMA, *_sizes(MIN_BUFFERED)]}),
 ]
+ByteSize = Annotated[
+    Annotated[int, Field(ge=1, le=MAX_MEMORY)],
+    BeforeValidator(_bytes),
+    WithJsonSchema({"anyOf": _sizes(1)}),
+]
 TokenBudget = Annotated[
     Auto | Tokens | Annotated[tuple[Tokens, ...], Field(min_length=1, max_length=MAX_RANKS)],
     BeforeValidator(_tuple),
@@ -66,6 +71,12 @@ ApiKeys = Annotated[
 ]
 _Name = Annotated[str, Field(min_length=1, max_length=300)]
 Names = Annotated[tuple[_Name, ...], Field(max_length=64), BeforeValidator(_tuple)]
+
+_ModelName = Annotated[str, Field(min_length=1, max_length=256)]
+ModelNames = Annotated[
+    _ModelName | Annotated[tuple[_ModelName, ...], Field(min_length=1, max_length=64)] | None,
+    BeforeValidator(_tuple),
+]
 
 
 def unit_of(unit: str) -> dict[str, Any]:

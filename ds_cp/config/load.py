@@ -75,7 +75,8 @@ def _leaves(config: Config) -> Iterator[tuple[str, Any, Any, Any]]:
         if isinstance(value, BaseModel):
             for inner, inner_field in type(value).model_fields.items():
                 path = f"{name}.{inner}"
-                yield path, inner_field, getattr(value, inner), inner_field.default
+                default = inner_field.get_default(call_default_factory=True)
+                yield path, inner_field, getattr(value, inner), default
         elif name != "schema_":
             yield name, field, value, field.default
 

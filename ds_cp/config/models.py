@@ -144,9 +144,9 @@ class Attention(Section):
     )
     deterministic: bool = Field(
         default=False,
-        description="whether attention on CUDA must not depend on how a prompt was cut into "
-        "chunks, and so on what else runs: kernel triton or reference; CPU kernels do not depend "
-        "on it in any case",
+        description="whether a token on CUDA must not depend on how its prompt was cut into "
+        "chunks, and so on what else runs: kernel triton or reference, linear layers and RMS norms "
+        "by Triton, no CUDA graphs; slower. CPU kernels do not depend on it in any case",
     )
 
     @model_validator(mode="after")
@@ -187,6 +187,22 @@ class Comm(Section):
         default="auto",
         description="where host names come from; auto: MPI under mpirun, else the launcher's "
         "environment",
+    )
+
+
+class Trace(Section):
+    """A record of what every rank did in every step, for Perfetto."""
+
+    file: Annotated[str, Field(min_length=1, max_length=4096)] | None = Field(
+        default=None,
+        description="file on rank 0's host that gets the trace when the job ends, as Chrome's JSON "
+        "(https://ui.perfetto.dev opens it); null: none is taken",
+    )
+    max_events: Annotated[int, Field(ge=10_000, le=10_000_000)] = Field(
+        default=100_000,
+        description="spans that each rank keeps, in 35 bytes each, of the first steps; a step of "
+        "30 layers has about 300; later steps are left out, and counted",
+        json_schema_extra=unit_of("spans"),
     )
 
 
@@ -235,6 +251,7 @@ class Config(Section):
     attention: Attention = Field(default_factory=Attention, description="attention kernel")
     comm: Comm = Field(default_factory=Comm, description="communication between ranks")
     server: Server = Field(default_factory=Server, description="the HTTP server")
+    trace: Trace = Field(default_factory=Trace, description="a record of every step")
 
     @model_validator(mode="after")
     def _deterministic_on_cuda(self) -> Config:

@@ -6,10 +6,23 @@ import ipaddress
 import string
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from ds_cp.config.addresses import canonical_host, canonical_origin
-from ds_cp.config.fields import ApiKeys, Auto, MemorySize, Names, Section, Timeout, unit_of
+from ds_cp.config.fields import (
+    ApiKeys,
+    Auto,
+    ByteSize,
+    MemorySize,
+    ModelNames,
+    Names,
+    Section,
+    Timeout,
+    unit_of,
+)
+from ds_cp.errors import ConfigError
+from ds_cp.parsing.choose import AUTO, NONE
+from ds_cp.parsing.registry import REASONING_FAMILIES, TOOL_FAMILIES, checked_name
 from ds_cp.text import show
 
 _HOST_LETTERS = frozenset(string.ascii_lowercase + string.digits + ".-_:")
@@ -41,13 +54,42 @@ class Server(Section):
         'the server from a browser; ["*"]: every page, which without api_key is every page that a '
         "browser on this machine opens",
     )
-    served_model_name: Annotated[str, Field(min_length=1, max_length=256)] | None = Field(
-        default=None, description="model name in the API; null: the last part of model"
+    served_model_name: ModelNames = Field(
+        default=None,
+        description="model name in the API, or list of names, each of which a request may give; "
+        "null: the last part of model",
     )
     unknown_fields: Literal["warn", "refuse"] = Field(
         default="warn",
         description="what becomes of a field that no part of the protocol knows: warn ignores it "
         "with a header that names it, refuse answers HTTP 400",
+    )
+    log_format: Literal["text", "json"] = Field(
+        default="text",
+        description="how the server's log lines look: text, or json: one object a line; of each "
+        "answer there is a line with its ids, tokens and times, never with its text",
+    )
+    tool_parser: Annotated[str, Field(json_schema_extra={"enum": [AUTO, NONE, *TOOL_FAMILIES]})] = (
+        Field(
+            default=AUTO,
+            description="how the model writes tool calls; auto: as its chat template says, none: "
+            "calls are text",
+        )
+    )
+    reasoning_parser: Annotated[
+        str, Field(json_schema_extra={"enum": [AUTO, NONE, *REASONING_FAMILIES]})
+    ] = Field(
+        default=AUTO,
+        description="how the model marks reasoning; auto: as its chat template says, none: "
+        "reasoning is text",
+    )
+    chat_template_kwargs: Annotated[
+        dict[Annotated[str, Field(min_length=1, max_length=64)], bool | int | float | str],
+        Field(max_length=64),
+    ] = Field(
+        default_factory=dict,
+        description="values that the chat template reads, such as enable_thinking, unless a "
+        "request gives others",
     )
     max_body_bytes: Annotated[int, Field(ge=1024, le=1 << 30)] = Field(
         default=8 << 20, description="largest HTTP request body", json_schema_extra=unit_of("bytes")
@@ -62,6 +104,16 @@ class Server(Section):
         description="memory that bodies and answers of all requests together may hold; requests "
         "beyond it are refused with HTTP 503; auto: an eighth of the machine's memory, "
         "at most 8 GiB",
+        json_schema_extra=unit_of("bytes"),
+    )
+    max_stored_responses: Annotated[int, Field(ge=0, le=1_000_000)] = Field(
+        default=1000,
+        description="answers of /v1/responses that are kept for previous_response_id and GET; the "
+        "oldest make room for new ones; 0 keeps none",
+    )
+    max_stored_response_bytes: ByteSize = Field(
+        default=256 << 20,
+        description="memory that kept answers and their inputs may hold together",
         json_schema_extra=unit_of("bytes"),
     )
     drain_timeout_s: Annotated[float, Field(ge=0, le=3600)] = Field(
@@ -113,6 +165,12 @@ class Server(Section):
         return (self.api_key,) if isinstance(self.api_key, str) else self.api_key
 
     @property
+    def model_names(self) -> tuple[str, ...]:
+        """The configured names of the model; empty for the model's own."""
+        name = self.served_model_name
+        return (name,) if isinstance(name, str) else name or ()
+
+    @property
     def answered_hosts(self) -> frozenset[str] | None:
         """The hosts of requests that are answered, each in its canonical spelling; None for all.
 
@@ -122,6 +180,17 @@ class Server(Section):
             return None
         named = {canonical_host(name) for name in (self.host, *self.allowed_hosts)}
         return frozenset({"localhost", "127.0.0.1", "::1"} | {name for name in named if name})
+
+    @field_validator("tool_parser", "reasoning_parser")
+    @classmethod
+    def _parser(cls, value: str, info: ValidationInfo) -> str:
+        families = TOOL_FAMILIES if info.field_name == "tool_parser" else REASONING_FAMILIES
+        if value in (AUTO, NONE):
+            return value
+        try:
+            return checked_name(value, families, f"server.{info.field_name}")
+        except ConfigError as err:
+            raise ValueError(str(err)) from None
 
     @field_validator("allowed_hosts")
     @classmethod

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar, cast
 
+from ds_cp.engine.core import EngineCore
 from ds_cp.errors import RequestError
 from ds_cp.outputs import CompletionOutput, Delta, RequestOutput, TokenLogprob
 from ds_cp.sampling_params import RequestOptions, SamplingParams
@@ -36,13 +37,26 @@ class RequestFailure:
 
 @dataclass(frozen=True)
 class ReadyRequest:
-    """A request whose prompt is token ids. ``text``: the prompt as it was given, if as text."""
+    """A request whose prompt is token ids. ``text``: the prompt as it was given, if as text;
+    ``grammar``: of ``params.structured_outputs``, once it was checked."""
 
     request_id: str
     text: str | None
     tokens: list[int]
     params: SamplingParams
     options: RequestOptions
+    grammar: str = ""
+
+    @classmethod
+    def of(
+        cls, request: PromptRequest, text: str | None, tokens: list[int], grammar: str
+    ) -> ReadyRequest:
+        """A request that was checked."""
+        return cls(request.request_id, text, tokens, request.params, request.options, grammar)
+
+    def add_to(self, core: EngineCore) -> list[Request]:
+        """Queue it; returns and raises as ``core.add``."""
+        return core.add(self.request_id, self.tokens, self.params, self.options, self.grammar)
 
 
 class OutputCollector:

@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import logging
 import secrets
+import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ds_cp.engine.detokenize import Detokenizer, IncrementalDetokenizer
 from ds_cp.engine.interface import EngineStats
-from ds_cp.errors import IntegrityError, RequestError
-from ds_cp.outputs import Delta, PackedLogprobs, TokenLogprob, pack_logprob
-from ds_cp.plan import Outcome, Sampled, Scored, StepPlan
+from ds_cp.engine.picture import MAX_RECENT, EndedPicture
+from ds_cp.engine.request_picture import ended_picture
+from ds_cp.engine.tally import Tally
+from ds_cp.engine.wire_model import WireModel
+from ds_cp.errors import GrammarBusyError, IntegrityError, RequestError
+from ds_cp.grammar.checker import GrammarChecker
+from ds_cp.grammar.constraint import FIELD
+from ds_cp.kv.table import SequenceTable
+from ds_cp.outputs import Delta, PackedLogprobs, PromptProgress, TokenLogprob, pack_logprob
+from ds_cp.plan import NO_GRAMMAR, Chunk, Decodes, Outcome, Sampled, Scored, StepPlan
 from ds_cp.sampling_params import RequestOptions, SamplingParams
 from ds_cp.scheduler.request import Request
 from ds_cp.scheduler.scheduler import Scheduler
 
 logger = logging.getLogger("ds_cp.engine")
+
+StepItems = tuple[tuple[Chunk, ...], tuple[Decodes, ...]]  # what a step computes
 
 
 @dataclass(eq=False)
@@ -25,6 +36,7 @@ class _Call:
     """One caller's request: ``params.n`` answers to one prompt."""
 
     request_id: str
+    http_id: str
     answers: list[_Answer] = field(default_factory=list)
     sent_prompt: bool = False  # the delta that describes the prompt went out
     scores: dict[int, bytes] = field(default_factory=dict)  # by prompt position, packed
@@ -44,8 +56,12 @@ class EngineCore:
     caller may add and abort requests and plan the next step.
     """
 
-    def __init__(self, scheduler: Scheduler, tokenizer: Any | None) -> None:
+    def __init__(
+        self, scheduler: Scheduler, tokenizer: Any | None, wire: WireModel | None = None
+    ) -> None:
+        """``wire``: predicts the bytes of exchanges, for metrics."""
         self.scheduler = scheduler
+        self.grammars = GrammarChecker(tokenizer)
         self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
         self._calls: dict[str, _Call] = {}
         self._answers: dict[int, _Answer] = {}
@@ -54,7 +70,9 @@ class EngineCore:
         self._steps = 0
         self._empty_plans = 0  # consecutive empty plans while requests were pending
         self._finished: dict[str, int] = {}
-        self._modes: dict[str, int] = {}
+        self.tally = Tally(len(scheduler.allocator.blocks_per_rank), wire)
+        self.last_items: StepItems = ((), ())  # of the newest step
+        self.recent: deque[EndedPicture] = deque(maxlen=MAX_RECENT)
 
     def add(
         self,
@@ -62,9 +80,10 @@ class EngineCore:
         prompt: Sequence[int],
         params: SamplingParams,
         options: RequestOptions | None = None,
+        grammar: str = "",
     ) -> list[Request]:
         """Queue a request that ``check`` has accepted. Draws a seed when none is given. Returns its
-        ``params.n`` answers.
+        ``params.n`` answers. ``grammar``: of ``grammars.check`` under ``structured_outputs``.
 
         Raises ``CapacityError``, ``QueueFullError``, or ``RequestError`` for an id in use and for a
         prompt that the tokenizer cannot decode.
@@ -72,9 +91,13 @@ class EngineCore:
         if request_id in self._calls:
             raise RequestError(f"a request with id {request_id!r} is already running")
         texts = [self._start_text(prompt, params) for _ in range(params.n)]
+        assert bool(grammar) == (params.structured_outputs is not None), "check the grammar first"
+        if grammar:
+            self.scheduler.tell_vocabulary(self.grammars.vocabulary)
         seed = params.seed if params.seed is not None else secrets.randbits(62)
-        first = self.scheduler.admit(request_id, prompt, params, seed, options)
-        call = self._calls[request_id] = _Call(request_id)
+        first = self.scheduler.admit(request_id, prompt, params, seed, options, grammar)
+        call = self._calls[request_id] = _Call(request_id, options.http_id if options else "")
+        self.tally.grammar_requests += params.n if grammar else 0
         for request, text in zip((first, *first.siblings), texts, strict=True):
             answer = self._answers[request.number] = _Answer(call, request, text)
             call.answers.append(answer)
@@ -88,13 +111,29 @@ class EngineCore:
             raise RequestError("stop strings need a tokenizer; this engine has none", "stop")
         self.scheduler.check(prompt, params)
 
+    def close(self) -> None:
+        """End the process that compiles grammars, if there is one."""
+        self.grammars.close()
+
+    def grammar_of(self, params: SamplingParams) -> str:
+        """The grammar for ``add``, "" where none is asked for. Compiles it, which may take seconds;
+        needs no lock. Raises ``RequestError``."""
+        if params.structured_outputs is None:
+            return ""
+        try:
+            return self.grammars.check(params.structured_outputs)
+        except GrammarBusyError as err:
+            raise RequestError(str(err), FIELD) from err
+
     def _start_text(
         self, prompt: Sequence[int], params: SamplingParams
     ) -> IncrementalDetokenizer | None:
         if self._detokenizer is None:
             return None
         try:
-            return self._detokenizer.start(prompt, params.stop, params.skip_special_tokens)
+            return self._detokenizer.start(
+                prompt, params.stop, params.skip_special_tokens, params.kept_special_tokens
+            )
         except Exception as err:  # whatever a tokenizer raises concerns this request alone
             raise RequestError(
                 f"the tokenizer cannot decode the prompt ({type(err).__name__}: {err})", "prompt"
@@ -110,6 +149,18 @@ class EngineCore:
             self.scheduler.finish(answer.request, "abort")
             self._forget(answer)
         return True
+
+    def progress(self, request_id: str) -> PromptProgress | None:
+        """How far the prompt has come; None before it starts, after its first token, and for a
+        request that is not here (any more)."""
+        call = self._calls.get(request_id)
+        request = call.answers[0].request if call is not None else None
+        if request is None or request.first_scheduled_time is None or request.output:
+            return None
+        total = len(request.prompt)
+        seconds = max(0.0, time.time() - request.first_scheduled_time)
+        processed = min(request.num_computed, total)
+        return PromptProgress(total, request.cached_tokens or 0, processed, seconds)
 
     @property
     def has_work(self) -> bool:
@@ -134,16 +185,18 @@ class EngineCore:
             )
         if plan is not None:
             self._steps += 1
-            for chunk in plan.chunks:
-                self._modes[chunk.mode] = self._modes.get(chunk.mode, 0) + 1
-            for decodes in plan.decodes:
-                count = self._modes.get(decodes.mode, 0) + len(decodes.requests)
-                self._modes[decodes.mode] = count
+            self.last_items = plan.chunks, plan.decodes
+            self.tally.plan(plan, self._table_of)
         return plan
+
+    def _table_of(self, number: int) -> SequenceTable | None:
+        answer = self._answers.get(number)
+        return None if answer is None else answer.request.table
 
     def apply(self, outcome: Outcome) -> list[Delta]:
         """What a step's tokens add: one delta for each answer that is still live."""
         self.scheduler.observe_step(outcome.step, outcome.seconds)
+        self.tally.step(outcome)
         for scored in outcome.scored:
             self._record_scores(scored)
         deltas = []
@@ -168,8 +221,8 @@ class EngineCore:
     def _extend(self, answer: _Answer, got: Sampled) -> Delta:
         """Add one token to an answer."""
         request, call = answer.request, answer.call
-        if got.token < 0:  # logits were not finite: this request ends, the others go on
-            return self._fail(answer)
+        if got.token < 0:  # nothing could be drawn: this request ends, the others go on
+            return self._fail(answer, FIELD if got.token == NO_GRAMMAR else None)
         self._generation_tokens += 1
         offset = answer.text.length if answer.text is not None else 0
         reason = self.scheduler.record_token(request, got.token)
@@ -217,13 +270,15 @@ class EngineCore:
         added = text.push(token, may_stop) if reason != "stop" else ""
         return added + text.flush(may_stop) if reason is not None else added
 
-    def _fail(self, answer: _Answer) -> Delta:
-        """End one answer with ``error``."""
+    def _fail(self, answer: _Answer, field: str | None = None) -> Delta:
+        """End one answer with ``error``. ``field``: of the request, where that is at fault."""
         request = answer.request
         self.scheduler.finish(request, "error")
-        request.finish_reason, request.stop_reason = "error", None  # also where it had ended
+        request.finish_reason, request.stop_reason = "error", field  # also where it had ended
         self._forget(answer)
-        return Delta(request.request_id, finish_reason="error", index=request.index)
+        return Delta(
+            request.request_id, finish_reason="error", stop_reason=field, index=request.index
+        )
 
     @staticmethod
     def _scores(request: Request, call: _Call) -> PackedLogprobs | None:
@@ -235,6 +290,8 @@ class EngineCore:
         reason = answer.request.finish_reason or "error"
         self._finished[reason] = self._finished.get(reason, 0) + 1
         del self._answers[answer.request.number]
+        self.recent.append(ended_picture(answer.request))
+        self.tally.end(answer.request, answer.call.http_id)
         answer.call.answers.remove(answer)
         if not answer.call.answers:
             del self._calls[answer.call.request_id]
@@ -254,7 +311,7 @@ class EngineCore:
 
     def stats(self) -> EngineStats:
         """A snapshot. The caller adds the seconds and bytes that the workers count."""
-        scheduler = self.scheduler
+        scheduler, tally = self.scheduler, self.tally
         allocator = scheduler.allocator
         ranks = range(len(allocator.blocks_per_rank))
         return EngineStats(
@@ -270,8 +327,18 @@ class EngineCore:
             blocks_moved=scheduler.migration.num_moved,
             prompt_tokens=self._prompt_tokens,
             generation_tokens=self._generation_tokens,
+            prefill_tokens=tally.prefill_tokens,
             num_preemptions=scheduler.num_preemptions,
             steps=self._steps,
             finished=dict(self._finished),
-            mode_counts=dict(self._modes),
+            mode_counts=dict(tally.modes),
+            rank_steps=tuple(rank.steps for rank in tally.ranks),
+            rank_seconds=tuple(rank.seconds for rank in tally.ranks),
+            rank_waits=tuple(rank.waited for rank in tally.ranks),
+            skew_seconds=tally.skew_seconds,
+            skew=tally.skew,
+            attention_bytes=dict(tally.sent),
+            predicted_bytes=dict(tally.predicted),
+            grammar_requests=tally.grammar_requests,
+            grammar_failures=tally.grammar_failures,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 REPLACEMENT = "\ufffd"  # what a tokenizer shows for bytes that are not a character yet
@@ -31,9 +32,12 @@ class Detokenizer:
         prompt: Sequence[int] = (),
         stop: Sequence[str] = (),
         skip_special_tokens: bool = True,
+        kept: AbstractSet[int] = frozenset(),
     ) -> IncrementalDetokenizer:
-        """The text of an answer to ``prompt``."""
-        return IncrementalDetokenizer(self, prompt, stop, skip_special_tokens)
+        """The text of an answer to ``prompt``. ``kept``: special tokens that are text all the
+        same."""
+        skipped = self._special - kept if skip_special_tokens else frozenset()
+        return IncrementalDetokenizer(self, prompt, stop, skipped)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, special tokens included."""
@@ -42,11 +46,8 @@ class Detokenizer:
         )
         return text
 
-    def leaves_out(self, token: int, skip_special_tokens: bool) -> bool:
-        """Whether decoding passes over a token: a special one, or a row of the model's head that
-        the tokenizer does not know."""
-        if skip_special_tokens and token in self._special:
-            return True
+    def is_unknown(self, token: int) -> bool:
+        """Whether a token is a row of the model's head that the tokenizer does not know."""
         return self._tokenizer.convert_ids_to_tokens(token) is None
 
     def byte(self, token: int) -> int | None:
@@ -75,11 +76,11 @@ class IncrementalDetokenizer:
         tokens: Detokenizer,
         prompt: Sequence[int],
         stop: Sequence[str],
-        skip_special_tokens: bool,
+        skipped: AbstractSet[int],
     ) -> None:
         self._tokens = tokens
         self._stop = tuple(stop)
-        self._skip = skip_special_tokens
+        self._skipped = skipped  # tokens that decoding passes over
         self._ids: list[int] = []  # the last tokens, of the prompt too: decoders strip a beginning
         self._seen = 0  # characters of their text that are the prompt's or decoded already
         self._tail = ""  # the last character of their text, while it may lack bytes
@@ -108,7 +109,7 @@ class IncrementalDetokenizer:
         words: list[int] = []
         run: list[int] = []  # the bytes after the last word, and some before it
         for token in reversed(prompt):
-            if self._tokens.leaves_out(token, self._skip):
+            if self._leaves_out(token):
                 continue
             byte = self._tokens.byte(token)
             if byte is None:
@@ -127,9 +128,12 @@ class IncrementalDetokenizer:
             self._bytes.decode(bytes(run[::-1]))
         self._in_prompt = bool(self._tail or self._bytes.getstate()[0])
 
+    def _leaves_out(self, token: int) -> bool:
+        return token in self._skipped or self._tokens.is_unknown(token)
+
     def _add(self, token: int) -> str:
         """The text that is certain with one more token."""
-        if self._tokens.leaves_out(token, self._skip):
+        if self._leaves_out(token):
             return ""
         byte = self._tokens.byte(token)
         if byte is None:

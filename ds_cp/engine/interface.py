@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from ds_cp.outputs import Delta
+from ds_cp.engine.picture import Picture
+from ds_cp.outputs import Delta, EndedRequest, PromptProgress
 from ds_cp.sampling_params import RequestOptions, SamplingParams
 from ds_cp.templates.chat import ChatTemplate
 
@@ -42,6 +43,7 @@ class EngineStats:
     blocks_moved: int = 0  # by drain and rebalance
     prompt_tokens: int = 0
     generation_tokens: int = 0
+    prefill_tokens: int = 0  # prompt tokens that steps computed: without what was cached
     num_preemptions: int = 0
     steps: int = 0
     step_seconds: float = 0.0
@@ -50,6 +52,15 @@ class EngineStats:
     mode_counts: dict[str, int] = field(default_factory=dict)  # scheduled items by mode
     comm_bytes: dict[str, int] = field(default_factory=dict)  # rank 0's sent bytes by scheme
     comm_exchanges: dict[str, int] = field(default_factory=dict)
+    rank_steps: tuple[int, ...] = ()  # steps in which the rank had work
+    rank_seconds: tuple[float, ...] = ()  # of these
+    rank_waits: tuple[float, ...] = ()  # seconds of these in which it waited for other ranks
+    skew_seconds: float = 0.0  # the busiest rank's own work beyond the mean, over all steps
+    skew: float = 1.0  # the busiest rank's own work over the mean, in the newest step of several
+    attention_bytes: dict[str, int] = field(default_factory=dict)  # all ranks, by scheme
+    predicted_bytes: dict[str, int] = field(default_factory=dict)  # the same by the formulas
+    grammar_requests: int = 0  # answers under a grammar
+    grammar_failures: int = 0  # of these, ended because it allowed no token or passed its bounds
 
     def rank_state(self, rank: int) -> str:
         """ "open", "draining" (closed, and not empty yet) or "drained" (closed and empty)."""
@@ -88,12 +99,26 @@ class EngineInterface(Protocol):
         """Deltas until the last one of every answer. Raises as the class says."""
         ...
 
+    def on_ended(self, listener: Callable[[EndedRequest], None]) -> None:
+        """Have ``listener`` called, in the event loop, once for each answer that ends. Before the
+        first request."""
+        ...
+
+    def progress(self, request_id: str) -> PromptProgress | None:
+        """How far a request's prompt has come; None before it starts and after its first token."""
+        ...
+
     def abort(self, request_id: str) -> None:
         """End a request, all its answers; does nothing when it has finished."""
         ...
 
     def stats(self) -> EngineStats:
         """A snapshot of counters and gauges."""
+        ...
+
+    def picture(self) -> Picture | None:
+        """The live picture of now, made in a few milliseconds; None before the engine is ready. May
+        be called in any thread."""
         ...
 
     def drain(self, rank: int) -> None:
@@ -109,4 +134,9 @@ class EngineInterface(Protocol):
 
     def rebalance(self) -> int:
         """Move blocks from full ranks to empty ones; returns how many will move."""
+        ...
+
+    def reset_prefix_cache(self) -> int:
+        """Forget every prefix: no later request shares a block that is computed now. Blocks in use
+        stay with who uses them; returns how many unused ones became free."""
         ...

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any, TypeVar
+from typing import Any
 
 from ds_cp.comm.failure import fail, failing
 from ds_cp.comm.wire import World
@@ -42,8 +42,6 @@ from ds_cp.startup.report import summary
 from ds_cp.startup.resources import socket_environment
 from ds_cp.topology.job import Job, detect
 from ds_cp.worker.worker import Worker
-
-T = TypeVar("T")
 
 
 def init_inference(
@@ -285,8 +283,7 @@ class LLMEngine:
                         yield one
                 else:
                     try:
-                        answers = core.add(one.request_id, one.tokens, one.params, one.options)
-                        live[one.request_id] = OutputCollector(answers, one.text)
+                        live[one.request_id] = OutputCollector(one.add_to(core), one.text)
                     except RequestError as err:
                         with alive.away():
                             yield RequestFailure(one.request_id, err)
@@ -318,15 +315,17 @@ class LLMEngine:
         else:
             tokens = [_token(t) for t in prompt]
         self._driver.check(tokens, request.params)
-        return ReadyRequest(request.request_id, text, tokens, request.params, request.options)
+        return ReadyRequest.of(request, text, tokens, self._driver.grammar_of(request.params))
 
     def shutdown(self) -> None:
         """Leave the job. Every rank calls it; calling it again does nothing. A model object that
         the caller brought works with transformers alone again."""
         if self._world is not None:
+            if self._core is not None:
+                self._core.close()
             self._borrowed.give_back()
-            self._world.leave()
             self._world = None
+            self._worker.leave(self._state == "ready")
 
 
 def _with_model(

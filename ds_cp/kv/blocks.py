@@ -80,6 +80,10 @@ class BlockAllocator:
         """``num_available`` of every rank."""
         return [blocks.num_available for blocks in self._ranks]
 
+    def free_runs(self, rank: int) -> list[tuple[int, int]]:
+        """The free runs of ``rank`` as (start, length), in no order. Linear in runs."""
+        return self._of(rank).free.unordered_runs()
+
     def references(self, home: Home) -> int:
         """How many hold the block; 0 for a free or a cached one."""
         return self._of(home[0]).references.get(home[1], 0)
@@ -185,6 +189,13 @@ class BlockAllocator:
         count = self.num_cached(rank)
         self._evict(rank, count)
         return count
+
+    def forget_all(self) -> int:
+        """Drop the keys of all blocks; how many cached ones became free."""
+        freed = sum(self.drop_cached(rank) for rank in range(len(self._ranks)))
+        self._home_of.clear()
+        self._key_of.clear()
+        return freed
 
     def move_key(self, source: Home, target: Home) -> None:
         """The key of ``source``, if it has one, now names ``target``, a used block without a key

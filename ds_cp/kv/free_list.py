@@ -67,6 +67,10 @@ class FreeList:
         """Free blocks in the run right after ``block``."""
         return self._length_at.get(block + 1, 0)
 
+    def unordered_runs(self) -> list[tuple[int, int]]:
+        """All free runs as (start, length), in no order. Linear in runs, and quick."""
+        return list(self._length_at.items())
+
     def runs(self) -> list[tuple[int, int]]:
         """All free runs as (start, length), ascending. Linear in runs: for checks only."""
         return sorted(self._length_at.items())

@@ -11,6 +11,7 @@ from typing import Any
 from weakref import ReferenceType, ref
 
 from ds_cp.errors import ConfigError
+from ds_cp.model.invariant import restore_layers
 from ds_cp.model.linear import unpack
 from ds_cp.model.wiring import Decoder
 
@@ -52,5 +53,6 @@ class Borrowed:
         if self.model is not None and self._mark is not None:
             self.model.set_attn_implementation(self._mark.attention)
             unpack(self.model)
+            restore_layers(self.model)
             del self.model.__dict__[_MARK]
             self._mark = None

@@ -19,21 +19,21 @@ from typing import Any, NoReturn
 
 import msgspec
 
+from ds_cp.frames import frame, receive
 from ds_cp.process import die_with_parent
+from ds_cp.sandbox import bytes_of_this_process, limit_this_process, unlimit_this_process
 from ds_cp.templates.messages import (
     Answer,
     Ended,
     Failed,
     Job,
-    Limits,
     Look,
     Looked,
     Render,
     Rendered,
-    frame,
-    receive,
 )
-from ds_cp.templates.shape import learn, marked, missing, mostly_there
+from ds_cp.templates.shape import learn, marked, missing, mostly_there, shaped
+from ds_cp.templates.tools import learn_tools
 from ds_cp.text import shorten
 
 NICENESS = 5  # of workers: a long rendering takes less than ranks and server
@@ -73,12 +73,16 @@ def _transformers() -> Renderer:
     renders: Any = chat_template_utils.render_jinja_template  # its types say too little
 
     def render(work: Render) -> str:
-        messages = [{k: v for k, v in m.items() if v is not None} for m in work.messages]
+        messages = [
+            {k: v for k, v in m.items() if v is not None or k == "content"} for m in work.messages
+        ]
         rendered, _ = renders(
             conversations=[messages],
             chat_template=work.template,
             add_generation_prompt=work.add_generation_prompt,
-            **work.tokens,
+            tools=work.tools,
+            continue_final_message=work.continue_final,
+            **{**work.values, **work.tokens},
         )
         text: str = rendered[0]
         return text
@@ -185,9 +189,10 @@ def _tell(sock: socket.socket, message: Ended | Failed) -> None:
 def work_off(sock: socket.socket, render: Renderer) -> NoReturn:
     """A worker: answer jobs until the socket closes, or until this process has grown."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    before = _pages(1)
+    before = bytes_of_this_process(1)
     while (job := receive(sock, Job)) is not None:
-        _limit(job.limits)
+        limits = job.limits
+        limit_this_process(limits.cpu_s, limits.wall_s, limits.memory_bytes)
         answer = _answer(job.work, render)
         try:
             raw = frame(answer)
@@ -195,9 +200,9 @@ def work_off(sock: socket.socket, render: Renderer) -> NoReturn:
             raw = _NO_MEMORY
         except ValueError as err:  # half a surrogate pair, which no tokenizer takes
             raw = frame(Failed("raised", f"the rendering is not text: {_one_line(err)}"))
-        _unlimit()
+        unlimit_this_process()  # the next job may be a large one to read
         sock.sendall(raw)
-        if _pages(1) - before > KEPT_GROWTH or raw == _NO_MEMORY:
+        if bytes_of_this_process(1) - before > KEPT_GROWTH or raw == _NO_MEMORY:
             break
     os._exit(0)
 
@@ -252,42 +257,21 @@ def _look(work: Look, render: Renderer) -> Looked:
     def render_messages(messages: list[dict[str, Any]]) -> str:
         return render(Render(work.template, work.tokens, messages, True, 0))
 
-    shapes, lost, failed = learn(render_messages, (MemoryError, TemplateSyntaxError))
+    def render_tools(messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> str:
+        shaped_messages = shaped(messages, shapes)
+        for message, shaped_one in zip(messages, shaped_messages, strict=True):
+            if message["content"] is None:
+                shaped_one["content"] = None
+        return render(Render(work.template, work.tokens, shaped_messages, True, 0, tools))
+
+    passing = (MemoryError, TemplateSyntaxError)
+    shapes, lost, failed = learn(render_messages, passing)
+    tools = learn_tools(render_tools, passing)
+    tools = msgspec.structs.replace(tools, system="system" in shapes)
     reasons = {
         role: shorten(" ".join(why.split()), MAX_REASON_CHARS) for role, why in failed.items()
     }
-    return Looked(shapes, lost, reasons)
-
-
-def _limit(limits: Limits) -> None:
-    """Have the kernel end this process when it computes or lasts too long, and refuse it memory."""
-    if size := _pages(0):
-        _limit_memory(size + limits.memory_bytes)
-    signal.setitimer(signal.ITIMER_PROF, limits.cpu_s)
-    signal.setitimer(signal.ITIMER_REAL, limits.wall_s)
-
-
-def _unlimit() -> None:
-    signal.setitimer(signal.ITIMER_PROF, 0)
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    _limit_memory(None)  # the next job may be a large one to read
-
-
-def _limit_memory(most: int | None) -> None:
-    """Bytes of address space; None for as many as the system allows."""
-    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    soft = hard if most is None else most if hard == resource.RLIM_INFINITY else min(most, hard)
-    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-
-
-def _pages(field: int) -> int:
-    """Bytes of this process: 0 for its address space, 1 for what of it is in memory. 0 where the
-    system does not tell; then no limit of memory is kept."""
-    try:
-        with open("/proc/self/statm", "rb") as file:
-            return int(file.read().split()[field]) * resource.getpagesize()
-    except OSError:
-        return 0
+    return Looked(shapes, lost, reasons, tools)
 
 
 def _one_line(err: BaseException) -> str:

@@ -8,8 +8,8 @@ to rounding stays as it is.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Collection
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -22,7 +22,12 @@ EPS = ("variance_epsilon", "eps", "epsilon")  # as transformers' norms name it
 ROWS = 4  # of the comparison
 # Least share of equal elements of the comparison, in bf16, where the order of a sum seldom shows.
 EQUAL = 0.98
-NEAR = {torch.bfloat16: 2**-7, torch.float32: 2e-6}  # largest relative difference: one rounding
+NEAR = {
+    torch.bfloat16: 2**-7,
+    torch.float16: 2**-10,
+    torch.float32: 2e-6,
+}  # largest relative difference: one rounding
+N = TypeVar("N", bound=Callable[..., Any])
 _INT, _POINTER = ctypes.c_int64, ctypes.c_void_p
 
 
@@ -76,27 +81,33 @@ def replace_norms(model: Decoder) -> int:
     count = 0
     with torch.inference_mode():
         for module in model.modules():
-            if _may_be_one(module) and (norm := _fitting(library, module)) is not None:
+            if not may_be_norm(module, "cpu", DTYPES):
+                continue
+            norm = fitting(module, lambda *how: NativeNorm(library, *how))
+            if norm is not None:
                 setattr(module, "forward", norm)  # noqa: B010
                 count += 1
     return count
 
 
-def _may_be_one(module: nn.Module) -> bool:
+def may_be_norm(module: nn.Module, device: str, dtypes: Collection[torch.dtype]) -> bool:
+    """Whether it looks like an RMS norm with weights of ``dtypes`` on such a ``device``."""
     weight = getattr(module, "weight", None)
     return (
         type(module).__name__.endswith("RMSNorm")
         and "forward" not in module.__dict__
         and isinstance(weight, torch.Tensor)
         and weight.dim() == 1
-        and weight.dtype in DTYPES
-        and weight.device.type == "cpu"
+        and weight.dtype in dtypes
+        and weight.device.type == device
         and [name for name, _ in module.named_parameters()] == ["weight"]
         and not any(True for _ in module.buffers())
     )
 
 
-def _fitting(library: Library, module: nn.Module) -> NativeNorm | None:
+def fitting(module: nn.Module, make: Callable[..., N]) -> N | None:
+    """The norm that computes what ``module`` does, to rounding. ``make`` is called with weight,
+    eps, round_first, add_one and the module's own function."""
     weight: Any = module.weight
     eps = next((e for n in EPS if isinstance(e := getattr(module, n, None), float)), None)
     if eps is None:
@@ -104,7 +115,7 @@ def _fitting(library: Library, module: nn.Module) -> NativeNorm | None:
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(ROWS, weight.numel(), generator=generator)
     x *= torch.tensor([[1.0], [30.0], [eps**0.5], [0.03]])  # eps counts in one row
-    x = x.to(weight.dtype)
+    x = x.to(weight.device, weight.dtype)
     try:
         want = module(x)
     except (TypeError, RuntimeError, ValueError):  # it takes something else
@@ -113,7 +124,7 @@ def _fitting(library: Library, module: nn.Module) -> NativeNorm | None:
         return None
     for round_first in (True, False):
         for add_one in (False, True):
-            norm = NativeNorm(library, weight, eps, round_first, add_one, module.forward)
+            norm = make(weight, eps, round_first, add_one, module.forward)
             got = norm(x)
             equal = float((got == want).float().mean())
             near = (got.float() - want.float()).abs() <= NEAR[x.dtype] * want.float().abs()

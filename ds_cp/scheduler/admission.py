@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ds_cp.errors import CapacityError, RequestError
+from ds_cp.grammar.limits import MAX_GRAMMAR_BYTES
 from ds_cp.plan import MAX_PLAN_BYTES
 from ds_cp.sampling_params import SamplingParams
 from ds_cp.scheduler.block_manager import BlockManager
@@ -30,7 +31,9 @@ class Limits:
         """An upper bound, in bytes of msgpack, of a ``Begin`` of ``tokens`` known tokens."""
         home = 9  # a list of a rank below 2**16 and a block below 2**32
         ends = len(self.eos_token_ids) + len(params.stop_token_ids)
-        sampling = 256 + 16 * len(params.logit_bias) + 5 * ends
+        sampling = 256 + 16 * len(params.logit_bias) + 10 * ends
+        if params.structured_outputs is not None:
+            sampling += MAX_GRAMMAR_BYTES
         return sampling + self._token_bytes * tokens + home * (tokens // block_size)
 
     def begin_tokens(self, block_size: int, params: SamplingParams) -> int:

@@ -13,6 +13,7 @@ from ds_cp.layout import Home, split_capped
 from ds_cp.plan import Transfer
 from ds_cp.scheduler.mode_policy import ModePolicy, Seats
 from ds_cp.scheduler.prefix_index import PrefixIndex
+from ds_cp.scheduler.reasons import SpanReason
 from ds_cp.scheduler.request import Refusal, Request
 
 
@@ -20,12 +21,13 @@ from ds_cp.scheduler.request import Refusal, Request
 class Offer:
     """One way to start a request now. ``found``: cached blocks that hold its first tokens; ``new``:
     blocks to allocate per rank; ``workers``: the ranks that compute; ``copy_to``: the rank to which
-    found blocks of other ranks are copied, -1 to share them where they are."""
+    found blocks of other ranks are copied, -1 to share them where they are; ``why``: on them."""
 
     found: list[Home]
     new: Sequence[int]
     workers: tuple[int, ...]
     copy_to: int = -1
+    why: SpanReason = SpanReason.NO_ROOM
 
 
 class BlockManager:
@@ -51,7 +53,7 @@ class BlockManager:
         self.queries = 0  # prompt tokens looked up in the prefix index
         self.hits = 0
         self._placement = placement
-        self._order = tuple(order)
+        self.order = tuple(order)
         self._policy = policy
         self._seats = seats
         self._caching = prefix_caching
@@ -139,6 +141,7 @@ class BlockManager:
             copies.append(Transfer((), index, found[index], homes[index]))
         request.table = SequenceTable(size, homes, len(homes) * size)
         request.workers = offer.workers
+        request.why_span = offer.why
         request.num_keyed = 0 if far else len(found)
         if request.cached_tokens is None and self._caching:
             request.cached_tokens = min(len(found) * size, len(request.prompt))
@@ -154,9 +157,10 @@ class BlockManager:
         past = len(found) * size
         answer = request.max_tokens - len(request.output)
         most = self.num_ranks - len(self.closed)
-        want = self._policy.ranks_that_pay(most, tokens - past, past, answer, busy)
+        width = self._policy.width(most, tokens - past, past, answer, busy)
+        want = width.ranks
         if want == 1 or self.only_local:
-            yield from self._local_offers(request, found, blocks, load)
+            yield from self._local_offers(request, found, blocks, load, width.why)
         if not self.only_local:
             room = self._room_beside(found)
             need = blocks - len(found)
@@ -165,7 +169,8 @@ class BlockManager:
                 level = want > 1 and self._policy.may_be_local(tokens)
                 counts = self._spread(need, room, ranks, found, level)
                 if counts is not None:
-                    yield Offer(found, counts, tuple(sorted(ranks)))
+                    why = width.why if len(ranks) <= want else SpanReason.NO_ROOM
+                    yield Offer(found, counts, tuple(sorted(ranks)), why=why)
 
     def _spread(
         self, need: int, room: Sequence[int], ranks: set[int], found: Sequence[Home], level: bool
@@ -178,17 +183,22 @@ class BlockManager:
             return split_capped(need, [int(n > 0) for n in inside], inside)
         return place(
             self._placement, need, open_slots=[0] * self.num_ranks, free_blocks=inside,
-            block_size=1, last_rank=found[-1][0] if found else -1, order=self._order,
+            block_size=1, last_rank=found[-1][0] if found else -1, order=self.order,
         )  # fmt: skip
 
     def _local_offers(
-        self, request: Request, found: list[Home], blocks: int, load: Sequence[int]
+        self,
+        request: Request,
+        found: list[Home],
+        blocks: int,
+        load: Sequence[int],
+        why: SpanReason,
     ) -> Iterator[Offer]:
         """On one rank: the one that holds the prefix, unless more work waits there than the prefix
         is long; else the one where least work waits, to which blocks cached on other ranks are
         copied. Ranks that would have no core of their own come last."""
         on = {rank for rank, _ in found}
-        open_ranks = [rank for rank in self._order if rank not in self.closed]
+        open_ranks = [rank for rank in self.order if rank not in self.closed]
         asleep = self._seats.asleep(load) if self._seats is not None else set()
         best = min((load[rank] for rank in open_ranks if rank not in asleep), default=0)
         if len(on) == 1:
@@ -196,7 +206,7 @@ class BlockManager:
             need = blocks - len(found)
             behind = load[rank] - best > len(found) * self.allocator.block_size or rank in asleep
             if not behind and rank not in self.closed and self._room_beside(found)[rank] >= need:
-                yield Offer(found, self._only(rank, need), (rank,))
+                yield Offer(found, self._only(rank, need), (rank,), why=SpanReason.PREFIX)
         by_load = sorted(open_ranks, key=lambda r: (
             r in asleep, load[r], -self.allocator.num_available(r), -self.allocator.num_free(r),
         ))  # fmt: skip
@@ -208,7 +218,7 @@ class BlockManager:
             chain = self.prefix.find(request, rank)
             here = [home for home in chain if home[0] == rank]
             if self._room_beside(here)[rank] >= blocks - len(here):
-                yield Offer(chain, self._only(rank, blocks - len(chain)), (rank,), rank)
+                yield Offer(chain, self._only(rank, blocks - len(chain)), (rank,), rank, why)
 
     def _only(self, rank: int, blocks: int) -> list[int]:
         return [blocks if r == rank else 0 for r in range(self.num_ranks)]
@@ -227,7 +237,7 @@ class BlockManager:
         """``want`` ranks, or as many more as it takes to hold ``need`` blocks; the preferred, then
         the roomiest first. Empty when all together have too little."""
         ranked = sorted(
-            (rank for rank in self._order if room[rank]),
+            (rank for rank in self.order if room[rank]),
             key=lambda rank: (rank not in preferred, -room[rank]),
         )
         chosen: set[int] = set()
@@ -262,7 +272,7 @@ class BlockManager:
         inside = [n if table.num_blocks(r) else 0 for r, n in enumerate(room)]
         if mode == "auto" and any(inside):
             room = inside  # a span no wider than it has to be
-        rank = place_block(self._placement, room, last, self._order)
+        rank = place_block(self._placement, room, last, self.order)
         if rank is None:
             return None
         return rank, self.run_on(rank, 1, table.newest_on(rank), grows=True)[0]

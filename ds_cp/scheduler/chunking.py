@@ -60,9 +60,10 @@ def cut_chunk(
     table.append(homes, new)
     ranks = {rank for rank, runs in enumerate(q_runs) if runs} | set(table.span)
     share = max(map(table.num_blocks, table.span)) / len(table.homes)
-    mode, ring_pass = policy.choose(len(ranks), new, start, share)
+    choice = policy.decide(len(ranks), new, start, share)
+    request.why_mode = choice.why
     chunk = Chunk(
-        request.number, mode, ring_pass,
+        request.number, choice.mode, choice.ring_pass,
         tuple((rank, runs) for rank, runs in enumerate(q_runs) if runs),
         tuple(homes), table.num_tokens == request.num_tokens,
     )  # fmt: skip

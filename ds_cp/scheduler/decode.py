@@ -12,6 +12,7 @@ from ds_cp.scheduler.block_manager import BlockManager
 from ds_cp.scheduler.draft import Draft
 from ds_cp.scheduler.mode_policy import ModePolicy
 from ds_cp.scheduler.queue import WaitingQueue
+from ds_cp.scheduler.reasons import SpanReason
 from ds_cp.scheduler.request import Request
 
 PROMPT_SHARE = 0.25  # share of a rank's token budget kept for prompts when decodes would fill it
@@ -106,6 +107,8 @@ class DecodePlanner:
         table.append((home,), 1)
         if table.width != width:
             request.decode_key = None
+            if width:
+                request.why_span = SpanReason.GREW
         draft.grown.append((request.number, home))
         return True
 
@@ -140,7 +143,8 @@ class DecodePlanner:
     def _choose_mode(self, request: Request) -> tuple[str, str]:
         """Mode and ring pass of its decodes, remembered until its span changes."""
         assert request.table is not None
-        key = self._policy.choose(request.table.width, 1, request.table.num_tokens - 1)
+        choice = self._policy.decide(request.table.width, 1, request.table.num_tokens - 1)
+        key, request.why_mode = choice.key, choice.why
         if key[0] not in request.modes:
             request.modes.append(key[0])
         request.decode_key = key

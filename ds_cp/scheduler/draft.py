@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import msgspec
+
+from ds_cp.grammar.vocabulary import Vocabulary
 from ds_cp.layout import Home
 from ds_cp.plan import Begin, Chunk, Decodes, Fork, Sampling, StepPlan, Transfer
 from ds_cp.scheduler.chunking import Cut
@@ -17,11 +20,19 @@ class Draft:
     """Collects what the next step does; ``plan`` makes the frozen plan of it.
 
     ``step``: its number. ``budget``: tokens that each rank may compute in it. ``pacer``: bounds
-    the time that prompts may add; None for no such bound.
+    the time that prompts may add; None for no such bound. ``vocabulary``: that the ranks do not
+    have yet.
     """
 
-    def __init__(self, step: int, budget: Sequence[int], pacer: ChunkPacer | None) -> None:
+    def __init__(
+        self,
+        step: int,
+        budget: Sequence[int],
+        pacer: ChunkPacer | None,
+        vocabulary: Vocabulary | None = None,
+    ) -> None:
         self.step = step
+        self._vocabulary = vocabulary
         self.left = list(budget)  # tokens that each rank may still compute
         self.work = [0.0] * len(budget)  # on prompts, of each rank, in the pacer's unit
         self.pairs = [0.0] * len(budget)  # (query, key) of prompts that each rank attends a layer
@@ -30,7 +41,8 @@ class Draft:
         self.transfers: list[Transfer] = []
         self.grown: list[tuple[int, Home]] = []
         self.begins: list[Begin] = []
-        self.begin_bytes = 0  # at most, of the begins as msgpack
+        # At most, of the begins and the vocabulary as msgpack.
+        self.begin_bytes = 0 if vocabulary is None else vocabulary.size
         self.forks: list[Fork] = []
         self.looking_back: list[Request] = []  # begun or forked, and their draws need old tokens
         self._pacer = pacer
@@ -40,7 +52,8 @@ class Draft:
     @property
     def is_empty(self) -> bool:
         """Whether the step has nothing to compute or copy."""
-        return not (self.decodes or self._chunks or self.transfers or self.begins)
+        something = self.decodes or self._chunks or self.transfers or self.begins
+        return not something and self._vocabulary is None
 
     @property
     def has_prompts(self) -> bool:
@@ -101,7 +114,9 @@ class Draft:
 
     def fork(self, parent: Request, child: Request, sampling: Sampling) -> None:
         """``child`` starts as another answer to the prompt of ``parent``."""
-        self.forks.append(Fork(parent.number, child.number, sampling))
+        # All answers have one grammar, which is long: it travels once.
+        without = msgspec.structs.replace(sampling, grammar="")
+        self.forks.append(Fork(parent.number, child.number, without))
         if sampling.looks_back:
             self.looking_back.append(child)
 
@@ -113,5 +128,5 @@ class Draft:
             self.step, tuple(ended), tuple(seen), tuple(self.transfers),
             tuple(self.begins), tuple(self.grown), tuple(self._chunks),
             tuple(Decodes(*key, tuple(numbers)) for key, numbers in self.decodes.items()),
-            tuple(self.forks),
+            tuple(self.forks), self._vocabulary,
         )  # fmt: skip

@@ -10,6 +10,7 @@ from ds_cp.errors import CapacityError, RequestError
 from ds_cp.layout import Home
 from ds_cp.plan import Transfer
 from ds_cp.scheduler.block_manager import BlockManager
+from ds_cp.scheduler.reasons import SpanReason
 from ds_cp.scheduler.request import Request
 
 MOVES_PER_STEP = 8  # blocks moved in one step, at most, so that decodes go on meanwhile
@@ -327,7 +328,7 @@ class Migration:
         for holder in holders:
             assert holder.table is not None
             holder.table.replace(index, target)
-            holder.decode_key = None
+            holder.decode_key, holder.why_span = None, SpanReason.MOVED
         self.num_moved += 1
         return Transfer(tuple(r.number for r in holders), index, source, target)
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ds_cp.cost import CostModel, LayerWindows
+from ds_cp.scheduler.reasons import Choice, ModeReason, SpanReason, Width
 
 TILT = 1.25  # ratio of the largest share of the keys to the mean; up to it queries may travel
 
@@ -57,7 +58,7 @@ class ModePolicy:
             return self.mode == "local"
         return self.local_threshold is None or prompt_tokens <= self.local_threshold
 
-    def ranks_that_pay(self, most: int, new: int, past: int, answer: int, busy: bool) -> int:
+    def width(self, most: int, new: int, past: int, answer: int, busy: bool) -> Width:
         """Over how many of ``most`` ranks a prompt should be spread, if that many have room.
 
         All when it may not be local. Otherwise one while other requests, which can use the other
@@ -65,12 +66,17 @@ class ModePolicy:
         output tokens.
         """
         if self.mode == "local":
-            return 1
+            return Width(1, SpanReason.LOCAL_SET)
         if not self.may_be_local(new + past):
-            return most
-        if busy or self.cost is None or self.local_threshold is not None:
-            return 1
-        return self.cost.best_ranks(most, new, past, answer)
+            return Width(most, SpanReason.LONG if self.mode == "auto" else SpanReason.SPAN_SET)
+        if self.local_threshold is not None:
+            return Width(1, SpanReason.SHORT)
+        if busy:
+            return Width(1, SpanReason.BUSY)
+        if self.cost is None:
+            return Width(1, SpanReason.NO_RATES)
+        ranks = self.cost.best_ranks(most, new, past, answer)
+        return Width(ranks, SpanReason.MORE_PAYS if ranks > 1 else SpanReason.ONE_PAYS)
 
     def gathers(self, ranks: int, tokens: int) -> bool:
         """Whether a request that decodes with ``tokens`` tokens over ``ranks`` ranks is faster on
@@ -81,10 +87,8 @@ class ModePolicy:
             ranks, tokens
         )
 
-    def choose(
-        self, ranks: int, new: int, past: int, share: float | None = None
-    ) -> tuple[str, str]:
-        """(mode, ring_pass) of a step with ``new`` tokens over ``past`` stored ones on ``ranks``
+    def decide(self, ranks: int, new: int, past: int, share: float | None = None) -> Choice:
+        """The mode of a step with ``new`` tokens over ``past`` stored ones on ``ranks``
         ranks, of which one holds ``share`` of the keys (None: all hold as much).
 
         auto: local on one rank; spanning decode by tree; spanning prefill by ring, or by tree when
@@ -92,28 +96,35 @@ class ModePolicy:
         pass-Q, they are attended where the keys are: auto lets them only if the ranks hold about as
         many keys each, or if that is seen to cost less.
         """
-        mode = self.mode
         level = self._level(ranks, new, past, share)
-        if mode == "auto":
+        if self.mode in ("local", "tree"):
+            return Choice(self.mode, "kv", ModeReason.SET)
+        if self.mode == "auto":
             if ranks == 1:
-                mode = "local"
-            elif new == 1 or (ranks > 2 and self.num_hosts > 1 and level):
-                mode = "tree"
-            else:
-                mode = "ring"
-        return mode, self._pass(ranks, new, past, level) if mode == "ring" else "kv"
+                return Choice("local", "kv", ModeReason.ONE_RANK)
+            if new == 1:
+                return Choice("tree", "kv", ModeReason.ONE_QUERY)
+            if ranks > 2 and self.num_hosts > 1 and level:
+                return Choice("tree", "kv", ModeReason.HOSTS)
+        return Choice("ring", *self._pass(ranks, new, past, level))
 
     def _level(self, ranks: int, new: int, past: int, share: float | None) -> bool:
         if share is None or share * ranks <= TILT:
             return True
         return self.cost is not None and self.cost.pass_q_pays(ranks, new, past, share)
 
-    def _pass(self, ranks: int, new: int, past: int, level: bool) -> str:
+    def _pass(self, ranks: int, new: int, past: int, level: bool) -> tuple[str, ModeReason]:
         """auto: arXiv 2411.01783, algorithm 1: KV travels if that hides under the attention or is
         the smaller message, else queries. A first chunk moves KV; without rates the message sizes
         alone decide. The algorithm takes the keys to be ``level``."""
         if self.ring_pass != "auto":
-            return self.ring_pass
-        if not level or past == 0 or (self.cost is not None and self.cost.kv_hides(ranks, new)):
-            return "kv"
-        return "q" if new * self.num_q_heads <= 2 * self.num_kv_heads * (new + past) else "kv"
+            return self.ring_pass, ModeReason.PASS_SET
+        if past == 0:
+            return "kv", ModeReason.FIRST
+        if not level:
+            return "kv", ModeReason.UNEVEN
+        if self.cost is not None and self.cost.kv_hides(ranks, new):
+            return "kv", ModeReason.HIDES
+        if new * self.num_q_heads <= 2 * self.num_kv_heads * (new + past):
+            return "q", ModeReason.Q_SMALLER
+        return "kv", ModeReason.KV_SMALLER

@@ -88,6 +88,7 @@ class PrefillPlanner:
         child.table = SequenceTable(size, shared, known)
         child.prefilling, child.served = False, parent.served
         child.workers, child.num_keyed = parent.workers, known // size
+        child.why_span = parent.why_span
         if parent.keys is not None:  # the same up to there, its own from there on
             child.keys = parent.keys.fork(known // size)
         child.first_scheduled_time = time.time()
@@ -115,7 +116,7 @@ class PrefillPlanner:
             size = self._limits.begin_bytes(
                 request.num_tokens, self._allocator.block_size, request.params
             )
-            if draft.begins and draft.begin_bytes + size > BEGIN_BYTES:
+            if draft.begin_bytes and draft.begin_bytes + size > BEGIN_BYTES:
                 return
             copies = self._blocks.start(request, load, busy)
             if copies is None:
@@ -165,4 +166,5 @@ class PrefillPlanner:
             early_banned=tuple(sorted(ends)) if params.min_tokens else (),
             presence_penalty=params.presence_penalty, frequency_penalty=params.frequency_penalty,
             repetition_penalty=params.repetition_penalty,
+            grammar=request.grammar, ends=tuple(sorted(ends)) if request.grammar else (),
         )  # fmt: skip

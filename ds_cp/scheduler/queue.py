@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from heapq import heapify, heappop, heappush
+from heapq import heapify, heappop, heappush, nsmallest
 from itertools import count
 
 from ds_cp.scheduler.request import Request
@@ -27,6 +27,10 @@ class WaitingQueue:
         while self._heap and self._heap[0][2].number not in self._members:
             heappop(self._heap)
         return self._heap[0][2] if self._heap else None
+
+    def peek(self, count: int) -> list[Request]:
+        """The next ``count`` to start, or all that there are."""
+        return nsmallest(count, self._members.values(), key=lambda request: request.order)
 
     def remove(self, request: Request) -> None:
         """Remove a request. KeyError when it does not wait."""

@@ -13,6 +13,7 @@ from ds_cp.kv.table import SequenceTable
 from ds_cp.layout import Home
 from ds_cp.outputs import RequestMetrics
 from ds_cp.sampling_params import SamplingParams
+from ds_cp.scheduler.reasons import ModeReason, SpanReason
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +100,7 @@ class Request:
     priority: int = 0
     salt: str = ""
     index: int = 0  # which of the n answers
+    grammar: str = ""  # of ``params.structured_outputs``, as ranks compile it
     siblings: list[Request] = field(default_factory=list)
     output: list[int] = field(default_factory=list)
     table: SequenceTable | None = None
@@ -122,7 +124,11 @@ class Request:
     first_token_time: float | None = None
     finished_time: float | None = None
     modes: list[str] = field(default_factory=list)
+    ranks_used: set[int] = field(default_factory=set)  # up to its last stop
+    last_token_time: float | None = None
     num_preemptions: int = 0
+    why_span: SpanReason | None = None  # of the ranks that it has now
+    why_mode: ModeReason | None = None  # of its newest step
 
     @property
     def tokens(self) -> KnownTokens:

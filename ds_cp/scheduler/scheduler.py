@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 
 from ds_cp.errors import QueueFullError
+from ds_cp.grammar.vocabulary import Vocabulary
 from ds_cp.plan import StepPlan
 from ds_cp.sampling_params import RequestOptions, SamplingParams
 from ds_cp.scheduler.admission import Limits, check_request, fit_max_tokens
@@ -65,6 +66,8 @@ class Scheduler:
         self._ended: list[int] = []  # requests that the ranks should forget
         self._looking_back: dict[int, Request] = {}  # whose draws depend on earlier tokens
         self._in_flight: dict[int, tuple[int, float]] = {}  # step -> its decodes, work on prompts
+        self._vocabulary: Vocabulary | None = None  # that the ranks are to have
+        self._vocabulary_sent = False
         self._last_use: dict[int, int] = {}  # closed rank -> the last step that may use its blocks
 
     # --- requests come and go
@@ -81,9 +84,11 @@ class Scheduler:
         params: SamplingParams,
         seed: int,
         options: RequestOptions | None = None,
+        grammar: str = "",
     ) -> Request:
         """Queue a request that ``check`` has accepted, or refuse it at once: as ``fit_max_tokens``
-        does, or with ``QueueFullError``.
+        does, or with ``QueueFullError``. ``grammar``: as ranks compile it; ``tell_vocabulary`` was
+        called.
 
         With ``params.n`` above 1 its ``siblings`` answer the same prompt with the seeds that
         follow.
@@ -101,10 +106,16 @@ class Scheduler:
             answers.append(Request(
                 self._numbers, request_id, known, params, max_tokens,
                 (seed + index + 2**63) % 2**64 - 2**63, options.priority, options.cache_salt, index,
+                grammar,
             ))  # fmt: skip
         first, first.siblings = answers[0], answers[1:]
         self.waiting.push(first)
         return first
+
+    def tell_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """Have the next step tell the ranks what tokens spell, unless they know."""
+        if self._vocabulary is None:
+            self._vocabulary = vocabulary
 
     def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
         """Raise ``RequestError`` for a request that is not acceptable; see ``check_request``."""
@@ -172,12 +183,18 @@ class Scheduler:
         """Move blocks from full ranks to empty ones in the next steps; returns how many."""
         return self.migration.rebalance(self.running)
 
+    def reset_prefix_cache(self) -> int:
+        """Forget every prefix; returns how many unused blocks became free. What runs keeps its
+        blocks, and enters those that it has not entered yet."""
+        return self.allocator.forget_all()
+
     # --- one step
 
     def schedule(self) -> StepPlan | None:
         """The next step, or None when nothing can run (before the steps in flight are known)."""
         budget = [self.limits.max_num_batched_tokens] * self.block_manager.num_ranks
-        draft = Draft(self._steps + 1, budget, self._pacer)
+        vocabulary = None if self._vocabulary_sent else self._vocabulary
+        draft = Draft(self._steps + 1, budget, self._pacer, vocabulary)
         before = self.num_preemptions
         self.block_manager.prefix.begin_step()
         for rank in self.block_manager.closed:
@@ -198,6 +215,7 @@ class Scheduler:
         self._looking_back.update((r.number, r) for r in draft.looking_back)
         plan = draft.plan(self._ended, self._unreported())
         self._ended = []
+        self._vocabulary_sent = self._vocabulary is not None
         return plan
 
     def observe_step(self, step: int, seconds: float) -> None:
@@ -213,8 +231,9 @@ class Scheduler:
         request.in_flight -= 1
         request.output.append(token)
         params, length = request.params, len(request.output)
+        request.last_token_time = time.time()
         if length == 1:
-            request.first_token_time = time.time()
+            request.first_token_time = request.last_token_time
         if request.table is not None and request.num_tokens % self.allocator.block_size <= 1:
             self.block_manager.prefix.enter(request)
         if length > params.min_tokens:  # that many come before an end, as in vLLM
@@ -258,6 +277,8 @@ class Scheduler:
 
     def _stop(self, request: Request, keep: bool) -> None:
         self.running.remove(request)
+        if request.table is not None:
+            request.ranks_used.update(request.table.span, request.workers)
         self.block_manager.release(request, keep)
         self.migration.forget(request)
         request.prefilling, request.decode_key = True, None

@@ -20,14 +20,20 @@ from ds_cp.config import Config
 from ds_cp.engine.core import EngineCore
 from ds_cp.engine.interface import EngineInfo, EngineStats
 from ds_cp.engine.loop import PipelinedLoop
+from ds_cp.engine.observer import Observer
+from ds_cp.engine.picture import Picture
 from ds_cp.engine.sign_of_life import idle_seconds
-from ds_cp.errors import DsCpError, EngineDeadError, StoppingError
+from ds_cp.engine.wire_model import WireModel
+from ds_cp.errors import DsCpError, EngineDeadError, RequestError, StoppingError
 from ds_cp.model.end_tokens import describe_tokenizer
-from ds_cp.outputs import Delta
-from ds_cp.plan import Idle, Outcome, Plan
+from ds_cp.outputs import Delta, EndedRequest, PromptProgress
+from ds_cp.plan import Idle
 from ds_cp.sampling_params import RequestOptions, SamplingParams
-from ds_cp.scheduler.build import build_scheduler
+from ds_cp.scheduler.build import build_scheduler, grid_of
 from ds_cp.serve.channel import Ready
+from ds_cp.serve.grammar_checks import GrammarChecks
+from ds_cp.serve.ready_facts import chat_notes, info_of
+from ds_cp.serve.timed_link import TimedLink
 from ds_cp.serve.worker_link import WorkerLink
 from ds_cp.templates.chat import LOOK_S, ChatTemplate
 from ds_cp.templates.processes import TemplateProcesses
@@ -73,6 +79,7 @@ class AsyncEngine:
         self._paced = paced
         self._state = "starting"
         self._core: EngineCore | None = None
+        self._observer: Observer | None = None
         self._lock = threading.Lock()  # guards core and mailboxes; not held during a step
         self._wake = threading.Condition(self._lock)
         self._refusing = False  # new requests, because the server is being stopped
@@ -80,14 +87,20 @@ class AsyncEngine:
         self._stopping = False  # the loop of steps ends
         self._failed = False  # by ``fail``
         self._mailboxes: dict[str, _Mailbox] = {}  # by request id
-        self._steps = _Timed(link)
+        self._steps = TimedLink(link)
         self._stall_s = config.server.stall_s
         self._templates = TemplateProcesses()
+        self._checks = GrammarChecks()
+        self._listeners: list[Callable[[EndedRequest], None]] = []
         self._thread = threading.Thread(target=self._run, name="ds_cp engine", daemon=True)
 
     def start(self) -> None:
         """Begin to wait for the worker and then to step."""
         self._thread.start()
+
+    def on_ended(self, listener: Callable[[EndedRequest], None]) -> None:
+        """As ``EngineInterface`` says."""
+        self._listeners.append(listener)
 
     @property
     def state(self) -> str:
@@ -113,8 +126,14 @@ class AsyncEngine:
         refusal is raised before the first delta."""
         mailbox: _Mailbox = asyncio.Queue()
         prompt = tuple(prompt_token_ids)  # copied before the lock is taken
+        checker = self._ready_core().grammars
+        try:
+            grammar = await self._checks.check(checker, params.structured_outputs)
+        except RequestError:
+            self._ready_core()  # while the engine ends, that is why
+            raise
         with self._wake:
-            self._ready_core().add(request_id, prompt, params, options)
+            self._ready_core().add(request_id, prompt, params, options, grammar)
             self._mailboxes[request_id] = mailbox
             self._wake.notify()
         unfinished = params.n
@@ -128,12 +147,17 @@ class AsyncEngine:
         finally:
             self.abort(request_id)
 
+    def progress(self, request_id: str) -> PromptProgress | None:
+        """As ``EngineInterface`` says."""
+        with self._lock:
+            return self._core.progress(request_id) if self._core is not None else None
+
     def abort(self, request_id: str) -> None:
         """End a request that has not finished; its blocks are free before the next step."""
         with self._lock:
             self._mailboxes.pop(request_id, None)
-            if self._core is not None:
-                self._core.abort(request_id)
+            if self._core is not None and self._core.abort(request_id):
+                self._tell_ended(self._core)
 
     def drain(self, rank: int) -> None:
         """Begin to move everything off a rank, live; see ``EngineInterface``."""
@@ -150,6 +174,11 @@ class AsyncEngine:
         """Move blocks from full ranks to empty ones; returns how many will move."""
         with self._wake:
             return self._ready_core().scheduler.rebalance()
+
+    def reset_prefix_cache(self) -> int:
+        """Forget every prefix; see ``EngineInterface``."""
+        with self._wake:
+            return self._ready_core().scheduler.reset_prefix_cache()
 
     def _ready_core(self) -> EngineCore:
         if self._refusing and not self._failed:
@@ -170,6 +199,12 @@ class AsyncEngine:
                 comm_bytes={scheme: sent[0] for scheme, sent in self._link.sent.items()},
                 comm_exchanges={scheme: sent[1] for scheme, sent in self._link.sent.items()},
             )
+
+    def picture(self) -> Picture | None:
+        """As ``EngineInterface`` says."""
+        if self._observer is None:
+            return None
+        return self._observer.picture(self._steps.seconds, self._link.sent)
 
     # --- the end; called in the event loop
 
@@ -211,6 +246,7 @@ class AsyncEngine:
         while self._thread.is_alive() and time.monotonic() < limit:
             await asyncio.sleep(0.02)
         await asyncio.to_thread(self._templates.close)
+        await self._checks.close(None if self._core is None else self._core.grammars)
 
     # --- the engine's thread
 
@@ -227,27 +263,20 @@ class AsyncEngine:
         tokenizer = self._load_tokenizer()
         chat_template = ChatTemplate(tokenizer, self._templates)
         # While the worker starts, and not so long that a rank gives rank 0 up.
-        odd = chat_template.look(min(LOOK_S, idle_seconds(self._config.comm.timeout_s)))
+        look_s = min(LOOK_S, idle_seconds(self._config.comm.timeout_s))
+        odd = chat_notes(chat_template, tokenizer, self._config.server, look_s)
         ready = self._link.ready()
         facts = ready.facts.with_tokenizer(*describe_tokenizer(tokenizer))
         said = facts.notes[len(ready.facts.notes) :]
         ready = Ready(facts, (*ready.summary, *said, *odd))
         scheduler = build_scheduler(self._config, facts, self._paced)
         with self._lock:
-            self._core = EngineCore(scheduler, tokenizer)
+            self._core = EngineCore(scheduler, tokenizer, WireModel.of(facts))
+            hosts = grid_of(facts).cp_topology().hosts
+            self._observer = Observer(self._core, hosts, self._lock)
             self.tokenizer = tokenizer
             self.chat_template = chat_template
-            self.info = EngineInfo(
-                model=self._model_name,
-                max_model_len=ready.facts.max_model_len,
-                vocab_size=ready.facts.vocab_size,
-                kv_capacity_tokens=scheduler.allocator.capacity_tokens,
-                largest_request_tokens=scheduler.largest_tokens,
-                ranks=len(ready.facts.hosts),
-                hosts=len(set(ready.facts.hosts)),
-                dtype=ready.facts.dtype,
-                created=int(time.time()),
-            )
+            self.info = info_of(self._model_name, ready.facts, scheduler)
             self._state = "ready"
         self._on_ready(ready)
 
@@ -276,6 +305,7 @@ class AsyncEngine:
             deltas = loop.advance()
             with self._lock:
                 pairs = [(self._mailboxes.get(delta.request_id), delta) for delta in deltas]
+                self._tell_ended(core)
             self._deliver([(mailbox, delta) for mailbox, delta in pairs if mailbox is not None])
         self._state = "dead"
         loop.settle()
@@ -290,6 +320,19 @@ class AsyncEngine:
             with contextlib.suppress(RuntimeError):  # the loop has closed
                 self._loop.call_soon_threadsafe(put)
 
+    def _tell_ended(self, core: EngineCore) -> None:
+        """Tell the listeners, in the event loop. The lock is held."""
+        ended = core.tally.take_ended()
+
+        def tell() -> None:
+            for one in ended:
+                for listener in self._listeners:
+                    listener(one)
+
+        if ended and self._listeners:
+            with contextlib.suppress(RuntimeError):  # the loop has closed
+                self._loop.call_soon_threadsafe(tell)
+
     def _die(self, err: DsCpError, exit_code: int) -> None:
         with self._lock:
             self._state = "dead"
@@ -300,34 +343,3 @@ class AsyncEngine:
         self._deliver([(mailbox, kind(str(err))) for mailbox in mailboxes])
         if not self._stopping:
             self._on_death(err, exit_code)
-
-
-class _Timed:
-    """A runner that knows the seconds of the steps so far, and the age of the one that runs."""
-
-    def __init__(self, link: WorkerLink) -> None:
-        self._link = link
-        self._outstanding = 0  # plans without an outcome
-        self._since: float | None = None  # the oldest of them runs, in time.monotonic()
-        self.seconds = 0.0
-
-    @property
-    def age_s(self) -> float:
-        """Seconds that the oldest plan without an outcome has been running; 0 without one."""
-        since = self._since
-        return 0.0 if since is None else time.monotonic() - since
-
-    def submit(self, plan: Plan) -> None:
-        """Hand over a plan."""
-        if not self._outstanding:
-            self._since = time.monotonic()
-        self._outstanding += 1
-        self._link.submit(plan)
-
-    def outcome(self) -> Outcome:
-        """The oldest plan's outcome."""
-        outcome = self._link.outcome()
-        self._outstanding -= 1
-        self._since = time.monotonic() if self._outstanding else None
-        self.seconds += outcome.seconds
-        return outcome

@@ -38,6 +38,7 @@ async def open_app(config: Config, job: Job) -> AsyncIterator[Any]:
         world, threads = join_job(job, config)
         on_exit.append(world.leave)
         worker, facts = build_worker(world, config, source, threads)
+        on_exit[:] = [worker.leave]
 
         def read_sent() -> Sent:
             return {k: (e.bytes, e.exchanges) for k, e in world.ledger.schemes().items()}
@@ -86,5 +87,5 @@ def follow(config: Config, job: Job) -> int:
     world, threads = join_job(job, config)
     worker, _ = build_worker(world, config, None, threads)
     worker.follow()
-    world.leave()
+    worker.leave()
     return 0

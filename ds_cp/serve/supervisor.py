@@ -27,6 +27,7 @@ from ds_cp.log_stream import say
 from ds_cp.model.source import ModelSource, find_model
 from ds_cp.model.watch import FilesWatch, watch_model
 from ds_cp.process import StopSignals
+from ds_cp.serve.announce import Announce, print_ready
 from ds_cp.serve.channel import Channel, Failed, FromWorker, Ready
 from ds_cp.serve.job_link import FollowingLink, LeadingLink, Lost, link_name
 from ds_cp.serve.worker_child import SIGNALS, describe_end, ended, noticed, worker_child
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from ds_cp.serve.async_engine import AsyncEngine
 
 LEAVE_S = 2.0  # seconds for workers to end after the stop plan
+TRACE_S = 60.0  # seconds more where they write a trace
 POLL_S = 0.1  # seconds between looks at the worker and the launcher
 TOLD_S = 1.0  # seconds for the errors of a failed engine to reach their clients
 CAUSE_S = 1.5  # seconds that rank 0 waits for the cause when its worker knows only of a lost peer
@@ -49,16 +51,15 @@ FIRST_WORD_S, LAST_WORD_S = 30.0, 1.0
 FOLLOW_S = 5.0  # seconds that other ranks wait beyond the drain, which began on rank 0
 
 
-def serve(config: Config, job: Job) -> int:
-    """Serve until a signal, or until a failure ends the job. Returns the exit code.
-
-    Raises ``LaunchError`` or ``ModelError`` before any process is started.
-    """
-    return asyncio.run(_Supervisor(config, job).run())
+def serve(config: Config, job: Job, announce: Announce = print_ready) -> int:
+    """Serve until a signal or a failure ends the job; the exit code. Rank 0 calls ``announce`` once
+    requests are served. Raises ``LaunchError``, ``ModelError`` before a process is started."""
+    return asyncio.run(_Supervisor(config, job, announce).run())
 
 
 class _Supervisor:
-    def __init__(self, config: Config, job: Job) -> None:
+    def __init__(self, config: Config, job: Job, announce: Announce = print_ready) -> None:
+        self._announce = announce
         self._config = config
         self._job = job
         self._stop = asyncio.Event()
@@ -71,6 +72,7 @@ class _Supervisor:
         self._signals = StopSignals()
         self._pending: tuple[str, int] | None = None  # a failure whose cause may still come
         self._exit_code = 0
+        self._leave_s = LEAVE_S + (0.0 if config.trace.file is None else TRACE_S)
         self._launchers = launcher_processes(job.launcher)
         self._engine: AsyncEngine | None = None
         self._leading = LeadingLink(job.world_size, self._on_lost, self._on_gone, self._on_stopping)
@@ -97,7 +99,7 @@ class _Supervisor:
                     await self._serve_http(channel, *found)
                 else:
                     await self._follow(channel)
-                await asyncio.wait({watch}, timeout=0 if self._failed and leads else LEAVE_S)
+                await asyncio.wait({watch}, timeout=0 if self._failed and leads else self._leave_s)
             finally:
                 watch.cancel()
                 await link.close()
@@ -135,10 +137,8 @@ class _Supervisor:
 
         def on_ready(ready: Ready) -> None:
             self._loaded = True
-            for line in ready.summary:
-                print(line)
             self._note_launchers()
-            print(f"ds_cp ready: {addresses}", flush=True)
+            self._announce(ready.summary, addresses)
 
         def on_death(err: DsCpError, exit_code: int) -> None:
             lost = isinstance(err, WorkerLostError)  # _watch reports the exit code
@@ -156,7 +156,7 @@ class _Supervisor:
         )
         self._engine = engine
         engine.start()
-        app = create_app(engine, server)
+        app = create_app(engine, server, log_requests=True)
         await serve_until(app, listeners, server, self._stop, self._hurry)
         end = time.monotonic() + CAUSE_S
         while self._pending is not None and not self._may_fail and time.monotonic() < end:
@@ -338,7 +338,7 @@ class _Supervisor:
         if self._job.rank == 0:
             return math.inf
         drains = not (self._hurry.is_set() or self._failed)
-        return LEAVE_S + (self._config.server.drain_timeout_s + FOLLOW_S if drains else 0.0)
+        return self._leave_s + (self._config.server.drain_timeout_s + FOLLOW_S if drains else 0.0)
 
 
 def _load_tokenizer(source: ModelSource) -> Any:

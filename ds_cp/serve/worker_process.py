@@ -16,8 +16,8 @@ import tempfile
 import traceback
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ds_cp.errors import CommError, DsCpError
-from ds_cp.log_stream import take_over
+from ds_cp.errors import CommError, DsCpError, OutputError
+from ds_cp.log_stream import say, take_over, write_json_lines
 from ds_cp.process import die_with_parent, leave_process
 from ds_cp.serve.channel import Channel, Failed, Ready, Result, WorkerSpec
 
@@ -35,6 +35,8 @@ def main(argv: list[str]) -> NoReturn:
         spec: WorkerSpec = channel.receive(WorkerSpec)
         die_with_parent(spec.supervisor_pid)()
         tempfile.tempdir = spec.folder
+        if spec.config["server"]["log_format"] == "json":
+            write_json_lines()
         _work(channel, spec)
     except DsCpError as err:
         _report(channel, Failed(err.exit_code, str(err), not isinstance(err, CommError)))
@@ -70,7 +72,11 @@ def _work(channel: Channel, spec: WorkerSpec) -> None:
             _lead(channel, worker)
         else:
             worker.follow()
-    world.leave()
+    try:
+        worker.leave()
+    except OutputError as err:
+        say(f"error: {err}")
+        raise
 
 
 def _lead(channel: Channel, worker: Worker) -> None:

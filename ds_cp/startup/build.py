@@ -23,6 +23,7 @@ from ds_cp.facts import Facts, LinkFacts
 from ds_cp.kv.pool import bytes_per_token
 from ds_cp.model.end_tokens import model_end_tokens
 from ds_cp.model.faults import decoder_at_fault
+from ds_cp.model.invariant import restore_layers
 from ds_cp.model.linear import unpack
 from ds_cp.model.loading import choose_dtype, load_config, load_model
 from ds_cp.model.shard import RowSums, shard_model
@@ -41,6 +42,7 @@ from ds_cp.startup.shapes import layer_windows, mean_shape, shape_notes
 from ds_cp.startup.weights import active_weights
 from ds_cp.topology.hosts import resolve_grid
 from ds_cp.worker.decode_graph import cuda_graphs
+from ds_cp.worker.tracing import trace_steps
 from ds_cp.worker.worker import Worker
 
 
@@ -138,7 +140,10 @@ def _build(
     if world.device.type == "cuda" and tp.size == 1:  # sums between ranks are not captured
         longest = -(-served.max_model_len // size)
         rows = config.scheduler.max_num_seqs
-        worker.capture_decodes(rows, longest, cuda_graphs(world.device))
+        spans = cp.size > 1 and world.backend == "nccl"  # exchanges by way of the host are not
+        worker.capture_decodes(rows, longest, cuda_graphs(world.device), spans)
+    if config.trace.file is not None:
+        trace_steps(worker, config.trace.file, config.trace.max_events)
     return worker, facts
 
 
@@ -175,7 +180,9 @@ def _serve(
         reference = reference_logits(decoder, modules)
         shard_model(decoder, sums)
         with sums.recording():
-            packing = plan_packing(config.linear_layers, decoder, world, kept=is_callers)
+            packing = plan_packing(
+                config.linear_layers, decoder, world, is_callers, config.attention.deterministic
+            )
         with sums.recording():  # anew: what is kept are the sums of this one call of the model
             layers = probe_layers(decoder)
         _check_heads(decoder.config.get_text_config(), layers, tp.size)
@@ -186,6 +193,11 @@ def _serve(
     # All ranks of a host looked at its free memory before any of them takes some.
     if line := local_phase(world, packing):
         note(line)
+    if config.attention.deterministic and world.device.type == "cuda" and tp.size > 2:
+        note(
+            f"deterministic: sums over {tp.size} tensor-parallel ranks go in an order that what "
+            "carries them may choose by the number of rows"
+        )
 
     def serve(record: AttentionRecord | None) -> list[Step]:
         return served_logits(decoder, layers, kernel.kernel, cp, sums, record)
@@ -205,6 +217,7 @@ def _load(
 ) -> Decoder:
     if isinstance(model, Decoder):
         unpack(model)  # what an earlier engine made of it
+        restore_layers(model)
         return cast(Decoder, model.train(False))
     found = load_config(model)
     dtype = choose_dtype(config.dtype, getattr(found, "dtype", None), world.device)

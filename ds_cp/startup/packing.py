@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from ds_cp.comm.wire import World
 from ds_cp.errors import ConfigError
+from ds_cp.model.invariant import make_invariant
 from ds_cp.model.linear import candidates, pack_linears, packing_ops, torch_uses_amx
 from ds_cp.model.native_norm import replace_norms
 from ds_cp.model.wiring import Decoder, probe_layers
@@ -15,12 +16,18 @@ MEMORY_SHARE = 0.6  # of the memory that is free for a rank, which packed weight
 Packing = Callable[[], str]  # does it, or nothing, and returns a line for the start
 
 
-def plan_packing(how: str, model: Decoder, world: World, kept: bool) -> Packing:
+def plan_packing(
+    how: str, model: Decoder, world: World, kept: bool, deterministic: bool = False
+) -> Packing:
     """Look which layers can be packed and whether their copy has room; ``how``: ``linear_layers``
-    of the config; ``kept``: the originals stay. Runs the model on one token.
+    of the config; ``kept``: the originals stay. Runs the model on one token, but on CUDA, where
+    nothing is packed; with ``deterministic`` the layers there go by a product whose rows do not
+    depend on how many there are.
 
     Raises ``ConfigError`` when ``how`` is ``packed`` and it cannot be done.
     """
+    if world.device.type == "cuda" and deterministic:
+        return lambda: make_invariant(model)
     if how == "torch" or world.device.type != "cpu":
         return lambda: ""
 

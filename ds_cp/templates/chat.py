@@ -7,16 +7,30 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from ds_cp.errors import ChatTemplateError
-from ds_cp.templates.messages import Answer, Ended, Failed, Limits, Look, Looked, Render, Rendered
+from ds_cp.templates.messages import (
+    Answer,
+    Ended,
+    Failed,
+    Limits,
+    Look,
+    Looked,
+    Render,
+    Rendered,
+    ToolShape,
+)
 from ds_cp.templates.processes import TemplateProcesses
 from ds_cp.templates.shape import AS_SENT, TEXT, Message, shaped, texts_of
+from ds_cp.templates.tools import shaped_calls
 from ds_cp.text import shorten
 
 CPU_S = 3.0  # seconds of computing for one conversation; an honest one of 8 MB takes 0.2 s
@@ -30,6 +44,7 @@ _FILE = "chat_template.jinja"
 _MAX_FILE_BYTES = 64 << 20  # of tokenizer_config.json, some of which list a whole vocabulary
 _QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
 _CODE = re.compile(rf"\{{[{{%](?:{_QUOTED.pattern}|[^'\"])*?[%}}]\}}", re.DOTALL)
+_SETS = re.compile(r"\bset\s+(\w+)|\bfor\s+([\w\s,()]+?)\s+in\b|\bmacro\s+([^)%]*)")
 # What a template has or is told anyway, and words of its language.
 _GIVEN = frozenset(
     "messages message role content name type text loop if elif else endif for endfor in is not and "
@@ -52,8 +67,15 @@ class Choice:
     def names(self) -> set[str]:
         """Names in the template's code that a value from outside can stand for: neither what
         follows a dot or is in quotes, nor what every rendering has."""
-        code = " ".join(_QUOTED.sub("''", found) for found in _CODE.findall(self.text or ""))
-        return set(re.findall(r"(?<![\w.])[^\W\d]\w*", code)) - _GIVEN
+        return set(re.findall(r"(?<![\w.])[^\W\d]\w*", self._code())) - _GIVEN
+
+    def own_names(self) -> set[str]:
+        """Of these, the names that the template itself gives values to, perhaps over others."""
+        found = _SETS.findall(self._code())
+        return {name for names in found for part in names for name in re.findall(r"\w+", part)}
+
+    def _code(self) -> str:
+        return " ".join(_QUOTED.sub("''", found) for found in _CODE.findall(self.text or ""))
 
 
 def choose(templates: Any) -> Choice:
@@ -86,16 +108,40 @@ def choose(templates: Any) -> Choice:
 
 @dataclass(frozen=True)
 class Size:
-    """Of a conversation: characters of its texts, and messages and parts."""
+    """Of a conversation: characters of its texts, and messages and parts. What is no text counts
+    as its JSON."""
 
     chars: int = 0
     pieces: int = 0
 
     @staticmethod
-    def of(messages: Sequence[Message]) -> Size:
-        """Count."""
+    def of(messages: Sequence[Message], *beside: Any) -> Size:
+        """Count, with what goes into the rendering ``beside`` the messages. Raises
+        ``ChatTemplateError`` for what is no text."""
         texts = [texts_of(message.get("content")) for message in messages]
-        return Size(sum(map(len, chain(*texts))), sum(1 + len(of_one) for of_one in texts))
+        chars = sum(map(len, chain(*texts))) + sum(_json_chars(one) for one in beside if one)
+        for message in messages:
+            if reasoning := message.get("reasoning_content"):
+                chars += len(reasoning)
+            if calls := message.get("tool_calls"):
+                chars += _json_chars(calls)
+        return Size(chars, sum(1 + len(of_one) for of_one in texts))
+
+
+def _json_chars(value: Any) -> int:
+    with _sendable():
+        return len(msgspec.json.encode(value))
+
+
+@contextmanager
+def _sendable() -> Iterator[None]:
+    """Raises ``ChatTemplateError`` for what cannot be sent to a process."""
+    try:
+        yield
+    except UnicodeEncodeError:
+        raise ChatTemplateError("messages: half a surrogate pair is not text") from None
+    except OverflowError:
+        raise ChatTemplateError("messages: an integer has more than 64 bits") from None
 
 
 class ChatTemplate:
@@ -154,6 +200,22 @@ class ChatTemplate:
             notes.append(f"{self.name} fails for a user's text: {found.failed['user']}")
         return notes
 
+    @property
+    def available(self) -> bool:
+        """Whether conversations may be rendered, as far as is known."""
+        return not self._problem
+
+    @property
+    def examined(self) -> Looked | None:
+        """What was found about the template; None before it was examined."""
+        return self._looked
+
+    def tools(self, timeout_s: float) -> ToolShape:
+        """What the template makes of tools. Examines it, if that was not done. Raises as
+        ``render``."""
+        self._look(time.monotonic() + timeout_s)
+        return self._looked.tools if self._looked else ToolShape()
+
     def render(
         self,
         messages: Sequence[Message],
@@ -162,8 +224,14 @@ class ChatTemplate:
         max_chars: int,
         timeout_s: float,
         cpu_s: float | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
+        values: Mapping[str, Any] = {},
+        continue_final: bool = False,
     ) -> str:
         """The conversation as text, equal to transformers' ``apply_chat_template``.
+
+        ``tools`` and ``values``: more that the template can read. Calls in ``messages`` are as
+        ``tools`` says. ``continue_final``: the text ends within the last message.
 
         ``cpu_s``: less computing than a template may have at most; where it takes more, the error's
         code is ``TOO_SLOW``.
@@ -178,18 +246,20 @@ class ChatTemplate:
         if self._problem or self.choice.text is None:
             raise ChatTemplateError(self._problem, self._code)
         shapes = self._looked.shapes if self._looked else {}
-        size = Size.of(messages)
+        size = Size.of(messages, tools, values)
+        tool_shape = self._looked.tools if self._looked else ToolShape()
         work = Render(
             self.choice.text,
             self._tokens,
-            shaped(messages, shapes),
+            shaped_calls(shaped(messages, shapes), tool_shape),
             add_generation_prompt,
             max_chars,
+            [dict(tool) for tool in tools] or None,
+            dict(values),
+            continue_final,
         )
-        try:
+        with _sendable():
             answer = self._run(work, self._limits(size, deadline, cpu_s))
-        except UnicodeEncodeError:
-            raise ChatTemplateError("messages: half a surrogate pair is not text") from None
         if isinstance(answer, Rendered):
             return answer.text
         code = _CODES.get(_kind(answer), "chat_template_error")

@@ -1,29 +1,25 @@
-"""What a process that renders chat templates is asked and answers: typed frames over a local
-socket, never pickled."""
+"""What a process that renders chat templates is asked and answers (``ds_cp.frames``)."""
 
 from __future__ import annotations
 
-import socket
-import time
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
-
-LIMIT = 1 << 28  # bytes of the largest frame
-_CHUNK = 1 << 20  # bytes read at once
-
-Kind = TypeVar("Kind")
 
 
 class Render(msgspec.Struct, frozen=True, tag="render"):
     """Render ``messages``. ``tokens``: the tokenizer's special tokens by name. A rendering has at
-    most ``max_chars`` characters."""
+    most ``max_chars`` characters. ``tools``: None for none. ``values``: more that the template can
+    read. ``continue_final``: end within the last message."""
 
     template: str
     tokens: dict[str, str]
     messages: list[dict[str, Any]]
     add_generation_prompt: bool
     max_chars: int
+    tools: list[dict[str, Any]] | None = None
+    values: dict[str, Any] = {}
+    continue_final: bool = False
 
 
 class Look(msgspec.Struct, frozen=True, tag="look"):
@@ -31,6 +27,19 @@ class Look(msgspec.Struct, frozen=True, tag="look"):
 
     template: str
     tokens: dict[str, str]
+
+
+class ToolShape(msgspec.Struct, frozen=True):
+    """What a template makes of tools. ``offers``: it writes a request's tools. ``history``: it
+    writes earlier calls and their results, if the arguments of a call are JSON text
+    (``text_arguments``) or an object, and content that is empty is null beside a call
+    (``null_content``) or "". ``system``: it writes what a system message says."""
+
+    offers: bool = False
+    history: bool = False
+    text_arguments: bool = False
+    null_content: bool = False
+    system: bool = True
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -58,11 +67,13 @@ class Rendered(msgspec.Struct, frozen=True, tag="rendered"):
 class Looked(msgspec.Struct, frozen=True, tag="looked"):
     """What was found about a template. ``shapes``: by role, what its content must be like
     (``ds_cp.templates.shape``). ``lost``: roles whose text the template leaves out.
-    ``failed``: the exception by role where every try ended with one."""
+    ``failed``: the exception by role where every try ended with one. ``tools``: what it makes of
+    tools (``ds_cp.templates.tools``)."""
 
     shapes: dict[str, str]
     lost: list[str]
     failed: dict[str, str]
+    tools: ToolShape = ToolShape()
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
@@ -83,43 +94,3 @@ class Ended(msgspec.Struct, frozen=True, tag="ended"):
 
 
 Answer = Rendered | Looked | Failed | Ended
-
-
-def frame(message: Job | Answer) -> bytes:
-    """A message as bytes. Raises ``UnicodeEncodeError`` for half a surrogate pair, ``ValueError``
-    for a message above ``LIMIT``."""
-    raw = msgspec.msgpack.encode(message)
-    if len(raw) > LIMIT:
-        raise ValueError(f"a frame of {len(raw)} bytes is above the limit {LIMIT}")
-    return len(raw).to_bytes(4, "little") + raw
-
-
-def receive(sock: socket.socket, kind: Any, deadline: float | None = None) -> Any:
-    """The next message, decoded as ``kind``; None when the other side has closed.
-
-    ``deadline``: of ``time.monotonic()``; ``TimeoutError`` then. Raises ``OSError`` when the socket
-    breaks, ``ValueError`` (msgspec's is one) for what is not such a message.
-    """
-    head = _exactly(sock, 4, deadline)
-    if head is None:
-        return None
-    size = int.from_bytes(head, "little")
-    if size > LIMIT:
-        raise ValueError(f"a frame of {size} bytes is above the limit {LIMIT}")
-    raw = _exactly(sock, size, deadline)
-    return None if raw is None else msgspec.msgpack.decode(raw, type=kind)
-
-
-def _exactly(sock: socket.socket, size: int, deadline: float | None) -> bytes | None:
-    parts = bytearray()
-    while len(parts) < size:
-        if deadline is not None:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise TimeoutError("no answer in time")
-            sock.settimeout(left)
-        chunk = sock.recv(min(size - len(parts), _CHUNK))
-        if not chunk:
-            return None
-        parts += chunk
-    return bytes(parts)

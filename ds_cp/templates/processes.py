@@ -13,11 +13,11 @@ import select
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
-from pathlib import Path
 
+from ds_cp.frames import frame, receive
+from ds_cp.sandbox import start_beside
 from ds_cp.templates.messages import (
     Answer,
     Ended,
@@ -28,19 +28,12 @@ from ds_cp.templates.messages import (
     Looked,
     Render,
     Rendered,
-    frame,
-    receive,
 )
 
 GRACE_S = 1.0  # seconds after a job's time in which the kernel should have ended its worker
 MAX_IDLE = 4  # workers that are kept for the next job
 _TRIES = 3  # workers that a job is given to, when they are gone before they read it
 _CLOSE_S = 1.0  # seconds for the nursery to end after its socket was closed
-# Finds the same ds_cp as this process, installed or not.
-_START = (
-    "import sys; sys.path.insert(0, sys.argv[2]); "
-    "from ds_cp.model.chat_template import main; main(int(sys.argv[1]))"
-)
 
 
 class TemplateProcesses:
@@ -153,20 +146,7 @@ class TemplateProcesses:
         if self._nursery is not None and self._nursery.poll() is not None:
             self._drop()
         if self._control is None:
-            ours, theirs = socket.socketpair()
-            try:
-                self._nursery = subprocess.Popen(
-                    [sys.executable, "-c", _START, str(theirs.fileno()), _root()],
-                    pass_fds=[theirs.fileno()],
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,  # what this process prints is for its reader alone
-                )
-            except OSError:
-                ours.close()
-                raise
-            finally:
-                theirs.close()
-            self._control = ours
+            self._nursery, self._control = start_beside("ds_cp.model.chat_template")
         return self._control
 
     def _forget_dead_nursery(self) -> None:
@@ -186,7 +166,3 @@ def _is_readable(sock: socket.socket) -> bool:
     poll = select.poll()  # select() knows no descriptor above 1,023
     poll.register(sock, select.POLLIN)
     return bool(poll.poll(0))
-
-
-def _root() -> str:
-    return str(Path(__file__).resolve().parents[2])

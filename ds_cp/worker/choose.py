@@ -18,12 +18,14 @@ BLOCK = 256  # ids among which the best is looked for at once
 @dataclass(frozen=True, slots=True)
 class Row:
     """One token to draw. ``index``: the number of output tokens before it. ``history``: the tokens
-    so far, needed only when ``how.looks_back``."""
+    so far, needed only when ``how.penalizes``. ``allowed``: under a grammar, the tokens that may
+    come: bit ``i % 8`` of byte ``i // 8`` for token i."""
 
     request: int
     index: int
     how: Sampling
     history: History | None = None
+    allowed: bytes | None = None
 
     @property
     def bans(self) -> bool:
@@ -38,7 +40,7 @@ class Row:
             how.temperature == 0.0
             and how.logprobs < 0
             and not how.logit_bias
-            and not how.looks_back
+            and not how.penalizes
             and not self.bans
         )
 

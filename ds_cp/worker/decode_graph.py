@@ -6,7 +6,7 @@ index vectors into them and replays. Rows are padded to a power of two: a padded
 in a block that is nobody's and attends to nothing. How many keys there are is padded too, so that
 whatever a kernel plans on the host has room for the steps to come.
 
-Not captured: prompts, and steps with spanning requests, whose messages differ from step to step.
+Not captured: prompts. Steps with requests that span are in ``span_graph``.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ from typing import Any, Protocol
 import torch
 
 from ds_cp.attention import LayerSpec, PagedKernel, finish
-from ds_cp.attention.batch import PagedBatch, Part
+from ds_cp.attention.batch import PagedBatch, parts_with_room
 from ds_cp.kv.pool import KVPool
-from ds_cp.layout import Block, Blocks
 
 FEWEST_KEYS = 4096  # least room for keys, all rows together; then 4 times as much each
 MARGIN = 1024  # positions; kernels cut a request's keys at multiples of at most this
@@ -37,8 +36,17 @@ class Graph(Protocol):
         """Record what ``run`` does. Runs it at least once for real first."""
         ...
 
+    def record(self, run: Callable[[], None]) -> None:
+        """Record what ``run`` does, which ran before. Does nothing of it: where it sends messages,
+        each rank's rounds stay as many as its peers'."""
+        ...
+
     def replay(self) -> None:
         """Do it again."""
+        ...
+
+    def release(self) -> None:
+        """Give up what was recorded; no replay follows."""
         ...
 
 
@@ -59,6 +67,10 @@ class CudaGraph:
         with torch.cuda.stream(side):
             run()
         current.wait_stream(side)
+        self.record(run)
+
+    def record(self, run: Callable[[], None]) -> None:
+        """As in ``Graph``."""
         torch.cuda.synchronize(self._device)
         # Only this thread's calls count: a thread that watches NCCL may ask its events meanwhile.
         with torch.cuda.graph(self._graph, pool=self._pool, capture_error_mode="thread_local"):
@@ -67,6 +79,10 @@ class CudaGraph:
     def replay(self) -> None:
         """As in ``Graph``."""
         self._graph.replay()
+
+    def release(self) -> None:
+        """As in ``Graph``."""
+        self._graph.reset()
 
 
 def cuda_graphs(device: torch.device) -> Callable[[], Graph]:
@@ -239,7 +255,7 @@ class _StaticStep:
         # New for each run: what kernels keep in ``derived`` is computed from the buffers, so it has
         # to be among what is captured.
         self._batch = PagedBatch(
-            parts=_room(size, keys, layers.pool.block_size),
+            parts=parts_with_room(size, keys, layers.pool.block_size),
             first_row=0,
             num_rows=size,
             max_rows=1,
@@ -259,12 +275,3 @@ class _StaticStep:
         kernel.write(pages, k_PGD, v_PGD, *self._at)
         part = kernel.paged_attention(q_PHD, self._positions, pages, self._batch, spec)
         return finish(part, spec, q.dtype).unsqueeze(0)
-
-
-def _room(rows: int, keys: int, block_size: int) -> tuple[Part, ...]:
-    """Parts that say how much a captured batch has room for, not what is in it: one row each,
-    ``keys`` keys together. Cut at multiples of any size up to ``MARGIN``, no batch of so many rows
-    and keys gives more pieces."""
-    one = Blocks([Block(0, 0, block_size)])
-    all_keys = Blocks([Block(0, 0, block_size), Block(0, keys - block_size, block_size)])
-    return (Part(((keys - 1, 1),), all_keys), *[Part(((0, 1),), one)] * (rows - 1))

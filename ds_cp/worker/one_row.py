@@ -22,7 +22,7 @@ def sample_one(logits_V: torch.Tensor, row: Row) -> Sampled:
         logits_V = logits_V.index_add(0, ids, bias)
     # vLLM's order: logit_bias, repetition, frequency, presence. A ban may stand anywhere in it, as
     # nothing brings a token back from -inf.
-    scores_V = _penalized(logits_V, row) if how.looks_back else logits_V
+    scores_V = _penalized(logits_V, row) if how.penalizes else logits_V
     if row.bans:
         banned = torch.tensor(how.early_banned, device=device)
         scores_V = scores_V.index_fill(0, banned, -torch.inf)

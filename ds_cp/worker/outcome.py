@@ -1,8 +1,8 @@
 """What ranks send to rank 0 after a step: drawn tokens and scored prompts, as rows of fp64.
 
-The first row is ``[seconds, seconds in the model]``. The others are ``[token, logprob, ids of the
-best .., their logprobs ..]``; token -1 says that the row could not be drawn or scored. All rows of
-a step have the width of the one that wants the most alternatives, which every rank knows.
+The first ``HEAD`` rows are ``Times``, two numbers a row. The others are ``[token, logprob, ids of
+the best .., their logprobs ..]``; token -1 says that the row could not be drawn or scored. All rows
+of a step have the width of the one that wants the most alternatives, which every rank knows.
 """
 
 from __future__ import annotations
@@ -13,18 +13,23 @@ from typing import NamedTuple
 
 import torch
 
-from ds_cp.plan import Outcome, Sampled, Scored
+from ds_cp.plan import ATTENTION_SCHEMES, Outcome, RankTimes, Sampled, Scored
 from ds_cp.worker.sampler import Score
 from ds_cp.worker.state import StepWork
 
 Top = tuple[tuple[int, float], ...]
+_NUMBERS = 3 + len(ATTENTION_SCHEMES)  # of ``Times``
+HEAD = (_NUMBERS + 1) // 2  # rows of them
 
 
 class Times(NamedTuple):
-    """Seconds that a rank worked on a step, and of these in the model's forward call."""
+    """Seconds that a rank worked on a step, of these in the model's forward call, and of these
+    waiting for other ranks; bytes that it sent, as in ``RankTimes``."""
 
     seconds: float
     model_seconds: float
+    waited: float = 0.0
+    sent: tuple[int, ...] = (0,) * len(ATTENTION_SCHEMES)
 
 
 def width_of(work: StepWork) -> int:
@@ -35,11 +40,11 @@ def width_of(work: StepWork) -> int:
 
 
 def rows_of(work: StepWork, rank: int) -> int:
-    """The number of rows that ``rank`` sends: 0, or one more than it draws and scores."""
+    """The number of rows that ``rank`` sends: 0, or ``HEAD`` more than it draws and scores."""
     if rank not in work.ranks:
         return 0
     return (
-        1
+        HEAD
         + sum(draw.rank == rank for draw in work.draws)
         + sum(count for _, _, count, owner in work.scored if owner == rank)
     )
@@ -50,7 +55,9 @@ def pack(
 ) -> torch.Tensor:
     """My rows, fp64 ``[rows, 2 + 2 width]``: the times, the draws, then the scored tokens (None:
     one that could not be scored)."""
-    rows = [[times.seconds, times.model_seconds] + [0.0] * (2 * width)]
+    head = [times.seconds, times.model_seconds, times.waited, *map(float, times.sent)]
+    head += [0.0] * (2 * HEAD - len(head))
+    rows = [head[at : at + 2] + [0.0] * (2 * width) for at in range(0, 2 * HEAD, 2)]
     rows += [_row(s.token, s.logprob, s.top, width) for s in drawn]
     rows += [_row(0, *s, width) if s else _row(-1, math.nan, (), width) for s in scored]
     return torch.tensor(rows, dtype=torch.float64)
@@ -61,7 +68,15 @@ def unpack(
 ) -> Outcome:
     """The rows of all ranks in the order of the plan; the times are those of the slowest rank."""
     ahead = {rank: iter(rows) for rank, rows in rows_by_rank.items()}
-    times = [next(rows) for rows in ahead.values()]
+    heads = {
+        rank: [number for _ in range(HEAD) for number in next(rows)[:2]]
+        for rank, rows in ahead.items()
+    }
+    ranks = tuple(
+        RankTimes(rank, head[0], head[2], tuple(map(int, head[3:_NUMBERS])))
+        for rank, head in sorted(heads.items())
+        if rank in work.ranks
+    )
     sampled, failed = [], []
     for draw in work.draws:
         row = next(ahead[draw.rank])
@@ -78,7 +93,8 @@ def unpack(
             scored.append(Scored(sequence.number, first + 1, lines))
     return Outcome(
         step, tuple(sampled), tuple(scored),
-        max(row[0] for row in times), max(row[1] for row in times), tuple(failed),
+        max(head[0] for head in heads.values()), max(head[1] for head in heads.values()),
+        tuple(failed), ranks,
     )  # fmt: skip
 
 
@@ -89,6 +105,7 @@ def _row(token: int, logprob: float, top: Top, width: int) -> list[float]:
 
 
 def _top(row: list[float], width: int, wish: int) -> Top:
+    """The most likely tokens; under a grammar, those that it allows."""
     count = max(wish, 0)
-    ids, values = row[2 : 2 + width], row[2 + width :]
-    return tuple((int(t), value) for t, value in zip(ids[:count], values[:count], strict=True))
+    pairs = zip(row[2 : 2 + count], row[2 + width : 2 + width + count], strict=True)
+    return tuple((int(t), value) for t, value in pairs if value != -math.inf)

@@ -11,6 +11,7 @@ import torch
 from ds_cp.plan import Sampled
 from ds_cp.worker.choose import Row, best_ids
 from ds_cp.worker.history import History
+from ds_cp.worker.masks import masked
 from ds_cp.worker.one_row import sample_one
 from ds_cp.worker.scores import Score, score_prompt
 from ds_cp.worker.together import sample_together
@@ -25,15 +26,16 @@ def sample_rows(logits_RV: torch.Tensor, rows: Sequence[Row]) -> list[Sampled]:
 
     A row's token depends on that row alone, and its random number on (seed, index) alone.
     Temperature 0 is greedy, the lowest id of equals. Log-probabilities are of the logits with
-    ``logit_bias``, before penalties, bans and filters. A row gets token -1 when its logits are not
-    finite, when nothing is allowed, or when drawing it raises (the traceback goes to stderr): it
-    must not end the others. ``logits_RV`` is not changed. Raises ``ValueError`` when the numbers of
-    rows differ.
+    ``logit_bias``, before penalties, bans and filters, and under a grammar of the tokens that it
+    allows. A row gets token -1 when its logits are not finite, when nothing is allowed, or when
+    drawing it raises (the traceback goes to stderr): it must not end the others. ``logits_RV`` is
+    not changed. Raises ``ValueError`` when the numbers of rows differ.
     """
     if len(rows) != logits_RV.shape[0]:
         raise ValueError(f"{logits_RV.shape[0]} rows of logits for {len(rows)} tokens to draw")
     if not rows:
         return []
+    logits_RV = masked(logits_RV, rows)
     best_R = best_ids(logits_RV)
     if logits_RV.device.type != "cpu":
         return _in_lots(logits_RV, best_R, rows)

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import msgspec
+
 from ds_cp.kv.table import SequenceTable
 from ds_cp.layout import Blocks, Home, Runs, join, total
 from ds_cp.plan import Begin, Chunk, Fork, Sampling, StepPlan
@@ -83,6 +85,12 @@ class Item:
         return None
 
     @property
+    def routing(self) -> tuple[int, tuple[int, ...]]:
+        """Of one new token: its owner, and the ranks that hold keys."""
+        owner = next(shard.rank for shard in self.shards if shard.q_runs)
+        return owner, tuple(shard.rank for shard in self.shards if shard.blocks)
+
+    @property
     def ships(self) -> bool:
         """Whether some new token's home is not its owner, so that its KV has to travel once."""
         return any(s.q_runs != s.new_runs for s in self.shards)
@@ -113,7 +121,9 @@ class StepWork:
     that this rank has a part in. Of all ranks: ``draws``, in the order in which each rank draws;
     ``handoffs``; ``scored``, (sequence, first position, count, owner) of prompt tokens whose
     log-probabilities are wanted; ``ranks``, those with work in this step (tokens, a part in
-    spanning attention, blocks to copy); each reports to rank 0.
+    spanning attention, blocks to copy); each reports to rank 0; ``only_decodes``: no chunk of a
+    prompt and no block to copy; ``whole``, by rank, (requests, keys) that decode there, with KV
+    there only.
     """
 
     decodes: list[RunningSequence] = field(default_factory=list)
@@ -122,6 +132,8 @@ class StepWork:
     ranks: set[int] = field(default_factory=set)
     handoffs: list[Handoff] = field(default_factory=list)
     scored: list[tuple[RunningSequence, int, int, int]] = field(default_factory=list)
+    only_decodes: bool = True
+    whole: dict[int, tuple[int, int]] = field(default_factory=dict)
 
 
 class WorkerState:
@@ -141,7 +153,7 @@ class WorkerState:
             sequence = self.sequences.get(number)
             if sequence is not None and index == len(sequence.outputs):
                 sequence.outputs.append(token)
-        work = StepWork()
+        work = StepWork(only_decodes=not (plan.chunks or plan.transfers))
         for transfer in plan.transfers:
             work.ranks.update((transfer.source[0], transfer.target[0]))
             for number in transfer.requests:
@@ -173,9 +185,12 @@ class WorkerState:
         parent = self.sequences[fork.parent]
         known = parent.prompt_length - 1
         homes = parent.table.homes[: -(-known // self.block_size)]
+        sampling, grammar = fork.sampling, parent.sampling.grammar
+        if grammar:
+            sampling = msgspec.structs.replace(sampling, grammar=grammar)
         self.sequences[fork.request] = RunningSequence(
             fork.request, parent.prompt, parent.prompt_length,
-            SequenceTable(self.block_size, homes, known), fork.sampling, 0,
+            SequenceTable(self.block_size, homes, known), sampling, 0,
         )  # fmt: skip
 
     def _chunk(self, chunk: Chunk, work: StepWork) -> None:
@@ -218,6 +233,8 @@ class WorkerState:
             work.handoffs.append(Handoff(sequence, sequence.sampler, owner))
         if mode == "local":
             work.ranks.add(owner)
+            rows, keys = work.whole.get(owner, (0, 0))
+            work.whole[owner] = rows + 1, keys + table.num_tokens
             if owner == self.rank:
                 work.decodes.append(sequence)
         else:

@@ -18,7 +18,7 @@ from ds_cp.attention import (
     finish,
     make_mode,
 )
-from ds_cp.attention.batch import IndexUpload
+from ds_cp.attention.batch import IndexUpload, Room
 from ds_cp.attention.kernels.cuda import CudaKernel
 from ds_cp.attention.pages import Fresh, Pages
 from ds_cp.attention.state import empty_partial
@@ -51,21 +51,32 @@ class Layers:
         return sorted({spec.window for spec in self.specs}, key=lambda window: window or 0)
 
 
+@dataclass(frozen=True)
+class Padding:
+    """Makes the vectors of steps with the same spanning requests alike: ``rows`` of requests that
+    are whole on this rank, keys of each batch as in ``room``. A padded row stores its key in the
+    pool's scratch block, which is nobody's, and attends to nothing."""
+
+    rows: int
+    room: Room
+
+
 class StepContext:
     """Implements ``Attend`` for one step. Shapes and messages follow from the plans alone.
 
     The rows of the flat batch: decodes that are whole on this rank, then the other local items,
     then items that span, mode by mode. ``ids``, ``positions``: int64 ``[1, T]``; ``logit_rows``:
     int64, rows whose logits are wanted, those of ``draws`` (mine, in order) before those of
-    ``scored`` (mine, in order).
+    ``scored`` (mine, in order). The first ``num_fixed`` numbers of ``upload`` are all that layers
+    read; in a step with ``padding`` they are as many as in another one of its kind.
     """
 
-    def __init__(self, work: StepWork, layers: Layers) -> None:
+    def __init__(self, work: StepWork, layers: Layers, padding: Padding | None = None) -> None:
         self._layers = layers
         self._pool, self._kernel = layers.pool, layers.kernel
         group, me = layers.group, layers.group.rank
         size = layers.pool.block_size
-        upload = IndexUpload()
+        upload = IndexUpload(None if padding is None else padding.room)
         token_ids: list[int] = []
         places: list[int] = []  # positions of the rows
         last_row: dict[int, int] = {}  # request -> row of its last token, where I own it
@@ -85,7 +96,17 @@ class StepContext:
             writes.add(table, q_runs, row)
             writes.open(table, position)
             local.append(_only(me, group.size, q_runs, table.blocks_on(me)))
-        batches = _batches(work.items, me)
+        if padding is not None and padding.rows > len(local):
+            assert layers.pool.scratch is not None
+            for row in range(len(local), padding.rows):
+                token_ids.append(0)
+                places.append(0)
+                writes.discard(layers.pool.scratch, row)
+                local.append(_only(me, group.size, ((0, 1),), NO_BLOCKS))
+        items = work.items
+        if padding is not None:  # so that those that are routed alike are alike in any order
+            items = sorted(items, key=lambda item: item.routing)
+        batches = _batches(items, me)
         for (mode, ring_pass, _), items in batches:
             begin, together = len(token_ids), []
             for item in items:
@@ -127,10 +148,14 @@ class StepContext:
             logit_rows += range(at, at + count)
         self.row_positions = places
 
-        vectors = (token_ids, places, logit_rows, *writes.vectors())
-        found = [upload.add(values) for values in vectors]
+        stored, stored_blocks, stored_places, to_open = writes.vectors()
+        fixed = [upload.add(x) for x in (token_ids, places, stored, stored_blocks, stored_places)]
+        self.num_fixed = len(upload)
+        rest = [upload.add(values) for values in (logit_rows, to_open)]
         upload.send(group.device)
-        ids, at_row, self.logit_rows, rows, blocks, slots, opened = (upload[x] for x in found)
+        self.upload, self.padding = upload, padding
+        ids, at_row, rows, blocks, slots = (upload[x] for x in fixed)
+        self.logit_rows, opened = (upload[x] for x in rest)
         self.ids, self.positions = ids[None], at_row[None]
         self._write_rows = None if len(rows) == self.num_rows else rows
         self._write_at = blocks, slots
@@ -212,9 +237,11 @@ def _batches(
             if item.shard(me) is not None:
                 batches.setdefault(("local", "", ()), []).append(item)
             continue
-        # A ring visits the ranks of its items, so items of one span share a ring.
-        around = tuple(s.rank for s in item.shards) if item.mode == "ring" else ()
-        batches.setdefault((item.mode, item.ring_pass, around), []).append(item)
+        if item.mode == "ring":  # it visits the ranks of its items: those of one span share a ring
+            around = tuple(s.rank for s in item.shards)
+            batches.setdefault(("ring", item.ring_pass, around), []).append(item)
+        else:
+            batches.setdefault((item.mode, "", ()), []).append(item)
     return sorted(batches.items(), key=lambda pair: pair[0])  # "local" is before "ring" and "tree"
 
 
@@ -240,6 +267,12 @@ class _Writes:
                 self._blocks += [table.homes[index][1]] * count
                 self._places += range(place, place + count)
                 start, length = start + count, length - count
+
+    def discard(self, block: int, row: int) -> None:
+        """The padded row ``row`` is stored in ``block``, which is nobody's."""
+        self._rows.append(row)
+        self._blocks.append(block)
+        self._places.append(row % self._size)
 
     def open(self, table: SequenceTable, start: int) -> None:
         """The sequence has tokens from ``start`` on that are new. Its last block is opened when

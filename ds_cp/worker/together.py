@@ -95,7 +95,7 @@ def _penalize(scores_SV: torch.Tensor, rows: Sequence[Row]) -> None:
     """repetition_penalty on tokens of the prompt and the output, then frequency_penalty (per
     occurrence) and presence_penalty (once) on tokens of the output."""
     device = scores_SV.device
-    back = [i for i, row in enumerate(rows) if row.how.looks_back]
+    back = [i for i, row in enumerate(rows) if row.how.penalizes]
     if not back:
         return
     histories = []

@@ -8,7 +8,6 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
 
 import msgspec
 import torch
@@ -21,24 +20,29 @@ from ds_cp.comm.wire import Group, World
 from ds_cp.kv.pool import KVPool
 from ds_cp.model.wiring import CONTEXT, Decoder
 from ds_cp.plan import (
+    ATTENTION_SCHEMES,
+    NO_GRAMMAR,
     Outcome,
     Plan,
     Sampled,
     StepPlan,
     Stop,
-    Transfer,
     decode_plan,
     encode_plan,
 )
-from ds_cp.worker.decode_graph import DecodeGraphs, Graph
+from ds_cp.worker.decode_graph import Graph
+from ds_cp.worker.grammars import MASKS_S, Grammars
+from ds_cp.worker.graphs import StepGraphs
 from ds_cp.worker.outcome import Times, pack, rows_of, unpack, width_of
 from ds_cp.worker.sampler import History, Row, Score, sample_rows, score_prompt
+from ds_cp.worker.span_graph import Kind
 from ds_cp.worker.state import Draw, Handoff, StepWork, WorkerState
 from ds_cp.worker.step_context import Layers, StepContext
+from ds_cp.worker.tracing import Tracing
+from ds_cp.worker.transfers import move_blocks
 
-# Names in the ledger.
+# Name in the ledger.
 SCHEME_TOKEN = "next_token"
-SCHEME_MOVE = "move_kv"
 
 
 @dataclass(frozen=True)
@@ -76,26 +80,20 @@ class Worker:
         self.layers = Layers(list(layers), pool, kernel, cp)
         self.state = WorkerState(cp.rank, pool.block_size)
         self.model_seconds = 0.0  # in the model's forward call, attention included
-        self._graphs: DecodeGraphs | None = None
+        self.graphs: StepGraphs | None = None
         self._histories: dict[int, History] = {}  # of requests that looked back here
+        self._grammars = Grammars(min(MASKS_S, world.timeout_s / 2))
+        self.tracing: Tracing | None = None  # what records the steps, when that is on
 
     def capture_decodes(
-        self, max_rows: int, max_blocks: int, make_graph: Callable[[], Graph]
+        self, max_rows: int, max_blocks: int, make_graph: Callable[[], Graph], spans: bool = False
     ) -> None:
-        """From now on, steps that only decode requests which are whole here run as graphs. The pool
-        has a scratch block; ``max_rows``: requests that run at once; ``max_blocks``: of one."""
-        model, layers, scratch = self.model, self.layers, self.pool.scratch
-        assert scratch is not None, "padded rows need a block to write to"
-
-        def forward(ids: torch.Tensor, positions: torch.Tensor, step: Any) -> torch.Tensor:
-            out = model(input_ids=ids, position_ids=positions, use_cache=False, **{CONTEXT: step})
-            logits: torch.Tensor = out.logits[0]
-            return logits
-
-        self._graphs = DecodeGraphs(
-            forward, layers.specs, self.pool, layers.kernel, scratch, max_rows, max_blocks,
-            self.cp.device, make_graph, lambda line: print(f"ds_cp: {line}", file=sys.stderr),
-        )  # fmt: skip
+        """From now on, steps that only decode requests which are whole here run as graphs; with
+        ``spans``, also those of requests in mode tree, on all ranks of the group. The pool has a
+        scratch block; ``max_rows``: requests that run at once; ``max_blocks``: of one."""
+        self.graphs = StepGraphs(
+            self.model, self.layers, self.world, max_rows, max_blocks, make_graph, spans
+        )
 
     def lead(self, plan: Plan) -> Outcome:
         """Rank 0: ``forward`` of a plan that was made in this process."""
@@ -124,6 +122,18 @@ class Worker:
         """Around code whose failure, or another rank's meanwhile, ends the job; see ``failure``."""
         return failing(self.world)
 
+    def leave(self, together: bool = True) -> None:
+        """Leave the job. ``together``: every rank calls this, after ``Stop``; a trace that was
+        taken is written then, unless the job has failed. Raises ``OutputError`` on rank 0 when it
+        cannot be."""
+        try:
+            if self.tracing is not None and together and self.world.failure is None:
+                line = self.tracing.write()
+                if line:
+                    print(f"ds_cp: {line}", file=sys.stderr, flush=True)
+        finally:
+            self.world.leave()
+
     def run(self, plan: Plan, began: float | None = None) -> Outcome:
         """Run my part of a plan, which ``began`` at that ``time.perf_counter()``, or now.
 
@@ -133,39 +143,75 @@ class Worker:
         if isinstance(plan, Stop):
             self.state = WorkerState(self.cp.rank, self.state.block_size)
             self._histories.clear()
+            self._grammars.clear()
         if not isinstance(plan, StepPlan):
             return Outcome()
         began = time.perf_counter() if began is None else began
-        before = self.model_seconds
+        if self.tracing is None:
+            return self._step(plan, began)
+        with self.tracing.step(plan.step):
+            return self._step(plan, began)
+
+    def _step(self, plan: StepPlan, began: float) -> Outcome:
+        before = self._so_far()
         for number in plan.ended:
             self._histories.pop(number, None)
+        self._grammars.forget(plan.ended)
+        if plan.vocabulary is not None and self.tp.rank == 0:
+            self._grammars.learn(plan.vocabulary)
         with torch.inference_mode():
             work = self.state.apply(plan)
             width = width_of(work)
             coming = self._expect(work, width)
-            self._transfer(plan.transfers)
+            move_blocks(plan.transfers, self.cp, self.pool)
             self._hand_over(work.handoffs)
-            step = StepContext(work, self.layers)
+            self._grammars.start([draw for draw in work.draws if draw.rank == self.cp.rank])
+            step, kind = self._context(work)
             drawn: list[Sampled] = []
             scores: list[Score | None] = []
             if step.num_rows:
-                logits = self._forward(step)
+                logits = self._forward(step, kind)
                 drawn = self._draw(step, logits)
                 scores = _score(step, logits)
+            elif self.graphs is not None and kind is not None:
+                self.graphs.attend(step, kind)
             elif step.spans:
                 step.attend_without_tokens(self.model.dtype, self.cp.device)
             self.world.wait_for_device()  # or the time would be that of launching kernels
-            times = Times(time.perf_counter() - began, self.model_seconds - before)
+            times = self._since(began, before)
             outcome = self._collect(plan, work, coming, pack(times, drawn, scores, width))
         # Rank 0's own time ends when all rows are in: the step did not end before.
         seconds = max(outcome.seconds, time.perf_counter() - began)
         return msgspec.structs.replace(outcome, seconds=seconds)
 
-    def _forward(self, step: StepContext) -> torch.Tensor:
+    def _context(self, work: StepWork) -> tuple[StepContext, Kind | None]:
+        """The step, and its kind where it spans ranks and may be replayed: not while it is traced,
+        since a replay shows no exchange."""
+        if self.tracing is not None:
+            return self.tracing.context(work, self.layers), None
+        if self.graphs is not None:
+            return self.graphs.context(work, self.layers)
+        return StepContext(work, self.layers), None
+
+    def _so_far(self) -> Times:
+        """What ``_since`` takes from."""
+        ledger = self.world.ledger
+        sent = tuple(ledger.bytes_of(ATTENTION_SCHEMES))
+        return Times(0.0, self.model_seconds, self.world.waits.seconds, sent)
+
+    def _since(self, began: float, before: Times) -> Times:
+        """The times of a step up to now."""
+        now = self._so_far()
+        sent = tuple(b - a for a, b in zip(before.sent, now.sent, strict=True))
+        seconds = time.perf_counter() - began
+        model_seconds = now.model_seconds - before.model_seconds
+        return Times(seconds, model_seconds, now.waited - before.waited, sent)
+
+    def _forward(self, step: StepContext, kind: Kind | None) -> torch.Tensor:
         """Logits ``[rows wanted, V]`` of the flat batch ``[1, T]``."""
         self.world.wait_for_device()
         began = time.perf_counter()
-        logits = self._replay(step)
+        logits = self.graphs.replay(step, kind) if self.graphs is not None else None
         if logits is None:
             out = self.model(
                 input_ids=step.ids, position_ids=step.positions, use_cache=False,
@@ -176,25 +222,13 @@ class Worker:
         self.model_seconds += time.perf_counter() - began
         return logits
 
-    def _replay(self, step: StepContext) -> torch.Tensor | None:
-        """The same from a graph, where the step can be one."""
-        inputs = step.decode_inputs() if self._graphs else None
-        if self._graphs is None or inputs is None:
-            return None
-        logits = self._graphs.run(inputs)
-        return None if logits is None else logits[step.logit_rows]
-
     def _draw(self, step: StepContext, logits_RV: torch.Tensor) -> list[Sampled]:
         """Draw my requests' next tokens; the same on every tensor-parallel rank."""
         if not step.draws:
             return []
         drawn: list[Sampled] = []
         if self.tp.rank == 0:
-            rows = [
-                Row(d.sequence.number, d.index, d.sequence.sampling, self._history(d))
-                for d in step.draws
-            ]
-            drawn = sample_rows(logits_RV[: len(rows)], rows)
+            drawn = self._sample(step.draws, logits_RV[: len(step.draws)])
         tokens = [s.token for s in drawn]
         if self.tp.size > 1:
             shared = torch.tensor(tokens or [0] * len(step.draws), device=self.tp.device)
@@ -205,10 +239,24 @@ class Worker:
             draw.sequence.last = token
         return drawn
 
+    def _sample(self, draws: Sequence[Draw], logits_RV: torch.Tensor) -> list[Sampled]:
+        masks = self._grammars.masks()
+        rows, lost = [], set()
+        for draw in draws:
+            number, how = draw.sequence.number, draw.sequence.sampling
+            allowed = masks.get(number)
+            if how.grammar and allowed is None:
+                lost.add(number)
+            rows.append(Row(number, draw.index, how, self._history(draw), allowed))
+        return [
+            Sampled(drawn.request, NO_GRAMMAR, 0.0) if drawn.request in lost else drawn
+            for drawn in sample_rows(logits_RV, rows)
+        ]
+
     def _history(self, draw: Draw) -> History | None:
-        """The tokens before ``draw``, where its sampling looks back at them."""
+        """The tokens before ``draw``, where its sampling penalizes them."""
         sequence = draw.sequence
-        if not sequence.sampling.looks_back:
+        if not sequence.sampling.penalizes:
             return None
         history = self._histories.get(sequence.number)
         if history is None:
@@ -243,46 +291,6 @@ class Worker:
         for peer, tokens in recvs:
             for handoff, token in zip(coming[peer], tokens.tolist(), strict=True):
                 handoff.sequence.last = token
-
-    def _transfer(self, transfers: Sequence[Transfer]) -> None:
-        """Copy blocks, here or between ranks. All sources of a batch are read before any target is
-        written; a block that was written is read, or written again, in a later batch."""
-        batch: list[Transfer] = []
-        written: set[tuple[int, int]] = set()
-        for transfer in transfers:
-            if transfer.source in written or transfer.target in written:
-                self._transfer_batch(batch)
-                batch, written = [], set()
-            batch.append(transfer)
-            written.add(transfer.target)
-        if batch:
-            self._transfer_batch(batch)
-
-    def _transfer_batch(self, batch: Sequence[Transfer]) -> None:
-        me, pool = self.cp.rank, self.pool
-        pairs: dict[tuple[int, int], list[tuple[int, int]]] = {}
-        for transfer in batch:
-            (source, from_block), (target, to_block) = transfer.source, transfer.target
-            if me in (source, target):
-                pairs.setdefault((source, target), []).append((from_block, to_block))
-        content = {
-            pair: pool.get_blocks([b for b, _ in blocks])
-            for pair, blocks in sorted(pairs.items())
-            if pair[0] == me
-        }
-        sends = [(target, data) for (_, target), data in content.items() if target != me]
-        elements = pool.block_elements
-        recvs = [
-            (source, torch.empty(len(blocks), elements, dtype=pool.dtype, device=self.cp.device))
-            for (source, target), blocks in sorted(pairs.items())
-            if target == me and source != me
-        ]
-        if sends or recvs:
-            self.cp.exchange(sends, recvs, SCHEME_MOVE).wait()
-        content.update({(source, me): data for source, data in recvs})
-        for (source, target), data in content.items():
-            if target == me:
-                pool.put_blocks([b for _, b in pairs[source, target]], data)
 
     def _expect(self, work: StepWork, width: int) -> _Coming | None:
         """Rank 0: start to receive the rows of the other ranks, before my own part, so that none of

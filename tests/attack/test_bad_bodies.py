@@ -20,16 +20,22 @@ import pytest
 from pydantic import BaseModel
 
 from ds_cp.api.app import create_app
-from ds_cp.api.requests import protocol
+from ds_cp.api.messages.request import CountRequest, MessagesRequest
+from ds_cp.api.requests import chat_body, protocol
 from ds_cp.api.requests.bodies import SMALL_BYTES, _to_model
 from ds_cp.api.requests.strict_model import Notes, StrictModel
+from ds_cp.api.responses.request import ResponseInput, ResponseRequest
 from tests.helpers.front import front, honest_streams
 
 ROUTES: dict[type[BaseModel], str] = {
     protocol.CompletionRequest: "/v1/completions",
-    protocol.ChatRequest: "/v1/chat/completions",
-    protocol.TokenizeRequest: "/tokenize",
+    chat_body.ChatCompletionRequest: "/v1/chat/completions",
+    chat_body.TokenizeRequest: "/tokenize",
     protocol.DetokenizeRequest: "/detokenize",
+    MessagesRequest: "/v1/messages",
+    CountRequest: "/v1/messages/count_tokens",
+    ResponseRequest: "/v1/responses",
+    ResponseInput: "/v1/responses/input_tokens",
 }
 ATTACKERS = 4
 LARGEST = 8 << 20  # bytes, the default of server.max_body_bytes
@@ -37,10 +43,14 @@ LARGEST = 8 << 20  # bytes, the default of server.max_body_bytes
 HEAVY = (
     "CompletionRequest.prompt:",
     "CompletionRequest:",
-    "ChatRequest.messages:",
+    "ChatCompletionRequest.messages:",
     "ChatMessage.content: 90,000",
     "TokenizeRequest.messages: 90,000",
     "DetokenizeRequest.tokens:",
+    "MessagesRequest.messages:",
+    "MessagesRequest.tools:",
+    "ResponseRequest.input:",
+    "ResponseRequest.tools:",
 )
 
 
@@ -168,7 +178,10 @@ def test_every_route_with_a_model_is_attacked() -> None:
     assert taken == ROUTES
     reached = {place.split(".")[0] for model in ROUTES for place, _ in places(model)}
     assert reached == {model.__name__ for model in _below(StrictModel) if model.model_fields} - {
-        "SamplingRequest"
+        "CommonRequest",
+        "ConstrainedRequest",
+        "SamplingRequest",
+        "TemplateFields",
     }
 
 

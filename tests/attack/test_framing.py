@@ -117,7 +117,7 @@ OTHERS: dict[str, tuple[bytes, list[int]]] = {
     "3.2.2 a URL in capitals": (b"GET HTTP://X/health HTTP/1.1\r\nHost: x\r\n\r\n", [200]),
     "3.2.2 a URL of https": (b"GET https://x/health?a HTTP/1.1\r\nHost: x\r\n\r\n", [200]),
     "3.2.2 a URL of IPv6": (b"GET http://[::1]:80/health HTTP/1.1\r\nHost: x\r\n\r\n", [200]),
-    "3.2.2 a URL without a path": (b"GET http://x HTTP/1.1\r\nHost: x\r\n\r\n", [404]),
+    "3.2.2 a URL without a path": (b"GET http://x HTTP/1.1\r\nHost: x\r\n\r\n", [200]),
     "3.2.2 a URL for POST": (
         POST.replace(b"/v1", b"http://x/v1") + LENGTH + b"\r\n" + BODY, [200]),
     "3.2.4 OPTIONS *": (b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n", [204]),

@@ -13,6 +13,7 @@ from itertools import chain, repeat
 
 import pytest
 
+from benchmarks.attacks import warm
 from ds_cp.api.transport import wire
 from tests.helpers.front import Front, front, honest_streams
 from tests.helpers.raw import answers, ask
@@ -101,6 +102,7 @@ def test_what_carries_too_little_is_refused(served: Front, name: str) -> None:
 
 
 def test_all_of_it_beside_honest_streams(served: Front) -> None:
+    warm(served.url)
     memory = served.memory
     with honest_streams(served.url, 20) as met:
         for start, piece, _ in ATTACKS.values():

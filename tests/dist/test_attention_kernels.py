@@ -12,6 +12,8 @@ from ds_cp.comm.wire import World
 from ds_cp.native import Library, load
 from tests.helpers.ranks import run_ranks, world_group
 
+pytestmark = pytest.mark.cpu_only("the choice between CPU kernels")
+
 
 def lacking(world: World) -> list[str]:
     """Rank 1 has no native library. What each mode says, on each rank."""

@@ -19,6 +19,7 @@ import psutil
 import pytest
 import torch
 
+import ds_cp
 from ds_cp.attention import LayerSpec, Span, attention
 from ds_cp.comm.control import Control
 from ds_cp.comm.pending import Pending
@@ -26,8 +27,32 @@ from ds_cp.comm.ring import RingExchange
 from ds_cp.comm.tree import RowBlock, TreeRoutes
 from ds_cp.comm.wire import Group, Rendezvous, World, join
 from ds_cp.errors import CommError, ConfigError, LaunchError
+from tests.helpers.engines import tiny_llama
 from tests.helpers.oracle import full_attention
 from tests.helpers.ranks import RankError, run_ranks, world_group
+
+pytestmark = pytest.mark.cpu_only("what carries CPU tensors")
+
+
+def joins_again(world: World) -> None:
+    """A second job of several ranks is refused before anything waits; one of a rank is not in the
+    way of the first."""
+    with pytest.raises(LaunchError, match="has joined a job already, by another engine") as caught:
+        join(
+            world.rank, 2, Rendezvous("127.0.0.1", 1), host="a", hosts=None, device=world.device,
+            timeout_s=5,
+        )  # fmt: skip
+    assert "engine.shutdown()" in str(caught.value) and "\n" not in str(caught.value)
+    config = {"kv_cache": {"tokens_per_rank": 64, "block_size": 16}}
+    engine = ds_cp.init_inference(tiny_llama(), config, env={})
+    assert len(engine.generate([1, 2, 3])[0].outputs[0].token_ids) == 16
+    engine.shutdown()
+    world.everybody.barrier()
+
+
+def test_one_job_a_process() -> None:
+    run_ranks(joins_again, 2)
+
 
 SIZES = [0, 1, Control.FRAME - 8, Control.FRAME - 7, 2**20, 3]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8]
@@ -532,12 +557,15 @@ def test_joining_in_vain_ends_within_the_limit() -> None:
     assert "socket" in found["not a socket"][1]
 
 
-def join_with_an_empty_build_folder(folder: str, pipe: Any) -> None:
+def join_with_an_empty_build_folder(rank: int, folder: str, pipe: Any, port: int = 0) -> None:
     os.environ["TORCH_EXTENSIONS_DIR"] = folder
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    listener = socket.create_server(("127.0.0.1", 0))
-    at = Rendezvous("127.0.0.1", listener.getsockname()[1], listener.fileno())
-    world = seat(0, 1, at, 60.0)
+    listener = socket.create_server(("127.0.0.1", 0)) if rank == 0 else None
+    if listener is not None:
+        port = listener.getsockname()[1]
+        pipe.send(port)
+    at = Rendezvous("127.0.0.1", port, listener.fileno() if listener else None)
+    world = seat(rank, 2, at, 60.0)  # a job of one rank has no use for deepspeed
     from deepspeed.comm import comm
     from deepspeed.ops import __compatible_ops__
 
@@ -553,13 +581,21 @@ def test_deepspeed_compiles_nothing(tmp_path: Path) -> None:
     context = mp.get_context("forkserver")
     mine, theirs = context.Pipe(duplex=False)
     folder = tmp_path / "extensions"
-    child = context.Process(target=join_with_an_empty_build_folder, args=(str(folder), theirs))
-    child.start()
-    assert mine.poll(60)
-    compatible, joined, op = mine.recv()
-    child.join(20)
-    assert (compatible, joined, op) == (False, True, None)
-    assert child.exitcode == 0
+    children = []
+    port = 0
+    for rank in range(2):
+        args = (rank, str(folder), theirs, port)
+        children.append(context.Process(target=join_with_an_empty_build_folder, args=args))
+        children[rank].start()
+        if rank == 0:
+            assert mine.poll(60)
+            port = mine.recv()
+    for _ in children:
+        assert mine.poll(60)
+        assert mine.recv() == (False, True, None)  # compatible, joined, op
+    for child in children:
+        child.join(20)
+        assert child.exitcode == 0
     assert not folder.exists() or not any(folder.rglob("*"))
 
 

@@ -3,7 +3,7 @@
 26 requests on the same ranks, alone, together and in random orders: the same bits. bf16 rounds
 coarsely, so a sum in another order would soon show as another token. It needs a kernel whose order
 of sums follows from positions alone, and linear layers whose order does not follow from the number
-of rows: the native library has both.
+of rows: the native library has both, and on CUDA ``attention.deterministic`` takes Triton's.
 """
 
 from __future__ import annotations
@@ -23,10 +23,7 @@ from tests.helpers.engines import engine_on, tiny_llama
 from tests.helpers.ranks import run_ranks
 
 LIBRARY = load()
-pytestmark = pytest.mark.skipif(
-    not isinstance(LIBRARY, Library) or LIBRARY.isas[0] == "baseline",
-    reason=f"needs the native library and AVX2: {LIBRARY}",
-)
+pytestmark = pytest.mark.cpu_only("the native CPU kernel; has a test of its own marked gpu")
 COUNT, VOCAB = 26, 128
 LENGTHS = (1, 2, 3, 5, 8, 13, 16, 17, 31, 47, 64, 90, 131)
 Answer = tuple[tuple[int, ...], tuple[float, ...]]  # tokens, their log-probabilities
@@ -48,12 +45,14 @@ def requests() -> list[tuple[tuple[int, ...], SamplingParams]]:
     return made
 
 
-def answers(world: World, size: dict[str, Any], runs: tuple[str, ...]) -> list[list[Answer]]:
+def answers(
+    world: World, config: dict[str, Any], runs: tuple[str, ...], kernel: str = "cpu"
+) -> list[list[Answer]]:
     """Of each run in ``runs``, by the number of the request; rank 0 only."""
     model = tiny_llama(initializer_range=0.2, hidden_size=72, intermediate_size=200, head_dim=16)
     model = model.to(torch.bfloat16)
-    engine = engine_on(world, model, {"dtype": "bf16", "linear_layers": "packed", **size})
-    assert engine.facts.kernel == "cpu"
+    engine = engine_on(world, model, {"dtype": "bf16", **config})
+    assert engine.facts.kernel == kernel
     cases = requests()
     found: list[list[Answer]] = []
     for run in runs:
@@ -80,16 +79,36 @@ def answer_of(output: RequestOutput) -> Answer:
     return only.token_ids, tuple(one.logprob for one in only.logprobs)
 
 
+RUNS = ("alone", "together", "one order", "another order")
+CONFIG: dict[str, Any] = {
+    "context_parallel": {"mode": "local"},
+    "kv_cache": {"block_size": 16, "tokens_per_rank": 2048},
+    "scheduler": {"max_num_batched_tokens": 100},
+}
+
+
+@pytest.mark.skipif(
+    not isinstance(LIBRARY, Library) or LIBRARY.isas[0] == "baseline",
+    reason=f"needs the native library and AVX2: {LIBRARY}",
+)
 @pytest.mark.parametrize("size", (1, 2))
 def test_answers_in_bf16_are_the_same_in_any_company(size: int) -> None:
-    config = {
-        "context_parallel": {"mode": "local"},
-        "kv_cache": {"block_size": 16, "tokens_per_rank": 2048},
-        "scheduler": {"max_num_batched_tokens": 100},
-    }
-    runs = ("alone", "together", "one order", "another order")
-    alone, *others = run_ranks(answers, size, config, runs, timeout=120)[0]
+    config = {**CONFIG, "linear_layers": "packed"}
+    compare(run_ranks(answers, size, config, RUNS, timeout=120)[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", (1, 2))
+def test_answers_in_bf16_on_a_gpu(size: int) -> None:
+    """Two ranks share it."""
+    config = {**CONFIG, "attention": {"deterministic": True}}
+    compare(run_ranks(answers, size, config, RUNS, "triton", timeout=280, device="cuda")[0])
+
+
+def compare(answers: list[list[Answer]]) -> None:
+    """Of ``RUNS``."""
+    alone, *others = answers
     assert len({tokens for tokens, _ in alone}) > COUNT // 2, "the model says something"
-    for run, found in zip(runs[1:], others, strict=True):
+    for run, found in zip(RUNS[1:], others, strict=True):
         differ = [n for n in range(COUNT) if found[n] != alone[n]]
         assert not differ, f"{run}: requests {differ}"

@@ -188,9 +188,9 @@ def slowed(world: World, far: bool) -> float:
     )
     forward = Worker._forward
 
-    def sleepy_forward(self: Worker, step: StepContext) -> torch.Tensor:
+    def sleepy_forward(self: Worker, step: StepContext, *rest: Any) -> torch.Tensor:
         time.sleep(QUIET_S + TOKEN_S * (step.num_rows - 1))
-        return forward(self, step)
+        return forward(self, step, *rest)
 
     Worker._forward = sleepy_forward  # type: ignore[method-assign]
     if world.rank != 0:

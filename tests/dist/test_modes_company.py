@@ -19,10 +19,13 @@ from tests.helpers.ranks import run_ranks, world_group
 from tests.helpers.steps import Request, Step, decode, prompt
 
 LIBRARY = load()
-pytestmark = pytest.mark.skipif(
-    not isinstance(LIBRARY, Library) or LIBRARY.isas[0] == "baseline",
-    reason=f"needs the native library and AVX2: {LIBRARY}",
-)
+pytestmark = [
+    pytest.mark.cpu_only("the native CPU kernel"),
+    pytest.mark.skipif(
+        not isinstance(LIBRARY, Library) or LIBRARY.isas[0] == "baseline",
+        reason=f"needs the native library and AVX2: {LIBRARY}",
+    ),
+]
 SIZE = 16
 WINDOWS = (None, 40, 100)
 MODES = [("ring", "kv"), ("ring", "q"), ("tree", "kv")]

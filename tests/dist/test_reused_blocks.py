@@ -74,7 +74,7 @@ def plans(mode: str, ring_pass: str, away: bool) -> list[StepPlan]:
 
 def errors(group: Group, name: str, mode: str, ring_pass: str, away: bool) -> list[float]:
     """Of each step of request 2, the largest difference to fp64 on this rank."""
-    device, found = torch.device("cpu"), []
+    device, found = group.device, []
     kernel = choose_kernel(name, device, torch.float32, [SPEC], SIZE, False).kernel
     pool = KVPool([SPEC], BLOCKS, SIZE, torch.float32, device, packed=kernel.packed)
     state, layers = WorkerState(group.rank, SIZE), Layers([SPEC], pool, kernel, group)
@@ -86,7 +86,7 @@ def errors(group: Group, name: str, mode: str, ring_pass: str, away: bool) -> li
             q, k, v = (torch.full((len(places), heads, 16), torch.nan) for heads in (4, 2, 2))
         else:
             q, k, v = (x[places] for x in values)
-        out = step.attend(0, *(x.transpose(0, 1)[None] for x in (q, k, v)))[0]
+        out = step.attend(0, *(x.to(device).transpose(0, 1)[None] for x in (q, k, v)))[0].cpu()
         if plan.step == 1 or not len(places):
             continue
         want, _ = full_attention(

@@ -19,9 +19,12 @@ from ds_cp.errors import CommError, RankFailedError
 from ds_cp.native import Library, load
 from tests.helpers.ranks import RankError, run_ranks, world_group
 
-pytestmark = pytest.mark.skipif(
-    not isinstance(load(), Library), reason=f"{load()}; then run these tests again"
-)
+pytestmark = [
+    pytest.mark.cpu_only("what carries CPU tensors; has a test of its own marked gpu"),
+    pytest.mark.skipif(
+        not isinstance(load(), Library), reason=f"{load()}; then run these tests again"
+    ),
+]
 
 
 # --- eight ranks on however few cores there are

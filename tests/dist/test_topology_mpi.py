@@ -19,6 +19,8 @@ import pytest
 
 from tests.helpers.netns import Hosts, NamespaceError, hosts_text, two_hosts
 
+pytestmark = pytest.mark.cpu_only("no tensors")
+
 ROOT = Path(__file__).parents[2]
 
 # One JSON line a rank. Rank 0 accepts a connection from every other rank on the store's socket and

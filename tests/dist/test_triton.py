@@ -34,7 +34,10 @@ from triton.compiler import compile as triton_compile  # noqa: E402
 from ds_cp.attention.kernels import triton_decode, triton_merge, triton_prefill  # noqa: E402
 from ds_cp.attention.kernels.triton_kernel import TritonKernel, make_triton  # noqa: E402
 from ds_cp.attention.kernels.triton_tables import Tile, prefill_tile  # noqa: E402
+from ds_cp.model import triton_linear, triton_norm  # noqa: E402
 from tests.helpers import triton_cases  # noqa: E402
+
+pytestmark = pytest.mark.cpu_only("interpreted kernels; has tests of its own marked gpu")
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = (
@@ -176,6 +179,42 @@ def test_kernels_compile_without_a_device(
     if kernel in (KERNELS[1], KERNELS[3]):
         assert "mma.sync" in ptx or "wgmma.mma_async" in ptx
         assert "cp.async.cg.shared.global" in ptx
+
+
+LAYERS = [
+    (triton_linear.linear_kernel, bits, {"BIAS": True, "M": 32, "N": 64, "K": 128 // size,
+                                         "UPCAST": False}, 4)
+    for bits, size in (("bf16", 2), ("fp32", 4))
+] + [(triton_norm.norm_kernel, "bf16", {"ROUND": True, "N": 2048}, 1)]  # fmt: skip
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_layers_compile_without_a_device(
+    capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Deterministic linear layers and norms: the former with matrix instructions for 16 bits, and
+    with weights that are read ahead of their use. No number of rows compiles them anew."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    for kernel, bits, constants, stages in LAYERS:
+        kinds = {name: f"*{bits}" for name in ("x", "weight", "bias", "y")}
+        if kernel is triton_norm.norm_kernel:
+            kinds |= {"weight": "*fp32", "eps": "fp32"}
+        types = {n: "constexpr" if n in constants else kinds.get(n, "i32")
+                 for n in kernel.arg_names}  # fmt: skip
+        aligned = {
+            (i,): [["tt.divisibility", 16]]
+            for i, param in enumerate(kernel.params)
+            if types[param.name] not in ("constexpr", "fp32") and not param.do_not_specialize
+        }
+        source = ASTSource(kernel, types, constants, aligned)
+        launch = {"num_warps": 4, "num_stages": stages}
+        compiled = triton_compile(source, GPUTarget("cuda", capability, 32), launch)
+        assert compiled.metadata.shared < 100 * 1024
+        if kernel is triton_linear.linear_kernel:
+            ptx = compiled.asm["ptx"]
+            assert "cp.async.cg.shared.global" in ptx
+            assert ("mma.sync" in ptx or "wgmma" in ptx) == (bits == "bf16")
+            assert next(p for p in kernel.params if p.name == "num_rows").do_not_specialize
 
 
 def test_refuses_by_name() -> None:

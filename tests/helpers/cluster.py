@@ -437,7 +437,7 @@ class Cluster:
                 assert table.num_tokens == request.table.num_tokens
 
     def _transfer(self, transfers: Sequence[Transfer]) -> None:
-        """As ``Worker._transfer``: in a batch all is read before anything is written."""
+        """As ``move_blocks``: in a batch all is read before anything is written."""
         size = self.block_size
         batch: list[Transfer] = []
         written: set[tuple[int, int]] = set()

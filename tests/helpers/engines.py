@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 from collections.abc import Mapping
@@ -51,6 +52,8 @@ def engine_on(
     JSON file, without ``model``. ``engine.shutdown()`` leaves the world, which ``run_ranks`` does
     anyway, so a test may build several engines on one world.
     """
+    if isinstance(model, Decoder) and world.device.type != "cpu":
+        model = copy.deepcopy(model).to(world.device)  # the caller's stays where its inputs are
     source = model if isinstance(model, Decoder) else find_model(os.fspath(model))
     name = "a loaded model" if isinstance(model, Decoder) else os.fspath(model)
     checked = load_config(config or {}, {"model": name})

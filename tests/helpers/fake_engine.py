@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
@@ -13,8 +13,9 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ds_cp.engine.interface import EngineInfo, EngineStats
+from ds_cp.engine.picture import Picture
 from ds_cp.errors import CapacityError, RequestError
-from ds_cp.outputs import Delta, PackedLogprobs, TokenLogprob
+from ds_cp.outputs import Delta, EndedRequest, PackedLogprobs, PromptProgress, TokenLogprob
 from ds_cp.sampling_params import RequestOptions, SamplingParams
 from ds_cp.scheduler.admission import Limits, check_request
 from ds_cp.templates.chat import ChatTemplate
@@ -88,7 +89,8 @@ class FakeEngine:
     fit. ``short`` gives answers (by index) that stop after that many tokens; in each step the
     answers come in their order, or ``backwards``. ``cached`` is how many tokens of every prompt
     were in the prefix cache. ``drained`` ranks cannot all be drained, and hold ``blocks`` (by rank)
-    until a test takes them away; ``moving`` is what a rebalance says.
+    until a test takes them away; ``moving`` is what a rebalance says,
+    ``prefix_blocks`` what a reset of the prefix cache frees.
     """
 
     def __init__(self, tokenizer: Any, max_model_len: int = 128) -> None:
@@ -107,8 +109,14 @@ class FakeEngine:
         )
         self.state = "ready"
         self.snapshot = EngineStats()
+        self.shown: Picture | None = None  # what ``picture`` says
+        self.listeners: list[Callable[[EndedRequest], None]] = []
+        self.looks = 0  # how often it was asked
         self._thread = ThreadPoolExecutor(1)
         self.first_delay_s = 0.0
+        self.steps_of_prompt: list[
+            PromptProgress
+        ] = []  # what ``progress`` says, before the first token
         self.delay_s = 0.0
         self.eager_s: float | None = None
         self.refuse: Exception | None = None
@@ -119,6 +127,7 @@ class FakeEngine:
         self.backwards = False
         self.cached: int | None = None
         self.moving = 0
+        self.prefix_blocks = 0
         self.drained: set[int] = set()
         self.blocks: dict[int, int] = {}
         self.seen: list[tuple[list[int], SamplingParams]] = []
@@ -155,6 +164,8 @@ class FakeEngine:
             delay_s = (self.eager_s or 0.0) if eager else self.delay_s
             for step in range(count):
                 await asyncio.sleep(delay_s + (self.first_delay_s if step == 0 else 0.0))
+                while step == 0 and self.steps_of_prompt:
+                    await asyncio.sleep(0.01)
                 if self.break_after is not None and step == self.break_after[0]:
                     raise self.break_after[1]
                 for index in sorted(left, reverse=self.backwards):
@@ -174,6 +185,7 @@ class FakeEngine:
                             )
                     if delta.finish_reason is not None:
                         left.discard(index)
+                        self._tell(delta, prompt_token_ids, options, index, step + 1)
                     yield replace(delta, index=index)
                 if not left:
                     return
@@ -204,6 +216,21 @@ class FakeEngine:
                 return Delta(request_id, (token_id,), "", logprobs, "stop", stop)
         return Delta(request_id, (token_id,), text, logprobs, reason)
 
+    def _tell(
+        self, last: Delta, prompt: list[int], options: RequestOptions, index: int, new: int
+    ) -> None:
+        """As the engine does when an answer ends. Half a second of each time."""
+        gaps = 0.5 if new > 1 else None
+        ended = EndedRequest(
+            last.request_id, index, options.http_id, str(last.finish_reason), len(prompt),
+            self.cached or 0, new, 0, ("local",), (0,), 0.5, 0.5, 0.5, 0.5, gaps, 1.5,
+        )  # fmt: skip
+        for listener in self.listeners:
+            listener(ended)
+
+    def on_ended(self, listener: Callable[[EndedRequest], None]) -> None:
+        self.listeners.append(listener)
+
     def abort(self, request_id: str) -> None:
         if request_id not in self.aborted:
             self.aborted.append(request_id)
@@ -220,6 +247,10 @@ class FakeEngine:
             ranks_draining=tuple(rank for rank in sorted(self.drained) if used[rank]),
         )
 
+    def picture(self) -> Picture | None:
+        self.looks += 1
+        return self.shown
+
     def drain(self, rank: int) -> None:
         self._check(rank)
         if len(self.drained | {rank}) == self.info.ranks:
@@ -232,6 +263,14 @@ class FakeEngine:
 
     def rebalance(self) -> int:
         return self.moving
+
+    def progress(self, request_id: str) -> PromptProgress | None:
+        """What a test says, one after the other, while the first token is awaited."""
+        return self.steps_of_prompt.pop(0) if self.steps_of_prompt else None
+
+    def reset_prefix_cache(self) -> int:
+        freed, self.prefix_blocks = self.prefix_blocks, 0
+        return freed
 
     def _check(self, rank: int) -> None:
         if not 0 <= rank < self.info.ranks:

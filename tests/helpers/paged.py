@@ -32,7 +32,7 @@ def kernels(device: torch.device = CPU) -> dict[str, PagedKernel]:
     found = {}
     for name, make in makers(device).items():
         try:
-            found[name] = make(device)
+            found[name] = make(device, torch.bfloat16)
         except KernelUnavailableError:
             continue
     return found

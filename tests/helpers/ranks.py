@@ -14,6 +14,10 @@ from typing import Any
 
 from ds_cp.comm.wire import Rendezvous, World, join
 
+# Where the tensors of multi-rank tests are: DS_CP_TEST_DEVICE=cuda has them on one GPU, which all
+# ranks share.
+TEST_DEVICE = os.environ.get("DS_CP_TEST_DEVICE", "cpu")
+
 
 class RankError(AssertionError):
     """A rank raised, died or did not end in time; the message holds its traceback."""
@@ -27,18 +31,22 @@ def run_ranks(
     timeout: float = 120.0,
     comm_timeout: float = 60.0,
     shared_memory: bool = True,
-    device: str = "cpu",
+    device: str = "",
 ) -> list[Any]:
     """Call ``fn(world, *args)`` on ``size`` ranks and return their results, rank 0 first.
 
     ``fn`` and ``args`` must be importable and picklable (the children come from a fork server that
-    has torch loaded already). ``hosts`` fakes a host name per rank; ``shared_memory``: between
-    ranks of one of these.
+    has torch loaded already; for a GPU they start anew, since deepspeed asks CUDA what there is
+    when it is loaded, and CUDA does not outlive a fork). ``hosts`` fakes a host name per rank;
+    ``shared_memory``: between ranks of one of these. ``device``: "cpu", "cuda" (all ranks share the
+    first GPU), "cuda:each" (rank r has GPU r); by default the one of ``TEST_DEVICE``.
     """
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["deepspeed", "pytest", "tests.helpers.ranks", "tests.helpers.engines"]
-    )
+    device = device or TEST_DEVICE
+    context: Any = mp.get_context("spawn" if device.startswith("cuda") else "forkserver")
+    if device == "cpu":
+        context.set_forkserver_preload(
+            ["deepspeed", "pytest", "tests.helpers.ranks", "tests.helpers.engines"]
+        )
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
     hosts = list(hosts) if hosts else ["localhost"] * size
@@ -110,6 +118,12 @@ def _child(
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     code = 0
+    name = settings["device"]
+    if name.startswith("cuda"):
+        device = torch.device("cuda", rank if name == "cuda:each" else 0)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device(name)
     try:
         world = join(
             rank,
@@ -118,7 +132,7 @@ def _child(
             host=hosts[rank],
             hosts=hosts,
             threads=1,
-            **{**settings, "device": torch.device(settings["device"])},
+            **{**settings, "device": device},
         )
         pipe.send((True, fn(world, *args)))
         world.leave()

@@ -90,18 +90,18 @@ def sequence(index: int, request: Request, spec: LayerSpec) -> tuple[torch.Tenso
 
 def filled(
     items: Sequence[Shards], requests: Sequence[Request], rank: int, shape: PageShape,
-    spec: LayerSpec, kernel: PagedKernel,
+    spec: LayerSpec, kernel: PagedKernel, device: torch.device,
 ) -> Pages:  # fmt: skip
     """The pages of ``rank`` with the keys and values of its blocks; slots without a key are 0."""
     numbers = [n for item in items for n in item.blocks[rank].numbers]
-    pages = empty_pages(shape, max(numbers, default=0) + 2, torch.device("cpu"))
+    pages = empty_pages(shape, max(numbers, default=0) + 2, device)
     for index, (item, request) in enumerate(zip(items, requests, strict=True)):
-        _, k, v = (x.to(shape.dtype) for x in sequence(index, request, spec))
+        _, k, v = (x.to(device, shape.dtype) for x in sequence(index, request, spec))
         for number, first, keys in item.blocks[rank]:
-            at = torch.arange(keys)
+            at = torch.arange(keys, device=device)
             kernel.write(
                 pages, k[first : first + keys], v[first : first + keys],
-                torch.full((keys,), number), at,
+                torch.full_like(at, number), at,
             )  # fmt: skip
     return pages
 
@@ -128,7 +128,7 @@ class Step:
             self.mode, self.ring_pass, self.items, self.group, self.LEAD, self.windows, upload,
             self.routes,
         )  # fmt: skip
-        upload.send(torch.device("cpu"))
+        upload.send(self.group.device)
         self.places = [p for r in self.requests for p in positions(r.q_runs[self.group.rank])]
 
     def run(
@@ -137,18 +137,18 @@ class Step:
     ) -> Partial:  # fmt: skip
         """One layer: what is in the rows of the mode, which held nothing before. Other rows must
         stay as they were."""
-        me, lead = self.group.rank, self.LEAD
+        me, lead, device = self.group.rank, self.LEAD, self.group.device
         if pages is None:
             shape = PageShape.of(spec, self.size, dtype, kernel.packed)
-            pages = filled(self.items, self.requests, me, shape, spec, kernel)
+            pages = filled(self.items, self.requests, me, shape, spec, kernel, device)
         rows = [
             sequence(i, r, spec)[0][positions(r.q_runs[me])] for i, r in enumerate(self.requests)
         ]
         others = torch.full((lead, spec.num_q_heads, spec.head_dim), torch.nan)
-        q = torch.cat([others, *rows, others]).to(dtype)
+        q = torch.cat([others, *rows, others]).to(device, dtype)
         q = q.transpose(0, 1).contiguous().transpose(0, 1)  # as the model's layers give it
-        at = torch.tensor([0] * lead + self.places + [0] * lead)
-        into = empty_partial(len(q), spec.num_q_heads, spec.v_dim)
+        at = torch.tensor([0] * lead + self.places + [0] * lead, device=device)
+        into = empty_partial(len(q), spec.num_q_heads, spec.v_dim, device)
         for outer in (slice(0, lead), slice(len(q) - lead, len(q))):
             into.out[outer], into.lse[outer] = 7.0, 7.0
         self.one(q, at, pages, kernel, spec, into)
@@ -170,8 +170,10 @@ class Step:
             rows = slice(begin, begin + len(places))
             begin += len(places)
             if len(places):
-                out = (found.out[rows].double() - want).abs().max() / want.abs().max()
-                both = (found.lse[rows].double() - lse).abs().max() / lse.abs().max().clamp_min(1)
+                out = (found.out[rows].cpu().double() - want).abs().max() / want.abs().max()
+                both = (
+                    found.lse[rows].cpu().double() - lse
+                ).abs().max() / lse.abs().max().clamp_min(1)
                 worst = max(worst, float(out), float(both))
         assert begin == len(found.out)
         return worst

@@ -25,7 +25,11 @@ from ds_cp.attention.kernels.triton_kernel import TritonKernel
 from ds_cp.attention.kernels.triton_merge import merge_stacked
 from ds_cp.attention.pages import Pages, PageShape, empty_pages
 from ds_cp.attention.state import Partial, empty_partial
+from ds_cp.attention.wireform import new_rows
 from ds_cp.layout import Runs, positions, total
+from ds_cp.model.invariant import make_invariant, restore_layers
+from ds_cp.model.triton_linear import TritonLinear
+from ds_cp.model.triton_norm import TritonNorm
 from tests.helpers.oracle import full_attention
 
 # Largest error of out, relative to the largest reference value; 2 ulps at that scale for halves.
@@ -308,6 +312,29 @@ def check_merge(device: torch.device) -> None:
         assert torch.equal(got.lse[others], into.lse[others].double())
 
 
+def check_answers(device: torch.device) -> None:
+    """Rows on the wire of three ranks folded by one call, and one by one: the same bits."""
+    gen, heads, dim = torch.Generator().manual_seed(6), 3, 24
+    spec, kernel = LayerSpec(heads, 1, dim, 0.2), TritonKernel()
+    for dtype in (torch.bfloat16, torch.float32):
+        packed = new_rows(3 * 5, spec, dtype, torch.empty(0, device=device)).view(3, 5, -1)
+        for rows in packed:
+            out = torch.randn(5, heads, dim, generator=gen)
+            lse = 5 * torch.randn(5, heads, generator=gen)
+            lse[2], lse[4, 1] = -torch.inf, -torch.inf
+            part = Partial(out.to(device), lse.to(device))
+            kernel.packing(part, dtype, rows)()
+        base = torch.randn(9, heads, dim, generator=gen), torch.randn(9, heads, generator=gen)
+        for where in (2, torch.tensor([7, 0, 3, 8, 1], device=device)):
+            ours, theirs = (Partial(*(x.to(device, copy=True) for x in base)) for _ in range(2))
+            cut, to = slice(1, 5), where + 1 if isinstance(where, int) else where[1:]
+            kernel.merging(packed[:, cut], dtype, to, heads, dim)(ours)()
+            for rows in packed:
+                kernel.merging(rows[cut], dtype, to, heads, dim)(theirs)()
+            assert torch.equal(ours.out, theirs.out) and torch.equal(ours.lse, theirs.lse)
+            assert not torch.equal(ours.out.cpu(), base[0])
+
+
 def check_write(device: torch.device) -> None:
     """Bit by bit what indexing stores, from any strides, and nothing beside it."""
     for dtype, dims in ((torch.bfloat16, (20, 36)), (torch.float32, (16, 16))):
@@ -343,6 +370,68 @@ def check_large_pool(device: torch.device) -> None:
     same(Partial(got.out.cpu().double(), got.lse.cpu().double()), Partial(out, lse), 2 * 2**-11)
 
 
+def check_linear(device: torch.device) -> None:
+    """Rows are the same bits for every number of rows, wherever they are among these; near fp64."""
+    gen = torch.Generator().manual_seed(3)
+    for dtype, depth, columns, bias in (
+        (torch.float32, 80, 70, True), (torch.bfloat16, 200, 130, False),
+        (torch.float16, 64, 1, True),
+    ):  # fmt: skip
+        layer = torch.nn.Linear(depth, columns, bias=bias)
+        for parameter in layer.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=gen)
+        layer = layer.to(device, dtype)
+        x = torch.randn(1, 70, depth, generator=gen).to(device, dtype)
+        linear = TritonLinear(layer, interpreted=device.type == "cpu")
+        with torch.inference_mode():
+            got = linear(x)
+            want = layer.double()(x.double())
+            layer.to(dtype)
+            for first, end in [(0, 1), (0, 2), (5, 21), (3, 36), (33, 34), (1, 70)]:
+                assert torch.equal(linear(x[:, first:end]), got[:, first:end]), (first, end)
+            assert linear(x[:, :0]).shape == (1, 0, columns)
+        error = float((got.double() - want).abs().max() / want.abs().max())
+        assert got.dtype == dtype and error <= LIMITS[dtype], (dtype, error)
+
+
+def check_norm(device: torch.device) -> None:
+    """The same of RMS norms."""
+    gen = torch.Generator().manual_seed(4)
+    for dtype in (torch.float32, torch.bfloat16):
+        weight = torch.randn(96, generator=gen).to(device, dtype)
+        x = torch.randn(40, 96, generator=gen).to(device, dtype)
+        norm = TritonNorm(weight, 1e-5, False, True, torch.nn.Identity())
+        got = norm(x)
+        wide = x.double()
+        want = wide / (wide.square().mean(-1, True) + 1e-5).sqrt() * (1 + weight.double())
+        assert float((got - want).abs().max() / want.abs().max()) <= LIMITS[dtype]
+        for first, end in ((0, 1), (7, 24), (1, 40)):
+            assert torch.equal(norm(x[first:end]), got[first:end])
+
+
+def check_model(device: torch.device) -> None:
+    """A decoder's layers, found and replaced: its logits to rounding; through the layers a row's
+    bits are those alone; and given back."""
+    from tests.helpers.engines import tiny_llama
+
+    model = tiny_llama().to(device)
+    ids = torch.arange(24, device=device)[None]
+    with torch.inference_mode():
+        want = model(ids).logits
+        line = make_invariant(model, interpreted=device.type == "cpu")
+        got = model(ids).logits
+        layer = model.model.layers[0]
+        x = torch.randn(1, 50, 64, generator=torch.Generator().manual_seed(8)).to(device)
+        many = layer.mlp(layer.input_layernorm(x))
+        for row in (0, 31, 32, 49):
+            one = layer.mlp(layer.input_layernorm(x[:, row : row + 1]))
+            assert torch.equal(one, many[:, row : row + 1]), row
+    assert line == "15 linear layers and 5 RMS norms by Triton, rows alike in any number", line
+    assert float((got - want).abs().max() / want.abs().max()) < 1e-5
+    restore_layers(model)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
 Check = Callable[[torch.device], None]
 GROUPS: dict[str, dict[str, Check]] = {
     "attention": {
@@ -354,7 +443,11 @@ GROUPS: dict[str, dict[str, Check]] = {
         "company": check_company,
         "deterministic": check_deterministic,
         "merge": check_merge,
+        "answers of ranks": check_answers,
         "write": check_write,
+        "linear": check_linear,
+        "norm": check_norm,
+        "a model's layers": check_model,
         "large pool": check_large_pool,
     },
 }

@@ -1,4 +1,5 @@
-"""Every example runs as its first lines say, and so do the lines of Python in the README."""
+"""Every example runs as its first lines say. ``test_documents.py`` runs client.py, and what the
+documents show."""
 
 from __future__ import annotations
 
@@ -9,9 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.jobs import ROOT, command, free_port
-from tests.launch.conftest import Start, Write
-from tests.unit.test_docs import python_blocks
+from tests.helpers.jobs import ROOT, free_port
 
 EXAMPLES = ROOT / "examples"
 RUN_S = 150  # a process imports torch and transformers on a machine that may be busy
@@ -23,10 +22,10 @@ ALONE = {  # example -> what it must print
 }
 
 
-def run(argv: list[str], code: str | None = None) -> str:
+def run(argv: list[str]) -> str:
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
-        [sys.executable, *argv], cwd=ROOT, input=code, capture_output=True, text=True,
+        [sys.executable, *argv], cwd=ROOT, capture_output=True, text=True,
         timeout=RUN_S, env={**os.environ, "PYTHONPATH": path},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -50,16 +49,3 @@ def test_on_two_ranks(name: str, smollm2: Path) -> None:
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
     said = run([*launcher, "--master-port", str(free_port()), f"examples/{name}"])
     assert ALONE[name].replace("100", "25") in said
-
-
-def test_client(start: Start, config: Write, smollm2: Path) -> None:
-    file = config(model=str(smollm2), kv_cache={"tokens_per_rank": 256})
-    job = start(command("ds-cp", "serve", 1, ["--config", file]))
-    said = run(["examples/client.py", job.ready(), "What is the capital of France?"])
-    assert "Paris" in said
-    assert said.splitlines()[-1].endswith(" tokens")
-
-
-def test_the_readme_in_python(smollm2: Path) -> None:
-    [block] = python_blocks(ROOT / "README.md")
-    assert len(run(["-"], block).split()) > 5

@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from ds_cp.api.transport.listen import bind
 from ds_cp.api.transport.server import serve_until
 from ds_cp.config import Server
 from tests.helpers.fake_engine import FakeEngine, expected_ids, make_tokenizer
+from tests.helpers.spoken import SpokenEngine
 
 
 @dataclass
@@ -46,11 +48,16 @@ class Running:
 
 
 def error_of(reply: httpx.Response, status: int) -> dict[str, Any]:
-    """The error of an answer in OpenAI's shape, with one line as its message."""
+    """The error of an answer in OpenAI's shape, with one line as its message; on the paths of
+    Anthropic's protocol in its shape, without ``param`` and ``code``."""
     assert reply.status_code == status, reply.text
-    assert set(reply.json()) == {"error"}
     error: dict[str, Any] = reply.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
+    if reply.request.url.path.startswith("/v1/messages"):
+        assert set(reply.json()) == {"type", "error", "request_id"}
+        assert set(error) == {"message", "type"}
+    else:
+        assert set(reply.json()) == {"error"}
+        assert set(error) == {"message", "type", "param", "code"}
     assert error["message"] and "\n" not in error["message"]
     assert reply.headers["x-request-id"]
     return error
@@ -80,6 +87,35 @@ def tokenizer() -> Any:
 @pytest.fixture
 def launch(tokenizer: Any) -> Iterator[Callable[..., Running]]:
     """``launch(engine=None, **settings)`` starts a server; all of them are stopped at the end."""
+    with servers_of(tokenizer) as start:
+        yield start
+
+
+@pytest.fixture(scope="module")
+def shared(tokenizer: Any) -> Iterator[Running]:
+    """A server for all tests of a file, whose engine says what a test wants."""
+    with servers_of(tokenizer) as start:
+        yield start(SpokenEngine("x"))
+
+
+@pytest.fixture
+def spoken(launch: Callable[..., Running], shared: Running) -> Callable[..., Running]:
+    """``spoken(*say, **settings)``: a server whose model says these texts in turn. Without settings
+    it is ``shared``, and its engine as new."""
+
+    def start(*say: str, **settings: Any) -> Running:
+        if settings:
+            return launch(SpokenEngine(*say), **settings)
+        assert isinstance(shared.engine, SpokenEngine)
+        shared.engine.renew(*say)
+        return shared
+
+    return start
+
+
+@contextmanager
+def servers_of(tokenizer: Any) -> Iterator[Callable[..., Running]]:
+    """What starts servers, which are stopped at the end."""
     servers: list[Running] = []
 
     def start(

@@ -128,7 +128,9 @@ class Expected:
                 }
             )
         extra = {} if scores is None else {"prompt_logprobs": self.prompt_field(prompt, scores)}
-        return {"choices": choices} | extra | self.usage([prompt], n * count)
+        usage = self.usage([prompt], n * count)
+        usage["usage"]["completion_tokens_details"] = {"reasoning_tokens": 0}
+        return {"choices": choices} | extra | usage
 
     def completion(self, n: int, count: int, top: int | None, echo: bool, scores: int | None):
         choices = []

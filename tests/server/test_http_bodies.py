@@ -22,8 +22,9 @@ from ds_cp.api.requests.bodies import (
     Bodies,
     kept_bytes,
 )
+from ds_cp.api.requests.chat_body import ChatCompletionRequest as ChatRequest
 from ds_cp.api.requests.json_route import warning
-from ds_cp.api.requests.protocol import ChatRequest, CompletionRequest
+from ds_cp.api.requests.protocol import CompletionRequest
 from tests.helpers.fake_engine import FakeEngine, make_tokenizer
 from tests.server.conftest import Running, error_of, wait_for
 
@@ -151,7 +152,7 @@ def test_a_name_reaches_the_template_and_parts_are_joined(launch: Callable[..., 
     assert engine.tokenizer.decode(ids) == "ann: a\nb|assistant: |assistant: |user: c|"
 
 
-def test_a_false_that_the_template_reads_is_refused(launch: Callable[..., Running]) -> None:
+def test_only_what_the_template_reads_can_be_set(launch: Callable[..., Running]) -> None:
     template = "{% if enable_thinking is defined %}no{% endif %}{{ messages[0].content }} "
     template += "{% for m in messages[1:] %}{{ m['a'] + 'a think' + m.role }}{% endfor %} a"
     served = launch(FakeEngine(make_tokenizer(template)))
@@ -168,9 +169,13 @@ def test_a_false_that_the_template_reads_is_refused(launch: Callable[..., Runnin
         {"messages": False},
     ):
         assert served.post(CHAT, body | {"chat_template_kwargs": given}).status_code == 200
-    for given in ({"enable_thinking": False}, {"enable_thinking": True}, {"other": 1}):
+    for given in ({"other": 1}, {"role": True}, {"a": 1}, {"think": True}, {"messages": [1]}):
         error = error_of(served.post(CHAT, body | {"chat_template_kwargs": given}), 400)
         assert error["param"] == "chat_template_kwargs" and next(iter(given)) in error["message"]
+    for value in (True, False):  # it is defined either way
+        given = {"chat_template_kwargs": {"enable_thinking": value}}
+        ids = served.post("/tokenize", {"messages": HELLO} | given).json()["tokens"]
+        assert served.engine.tokenizer.decode(ids).startswith("no")
 
 
 def test_stalled_large_bodies_make_room(launch: Callable[..., Running]) -> None:

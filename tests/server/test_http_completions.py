@@ -84,6 +84,33 @@ def test_completion_stream_says_the_same(served: Running) -> None:
     assert len({chunk.id for chunk in chunks}) == 1
 
 
+@pytest.mark.parametrize("chat", [False, True])
+def test_usage_in_every_chunk(served: Running, chat: bool) -> None:
+    """vLLM's ``continuous_usage_stats``, by which load generators count tokens as they come."""
+    client = served.client()
+    options: Any = {"include_usage": True, "continuous_usage_stats": True}
+    stream = (
+        client.chat.completions.create(
+            model=MODEL,
+            messages=[{"role": "user", "content": "hi"}],
+            max_tokens=4,
+            stream=True,
+            stream_options=options,
+        )
+        if chat
+        else client.completions.create(
+            model=MODEL, prompt=[5, 6], max_tokens=4, stream=True, stream_options=options
+        )
+    )
+    usages = [chunk.usage for chunk in stream]
+    counts = [usage.completion_tokens for usage in usages]
+    assert counts == sorted(counts) and set(counts) >= {1, 2, 3, 4}
+    assert usages[-1] == usages[-2] and counts[0] == (0 if chat else 1)
+    assert all(one.total_tokens == one.prompt_tokens + one.completion_tokens for one in usages)
+    alone = {"prompt": [5], "stream": True, "stream_options": {"continuous_usage_stats": True}}
+    assert '"usage"' not in served.post("/v1/completions", alone).text
+
+
 def test_stream_framing(served: Running) -> None:
     body = {"prompt": [5, 6], "max_tokens": 2, "stream": True}
     reply = served.post("/v1/completions", body)

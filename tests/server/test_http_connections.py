@@ -66,6 +66,23 @@ def test_a_body_that_is_whole_keeps_the_connection(launch: Launch) -> None:
     assert [answer.status for answer in ask(server.port, post + last)] == [401, 200]
 
 
+def test_no_piece_of_an_answer_waits_for_an_acknowledgement(
+    served: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clients put one off for 40 ms, which every answer and each event would then take longer."""
+    options: list[int] = []
+    made = Connection.connection_made
+
+    def record(self: Connection, transport: Any) -> None:
+        sock = transport.get_extra_info("socket")
+        options.append(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        made(self, transport)
+
+    monkeypatch.setattr(Connection, "connection_made", record)
+    assert served.get("/health").status_code == 200
+    assert options and all(options)
+
+
 def test_tiny_segments_are_read_in_turns(served: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     """64 of them at once, then one or more in 10 ms, however fast they come."""
     reads = 0

@@ -20,6 +20,7 @@ Launch = Callable[..., Running]
 COMPLETIONS = "/v1/completions"
 APP = "https://app.example"
 KEY = {"Authorization": "Bearer secret"}
+NO_RESPONSE = "resp_none"  # the id of a response that is not kept
 
 
 def routes_of(server: Running) -> dict[str, set[str]]:
@@ -27,9 +28,11 @@ def routes_of(server: Running) -> dict[str, set[str]]:
     found = {"/openapi.json": {"GET"}}
     for path, operations in server.get("/openapi.json").json()["paths"].items():
         url = path.replace("{model}", "fake-model").replace("{rank}", "1")
+        url = url.replace("{response_id}", NO_RESPONSE)
         found[url] = {method.upper() for method in operations}
     assert len(found) > 10
     assert set().union(*found.values()) <= set(METHODS)
+    found["/v1/responses/input_tokens"] |= found[f"/v1/responses/{NO_RESPONSE}"]  # an id as any
     return found
 
 
@@ -123,8 +126,8 @@ def test_preflights_of_listed_origins(launch: Launch) -> None:
         assert "Origin" in reply.headers["vary"]
     local = {"Access-Control-Request-Private-Network": "true"}
     assert preflight(server, APP, **local).headers["access-control-allow-private-network"] == "true"
-    refused = preflight(server, APP, **{"Access-Control-Request-Method": "DELETE"})
-    assert "DELETE" in error_of(refused, 400)["message"]
+    refused = preflight(server, APP, **{"Access-Control-Request-Method": "PATCH"})
+    assert "PATCH" in error_of(refused, 400)["message"]
     for origin in ("https://evil.example", APP + ".evil.example", APP + ":444", "null", ""):
         reply = preflight(server, origin)
         assert reply.status_code == 200 and "access-control-allow-origin" not in reply.headers
@@ -204,7 +207,8 @@ def test_compressed_bodies(served: Running, client: httpx.Client) -> None:
             headers = {"Content-Type": "application/json", "Content-Encoding": coding}
             reply = client.post(path, content=gzip.compress(data), headers=headers)
             error = error_of(reply, 415)
-            assert error["code"] == "unsupported_content_encoding"
+            if not path.startswith("/v1/messages"):  # whose errors have no code
+                assert error["code"] == "unsupported_content_encoding"
             assert reply.headers["accept-encoding"] == "identity"
     two = [("Content-Type", "application/json"), ("Content-Encoding", "identity")]
     for more in ([], [("Content-Encoding", "")], [("Content-Encoding", "Identity")]):
@@ -224,7 +228,9 @@ def test_a_slash_at_the_end(served: Running, client: httpx.Client) -> None:
     for path, methods in routes_of(served).items():
         if "GET" in methods:
             with_it = client.get(path + "/", headers=proxy)
-            assert with_it.status_code == 200 and with_it.content == client.get(path).content
+            missing = "/v1/responses/" in path
+            assert with_it.status_code == (404 if missing else 200)
+            assert with_it.content == client.get(path).content
     for path, body in ((COMPLETIONS, {"prompt": [5]}), ("/tokenize", {"prompt": "x"})):
         reply = client.post(path + "/", json=body, headers=proxy)
         assert reply.status_code == 200 and "location" not in reply.headers

@@ -10,7 +10,7 @@ import pytest
 from ds_cp.errors import EngineDeadError
 from tests.server.conftest import Running, error_of
 
-ROUTES = ("/ranks/0/drain", "/ranks/0/reopen", "/rebalance")
+ROUTES = ("/ranks/0/drain", "/ranks/0/reopen", "/rebalance", "/reset_prefix_cache")
 
 
 def test_drain_reopen_rebalance(served: Running) -> None:
@@ -23,6 +23,9 @@ def test_drain_reopen_rebalance(served: Running) -> None:
     served.engine.moving = 12
     reply = served.post("/rebalance")
     assert reply.status_code == 200 and reply.json() == {"moving": 12}
+    served.engine.prefix_blocks = 3
+    assert served.post("/reset_prefix_cache").json() == {"blocks_freed": 3}
+    assert served.post("/reset_prefix_cache").json() == {"blocks_freed": 0}
 
 
 def test_a_rank_is_drained_when_it_is_empty(served: Running) -> None:
@@ -125,7 +128,8 @@ def test_engine_that_is_not_there(served: Running) -> None:
     def die(*_: Any) -> int:
         raise EngineDeadError("worker 2 at 10.0.0.7 was killed")
 
-    served.engine.drain = served.engine.reopen = served.engine.rebalance = die  # type: ignore
+    for name in ("drain", "reopen", "rebalance", "reset_prefix_cache"):
+        setattr(served.engine, name, die)
     for path in ROUTES:
         assert "10.0.0.7" not in error_of(served.post(path), 503)["message"]
 

@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from ds_cp.engine.interface import EngineStats
 from tests.helpers.fake_engine import FakeEngine
-from tests.server.conftest import Running
+from tests.server.conftest import Running, error_of
 
 
 def test_models(served: Running) -> None:
@@ -30,10 +30,63 @@ def test_served_name_with_slashes(launch: Any) -> None:
     assert server.post("/v1/completions", {"prompt": [5], "model": "fake-model"}).status_code == 404
 
 
+def test_several_names_of_one_model(launch: Any) -> None:
+    server = launch(served_model_name=("big", "org/alias"))
+    assert [model.id for model in server.client().models.list()] == ["big", "org/alias"]
+    for name in ("big", "org/alias"):
+        card = server.get(f"/v1/models/{name}").json()
+        assert (card["id"], card["max_model_len"], card["root"]) == (name, 128, "fake-model")
+        body = {"model": name, "prompt": [5], "max_tokens": 1}
+        assert server.post("/v1/completions", body).json()["model"] == name
+        chat = {"model": name, "messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
+        assert server.post("/v1/chat/completions", chat).json()["model"] == name
+        stream = server.post("/v1/chat/completions", chat | {"stream": True}).text
+        assert f'"model": "{name}"' in stream
+    assert server.post("/v1/completions", {"prompt": [5], "max_tokens": 1}).json()["model"] == "big"
+    error = error_of(server.post("/v1/completions", {"prompt": [5], "model": "fake-model"}), 404)
+    assert error["code"] == "model_not_found" and "'big', 'org/alias'" in error["message"]
+
+
+def test_load_and_facts(served: Running) -> None:
+    served.engine.snapshot = EngineStats(
+        num_requests_running=3,
+        num_requests_waiting=2,
+        kv_blocks_used=(6, 2),
+        kv_blocks_total=(8, 24),
+    )
+    assert served.get("/load").json() == {
+        "server_load": 5,
+        "num_requests_running": 3,
+        "num_requests_waiting": 2,
+        "kv_cache_usage_perc": 0.25,
+    }
+    facts = served.get("/server_info").json()
+    assert facts["served_model_names"] == ["fake-model"] and facts["ranks"] == 2
+    assert facts["max_model_len"] == 128 and facts["largest_request_tokens"] == 512
+
+
+def test_health_and_ready_need_no_key(launch: Any) -> None:
+    server = launch(api_key=("k" * 20,))
+    for path in ("/health", "/ready"):
+        assert server.get(path).json() == {"status": "ready"}
+    for path in ("/load", "/server_info", "/v1/models"):
+        assert server.get(path).status_code == 401
+        for header in ({"Authorization": "Bearer " + "k" * 20}, {"x-api-key": "k" * 20}):
+            assert server.get(path, headers=header).status_code == 200
+        wrong = {"x-api-key": "wrong", "Authorization": "Bearer wrong"}
+        assert server.get(path, headers=wrong).status_code == 401
+        mixed = {"x-api-key": "wrong", "Authorization": "Bearer " + "k" * 20}
+        assert server.get(path, headers=mixed).status_code == 200
+
+
 class Starting:
-    """An engine before its first answer: nothing but its state may be asked for."""
+    """An engine before its first answer: nothing but its state may be asked for, and who is to
+    hear of requests."""
 
     state = "starting"
+
+    def on_ended(self, listener: object) -> None:
+        pass
 
     def __getattr__(self, name: str) -> Any:
         raise AssertionError(f"{name} of a starting engine was read")
@@ -54,9 +107,10 @@ def test_starting_then_ready_then_dead(launch: Any, tokenizer: Any) -> None:
         assert reply.status_code == 503
         assert reply.json()["error"]["code"] == "engine_starting"
         assert reply.headers["retry-after"]
-    for path in ("/ranks/0/drain", "/ranks/0/reopen", "/rebalance"):
+    for path in ("/ranks/0/drain", "/ranks/0/reopen", "/rebalance", "/reset_prefix_cache"):
         assert server.post(path).json()["error"]["code"] == "engine_starting"
-    assert server.get("/v1/models").status_code == 503
+    for path in ("/v1/models", "/ready", "/load", "/server_info"):
+        assert server.get(path).status_code == 503
     assert server.get("/v1/models/x").status_code == 503
     for path in ("/metrics", "/version", "/openapi.json"):
         assert server.get(path).status_code == 200

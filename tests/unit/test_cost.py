@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ds_cp.cost import CLOSE, WORTH, CostModel
+from ds_cp.cost import CLOSE, WORTH, CostModel, Passing, Sums
 
 LLAMA = CostModel(
     flops_per_s=2e14, bytes_per_s=2e10, latency_s=1e-5, num_layers=32, num_q_heads=32,
@@ -146,3 +148,88 @@ def test_more_work_takes_longer(cost: CostModel, new: int, past: int) -> None:
         # Equal where queries travel, however much is stored.
         assert longer >= cost.prefill_s(ranks, new, past) * (1 - 1e-12)
     assert cost.prefill_s(1, new, past) >= 2 * cost.weights * new / cost.flops_per_s
+
+
+# --- one forward call, for a job that is sized
+
+FULL = replace(
+    LLAMA, attention_flops_per_s=1e14, memory_bytes_per_s=2e12, layer_s=2e-5, step_s=3e-4,
+    hop_s=4e-5, head=10**8, stored=10**10,
+)  # fmt: skip
+
+
+def by_hand(cost: CostModel, mode: Passing, ranks: int, new: int, past: int) -> float:
+    """Seconds of a call, added up layer by layer as ``forward_s`` and ``_exchanges_s`` say."""
+    tokens = math.ceil(new / ranks)
+    memory, element, dim = cost.memory_bytes_per_s, cost.element, cost.head_dim
+    read = min(cost.weights * tokens, cost.stored) * element / memory
+    seconds = cost.step_s + max(2 * cost.weights * tokens / cost.flops_per_s, read)
+    seconds += max(2 * cost.head / cost.flops_per_s, cost.head * element / memory)
+    windows: list[int | None] = [w for w, count in cost.windows for _ in range(count)]
+    windows += [None] * (cost.num_layers - len(windows))
+    attention = travel = waits = 0.0
+    for window in windows:
+        pairs = sum(min(past + i + 1, window or 10**9) for i in range(new))
+        keys = min(past + new, window + new) if window else past + new
+        work = 4 * pairs * cost.num_q_heads * dim / cost.attention_flops_per_s
+        load = 2 * keys * cost.num_kv_heads * dim * element / (cost.kv_bytes_per_s or memory)
+        attention += max(work, load) / ranks
+        rows = new * (ranks - 1) / ranks * cost.num_q_heads
+        hops = 1 if window else ranks - 1
+        if mode == "kv":
+            kv = (past + new) * (ranks - 1) / ranks
+            kv = min(kv, 2 * window) if window else kv
+            sent = 2 * kv * cost.num_kv_heads * dim * element
+            travel += sent / cost.bytes_per_s + hops * cost.latency_s
+        elif mode == "q":
+            travel += rows * dim * element / cost.bytes_per_s + hops * cost.latency_s
+            waits += rows * (dim * element + 4) / cost.bytes_per_s + cost.latency_s
+        else:
+            once = cost.latency_s + (cost.near_latency_s or 0)
+            travel += rows * dim * element / cost.bytes_per_s + once
+            waits += rows * (dim * element + 4) / cost.bytes_per_s + once
+        waits += rows * dim * 8 / memory + (0 if mode == "tree" else hops * cost.hop_s)
+        waits += cost.layer_s
+    hidden = attention / (ranks if mode == "tree" else 1)
+    if not cost.in_background or new < ranks:
+        hidden = 0.0
+    return seconds + attention + max(0.0, travel - hidden) + waits
+
+
+@pytest.mark.parametrize("mode", ["kv", "q", "tree"])
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+@pytest.mark.parametrize(("new", "past"), [(1, 0), (1, 90_000), (50, 2000), (3000, 100)])
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"windows": ((128, 30),)}, {"in_background": False}, {"near_latency_s": 2e-6},
+     {"bytes_per_s": 1e8}, {"kv_bytes_per_s": 1e11}],
+)  # fmt: skip
+def test_a_forward_call_is_the_sum_of_its_parts(
+    mode: Passing, ranks: int, new: int, past: int, change: dict[str, Any]
+) -> None:
+    cost = replace(FULL, **change)
+    want = by_hand(cost, mode, ranks, new, past)
+    assert cost.forward_s(mode, ranks, new, past) == pytest.approx(want, rel=1e-9)
+
+
+def test_what_is_left_out_costs_nothing() -> None:
+    """The scheduler's own model: linear layers and attention by operations alone."""
+    alone = LLAMA.forward_s("local", 4, 1000, 500)
+    assert alone == pytest.approx(LLAMA.prefill_s(1, 1000, 500))
+    step = LLAMA.forward_s("local", 1, 1, 5000) - 2 * LLAMA.weights / LLAMA.flops_per_s
+    assert step == pytest.approx(LLAMA.decode_s(1, 5001))
+
+
+def test_chunks_are_calls_one_after_another() -> None:
+    calls = [(100, 7), (100, 107), (50, 207)]
+    want = sum(FULL.forward_s("kv", 2, new, past) for new, past in calls)
+    assert FULL.chunks_s("kv", 2, 250, 7, 100) == pytest.approx(want)
+    assert FULL.chunks_s("kv", 2, 250, 7, 250) == FULL.forward_s("kv", 2, 250, 7)
+
+
+def test_sums_of_tensor_parallelism_go_round_twice() -> None:
+    sums = Sums(ranks=4, per_layer=2, width=100, bytes_per_s=1e6, latency_s=1e-3)
+    assert sums.layer_s(10, 2) == pytest.approx(2 * (2 * 0.75 * 10 * 100 * 2 / 1e6 + 2e-3))
+    assert replace(sums, ranks=1).layer_s(10, 2) == 0
+    with_sums = replace(FULL, sums=sums).forward_s("local", 1, 10, 0)
+    assert with_sums - FULL.forward_s("local", 1, 10, 0) == pytest.approx(32 * sums.layer_s(10, 2))

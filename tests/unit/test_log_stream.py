@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -151,7 +152,7 @@ def test_lines_of_two_ranks_do_not_tear(pipe: Pipe) -> None:
 
 IN_ORDER = """
 import sys
-from ds_cp.cli import main
+from ds_cp.cli import main, verbs
 from ds_cp.cli.output import flush, put, say
 
 def verb(args, env):
@@ -161,7 +162,7 @@ def verb(args, env):
         flush()
     return 0
 
-main._version = verb
+verbs._version = verb
 main.run(["version"])
 """
 
@@ -192,3 +193,34 @@ def test_the_end_of_a_process_waits_only_so_long_for_its_words(pipe: Pipe, tmp_p
         finally:
             process.kill()
         assert time.monotonic() - began < 30
+
+
+JSON_LINES = """
+import logging, sys
+from ds_cp.log_stream import drain_streams, say, say_object, take_over, write_json_lines
+take_over("stdout", "stderr")
+write_json_lines()
+say("error: one")
+say_object({"time": 1.5, "event": "request"})
+print("plain \\udc80", "\\n\\ntwo lines", file=sys.stderr)
+print("ready")
+try:
+    1 / 0
+except ZeroDivisionError:
+    logging.getLogger("ds_cp.api").exception("request %s failed", "x")
+logging.getLogger("ds_cp.api").debug("not this")
+drain_streams(5)
+"""
+
+
+def test_every_line_as_an_object() -> None:
+    done = subprocess.run([sys.executable, "-c", JSON_LINES], capture_output=True, timeout=60)
+    [ready] = map(json.loads, done.stdout.splitlines())
+    assert (ready["level"], ready["message"]) == ("info", "ready") and ready["time"] > 1e9
+    error, event, plain, two, failed = map(json.loads, done.stderr.splitlines())
+    assert (error["level"], error["message"]) == ("error", "error: one")
+    assert event == {"time": 1.5, "event": "request"}
+    assert (plain["message"], two["message"]) == ("plain \\udc80 ", "two lines")
+    assert (failed["level"], failed["logger"]) == ("error", "ds_cp.api")
+    assert failed["message"] == "request x failed"
+    assert "ZeroDivisionError" in failed["traceback"]

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from ds_cp.grammar.vocabulary import Vocabulary
 from ds_cp.plan import (
     Begin,
     Chunk,
@@ -53,14 +54,18 @@ samplings = st.builds(
     presence_penalty=finite,
     frequency_penalty=finite,
     repetition_penalty=finite,
+    grammar=st.text(max_size=5),
+    ends=tokens,
 )
+# Of a plan: to draw all fields of each would take most of the time.
+short = st.builds(Sampling, temperature=finite, early_banned=tokens)
 plans = st.builds(
     StepPlan,
     step=numbers,
     ended=tokens,
     seen=few(st.tuples(numbers, numbers, numbers)),
     transfers=few(st.builds(Transfer, tokens, numbers, homes, homes)),
-    begins=few(st.builds(Begin, numbers, tokens, numbers, few(homes), numbers, samplings)),
+    begins=few(st.builds(Begin, numbers, tokens, numbers, few(homes), numbers, short)),
     grown=few(st.tuples(numbers, homes)),
     chunks=few(
         st.builds(
@@ -68,11 +73,18 @@ plans = st.builds(
         )
     ),
     decodes=few(st.builds(Decodes, modes, passes, tokens)),
-    forks=few(st.builds(Fork, numbers, numbers, samplings)),
+    forks=few(st.builds(Fork, numbers, numbers, short)),
+    vocabulary=st.none() | st.builds(Vocabulary, st.binary(max_size=8), st.binary(), tokens),
 )
 
 
 anything = st.one_of(plans, st.just(Idle()), st.just(Stop()))
+
+
+@given(samplings)
+def test_roundtrip_of_a_sampling(how: Sampling) -> None:
+    plan = StepPlan(1, begins=(Begin(1, (2,), 1, (), 0, how),), forks=(Fork(1, 3, how),))
+    assert decode_plan(encode_plan(plan)) == plan
 
 
 @given(anything)
@@ -124,6 +136,7 @@ WRONG_PARTS = {
     "chunks": [[1, "ring", "kv", [[0, [[0]]]], [], False]],
     "decodes": [["tree", "kv", [None]]],
     "forks": [[1, 2, ["hot"]]],
+    "vocabulary": [b"ab", "no bytes"],
 }
 
 
@@ -131,7 +144,8 @@ WRONG_PARTS = {
 def test_wrong_types_in_a_part_are_refused(part: str) -> None:
     names = StepPlan.__struct_fields__[1:]
     assert set(names) == set(WRONG_PARTS)
-    value = ["run", 1, *(WRONG_PARTS[name] if name == part else [] for name in names)]
+    absent = {"vocabulary": None}
+    value = ["run", 1, *(WRONG_PARTS[n] if n == part else absent.get(n, []) for n in names)]
     with pytest.raises(msgspec.ValidationError):
         decode_plan(msgspec.msgpack.encode(value))
 
@@ -175,6 +189,7 @@ def test_a_step_of_many_decodes_is_a_few_bytes_each() -> None:
         ({"presence_penalty": 0.1}, True),
         ({"frequency_penalty": -0.1}, True),
         ({"repetition_penalty": 1.1}, True),
+        ({"grammar": "start: /a/"}, True),
         ({"min_tokens": 3, "logit_bias": ((1, 2.0),)}, False),
     ],
 )

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ds_cp.errors import RequestError
+from ds_cp.grammar.constraint import StructuredOutputsParams
 from ds_cp.sampling_params import RequestOptions, SamplingParams
 
 HUGE = 10**5000  # more digits than Python turns into text
@@ -234,7 +235,8 @@ TYPES: dict[str, tuple[type, ...]] = {
     "temperature": (float,), "top_p": (float,), "min_p": (float,),
     "presence_penalty": (float,), "frequency_penalty": (float,), "repetition_penalty": (float,),
     "stop": (tuple,), "stop_token_ids": (tuple,), "logit_bias": (dict,),
-    "ignore_eos": (bool,), "skip_special_tokens": (bool,),
+    "ignore_eos": (bool,), "skip_special_tokens": (bool,), "kept_special_tokens": (frozenset,),
+    "structured_outputs": (StructuredOutputsParams, type(None)),
 }  # fmt: skip
 
 
@@ -245,6 +247,7 @@ def assert_declared_types(params: SamplingParams) -> None:
         assert type(getattr(params, name)) in kinds, name
     assert {type(text) for text in params.stop} <= {str}
     assert {type(token) for token in params.stop_token_ids} <= {int}
+    assert {type(token) for token in params.kept_special_tokens} <= {int}
     assert {type(token) for token in params.logit_bias} <= {int}
     assert {type(bias) for bias in params.logit_bias.values()} <= {float}
 
@@ -256,7 +259,7 @@ def test_values_are_converted_to_the_declared_types(
     params = SamplingParams(**{field: given_value})
     assert getattr(params, field) == want
     assert_declared_types(params)
-    assert_declared_types(replace(params, n=2))
+    assert_declared_types(replace(params, n=2, kept_special_tokens=[np.int32(3)]))
 
 
 def test_options_hold_plain_types() -> None:

@@ -1,5 +1,4 @@
-"""Instructor: typed answers. What the server has not built (tools, JSON output) is a refusal by
-name; its mode MD_JSON asks by the prompt alone."""
+"""Instructor: typed answers, by tools, by a schema, and by the prompt alone (its mode MD_JSON)."""
 
 from __future__ import annotations
 
@@ -9,7 +8,7 @@ from typing import Any
 import instructor
 import openai
 from checks import LONG, NAMES, Checks, chain, raises
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 checks = Checks("instructor", "openai")
 ASK = 'Repeat this JSON and nothing else: {"name": "Ann", "age": 30}'
@@ -19,6 +18,11 @@ USER = {"role": "user", "content": ASK}
 class Person(BaseModel):
     name: str
     age: int
+
+
+class Known(BaseModel):
+    name: str = Field(max_length=12)
+    age: int = Field(ge=0, le=150)
 
 
 def client(url: str = "", mode: Any = instructor.Mode.MD_JSON, **settings: Any) -> Any:
@@ -141,14 +145,29 @@ for status in ("429", "503"):
         assert checks.count(label) == 2
 
 
-@checks.check("tools (not built)", unbuilt="tool")
+@checks.check("tools")
 def _() -> Any:
-    create(client(mode=instructor.Mode.TOOLS))
+    found = create(client(mode=instructor.Mode.TOOLS), response_model=Known, max_tokens=200)
+    assert isinstance(found, Known), found
+    return f"{found!r}"
 
 
-@checks.check("JSON output (not built)", unbuilt="response_format")
+@checks.check("JSON output")
 def _() -> Any:
-    create(client(mode=instructor.Mode.JSON))
+    try:
+        found = create(client(mode=instructor.Mode.JSON))
+    except Exception as err:
+        refuse_errors_of_the_server(err)
+        return f"a JSON object, but not of this schema: {type(err).__name__}"
+    return f"{found!r}"
+
+
+@checks.check("JSON by a schema")
+def _() -> Any:
+    over = client(mode=instructor.Mode.JSON_SCHEMA)
+    found = create(over, response_model=Known, max_tokens=200)
+    assert isinstance(found, Known), found
+    return f"{found!r}"
 
 
 rest = [name for name in NAMES if name not in checks.results]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+import json
+from typing import Any, Literal
 
 import openai
-from checks import LONG, STORY, Checks, raises
+from checks import ASK_JSON, LONG, STORY, TOOL, Checks, is_call, is_object, raises
 from langchain_core.exceptions import ContextOverflowError
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_openai import ChatOpenAI, OpenAI, OpenAIEmbeddings
+from pydantic import BaseModel, Field
 
 checks = Checks("langchain-openai", "langchain-core", "openai")
 HELLO = "Say hello."
@@ -202,19 +204,32 @@ def _() -> Any:
     return raises(openai.NotFoundError, lambda: made.embed_query("a"), "/v1/embeddings")
 
 
-@checks.check("tools (not built)", unbuilt="tool")
+@checks.check("tools")
 def _() -> Any:
-    def now() -> str:
-        """The time."""
-        return ""
+    made = chat(max_tokens=100).bind_tools([TOOL], tool_choice="any", parallel_tool_calls=False)
+    (call,) = made.invoke(HELLO).tool_calls
+    is_call(call["name"], json.dumps(call["args"]))
+    return f"{call['name']}({call['args']})"
 
-    chat().bind_tools([now]).invoke(HELLO)
 
-
-@checks.check("JSON output (not built)", unbuilt="response_format")
+@checks.check("JSON output")
 def _() -> Any:
-    schema = {"title": "Person", "type": "object", "properties": {"age": {"type": "integer"}}}
-    chat().with_structured_output(schema, method="json_mode").invoke("Answer in JSON: age 3.")
+    answer = chat(max_tokens=60).bind(response_format={"type": "json_object"}).invoke(ASK_JSON)
+    is_object(text(answer), answer.response_metadata["finish_reason"])
+
+
+class Person(BaseModel):
+    name: str = Field(max_length=12)
+    age: int = Field(ge=0, le=150)
+    mood: Literal["good", "bad"]
+
+
+@checks.check("JSON by a schema")
+def _() -> Any:
+    over = chat(max_tokens=200).with_structured_output(Person, method="json_schema")
+    found = over.invoke(ASK_JSON)
+    assert isinstance(found, Person), found
+    return repr(found)
 
 
 checks.absent("structured answer by prompt", why="no such mode in this client")

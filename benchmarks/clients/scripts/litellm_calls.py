@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, Literal
 
 import litellm
-from checks import LONG, STORY, Checks, raises
+from checks import ASK_JSON, LONG, STORY, TOOL, Checks, is_call, is_object, raises
+from pydantic import BaseModel, Field
 
 checks = Checks("litellm", "openai")
 litellm.suppress_debug_info = True
@@ -239,15 +240,32 @@ def _() -> Any:
     )
 
 
-@checks.check("tools (not built)", unbuilt="tool")
+@checks.check("tools")
 def _() -> Any:
-    function = {"name": "now", "parameters": {"type": "object", "properties": {}}}
-    chat(tools=[{"type": "function", "function": function}])
+    fields: Any = {"tools": [TOOL], "tool_choice": "required", "max_tokens": 100}
+    (call,) = chat(**fields, parallel_tool_calls=False).choices[0].message.tool_calls
+    is_call(call.function.name, call.function.arguments)
+    return f"{call.function.name}({call.function.arguments})"
 
 
-@checks.check("JSON output (not built)", unbuilt="response_format")
+@checks.check("JSON output")
 def _() -> Any:
-    chat(response_format={"type": "json_object"})
+    asked = [{"role": "user", "content": ASK_JSON}]
+    answer = chat(asked, response_format={"type": "json_object"}, max_tokens=60)
+    is_object(text(answer), answer.choices[0].finish_reason)
+
+
+class Person(BaseModel):
+    name: str = Field(max_length=12)
+    age: int = Field(ge=0, le=150)
+    mood: Literal["good", "bad"]
+
+
+@checks.check("JSON by a schema")
+def _() -> Any:
+    asked = [{"role": "user", "content": ASK_JSON}]
+    found = Person.model_validate_json(text(chat(asked, response_format=Person, max_tokens=200)))
+    return repr(found)
 
 
 checks.absent("structured answer by prompt", why="no such mode in this client")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from checks import LONG, STORY, AbsentError, Checks, raises
+from checks import ASK_JSON, LONG, STORY, AbsentError, Checks, is_object, raises
 
 checks = Checks("llm", "openai")
 HELLO = "Say hello."
@@ -37,13 +38,16 @@ def _entry(name: str, base: str, model: str, **more: str) -> str:
     + _entry("missing", checks.url, "gpt-nope")
     + _entry("text", checks.url, checks.model, completion="true")
     + _entry("tools", checks.url, checks.model, supports_tools="true")
+    + _entry("schemas", checks.url, checks.model, supports_schema="true")
 )
 
 import llm  # noqa: E402  (it reads the folder above)
 
 
 def ask(prompt: str = HELLO, model: str = "plain", stream: bool = False, **options: Any) -> Any:
-    more = {name: options.pop(name) for name in ("system", "key", "tools") if name in options}
+    more = {
+        name: options.pop(name) for name in ("system", "key", "tools", "schema") if name in options
+    }
     options = {"max_tokens": 8, "temperature": 0} | options
     found = llm.get_model(model)
     return found.prompt(prompt, stream=stream, **{"key": checks.key} | more, **options)
@@ -216,18 +220,33 @@ def _() -> Any:
 checks.absent("embeddings (not served)", why="the client embeds with OpenAI's own models only")
 
 
-@checks.check("tools (not built)", unbuilt="tool")
+@checks.check("tools")
 def _() -> Any:
     def now() -> str:
         """The time."""
         return ""
 
-    text(ask(model="tools", tools=[now]))
+    response = ask(model="tools", tools=[now])
+    said, calls = response.text(), response.tool_calls()
+    assert said or calls, response.response_json
+    return "the client asks for no call; this model " + ("called" if calls else "answered in words")
 
 
-@checks.check("JSON output (not built)", unbuilt="response_format")
+@checks.check("JSON output")
 def _() -> Any:
-    text(ask("Answer in JSON: age 3.", json_object=True))
+    answer = text(ask(ASK_JSON, json_object=True, max_tokens=60))
+    is_object(answer, "length")  # the client does not say why it ended
+
+
+@checks.check("JSON by a schema")
+def _() -> Any:
+    schema = llm.schema_dsl("age int, mood")
+    schema["properties"]["age"] |= {"minimum": 0, "maximum": 150}
+    schema["properties"]["mood"] |= {"maxLength": 12}
+    response = ask(ASK_JSON, model="schemas", schema=schema, max_tokens=200)
+    found = json.loads(text(response))
+    assert sorted(found) == ["age", "mood"] and 0 <= found["age"] <= 150, found
+    return repr(found)
 
 
 checks.absent("structured answer by prompt", why="no such mode in this client")

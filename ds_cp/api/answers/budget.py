@@ -114,6 +114,14 @@ class Held:
         self._charge(self._reserved - size, self.spent - size)
         self._freed(size)
 
+    def moved(self) -> Held:
+        """Another one that holds all of this, which holds nothing then."""
+        other = Held(self._budget, self._freed)
+        reserved, spent = self._reserved, self.spent
+        self._charge(0, 0)
+        other._charge(reserved, spent)
+        return other
+
     def release(self) -> None:
         """Give back everything. May be called twice."""
         freed = self.spent

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from time import monotonic
 from typing import Any
@@ -11,12 +13,21 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ds_cp.api.answers.budget import ID_BYTES, held_by
-from ds_cp.api.answers.json_pieces import json_array, json_object, json_text
+from ds_cp.api.answers.json_pieces import (
+    EncodedList,
+    encode,
+    json_array,
+    json_integers,
+    json_object,
+    json_text,
+)
 from ds_cp.api.answers.logprobs import BLOCK_LISTS, echo_blocks, echo_lists, legacy_block
-from ds_cp.api.answers.respond import Answer, Json, ending, respond
+from ds_cp.api.answers.openai_shape import Envelope, ending, prompt_logprobs, usage_of
+from ds_cp.api.answers.respond import Answer, Json, respond
+from ds_cp.api.answers.timings import Timings, prompt_progress
 from ds_cp.api.context import AppContext, request_options, sampling_params
 from ds_cp.api.requests.protocol import CompletionRequest
-from ds_cp.outputs import Delta, TokenLogprob
+from ds_cp.outputs import Delta, PromptProgress, TokenLogprob
 from ds_cp.sampling_params import SamplingParams
 
 DEFAULT_MAX_TOKENS = 16  # new tokens, as in OpenAI's API
@@ -39,9 +50,9 @@ async def completions(context: AppContext, body: CompletionRequest, request: Req
             ids = item
         context.fit(len(ids), params, "prompt", max_words, clamp)  # before the next one is encoded
         prompts.append(ids)
-    answer = _CompletionAnswer(context, body, prompts, params.n)
+    answer = _CompletionAnswer(context, body, prompts, params, arrival)
     generation = context.start(
-        answer.id,
+        answer.envelope.id,
         prompts,
         params,
         request_options(body, request),
@@ -68,17 +79,35 @@ def _params(body: CompletionRequest) -> SamplingParams:
     )
 
 
+@dataclass
+class _Choice:
+    """One answer to a prompt, as far as it has come; text, ids and log-probabilities are JSON
+    already. ``text``: without its quotes. ``lists``: the lists of ``logprobs``, by name."""
+
+    prompt: int
+    text: bytearray = field(default_factory=bytearray)
+    ids: EncodedList = field(default_factory=EncodedList)
+    lists: defaultdict[str, EncodedList] = field(default_factory=lambda: defaultdict(EncodedList))
+    last: Delta = field(default_factory=lambda: Delta(""))
+
+
 class _CompletionAnswer(Answer):
     """The JSON of one completion request: ``n`` choices for each prompt."""
 
-    id_prefix = "cmpl"
-    whole_kind = chunk_kind = "text_completion"
-
     def __init__(
-        self, context: AppContext, body: CompletionRequest, prompts: list[list[int]], n: int
+        self,
+        context: AppContext,
+        body: CompletionRequest,
+        prompts: list[list[int]],
+        params: SamplingParams,
+        arrival: float,
     ) -> None:
-        super().__init__(context, body, prompts, n)
+        super().__init__(context, prompts, params)
+        self._timings = Timings(arrival) if body.timings_per_token else None
+        self.envelope = Envelope("cmpl", context.model_name(body.model))
         self._body = body
+        self._choices = [_Choice(p) for p in range(len(prompts)) for _ in range(self.n)]
+        self._told = set[int]()  # prompts whose token ids a stream has given
         self._echoes = [""] * len(prompts)  # the text that the choices of a prompt begin with
         # Deltas of a stream that must wait for the log-probabilities of their prompt.
         self._held: list[list[Delta] | None] = [[] if body.scores_prompt else None for _ in prompts]
@@ -91,10 +120,20 @@ class _CompletionAnswer(Answer):
             text = item if isinstance(item, str) else await self.context.codec.decode(item)
             self._echoes[index] = text
 
+    def take(self, prompt: int, delta: Delta) -> Delta:
+        """As ``Answer`` says; the times too."""
+        if self._timings is not None:
+            self._timings.take(delta)
+        return super().take(prompt, delta)
+
     @property
-    def wants_prompt_logprobs(self) -> bool:
-        """Also with ``echo`` and ``logprobs``."""
-        return self._body.scores_prompt or super().wants_prompt_logprobs
+    def shows_progress(self) -> bool:
+        """If the client asked for it."""
+        return bool(self._body.return_progress)
+
+    def of_progress(self, progress: PromptProgress) -> Json:
+        """A chunk without choices; of several prompts, the first one that is not read."""
+        return self._envelop([]) | {"prompt_progress": prompt_progress(progress)}
 
     def shown(self, delta: Delta) -> Delta:
         """Nothing but the end of an answer that has only the prompt."""
@@ -103,13 +142,26 @@ class _CompletionAnswer(Answer):
         reason = "length" if delta.finish_reason == "stop" else delta.finish_reason
         return Delta(delta.request_id, finish_reason=reason, index=delta.index)
 
-    def logprob_lists(self, choice: int, logprobs: Sequence[TokenLogprob]) -> Json:
-        """The four lists of ``logprobs``."""
-        return self._block(choice, logprobs) or {}
+    def record(self, prompt: int, delta: Delta) -> int:
+        """Text, ids and the four lists of ``logprobs``."""
+        index = prompt * self.n + delta.index
+        choice = self._choices[index]
+        text = encode(delta.text)[1:-1]
+        choice.text += text
+        choice.last = replace(delta, text="", token_ids=(), logprobs=None, prompt_logprobs=None)
+        size = len(text)
+        if self._body.return_token_ids:
+            size += choice.ids.extend(delta.token_ids)
+        if delta.logprobs:
+            for name, values in (self._block(index, delta.logprobs) or {}).items():
+                size += choice.lists[name].extend(values)
+        return size
 
-    def fields(self) -> Json:
+    def whole(self) -> Iterator[bytes]:
         """The choices, each with the log-probabilities of its prompt where asked for."""
-        return {"choices": json_array(map(self._finished, range(len(self.choices))))}
+        choices = json_array(map(self._finished, range(len(self._choices))))
+        fields = {"choices": choices, "usage": usage_of(self.prompts, self.completion_tokens)}
+        return json_object(self.envelope.head("text_completion") | fields | self._times())
 
     def opening(self) -> Iterator[Json]:
         """The prompts, with ``echo``, unless their log-probabilities come first."""
@@ -133,10 +185,17 @@ class _CompletionAnswer(Answer):
                 for text, block in self._echo_blocks(prompt):
                     yield self._chunk(choice, text, block)
         for part in ready:
-            if part.text or part.logprobs or part.finish_reason:
+            ids = part.token_ids if self._body.return_token_ids else ()
+            if part.text or part.logprobs or part.finish_reason or ids:
                 choice = prompt * self.n + part.index
                 block_of_part = self._block(choice, part.logprobs or ())
                 yield self._chunk(choice, part.text, block_of_part, part)
+
+    def closing(self) -> list[Json]:
+        """The token counts, if the client asked for them."""
+        if not self._body.include_usage:
+            return []
+        return [self._envelop([], usage_of(self.prompts, self.completion_tokens))]
 
     def _choices_of(self, prompt: int) -> range:
         return range(prompt * self.n, (prompt + 1) * self.n)
@@ -147,16 +206,21 @@ class _CompletionAnswer(Answer):
         return echo_blocks(ids, logprobs, self._echoes[prompt], self.context.texts, top)
 
     def _finished(self, index: int) -> Iterator[bytes]:
-        choice = self.choices[index]
+        choice = self._choices[index]
         text = json_text(self._echoes[index // self.n], choice.text)
         fields = self._choice(index, text, self._joined(index), choice.last)
-        return json_object(fields | self.prompt_logprobs(choice.prompt))
+        prompt = self.prompts[choice.prompt]
+        if self._body.return_token_ids:
+            fields["token_ids"] = json_array([choice.ids.items()])
+            fields["prompt_token_ids"] = json_integers(prompt.ids)
+        scores = prompt_logprobs(prompt, self.context.texts, self._body.prompt_logprobs)
+        return json_object(fields | scores)
 
     def _joined(self, index: int) -> Iterator[bytes] | None:
         """``logprobs`` of a whole choice: the echoed prompt's, then its own."""
         if self._body.logprobs is None:
             return None
-        prompt, own = index // self.n, self.choices[index].lists
+        prompt, own = index // self.n, self._choices[index].lists
         echo: dict[str, Iterator[bytes]] = {}
         if self._body.scores_prompt:
             ids, logprobs = self.prompts[prompt].ids, self.prompts[prompt].logprobs
@@ -173,7 +237,31 @@ class _CompletionAnswer(Answer):
         return legacy_block(logprobs, self.context.texts, self._body.logprobs, begins)
 
     def _chunk(self, choice: int, text: str, block: Json | None, last: Delta | None = None) -> Json:
-        return self.chunk([self._choice(choice, text, block, last)])
+        fields = self._choice(choice, text, block, last)
+        if self._body.return_token_ids and last is not None:
+            fields["token_ids"] = list(last.token_ids)
+            prompt = choice // self.n
+            if prompt not in self._told:
+                self._told.add(prompt)
+                fields["prompt_token_ids"] = self.prompts[prompt].ids
+        return self._envelop([fields])
+
+    def _envelop(self, choices: list[Json], usage: Json | None = None) -> Json:
+        chunk = self.envelope.head("text_completion") | {"choices": choices} | self._times()
+        if not self._body.include_usage:
+            return chunk
+        if self._body.continuous_usage:
+            usage = usage or usage_of(self.prompts, self.completion_tokens)
+        return chunk | {"usage": usage}
+
+    def _times(self) -> Json:
+        if self._timings is None:
+            return {}
+        usage = usage_of(self.prompts, self.completion_tokens)
+        cached = usage["prompt_tokens_details"]["cached_tokens"]
+        times = self._timings.shown(usage["prompt_tokens"], cached, self.completion_tokens)
+        return {"timings": times}
 
     def _choice(self, index: int, text: Any, block: Any, last: Delta | None) -> Json:
-        return {"index": index, "text": text, "logprobs": block} | ending(last)
+        ended = ending() if last is None else ending(last.finish_reason, last.stop_reason)
+        return {"index": index, "text": text, "logprobs": block} | ended

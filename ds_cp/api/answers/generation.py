@@ -22,7 +22,7 @@ from ds_cp.api.answers.mailbox import Mailbox
 from ds_cp.api.metrics import ServerMetrics
 from ds_cp.engine.interface import EngineInterface
 from ds_cp.errors import EngineDeadError, RequestError
-from ds_cp.outputs import Delta
+from ds_cp.outputs import Delta, PromptProgress
 from ds_cp.sampling_params import RequestOptions, SamplingParams
 
 Result = TypeVar("Result")
@@ -63,6 +63,7 @@ class Generation:
         held: Held,
     ) -> None:
         self._engine = engine
+        self._jobs = tuple(jobs)
         self._names = names  # the client's name of a parameter, where it differs
         self._metrics = metrics
         self._arrival = arrival  # of the HTTP request, in seconds of time.monotonic()
@@ -102,6 +103,19 @@ class Generation:
         if item.finish_reason is not None:
             self._unfinished -= 1
         return index, item
+
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether a prompt waits for its first token."""
+        return not all(future.done() for future in self._answered)
+
+    def progress(self) -> PromptProgress | None:
+        """How far the first prompt that waits for its first token has come; None where none is on
+        its way."""
+        for future, job in zip(self._answered, self._jobs, strict=True):
+            if not future.done():
+                return self._engine.progress(job.request_id)
+        return None
 
     @property
     def finished(self) -> bool:

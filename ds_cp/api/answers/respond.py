@@ -1,32 +1,28 @@
-"""What both completion routes share: count tokens, answer whole or as a stream of events.
+"""What all routes that generate share: take deltas, answer whole or as a stream of events.
 
-An ``Answer`` builds the JSON; its subclasses say how a choice looks in a whole answer and in a
-chunk of a stream. A whole answer is encoded as its deltas come, and sent in pieces.
+An ``Answer`` builds what is sent; its subclasses say how it looks in their protocol. A whole answer
+is encoded as its deltas come, and sent in pieces.
 """
 
 from __future__ import annotations
 
-import uuid
 from abc import ABC, abstractmethod
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from time import time
-from typing import Any, ClassVar
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from ds_cp.api.answers.budget import Held, held_by
 from ds_cp.api.answers.generation import Generation, unless_disconnected
-from ds_cp.api.answers.json_pieces import EncodedList, encode, json_array, json_object
-from ds_cp.api.answers.logprobs import prompt_items
 from ds_cp.api.answers.paced import PacedJson
-from ds_cp.api.answers.sse import EventStream, stream_events
+from ds_cp.api.answers.sse import OPENAI, EventStream, Framing, stream_events
 from ds_cp.api.context import AppContext, request_id_of
 from ds_cp.api.errors import ApiError
-from ds_cp.api.requests.protocol import SamplingRequest
-from ds_cp.outputs import Delta, TokenLogprob
+from ds_cp.grammar.constraint import StructuredOutputsParams
+from ds_cp.outputs import Delta, PromptProgress, TokenLogprob
+from ds_cp.sampling_params import SamplingParams
 
 ADMISSION_S = 1.0  # seconds that a stream waits for the engine's refusal before it answers 200
 CLIENT_LEFT = 499  # the status of an answer whose client has disconnected
@@ -43,37 +39,20 @@ class Prompt:
     logprobs: Sequence[TokenLogprob | None] = ()  # one per token once they are known
 
 
-@dataclass
-class Choice:
-    """One answer to a prompt, as far as it has come; text and log-probabilities are JSON already.
-
-    ``text``: without its quotes. ``lists``: the lists of ``logprobs``, by name.
-    """
-
-    prompt: Prompt
-    text: bytearray = field(default_factory=bytearray)
-    lists: defaultdict[str, EncodedList] = field(default_factory=lambda: defaultdict(EncodedList))
-    last: Delta = field(default_factory=lambda: Delta(""))
-
-
 class Answer(ABC):
-    """Builds the JSON of one request. Answer i to prompt p is choice ``p * n + i``."""
+    """Builds what is sent for one request. The engine's answer i to prompt p is choice
+    ``p * n + i``. ``params``: the engine's."""
 
-    id_prefix: ClassVar[str]
-    whole_kind: ClassVar[str]  # ``object`` of a whole answer
-    chunk_kind: ClassVar[str]  # ``object`` of a chunk
+    framing: Framing = OPENAI
 
     def __init__(
-        self, context: AppContext, body: SamplingRequest, prompts: Sequence[list[int]], n: int
+        self, context: AppContext, prompts: Sequence[list[int]], params: SamplingParams
     ) -> None:
         self.context = context
-        self.n = n
-        self.id = f"{self.id_prefix}-{uuid.uuid4().hex}"
+        self.n = params.n
         self.prompts = [Prompt(ids) for ids in prompts]
-        self.choices = [Choice(prompt) for prompt in self.prompts for _ in range(n)]
-        self._sampling = body
-        self._created = int(time())  # seconds since the epoch
-        self._completion_tokens = 0
+        self.completion_tokens = 0
+        self._params = params
 
     # --- what the subclasses say
 
@@ -81,31 +60,38 @@ class Answer(ABC):
         """Read what the answer begins with. Called once the request is checked, before a delta."""
         return None
 
-    @property
-    def wants_prompt_logprobs(self) -> bool:
-        """Whether the engine must score the prompt."""
-        return self._sampling.prompt_logprobs is not None
-
     def shown(self, delta: Delta) -> Delta:
         """The part of a delta that the client gets."""
         return delta
 
     @abstractmethod
-    def logprob_lists(self, choice: int, logprobs: Sequence[TokenLogprob]) -> Mapping[str, Any]:
-        """The lists of ``logprobs`` of new tokens, by name; none unless the client asked."""
+    def record(self, prompt: int, delta: Delta) -> int:
+        """Add a delta of the prompt with this index to the whole answer; the bytes it takes."""
 
     @abstractmethod
-    def fields(self) -> dict[str, Any]:
-        """What a whole answer has: ``choices``, each finished, and what the route adds; as
-        ``json_object`` takes them. Called once every delta was taken."""
+    def whole(self) -> Iterator[bytes]:
+        """The whole answer as JSON in pieces. Called once every delta was taken."""
 
     @abstractmethod
-    def opening(self) -> Iterable[Json]:
-        """The chunks before the first delta, made as they are sent."""
+    def opening(self) -> Iterable[Any]:
+        """The events before the first delta, made as they are sent."""
 
     @abstractmethod
-    def chunks_of(self, prompt: int, delta: Delta) -> Iterable[Json]:
-        """The chunks of one delta of the prompt with this index; none while text is held back."""
+    def chunks_of(self, prompt: int, delta: Delta) -> Iterable[Any]:
+        """The events of one delta of the prompt with this index; none while text is held back."""
+
+    @abstractmethod
+    def closing(self) -> Iterable[Any]:
+        """The events after the last delta."""
+
+    def of_progress(self, progress: PromptProgress) -> Any | None:
+        """The event that says how far the prompt has come; None unless the client asked for it."""
+        return None
+
+    @property
+    def shows_progress(self) -> bool:
+        """Whether ``of_progress`` has events."""
+        return False
 
     # --- what they share
 
@@ -115,78 +101,25 @@ class Answer(ABC):
         Raises ``ApiError`` 500 when the engine failed, or left out the prompt's log-probabilities.
         """
         if delta.finish_reason == "error":
-            raise engine_failure()
+            raise engine_failure(self._params.structured_outputs if delta.stop_reason else None)
         state = self.prompts[prompt]
         state.cached_tokens += delta.cached_tokens or 0
         state.logprobs = delta.prompt_logprobs or state.logprobs
         scored = len(state.logprobs) == len(state.ids)
-        if self.wants_prompt_logprobs and delta.index == 0 and not scored:
+        if self._params.prompt_logprobs is not None and delta.index == 0 and not scored:
             raise engine_failure()
         delta = self.shown(delta)
-        self._completion_tokens += len(delta.token_ids)
+        self.completion_tokens += len(delta.token_ids)
         return delta
 
     async def collect(self, generation: Generation, held: Held) -> bool:
         """Take all deltas of a whole answer; true. Closes the generation on every way out."""
         try:
             async for prompt, delta in generation.deltas():
-                held.spend(self._record(prompt, self.take(prompt, delta)))
+                held.spend(self.record(prompt, self.take(prompt, delta)))
         finally:
             await generation.close()
         return True
-
-    def _record(self, prompt: int, delta: Delta) -> int:
-        """Encode what a delta adds to its choice; the bytes that this takes."""
-        index = prompt * self.n + delta.index
-        choice = self.choices[index]
-        text = encode(delta.text)[1:-1]
-        choice.text += text
-        choice.last = replace(delta, text="", token_ids=(), logprobs=None, prompt_logprobs=None)
-        size = len(text)
-        if delta.logprobs:
-            for name, values in self.logprob_lists(index, delta.logprobs).items():
-                size += choice.lists[name].extend(values)
-        return size
-
-    def whole(self) -> Iterator[bytes]:
-        """The whole answer as JSON in pieces, once it was collected."""
-        return json_object(self._head(self.whole_kind) | self.fields() | {"usage": self._usage()})
-
-    def chunk(self, choices: list[Json], usage: Json | None = None) -> Json:
-        """One chunk of a stream; it has a usage only where the client asked for one."""
-        chunk = self._head(self.chunk_kind) | {"choices": choices}
-        return chunk | {"usage": usage} if self._sampling.include_usage else chunk
-
-    def closing(self) -> list[Json]:
-        """The chunks after the last delta: the usage, if the client asked for it."""
-        return [self.chunk([], self._usage())] if self._sampling.include_usage else []
-
-    def prompt_logprobs(self, prompt: Prompt) -> Json:
-        """vLLM's field ``prompt_logprobs``, or nothing when the client did not ask for it."""
-        top = self._sampling.prompt_logprobs
-        if top is None:
-            return {}
-        items = prompt_items(prompt.logprobs, self.context.texts, top)
-        return {"prompt_logprobs": json_array(items)}
-
-    def _head(self, kind: str) -> Json:
-        return {
-            "id": self.id,
-            "object": kind,
-            "created": self._created,
-            "model": self.context.model_name(),
-        }
-
-    def _usage(self) -> Json:
-        """OpenAI's token counts; cached tokens are those found in the prefix cache."""
-        tokens = sum(len(prompt.ids) for prompt in self.prompts)
-        cached = sum(prompt.cached_tokens for prompt in self.prompts)
-        return {
-            "prompt_tokens": tokens,
-            "completion_tokens": self._completion_tokens,
-            "total_tokens": tokens + self._completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": cached},
-        }
 
 
 async def respond(
@@ -212,20 +145,24 @@ async def respond(
         opening=answer.opening(),
         chunks_of=answer.chunks_of,
         closing=answer.closing,
+        progress=answer.of_progress if answer.shows_progress else None,
         turns=context.turns,
         keep_alive_s=context.server.keep_alive_s,
         request_id=request_id_of(request),
+        framing=answer.framing,
     )
-    return EventStream(events, generation)
+    return EventStream(events, generation, answer.framing)
 
 
-def ending(last: Delta | None) -> Json:
-    """Why a choice ended, from its last delta; both fields are null before that."""
-    if last is None:
-        return {"finish_reason": None, "stop_reason": None}
-    return {"finish_reason": last.finish_reason, "stop_reason": last.stop_reason}
-
-
-def engine_failure() -> ApiError:
-    """The answer when the engine ends a request with ``error``."""
+def engine_failure(constraint: StructuredOutputsParams | None = None) -> ApiError:
+    """The answer when the engine ends a request with ``error``; where its own ``constraint`` is at
+    fault, that is the client's."""
+    if constraint is not None:
+        return ApiError(
+            400,
+            f"{constraint.asked_as}: the grammar of this request needed more than one step may "
+            "take, or allowed no token; make it simpler",
+            param=constraint.asked_as,
+            code="grammar_failed",
+        )
     return ApiError(500, "the engine could not finish this request", code="engine_error")

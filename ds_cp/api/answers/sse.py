@@ -7,7 +7,9 @@ import json
 import logging
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import aclosing
-from typing import Any
+from dataclasses import dataclass
+from time import monotonic
+from typing import Any, Protocol
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -17,12 +19,14 @@ from ds_cp.api.answers.paced import Turns
 from ds_cp.api.errors import ApiError, from_engine, internal_error, shutting_down
 from ds_cp.api.transport.deadline import within
 from ds_cp.errors import DsCpError
-from ds_cp.outputs import Delta
+from ds_cp.outputs import Delta, PromptProgress
 
 logger = logging.getLogger("ds_cp.api")
 
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"  # a comment, which clients ignore
+PROGRESS_S = 0.25  # seconds between looks at a prompt's progress
+_CLOSE_S = 0.001  # seconds by which a wait may end early
 _LAST_EVENT_S = 1.0  # seconds to send the event that the server is shutting down
 
 
@@ -31,38 +35,65 @@ def event(data: Any) -> bytes:
     return b"data: " + json.dumps(data, ensure_ascii=False, allow_nan=False).encode() + b"\n\n"
 
 
+@dataclass(frozen=True)
+class Framing:
+    """How a protocol writes its events: one from what its answer makes, the one of an error, what
+    ends every stream, and what it says while nothing comes."""
+
+    event: Callable[[Any], bytes]
+    error: Callable[[ApiError], bytes]
+    last: bytes
+    keep_alive: bytes = KEEP_ALIVE
+
+
+OPENAI = Framing(event, lambda err: event(err.body()), DONE)
+
+
 async def stream_events(
     generation: Generation,
     *,
-    opening: Iterable[dict[str, Any]],
-    chunks_of: Callable[[int, Delta], Iterable[dict[str, Any]]],
-    closing: Callable[[], list[dict[str, Any]]],
+    opening: Iterable[Any],
+    chunks_of: Callable[[int, Delta], Iterable[Any]],
+    closing: Callable[[], Iterable[Any]],
     turns: Turns,
     keep_alive_s: float,
     request_id: str,
+    framing: Framing = OPENAI,
+    progress: Callable[[PromptProgress], Any] | None = None,
 ) -> AsyncIterator[bytes]:
-    """The events of a stream, up to ``[DONE]``; an error becomes an event in OpenAI's shape.
+    """The events of a stream, up to the last one of its ``framing``; an error becomes an event.
+    ``progress`` makes those that say how far the prompt has come, until its first token.
 
     Many chunks at once, such as those of a long prompt, are made as the client reads them and a few
     a turn of the event loop.
     """
     try:
-        paced = turns.pace(map(event, opening))
+        paced = turns.pace(map(framing.event, opening))
         while (data := await paced.next()) is not None:
             yield data
+        told, due = -1, monotonic() + keep_alive_s
         while not generation.finished:
-            item = await generation.next(keep_alive_s)
+            asks = progress is not None and generation.reads_prompts
+            known = generation.progress() if asks else None
+            if progress is not None and known is not None and known.processed != told:
+                told, due = known.processed, monotonic() + keep_alive_s
+                yield framing.event(progress(known))
+            wait_s = max(0.0, due - monotonic())
+            item = await generation.next(min(wait_s, PROGRESS_S) if asks else wait_s)
             if item is None:
-                yield KEEP_ALIVE
+                if monotonic() >= due - _CLOSE_S:
+                    due = monotonic() + keep_alive_s
+                    yield framing.keep_alive
                 continue
-            paced = turns.pace(map(event, chunks_of(*item)))
+            due = monotonic() + keep_alive_s
+            paced = turns.pace(map(framing.event, chunks_of(*item)))
             while (data := await paced.next()) is not None:
                 yield data
         for chunk in closing():
-            yield event(chunk)
+            yield framing.event(chunk)
     except Exception as err:
-        yield event(stream_error(err, request_id).body())
-    yield DONE
+        yield framing.error(stream_error(err, request_id))
+    yield framing.last
 
 
 def stream_error(err: Exception, request_id: str) -> ApiError:
@@ -76,6 +107,14 @@ def stream_error(err: Exception, request_id: str) -> ApiError:
     return internal_error(request_id)
 
 
+class Closable(Protocol):
+    """What a stream ends with it."""
+
+    async def close(self) -> None:
+        """Free what it holds. May be called twice."""
+        ...
+
+
 class EventStream(Response):
     """Sends events until the last one, or until the client leaves; then closes the generation.
 
@@ -86,11 +125,14 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[bytes], generation: Generation) -> None:
+    def __init__(
+        self, events: AsyncIterator[bytes], generation: Closable, framing: Framing = OPENAI
+    ) -> None:
         self.status_code = 200
         self.background = None
         self._events = events
         self._generation = generation
+        self._framing = framing
         # A proxy that buffers would hide tokens and keep-alives alike.
         self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
 
@@ -111,7 +153,7 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _send_shutting_down(self, send: Send) -> None:
-        data = event(shutting_down().body()) + DONE
+        data = self._framing.error(shutting_down()) + self._framing.last
         body = {"type": "http.response.body", "body": data, "more_body": False}
         try:
             await within(_LAST_EVENT_S, send(body))

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -209,9 +209,11 @@ def kept_bytes(value: Any) -> int:
         return sys.getsizeof(value)
     if isinstance(value, BaseModel):
         return MODEL_BYTES + sum(map(kept_bytes, value.__dict__.values()))
+    if is_dataclass(value):  # a tool, a turn
+        return MODEL_BYTES + sum(map(kept_bytes, vars(value).values()))
     if isinstance(value, dict):
         return sum(map(kept_bytes, (*value, *value.values())))
-    if isinstance(value, list) and value:
+    if isinstance(value, list | tuple) and value:
         return ID_BYTES * len(value) if isinstance(value[0], int) else sum(map(kept_bytes, value))
     return 0
 

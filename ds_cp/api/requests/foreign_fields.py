@@ -76,23 +76,14 @@ FRONT_ENDS: dict[str, tuple[Any, ...]] = {
     "num_beams": (1,),
 }
 
-_NO_TOOLS = Unsupported((), "tool calls are not supported yet")
-_NO_CHOICE = Unsupported(("none", "auto"), "tool calls are not supported yet")
 _NO_MEDIA = Unsupported((), "this server reads and writes text only")
-NO_TEMPLATE = Unsupported((), "templates come with the model; a request cannot bring or steer one")
-_NO_GRAMMAR = Unsupported((), "constrained output is not supported yet")
+_NO_TEMPLATE = Unsupported((), "templates come with the model; a request cannot bring one")
 _NO_BEAMS = Unsupported((), "beam search is not supported")
 _MAX_TOKENS = Unsupported((), "say max_tokens", names=("max_tokens", "max_completion_tokens"))
 _MIN_TOKENS = Unsupported((0,), "say min_tokens", names=("min_tokens",))
 _STOP = Unsupported((), "say stop", names=("stop",))
 # Fields of both kinds of completion; below, of one kind.
 BOTH: dict[str, Unsupported] = {
-    "response_format": Unsupported(({"type": "text"},), "only plain text is supported so far"),
-    "guided_json": _NO_GRAMMAR,
-    "guided_regex": _NO_GRAMMAR,
-    "guided_choice": _NO_GRAMMAR,
-    "guided_grammar": _NO_GRAMMAR,
-    "structured_outputs": _NO_GRAMMAR,
     "use_beam_search": _NO_BEAMS,
     "length_penalty": Unsupported((1,), "beam search is not supported"),
     "early_stopping": _NO_BEAMS,
@@ -121,42 +112,27 @@ COMPLETION_ONLY: dict[str, Unsupported] = {
     "add_special_tokens": Unsupported((True,), "it is always true", false_asks=True),
 }
 CHAT_ONLY: dict[str, Unsupported] = {
-    "tools": _NO_TOOLS,
-    "functions": _NO_TOOLS,
-    "tool_choice": _NO_CHOICE,
-    "function_call": _NO_CHOICE,
-    "parallel_tool_calls": Unsupported((True,), "tool calls are not supported yet"),
+    "functions": Unsupported((), "say tools"),
+    "function_call": Unsupported(("none", "auto"), "say tool_choice"),
     "modalities": Unsupported((["text"],), "this server reads and writes text only"),
     "audio": _NO_MEDIA,
     "prediction": Unsupported((), "predicted outputs are not supported"),
     "moderation": Unsupported((), "this server does not judge what it reads and writes"),
     "web_search_options": Unsupported((), "this server makes no outbound connection"),
-    "reasoning_effort": Unsupported(
-        ("none",), "models are run as they are; there is no effort to set"
-    ),
-    "chat_template": NO_TEMPLATE,
-    "documents": NO_TEMPLATE,
-    "add_generation_prompt": Unsupported((True,), "an answer is always begun", false_asks=True),
-    "continue_final_message": Unsupported((), "an answer is always a new message"),
+    "chat_template": _NO_TEMPLATE,
+    "documents": _NO_TEMPLATE,
     "prompt": Unsupported((), "send messages, or use /v1/completions"),
     "best_of": Unsupported((1,), "n answers are made and all are returned; say n"),
     "echo": Unsupported((), "use /v1/completions"),
 }
 MESSAGE: dict[str, Unsupported] = {
-    "tool_calls": _NO_TOOLS,
-    "tool_call_id": _NO_TOOLS,
-    "function_call": _NO_TOOLS,
+    "function_call": Unsupported((), "say tool_calls"),
     "refusal": Unsupported((), "refusals cannot be sent back"),
     "annotations": Unsupported((), "annotations cannot be sent back"),
     "audio": _NO_MEDIA,
 }
-STREAM_OPTIONS: dict[str, Unsupported] = {
-    "continuous_usage_stats": Unsupported((), "usage comes once, in the last chunk"),
-}
+STREAM_OPTIONS: dict[str, Unsupported] = {}
 TOKENIZE: dict[str, Unsupported] = {
-    "chat_template": NO_TEMPLATE,
-    "chat_template_kwargs": NO_TEMPLATE,
-    "continue_final_message": CHAT_ONLY["continue_final_message"],
-    "tools": _NO_TOOLS,
+    "chat_template": _NO_TEMPLATE,
     "return_token_strs": Unsupported((), "/detokenize says what token ids spell"),
 }

@@ -18,7 +18,7 @@ from ds_cp.api.requests.strict_model import Notes
 from ds_cp.errors import DsCpError
 
 WARNING_HEADER = "X-Ds-Cp-Warning"
-_SHOWN_NAMES = 8  # unknown fields that the header names
+_SHOWN_NAMES = 8  # names of one kind in the header
 _SHOWN_CHARS = 40  # characters of each
 
 
@@ -65,8 +65,8 @@ def strict_json_route(
                     return await handler(request)
                 notes = Notes(refuse_unknown)
                 value = await bodies.model(request, kind, notes)
-                ignored = notes.ignored
-                headers = {WARNING_HEADER: warning(ignored)} if ignored else {}
+                ignored, text = notes.ignored, told(notes)
+                headers = {WARNING_HEADER: text} if text else {}
                 try:
                     response = await handler(ModelRequest(request.scope, request.receive, value))
                 except (ApiError, DsCpError) as err:
@@ -77,7 +77,7 @@ def strict_json_route(
                     raise refusal from err
                 if ignored:
                     count_ignored(len(ignored))
-                    response.headers.update(headers)
+                response.headers.update(headers)
                 return response
 
             return strict
@@ -85,8 +85,20 @@ def strict_json_route(
     return StrictJsonRoute
 
 
+def told(notes: Notes) -> str:
+    """The header's value for what a body's validation left out; "" for nothing."""
+    parts = [warning(notes.ignored)] if notes.ignored else []
+    if notes.skipped:
+        parts.append("skipped, not served here: " + _some_of(notes.skipped))
+    return "; ".join(parts)
+
+
 def warning(names: list[str]) -> str:
     """The header's value for unknown fields that were ignored: printable ASCII, of bounded size."""
+    return "ignored unknown fields: " + _some_of(names)
+
+
+def _some_of(names: list[str]) -> str:
     shown = [re.sub(r"[^A-Za-z0-9_.-]", "?", name[:_SHOWN_CHARS]) for name in names[:_SHOWN_NAMES]]
     more = len(names) - len(shown)
-    return "ignored unknown fields: " + ", ".join(shown) + (f" and {more} more" if more else "")
+    return ", ".join(shown) + (f" and {more} more" if more else "")

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, PrivateAttr, ValidationInfo, field_validator, model_validator
 
+from ds_cp.api.chat.request import Role, Turn
 from ds_cp.api.errors import FieldError, shown
-from ds_cp.api.requests.foreign_fields import HARMLESS, MESSAGE, Unsupported
+from ds_cp.api.requests.foreign_fields import HARMLESS, MESSAGE, Unsupported, is_nothing
 from ds_cp.api.requests.strict_model import Notes, StrictModel, notes_of, sift, too_long
+from ds_cp.errors import RequestError
+from ds_cp.parsing.definitions import MAX_TOOLS
+from ds_cp.parsing.history import EarlierCall, check_results, read_calls, read_id
 
 MAX_MESSAGES = 10_000  # messages of one request
 MAX_PARTS = 1_000  # parts of one message
 MAX_PARTICIPANT_CHARS = 256  # characters of a message's name
 _PART = '{"type": "text", "text": "..."}'
+_OF_ASSISTANT = ("tool_calls", "reasoning_content", "reasoning")
 
 Part = dict[str, str]  # {"type": "text", "text": ...}
 
@@ -21,22 +28,51 @@ Part = dict[str, str]  # {"type": "text", "text": ...}
 class ChatMessage(StrictModel):
     """One turn. ``developer`` is read as ``system``. ``content`` stays as the client sent it: text,
     or parts of text; an assistant's may be null or empty. ``name`` is for templates that use it.
+
+    ``tool_calls`` and the reasoning, under either name, are an assistant's; ``tool_call_id`` is of
+    a tool's result.
     """
 
     unsupported: ClassVar[dict[str, Unsupported]] = MESSAGE
     harmless: ClassVar[frozenset[str]] = HARMLESS["message"]
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[Part]
     name: str | None = Field(None, max_length=MAX_PARTICIPANT_CHARS)
+    tool_calls: list[Any] | None = Field(
+        None, max_length=MAX_TOOLS, description="calls of functions: id, and function with its name"
+    )
+    tool_call_id: str | None = Field(None, description="the id of the call that this answers")
+    reasoning_content: str | None = None
+    reasoning: str | None = Field(None, description="the same as reasoning_content")
+
+    _calls: list[EarlierCall] = PrivateAttr(default_factory=list)
 
     @model_validator(mode="before")
     @classmethod
-    def _without_text(cls, data: Any) -> Any:
+    def _of_its_role(cls, data: Any) -> Any:
         """Some clients leave out an assistant's content where others send null."""
-        if isinstance(data, dict) and data.get("role") == "assistant" and "content" not in data:
-            return data | {"content": None}
-        return data
+        if not isinstance(data, dict):
+            return data
+        role = data.get("role")
+        if role == "function":
+            raise FieldError(
+                "role 'function' is not supported: send role 'tool' with a tool_call_id", "role"
+            )
+        if role == "assistant" and "content" not in data:
+            data = data | {"content": None}
+        if role != "assistant":
+            for name in _OF_ASSISTANT:
+                if not is_nothing(data.get(name)):
+                    raise FieldError(f"{name} is only for role assistant, not {shown(role)}", name)
+        if role != "tool" and not is_nothing(data.get("tool_call_id")):
+            raise FieldError(
+                f"tool_call_id is only for role tool, not {shown(role)}", "tool_call_id"
+            )
+        return {
+            name: None if name in (*_OF_ASSISTANT, "tool_call_id") and is_nothing(value) else value
+            for name, value in data.items()
+        }
 
     @field_validator(
         "content",
@@ -56,27 +92,59 @@ class ChatMessage(StrictModel):
         notes = notes_of(info)
         return [_text_part(part, notes) for part in value]
 
-    @field_validator("name")
+    @field_validator("name", "tool_call_id", "reasoning_content", "reasoning")
     @classmethod
-    def _name(cls, value: str | None) -> str | None:
-        return value if value is None else plain_text(value, "name")
+    def _text(cls, value: str | None, info: ValidationInfo) -> str | None:
+        return value if value is None else plain_text(value, info.field_name or "text")
 
-    def for_template(self) -> dict[str, Any]:
-        """The message as chat templates expect it: ``role``, ``content`` (text, or the list of
-        parts that the client sent) and, where there is one, ``name``."""
-        role = "system" if self.role == "developer" else self.role
-        message: dict[str, Any] = {"role": role, "content": self.content}
-        return message | {"name": self.name} if self.name else message
+    @model_validator(mode="after")
+    def _read_calls(self) -> ChatMessage:
+        with in_fields():
+            self._calls = read_calls(self.tool_calls, "tool_calls")
+            for call in self._calls:
+                plain_text(f"{call.id}{call.name}{call.arguments}", "tool_calls", "tool_calls")
+            if self.role == "tool":
+                read_id(self.tool_call_id, "tool_call_id")
+        return self
+
+    def turn(self) -> Turn:
+        """The message without what is OpenAI's alone."""
+        role: Role = "system" if self.role == "developer" else self.role
+        return Turn(
+            role=role,
+            content=self.content,
+            name=self.name or None,
+            reasoning=self.reasoning_content or self.reasoning or "",
+            calls=tuple(self._calls),
+            answers=self.tool_call_id or "",
+        )
 
 
-def plain_text(text: str, name: str) -> str:
+def turns_of(messages: Sequence[ChatMessage]) -> list[Turn]:
+    """The turns of a conversation. Raises ``FieldError`` for a result that answers no call."""
+    turns = [message.turn() for message in messages]
+    with in_fields():
+        check_results([(turn.role, turn.calls, turn.answers) for turn in turns])
+    return turns
+
+
+@contextmanager
+def in_fields() -> Iterator[None]:
+    """Make a ``RequestError`` of this block a ``FieldError``, as validators raise them."""
+    try:
+        yield
+    except RequestError as err:
+        raise FieldError(str(err), err.param) from None
+
+
+def plain_text(text: str, name: str, param: str | None = None) -> str:
     """The text itself. ``FieldError`` for half a surrogate pair, which JSON can spell but is not
-    text."""
+    text. ``param``: the field below the place where a validator sits."""
     try:
         text.encode()
     except UnicodeEncodeError as err:
         raise FieldError(
-            f"{name} is not text: half a surrogate pair at character {err.start}"
+            f"{name} is not text: half a surrogate pair at character {err.start}", param
         ) from None
     return text
 

@@ -8,7 +8,8 @@ From vLLM: ``top_k``, ``min_p``, ``min_tokens``, ``stop_token_ids``, ``ignore_eo
 ``repetition_penalty``, ``skip_special_tokens``, ``prompt_logprobs`` (answered where vLLM has it: in
 each choice of a completion, beside the choices of a chat; not in streams), ``priority`` (lower
 numbers first) and ``cache_salt`` (requests share cached prefixes only if their salts and API keys
-are equal).
+are equal), ``return_token_ids``. ``response_format``, ``structured_outputs`` and ``guided_*`` are
+in ``constraints``; what conversations have, in ``chat_body``.
 """
 
 from __future__ import annotations
@@ -20,18 +21,15 @@ from typing import Any, ClassVar
 from pydantic import Field, field_validator, model_validator
 
 from ds_cp.api.errors import FieldError, shown
+from ds_cp.api.requests.constraints import ConstrainedRequest
 from ds_cp.api.requests.foreign_fields import (
     BOTH,
-    CHAT_ONLY,
     COMPLETION_ONLY,
     HARMLESS,
-    NO_TEMPLATE,
     STREAM_OPTIONS,
-    TOKENIZE,
     Unsupported,
-    is_nothing,
 )
-from ds_cp.api.requests.messages import MAX_MESSAGES, ChatMessage, plain_text
+from ds_cp.api.requests.messages import plain_text
 from ds_cp.api.requests.strict_model import StrictModel
 from ds_cp.sampling_params import MAX_LOGIT_BIAS, MAX_N, MAX_SALT_CHARS, MAX_STOPS
 
@@ -39,19 +37,20 @@ MAX_PROMPTS = 64  # prompts of one request
 MAX_CHOICES = 128  # answers to one request: prompts times n
 MAX_IDS = 1 << 24  # token ids of one list; a longer list is longer than any model
 MAX_MODEL_CHARS = 1024  # characters of a model's name
-MAX_TEMPLATE_KWARGS = 64  # names in chat_template_kwargs
 
 
 class StreamOptions(StrictModel):
-    """``include_usage`` adds a last chunk with the token counts."""
+    """``include_usage`` adds a last chunk with the token counts; with ``continuous_usage_stats``
+    (vLLM's) every chunk has them, as far as they have come."""
 
     unsupported: ClassVar[dict[str, Unsupported]] = STREAM_OPTIONS
     harmless: ClassVar[frozenset[str]] = HARMLESS["stream_options"]
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
-class SamplingRequest(StrictModel):
+class SamplingRequest(ConstrainedRequest):
     """The fields that both kinds of completion share; null means the default."""
 
     harmless: ClassVar[frozenset[str]] = HARMLESS["body"]
@@ -78,6 +77,15 @@ class SamplingRequest(StrictModel):
     prompt_logprobs: int | None = Field(None, description="of this many tokens per prompt token")
     priority: int | None = Field(None, description="lower numbers are served first; default 0")
     cache_salt: str | None = Field(None, description="keeps cached prefixes apart")
+    return_progress: bool | None = Field(
+        None, description="events with prompt_progress while the prompt is read; in streams"
+    )
+    timings_per_token: bool | None = Field(
+        None, description="timings in the answer, and in each chunk of a stream"
+    )
+    return_token_ids: bool | None = Field(
+        None, description="also the token ids of the prompt and of the answer"
+    )
 
     @field_validator("cache_salt")
     @classmethod
@@ -127,6 +135,13 @@ class SamplingRequest(StrictModel):
     def include_usage(self) -> bool:
         """Whether a stream ends with a chunk of token counts."""
         return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def continuous_usage(self) -> bool:
+        """Whether every chunk tells the usage so far; load generators count tokens by it."""
+        return self.include_usage and bool(
+            self.stream_options and self.stream_options.continuous_usage_stats
+        )
 
 
 class CompletionRequest(SamplingRequest):
@@ -178,65 +193,6 @@ class CompletionRequest(SamplingRequest):
     def only_prompt(self) -> bool:
         """Whether no new token is wanted, as when a harness asks for a prompt's scores."""
         return bool(self.echo) and self.max_tokens == 0
-
-
-class ChatRequest(SamplingRequest):
-    """POST /v1/chat/completions. Without ``max_tokens``, as many tokens as fit."""
-
-    unsupported: ClassVar[dict[str, Unsupported]] = BOTH | CHAT_ONLY
-
-    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
-    chat_template_kwargs: dict[str, Any] | None = Field(
-        None, max_length=MAX_TEMPLATE_KWARGS, description="values that ask for nothing, only"
-    )
-    max_completion_tokens: int | None = Field(None, description="the newer name of max_tokens")
-    logprobs: bool | None = None
-    top_logprobs: int | None = None
-
-    @field_validator("chat_template_kwargs")
-    @classmethod
-    def _template_kwargs(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
-        for name, wish in (value or {}).items():
-            if not is_nothing(wish):
-                raise FieldError(
-                    f"chat_template_kwargs is not supported: {NO_TEMPLATE.hint}; "
-                    f"leave out {shown(name)}"
-                )
-        return value
-
-    @model_validator(mode="after")
-    def _pairs(self) -> ChatRequest:
-        if self.top_logprobs and not self.logprobs:
-            raise FieldError("top_logprobs is only allowed with logprobs true", "top_logprobs")
-        old, new = self.max_tokens, self.max_completion_tokens
-        if old is not None and new is not None and old != new:
-            raise FieldError(
-                f"max_tokens is {old} and max_completion_tokens is {new}; send one of them",
-                "max_completion_tokens",
-            )
-        return self
-
-
-class TokenizeRequest(StrictModel):
-    """POST /tokenize: either ``prompt`` or ``messages``."""
-
-    unsupported: ClassVar[dict[str, Unsupported]] = TOKENIZE
-
-    model: str | None = Field(None, max_length=MAX_MODEL_CHARS)
-    prompt: str | None = None
-    messages: list[ChatMessage] | None = Field(
-        None, min_length=1, max_length=MAX_MESSAGES, fail_fast=True
-    )
-    add_special_tokens: bool = Field(True, description="for prompt; a chat template brings its own")
-    add_generation_prompt: bool = Field(True, description="for messages")
-
-    @model_validator(mode="after")
-    def _one_of(self) -> TokenizeRequest:
-        if (self.prompt is None) == (self.messages is None):
-            raise FieldError("send either prompt or messages", "prompt")
-        if self.prompt is not None:
-            plain_text(self.prompt, "prompt")
-        return self
 
 
 class DetokenizeRequest(StrictModel):

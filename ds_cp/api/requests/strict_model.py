@@ -16,22 +16,36 @@ from ds_cp.api.requests.foreign_fields import FRONT_ENDS, Unsupported, is_nothin
 from ds_cp.text import MAX_NAME_CHARS, closest, misspelt
 
 MAX_UNKNOWN = 32  # names of unknown fields in one body
+MAX_SKIPPED = 32  # kinds of things in one body that are skipped, and told
 
 
 @dataclass
 class Notes:
-    """What the validation of one body leaves out: the unknown fields that it ignores.
+    """What the validation of one body leaves out: the unknown fields that it ignores, and tools
+    that are not the client's own.
 
     ``refuse``: unknown fields are errors. Passed to ``model_validate`` as its context.
     """
 
     refuse: bool = False
     _seen: dict[tuple[str, str], None] = field(default_factory=dict)
+    _skipped: dict[str, None] = field(default_factory=dict)
 
     @property
     def ignored(self) -> list[str]:
         """The names of the ignored fields, each once, cut to ``MAX_NAME_CHARS`` characters."""
         return list(dict.fromkeys(name for _, name in self._seen))
+
+    @property
+    def skipped(self) -> list[str]:
+        """What ``skip`` was told, each once."""
+        return list(self._skipped)
+
+    def skip(self, what: str) -> None:
+        """Leave out what this server does not have, whatever the setting for unknown fields: a
+        hosted tool is an offer that the model need not take. At most ``MAX_SKIPPED`` are told."""
+        if len(self._skipped) < MAX_SKIPPED:
+            self._skipped[what[:MAX_NAME_CHARS]] = None
 
     def unknown(self, place: str, name: str, value: object, known: Iterable[str]) -> None:
         """Ignore an unknown field of a kind of object, ``place``. Raises ``FieldError`` when its

@@ -14,7 +14,7 @@ from ds_cp.api.requests.json_route import WARNING_HEADER
 from ds_cp.api.transport.head import METHODS
 
 # Response headers that a page's script may read, beside those that it always may.
-EXPOSED = ("X-Request-Id", "Retry-After", WARNING_HEADER)
+EXPOSED = ("X-Request-Id", "Request-Id", "Retry-After", WARNING_HEADER)
 _PREFLIGHT_S = 600  # seconds that a browser may remember a preflight's answer
 
 

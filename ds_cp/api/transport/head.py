@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from ds_cp.api.transport.refusal import RefusedError, not_http
 
-METHODS = ("GET", "HEAD", "POST", "OPTIONS")  # of all routes together
+METHODS = ("GET", "HEAD", "POST", "DELETE", "OPTIONS")  # of all routes together
 EVERYTHING = b"*"  # the target of OPTIONS that means the server itself
 _ABSOLUTE = re.compile(rb"([a-z][a-z0-9+.-]*)://([^/?#]*)([^#]*)", re.IGNORECASE)
 _HOST = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(:[0-9]{0,5})?")

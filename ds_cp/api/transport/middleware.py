@@ -12,7 +12,7 @@ import logging
 import re
 import secrets
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -90,37 +90,45 @@ class Failures:
 
 
 class ApiKeys:
-    """Asks for ``Authorization: Bearer KEY`` on every path but /health.
+    """Asks for ``Authorization: Bearer KEY``, or Anthropic's ``x-api-key: KEY``, on every path but
+    /health and ``open_paths``.
 
     The sha256 (hex) of the sent key is put into ``scope["state"]["key_digest"]``. It is compared
     with that of every key, without an early exit, so that the duration reveals nothing about a key.
     """
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
+    def __init__(self, app: ASGIApp, keys: Sequence[str], open_paths: Collection[str] = ()) -> None:
         self.app = app
+        self._open = frozenset({"/health", *open_paths})
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] == "/health" or self._allows(scope):
+        if scope["type"] != "http" or scope["path"] in self._open or self._allows(scope):
             await self.app(scope, receive, send)
             return
         error = ApiError(
             401,
-            "a valid API key is needed: send the header Authorization: Bearer KEY",
+            "a valid API key is needed: "
+            "send the header Authorization: Bearer KEY, or x-api-key: KEY",
             code="invalid_api_key",
             headers={"WWW-Authenticate": "Bearer"},
         )
         await error.response()(scope, receive, send)
 
     def _allows(self, scope: Scope) -> bool:
-        sent = Headers(scope=scope).get("authorization", "")
-        scheme, _, key = sent.partition(" ")
-        digest = hashlib.sha256(key.strip().encode("latin-1", "replace")).digest()
-        found = False
-        for known in self._digests:
-            found |= secrets.compare_digest(digest, known)
-        scope.setdefault("state", {})["key_digest"] = digest.hex()
-        return found and scheme.lower() == "bearer"
+        headers = Headers(scope=scope)
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        allowed = False
+        # Some clients send both, one of them from their environment; a valid one is enough.
+        for sent in (headers.get("x-api-key", ""), key if scheme.lower() == "bearer" else ""):
+            digest = hashlib.sha256(sent.strip().encode("latin-1", "replace")).digest()
+            found = False
+            for known in self._digests:
+                found |= secrets.compare_digest(digest, known)
+            if found:
+                scope.setdefault("state", {})["key_digest"] = digest.hex()
+                allowed = True
+        return allowed
 
 
 class ReadLimits:

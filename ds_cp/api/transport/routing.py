@@ -14,7 +14,8 @@ from ds_cp.api.transport.head import METHODS
 
 class Routing:
     """Takes one slash from the end of a path, answers HEAD as GET without the body, and OPTIONS
-    with the methods of the path in ``Allow``.
+    with the methods of the path in ``Allow``. ``scope["state"]["head"]`` tells a route whose answer
+    has no end that its body is not wanted.
 
     A redirect to the path without the slash would name a scheme and a host, which behind a proxy
     are not the client's. It is meant to be outside the check of the API key: browsers ask by
@@ -32,6 +33,7 @@ class Routing:
             return
         scope = _without_last_slash(scope)
         if scope["method"] == "HEAD":
+            scope.setdefault("state", {})["head"] = True
             await self.app({**scope, "method": "GET"}, receive, _without_body(send))
             return
         if scope["method"] == "OPTIONS":

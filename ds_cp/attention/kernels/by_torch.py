@@ -51,7 +51,7 @@ class ByTorch:
         def merge(into: Partial) -> None:
             part = unpack_partial(packed, num_heads, v_dim, dtype)
             if isinstance(rows, int):
-                here = slice(rows, rows + len(packed))
+                here = slice(rows, rows + packed.shape[-2])
                 self.merge_rows(Partial(into.out[here], into.lse[here]), part, None)
             else:
                 self.merge_rows(into, part, rows)

@@ -24,8 +24,8 @@ class KernelUnavailableError(Exception):
 # On CUDA, those whose rows do not depend on how prompts are cut.
 DETERMINISTIC = ("triton", "reference")
 
-# makes a kernel for a device, or raises ``KernelUnavailableError``
-Maker = Callable[[torch.device], PagedKernel]
+# makes a kernel for a device and a model's dtype, or raises ``KernelUnavailableError``
+Maker = Callable[[torch.device, torch.dtype], PagedKernel]
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def find_kernels(
                 "prompt where its chunks end: set attention.backend to auto or to one of "
                 f"{', '.join(DETERMINISTIC)}"
             )
-        known = {"triton": lambda device: _triton(device, deterministic=True),
+        known = {"triton": lambda device, dtype: _triton(device, dtype, deterministic=True),
                  "reference": _reference}  # fmt: skip
     if name == "auto" and device.type == "cpu":
         known["cpu"] = _fast_cpu
@@ -132,7 +132,7 @@ def _try(
     """The kernel, or why not. Whatever it raises is a reason; only a lack of memory is an error of
     its own, with a way out that no other kernel is."""
     try:
-        kernel = make(device)
+        kernel = make(device, dtype)
         reasons = (kernel.refuses(spec, block_size, dtype) for spec in layers)
         problem = next(filter(None, reasons), "")
         if check and not problem:
@@ -217,7 +217,7 @@ def _consequence(notes: Sequence[str], name: str) -> list[str]:
     ]
 
 
-def _cpu(device: torch.device) -> PagedKernel:
+def _cpu(device: torch.device, dtype: torch.dtype) -> PagedKernel:
     from ds_cp.attention.kernels.cpu import CpuKernel
     from ds_cp.native import load
 
@@ -227,25 +227,25 @@ def _cpu(device: torch.device) -> PagedKernel:
     return CpuKernel(library)
 
 
-def _fast_cpu(device: torch.device) -> PagedKernel:
+def _fast_cpu(device: torch.device, dtype: torch.dtype) -> PagedKernel:
     """The same, unless only its baseline runs here: torch's operators are faster than that."""
-    kernel = _cpu(device)
+    kernel = _cpu(device, dtype)
     if getattr(kernel, "isa", "") == "baseline":
         raise KernelUnavailableError("this processor has no AVX2, or its compiler did not know it")
     return kernel
 
 
-def _cuda(device: torch.device) -> PagedKernel:
-    return CudaKernel(_triton(device), candidates(device), device)
+def _cuda(device: torch.device, dtype: torch.dtype) -> PagedKernel:
+    return CudaKernel(_triton(device, dtype), candidates(device), device)
 
 
-def _flash(device: torch.device) -> PagedKernel:
+def _flash(device: torch.device, dtype: torch.dtype) -> PagedKernel:
     """The kernel "cuda" with that package or not at all."""
     chosen, why = [one for one in candidates(device) if one.name.startswith("flash-attn")], ""
     for one in chosen:
         try:
             one.load()
-            return CudaKernel(_triton(device), chosen, device)
+            return CudaKernel(_triton(device, dtype), chosen, device)
         except NotInstalledError:
             pass
         except DenseError as err:
@@ -253,21 +253,21 @@ def _flash(device: torch.device) -> PagedKernel:
     raise KernelUnavailableError(why or "the package flash-attn is not installed")
 
 
-def _triton(device: torch.device, deterministic: bool = False) -> PagedKernel:
+def _triton(device: torch.device, dtype: torch.dtype, deterministic: bool = False) -> PagedKernel:
     try:
         from ds_cp.attention.kernels.triton_kernel import make_triton
     except Exception as err:  # a build for another torch may raise anything at import
         raise KernelUnavailableError(_import_failed("triton", err)) from err
-    return make_triton(device, torch.bfloat16, deterministic)
+    return make_triton(device, dtype, deterministic)
 
 
-def _torch(device: torch.device) -> PagedKernel:
+def _torch(device: torch.device, dtype: torch.dtype) -> PagedKernel:
     from ds_cp.attention.kernels.torch_ops import TorchKernel
 
     return TorchKernel()
 
 
-def _reference(device: torch.device) -> PagedKernel:
+def _reference(device: torch.device, dtype: torch.dtype) -> PagedKernel:
     return ReferenceKernel()
 
 

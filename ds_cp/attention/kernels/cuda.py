@@ -64,6 +64,7 @@ class CudaKernel(ByTorch):
         device: torch.device,
     ) -> None:
         self.packed = paged.packed
+        self.stacks = bool(getattr(paged, "stacks", False))
         self._paged = paged
         self._choices = tuple(choices)
         self._device = device

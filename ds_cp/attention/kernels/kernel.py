@@ -20,7 +20,10 @@ class PagedKernel(Protocol):
     """One implementation, chosen when an engine is built and checked on its device then.
 
     ``name``: as in ``attention.backend``; ``packed``: the order of the pages that it reads and
-    writes (see ``ds_cp.attention.pages``).
+    writes (see ``ds_cp.attention.pages``). One with an attribute ``stacks`` that is true folds
+    several partials of the same rows by one launch: its ``merge_rows`` and ``merging`` also take N
+    of them stacked (``out [N, R, H, Dv]``, ``packed [N, R, row_bytes]``), the first one first, to
+    the same bits as one after the other.
     """
 
     name: str

@@ -28,6 +28,7 @@ class TritonKernel(ByTorch):
 
     name = "triton"
     packed = False
+    stacks = True
 
     def __init__(self, deterministic: bool = False) -> None:
         self._deterministic = deterministic
@@ -81,19 +82,23 @@ class TritonKernel(ByTorch):
         triton_merge.write(pages, k_TGD, v_TGD, blocks, places)
 
     def merge_rows(self, into: Partial, part: Partial, rows: torch.Tensor | None) -> None:
-        """As in ``PagedKernel``."""
-        if into.out.dtype is not torch.float32 or into.out.stride(-1) != 1:
-            merge_rows(into, part, rows)
+        """As in ``PagedKernel``; one partial or several stacked ones."""
+        out, lse = part.out, part.lse
+        if out.dim() == 3:
+            out, lse = out.unsqueeze(0), lse.unsqueeze(0)
+        if into.out.dtype is torch.float32 and into.out.stride(-1) == 1:
+            triton_merge.merge_stacked(into, out, lse, rows)
             return
-        triton_merge.merge_stacked(into, part.out.unsqueeze(0), part.lse.unsqueeze(0), rows)
+        for one, its_lse in zip(out, lse, strict=True):
+            merge_rows(into, Partial(one, its_lse), rows)
 
 
 def make_triton(
     device: torch.device, dtype: torch.dtype, deterministic: bool = False
 ) -> TritonKernel:
-    """The kernel, once a first small launch compiled and ran. Raises ``KernelUnavailableError``
-    when the device is too old, or Triton finds no C compiler for its launchers, or cannot
-    compile."""
+    """The kernel, once a first small launch in ``dtype`` compiled and ran. Raises
+    ``KernelUnavailableError`` when the device is too old, has no such kernel, or Triton finds no C
+    compiler for its launchers, or cannot compile."""
     if device.type != "cuda":
         raise KernelUnavailableError("it needs a CUDA device")
     have = torch.cuda.get_device_capability(device)
@@ -101,6 +106,8 @@ def make_triton(
         raise KernelUnavailableError(
             f"the device has compute capability {have[0]}.{have[1]}, not 8.0"
         )
+    if dtype not in DTYPES:
+        raise KernelUnavailableError(f"it has no {dtype}")
     kernel = TritonKernel(deterministic)
     pages = empty_pages(PageShape(16, 1, 16, 16, dtype), 1, device)
     one = torch.zeros(1, 1, 16, dtype=dtype, device=device)

@@ -100,7 +100,7 @@ def test_without_the_native_library() -> None:
 def test_a_kernel_that_is_wrong_or_refuses_is_named_and_the_next_one_taken(
     monkeypatch: pytest.MonkeyPatch, kernel: PagedKernel, why: str
 ) -> None:
-    monkeypatch.setattr(choose, "_cpu", lambda device: kernel)
+    monkeypatch.setattr(choose, "_cpu", lambda *_: kernel)
     choice = choose_kernel("auto", CPU, torch.float32, LAYERS, 16)
     assert choice.kernel.name == "sdpa"
     assert choice.notes[0].startswith(f"kernel cpu is not used: {why}")
@@ -112,7 +112,7 @@ def test_the_baseline_comes_after_torchs_operators_but_can_be_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     library = native_library()
-    monkeypatch.setattr(choose, "_cpu", lambda device: CpuKernel(library, "baseline"))
+    monkeypatch.setattr(choose, "_cpu", lambda *_: CpuKernel(library, "baseline"))
     choice = choose_kernel("auto", CPU, torch.float32, LAYERS, 16)
     assert choice.kernel.name == "sdpa" and "this processor has no AVX2" in choice.notes[0]
     assert choose_kernel("cpu", CPU, torch.float32, LAYERS, 16).kernel.name == "cpu"
@@ -136,7 +136,7 @@ class Raises(ReferenceKernel):
 
 
 def maker_of(err: Exception, where: str) -> Maker:
-    def make(device: torch.device) -> PagedKernel:
+    def make(device: torch.device, dtype: torch.dtype) -> PagedKernel:
         if where == "cause":
             raise KernelUnavailableError("triton fails here") from err
         if where == "maker":
@@ -194,7 +194,9 @@ def test_no_kernel_at_all_names_the_first_reason_and_a_way_out() -> None:
 
 
 def test_deterministic_takes_no_kernel_that_cuts_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(device: torch.device, deterministic: bool = False) -> PagedKernel:
+    def broken(
+        device: torch.device, dtype: torch.dtype, deterministic: bool = False
+    ) -> PagedKernel:
         raise KernelUnavailableError("no compiler")
 
     monkeypatch.setattr(choose, "_triton", broken)
@@ -209,8 +211,8 @@ def test_deterministic_takes_no_kernel_that_cuts_prompts(monkeypatch: pytest.Mon
 
 
 def test_without_the_check_no_dense_operator_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choose, "_triton", lambda device: Narrow())
-    monkeypatch.setattr(choose, "_cuda", lambda device: pytest.fail("tried"))
+    monkeypatch.setattr(choose, "_triton", lambda *_: Narrow())
+    monkeypatch.setattr(choose, "_cuda", lambda *_: pytest.fail("tried"))
     found = find_kernels("auto", CUDA, torch.bfloat16, LAYERS, 16, check=False)
     assert found.order[0] == "triton" and found.kernels[0].name == "sdpa"
 
@@ -226,21 +228,45 @@ def test_operators_passed_over_are_told_for_the_models_own_layers(
         return flash_attn.fa2(q[None], k[None], given[0][None], *given[1:], True)  # type: ignore
 
     kernel = CudaKernel(ReferenceKernel(), [Candidate("fa", lambda: no_groups)], CPU)  # type: ignore
-    monkeypatch.setattr(choose, "_cpu", lambda device: kernel)
+    monkeypatch.setattr(choose, "_cpu", lambda *_: kernel)
     layers = [LayerSpec(2, 2, 100, 0.1)], [LayerSpec(4, 2, 16, 0.25)]
     notes = [choose_kernel("cpu", CPU, torch.bfloat16, some, 16).notes for some in layers]
     assert notes == [(), ("fa is not used: it fails here: no groups of heads",)]
 
 
 def test_without_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choose, "_cpu", lambda device: Wrong())
+    monkeypatch.setattr(choose, "_cpu", lambda *_: Wrong())
     assert choose_kernel("auto", CPU, torch.float32, LAYERS, 16, check=False).kernel.name == "cpu"
 
 
 def test_a_package_that_does_not_import(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ds_cp.attention.kernels.triton_kernel", None)
     with pytest.raises(KernelUnavailableError, match="triton cannot be imported"):
-        makers(CUDA)["triton"](CUDA)
+        makers(CUDA)["triton"](CUDA, torch.bfloat16)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_triton_is_tried_in_the_models_dtype(
+    deterministic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+
+    def make(device: torch.device, dtype: torch.dtype, *more: object) -> PagedKernel:
+        asked.append(dtype)
+        return ReferenceKernel()
+
+    module = pytest.importorskip("ds_cp.attention.kernels.triton_kernel")
+    monkeypatch.setattr(module, "make_triton", make)
+    for dtype in (torch.float16, torch.float32):
+        find_kernels("triton", CUDA, dtype, LAYERS, 16, check=False, deterministic=deterministic)
+    assert asked == [torch.float16, torch.float32]
+
+
+def test_a_dtype_that_triton_lacks_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = pytest.importorskip("ds_cp.attention.kernels.triton_kernel")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    with pytest.raises(KernelUnavailableError, match="it has no torch.float64"):
+        module.make_triton(CUDA, torch.float64)
 
 
 def test_as_many_as_are_asked_for() -> None:

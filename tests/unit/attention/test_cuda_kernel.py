@@ -278,7 +278,7 @@ def test_the_self_test_reaches_every_dense_way(
 @pytest.mark.parametrize("dim", [64, 128])
 def test_the_self_test_on_a_gpu(heads: tuple[int, int], dim: int) -> None:
     device, spec = torch.device("cuda"), LayerSpec(*heads, dim, dim**-0.5)
-    kernel = makers(device)["cuda"](device)
+    kernel = makers(device)["cuda"](device, BF16)
     assert isinstance(kernel, CudaKernel) and kernel.operator(spec, BF16)
     assert fault(kernel, [spec], SIZE, BF16, device) == ""
 
@@ -298,7 +298,7 @@ def test_the_self_test_on_a_gpu(heads: tuple[int, int], dim: int) -> None:
 def test_who_computes_what_on_a_gpu(requests: Any, with_fresh: bool) -> None:
     """The real sizes and a real operator, in bf16."""
     device = torch.device("cuda")
-    case, kernel = Case(requests).to(device), makers(device)["cuda"](device)
+    case, kernel = Case(requests).to(device), makers(device)["cuda"](device, BF16)
     assert isinstance(kernel, CudaKernel) and kernel.operator(layer(), BF16)
     case.check(kernel, layer(), case.fresh() if with_fresh else None)
     case.check(kernel, layer(window=400))

@@ -100,11 +100,17 @@ ____ POST /b ____
 
 def test_cases_are_counted_by_status_and_content_type() -> None:
     rows = [["GET /a", 200, "application/json", 3], ["GET /a", 500, "", 1]]
-    found = summary([{"rows": rows, "found": []}, {"rows": rows[:1], "found": ["x"]}])
+    found = summary(
+        [
+            {"rows": rows, "found": [], "same_process": True},
+            {"rows": rows[:1], "found": ["x"], "same_process": False},
+        ]
+    )
     assert found == {
         "cases": 7,
         "server_errors": 1,
         "failures": 1,
+        "same_process": False,
         "statuses": {"200": 6, "500": 1},
         "content_types": {"application/json": 6, "none": 1},
     }

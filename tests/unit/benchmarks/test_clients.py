@@ -106,12 +106,12 @@ def result(name: str, *rows: tuple[str, str]) -> dict[str, Any]:
 
 
 def test_the_page_has_a_column_a_client_and_says_what_failed(tmp_path: Path) -> None:
-    first = result("one", ("chat", "ok"), ("tools", "refused"))
+    first = result("one", ("chat", "ok"), ("tools", "ok"))
     second = result("two", ("chat", "failed"), ("tools", "none"))
     facts = {"date": "2026-01-02", "commit": "c", "model": "m", "machine": "2 cores"}
     text = page([first, second], facts)
-    assert "| chat | ok | **failed** |" in text and "| tools | refused | - |" in text
-    assert "- two, chat: failed: `a / b`" in text and "- one, tools: refused" in text
+    assert "| chat | ok | **failed** |" in text and "| tools | ok | - |" in text
+    assert "- two, chat: failed: `a / b`" in text and "- one, " not in text
     assert "| one | POST /v1/x | `a`, `b` |" in text
 
     file = tmp_path / "page.md"

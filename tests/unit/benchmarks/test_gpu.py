@@ -75,6 +75,15 @@ def test_commands_and_names() -> None:
         gpu.main(["--only", "nothing"])
 
 
+def test_the_ranks_tests_are_there() -> None:
+    """A run on a GPU must not find out that one has another name."""
+    asked = [sys.executable, "-m", "pytest", "--collect-only", "-q", *gpu.RANK_TESTS]
+    done = subprocess.run(asked, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout
+    argv = gpu.argv_of("rank-tests", "cuda", False)
+    assert argv[:2] == ["env", "DS_CP_TEST_DEVICE=cuda"] and argv[-3:] == list(gpu.RANK_TESTS)
+
+
 def run(monkeypatch: pytest.MonkeyPatch, name: str, script: str, device: str, limit: float) -> Any:
     monkeypatch.setattr(gpu, "argv_of", lambda *_: [sys.executable, "-c", script])
     monkeypatch.setattr(gpu, "STOP_S", 1.0)
@@ -149,8 +158,15 @@ def test_a_device_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
         gpu.device_name("cuda")
 
 
+@pytest.mark.parametrize("name", ["spans", "deterministic"])
+def test_sections_that_need_no_kernel_of_a_gpu_run_over_tiny_sizes(name: str) -> None:
+    found = gpu.run_section(name, "cpu", True, 120)
+    assert not found["problem"], found
+    assert len(found["rows"]) >= 2 and gpu._fine(found)
+
+
 def test_a_kernel_that_cannot_be_made_is_wrong_on_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
-    def refused(device: torch.device) -> Any:
+    def refused(device: torch.device, dtype: torch.dtype) -> Any:
         raise RuntimeError("no compiler")
 
     for device, fine in (("cuda", False), ("cpu", True)):

@@ -56,9 +56,15 @@ DEFAULTS = {
     "server.cors_origins": (),
     "server.served_model_name": None,
     "server.unknown_fields": "warn",
+    "server.log_format": "text",
+    "server.tool_parser": "auto",
+    "server.reasoning_parser": "auto",
+    "server.chat_template_kwargs": {},
     "server.max_body_bytes": 8 * 1024 * 1024,
     "server.max_connections": "auto",
     "server.max_buffered_bytes": "auto",
+    "server.max_stored_responses": 1000,
+    "server.max_stored_response_bytes": 256 * 1024 * 1024,
     "server.drain_timeout_s": 25,
     "server.stall_s": 60,
     "server.header_timeout_s": 10,
@@ -66,6 +72,8 @@ DEFAULTS = {
     "server.write_timeout_s": 60,
     "server.tokenize_timeout_s": 30,
     "server.keep_alive_s": 5,
+    "trace.file": None,
+    "trace.max_events": 100_000,
 }
 
 
@@ -322,6 +330,26 @@ def test_wrong_choice_lists_the_choices(path: str) -> None:
         message = refusal(nested(path, value))
         assert f"{path} is {json.dumps(value)}; it must be " in message
         assert json.dumps(DEFAULTS[path]) in message
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "near"),
+    [("server.tool_parser", "hermes", "hermez"), ("server.reasoning_parser", "think", "thinks")],
+)
+def test_a_parser_is_one_that_there_is(path: str, name: str, near: str) -> None:
+    for value in (name, "auto", "none"):
+        assert at(load_config(nested(path, value)), path) == value
+    message = refusal(nested(path, near))
+    assert f'{path}: no parser is called "{near}"; did you mean "{name}"?' in message
+    assert path in refusal(nested(path, 5)) and path in refusal(nested(path, None))
+
+
+def test_values_of_the_chat_template() -> None:
+    path = "server.chat_template_kwargs"
+    given = {"enable_thinking": False, "effort": "low", "budget": 5, "share": 0.5}
+    assert at(load_config(nested(path, given)), path) == given
+    for bad in ([], "x", 1, {"": 1}, {"a": None}, {"a": [1]}, {str(i): 1 for i in range(65)}):
+        assert path in refusal(nested(path, bad))
 
 
 @pytest.mark.parametrize(

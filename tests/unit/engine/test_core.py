@@ -150,3 +150,23 @@ def test_text_offsets_and_the_prompt(core: EngineCore, tokenizer: BrokenTokenize
     assert text_of(deltas) == "€🙂b€c"
     offsets = [delta.logprobs[0].text_offset for delta in deltas if delta.logprobs]
     assert offsets == [0, 0, 1, 1, 1, 1, 2, 3, 3, 3, 4]
+
+
+def test_how_far_a_prompt_has_come() -> None:
+    """From its first step to its first token; a request that waits, or is not there, has none."""
+    cluster = Cluster([64], 4, budget=16)
+    core = EngineCore(cluster.scheduler, None)
+    core.add("a", list(range(40)), SamplingParams(max_tokens=2))
+    assert core.progress("a") is None and core.progress("b") is None
+    found = []
+    while (plan := core.plan()) is not None:
+        progress = core.progress("a")
+        assert progress is not None and (progress.total, progress.cached) == (40, 0)
+        assert progress.seconds >= 0
+        found.append(progress.processed)
+        drawn = [Sampled(chunk.request, 7, -1.0) for chunk in plan.chunks if chunk.samples]
+        core.apply(Outcome(plan.step, tuple(drawn)))
+        if drawn:
+            break
+    assert found == sorted(found) and len(found) > 1 and found[-1] == 40
+    assert core.progress("a") is None

@@ -115,6 +115,9 @@ def test_special_tokens(byte_tokenizer: Any) -> None:
     ids = [*encode(byte_tokenizer, "ab"), end, *encode(byte_tokenizer, "c")]
     assert "".join(stream(byte_tokenizer, ids)[0]) == "abc"
     assert "".join(stream(byte_tokenizer, ids, skip=False)[0]) == "ab<end>c"
+    for kept, want in ((frozenset({end}), "ab<end>c"), (frozenset({end + 1}), "abc")):
+        text = Detokenizer(byte_tokenizer).start((), kept=kept)
+        assert "".join([*map(text.push, ids), text.flush()]) == want
 
 
 # --- stop strings

@@ -90,6 +90,19 @@ def test_one_model_serves_one_engine_at_a_time() -> None:
     assert model.config._attn_implementation == attention
 
 
+@pytest.mark.usefixtures("same_threads_after")
+def test_two_models_in_one_process() -> None:
+    """A job of one rank has no connections that another could be in the way of."""
+    params = SamplingParams(max_tokens=4, temperature=0.0)
+    models = [tiny_llama(seed=seed, initializer_range=0.2) for seed in (0, 1)]
+    engines = [ds_cp.init_inference(model, ONE, env={}) for model in models]
+    found = [engine.generate([1, 2, 3], params)[0].outputs[0].token_ids for engine in engines]
+    engines[0].shutdown()
+    again = engines[1].generate([1, 2, 3], params)[0].outputs[0].token_ids
+    assert again == found[1] != found[0]
+    engines[1].shutdown()
+
+
 def test_an_engine_that_is_gone_does_not_hold_its_model() -> None:
     model = tiny_llama()
     attention = model.config._attn_implementation

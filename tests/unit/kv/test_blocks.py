@@ -190,6 +190,12 @@ class AllocatorMachine(RuleBasedStateMachine):
             self.lru.remove(home)
             del self.key[home]
 
+    @rule()
+    def forget_all(self) -> None:
+        assert self.allocator.forget_all() == len(self.lru)
+        self.lru.clear()
+        self.key.clear()
+
     @precondition(lambda self: self.count)
     @rule(data=st.data())
     def move_key(self, data: st.DataObject) -> None:

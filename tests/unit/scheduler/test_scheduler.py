@@ -689,6 +689,24 @@ def test_a_longer_and_a_forking_prompt_hit_as_far_as_they_agree() -> None:
 
 
 @pytest.mark.parametrize("depth", [1, 2])
+def test_a_reset_forgets_every_prefix_and_what_runs_goes_on(depth: int) -> None:
+    cluster = Cluster([40], 4, depth=depth)
+    cluster.add(prompt(9), greedy(1))
+    cluster.settle()
+    running = cluster.add([*prompt(9), 5, 6, 7, 8], greedy(12))
+    for _ in range(3):
+        stepped(cluster)
+    assert cluster.lives[running.number].cached_tokens == 8
+    assert cluster.scheduler.reset_prefix_cache() == 0  # all cached blocks are in use
+    again = cluster.add(prompt(9), greedy(1))
+    cluster.settle()
+    assert cluster.lives[again.number].cached_tokens == 0
+    assert cluster.scheduler.reset_prefix_cache() > 0
+    assert cluster.scheduler.reset_prefix_cache() == 0
+    cluster.check_outputs()
+
+
+@pytest.mark.parametrize("depth", [1, 2])
 def test_the_next_turn_of_a_chat_hits_the_answer_too(depth: int) -> None:
     cluster = Cluster([40, 40], 4, depth=depth)
     first = cluster.add(prompt(10), greedy(15))

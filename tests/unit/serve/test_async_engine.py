@@ -14,6 +14,7 @@ from ds_cp.config import load_config
 from ds_cp.engine.core import EngineCore
 from ds_cp.errors import CommError, DsCpError, EngineDeadError, RequestError, StoppingError
 from ds_cp.facts import Facts
+from ds_cp.outputs import EndedRequest
 from ds_cp.plan import Outcome, Sampled, StepPlan
 from ds_cp.sampling_params import SamplingParams
 from ds_cp.serve.async_engine import AsyncEngine
@@ -126,6 +127,35 @@ def test_blocks_that_do_not_add_up_end_the_engine_with_the_numbers() -> None:
     [err] = served.died
     assert "KV ledger does not balance (1 blocks: (references, holders) differ: {(0, " in str(err)
     assert "\n" not in str(err)
+
+
+def test_a_picture_of_what_runs() -> None:
+    """Also while a step runs: the engine waits for it without its lock."""
+    rank = StuckRank()
+
+    async def work(engine: AsyncEngine) -> None:
+        before = engine.picture()
+        assert before is not None and before.requests == () and before.ranks[0].host == "here"
+        rank.going.clear()
+        asking = asyncio.create_task(ask(engine, "a-0"))
+        await until(lambda: engine._steps.age_s > 0)
+        during = await asyncio.to_thread(engine.picture)
+        assert during is not None
+        (request,) = during.requests
+        assert (request.id, request.mode, request.working) == ("a-0", "local", True)
+        assert request.why == (
+            "one rank has room, and no link was measured; "
+            "queries and keys are on one rank, so nothing travels"
+        )
+        rank.going.set()
+        assert await asking == [7] * 9
+        after = engine.picture()
+        assert after is not None and [e.finish_reason for e in after.recent] == ["length"]
+        assert after.counters.generation_tokens == 9 and after.counters.prefill_tokens == 3
+
+    served = Served(rank)
+    served.run(work)
+    assert not served.died
 
 
 def test_a_check_waits_for_no_step() -> None:
@@ -251,3 +281,29 @@ def test_requests_are_told_at_once_why_they_end(how: str) -> None:
 
     served.run(work)
     assert len(served.died) == (how != "fail")
+
+
+def test_listeners_hear_of_each_answer_that_ends_in_the_event_loop() -> None:
+    """However it ends: by itself, by its client, or because the server stops."""
+    rank = StuckRank()
+    heard: list[tuple[str, str, int]] = []
+    threads: set[int] = set()
+
+    def listen(ended: EndedRequest) -> None:
+        heard.append((ended.request_id, ended.finish_reason, ended.new_tokens))
+        threads.add(threading.get_ident())
+
+    async def work(engine: AsyncEngine) -> None:
+        engine.on_ended(listen)
+        assert await ask(engine, "a") == [7] * 9
+        rank.going.clear()
+        asking = asyncio.create_task(ask(engine, "b"))
+        await until(lambda: engine._steps.age_s > 0)
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+        await until(lambda: len(heard) == 2)
+        rank.going.set()
+
+    Served(rank).run(work)
+    assert heard == [("a", "length", 9), ("b", "abort", 0)]
+    assert threads == {threading.get_ident()}

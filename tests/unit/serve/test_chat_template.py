@@ -38,4 +38,7 @@ def test_the_start_says_what_is_odd(
     served.chat_template = templates
     tokens, reason, lines = answer(served)
     assert (tokens, reason) == ([7] * 5, "length")
-    assert [said[: len(line or "")] for said in lines] == ([] if line is None else [line])
+    odd = [] if line is None else [line]
+    if "not available" not in (line or ""):
+        odd.append("tool calls are read as json: the chat template knows no tools")
+    assert [said[: len(wanted)] for said, wanted in zip(lines, odd, strict=True)] == odd

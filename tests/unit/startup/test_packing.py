@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from ds_cp.errors import ConfigError
 from ds_cp.model.borrowed import Borrowed
@@ -21,6 +23,9 @@ needs_library = pytest.mark.skipif(
     not isinstance(LIBRARY, Library) or LIBRARY.isas[0] == "baseline",
     reason=f"needs the native library and AVX2: {LIBRARY}",
 )
+
+
+NO_TRITON = "triton is not installed: pip install 'ds_cp[cuda]'"
 
 
 def world(kind: str = "cpu") -> Any:
@@ -47,6 +52,52 @@ def test_torch_and_other_devices_change_nothing() -> None:
     model = tiny_llama()
     assert plan_packing("torch", model, world(), kept=True)() == ""
     assert plan_packing("auto", model, world("cuda"), kept=True)() == ""
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_deterministic_on_cuda_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ds_cp.model.triton_linear", None)
+    model = tiny_llama()
+    with pytest.raises(ConfigError, match="set attention.deterministic to false$") as caught:
+        plan_packing("auto", model, world("cuda"), kept=True, deterministic=True)()
+    assert "needs Triton" in str(caught.value) and "\n" not in str(caught.value)
+    assert plan_packing("torch", model, world(), kept=True, deterministic=True)() == ""
+
+
+class Unfit(nn.Module):
+    """Computes with weights of its own that no kernel of ours reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.Parameter(torch.zeros(2, 4, 4))
+
+
+def test_deterministic_layers_are_found_named_and_given_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    triton_linear = pytest.importorskip("ds_cp.model.triton_linear", reason=NO_TRITON)
+    with pytest.raises(ConfigError, match="does not work here"):  # on a CPU it compiles nothing
+        plan_packing("auto", tiny_llama(), world("cuda"), kept=True, deterministic=True)()
+    monkeypatch.setattr(triton_linear.TritonLinear, "check", lambda self: None)
+    model = tiny_llama()
+    model.model.layers[0].mlp.more = Unfit()
+    model.model.layers[0].mlp.norm = nn.LayerNorm(8)
+    with Borrowed(model):
+        # Norms are tried, so they cannot be replaced here; see tests/helpers/triton_cases.py.
+        for module in model.modules():
+            if type(module).__name__ == "LlamaRMSNorm":
+                module.eps_there, module.variance_epsilon = module.variance_epsilon, None
+        line = plan_packing("auto", model, world("cuda"), kept=True, deterministic=True)()
+        assert line == (
+            "15 linear layers and 0 RMS norms by Triton, rows alike in any number; left to torch, "
+            "whose sums may depend on it: LayerNorm, LlamaRMSNorm, Unfit"
+        )
+        linear = model.model.layers[0].mlp.up_proj
+        assert isinstance(linear.__dict__["forward"], triton_linear.TritonLinear)
+        for wrong in (torch.zeros(2, 7), torch.zeros(2, 64, dtype=torch.bfloat16),
+                      torch.zeros(2, 64, device="meta")):  # fmt: skip
+            with pytest.raises(ValueError, match="a linear layer of 64 columns, torch.float32 on"):
+                linear(wrong)
     assert not any("forward" in module.__dict__ for module in model.modules())
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from ds_cp.attention.batch import Part, make_batch
+from ds_cp.attention.batch import Part, make_batch, parts_with_room
 from ds_cp.attention.kernels.reference import ReferenceKernel
 from ds_cp.attention.spec import LayerSpec
 from ds_cp.comm.wire import World
@@ -24,7 +24,6 @@ from ds_cp.worker.decode_graph import (
     DecodeGraphs,
     DecodeInputs,
     Graph,
-    _room,
     cuda_graphs,
     padded_keys,
     padded_sizes,
@@ -265,7 +264,7 @@ def test_room_for_whatever_a_kernel_plans() -> None:
         lengths = [rng.choice([1, rng.randint(1, 600), rng.randint(1, 70000)]) for _ in range(rows)]
         size = next(s for s in padded_sizes(64) if s >= rows)
         block = rng.choice([16, 64, 256])
-        parts = _room(size, padded_keys(sum(lengths)), block)
+        parts = parts_with_room(size, padded_keys(sum(lengths)), block)
         assert len(parts) == size and all(sum(n for _, n in p.q_runs) == 1 for p in parts)
         for piece in (128, 512, MARGIN):
             firsts = [(n - 1) // block * block for n in lengths]
@@ -338,9 +337,9 @@ def test_an_engine_with_cuda_graphs() -> None:
     cuda = torch.device("cuda", 0)
     engine = alone(tiny_llama().to(cuda), cuda)
     captured = answers(engine)
-    graphs = engine._worker._graphs
-    assert graphs is not None and graphs.captured
-    engine._worker._graphs = None
+    graphs = engine._worker.graphs
+    assert graphs is not None and graphs.decodes.captured
+    engine._worker.graphs = None
     assert [ids for ids, _ in answers(engine)] == [ids for ids, _ in captured]
 
 

@@ -14,12 +14,13 @@ from ds_cp.plan import (
     Decodes,
     Fork,
     Outcome,
+    RankTimes,
     Sampled,
     Sampling,
     StepPlan,
     Transfer,
 )
-from ds_cp.worker.outcome import Times, pack, rows_of, unpack, width_of
+from ds_cp.worker.outcome import HEAD, Times, pack, rows_of, unpack, width_of
 from ds_cp.worker.sampler import Score
 from ds_cp.worker.state import NO_TOKEN, Item, StepWork, WorkerState, check_item
 from tests.helpers.cluster import MODES, PLACEMENTS, Cluster, prompt, sampled
@@ -318,12 +319,15 @@ def test_the_slowest_rank_gives_the_time_of_a_step() -> None:
         begins=(begin,), chunks=(chunk,), grown=((1, (0, 30)),),
         decodes=(Decodes("local", "kv", (1,)),),
     )  # fmt: skip
-    assert [rows_of(works[0], rank) for rank in range(3)] == [2, 1, 0]
+    assert [rows_of(works[0], rank) for rank in range(3)] == [HEAD + 1, HEAD, 0]
     rows = {
         0: pack(Times(0.25, 0.125), [Sampled(1, 7, 0.0)], [], 0).tolist(),
-        1: pack(Times(3.0, 2.5), [], [], 0).tolist(),
+        1: pack(Times(3.0, 2.5, 0.75, (1, 2**40, 3, 4, 5, 6)), [], [], 0).tolist(),
     }
-    assert unpack(5, works[0], 0, rows) == Outcome(5, (Sampled(1, 7, 0.0),), (), 3.0, 2.5)
+    assert unpack(5, works[0], 0, rows) == Outcome(
+        5, (Sampled(1, 7, 0.0),), (), 3.0, 2.5,
+        ranks=(RankTimes(0, 0.25, 0.0, (0,) * 6), RankTimes(1, 3.0, 0.75, (1, 2**40, 3, 4, 5, 6))),
+    )  # fmt: skip
 
 
 def test_a_prompt_that_cannot_be_scored_is_named() -> None:

@@ -148,3 +148,17 @@ def test_freed_blocks_leave_although_others_stay() -> None:
     said = subprocess.check_output([sys.executable, "-c", _FREES], timeout=60)
     kept, left = map(int, said.split())
     assert 75 <= left <= 100 and left <= kept, (kept, left)
+
+
+def test_what_moves_is_charged_once_and_outlives_where_it_was() -> None:
+    budget = Budget(100 * MIB)
+    first = Held(budget)
+    first.reserve(10 * MIB)
+    first.spend(4 * MIB)
+    second = first.moved()
+    assert (first.size, second.size, budget.used) == (0, 10 * MIB, 10 * MIB)
+    first.release()
+    second.spend(8 * MIB)  # of which 2 MiB are more than it had reserved
+    assert budget.used == 12 * MIB
+    second.release()
+    assert budget.used == 0

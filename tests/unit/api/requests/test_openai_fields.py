@@ -13,8 +13,11 @@ from openai.types import completion_create_params as completion
 from openai.types.chat import completion_create_params as chat_completion
 from pydantic import BaseModel
 
+from ds_cp.api.chat.request import Turn
 from ds_cp.api.errors import ApiError
 from ds_cp.api.requests.bodies import _to_model
+from ds_cp.api.requests.chat_body import ChatCompletionRequest as ChatRequest
+from ds_cp.api.requests.chat_body import TokenizeRequest
 from ds_cp.api.requests.foreign_fields import (
     BOTH,
     CHAT_ONLY,
@@ -25,14 +28,10 @@ from ds_cp.api.requests.foreign_fields import (
     STREAM_OPTIONS,
 )
 from ds_cp.api.requests.messages import ChatMessage
-from ds_cp.api.requests.protocol import (
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    StreamOptions,
-    TokenizeRequest,
-)
+from ds_cp.api.requests.protocol import CompletionRequest, DetokenizeRequest, StreamOptions
 from ds_cp.api.requests.strict_model import Notes
+from ds_cp.parsing.definitions import ToolChoice
+from ds_cp.parsing.history import EarlierCall
 
 NOTHING: list[Any] = [None, "", [], {}, False]
 WISHES: list[Any] = [{"wish": 1}, ["wish"], "wish"]
@@ -157,8 +156,11 @@ def test_parts_and_roles_of_the_client() -> None:
     assert roles == {"developer", "system", "user", "assistant", "tool", "function"}
     for role in roles:
         result, _ = read(ChatRequest, {"messages": [{"role": role, "content": "x"}]})
-        if role in ("tool", "function"):
+        if role == "function":
             assert isinstance(result, ApiError) and repr(role) in result.detail
+        elif role == "tool":  # it answers a call
+            assert isinstance(result, ApiError)
+            assert result.param == "messages[0].tool_call_id"
         else:
             assert isinstance(result, ChatRequest)
 
@@ -302,20 +304,135 @@ def test_messages_for_templates() -> None:
     }
     for model in (ChatRequest, TokenizeRequest):
         result, _ = read(model, body)
-        assert [message.for_template() for message in result.messages] == [
-            {"role": "system", "content": "be brief"},
-            {
-                "role": "user",
-                "content": [{"type": "text", "text": "a"}, {"type": "text", "text": ""}],
-                "name": "ann",
-            },
-            {"role": "assistant", "content": ""},
-            {"role": "assistant", "content": ""},
+        texts = [{"type": "text", "text": "a"}, {"type": "text", "text": ""}]
+        assert result.turns == [
+            Turn(role="system", content="be brief"),
+            Turn(role="user", content=texts, name="ann"),
+            Turn(role="assistant"),
+            Turn(role="assistant"),
         ]
     for role in ("user", "system"):
         for content in (None, []):
             refused = error(ChatRequest, {"messages": [{"role": role, "content": content}]})
             assert refused.param == "messages[0].content"
+
+
+CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+TOOL = {"type": "function", "function": {"name": "f"}}
+ASKED = [HELLO, {"role": "assistant", "content": None, "tool_calls": [CALL]}]
+RESULT = {"role": "tool", "content": "x", "tool_call_id": "c"}
+
+
+def nested(depth: int) -> Any:
+    value: Any = 0
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def calling(**function: Any) -> list[Any]:
+    call = CALL | {"function": {"name": "f"} | function}
+    return [HELLO, {"role": "assistant", "tool_calls": [call]}]
+
+
+def with_schema(**schema: Any) -> dict[str, Any]:
+    return {"tools": [{"type": "function", "function": {"name": "f", "parameters": schema}}]}
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"tools": "x"}, "tools"), ({"tools": {}}, None), ({"tools": [5]}, "tools[0]"),
+        ({"tools": [TOOL] * 129}, "tools"), ({"tools": [TOOL, TOOL]}, "tools[1]"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
+        (with_schema(x=nested(70)), "tools[0].function.parameters"),
+        (with_schema(x=list(range(30_000))), "tools"),
+        (with_schema(type="string"), "tools[0].function.parameters.type"),
+        (with_schema(x="\ud800"), "tools"), (with_schema(maximum=1 << 70), "tools"),
+        ({"tools": [TOOL], "tool_choice": 5}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": "some"}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": {"type": "custom"}}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}},
+         "tool_choice.function.name"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": "required", "guided_regex": "a"}, "guided_regex"),
+        ({"tools": [TOOL], "parallel_tool_calls": 1}, "parallel_tool_calls"),
+        ({"functions": [{"name": "f"}]}, "functions"),
+        ({"function_call": {"name": "f"}}, "function_call"),
+        ({"messages": [*ASKED, RESULT | {"tool_call_id": "d"}]}, "messages[2].tool_call_id"),
+        ({"messages": [*ASKED, RESULT | {"tool_call_id": 5}]}, "messages[2].tool_call_id"),
+        ({"messages": [*ASKED, RESULT | {"tool_call_id": "c" * 600}]}, "messages[2].tool_call_id"),
+        ({"messages": [*ASKED, {"role": "tool", "content": "x"}]}, "messages[2].tool_call_id"),
+        ({"messages": [*ASKED, RESULT | {"content": None}]}, "messages[2].content"),
+        ({"messages": [HELLO | {"tool_call_id": "c"}]}, "messages[0].tool_call_id"),
+        ({"messages": [HELLO | {"tool_calls": [CALL]}]}, "messages[0].tool_calls"),
+        ({"messages": [HELLO | {"reasoning": "hm"}]}, "messages[0].reasoning"),
+        ({"messages": [HELLO, {"role": "assistant", "tool_calls": "x"}]}, "messages[1].tool_calls"),
+        ({"messages": [HELLO, {"role": "assistant", "tool_calls": [5]}]},
+         "messages[1].tool_calls[0]"),
+        ({"messages": [HELLO, {"role": "assistant", "tool_calls": [CALL] * 200}]},
+         "messages[1].tool_calls"),
+        ({"messages": calling(arguments=5)}, "messages[1].tool_calls[0].function.arguments"),
+        ({"messages": calling(arguments={"a": nested(70)})},
+         "messages[1].tool_calls[0].function.arguments"),
+        ({"messages": calling(name="a b")}, "messages[1].tool_calls[0].function.name"),
+        ({"messages": calling(arguments="\ud800")}, "messages[1].tool_calls"),
+        ({"messages": [{"role": "assistant", "content": "", "reasoning_content": 5}]},
+         "messages[0].reasoning_content"),
+        ({"chat_template_kwargs": 5}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"a": "x" * 5000}}, "chat_template_kwargs.a"),
+        ({"chat_template_kwargs": {"a": nested(70)}}, "chat_template_kwargs.a"),
+        ({"chat_template_kwargs": {"a": 1 << 70}}, "chat_template_kwargs.a"),
+        ({"chat_template_kwargs": {"a": list(range(300))}}, "chat_template_kwargs.a"),
+        ({"chat_template_kwargs": {str(i): 1 for i in range(65)}}, "chat_template_kwargs"),
+        ({"reasoning_effort": "hard"}, "reasoning_effort"), ({"reasoning_effort": 5},
+                                                             "reasoning_effort"),
+        ({"include_reasoning": "x"}, "include_reasoning"),
+        ({"return_token_ids": 1}, "return_token_ids"),
+        ({"add_generation_prompt": "x"}, "add_generation_prompt"),
+        ({"continue_final_message": True}, "continue_final_message"),
+        ({"continue_final_message": True, "messages": ASKED}, "continue_final_message"),
+        ({"continue_final_message": True, "add_generation_prompt": True,
+          "messages": [{"role": "assistant", "content": "a"}]}, "add_generation_prompt"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_tools_and_templates_is_named(
+    body: dict[str, Any], param: str | None
+) -> None:
+    if param is None:
+        assert isinstance(read(ChatRequest, {"messages": [HELLO]} | body)[0], ChatRequest)
+        return
+    refused = error(ChatRequest, {"messages": [HELLO]} | body)
+    assert refused.param == param and len(refused.detail) <= 1000, refused.detail
+    if not {"tool_choice", "functions", "function_call"} & set(body) and not {
+        "reasoning_effort", "include_reasoning", "return_token_ids", "parallel_tool_calls",
+    } & set(body):  # fmt: skip
+        assert error(TokenizeRequest, {"messages": [HELLO]} | body).param == param
+
+
+def test_a_prompt_has_no_last_message_to_go_on() -> None:
+    refused = error(TokenizeRequest, {"prompt": "a", "continue_final_message": True})
+    assert refused.param == "continue_final_message"
+
+
+def test_a_conversation_with_tools_is_read() -> None:
+    body = {
+        "messages": [*ASKED, RESULT, {"role": "assistant", "content": "ok", "reasoning": "hm"}],
+        "tools": [TOOL],
+        "tool_choice": {"type": "function", "function": {"name": "f"}},
+        "parallel_tool_calls": True,
+    }
+    found, ignored = read(ChatRequest, body, refuse=True)
+    assert not ignored and found.choice == ToolChoice("required", ("f",), True)
+    assert [turn.role for turn in found.turns] == ["user", "assistant", "tool", "assistant"]
+    assert found.turns[1].calls == (EarlierCall("c", "f", "{}"),)
+    assert (found.turns[2].answers, found.turns[3].reasoning) == ("c", "hm")
+    assert found.begins_answer
+    found, _ = read(ChatRequest, {"messages": ASKED[:1] + [
+        {"role": "assistant", "content": "a"}], "continue_final_message": True})  # fmt: skip
+    assert not found.begins_answer and found.choice == ToolChoice("none")
 
 
 def test_sizes_are_looked_at_first() -> None:

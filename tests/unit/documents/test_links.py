@@ -1,15 +1,15 @@
-"""What the documents promise is there: files, links, lines of Python that parse."""
+"""What the documents promise is there: files, links, pictures."""
 
 from __future__ import annotations
 
-import ast
 import re
 from functools import cache
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers.documents import ROOT, name_of
+
 FOLDERS = ("ds_cp", "launch", "tests", "benchmarks", "examples", "configs", "docs", ".github")
 LINK = re.compile(r"\]\(([^)#]+)(?:#[^)]*)?\)")
 PATH = re.compile(rf"(?<![\w./-])(?:{'|'.join(map(re.escape, FOLDERS))})/[\w./*-]+\w")
@@ -29,20 +29,34 @@ def texts() -> list[Path]:
     return [*documents(), *code, ROOT / "Makefile", ROOT / "setup.py", ROOT / "pyproject.toml"]
 
 
-def name_of(file: Path) -> str:
-    return file.relative_to(ROOT).as_posix()
+def links_of(file: Path) -> list[Path]:
+    """Where the links of a document lead within the repository."""
+    found = [link for link in LINK.findall(file.read_text("utf-8")) if "://" not in link]
+    return [(file.parent / link).resolve() for link in found]
 
 
 @pytest.mark.parametrize("file", documents(), ids=name_of)
 def test_links_and_paths_lead_somewhere(file: Path) -> None:
     text = file.read_text("utf-8")
-    links = [link for link in LINK.findall(text) if "://" not in link]
-    missing = [link for link in links if not (file.parent / link).exists()]
+    missing = [str(link) for link in links_of(file) if not link.exists()]
     if file.name != "CHANGELOG.md":  # it speaks of the past
         missing += [path for path in PATH.findall(text) if not list(ROOT.glob(path))]
         rooms = [(ROOT / "ds_cp" / path, ROOT / path) for path in ROOM.findall(text)]
         missing += [str(a) for a, b in rooms if not a.exists() and not b.exists()]
     assert missing == []
+
+
+def test_the_readme_leads_to_every_page() -> None:
+    """By links, or by those of the pages that it links to. A folder leads to the pages in it."""
+    reached, todo = set(), [ROOT / "README.md"]
+    while todo:
+        file = todo.pop()
+        if file.is_dir():
+            reached.update(file.glob("*.md"))
+        elif file.suffix == ".md" and file not in reached:
+            reached.add(file)
+            todo += links_of(file)
+    assert [name_of(page) for page in ROOT.glob("docs/**/*.md") if page not in reached] == []
 
 
 def test_nothing_cites_a_document_that_a_reader_cannot_have() -> None:
@@ -58,36 +72,6 @@ def test_nothing_cites_a_document_that_a_reader_cannot_have() -> None:
             if phrases.search(line):
                 found.append(f"{name_of(file)}:{number}: {line.strip()[:100]}")
     assert found == []
-
-
-def python_blocks(file: Path) -> list[str]:
-    """Indented blocks that begin with an import."""
-    blocks, block = [], []
-    for line in [*file.read_text("utf-8").splitlines(), "end"]:
-        if line.startswith("    ") or (block and not line.strip()):
-            block.append(line[4:])
-            continue
-        if block and re.match(r"(import|from) ", block[0]):
-            blocks.append("\n".join(block).strip() + "\n")
-        block = []
-    return blocks
-
-
-@pytest.mark.parametrize("file", documents(), ids=name_of)
-def test_python_in_documents_parses_and_names_what_there_is(file: Path) -> None:
-    for block in python_blocks(file):
-        for node in ast.walk(ast.parse(block)):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ds_cp"):
-                module = __import__(str(node.module), fromlist=["x"])
-                for alias in node.names:
-                    assert hasattr(module, alias.name), f"{node.module} has no {alias.name}"
-
-
-def test_the_readme_has_six_lines_of_python_to_run() -> None:
-    """``tests/launch/test_examples.py`` runs them."""
-    [block] = python_blocks(ROOT / "README.md")
-    assert len(block.splitlines()) == 6
-    assert "init_inference" in block
 
 
 def test_the_first_screen_says_what_it_is_and_how_to_start() -> None:

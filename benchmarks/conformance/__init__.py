@@ -1,0 +1,1 @@
+"""What is checked with software of others and is long: ``python -m benchmarks.conformance``."""

@@ -1,0 +1,86 @@
+"""A chat as what a template renders: with the template's own tools, or in plain words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ds_cp.api.chat.request import ChatRequest, Turn
+from ds_cp.api.chat.style import ChatStyle
+from ds_cp.parsing.definitions import Tool
+from ds_cp.parsing.ids import id_for_template
+from ds_cp.parsing.instructions import without_tools
+from ds_cp.templates.messages import ToolShape
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TemplateInput:
+    """What one rendering is of. ``continue_final``: the text ends within the last message."""
+
+    messages: Sequence[Message]
+    tools: Sequence[Mapping[str, Any]] = ()
+    values: Mapping[str, Any] = field(default_factory=dict)
+    add_generation_prompt: bool = True
+    continue_final: bool = False
+
+
+def template_input(
+    chat: ChatRequest, style: ChatStyle, shape: ToolShape, values: Mapping[str, Any]
+) -> TemplateInput:
+    """The chat for a template that makes ``shape`` of tools. What it cannot write, tools or earlier
+    calls and results, is said in plain text."""
+    tools = offered(chat)
+    if shape.offers and shape.history:
+        messages = native(chat.turns, style, shape)
+    else:
+        pairs = [(_plain(turn), turn.calls) for turn in chat.turns]
+        messages = without_tools(pairs, () if shape.offers else tools, shape.system)
+    return TemplateInput(
+        messages,
+        [tool.for_template() for tool in tools] if shape.offers else (),
+        values,
+        chat.add_generation_prompt,
+        chat.continue_final,
+    )
+
+
+def offered(chat: ChatRequest) -> list[Tool]:
+    """The tools that the prompt tells of: none that the model may not call. Where it must call one,
+    all, since they say what the conversation is about."""
+    if chat.choice.mode == "none":
+        return []
+    if chat.choice.mode == "required":
+        return list(chat.tools)
+    return [tool for tool in chat.tools if tool.name in chat.choice.names]
+
+
+def native(turns: Sequence[Turn], style: ChatStyle, shape: ToolShape) -> list[Message]:
+    """The turns as templates that know tools want them."""
+    names = {call.id: call.name for turn in turns for call in turn.calls}
+    messages = []
+    for turn in turns:
+        message = _plain(turn)
+        if turn.calls:
+            message["tool_calls"] = [
+                call.for_template(style.ids, shape.text_arguments) for call in turn.calls
+            ]
+        if turn.role == "tool":
+            message["tool_call_id"] = id_for_template(style.ids, turn.answers)
+            message.setdefault("name", names.get(turn.answers, ""))
+        messages.append(message)
+    return messages
+
+
+def _plain(turn: Turn) -> Message:
+    content = turn.content if isinstance(turn.content, str) else [dict(p) for p in turn.content]
+    message: Message = {"role": turn.role, "content": content}
+    if turn.name:
+        message["name"] = turn.name
+    if turn.reasoning:
+        message["reasoning_content"] = turn.reasoning
+    if turn.role == "tool":
+        message["tool_call_id"] = turn.answers
+    return message

@@ -1,0 +1,89 @@
+"""The content of a message as it comes: its blocks, and the protocol's events of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from io import StringIO
+from typing import Any
+
+from ds_cp.api.chat.events import (
+    ArgumentsDelta,
+    CallBegin,
+    CallEnd,
+    Content,
+    Event,
+    Reasoning,
+)
+from ds_cp.parsing.history import EarlierCall
+
+Json = dict[str, Any]
+
+SIGNATURE = "ds_cp"  # of thinking: clients send a block back only with one; it proves nothing
+
+
+class Output:
+    """Turns the events of one answer into blocks and into events of blocks. At most one is open.
+
+    ``hide_thinking``: blocks of thinking have no text.
+    """
+
+    def __init__(self, *, hide_thinking: bool = False) -> None:
+        self.blocks: list[Json] = []  # the last one may be open
+        self._hides = hide_thinking
+        self._open: str | None = None  # the type of the open block
+        self._text = StringIO()
+
+    def take(self, events: Iterable[Event]) -> Iterator[Json]:
+        """The events of one step."""
+        for event in events:
+            match event:
+                case Content(text):
+                    yield from self._begin({"type": "text", "text": ""})
+                    self._text.write(text)
+                    yield self._delta({"type": "text_delta", "text": text})
+                case Reasoning(text):
+                    yield from self._begin({"type": "thinking", "thinking": "", "signature": ""})
+                    if not self._hides:
+                        self._text.write(text)
+                        yield self._delta({"type": "thinking_delta", "thinking": text})
+                case CallBegin(_, id_, name):
+                    yield from self.close()
+                    yield from self._begin(
+                        {"type": "tool_use", "id": id_, "name": name, "input": {}}
+                    )
+                case ArgumentsDelta(_, text):
+                    self._text.write(text)
+                    yield self._delta({"type": "input_json_delta", "partial_json": text})
+                case CallEnd():
+                    yield from self.close()
+
+    def close(self) -> Iterator[Json]:
+        """End the open block, if there is one."""
+        kind, text = self._open, self._text.getvalue()
+        if kind is None:
+            return
+        self._open, self._text = None, StringIO()
+        block = self.blocks[-1]
+        match kind:
+            case "text":
+                block["text"] = text
+            case "thinking":
+                block |= {"thinking": text, "signature": SIGNATURE}
+                yield self._delta({"type": "signature_delta", "signature": SIGNATURE})
+            case _:  # arguments that are no object, or were cut, are one with a text
+                call = EarlierCall(block["id"], block["name"], text).for_template()
+                block["input"] = call["function"]["arguments"]
+        yield {"type": "content_block_stop", "index": len(self.blocks) - 1}
+
+    def _begin(self, block: Json) -> Iterator[Json]:
+        """Open a block, unless one of its kind is open."""
+        if self._open == block["type"]:
+            return
+        yield from self.close()
+        self._open = block["type"]
+        self.blocks.append(block)
+        index = len(self.blocks) - 1
+        yield {"type": "content_block_start", "index": index, "content_block": dict(block)}
+
+    def _delta(self, delta: Json) -> Json:
+        return {"type": "content_block_delta", "index": len(self.blocks) - 1, "delta": delta}

@@ -1,0 +1,100 @@
+"""The answer to one request of /v1/responses, whole or as events."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import count
+from typing import Any
+
+from ds_cp.api.answers.json_pieces import json_object
+from ds_cp.api.answers.logprobs import chat_entries
+from ds_cp.api.answers.named_events import CHAR_BYTES, named_event
+from ds_cp.api.answers.respond import engine_failure
+from ds_cp.api.answers.sse import Framing
+from ds_cp.api.chat.answer import ChatAnswer
+from ds_cp.api.chat.events import Step
+from ds_cp.api.chat.start import Conversation
+from ds_cp.api.context import AppContext
+from ds_cp.api.errors import ApiError
+from ds_cp.api.responses.output import Output
+from ds_cp.api.responses.request import ResponseRequest
+from ds_cp.api.responses.resource import failed, finished
+from ds_cp.outputs import Delta
+
+Json = dict[str, Any]
+
+
+class ResponseAnswer(ChatAnswer):
+    """Builds a response from its ``new_response``. ``done`` is told of the finished one before it
+    is sent."""
+
+    def __init__(
+        self,
+        context: AppContext,
+        body: ResponseRequest,
+        conversation: Conversation,
+        response: Json,
+        done: Callable[[Json], None],
+    ) -> None:
+        super().__init__(context, conversation)
+        self.response = response
+        self.framing = Framing(named_event, self._error_event, b"")
+        self._top = (body.top_logprobs or 0) if body.wants_logprobs else None
+        self._output = Output(seal=body.wants_sealed)
+        self._done = done
+        self._numbers = count()
+
+    def record(self, prompt: int, delta: Delta) -> int:
+        """Add a delta to the output; the bytes that it takes."""
+        list(self.events_of(self._read(delta)))
+        return CHAR_BYTES * len(delta.text)
+
+    def whole(self) -> Iterator[bytes]:
+        """The finished response."""
+        self.finish()
+        return json_object(self.response)
+
+    def opening(self) -> Iterable[Json]:
+        """The response, of which nothing has come."""
+        for state in ("created", "in_progress"):
+            yield self._numbered({"type": f"response.{state}", "response": self.response})
+
+    def closing(self) -> Iterable[Json]:
+        """The finished response."""
+        self.finish()
+        kind = f"response.{self.response['status']}"
+        yield self._numbered({"type": kind, "response": self.response})
+
+    def finish(self) -> None:
+        """Hand over the finished response, once every delta was taken."""
+        self._done(self.response)
+
+    def failure(self, error: ApiError) -> Json:
+        """The response as far as it came, with an error."""
+        return failed(self.response, self._output.items, error)
+
+    def events_of(self, step: Step) -> Iterable[Json]:
+        """The events of a step; one that ends the answer finishes the response."""
+        return map(self._numbered, self._take(step))
+
+    def _take(self, step: Step) -> Iterator[Json]:
+        entries: list[Json] = []
+        if self._top is not None and step.logprobs:
+            entries = chat_entries(step.logprobs, self.context.texts, self._top)
+        yield from self._output.take(step.events, entries)
+        if step.finished is None:
+            return
+        if step.finished.reason == "abort":
+            raise engine_failure()
+        yield from self._output.finish(step.finished.reason)
+        self.response = finished(
+            self.response, self._output.items, step.finished.reason, self.usage
+        )
+
+    def _numbered(self, event: Json) -> Json:
+        return event | {"sequence_number": next(self._numbers)}
+
+    def _error_event(self, error: ApiError) -> bytes:
+        """What a stream ends with that has begun and fails."""
+        event = {"type": "response.failed", "response": self.failure(error)}
+        return named_event(self._numbered(event))

@@ -1,0 +1,56 @@
+"""Responses that run on without their request: it is answered at once, and they are asked for."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from ds_cp.api.answers.budget import Held
+from ds_cp.api.answers.generation import Generation
+from ds_cp.api.answers.sse import stream_error
+from ds_cp.api.responses.answer import ResponseAnswer
+from ds_cp.api.responses.resource import cancelled
+from ds_cp.api.responses.store import Kept, ResponseStore
+
+
+async def run_in_background(
+    store: ResponseStore,
+    kept: Kept,
+    answer: ResponseAnswer,
+    generation: Generation,
+    held: Held,
+    request_id: str,
+) -> None:
+    """Let a response that is kept run on. ``kept``: as it is before its answer. ``held``: the
+    memory of this response alone, which is given back at its end."""
+
+    def ended(body: dict[str, Any]) -> None:
+        kept.body = body
+        if store.get(kept.body["id"], kept.said.owner) is kept:  # it was not deleted
+            store.keep(kept)
+
+    async def run() -> None:
+        try:
+            await answer.collect(generation, held)
+            kept.task = None
+            answer.finish()  # which keeps it
+        except asyncio.CancelledError:
+            kept.task = None
+            ended(cancelled(kept.body))
+            raise
+        except Exception as err:
+            kept.task = None
+            ended(answer.failure(stream_error(err, request_id)))
+        finally:
+            await generation.close()
+            held.release()
+
+    kept.task = asyncio.create_task(run())
+    await asyncio.sleep(0)  # it has begun, so that it ends by itself when it is cancelled
+
+
+async def cancel(kept: Kept) -> None:
+    """End a response that runs; it is ``cancelled`` then."""
+    if kept.task is not None:
+        kept.task.cancel()
+        await asyncio.gather(kept.task, return_exceptions=True)

@@ -1,0 +1,170 @@
+"""Responses that are kept, so that a later request can go on from them: bounded in number and in
+bytes, the oldest go first."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ds_cp.api.errors import ApiError
+from ds_cp.api.responses.items import Item
+
+OBJECT_BYTES = 256  # of memory that an object or a list takes beside its texts
+
+
+@dataclass(eq=False)
+class Said:
+    """What one response adds to its conversation; ``before``: what the one before it added. It is
+    kept as long as a response is that goes on from it. ``owner``: the digest of the API key that it
+    belongs to."""
+
+    items: Sequence[Item]
+    before: Said | None = None
+    owner: str | None = None
+    holders: int = 0
+    size: int = 0  # bytes
+
+    def conversation(self) -> list[Item]:
+        """All items, the first of the conversation first."""
+        chain: list[Said] = []
+        said: Said | None = self
+        while said is not None:
+            chain.append(said)
+            said = said.before
+        return [item for part in reversed(chain) for item in part.items]
+
+
+@dataclass(eq=False)
+class Kept:
+    """One response. ``body``: the object of the protocol. ``input``: its request's items alone.
+    ``task``: it still runs, in the background."""
+
+    body: dict[str, Any]
+    input: Sequence[Item]
+    said: Said
+    size: int = 0  # bytes
+    task: asyncio.Task[None] | None = field(default=None, repr=False)
+
+
+class ResponseStore:
+    """At most ``max_responses`` responses of ``max_bytes`` together; for the event loop alone."""
+
+    def __init__(self, max_responses: int, max_bytes: int) -> None:
+        self._max = max_responses
+        self._max_bytes = max_bytes
+        self._kept: OrderedDict[str, Kept] = OrderedDict()  # the oldest first
+        # Each as often as it is kept: a later response may have it again.
+        self._items: dict[tuple[str | None, str], list[Item]] = {}
+        self.size = 0  # bytes
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def get(self, response_id: str, owner: str | None) -> Kept | None:
+        """A response that was kept for ``owner`` and has not been dropped since."""
+        kept = self._kept.get(response_id)
+        return kept if kept is not None and kept.said.owner == owner else None
+
+    def find(self, response_id: str, owner: str | None) -> Kept:
+        """The same. Raises ``ApiError`` 404 where there is none."""
+        kept = self.get(response_id, owner)
+        if kept is None:
+            raise ApiError(
+                404,
+                f"Response with id {response_id[:100]!r} not found. It was never stored, was "
+                f"deleted, or made room for newer ones: at most {self._max} responses and "
+                f"{self._max_bytes} bytes are kept (server.max_stored_responses, "
+                "server.max_stored_response_bytes).",
+                code="response_not_found",
+            )
+        return kept
+
+    def item(self, item_id: str, owner: str | None) -> Item | None:
+        """An item of any response that is kept for ``owner``."""
+        found = self._items.get((owner, item_id))
+        return found[0] if found else None
+
+    def keep(self, kept: Kept) -> bool:
+        """Keep a response, in the place of an earlier state of the same one; drop the oldest that
+        do not run until it fits. False where it is too large for that, and is not kept."""
+        response_id = kept.body["id"]
+        self.drop(response_id)
+        kept.size = size_of(kept.body) + OBJECT_BYTES
+        if not kept.said.holders:
+            kept.said.size = size_of(kept.said.items)
+        need = kept.size + kept.said.size
+        if self._max == 0 or need > self._max_bytes:
+            return False
+        self._kept[response_id] = kept
+        self.size += kept.size
+        self._hold(kept.said)
+        self._make_room()
+        return response_id in self._kept
+
+    def drop(self, response_id: str) -> None:
+        """Forget a response, if it is kept."""
+        kept = self._kept.pop(response_id, None)
+        if kept is not None:
+            self.size -= kept.size
+            self._release(kept.said)
+
+    def close(self) -> None:
+        """Cancel what runs in the background."""
+        for kept in self._kept.values():
+            if kept.task is not None:
+                kept.task.cancel()
+
+    def _make_room(self) -> None:
+        while len(self._kept) > self._max or self.size > self._max_bytes:
+            done = (name for name, kept in self._kept.items() if kept.task is None)
+            oldest = next(done, None)
+            if oldest is None:
+                return
+            self.drop(oldest)
+
+    def _hold(self, said: Said) -> None:
+        node: Said | None = said
+        while node is not None:
+            node.holders += 1
+            if node.holders > 1:
+                return
+            self.size += node.size
+            for item in node.items:
+                self._items.setdefault((node.owner, item["id"]), []).append(item)
+            node = node.before
+
+    def _release(self, said: Said) -> None:
+        node: Said | None = said
+        while node is not None:
+            node.holders -= 1
+            if node.holders:
+                return
+            self.size -= node.size
+            for item in node.items:
+                same = self._items[node.owner, item["id"]]
+                same.pop()
+                if not same:
+                    del self._items[node.owner, item["id"]]
+            node = node.before
+
+
+def size_of(value: Any) -> int:
+    """Bytes of memory that a value of JSON takes."""
+    total, todo = 0, [value]
+    while todo:
+        item = todo.pop()
+        if isinstance(item, str):
+            total += sys.getsizeof(item)
+        elif isinstance(item, dict):
+            total += OBJECT_BYTES
+            todo += item.values()
+        elif isinstance(item, list | tuple):
+            total += OBJECT_BYTES
+            todo += item
+        else:
+            total += 32
+    return total

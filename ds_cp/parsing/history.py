@@ -1,0 +1,127 @@
+"""Tool calls, their results and reasoning in the messages of a conversation: checked, and as chat
+templates want them. Errors are ``RequestError`` and name the field."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from ds_cp.errors import RequestError
+from ds_cp.parsing.calls import is_name
+from ds_cp.parsing.definitions import MAX_TOOLS, count_values
+from ds_cp.parsing.ids import OPENAI, id_for_template
+from ds_cp.parsing.json_reader import is_json
+from ds_cp.text import show
+
+MAX_ID = 512  # characters of a call's id
+RAW = "raw_arguments"  # the key of arguments that are no JSON object, in their place
+REASONING_FIELDS = ("reasoning_content", "reasoning")  # of an assistant's message, either
+
+
+@dataclass(frozen=True)
+class EarlierCall:
+    """A call that an assistant's message holds. ``arguments``: JSON text, as the model wrote it."""
+
+    id: str
+    name: str
+    arguments: str
+
+    def for_template(self, ids: str = OPENAI, text_arguments: bool = False) -> dict[str, Any]:
+        """The call as chat templates expect it: arguments as an object, or as text where the
+        template joins texts. What the model wrote may be no JSON; then the object is
+        ``{RAW: text}``, so that the conversation can go on."""
+        arguments: Any = self.arguments or "{}"
+        if not text_arguments:
+            arguments = _as_object(arguments)
+        function = {"name": self.name, "arguments": arguments}
+        return {"type": "function", "id": id_for_template(ids, self.id), "function": function}
+
+
+def _as_object(text: str) -> dict[str, Any]:
+    if not is_json(text.strip(), "{"):
+        return {RAW: text}
+    try:
+        found: dict[str, Any] = json.loads(text)
+    except (ValueError, RecursionError):  # an integer of too many digits
+        return {RAW: text}
+    return found
+
+
+def read_calls(value: Any, where: str) -> list[EarlierCall]:
+    """``tool_calls`` of an assistant's message; [] for null. ``where``: its field, such as
+    ``messages[3].tool_calls``. Raises ``RequestError``."""
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        _refuse(f"{where} must be a list of calls", where)
+    if len(value) > MAX_TOOLS:
+        _refuse(f"{where} has {len(value)} calls; at most {MAX_TOOLS}", where)
+    calls = [_read_call(item, f"{where}[{i}]") for i, item in enumerate(value)]
+    ids = [call.id for call in calls]
+    if len(set(ids)) < len(ids):
+        _refuse(f"{where}: an id is given twice", where)
+    return calls
+
+
+def _read_call(value: Any, where: str) -> EarlierCall:
+    if not isinstance(value, dict):
+        _refuse(f"{where} must be an object", where)
+    if value.get("type", "function") != "function":
+        _refuse(f'{where}.type must be "function", not {show(value["type"])}', f"{where}.type")
+    function = value.get("function")
+    if not isinstance(function, dict):
+        _refuse(f"{where}.function must be an object with name and arguments", f"{where}.function")
+    name = function.get("name")
+    if not isinstance(name, str) or not is_name(name):
+        _refuse(f"{where}.function.name must be a tool's name", f"{where}.function.name")
+    arguments = function.get("arguments")
+    if isinstance(arguments, dict):  # some clients send the object itself
+        count_values(arguments, f"{where}.function.arguments")
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    if arguments is not None and not isinstance(arguments, str):
+        _refuse(f"{where}.function.arguments must be JSON text", f"{where}.function.arguments")
+    return EarlierCall(read_id(value.get("id"), f"{where}.id"), name, arguments or "")
+
+
+def read_id(value: Any, where: str) -> str:
+    """An id of a call. Raises ``RequestError``."""
+    if not isinstance(value, str) or not value or len(value) > MAX_ID:
+        _refuse(f"{where} must be the id of a call, 1 to {MAX_ID} characters", where)
+    return value
+
+
+def read_reasoning(message: dict[str, Any], where: str) -> str:
+    """The reasoning that an assistant's message brings back, under either of its names; "" for
+    none. Raises ``RequestError``."""
+    for name in REASONING_FIELDS:
+        value = message.get(name)
+        if value is not None and not isinstance(value, str):
+            _refuse(f"{where}.{name} must be text", f"{where}.{name}")
+        if value:
+            return str(value)
+    return ""
+
+
+def check_results(
+    messages: Sequence[tuple[str, Sequence[EarlierCall], str | None]],
+) -> dict[str, str]:
+    """Every result answers an earlier call: ``messages`` are the role, the calls, and the
+    ``tool_call_id`` of each. A call may be left unanswered, since clients cut conversations.
+    Returns the tools' names by the ids of their calls: some templates want the name of a result.
+    Raises ``RequestError``."""
+    asked: dict[str, str] = {}
+    for i, (role, calls, answered) in enumerate(messages):
+        asked.update((call.id, call.name) for call in calls)
+        if role == "tool" and answered not in asked:
+            _refuse(
+                f"messages[{i}].tool_call_id: no earlier message calls a tool with the id "
+                f"{show(answered)}",
+                f"messages[{i}].tool_call_id",
+            )
+    return asked
+
+
+def _refuse(message: str, param: str) -> NoReturn:
+    raise RequestError(message, param)
