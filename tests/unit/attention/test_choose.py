@@ -255,7 +255,9 @@ def test_triton_is_tried_in_the_models_dtype(
         asked.append(dtype)
         return ReferenceKernel()
 
-    module = pytest.importorskip("ds_cp.attention.kernels.triton_kernel")
+    module = pytest.importorskip(
+        "ds_cp.attention.kernels.triton_kernel", reason="no Triton: pip install 'ds_cp[cuda]'"
+    )
     monkeypatch.setattr(module, "make_triton", make)
     for dtype in (torch.float16, torch.float32):
         find_kernels("triton", CUDA, dtype, LAYERS, 16, check=False, deterministic=deterministic)
@@ -263,7 +265,9 @@ def test_triton_is_tried_in_the_models_dtype(
 
 
 def test_a_dtype_that_triton_lacks_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = pytest.importorskip("ds_cp.attention.kernels.triton_kernel")
+    module = pytest.importorskip(
+        "ds_cp.attention.kernels.triton_kernel", reason="no Triton: pip install 'ds_cp[cuda]'"
+    )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     with pytest.raises(KernelUnavailableError, match="it has no torch.float64"):
         module.make_triton(CUDA, torch.float64)
