@@ -171,7 +171,7 @@ def show(value: Any) -> str:
         value = value[:MAX_NAME_CHARS]
     try:
         return shorten(json.dumps(value, ensure_ascii=False))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):  # nested just less deep than is read
         return f"of type {type(value).__name__}"
 
 

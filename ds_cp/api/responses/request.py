@@ -10,6 +10,7 @@ from pydantic import Field, PrivateAttr, ValidationInfo, field_validator, model_
 
 from ds_cp.api.chat.request import Effort
 from ds_cp.api.errors import FieldError, shown
+from ds_cp.api.requests.chat_body import check_values
 from ds_cp.api.requests.client_tools import (
     check_depth,
     check_one_wish,
@@ -55,6 +56,10 @@ class TextConfig(StrictModel):
         if not value:
             return None
         check_depth(value, "text.format", "")
+        try:
+            check_values(value, "text.format")  # it is given back
+        except FieldError as err:
+            raise FieldError(str(err)) from None
         kept = sift("text.format", value, _FORMAT, {}, frozenset(), notes_of(info))
         if not isinstance(kept.get("description"), str | None):
             raise FieldError("text.format.description must be text", "description")

@@ -27,6 +27,13 @@ class Said:
     owner: str | None = None
     holders: int = 0
     size: int = 0  # bytes
+    count: int = field(init=False)  # items of the whole conversation; a response is one at least
+    parts: int = field(init=False)  # texts in these items
+
+    def __post_init__(self) -> None:
+        count, parts = (0, 0) if self.before is None else (self.before.count, self.before.parts)
+        self.count = count + max(len(self.items), 1)
+        self.parts = parts + sum(len(item.get("content", ())) for item in self.items)
 
     def conversation(self) -> list[Item]:
         """All items, the first of the conversation first."""
