@@ -42,7 +42,7 @@ def response_routes(context: AppContext, json_route: type[APIRoute]) -> APIRoute
     @asynccontextmanager
     async def lifespan(_: Any) -> AsyncIterator[None]:
         yield
-        store.close()
+        await store.close()
 
     router = APIRouter(lifespan=lifespan)
     bodies = APIRouter(route_class=json_route)  # of the routes that read one
@@ -140,7 +140,7 @@ async def _create(
         held = request.scope["state"]["held"] = held.moved()
     try:
         conversation = await start_chat(context, chat, request, response["id"], arrival)
-        answer = ResponseAnswer(context, body, conversation, response, done)
+        answer = ResponseAnswer(context, body, conversation, response, done, held)
         generation = conversation.generation
         if not body.background:
             return await respond(context, request, answer, generation, stream=bool(body.stream))

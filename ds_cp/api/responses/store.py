@@ -27,6 +27,7 @@ class Said:
     owner: str | None = None
     holders: int = 0
     size: int = 0  # bytes
+    whole: int = 0  # bytes, with those before
     count: int = field(init=False)  # items of the whole conversation; a response is one at least
     parts: int = field(init=False)  # texts in these items
 
@@ -102,8 +103,10 @@ class ResponseStore:
         self.drop(response_id)
         kept.size = size_of(kept.body) + OBJECT_BYTES
         if not kept.said.holders:
+            before = kept.said.before
             kept.said.size = size_of(kept.said.items)
-        need = kept.size + kept.said.size
+            kept.said.whole = kept.said.size + (before.whole if before is not None else 0)
+        need = kept.size + kept.said.whole
         if self._max == 0 or need > self._max_bytes:
             return False
         self._kept[response_id] = kept
@@ -119,11 +122,12 @@ class ResponseStore:
             self.size -= kept.size
             self._release(kept.said)
 
-    def close(self) -> None:
-        """Cancel what runs in the background."""
-        for kept in self._kept.values():
-            if kept.task is not None:
-                kept.task.cancel()
+    async def close(self) -> None:
+        """Cancel what runs in the background, and wait for its end."""
+        tasks = [kept.task for kept in self._kept.values() if kept.task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     def _make_room(self) -> None:
         while len(self._kept) > self._max or self.size > self._max_bytes:
