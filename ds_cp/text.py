@@ -167,7 +167,7 @@ def shorten(text: str, limit: int = 80) -> str:
 
 def show(value: Any) -> str:
     """A value as JSON, short, for a message."""
-    if isinstance(value, str):
+    if isinstance(value, str | list):
         value = value[:MAX_NAME_CHARS]
     try:
         return shorten(json.dumps(value, ensure_ascii=False))
