@@ -8,7 +8,7 @@ from typing import Any
 
 from ds_cp.api.answers.budget import Held
 from ds_cp.api.answers.json_pieces import json_object
-from ds_cp.api.answers.logprobs import chat_entries
+from ds_cp.api.answers.logprobs import CHAT_ENTRY_BYTES, chat_entries
 from ds_cp.api.answers.named_events import CHAR_BYTES, named_event
 from ds_cp.api.answers.respond import engine_failure
 from ds_cp.api.answers.sse import Framing
@@ -23,8 +23,6 @@ from ds_cp.api.responses.resource import failed, finished
 from ds_cp.outputs import Delta
 
 Json = dict[str, Any]
-
-LOGPROB_BYTES = 320  # of memory per log-probability with its token, as an object
 
 
 class ResponseAnswer(ChatAnswer):
@@ -114,4 +112,4 @@ class ResponseAnswer(ChatAnswer):
 
 def _kept_bytes(delta: Delta) -> int:
     entries = sum(1 + len(one.top) for one in delta.logprobs or ())
-    return CHAR_BYTES * len(delta.text) + LOGPROB_BYTES * entries
+    return CHAR_BYTES * len(delta.text) + CHAT_ENTRY_BYTES * entries

@@ -5,8 +5,10 @@ from __future__ import annotations
 import tracemalloc
 from typing import Any
 
-from ds_cp.api.answers.logprobs import chat_entries
-from ds_cp.api.responses.answer import LOGPROB_BYTES, _kept_bytes
+from ds_cp.api.answers.logprobs import CHAT_ENTRY_BYTES, chat_entries
+from ds_cp.api.responses.answer import _kept_bytes
+from ds_cp.api.responses.items import text_item
+from ds_cp.api.responses.store import size_of
 from ds_cp.outputs import Delta, TokenLogprob
 
 TOP = 20
@@ -31,5 +33,9 @@ def test_log_probabilities_are_charged_what_they_take() -> None:
         tracemalloc.stop()
     assert len(kept) == 200
     charged = _kept_bytes(Delta("r", (9,) * 200, "", logprobs, None))
-    assert charged == 200 * (TOP + 1) * LOGPROB_BYTES
+    assert charged == 200 * (TOP + 1) * CHAT_ENTRY_BYTES
     assert taken <= charged <= 2 * taken
+    item = text_item("assistant", "a")
+    item["content"][0]["logprobs"] = kept
+    assert charged <= size_of(item, 1 << 30, [item]) <= charged + 4000
+    assert size_of(item, 1 << 30) > charged  # as it would be found by going through all

@@ -117,7 +117,7 @@ class StoreMachine(RuleBasedStateMachine):
             while node is not None:
                 nodes[id(node)] = node
                 node = node.before
-        size = sum(e.size for e in there) + sum(size_of(n.items) for n in nodes.values())
+        size = sum(e.size for e in there) + sum(size_of(n.items, 1 << 30) for n in nodes.values())
         assert self.store.size == size <= self.bytes
         for entry, said in self.all:
             if self.store.get(entry.body["id"], None) is not None:
