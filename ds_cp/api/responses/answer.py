@@ -7,7 +7,6 @@ from itertools import count
 from typing import Any
 
 from ds_cp.api.answers.budget import Held
-from ds_cp.api.answers.json_pieces import json_object
 from ds_cp.api.answers.logprobs import CHAT_ENTRY_BYTES, chat_entries
 from ds_cp.api.answers.named_events import CHAR_BYTES, named_event
 from ds_cp.api.answers.respond import engine_failure
@@ -19,7 +18,7 @@ from ds_cp.api.context import AppContext
 from ds_cp.api.errors import ApiError
 from ds_cp.api.responses.output import Output
 from ds_cp.api.responses.request import ResponseRequest
-from ds_cp.api.responses.resource import failed, finished
+from ds_cp.api.responses.resource import failed, finished, in_pieces
 from ds_cp.outputs import Delta
 
 Json = dict[str, Any]
@@ -61,7 +60,7 @@ class ResponseAnswer(ChatAnswer):
     def whole(self) -> Iterator[bytes]:
         """The finished response."""
         self.finish()
-        return json_object(self.response)
+        return in_pieces(self.response)
 
     def opening(self) -> Iterable[Json]:
         """The response, of which nothing has come."""

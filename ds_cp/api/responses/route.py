@@ -13,7 +13,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ds_cp.api.answers.budget import held_by
-from ds_cp.api.answers.json_pieces import json_object
 from ds_cp.api.answers.named_events import new_id
 from ds_cp.api.answers.paced import PacedJson
 from ds_cp.api.answers.respond import respond
@@ -25,7 +24,7 @@ from ds_cp.api.responses.answer import ResponseAnswer
 from ds_cp.api.responses.background import cancel, run_in_background
 from ds_cp.api.responses.conversation import SAMPLING_NAMES, chat_of, own_items, said_before
 from ds_cp.api.responses.request import ResponseInput, ResponseRequest
-from ds_cp.api.responses.resource import new_response
+from ds_cp.api.responses.resource import in_pieces, new_response
 from ds_cp.api.responses.store import Kept, ResponseStore, Said
 
 MAX_ID_CHARS = 128  # characters of an id in a path
@@ -70,7 +69,7 @@ def response_routes(context: AppContext, json_route: type[APIRoute]) -> APIRoute
             raise ApiError(
                 400, "stream is not supported here: ask again without it", param="stream"
             )
-        return PacedJson(json_object(kept.body), context.turns)
+        return PacedJson(in_pieces(kept.body), context.turns)
 
     @router.delete("/v1/responses/{response_id}")
     async def delete_response(response_id: str, request: Request) -> Json:
@@ -93,7 +92,7 @@ def response_routes(context: AppContext, json_route: type[APIRoute]) -> APIRoute
             )
         await cancel(kept)
         kept = store.find(response_id, _owner(request))
-        return PacedJson(json_object(kept.body), context.turns)
+        return PacedJson(in_pieces(kept.body), context.turns)
 
     @router.get("/v1/responses/{response_id}/input_items")
     async def list_input_items(
@@ -157,7 +156,7 @@ async def _create(
         held.release()
         raise
     await run_in_background(store, kept, answer, generation, held, request_id_of(request))
-    return PacedJson(json_object(response), context.turns)
+    return PacedJson(in_pieces(response), context.turns)
 
 
 def _owner(request: Request) -> str | None:
