@@ -17,7 +17,7 @@ from ds_cp.api.answers.named_events import new_id
 from ds_cp.api.answers.paced import PacedJson
 from ds_cp.api.answers.respond import respond
 from ds_cp.api.chat.start import render, start_chat
-from ds_cp.api.context import AppContext, request_id_of
+from ds_cp.api.context import AppContext, key_digest_of, request_id_of
 from ds_cp.api.errors import ApiError
 from ds_cp.api.openapi import RESPONSE_ANSWERS
 from ds_cp.api.responses.answer import ResponseAnswer
@@ -53,7 +53,7 @@ def response_routes(context: AppContext, json_route: type[APIRoute]) -> APIRoute
     @bodies.post("/v1/responses/input_tokens", response_model=dict[str, Any])
     async def count_input_tokens(body: ResponseInput, request: Request) -> Json:
         context.check(body.model)
-        owner = _owner(request)
+        owner = key_digest_of(request)
         params = body.sampling(SAMPLING_NAMES)
         before = said_before(store, body, owner)
         chat = chat_of(body, before, own_items(store, body, owner), params, owner)
@@ -64,7 +64,7 @@ def response_routes(context: AppContext, json_route: type[APIRoute]) -> APIRoute
     async def get_response(
         response_id: str, request: Request, stream: bool = Query(default=False)
     ) -> Response:
-        kept = store.find(response_id, _owner(request))
+        kept = store.find(response_id, key_digest_of(request))
         if stream:
             raise ApiError(
                 400, "stream is not supported here: ask again without it", param="stream"
@@ -73,7 +73,7 @@ def response_routes(context: AppContext, json_route: type[APIRoute]) -> APIRoute
 
     @router.delete("/v1/responses/{response_id}")
     async def delete_response(response_id: str, request: Request) -> Json:
-        kept = store.find(response_id, _owner(request))
+        kept = store.find(response_id, key_digest_of(request))
         await cancel(kept)
         store.drop(response_id)
         return {"id": response_id, "object": "response", "deleted": True}
@@ -82,7 +82,7 @@ def response_routes(context: AppContext, json_route: type[APIRoute]) -> APIRoute
         "/v1/responses/{response_id}/cancel", response_model=None, responses=RESPONSE_ANSWERS
     )
     async def cancel_response(response_id: str, request: Request) -> Response:
-        kept = store.find(response_id, _owner(request))
+        kept = store.find(response_id, key_digest_of(request))
         if not kept.body["background"]:
             raise ApiError(
                 400,
@@ -91,7 +91,7 @@ def response_routes(context: AppContext, json_route: type[APIRoute]) -> APIRoute
                 param="background",
             )
         await cancel(kept)
-        kept = store.find(response_id, _owner(request))
+        kept = store.find(response_id, key_digest_of(request))
         return PacedJson(in_pieces(kept.body), context.turns)
 
     @router.get("/v1/responses/{response_id}/input_items")
@@ -102,7 +102,7 @@ def response_routes(context: AppContext, json_route: type[APIRoute]) -> APIRoute
         order: Literal["asc", "desc"] = Query(default="desc"),
         after: str | None = Query(default=None, max_length=MAX_ID_CHARS),
     ) -> Json:
-        kept = store.find(response_id, _owner(request))
+        kept = store.find(response_id, key_digest_of(request))
         items = list(kept.input) if order == "asc" else list(reversed(kept.input))
         return _page(items, limit, after)
 
@@ -115,7 +115,7 @@ async def _create(
 ) -> Response:
     arrival = monotonic()
     context.check(body.model)
-    owner = _owner(request)
+    owner = key_digest_of(request)
     params = body.sampling(
         SAMPLING_NAMES,
         max_tokens=body.max_output_tokens,
@@ -157,12 +157,6 @@ async def _create(
         raise
     await run_in_background(store, kept, answer, generation, held, request_id_of(request))
     return PacedJson(in_pieces(response), context.turns)
-
-
-def _owner(request: Request) -> str | None:
-    """The digest of the API key, None where none is asked."""
-    digest: str | None = request.scope["state"].get("key_digest")
-    return digest
 
 
 def _page(items: list[Json], limit: int, after: str | None) -> Json:
