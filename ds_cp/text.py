@@ -167,11 +167,11 @@ def shorten(text: str, limit: int = 80) -> str:
 
 def show(value: Any) -> str:
     """A value as JSON, short, for a message."""
-    if isinstance(value, str):
+    if isinstance(value, str | list):
         value = value[:MAX_NAME_CHARS]
     try:
         return shorten(json.dumps(value, ensure_ascii=False))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):  # nested just less deep than is read
         return f"of type {type(value).__name__}"
 
 

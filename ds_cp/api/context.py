@@ -256,7 +256,7 @@ def overflow_text(length: int, prompt: int, new: int, prompt_param: str) -> str:
 
 def request_options(body: SamplingRequest, request: Request) -> RequestOptions:
     """Priority and cache salt of a request. Raises ``RequestError``."""
-    key_digest = request.scope["state"].get("key_digest")
+    key_digest = key_digest_of(request)
     return RequestOptions(
         priority=0 if body.priority is None else body.priority,
         cache_salt=engine_salt(key_digest, body.cache_salt or ""),
@@ -278,3 +278,9 @@ def request_id_of(request: Request) -> str:
     """The id that ``RequestIds`` gave this request."""
     request_id: str = request.scope["state"]["request_id"]
     return request_id
+
+
+def key_digest_of(request: Request) -> str | None:
+    """The digest of the API key that a request was sent with; None where none is asked."""
+    digest: str | None = request.scope["state"].get("key_digest")
+    return digest

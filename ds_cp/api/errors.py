@@ -202,8 +202,11 @@ def path_of(parts: Sequence[str | int]) -> str:
 
 def shown(value: object) -> str:
     """A client's value, short, for a message."""
-    cut = value[: 2 * MAX_VALUE_CHARS] if isinstance(value, str) else value
-    return shorten(repr(cut), MAX_VALUE_CHARS)
+    cut = value[: 2 * MAX_VALUE_CHARS] if isinstance(value, str | list) else value
+    try:
+        return shorten(repr(cut), MAX_VALUE_CHARS)
+    except RecursionError:  # nested just less deep than is read
+        return f"of type {type(value).__name__}"
 
 
 def one_line(message: str) -> str:

@@ -1,4 +1,4 @@
-"""What openapi.json says of the answers to completions: whole as JSON, streamed as events."""
+"""What openapi.json says of the answers to generating routes: whole as JSON, streamed as events."""
 
 from __future__ import annotations
 

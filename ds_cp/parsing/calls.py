@@ -18,7 +18,7 @@ MAX_NAME = 256  # characters of a tool's name as a model may write it
 UNFINISHED = "the answer ended before the arguments did"
 NOT_JSON = "the arguments are not JSON"
 NO_OBJECT = "the arguments are not an object"
-_NAME = re.compile(r"[^\s<>{}\[\]\"'(),;|]+")
+_NAME = re.compile(r"[^\s\ud800-\udfff<>{}\[\]\"'(),;|]+")
 
 
 def is_name(text: str) -> bool:

@@ -113,8 +113,10 @@ def count_values(schema: Any, place: str) -> int:
     """The values in a schema, some number above ``MAX_SCHEMA_NODES`` for more than that. Raises
     ``RequestError`` for one that is nested more than ``MAX_SCHEMA_DEPTH`` deep."""
     seen, level, depth = 0, [schema], 0
-    while level and seen <= MAX_SCHEMA_NODES:
+    while level:
         seen += len(level)
+        if seen > MAX_SCHEMA_NODES:  # before they are looked at
+            return seen
         depth += 1
         if depth > MAX_SCHEMA_DEPTH:
             _refuse(f"{place} is nested more than {MAX_SCHEMA_DEPTH} deep", place)

@@ -89,6 +89,10 @@ def read_id(value: Any, where: str) -> str:
     """An id of a call. Raises ``RequestError``."""
     if not isinstance(value, str) or not value or len(value) > MAX_ID:
         _refuse(f"{where} must be the id of a call, 1 to {MAX_ID} characters", where)
+    try:
+        value.encode()
+    except UnicodeEncodeError as err:
+        _refuse(f"{where} is not text: half a surrogate pair at character {err.start}", where)
     return value
 
 

@@ -182,6 +182,16 @@ def test_thinking(spoken: Launch) -> None:
     assert server.engine.prompts[-1].endswith("<|assistant|><think></think>")
 
 
+def test_a_client_hears_while_it_sees_nothing(spoken: Launch) -> None:
+    """Tokens of hidden thinking come, and a proxy would take the silence for a dead server."""
+    server = spoken("<think>" + "hm " * 20 + "</think>yes", keep_alive_s=0.1)
+    server.engine.delay_s = 0.03
+    ask = HELLO | {"stream": True, "thinking": {"type": "adaptive", "display": "omitted"}}
+    text = server.post("/v1/messages", ask).text
+    before = text[: text.index("text_delta")]
+    assert before.count("event: ping") >= 2 and "thinking_delta" not in text
+
+
 def test_a_format(spoken: Launch) -> None:
     server = spoken('{"x": 1}')
     schema = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"],
@@ -230,6 +240,17 @@ def test_errors_have_the_shape_of_the_protocol(spoken: Launch) -> None:
     error_of(small.post("/v1/messages", HELLO | {"system": "x" * 3000}), 413, "request_too_large")
     with pytest.raises(anthropic.NotFoundError):
         client_of(server).messages.create(**HELLO | {"model": "claude"})
+
+
+@pytest.mark.parametrize("state", ["starting", "stopping", "dead"])
+def test_errors_before_and_after_it_serves(spoken: Launch, state: str) -> None:
+    server = spoken("a")
+    server.engine.state = state
+    try:
+        for path in ("/v1/messages", "/v1/messages/count_tokens"):
+            error_of(server.post(path, HELLO), 503, "overloaded_error")
+    finally:
+        server.engine.state = "ready"
 
 
 def test_the_key_is_x_api_key(spoken: Launch) -> None:

@@ -246,6 +246,16 @@ def test_a_failure_in_the_background_is_kept(spoken: Launch) -> None:
     assert failed.error.code == "server_error" and "stopped" in failed.error.message
 
 
+def test_an_answer_in_the_background_that_outgrows_the_store(spoken: Launch) -> None:
+    """It says so when it is asked for, and is not just gone."""
+    server = spoken("hello there " * 100, max_stored_response_bytes=6000)
+    client = server.client()
+    reply = client.responses.create(model="fake-model", input="x", background=True)
+    assert wait_for(lambda: client.responses.retrieve(reply.id).status == "failed", 20)
+    failed = client.responses.retrieve(reply.id)
+    assert "max_stored_response_bytes" in failed.error.message and not failed.output
+
+
 def test_errors_of_the_protocol(spoken: Launch) -> None:
     server = spoken("a")
     error = error_of(server.get("/v1/responses/resp_no"), 404)
@@ -296,6 +306,8 @@ def test_a_failing_stream_ends_with_a_failed_response(spoken: Launch) -> None:
     assert events[-1].type == "response.failed"
     failed = events[-1].response
     assert failed.status == "failed" and failed.error.code == "server_error"
+    (said,) = failed.output  # as far as it came
+    assert (said.status, said.content[0].text) == ("incomplete", "hello ")
     assert [event.sequence_number for event in events] == list(range(len(events)))
     server.engine.break_after, server.engine.refuse = None, QueueFullError("full")
     for stream in (False, True):  # before the first event it is a status

@@ -12,6 +12,7 @@ from ds_cp.engine.interface import EngineInterface
 from ds_cp.outputs import TokenLogprob
 
 LOWEST = -9999.0  # stands for -infinity, which JSON does not have
+CHAT_ENTRY_BYTES = 320  # of memory that an entry of ``chat_entries``, or of its top, takes
 PIECE = 512  # log-probabilities of a prompt in one chunk of a stream: about a millisecond of work
 _SLICE = 64  # log-probabilities of a prompt that are encoded at once in a whole answer
 BLOCK_LISTS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")

@@ -85,10 +85,16 @@ async def stream_events(
                     due = monotonic() + keep_alive_s
                     yield framing.keep_alive
                 continue
-            due = monotonic() + keep_alive_s
             paced = turns.pace(map(framing.event, chunks_of(*item)))
+            said = False
             while (data := await paced.next()) is not None:
+                said = True
                 yield data
+            if not said and monotonic() >= due:  # tokens come of which the client sees nothing
+                said = True
+                yield framing.keep_alive
+            if said:
+                due = monotonic() + keep_alive_s
         for chunk in closing():
             yield framing.event(chunk)
     except Exception as err:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from itertools import takewhile
 from typing import Any
 
 from ds_cp.api.chat.request import Part, Role, Turn
@@ -52,10 +53,11 @@ def with_system(system: list[Part], turns: list[Turn]) -> list[Turn]:
     """The turns with the system's text before them, in one turn with those of the system that they
     begin with: most templates take one only."""
     texts = [part["text"] for part in system]
-    rest = list(turns)
-    while rest and rest[0].role == "system":
-        content = rest.pop(0).content
+    begun = list(takewhile(lambda turn: turn.role == "system", turns))
+    for turn in begun:
+        content = turn.content
         texts += [content] if isinstance(content, str) else [part["text"] for part in content]
+    rest = turns[len(begun) :]
     return [Turn(role="system", content="\n\n".join(texts)), *rest] if texts else rest
 
 
@@ -66,7 +68,11 @@ def _part(text: str) -> Part:
 def _read_message(message: Any, place: str, notes: Notes) -> list[Turn]:
     if not isinstance(message, dict):
         raise FieldError(f"messages{place} must be an object", place)
-    kept = sift("message", message, ("role", "content"), {}, frozenset(), notes)
+    try:
+        kept = sift("message", message, ("role", "content"), {}, frozenset(), notes)
+    except FieldError as err:
+        below = f".{err.param}" if err.param else ""
+        raise FieldError(f"messages{place}: {err}", place + below) from None
     role, content = kept.get("role"), kept.get("content")
     if not isinstance(role, str) or role not in _ROLES:
         known = ", ".join(_ROLES)
@@ -74,7 +80,7 @@ def _read_message(message: Any, place: str, notes: Notes) -> list[Turn]:
             f"messages{place}.role must be one of {known}, not {shown(role)}", f"{place}.role"
         )
     if isinstance(content, str):
-        text = plain_text(content, f"messages{place}.content")
+        text = plain_text(content, f"messages{place}.content", f"{place}.content")
         return [Turn(role=_role(role), content=text)]
     where = f"{place}.content"
     blocks = _read_blocks(content, f"messages{where}", _ROLES[role], notes, where)

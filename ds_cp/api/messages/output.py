@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from io import StringIO
 from typing import Any
@@ -15,6 +16,7 @@ from ds_cp.api.chat.events import (
     Reasoning,
 )
 from ds_cp.parsing.history import EarlierCall
+from ds_cp.parsing.json_reader import JsonReader
 
 Json = dict[str, Any]
 
@@ -32,6 +34,7 @@ class Output:
         self._hides = hide_thinking
         self._open: str | None = None  # the type of the open block
         self._text = StringIO()
+        self._input = _Input()  # of the open call
 
     def take(self, events: Iterable[Event]) -> Iterator[Json]:
         """The events of one step."""
@@ -48,12 +51,14 @@ class Output:
                         yield self._delta({"type": "thinking_delta", "thinking": text})
                 case CallBegin(_, id_, name):
                     yield from self.close()
+                    self._input = _Input()
                     yield from self._begin(
                         {"type": "tool_use", "id": id_, "name": name, "input": {}}
                     )
                 case ArgumentsDelta(_, text):
                     self._text.write(text)
-                    yield self._delta({"type": "input_json_delta", "partial_json": text})
+                    if sound := self._input.take(text):
+                        yield self._of_input(sound)
                 case CallEnd():
                     yield from self.close()
 
@@ -73,6 +78,8 @@ class Output:
             case _:  # arguments that are no object, or were cut, are one with a text
                 call = EarlierCall(block["id"], block["name"], text).for_template()
                 block["input"] = call["function"]["arguments"]
+                if text and not self._input.sent:
+                    yield self._of_input(json.dumps(block["input"], ensure_ascii=False))
         yield {"type": "content_block_stop", "index": len(self.blocks) - 1}
 
     def _begin(self, block: Json) -> Iterator[Json]:
@@ -85,5 +92,33 @@ class Output:
         index = len(self.blocks) - 1
         yield {"type": "content_block_start", "index": index, "content_block": dict(block)}
 
+    def _of_input(self, text: str) -> Json:
+        return self._delta({"type": "input_json_delta", "partial_json": text})
+
     def _delta(self, delta: Json) -> Json:
         return {"type": "content_block_delta", "index": len(self.blocks) - 1, "delta": delta}
+
+
+class _Input:
+    """The arguments of one call as they come. A client reads the JSON that it has after each delta,
+    and its stream ends with an exception where that is no JSON: what a model writes wrong is not
+    sent, nor what follows."""
+
+    def __init__(self) -> None:
+        self._reader = JsonReader()
+        self._begun = False
+        self.sent = False  # whether anything was
+
+    def take(self, text: str) -> str:
+        """What can be sent of ``text``."""
+        if not self._begun:
+            text = text.lstrip(" \t\r\n")
+            if not text.startswith("{"):  # nothing yet, or no object: all is sent at the end
+                self._begun = bool(text)
+                return ""
+            self._begun = self.sent = True
+        if not self.sent:
+            return ""
+        sound: list[str] = []
+        self._reader.push(text, 0, sound)
+        return "".join(sound)

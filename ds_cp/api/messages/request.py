@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, PrivateAttr, ValidationInfo, field_validator, model_validator
@@ -19,7 +18,7 @@ from ds_cp.api.requests.client_tools import (
     in_place,
     read_client_tools,
 )
-from ds_cp.api.requests.constraints import constraint_of
+from ds_cp.api.requests.constraints import constraint_as
 from ds_cp.api.requests.foreign_fields import Unsupported
 from ds_cp.api.requests.messages import plain_text
 from ds_cp.api.requests.sampling import CommonRequest
@@ -209,9 +208,4 @@ def _constraint(wish: dict[str, Any] | None) -> StructuredOutputsParams | None:
             where,
         )
     named = {"schema": wish["schema"], "strict": True}
-    try:
-        found = constraint_of({"response_format": {"type": "json_schema", "json_schema": named}})
-    except FieldError as err:
-        message = str(err).replace("response_format.json_schema", where)
-        raise FieldError(message.replace("response_format", where), where) from None
-    return None if found is None else replace(found, asked_as=where)
+    return constraint_as(where, {"type": "json_schema", "json_schema": named})

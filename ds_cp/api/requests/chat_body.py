@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isfinite
 from typing import Any, ClassVar
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
@@ -116,7 +117,8 @@ def checked_kwargs(value: dict[str, Any] | None) -> dict[str, Any] | None:
 
 def check_values(value: Any, name: str, most_chars: int | None = None) -> None:
     """Raises ``FieldError`` for what cannot be passed on: half a surrogate pair, an integer of more
-    than 64 bits, a text of more than ``most_chars`` characters."""
+    than 64 bits, a number too large for a float, which JSON cannot spell again, a text of more than
+    ``most_chars`` characters."""
     todo = [value]
     while todo:
         one = todo.pop()
@@ -126,6 +128,8 @@ def check_values(value: Any, name: str, most_chars: int | None = None) -> None:
             plain_text(one, name, name)
         elif isinstance(one, int) and one.bit_length() > MAX_BITS:
             raise FieldError(f"{name} has an integer of {one.bit_length()} bits", name)
+        elif isinstance(one, float) and not isfinite(one):
+            raise FieldError(f"{name} has a number that is too large", name)
         elif isinstance(one, dict):
             todo += [*one, *one.values()]
         elif isinstance(one, list):

@@ -92,6 +92,17 @@ def constraint_of(given: Mapping[str, Any]) -> StructuredOutputsParams | None:
     return found[0] if found else None
 
 
+def constraint_as(field: str, response_format: Mapping[str, Any]) -> StructuredOutputsParams | None:
+    """The constraint that a ``field`` of another protocol asks for, spelt as ``response_format``;
+    None for free text. Raises ``FieldError`` that names the field."""
+    try:
+        found = constraint_of({"response_format": response_format})
+    except FieldError as err:
+        message = str(err).replace("response_format.json_schema", field)
+        raise FieldError(message.replace("response_format", field), field) from None
+    return None if found is None else replace(found, asked_as=field)
+
+
 def _wish(field: str, value: Any) -> StructuredOutputsParams | None:
     if field == "response_format":
         return _response_format(value)

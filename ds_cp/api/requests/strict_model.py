@@ -15,6 +15,7 @@ from ds_cp.api.errors import FieldError, shown
 from ds_cp.api.requests.foreign_fields import FRONT_ENDS, Unsupported, is_nothing, is_one_of
 from ds_cp.text import MAX_NAME_CHARS, closest, misspelt
 
+MAX_FIELDS = 256  # fields of one object, with those that are unknown
 MAX_UNKNOWN = 32  # names of unknown fields in one body
 MAX_SKIPPED = 32  # kinds of things in one body that are skipped, and told
 
@@ -86,7 +87,9 @@ def sift(
     notes: Notes,
 ) -> dict[str, Any]:
     """The known fields of an object of the kind ``place``. Raises ``FieldError`` that names another
-    one which asks for something that is not served."""
+    one which asks for something that is not served, and for too many."""
+    if len(data) > MAX_FIELDS:
+        raise FieldError(f"an object has {len(data)} fields; at most {MAX_FIELDS}")
     kept = {}
     for name, value in data.items():
         if name in known:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import count
 from typing import Any
 
-from ds_cp.api.answers.json_pieces import json_object
-from ds_cp.api.answers.logprobs import chat_entries
+from ds_cp.api.answers.budget import Held
+from ds_cp.api.answers.logprobs import CHAT_ENTRY_BYTES, chat_entries
 from ds_cp.api.answers.named_events import CHAR_BYTES, named_event
 from ds_cp.api.answers.respond import engine_failure
 from ds_cp.api.answers.sse import Framing
@@ -18,7 +18,7 @@ from ds_cp.api.context import AppContext
 from ds_cp.api.errors import ApiError
 from ds_cp.api.responses.output import Output
 from ds_cp.api.responses.request import ResponseRequest
-from ds_cp.api.responses.resource import failed, finished
+from ds_cp.api.responses.resource import failed, finished, in_pieces
 from ds_cp.outputs import Delta
 
 Json = dict[str, Any]
@@ -26,7 +26,7 @@ Json = dict[str, Any]
 
 class ResponseAnswer(ChatAnswer):
     """Builds a response from its ``new_response``. ``done`` is told of the finished one before it
-    is sent."""
+    is sent. A stream keeps its whole answer too, which ``held`` is charged for."""
 
     def __init__(
         self,
@@ -35,6 +35,7 @@ class ResponseAnswer(ChatAnswer):
         conversation: Conversation,
         response: Json,
         done: Callable[[Json], None],
+        held: Held,
     ) -> None:
         super().__init__(context, conversation)
         self.response = response
@@ -42,17 +43,24 @@ class ResponseAnswer(ChatAnswer):
         self._top = (body.top_logprobs or 0) if body.wants_logprobs else None
         self._output = Output(seal=body.wants_sealed)
         self._done = done
+        self._held = held
         self._numbers = count()
 
     def record(self, prompt: int, delta: Delta) -> int:
         """Add a delta to the output; the bytes that it takes."""
         list(self.events_of(self._read(delta)))
-        return CHAR_BYTES * len(delta.text)
+        return _kept_bytes(delta)
+
+    def chunks_of(self, prompt: int, delta: Delta) -> Iterable[Json]:
+        """The events of a delta, which is kept for those at the end."""
+        shown = self.take(prompt, delta)
+        self._held.spend(_kept_bytes(shown))
+        return self.events_of(self._read(shown))
 
     def whole(self) -> Iterator[bytes]:
         """The finished response."""
         self.finish()
-        return json_object(self.response)
+        return in_pieces(self.response)
 
     def opening(self) -> Iterable[Json]:
         """The response, of which nothing has come."""
@@ -71,6 +79,7 @@ class ResponseAnswer(ChatAnswer):
 
     def failure(self, error: ApiError) -> Json:
         """The response as far as it came, with an error."""
+        list(self._output.close("incomplete"))  # the text of an open item is part of it
         return failed(self.response, self._output.items, error)
 
     def events_of(self, step: Step) -> Iterable[Json]:
@@ -98,3 +107,8 @@ class ResponseAnswer(ChatAnswer):
         """What a stream ends with that has begun and fails."""
         event = {"type": "response.failed", "response": self.failure(error)}
         return named_event(self._numbered(event))
+
+
+def _kept_bytes(delta: Delta) -> int:
+    entries = sum(1 + len(one.top) for one in delta.logprobs or ())
+    return CHAR_BYTES * len(delta.text) + CHAT_ENTRY_BYTES * entries

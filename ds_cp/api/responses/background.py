@@ -8,8 +8,9 @@ from typing import Any
 from ds_cp.api.answers.budget import Held
 from ds_cp.api.answers.generation import Generation
 from ds_cp.api.answers.sse import stream_error
+from ds_cp.api.errors import ApiError
 from ds_cp.api.responses.answer import ResponseAnswer
-from ds_cp.api.responses.resource import cancelled
+from ds_cp.api.responses.resource import cancelled, failed
 from ds_cp.api.responses.store import Kept, ResponseStore
 
 
@@ -34,6 +35,9 @@ async def run_in_background(
             await answer.collect(generation, held)
             kept.task = None
             answer.finish()  # which keeps it
+            if store.get(kept.body["id"], kept.said.owner) is None:
+                kept.body = failed(kept.body, (), _too_large())
+                store.keep(kept)
         except asyncio.CancelledError:
             kept.task = None
             ended(cancelled(kept.body))
@@ -54,3 +58,11 @@ async def cancel(kept: Kept) -> None:
     if kept.task is not None:
         kept.task.cancel()
         await asyncio.gather(kept.task, return_exceptions=True)
+
+
+def _too_large() -> ApiError:
+    return ApiError(
+        500,
+        "the answer is larger than server.max_stored_response_bytes allows beside what runs; set "
+        "max_output_tokens, or raise that limit",
+    )

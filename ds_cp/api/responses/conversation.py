@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from ds_cp.api.chat.request import ChatRequest, FieldNames
 from ds_cp.api.errors import ApiError
+from ds_cp.api.requests.json_weight import MAX_MEMBERS
+from ds_cp.api.requests.messages import MAX_MESSAGES
 from ds_cp.api.requests.turns import check_answers, options_of
 from ds_cp.api.responses.items import Item
 from ds_cp.api.responses.request import ResponseInput
@@ -51,9 +53,11 @@ def said_before(store: ResponseStore, body: ResponseInput, owner: str | None) ->
 
 
 def own_items(store: ResponseStore, body: ResponseInput, owner: str | None) -> list[Item]:
-    """The items of the request, those that it names by their ids in full. Raises ``ApiError`` 404
-    for one that is not kept."""
+    """The items of the request, those that it names by their ids in full. Raises ``ApiError``: 404
+    for one that is not kept, 400 for one that is named twice: what a request brings to the model
+    must not be a multiple of what it and the store hold."""
     found = []
+    references: set[str] = set()
     for index, item in enumerate(body.input or ()):
         if item["type"] == "item_reference":
             named = store.item(item["id"], owner)
@@ -65,6 +69,14 @@ def own_items(store: ResponseStore, body: ResponseInput, owner: str | None) -> l
                     param=f"input[{index}].id",
                     code="item_not_found",
                 )
+            if item["id"] in references:
+                raise ApiError(
+                    400,
+                    f"Duplicate item found with id {item['id']!r}; name it once",
+                    param=f"input[{index}].id",
+                    code="invalid_value",
+                )
+            references.add(item["id"])
             item = named
         found.append(item)
     return found
@@ -78,7 +90,8 @@ def chat_of(
     owner: str | None,
 ) -> ChatRequest:
     """The request as a chat. ``items``: its own. Raises ``ApiError`` 400 for the result of a call
-    that nobody made."""
+    that nobody made, and for a conversation of too many items."""
+    _check_size(before, items)
     earlier = before.conversation() if before is not None else []
     turns = turns_of(body.instructions, [*earlier, *items])
     check_answers(turns, "input", "function_call_output")
@@ -93,3 +106,20 @@ def chat_of(
         stream=bool(body.stream),
         names=NAMES,
     )
+
+
+def _check_size(before: Said | None, items: Sequence[Item]) -> None:
+    """``ApiError`` 400 before a conversation is walked that is longer than a body may be."""
+    whole = Said(items, before)
+    for count, most, what in (
+        (whole.count, MAX_MESSAGES, "items"),
+        (whole.parts, MAX_MEMBERS, "parts in its items"),
+    ):
+        if count > most:
+            raise ApiError(
+                400,
+                f"input: the conversation has {count} {what}, with those of previous_response_id "
+                f"and of item references; at most {most}; begin a new one",
+                param="input",
+                code="invalid_value",
+            )

@@ -10,7 +10,6 @@ from typing import Any
 
 from ds_cp.api.answers.named_events import new_id
 from ds_cp.api.errors import FieldError, shown
-from ds_cp.api.requests.foreign_fields import Unsupported
 from ds_cp.api.requests.messages import MAX_MESSAGES, MAX_PARTS, plain_text
 from ds_cp.api.requests.strict_model import Notes, sift
 from ds_cp.api.responses.fields import HARMLESS
@@ -73,8 +72,7 @@ def _below(place: str, param: str | None) -> str:
 def _known(
     item: Mapping[str, Any], kind: str, fields: Iterable[str], notes: Notes
 ) -> dict[str, Any]:
-    refused: dict[str, Unsupported] = {}
-    return sift(f"input {kind}", item, ("type", *fields), refused, HARMLESS[kind], notes)
+    return sift(f"input {kind}", item, ("type", *fields), {}, HARMLESS[kind], notes)
 
 
 def _read_message(item: Item, notes: Notes) -> Item:
@@ -200,9 +198,10 @@ def sealed(text: str) -> str:
 
 def unsealed(text: str) -> str:
     """The opposite; "" for what another server has sealed, which nobody here can read."""
+    if not text.startswith(_SEALED):
+        return ""
     try:
-        data = base64.b64decode(text.removeprefix(_SEALED).encode(), validate=True)
-        return data.decode() if text.startswith(_SEALED) else ""
+        return base64.b64decode(text.removeprefix(_SEALED).encode(), validate=True).decode()
     except (binascii.Error, UnicodeError):
         return ""
 

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, PrivateAttr, ValidationInfo, field_validator, model_validator
 
 from ds_cp.api.chat.request import Effort
 from ds_cp.api.errors import FieldError, shown
+from ds_cp.api.requests.chat_body import check_values
 from ds_cp.api.requests.client_tools import (
     check_depth,
     check_one_wish,
     in_place,
     read_client_tools,
 )
-from ds_cp.api.requests.constraints import constraint_of
+from ds_cp.api.requests.constraints import constraint_as
 from ds_cp.api.requests.foreign_fields import Unsupported, is_nothing
 from ds_cp.api.requests.messages import plain_text
 from ds_cp.api.requests.sampling import CommonRequest
@@ -55,6 +55,10 @@ class TextConfig(StrictModel):
         if not value:
             return None
         check_depth(value, "text.format", "")
+        try:
+            check_values(value, "text.format")  # it is given back
+        except FieldError as err:
+            raise FieldError(str(err)) from None
         kept = sift("text.format", value, _FORMAT, {}, frozenset(), notes_of(info))
         if not isinstance(kept.get("description"), str | None):
             raise FieldError("text.format.description must be text", "description")
@@ -241,10 +245,4 @@ def _constraint(wish: dict[str, Any] | None) -> StructuredOutputsParams | None:
     if wish["type"] == "json_schema" and not isinstance(wish.get("schema"), dict):
         raise FieldError("text.format.schema must be a JSON schema: an object", "text.format")
     named = {name: wish.get(name) for name in ("name", "schema", "strict")}
-    chat = {"type": wish["type"], "json_schema": named}
-    try:
-        found = constraint_of({"response_format": chat})
-    except FieldError as err:
-        message = str(err).replace("response_format.json_schema", "text.format")
-        raise FieldError(message.replace("response_format", "text.format"), "text.format") from None
-    return None if found is None else replace(found, asked_as="text.format")
+    return constraint_as("text.format", {"type": wish["type"], "json_schema": named})

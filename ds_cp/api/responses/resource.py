@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from time import time
 from typing import Any
 
+from ds_cp.api.answers.json_pieces import items_of, json_array, json_object, json_text
 from ds_cp.api.chat.events import FinishReason, Usage
 from ds_cp.api.errors import ApiError
 from ds_cp.api.responses.items import Item
 from ds_cp.api.responses.request import ResponseRequest
 
 Json = dict[str, Any]
+
+_SLICE = 64  # log-probabilities with their alternatives in one piece
 
 
 def new_response(body: ResponseRequest, response_id: str, model: str) -> Json:
@@ -92,6 +95,23 @@ def failed(response: Json, output: Sequence[Item], error: ApiError) -> Json:
 def cancelled(response: Json) -> Json:
     """The response of which no more comes."""
     return response | {"status": "cancelled"}
+
+
+def in_pieces(response: Json) -> Iterator[bytes]:
+    """The response as JSON in pieces, however long its texts and log-probabilities are."""
+    return json_object(response | {"output": json_array(map(_item, response["output"]))})
+
+
+def _item(item: Item) -> Iterator[bytes]:
+    if item["type"] != "message":
+        return json_object(item)
+    return json_object(item | {"content": json_array(map(_part, item["content"]))})
+
+
+def _part(part: Json) -> Iterator[bytes]:
+    entries = part["logprobs"]
+    slices = (items_of(entries[i : i + _SLICE]) for i in range(0, len(entries), _SLICE))
+    return json_object(part | {"text": json_text(part["text"]), "logprobs": json_array(slices)})
 
 
 def usage_of(usage: Usage) -> Json:

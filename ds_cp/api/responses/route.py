@@ -13,19 +13,18 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ds_cp.api.answers.budget import held_by
-from ds_cp.api.answers.json_pieces import json_object
 from ds_cp.api.answers.named_events import new_id
 from ds_cp.api.answers.paced import PacedJson
 from ds_cp.api.answers.respond import respond
 from ds_cp.api.chat.start import render, start_chat
-from ds_cp.api.context import AppContext, request_id_of
+from ds_cp.api.context import AppContext, key_digest_of, request_id_of
 from ds_cp.api.errors import ApiError
 from ds_cp.api.openapi import RESPONSE_ANSWERS
 from ds_cp.api.responses.answer import ResponseAnswer
 from ds_cp.api.responses.background import cancel, run_in_background
 from ds_cp.api.responses.conversation import SAMPLING_NAMES, chat_of, own_items, said_before
 from ds_cp.api.responses.request import ResponseInput, ResponseRequest
-from ds_cp.api.responses.resource import new_response
+from ds_cp.api.responses.resource import in_pieces, new_response
 from ds_cp.api.responses.store import Kept, ResponseStore, Said
 
 MAX_ID_CHARS = 128  # characters of an id in a path
@@ -42,7 +41,7 @@ def response_routes(context: AppContext, json_route: type[APIRoute]) -> APIRoute
     @asynccontextmanager
     async def lifespan(_: Any) -> AsyncIterator[None]:
         yield
-        store.close()
+        await store.close()
 
     router = APIRouter(lifespan=lifespan)
     bodies = APIRouter(route_class=json_route)  # of the routes that read one
@@ -54,7 +53,7 @@ def response_routes(context: AppContext, json_route: type[APIRoute]) -> APIRoute
     @bodies.post("/v1/responses/input_tokens", response_model=dict[str, Any])
     async def count_input_tokens(body: ResponseInput, request: Request) -> Json:
         context.check(body.model)
-        owner = _owner(request)
+        owner = key_digest_of(request)
         params = body.sampling(SAMPLING_NAMES)
         before = said_before(store, body, owner)
         chat = chat_of(body, before, own_items(store, body, owner), params, owner)
@@ -65,16 +64,16 @@ def response_routes(context: AppContext, json_route: type[APIRoute]) -> APIRoute
     async def get_response(
         response_id: str, request: Request, stream: bool = Query(default=False)
     ) -> Response:
-        kept = store.find(response_id, _owner(request))
+        kept = store.find(response_id, key_digest_of(request))
         if stream:
             raise ApiError(
                 400, "stream is not supported here: ask again without it", param="stream"
             )
-        return PacedJson(json_object(kept.body), context.turns)
+        return PacedJson(in_pieces(kept.body), context.turns)
 
     @router.delete("/v1/responses/{response_id}")
     async def delete_response(response_id: str, request: Request) -> Json:
-        kept = store.find(response_id, _owner(request))
+        kept = store.find(response_id, key_digest_of(request))
         await cancel(kept)
         store.drop(response_id)
         return {"id": response_id, "object": "response", "deleted": True}
@@ -83,7 +82,7 @@ def response_routes(context: AppContext, json_route: type[APIRoute]) -> APIRoute
         "/v1/responses/{response_id}/cancel", response_model=None, responses=RESPONSE_ANSWERS
     )
     async def cancel_response(response_id: str, request: Request) -> Response:
-        kept = store.find(response_id, _owner(request))
+        kept = store.find(response_id, key_digest_of(request))
         if not kept.body["background"]:
             raise ApiError(
                 400,
@@ -92,8 +91,8 @@ def response_routes(context: AppContext, json_route: type[APIRoute]) -> APIRoute
                 param="background",
             )
         await cancel(kept)
-        kept = store.find(response_id, _owner(request))
-        return PacedJson(json_object(kept.body), context.turns)
+        kept = store.find(response_id, key_digest_of(request))
+        return PacedJson(in_pieces(kept.body), context.turns)
 
     @router.get("/v1/responses/{response_id}/input_items")
     async def list_input_items(
@@ -103,7 +102,7 @@ def response_routes(context: AppContext, json_route: type[APIRoute]) -> APIRoute
         order: Literal["asc", "desc"] = Query(default="desc"),
         after: str | None = Query(default=None, max_length=MAX_ID_CHARS),
     ) -> Json:
-        kept = store.find(response_id, _owner(request))
+        kept = store.find(response_id, key_digest_of(request))
         items = list(kept.input) if order == "asc" else list(reversed(kept.input))
         return _page(items, limit, after)
 
@@ -116,7 +115,7 @@ async def _create(
 ) -> Response:
     arrival = monotonic()
     context.check(body.model)
-    owner = _owner(request)
+    owner = key_digest_of(request)
     params = body.sampling(
         SAMPLING_NAMES,
         max_tokens=body.max_output_tokens,
@@ -140,7 +139,7 @@ async def _create(
         held = request.scope["state"]["held"] = held.moved()
     try:
         conversation = await start_chat(context, chat, request, response["id"], arrival)
-        answer = ResponseAnswer(context, body, conversation, response, done)
+        answer = ResponseAnswer(context, body, conversation, response, done, held)
         generation = conversation.generation
         if not body.background:
             return await respond(context, request, answer, generation, stream=bool(body.stream))
@@ -157,13 +156,7 @@ async def _create(
         held.release()
         raise
     await run_in_background(store, kept, answer, generation, held, request_id_of(request))
-    return PacedJson(json_object(response), context.turns)
-
-
-def _owner(request: Request) -> str | None:
-    """The digest of the API key, None where none is asked."""
-    digest: str | None = request.scope["state"].get("key_digest")
-    return digest
+    return PacedJson(in_pieces(response), context.turns)
 
 
 def _page(items: list[Json], limit: int, after: str | None) -> Json:

@@ -6,14 +6,16 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ds_cp.api.answers.logprobs import CHAT_ENTRY_BYTES
 from ds_cp.api.errors import ApiError
 from ds_cp.api.responses.items import Item
 
 OBJECT_BYTES = 256  # of memory that an object or a list takes beside its texts
+CLOSE_S = 2.0  # seconds for what runs in the background to end with the server
 
 
 @dataclass(eq=False)
@@ -27,6 +29,14 @@ class Said:
     owner: str | None = None
     holders: int = 0
     size: int = 0  # bytes
+    whole: int = 0  # bytes, with those before
+    count: int = field(init=False)  # items of the whole conversation; a response is one at least
+    parts: int = field(init=False)  # texts in these items
+
+    def __post_init__(self) -> None:
+        count, parts = (0, 0) if self.before is None else (self.before.count, self.before.parts)
+        self.count = count + max(len(self.items), 1)
+        self.parts = parts + sum(len(item.get("content", ())) for item in self.items)
 
     def conversation(self) -> list[Item]:
         """All items, the first of the conversation first."""
@@ -93,10 +103,13 @@ class ResponseStore:
         do not run until it fits. False where it is too large for that, and is not kept."""
         response_id = kept.body["id"]
         self.drop(response_id)
-        kept.size = size_of(kept.body) + OBJECT_BYTES
+        kept.size = size_of(kept.body, self._max_bytes, kept.body.get("output", ()))
+        kept.size += OBJECT_BYTES
         if not kept.said.holders:
-            kept.said.size = size_of(kept.said.items)
-        need = kept.size + kept.said.size
+            before = kept.said.before
+            kept.said.size = size_of(kept.said.items, self._max_bytes, kept.said.items)
+            kept.said.whole = kept.said.size + (before.whole if before is not None else 0)
+        need = kept.size + kept.said.whole
         if self._max == 0 or need > self._max_bytes:
             return False
         self._kept[response_id] = kept
@@ -112,11 +125,13 @@ class ResponseStore:
             self.size -= kept.size
             self._release(kept.said)
 
-    def close(self) -> None:
-        """Cancel what runs in the background."""
-        for kept in self._kept.values():
-            if kept.task is not None:
-                kept.task.cancel()
+    async def close(self) -> None:
+        """Cancel what runs in the background, and wait ``CLOSE_S`` seconds for its end."""
+        tasks = [kept.task for kept in self._kept.values() if kept.task is not None]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=CLOSE_S)
 
     def _make_room(self) -> None:
         while len(self._kept) > self._max or self.size > self._max_bytes:
@@ -152,10 +167,20 @@ class ResponseStore:
             node = node.before
 
 
-def size_of(value: Any) -> int:
-    """Bytes of memory that a value of JSON takes."""
-    total, todo = 0, [value]
-    while todo:
+def size_of(value: Any, most: int, items: Iterable[Item] = ()) -> int:
+    """Bytes of memory that a value of JSON takes; some number above ``most`` for more than that.
+    ``items``: those in it whose log-probabilities, which may be a million, are counted and not gone
+    through."""
+    counted = [
+        part["logprobs"]
+        for item in items
+        if item["type"] == "message"
+        for part in item["content"]
+        if part.get("logprobs")
+    ]
+    total = sum(CHAT_ENTRY_BYTES * len(e) * (1 + len(e[0]["top_logprobs"])) for e in counted)
+    skipped, todo = set(map(id, counted)), [value]
+    while todo and total <= most:
         item = todo.pop()
         if isinstance(item, str):
             total += sys.getsizeof(item)
@@ -164,7 +189,7 @@ def size_of(value: Any) -> int:
             todo += item.values()
         elif isinstance(item, list | tuple):
             total += OBJECT_BYTES
-            todo += item
+            todo += () if id(item) in skipped else item
         else:
             total += 32
     return total

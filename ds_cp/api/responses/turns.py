@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Any
 
 from ds_cp.api.chat.request import Part, Role, Turn
@@ -17,18 +16,17 @@ def turns_of(instructions: str | None, items: Iterable[Item]) -> list[Turn]:
     ``instructions`` and the system's messages at the beginning are one turn, since most templates
     take one only. Items are as ``items.read_input`` makes them, without references.
     """
-    turns = [Turn(role="system", content=instructions)] if instructions else []
+    turns: list[Turn] = []
+    run = [Turn(role="system", content=instructions)] if instructions else []  # will be one turn
     for item in items:
         turn = _turn_of(item)
-        last = turns[-1] if turns else None
-        if last is not None and (joined := _joined(last, turn, first=len(turns) == 1)) is not None:
-            turns[-1] = joined
-        elif turn != _NOTHING:
-            turns.append(turn)
-    return turns
-
-
-_NOTHING = Turn(role="assistant")
+        if turn.role == "assistant" and not (turn.content or turn.reasoning or turn.calls):
+            continue
+        if run and not _goes_on(run[-1], turn, first=not turns):
+            turns.append(_joined(run))
+            run = []
+        run.append(turn)
+    return [*turns, _joined(run)] if run else turns
 
 
 def _turn_of(item: Item) -> Turn:
@@ -55,22 +53,31 @@ def _content(parts: Sequence[dict[str, Any]]) -> str | list[Part]:
     return [{"type": "text", "text": part["text"]} for part in parts]
 
 
-def _joined(last: Turn, turn: Turn, *, first: bool) -> Turn | None:
-    """Both as one turn; None where they are two."""
-    if first and last.role == turn.role == "system":
-        return replace(last, content=f"{_text(last)}\n\n{_text(turn)}")
-    if not last.role == turn.role == "assistant":
-        return None
+def _goes_on(last: Turn, turn: Turn, *, first: bool) -> bool:
+    """Whether both are of one turn. ``first``: there is none before them."""
+    if last.role != turn.role:
+        return False
+    if turn.role != "assistant":
+        return first and turn.role == "system"
     # A model thinks, then speaks, then calls: what goes back in this order begins anew.
-    if turn.reasoning and (last.reasoning or last.content or last.calls):
-        return None
-    if turn.content and (last.content or last.calls):
-        return None
-    return replace(
-        last,
-        reasoning=last.reasoning or turn.reasoning,
-        content=last.content or turn.content,
-        calls=(*last.calls, *turn.calls),
+    return bool(turn.calls) or _stage(last) < _stage(turn)
+
+
+def _stage(turn: Turn) -> int:
+    return 2 if turn.calls else 1 if turn.content else 0
+
+
+def _joined(run: Sequence[Turn]) -> Turn:
+    """A run as one turn; in one go, because thousands may be in a row."""
+    if len(run) == 1:
+        return run[0]
+    if run[0].role == "system":
+        return Turn(role="system", content="\n\n".join(map(_text, run)))
+    return Turn(
+        role="assistant",
+        reasoning="".join(turn.reasoning for turn in run),
+        content=next((turn.content for turn in run if turn.content), ""),
+        calls=tuple(call for turn in run for call in turn.calls),
     )
 
 

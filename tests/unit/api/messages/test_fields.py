@@ -238,6 +238,13 @@ def test_format() -> None:
          "messages[0].content[0].tool_use_id"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "txet": 1}]}]},
          "messages[0].content[0].txet"),
+        ({"messages": [{"role": "assistant", "content": [
+            {"type": "tool_use", "id": "\ud800", "name": "f", "input": {}}]}]},
+         "messages[0].content[0].id"),
+        ({"messages": [{"role": "user", "content": "a"}
+                       | dict.fromkeys(map(str, range(255)))]}, "messages[0]"),
+        ({"messages": [{"role": "user", "content": "a", "contents": 1}]}, "messages[0].contents"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages[0].content"),
         ({"system": 5}, "system"),
         ({"system": [{"type": "image"}]}, "system[0].type"),
         ({"max_tokens": "5"}, "max_tokens"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pytest
 from anthropic.lib.streaming._messages import accumulate_event
 from anthropic.types import RawMessageStreamEvent
 from hypothesis import given
@@ -128,3 +129,34 @@ def test_arguments_that_are_no_object_are_told_as_they_are() -> None:
     assert output.blocks[0]["input"] == {"raw_arguments": '{"x": "ab'}
     message = client_reads(streamed([cut], "max_tokens"))
     assert message.content[0].input == {"x": "ab"} or message.content[0].input == {}
+
+
+_WRONG = st.one_of(
+    st.text('{}[]":,\\\\ ue01\n\x01', max_size=12),
+    st.dictionaries(st.text('ab"', max_size=3), st.text("c\\\\", max_size=3), max_size=3).map(
+        json.dumps
+    ),
+)
+
+
+@given(st.lists(_WRONG, max_size=4))
+def test_arguments_that_are_no_json_do_not_end_the_clients_stream(pieces: list[str]) -> None:
+    """The client reads what it has after each delta, and raises for what is no JSON."""
+    text = "".join(pieces)
+    deltas = [ArgumentsDelta(0, piece) for piece in pieces if piece]
+    steps = [[CallBegin(0, "c", "f")], *([delta] for delta in deltas), [CallEnd(0, False, "bad")]]
+    given_input = client_reads(streamed(steps)).content[0].input
+    assert isinstance(given_input, dict)
+    try:
+        found = json.loads(text, parse_constant=pytest.fail)
+    except ValueError:
+        found = None
+    if isinstance(found, dict):
+        assert given_input == found
+
+
+def test_arguments_that_are_no_object_are_sent_at_the_end() -> None:
+    steps = [[CallBegin(0, "c", "f"), ArgumentsDelta(0, " "), ArgumentsDelta(0, "x = 1")],
+             [CallEnd(0, False, "bad")]]  # fmt: skip
+    message = client_reads(streamed(steps))
+    assert message.content[0].input == {"raw_arguments": " x = 1"}

@@ -4,6 +4,7 @@ name; a value that asks for nothing passes everywhere."""
 from __future__ import annotations
 
 import json
+import math
 from typing import Any, get_args
 
 import pytest
@@ -45,7 +46,8 @@ FUNCTION = {"type": "function", "name": "f", "parameters": {"type": "object"}, "
 
 def read(body: Any, refuse: bool = False) -> tuple[Any, Notes]:
     notes = Notes(refuse)
-    return _to_model(json.dumps(body).encode(), ResponseRequest, notes, None), notes
+    data = json.dumps(body).replace("Infinity", "1e999").encode()
+    return _to_model(data, ResponseRequest, notes, None), notes
 
 
 def served(body: Any) -> ResponseRequest:
@@ -202,6 +204,9 @@ def test_tool_choice(choice: Any, mode: str, names: tuple[str, ...], single: boo
         ({"tools": [FUNCTION, FUNCTION]}, "tools[1]"),
         ({"tools": [FUNCTION] * 200}, "tools"),
         ({"tools": [FUNCTION | {"parameters": {"title": "\ud800"}}]}, "tools"),
+        ({"tools": [FUNCTION | {"parameters": {"maximum": math.inf}}]}, "tools"),
+        ({"text": {"format": {"type": "text", "description": "\ud800"}}}, "text.format"),
+        ({"text": {"format": {"type": "text", "schema": {"maximum": math.inf}}}}, "text.format"),
         ({"tools": [FUNCTION], "tool_choice": "required",
           "text": {"format": {"type": "json_object"}}}, "text.format"),
         ({"chat_template_kwargs": {"x": "\ud800"}}, "chat_template_kwargs.x"),
@@ -219,6 +224,18 @@ def test_tool_choice(choice: Any, mode: str, names: tuple[str, ...], single: boo
 )  # fmt: skip
 def test_what_is_wrong_is_named(body: dict[str, Any], param: str) -> None:
     assert error(body).param == param
+
+
+def test_what_is_nested_as_deep_as_is_read() -> None:
+    """A value that is told of in an error is gone through with more of the stack in use than when
+    it was read."""
+    for depth in range(940, 1000):
+        deep = "[" * depth + "]" * depth
+        for place in ('"tools":[{"type":%s}]', '"tools":[{"type":"function","name":%s}]',
+                      '"tool_choice":{"type":%s}', '"text":{"format":{"type":%s}}'):  # fmt: skip
+            data = '{"input":"x",' + place % deep + "}"
+            result = _to_model(data.encode(), ResponseRequest, Notes(), None)
+            assert isinstance(result, ApiError) and result.status_code == 400
 
 
 def test_an_input_or_a_response_to_go_on_from() -> None:

@@ -102,6 +102,10 @@ def test_texts_and_reasoning_alone() -> None:
     assert [turn.reasoning for turn in turns(late)] == ["", "y"]
     system = [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]
     assert [turn.role for turn in turns(system)] == ["user", "system"]
+    nothing = {"role": "assistant", "content": []}
+    assert turns([nothing, {"role": "user", "content": "a"}, nothing]) == [
+        Turn(role="user", content="a")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -117,7 +121,10 @@ def test_texts_and_reasoning_alone() -> None:
         ([{"role": "user", "content": "a", "contents": 1}], "input[0].contents"),
         ([{"role": "user", "content": "\ud800"}], "input[0]"),
         ([{"type": "function_call", "call_id": "a", "name": "a b"}], "input[0].name"),
+        ([{"type": "function_call", "call_id": "a", "name": "\ud800"}], "input[0].name"),
         ([{"type": "function_call", "call_id": "a", "name": "f"}], "input[0].arguments"),
+        ([{"type": "function_call", "call_id": "\ud800", "name": "f", "arguments": ""}],
+         "input[0].call_id"),
         ([{"type": "function_call", "name": "f", "arguments": ""}], "input[0].call_id"),
         ([{"type": "function_call_output", "call_id": "a"}], "input[0].output"),
         ([{"type": "reasoning", "content": [5]}], "input[0].content[0]"),
@@ -126,7 +133,8 @@ def test_texts_and_reasoning_alone() -> None:
         ([{"type": ["x"]}], "input[0].type"),
         ([{"role": "user", "content": "a"}] * 10_001, "input"),
         ([{"role": "user", "content": [{}] * 1001}], "input[0].content"),
+        ([{"role": "user", "content": "a"} | dict.fromkeys(map(str, range(255)))], "input[0]"),
     ],
-)
+)  # fmt: skip
 def test_what_is_wrong_is_named(value: Any, param: str) -> None:
     assert refused(value).param == param

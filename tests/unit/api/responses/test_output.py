@@ -26,7 +26,7 @@ from ds_cp.api.errors import ApiError
 from ds_cp.api.responses.items import unsealed
 from ds_cp.api.responses.output import Output
 from ds_cp.api.responses.request import ResponseRequest
-from ds_cp.api.responses.resource import failed, finished, new_response
+from ds_cp.api.responses.resource import failed, finished, in_pieces, new_response
 
 EVENT: Any = TypeAdapter(ResponseStreamEvent)
 BODY = ResponseRequest.model_validate({"input": "hi"})
@@ -224,3 +224,20 @@ def test_a_failed_response_is_of_the_protocol(status: int, code: str) -> None:
     read = Response.model_validate(json.loads(json.dumps(whole)), strict=True)
     assert read.status == "failed" and read.error is not None
     assert (read.error.code, read.error.message) == (code, "no")
+
+
+def test_a_response_is_written_in_pieces() -> None:
+    """No piece holds up the event loop, whatever a long answer has most of."""
+    output = Output()
+    entry = {"token": "a", "logprob": -1.0, "bytes": [97]}
+    entries = [entry | {"top_logprobs": [entry] * 20}] * 500
+    list(output.take([Reasoning("é\n")]))
+    list(output.take([Content("x€\n" * 20_000)], entries))
+    list(output.take([CallBegin(0, "c", "f"), ArgumentsDelta(0, "{}"), CallEnd(0, True)]))
+    list(output.take([Content("y")]))
+    list(output.finish("stop"))
+    response = finished(new_response(BODY, "resp_1", "m"), output.items, "stop", Usage(3, 5, 1, 2))
+    pieces = list(in_pieces(response))
+    assert json.loads(b"".join(pieces)) == response
+    assert len(response["output"][1]["content"][0]["logprobs"]) == 500
+    assert max(map(len, pieces)) < 100_000
