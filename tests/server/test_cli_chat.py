@@ -238,7 +238,7 @@ def test_a_conversation_at_a_terminal(served: Running, tmp_path: Path) -> None:
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(served: Running, monkeypatch: Any) -> None:
     engine = served.engine
-    engine.delay_s = 0.05
+    engine.delay_s = 0.25  # 25 s for all tokens: it does not end by itself
     made = engine._delta
     monkeypatch.setattr(engine, "_delta", lambda *about: replace(made(*about), text="tick "))
     with Terminal("chat", "--url", served.url, "--max-tokens", "100") as terminal:

@@ -73,8 +73,8 @@ class Served:
                 lambda err, _: self.died.append(err),
             )  # fmt: skip
             self.engine.start()
-            await asyncio.wait_for(ready.wait(), 10)
-            await asyncio.wait_for(work(self.engine), 20)
+            await asyncio.wait_for(ready.wait(), 60)
+            await asyncio.wait_for(work(self.engine), 60)
             await self.engine.stop(10)
 
         asyncio.run(main())
@@ -207,7 +207,7 @@ class StuckRank(OneRank):
 
 
 async def told(asking: asyncio.Task[list[int]]) -> BaseException | None:
-    await asyncio.wait({asking}, timeout=5)
+    await asyncio.wait({asking}, timeout=60)
     return asking.exception()
 
 
