@@ -86,6 +86,11 @@ class Terminal:
                 self._read(0.1)
         self.until(text)
 
+    @property
+    def echoes(self) -> bool:
+        """Whether the terminal shows what is typed by itself."""
+        return bool(termios.tcgetattr(self._master)[3] & termios.ECHO)
+
     def ends(self) -> int:
         """Wait for the end; the exit code."""
         end = time.monotonic() + PATIENCE_S

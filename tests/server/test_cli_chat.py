@@ -264,6 +264,15 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(served: Running, monkeypatc
         assert terminal.ends() == 0
 
 
+def test_sigterm_at_the_prompt_gives_the_terminal_back(served: Running) -> None:
+    with Terminal("chat", "--url", served.url) as terminal:
+        terminal.until("> ")
+        assert not terminal.echoes, "the editor of lines shows what is typed"
+        terminal.process.terminate()
+        assert terminal.ends() == 143
+        assert terminal.echoes and "Traceback" not in terminal.shown
+
+
 def test_ctrl_c_before_the_first_token(served: Running) -> None:
     engine = served.engine
     engine.first_delay_s = 600.0

