@@ -120,7 +120,7 @@ def test_a_lost_server_is_said_and_found_again(
     site.served.stop()
     site.until("The connection was lost; trying again.", "#feed")
     assert site.page.locator("#state").inner_text() == "unreachable"
-    site.served.thread.join(10)
+    site.served.thread.join(60)
     launch(site.engine, port=site.served.port)
     site.until("ready", "#state")
     assert site.page.locator("#feed").inner_text() == ""

@@ -154,7 +154,7 @@ def servers_of(tokenizer: Any) -> Iterator[Callable[..., Running]]:
     for running in servers:
         running.stop()
     for running in servers:
-        running.thread.join(10)
+        running.thread.join(PATIENCE_S)
         assert not running.thread.is_alive(), "the server did not stop"
 
 
