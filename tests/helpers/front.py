@@ -85,11 +85,11 @@ def front(folder: Path, files: int | None = None, **settings: Any) -> Iterator[F
     finally:
         process.terminate()
         try:
-            process.wait(15)
+            process.wait(60)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-            raise AssertionError("the front did not end within 15 s of SIGTERM") from None
+            raise AssertionError("the front did not end within 60 s of SIGTERM") from None
         finally:
             process.stdout.close()
 
