@@ -192,8 +192,8 @@ class Worker:
         return msgspec.structs.replace(outcome, seconds=seconds)
 
     def _context(self, work: StepWork) -> tuple[StepContext, Kind | None]:
-        """The step, and its kind where it spans ranks and may be replayed: not while it is traced,
-        since a replay shows no exchange."""
+        """The step, and its kind where it spans ranks and may be replayed. None is replayed while
+        it is traced: that would show no layer and no exchange."""
         if self.tracing is not None:
             return self.tracing.context(work, self.layers), None
         if self.graphs is not None:
@@ -218,7 +218,9 @@ class Worker:
         """Logits ``[rows wanted, V]`` of the flat batch ``[1, T]``."""
         self.world.wait_for_device()
         began = time.perf_counter()
-        logits = self.graphs.replay(step, kind) if self.graphs is not None else None
+        logits = None
+        if self.graphs is not None and self.tracing is None:
+            logits = self.graphs.replay(step, kind)
         if logits is None:
             out = self.model(
                 input_ids=step.ids, position_ids=step.positions, use_cache=False,
