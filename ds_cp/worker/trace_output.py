@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import msgspec
 import torch
@@ -17,7 +17,7 @@ from ds_cp.comm.wire import World
 from ds_cp.errors import OutputError
 from ds_cp.trace.chrome import TraceFile
 from ds_cp.trace.clocks import Clock, Offset, Ping, offset_of
-from ds_cp.trace.recorder import RECORD, Recorder, Recording, end_of, records_of
+from ds_cp.trace.recorder import RECORD, Recorder, Recording, common_end, end_of, records_of
 from ds_cp.version import __version__
 
 Buffer = bytes | bytearray
@@ -50,8 +50,7 @@ class TraceOutput:
         last = _offsets(world, self._recorder)
         recording, data = self._recorder.recording()
         head = bytearray(msgspec.msgpack.encode(recording))
-        newest = recording.steps[-1][0] if recording.steps else -1
-        mine = torch.tensor([newest, len(head), len(data)])
+        mine = torch.tensor([len(head), len(data)])
         if world.rank != 0:
             world.everybody.exchange([(0, mine)], [], SCHEME).wait()
             for part in filter(None, (head, data)):
@@ -62,22 +61,14 @@ class TraceOutput:
         coming = list(enumerate(sizes))[1:]
         world.everybody.exchange([], coming, SCHEME).wait()
         clocks = [Clock(a, b) for a, b in zip(self._first, last, strict=True)]
-        newest = min(int(size[0]) for size in sizes)
-        known = len(recording.steps) + recording.left_out
-        kept = sum(number <= newest for number, _ in recording.steps)
-        about = {
-            "version": __version__, "ranks": world.size, "hosts": list(world.topology.hosts),
-            "device": world.device.type, "steps": kept, "left_out_steps": known - kept,
-            "clock_error_us": max((o.error for o in (*self._first, *last) if o.offset), default=0)
-            / 1000,
-        }  # fmt: skip
+        error = max((o.error for o in (*self._first, *last) if o.offset), default=0)
         others = _Others(world, sizes)
         try:
             with tempfile.TemporaryFile(dir=Path(self._file).absolute().parent) as spool:
                 heads = [recording, *others.take(spool)]
                 spool.seek(0)
-                parts = chain([data], (spool.read(int(size[2])) for size in sizes[1:]))
-                count = self._write(about, heads, parts, clocks, newest)
+                parts = chain([data], (spool.read(int(size[1])) for size in sizes[1:]))
+                kept, left_out, count = self._write(heads, parts, clocks, error)
         except OSError as err:
             others.drop()
             raise OutputError(
@@ -85,17 +76,27 @@ class TraceOutput:
                 "name another file in trace.file"
             ) from None
         line = f"trace of {kept} steps, {count} spans on {world.size} ranks: {self._file}"
-        if known > kept:
-            line += f"; {known - kept} later steps had no room (trace.max_events)"
+        if left_out:
+            line += f"; {left_out} later steps had no room (trace.max_events)"
         return line
 
     def _write(
-        self, about: Mapping[str, Any], heads: Sequence[Recording], parts: Iterable[Buffer],
-        clocks: Sequence[Clock], newest: int,
-    ) -> int:  # fmt: skip
-        """The file, whole or not at all; the number of spans. ``parts``: each rank's records."""
+        self, heads: Sequence[Recording], parts: Iterable[Buffer], clocks: Sequence[Clock],
+        error: int,
+    ) -> tuple[int, int, int]:  # fmt: skip
+        """The file, whole or not at all, of the steps that every rank has kept: how many these are,
+        how many are not in it, and the number of spans. ``parts``: each rank's records; ``error``:
+        of the clocks, nanoseconds."""
+        world, newest = self._world, common_end(heads)
+        kept = sum(number <= newest for number, _ in heads[0].steps)
+        left_out = len(heads[0].steps) + heads[0].left_out - kept
+        about = {
+            "version": __version__, "ranks": world.size, "hosts": list(world.topology.hosts),
+            "device": world.device.type, "steps": kept, "left_out_steps": left_out,
+            "clock_error_us": error / 1000,
+        }  # fmt: skip
         part, base = f"{self._file}.part", self._first[0].at  # rank 0's time that is 0 in the file
-        hosts, count = self._world.topology.hosts, 0
+        count = 0
         try:
             with open(part, "w", encoding="utf-8", buffering=1 << 20) as out:
                 trace = TraceFile(out, about)
@@ -103,7 +104,8 @@ class TraceOutput:
                     clock, recording = clocks[rank], heads[rank]
                     last = end_of(recording, newest, len(data) // RECORD.size)
                     count += trace.rank(
-                        rank, hosts[rank], recording.names, records_of(data, 0, last),
+                        rank, world.topology.hosts[rank], recording.names,
+                        records_of(data, 0, last),
                         lambda time, clock=clock: clock.aligned(time) - base,  # type: ignore[misc]
                     )  # fmt: skip
                 trace.end()
@@ -111,16 +113,16 @@ class TraceOutput:
         finally:
             with contextlib.suppress(OSError):
                 os.unlink(part)
-        return count
+        return kept, left_out, count
 
 
 class _Others:
-    """Rank 0's side: what the other ranks send, one after the other. ``sizes``: of each rank, the
-    newest step, bytes of its ``Recording``, bytes of its records."""
+    """Rank 0's side: what the other ranks send, one after the other. ``sizes``: of each rank, bytes
+    of its ``Recording``, bytes of its records."""
 
     def __init__(self, world: World, sizes: Sequence[torch.Tensor]) -> None:
         self._world = world
-        self._left = [(r, n) for r, s in enumerate(sizes) if r for n in s.tolist()[1:] if n]
+        self._left = [(r, n) for r, s in enumerate(sizes) if r for n in s.tolist() if n]
         self._sizes = sizes
 
     def take(self, spool: IO[bytes]) -> list[Recording]:
@@ -128,7 +130,7 @@ class _Others:
         heads = []
         for size in self._sizes[1:]:
             heads.append(msgspec.msgpack.decode(self._receive(), type=Recording))
-            if int(size[2]):
+            if int(size[1]):
                 spool.write(self._receive())
         return heads
 
