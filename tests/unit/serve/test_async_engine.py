@@ -182,7 +182,7 @@ def test_a_request_that_comes_while_the_engine_stops_is_refused() -> None:
         with engine._lock:  # the thread cannot see yet that it should stop
             engine._stopping = engine._refusing = True
         with pytest.raises(EngineDeadError, match="stopping"):
-            await asyncio.wait_for(ask(engine, "late"), 5)
+            await asyncio.wait_for(ask(engine, "late"), 60)
         await stopping
 
     served = Served()
