@@ -260,6 +260,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(served: Running, monkeypatc
         asked = engine.tokenizer.decode(engine.seen[-1][0])
         assert "count" in asked and "<|assistant|>tick tick" in asked and "go on" in asked
         terminal.send("half a line")
+        terminal.until("half a line")  # read: Ctrl-C makes the terminal drop what is not
         terminal.insist("\x03", "leaves)")  # at the prompt it clears the line
         terminal.until("> ")
         terminal.send("\x04")
