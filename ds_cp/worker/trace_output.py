@@ -67,7 +67,8 @@ class TraceOutput:
             with tempfile.TemporaryFile(dir=Path(self._file).absolute().parent) as spool:
                 heads = [recording, *others.take(spool)]
                 spool.seek(0)
-                parts = chain([data], (spool.read(int(size[1])) for size in sizes[1:]))
+                own: list[Buffer] = [data]
+                parts = chain(own, (spool.read(int(size[1])) for size in sizes[1:]))
                 kept, left_out, count = self._write(heads, parts, clocks, error)
         except OSError as err:
             others.drop()
