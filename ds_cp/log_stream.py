@@ -217,9 +217,13 @@ class _ObjectHandler(logging.Handler):
     """Writes what Python's loggers are told as objects."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        try:
+            message = record.getMessage()
+        except Exception:  # values that do not fit the text must not end what the logger was told
+            message = str(record.msg)
         fields: dict[str, Any] = {
             "time": round(record.created, 3), "level": record.levelname.lower(),
-            "logger": record.name, "message": record.getMessage(),
+            "logger": record.name, "message": message,
         }  # fmt: skip
         if record.exc_info:
             fields["traceback"] = logging.Formatter().formatException(record.exc_info)

@@ -65,6 +65,7 @@ def _chat(args: argparse.Namespace, env: Mapping[str, str]) -> int:
     the first error."""
     from ds_cp.cli.chat_session import Session
     from ds_cp.cli.conversation import Conversation
+    from ds_cp.cli.signals import terminal_given_back
     from ds_cp.client.connection import Server
 
     server = Server.of(args.url, args.api_key, args.timeout)
@@ -77,7 +78,8 @@ def _chat(args: argparse.Namespace, env: Mapping[str, str]) -> int:
             talk.set(name, given)
     session = Session(server, talk, args.model, as_json=args.json, loaded=args.load)
     if args.message is None and sys.stdin.isatty():
-        return session.converse()
+        with terminal_given_back():
+            return session.converse()
     if args.lines:
         return session.follow(args.message)
     return session.once(args.message)

@@ -1,4 +1,4 @@
-"""Signals inside an event loop."""
+"""Signals of commands that hold a terminal, or run an event loop."""
 
 from __future__ import annotations
 
@@ -24,3 +24,18 @@ def caught(
         for number in numbers:
             loop.remove_signal_handler(number)
             signal.signal(number, before[number] or signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def terminal_given_back() -> Iterator[None]:
+    """Inside the block SIGTERM raises ``SystemExit`` 143, so that whoever holds the terminal, an
+    editor of lines or a screen of its own, gives it back on the way."""
+
+    def end(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)

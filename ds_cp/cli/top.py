@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from ds_cp.cli.chat import add_server
 from ds_cp.cli.parser import Verbs, add_json
+from ds_cp.cli.signals import terminal_given_back
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -51,7 +52,8 @@ def _top(args: argparse.Namespace, env: Mapping[str, str]) -> int:
         elif args.once or not console.is_terminal:
             asyncio.run(_once(server, console))
         else:
-            asyncio.run(_live(server, console))
+            with terminal_given_back():
+                asyncio.run(_live(server, console))
     except KeyboardInterrupt:
         pass  # the way to leave
     return 0

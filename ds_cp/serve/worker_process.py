@@ -66,12 +66,16 @@ def _work(channel: Channel, spec: WorkerSpec) -> None:
     job = Job(**fields, store_socket=listener)
     world, threads = join_job(job, config)
     worker, facts = build_worker(world, config, None, threads)
-    with worker.failing():  # the end of the channel too
-        channel.send(Ready(facts, tuple(summary(config, facts))))
-        if world.rank == 0:
-            _lead(channel, worker)
-        else:
-            worker.follow()
+    try:
+        with worker.failing():  # the end of the channel too
+            channel.send(Ready(facts, tuple(summary(config, facts))))
+            if world.rank == 0:
+                _lead(channel, worker)
+            else:
+                worker.follow()
+    except BaseException:
+        worker.give_up_trace()
+        raise
     try:
         worker.leave()
     except OutputError as err:

@@ -60,7 +60,7 @@ class Recorder:
     """
 
     def __init__(self, limit: int) -> None:
-        self._limit = limit
+        self._most = limit * RECORD.size  # bytes
         self._records = bytearray()
         self._steps: list[tuple[int, int]] = []
         self._left_out = 0
@@ -78,7 +78,9 @@ class Recorder:
         self, kind: Kind, name: str, begin: int, value: int = 0, number: int = 0,
         end: int | None = None,
     ) -> None:  # fmt: skip
-        """A span from ``begin`` to ``end``, or now. Nothing outside steps."""
+        """A span from ``begin`` to ``end``, or now. Nothing outside steps, or beyond the limit."""
+        if len(self._records) >= self._most:
+            self._open = False
         if self._open:
             self._records += RECORD.pack(
                 begin, time.perf_counter_ns() if end is None else end, value, number,
@@ -120,7 +122,7 @@ class Recorder:
         try:
             yield
             self.add(Kind.STEP, "step", begin, number=number)
-            kept = self._open and len(self._records) <= self._limit * RECORD.size
+            kept = self._open
         finally:
             self._open = False
             if kept:
@@ -137,13 +139,14 @@ class Recorder:
             found = self._names[text] = len(self._names)
         return found
 
-    def recording(self) -> tuple[Recording, bytes]:
-        """What there is so far, and its records one after the other."""
+    def recording(self) -> tuple[Recording, bytearray]:
+        """What there is so far, and its records one after the other: the buffer itself, which may
+        have hundreds of megabytes."""
         names = tuple(self._names)
-        return Recording(names, tuple(self._steps), self._left_out), bytes(self._records)
+        return Recording(names, tuple(self._steps), self._left_out), self._records
 
 
-def records_of(data: bytes | memoryview, first: int, last: int) -> Iterator[Record]:
+def records_of(data: bytes | bytearray, first: int, last: int) -> Iterator[Record]:
     """The records ``first`` to ``last - 1`` of ``Recorder.recording``."""
     for fields in RECORD.iter_unpack(memoryview(data)[first * RECORD.size : last * RECORD.size]):
         yield Record(*fields)

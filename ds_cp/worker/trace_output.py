@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import IO
 
 import msgspec
 import torch
@@ -12,23 +17,30 @@ from ds_cp.comm.wire import World
 from ds_cp.errors import OutputError
 from ds_cp.trace.chrome import TraceFile
 from ds_cp.trace.clocks import Clock, Offset, Ping, offset_of
-from ds_cp.trace.recorder import RECORD, Recorder, Recording, end_of, records_of
+from ds_cp.trace.recorder import RECORD, Recorder, Recording, common_end, end_of, records_of
 from ds_cp.version import __version__
 
+Buffer = bytes | bytearray
 SCHEME = "trace"  # name in the ledger
 PINGS = 8  # messages to each rank and back, of which the quickest counts
 
 
 class TraceOutput:
     """Gathers and writes the trace. Collective, made when recording begins: clocks of ranks are
-    compared then and at the end. Rank 0 takes one rank's records after the other, so it never has
-    more than two ranks' in memory."""
+    compared then and at the end. Rank 0 lays what the other ranks recorded on its disk, one rank
+    after the other, and turns it into events when all of them have gone: seconds for each 100,000
+    spans, which no rank should have to wait for. So it has one rank's spans in memory at a time.
+    """
 
     def __init__(self, world: World, recorder: Recorder, file: str) -> None:
         self._world = world
         self._recorder = recorder
         self._file = file
         self._first = _offsets(world, recorder)
+
+    def lost(self) -> str:
+        """On rank 0, a line that says that no trace is written, since the job has failed."""
+        return "" if self._world.rank else f"no trace is written to {self._file}: the job failed"
 
     def write(self) -> str:
         """Write the file; on rank 0, a line that says what is in it, else "". Collective, and all
@@ -37,93 +49,103 @@ class TraceOutput:
         world = self._world
         last = _offsets(world, self._recorder)
         recording, data = self._recorder.recording()
-        head = msgspec.msgpack.encode(recording)
-        newest = recording.steps[-1][0] if recording.steps else -1
-        mine = torch.tensor([newest, len(head), len(data)])
+        head = bytearray(msgspec.msgpack.encode(recording))
+        mine = torch.tensor([len(head), len(data)])
         if world.rank != 0:
             world.everybody.exchange([(0, mine)], [], SCHEME).wait()
-            payload = torch.frombuffer(bytearray(head + data), dtype=torch.uint8)
-            world.everybody.exchange([(0, payload)], [], SCHEME).wait()
+            for part in filter(None, (head, data)):
+                payload = torch.frombuffer(part, dtype=torch.uint8)
+                world.everybody.exchange([(0, payload)], [], SCHEME).wait()
             return ""
         sizes = [mine, *(torch.zeros_like(mine) for _ in range(world.size - 1))]
         coming = list(enumerate(sizes))[1:]
         world.everybody.exchange([], coming, SCHEME).wait()
         clocks = [Clock(a, b) for a, b in zip(self._first, last, strict=True)]
-        newest = min(int(size[0]) for size in sizes)
-        gather = _Gather(world, newest, clocks, self._first[0].at)
-        known = len(recording.steps) + recording.left_out
-        kept = sum(number <= newest for number, _ in recording.steps)
+        error = max((o.error for o in (*self._first, *last) if o.offset), default=0)
+        others = _Others(world, sizes)
+        try:
+            with tempfile.TemporaryFile(dir=Path(self._file).absolute().parent) as spool:
+                heads = [recording, *others.take(spool)]
+                spool.seek(0)
+                own: list[Buffer] = [data]
+                parts = chain(own, (spool.read(int(size[1])) for size in sizes[1:]))
+                kept, left_out, count = self._write(heads, parts, clocks, error)
+        except OSError as err:
+            others.drop()
+            raise OutputError(
+                f"cannot write the trace to {self._file}: {err.strerror or err}; "
+                "name another file in trace.file"
+            ) from None
+        line = f"trace of {kept} steps, {count} spans on {world.size} ranks: {self._file}"
+        if left_out:
+            line += f"; {left_out} later steps had no room (trace.max_events)"
+        return line
+
+    def _write(
+        self, heads: Sequence[Recording], parts: Iterable[Buffer], clocks: Sequence[Clock],
+        error: int,
+    ) -> tuple[int, int, int]:  # fmt: skip
+        """The file, whole or not at all, of the steps that every rank has kept: how many these are,
+        how many are not in it, and the number of spans. ``parts``: each rank's records; ``error``:
+        of the clocks, nanoseconds."""
+        world, newest = self._world, common_end(heads)
+        kept = sum(number <= newest for number, _ in heads[0].steps)
+        left_out = len(heads[0].steps) + heads[0].left_out - kept
         about = {
             "version": __version__, "ranks": world.size, "hosts": list(world.topology.hosts),
-            "device": world.device.type, "steps": kept, "left_out_steps": known - kept,
-            "clock_error_us": max((o.error for o in (*self._first, *last) if o.offset), default=0)
-            / 1000,
+            "device": world.device.type, "steps": kept, "left_out_steps": left_out,
+            "clock_error_us": error / 1000,
         }  # fmt: skip
-        failure: OSError | None = None
-        part = f"{self._file}.part"
+        part, base = f"{self._file}.part", self._first[0].at  # rank 0's time that is 0 in the file
         count = 0
         try:
             with open(part, "w", encoding="utf-8", buffering=1 << 20) as out:
                 trace = TraceFile(out, about)
-                count = gather.to_file(trace, recording, data, sizes)
+                for rank, data in enumerate(parts):
+                    clock, recording = clocks[rank], heads[rank]
+                    last = end_of(recording, newest, len(data) // RECORD.size)
+                    count += trace.rank(
+                        rank, world.topology.hosts[rank], recording.names,
+                        records_of(data, 0, last),
+                        lambda time, clock=clock: clock.aligned(time) - base,  # type: ignore[misc]
+                    )  # fmt: skip
                 trace.end()
             os.replace(part, self._file)
-        except OSError as err:
-            failure = err
-            gather.drop(sizes)
-        if failure is not None:
-            raise OutputError(
-                f"cannot write the trace to {self._file}: {failure.strerror or failure}; "
-                "name another file in trace.file"
-            )
-        line = f"trace of {kept} steps, {count} spans on {world.size} ranks: {self._file}"
-        if known > kept:
-            line += f"; {known - kept} later steps had no room (trace.max_events)"
-        return line
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(part)
+        return kept, left_out, count
 
 
-class _Gather:
-    """Rank 0's side: the ranks' records, one rank after the other."""
+class _Others:
+    """Rank 0's side: what the other ranks send, one after the other. ``sizes``: of each rank, bytes
+    of its ``Recording``, bytes of its records."""
 
-    def __init__(self, world: World, newest: int, clocks: Sequence[Clock], base: int) -> None:
+    def __init__(self, world: World, sizes: Sequence[torch.Tensor]) -> None:
         self._world = world
-        self._newest = newest
-        self._clocks = clocks
-        self._base = base  # rank 0's time that is 0 in the file
-        self._taken = 0  # ranks whose records came
+        self._left = [(r, n) for r, s in enumerate(sizes) if r for n in s.tolist() if n]
+        self._sizes = sizes
 
-    def to_file(
-        self, trace: TraceFile, mine: Recording, data: bytes, sizes: Sequence[torch.Tensor]
-    ) -> int:
-        """Write all of them; the number of spans. ``OSError`` when the file cannot be written."""
-        count = self._rank(trace, 0, mine, memoryview(data))
-        while self._taken + 1 < self._world.size:
-            payload = self._receive(sizes)
-            cut = int(sizes[self._taken][1])
-            recording = msgspec.msgpack.decode(payload[:cut], type=Recording)
-            count += self._rank(trace, self._taken, recording, payload[cut:])
-        return count
+    def take(self, spool: IO[bytes]) -> list[Recording]:
+        """Receive all; the records go to ``spool``, in the order of ranks. ``OSError``."""
+        heads = []
+        for size in self._sizes[1:]:
+            heads.append(msgspec.msgpack.decode(self._receive(), type=Recording))
+            if int(size[1]):
+                spool.write(self._receive())
+        return heads
 
-    def drop(self, sizes: Sequence[torch.Tensor]) -> None:
+    def drop(self) -> None:
         """Receive what is left, so that no rank waits."""
-        while self._taken + 1 < self._world.size:
-            self._receive(sizes)
+        while self._left:
+            self._receive()
 
-    def _receive(self, sizes: Sequence[torch.Tensor]) -> memoryview:
-        self._taken += 1
-        size = sizes[self._taken]
-        payload = torch.empty(int(size[1] + size[2]), dtype=torch.uint8)
-        self._world.everybody.exchange([], [(self._taken, payload)], SCHEME).wait()
+    def _receive(self) -> memoryview:
+        rank, size = self._left.pop(0)
+        payload = torch.empty(size, dtype=torch.uint8)
+        self._world.everybody.exchange([], [(rank, payload)], SCHEME).wait()
         content: memoryview = payload.numpy().data
         return content
-
-    def _rank(self, trace: TraceFile, rank: int, recording: Recording, data: memoryview) -> int:
-        clock, base = self._clocks[rank], self._base
-        last = end_of(recording, self._newest, len(data) // RECORD.size)
-        return trace.rank(
-            rank, self._world.topology.hosts[rank], recording.names, records_of(data, 0, last),
-            lambda time: clock.aligned(time) - base,
-        )  # fmt: skip
 
 
 def _offsets(world: World, recorder: Recorder) -> list[Offset]:

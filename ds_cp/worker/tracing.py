@@ -50,6 +50,10 @@ class Tracing:
         """The step's attention."""
         return TracedContext(work, layers, self.recorder)
 
+    def lost(self) -> str:
+        """What to say of a job that has failed; see ``TraceOutput``."""
+        return self._output.lost()
+
     def write(self) -> str:
         """Write what was recorded; see ``TraceOutput``."""
         return self._output.write()

@@ -18,6 +18,7 @@ from ds_cp.comm.failure import failing
 from ds_cp.comm.pending import Pending
 from ds_cp.comm.wire import Group, World
 from ds_cp.kv.pool import KVPool
+from ds_cp.log_stream import say
 from ds_cp.model.wiring import CONTEXT, Decoder
 from ds_cp.plan import (
     ATTENTION_SCHEMES,
@@ -127,12 +128,18 @@ class Worker:
         taken is written then, unless the job has failed. Raises ``OutputError`` on rank 0 when it
         cannot be."""
         try:
-            if self.tracing is not None and together and self.world.failure is None:
-                line = self.tracing.write()
-                if line:
-                    print(f"ds_cp: {line}", file=sys.stderr, flush=True)
+            if not together or self.world.failure is not None:
+                self.give_up_trace()
+            elif self.tracing is not None and (line := self.tracing.write()):
+                say(line)
         finally:
             self.world.leave()
+
+    def give_up_trace(self) -> None:
+        """Say that no trace is written, since the job has failed, where one was to be."""
+        if self.tracing is not None and (line := self.tracing.lost()):
+            say(line)
+        self.tracing = None
 
     def run(self, plan: Plan, began: float | None = None) -> Outcome:
         """Run my part of a plan, which ``began`` at that ``time.perf_counter()``, or now.
@@ -185,8 +192,8 @@ class Worker:
         return msgspec.structs.replace(outcome, seconds=seconds)
 
     def _context(self, work: StepWork) -> tuple[StepContext, Kind | None]:
-        """The step, and its kind where it spans ranks and may be replayed: not while it is traced,
-        since a replay shows no exchange."""
+        """The step, and its kind where it spans ranks and may be replayed. None is replayed while
+        it is traced: that would show no layer and no exchange."""
         if self.tracing is not None:
             return self.tracing.context(work, self.layers), None
         if self.graphs is not None:
@@ -211,7 +218,9 @@ class Worker:
         """Logits ``[rows wanted, V]`` of the flat batch ``[1, T]``."""
         self.world.wait_for_device()
         began = time.perf_counter()
-        logits = self.graphs.replay(step, kind) if self.graphs is not None else None
+        logits = None
+        if self.graphs is not None and self.tracing is None:
+            logits = self.graphs.replay(step, kind)
         if logits is None:
             out = self.model(
                 input_ids=step.ids, position_ids=step.positions, use_cache=False,

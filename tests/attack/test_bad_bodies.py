@@ -282,5 +282,5 @@ def test_the_worst_bodies_hold_up_no_other_stream(tmp_path: Path) -> None:
         assert "Traceback" not in attacked.log.read_text()
     assert not met.lost, met.why
     # The aim is 0.1 s, which benchmarks/attacks.py measures on an idle machine. This one is not.
-    assert met.gap_s <= 1.0, met
+    assert met.gap_s <= met.bound_s, met
     assert most - before < 300 << 20 and after - before < 100 << 20

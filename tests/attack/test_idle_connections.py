@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.helpers.front import Front, front, honest_streams
+from tests.helpers.front import Front, front, honest_streams, load
 from tests.helpers.raw import answers, ask, connect, read_all
 
 HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
@@ -65,9 +65,9 @@ def test_idle_connections_are_nothing_to_others(tmp_path: Path, limit: int, coun
         with honest_streams(served.url, 20) as met, contextlib.ExitStack() as stack:
             for sent in (b"", b"GET /health HTTP/1.1\r\nHo"):  # nothing, and half a head
                 hold(stack, served.port, count, sent)
-                assert slowest_health(served.port, 0.5) < 2.0
+                assert slowest_health(served.port, 0.5) < 2.0 * max(1.0, load(5))
                 assert served.descriptors < limit - 30  # files are left for everything else
-        assert not met.lost and met.whole and met.gap_s < 1.0, met
+        assert not met.lost and met.whole and met.gap_s < met.bound_s, met
         assert served.memory - memory < 100 << 20
         assert served.log.read_text() == ""
 
@@ -87,7 +87,7 @@ def busy(served: Front, stack: contextlib.ExitStack, count: int) -> list[socket.
 
 def test_at_the_bound(tmp_path: Path) -> None:
     """Who is idle makes room, longest first; when none is, others are told and health answers."""
-    with front(tmp_path, max_connections=4, engine={"delay_s": 0.1}) as served:
+    with front(tmp_path, max_connections=4, engine={"delay_s": 0.5}) as served:
         url, port = served.url, served.port
         with contextlib.ExitStack() as stack, httpx.Client() as first, httpx.Client() as second:
             for client in (first, second, first):  # the second one has been idle longest
@@ -105,9 +105,9 @@ def test_at_the_bound(tmp_path: Path) -> None:
                 (answer,) = ask(port, HEALTH.replace(b"/health", target))
                 assert answer.status == 200 and answer.headers["connection"] == "close"
             hold(stack, port, 60)  # they take turns in what is kept for health
-            assert slowest_health(port, 0.5) < 2.0
+            assert slowest_health(port, 0.5) < 2.0 * max(1.0, load(5))
             streams[0].close()  # a place is free again
-            deadline = time.monotonic() + 5
+            deadline = time.monotonic() + 60
             while ask(port, MODELS)[0].status != 200:
                 assert time.monotonic() < deadline
             for sock in streams[1:] * 2:  # they go on; the next test reads them to their end
@@ -141,6 +141,6 @@ def test_without_a_free_file_the_server_goes_on(tmp_path: Path) -> None:
             resource.prlimit(served.process.pid, resource.RLIMIT_NOFILE, (256, 256))
             for sock in waiting:
                 assert [answer.status for answer in answers(read_all(sock))] == [200]
-        assert not met.lost and met.gap_s < 1.0, met
+        assert not met.lost and met.gap_s < met.bound_s, met
         lines = served.log.read_text().splitlines()
         assert len(lines) == 1 and os.strerror(24) in lines[0], lines

@@ -64,7 +64,7 @@ def test_a_template_without_end_costs_one_request(tmp_path: Path) -> None:
         assert max(memory) < before + 400 * MB  # three workers at most, of 64 MiB and their own
         assert attacked.memory < before + 100 * MB
     assert met.whole >= 5 and not met.lost, met.why
-    assert met.gap_s <= 1.0
+    assert met.gap_s <= met.bound_s
 
 
 def test_long_texts_are_not_in_the_way_of_short_ones(tmp_path: Path) -> None:
@@ -92,4 +92,4 @@ def test_long_texts_are_not_in_the_way_of_short_ones(tmp_path: Path) -> None:
         assert sorted(waits)[len(waits) // 2] < 0.5
         assert max(memory) < before + 300 * MB
     assert met.whole >= 5 and not met.lost, met.why
-    assert met.gap_s <= 1.0
+    assert met.gap_s <= met.bound_s

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ import psutil
 
 from benchmarks.attacks import FILES, GAP_S, MB, MEMORY_MB, SETTINGS, warm
 from tests.helpers.attackers import KINDS, attackers
-from tests.helpers.front import Honest, front, honest_streams
+from tests.helpers.front import Honest, front, honest_streams, load
 from tests.helpers.probe import Probe
 
 ATTACK_S, AGAIN_S = 5.0, 20.0  # the second time where others have the cores
@@ -64,21 +63,11 @@ def attack(folder: Path, seconds: float) -> Attack:
     return Attack(met, did)
 
 
-def load() -> float:
-    """Processes that run or wait for a core, for each core: of others, while this one waits."""
-    seen = []
-    for _ in range(20):
-        time.sleep(0.05)
-        running = Path("/proc/loadavg").read_text().split()[3].partition("/")[0]
-        seen.append(int(running) - 1)  # this one, which reads
-    return sum(seen) / len(seen) / (os.cpu_count() or 1)
-
-
 def test_all_attacks_at_once(tmp_path: Path) -> None:
-    busy, bound = load(), GAP_S
+    busy, bound = load(20), GAP_S
     made = attack(tmp_path / "first", ATTACK_S)
     if busy > 1 and (made.met.gap_s > GAP_S or made.idle):
-        bound = GAP_S * max(1.0, load())  # now others may have their share
+        bound = GAP_S * max(1.0, load(20))  # now others may have their share
         made = attack(tmp_path / "second", AGAIN_S)
     assert made.met.gap_s <= bound, (made.met, busy)
     assert not made.idle, (made, busy)

@@ -488,9 +488,9 @@ def test_a_dead_peer_is_an_error_at_once(tmp_path: Path, carrier: str) -> None:
         )
     for rank in (0, 2):
         for seconds, text in json.loads((tmp_path / f"{rank}.json").read_text()):
-            assert seconds < (5 if carrier == "shared memory" else 20)
+            assert seconds < 30
             noticed = re.search(r"in group cp: a peer is gone, noticed ([\d.]+) s after", text)
-            assert noticed and abs(float(noticed[1]) - seconds) < 1, text
+            assert noticed and abs(float(noticed[1]) - seconds) < 5, text
 
 
 # --- joining

@@ -6,7 +6,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -28,7 +28,6 @@ from tests.helpers.ranks import run_ranks
 
 GREEDY = SamplingParams(max_tokens=4, temperature=0.0)
 SLEEP_S = 0.25  # of each forward call of the slow rank
-NEAR_S = 0.1
 QUIET_S, TOKEN_S = 0.03, 0.0005  # of a sleepy forward call: at least, and for each further token
 
 
@@ -39,29 +38,44 @@ def kv(tokens: int, **more: Any) -> dict[str, Any]:
 # --- a step's time
 
 
-def timed_steps(world: World, slow: int, mode: str) -> dict[int, tuple[float, float, int]]:
-    """By step: seconds that rank 0 reports, or that this rank itself worked; the same in the model;
-    and the tokens that were drawn. Rank ``slow`` sleeps in its forward calls."""
+class Timed(NamedTuple):
+    """See ``timed_steps``."""
+
+    seconds: float
+    model_s: float
+    own_model_s: float
+    took: float
+    drawn: int
+
+
+def timed_steps(world: World, slow: int, mode: str) -> dict[int, Timed]:
+    """By step: seconds that rank 0 reports; those in the model, that rank 0 reports and then that
+    this rank was there; seconds that this rank's part took, seen from outside; and the tokens that
+    were drawn. Rank ``slow`` sleeps in its forward calls."""
     sections: dict[str, Any] = {
         "context_parallel": {"mode": mode}, "scheduler": {"max_num_batched_tokens": 24}
     }  # fmt: skip
     engine = engine_on(world, tiny_llama(), kv(128, **sections))
-    found: dict[int, tuple[float, float, int]] = {}
+    found: dict[int, Timed] = {}
     run, lead, forward = Worker.run, Worker.lead, Worker._forward
 
     def timed_run(self: Worker, plan: Plan, *rest: Any) -> Outcome:
         began, before = time.perf_counter(), self.model_seconds
         outcome = run(self, plan, *rest)
         if isinstance(plan, StepPlan) and world.rank != 0:
-            seconds = time.perf_counter() - began
-            found[plan.step] = seconds, self.model_seconds - before, 0
+            took = time.perf_counter() - began
+            found[plan.step] = Timed(0.0, 0.0, self.model_seconds - before, took, 0)
         return outcome
 
     def recorded_lead(self: Worker, plan: Plan) -> Outcome:
+        began, before = time.perf_counter(), self.model_seconds
         outcome = lead(self, plan)
         if isinstance(plan, StepPlan):
-            drawn = len(outcome.sampled)
-            found[plan.step] = outcome.seconds, outcome.model_seconds, drawn
+            took = time.perf_counter() - began
+            found[plan.step] = Timed(
+                outcome.seconds, outcome.model_seconds, self.model_seconds - before, took,
+                len(outcome.sampled),
+            )  # fmt: skip
         return outcome
 
     def slow_forward(self: Worker, *rest: Any) -> torch.Tensor:
@@ -85,15 +99,15 @@ def timed_steps(world: World, slow: int, mode: str) -> dict[int, tuple[float, fl
 @pytest.mark.parametrize(("slow", "mode"), [(1, "local"), (0, "local"), (1, "tree"), (1, "ring")])
 def test_the_time_of_a_step_is_that_of_the_slowest_rank(slow: int, mode: str) -> None:
     reported, own = run_ranks(timed_steps, 2, slow, mode)
-    drawn = [number for _, _, number in reported.values()]
+    drawn = [one.drawn for one in reported.values()]
     assert drawn.count(0) >= 1 and drawn.count(1) == 4, "chunks without and with a draw"
-    for step, (seconds, model_seconds, number) in reported.items():
-        works = slow == 0 or own[step][1] > 0
-        if mode == "local" or not number or works:
-            assert SLEEP_S <= model_seconds <= seconds < SLEEP_S + NEAR_S * 5, (step, reported)
-        if slow == 1 and works:
-            assert abs(seconds - own[step][0]) < NEAR_S, (step, seconds, own[step])
-            assert abs(model_seconds - own[step][1]) < NEAR_S
+    for step, one in reported.items():
+        works = slow == 0 or own[step].own_model_s > 0
+        if mode == "local" or not one.drawn or works:
+            assert SLEEP_S <= one.model_s, (step, one)
+        # The slowest rank's in the model, to the bit; the step from its begin to the last result.
+        assert one.model_s == max(one.own_model_s, own[step].own_model_s), (step, one, own[step])
+        assert one.model_s <= one.seconds <= one.took, (step, one)
 
 
 # --- one row does not end the engine
@@ -221,6 +235,7 @@ def slowed(world: World, far: bool) -> float:
     engine._worker.lead(Stop())
     assert where == {int(far)}
     beside = times[True][len(times[True]) // 2 :]
+    beside = sorted(beside)[: len(beside) * 9 // 10]  # without those in which this rank had no core
     return statistics.mean(beside) / statistics.median(times[False][10:])
 
 

@@ -121,35 +121,37 @@ def test_eight_ranks() -> None:
 
 # --- messages longer than a ring
 
-WORK_S, LATE_S = 1.5, 0.3
+LATE_S = 0.3
 
 
-def long_before_work(world: World) -> float:
-    """Rank 0 sends more than the ring takes and then computes, its peer comes late for it; seconds
-    that the peer waits."""
+def long_before_work(world: World, come: Path) -> bool:
+    """Rank 0 sends more than the ring takes and then computes until its peer, which comes late for
+    it, has all of it; whether that happens."""
     group = world.group("pair", [[0, 1]])
     message = torch.arange(16 * 2**20 // 4, dtype=torch.int32)
     group.barrier()
     if world.rank == 0:
         pending = group.exchange([(1, message)], [], "long")
         pending.before_work()
-        time.sleep(WORK_S)
+        end = time.monotonic() + 20
+        while not come.exists() and time.monotonic() < end:
+            time.sleep(0.01)
+        found_all = come.exists()
         pending.wait()
-        return 0.0
+        return found_all
     time.sleep(LATE_S)
-    began = time.perf_counter()
     found = torch.zeros_like(message)
     pending = group.exchange([], [(0, found)], "long")
     pending.before_work()
     pending.wait()
-    assert torch.equal(found, message)
-    return time.perf_counter() - began
+    come.touch()
+    return torch.equal(found, message)
 
 
-def test_what_a_ring_does_not_take_is_sent_before_the_sender_computes() -> None:
+def test_what_a_ring_does_not_take_is_sent_before_the_sender_computes(tmp_path: Path) -> None:
     """Else who comes late waits for the sender's work, and is late again for the next layer: 32K
     tokens over two ranks took 89 to 102 s instead of 68."""
-    assert run_ranks(long_before_work, 2)[1] < (WORK_S - LATE_S) / 2
+    assert run_ranks(long_before_work, 2, tmp_path / "come") == [True, True]
 
 
 # --- ranks that cannot
@@ -227,7 +229,7 @@ def test_a_rank_that_fails_wakes_all_and_each_says_the_cause(tmp_path: Path) -> 
     for rank in range(4):
         seconds, text = json.loads((tmp_path / f"{rank}.json").read_text())
         assert text == "rank 1 on localhost: ValueError: the cause"
-        assert seconds < 10
+        assert seconds < 30  # comm.timeout_s is 60
 
 
 def one_stops(world: World, notes: Path) -> None:
@@ -253,11 +255,11 @@ def one_stops(world: World, notes: Path) -> None:
 
 
 def test_a_killed_peer_is_gone_and_a_stopped_one_silent(tmp_path: Path) -> None:
-    limit = 2.0
+    limit = 5.0
     with pytest.raises(RankError, match="rank"):
-        run_ranks(one_stops, 3, tmp_path, comm_timeout=limit, timeout=15)
+        run_ranks(one_stops, 3, tmp_path, comm_timeout=limit, timeout=60)
     (gone_s, gone), (silent_s, silent) = json.loads((tmp_path / "found.json").read_text())
-    assert "a peer is gone" in gone and "rank 2: its process has ended" in gone and gone_s < 1.5
+    assert "a peer is gone" in gone and "rank 2: its process has ended" in gone and gone_s < limit - 1
     assert f"a peer was silent for {limit:g} s (rank 1)" in silent and silent_s >= limit
 
 

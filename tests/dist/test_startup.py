@@ -20,7 +20,7 @@ from tests.helpers.engines import engine_on, tiny_llama
 from tests.helpers.ranks import run_ranks
 
 KV: dict[str, Any] = {"block_size": 16, "tokens_per_rank": 512}
-SOON = 15.0  # seconds for one start on a loaded machine; comm.timeout_s is 60
+SOON = 30.0  # seconds for one start on a loaded machine; comm.timeout_s is 60
 PHASES = (
     "_load", "fingerprint", "reference_logits", "shard_model", "probe_layers", "compare",
     "decide_budget", "allocate_pool", "achieved_flops",

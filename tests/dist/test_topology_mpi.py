@@ -239,6 +239,6 @@ def test_nothing_stays_behind() -> None:
                 made.run("left", ["sleep", "54321"], timeout_s=0.5)
     except NamespaceError as reason:
         pytest.skip(f"two hosts cannot be made here: {reason}")
-    assert started.wait(timeout=10) != 0
+    assert started.wait(timeout=60) != 0
     commands = [p.info["cmdline"] for p in psutil.process_iter(["cmdline"])]
     assert ["sleep", "54321"] not in commands

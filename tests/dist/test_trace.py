@@ -3,8 +3,11 @@ the engine counts of each rank."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
+import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -14,11 +17,13 @@ import pytest
 from ds_cp.comm.wire import World
 from ds_cp.engine.core import EngineCore
 from ds_cp.engine.wire_model import WireModel
-from ds_cp.errors import OutputError
+from ds_cp.errors import OutputError, RankFailedError
 from ds_cp.plan import ATTENTION_SCHEMES
 from ds_cp.sampling_params import SamplingParams
 from ds_cp.scheduler.build import build_scheduler
+from ds_cp.trace.chrome import TraceFile
 from ds_cp.trace.summary import read_trace, summarize
+from ds_cp.worker.step_context import StepContext
 from ds_cp.worker.tracing import trace_steps
 from tests.helpers.engines import engine_on, tiny_llama
 from tests.helpers.ranks import run_ranks
@@ -150,24 +155,29 @@ def check_steps_overlap(spans: list[dict[str, Any]], size: int) -> None:
         assert max(begin for begin, _ in times) < min(end for _, end in times), number
 
 
-def small(world: World, file: str, missing: str) -> tuple[str, str]:
-    """Traces with room for a few steps; and into a folder that has gone meanwhile."""
+def small(world: World, file: str, gone: list[str]) -> tuple[str, list[str]]:
+    """A trace with room for a few steps; then into places that cannot be written."""
     engine = engine_on(world, tiny_llama(), config("tree", world.size))
     worker = engine._worker
     worker.tracing = trace_steps(worker, file, 100)
     engine.generate([[5] * 75], SamplingParams(max_tokens=12, temperature=0.0))
     line = worker.tracing.write()
-    worker.tracing = trace_steps(worker, missing, 1000)
-    try:
-        return line, worker.tracing.write()
-    except OutputError as err:
-        return line, str(err)
+    problems = []
+    for place in gone:
+        worker.tracing = trace_steps(worker, place, 1000)
+        try:
+            problems.append(worker.tracing.write())
+        except OutputError as err:
+            problems.append(str(err))
+    return line, problems
 
 
 def test_what_found_no_room_is_said(tmp_path: Path) -> None:
-    file, missing = str(tmp_path / "small.json"), str(tmp_path / "gone" / "x.json")
-    (line, problem), *others = run_ranks(small, 3, file, missing)
-    assert others == [("", "")] * 2
+    file, full = str(tmp_path / "small.json"), tmp_path / "full.json"
+    full.with_name("full.json.part").symlink_to("/dev/full")
+    gone = [str(tmp_path / "gone" / "x.json"), str(full)]
+    (line, problems), *others = run_ranks(small, 3, file, gone)
+    assert others == [("", ["", ""])] * 2
     found = read_trace(file)
     about = found["otherData"]
     steps = {rank: [] for rank in range(3)}  # type: dict[int, list[int]]
@@ -179,6 +189,65 @@ def test_what_found_no_room_is_said(tmp_path: Path) -> None:
     assert f"{about['left_out_steps']} later steps had no room" in line
     spans = sum(event["ph"] == "X" for event in found["traceEvents"])
     assert spans <= 3 * 100 and f"{spans} spans" in line
-    assert "cannot write the trace" in problem and "\n" not in problem
-    assert not list(tmp_path.glob("*.part"))
+    for problem, why in zip(problems, ("No such file", "No space left"), strict=True):
+        assert f"cannot write the trace to {tmp_path}" in problem and "\n" not in problem
+        assert why in problem
+    assert [path.name for path in tmp_path.iterdir()] == ["small.json"]
     json.dumps(summarize(found).plain())
+
+
+def hurried(world: World, file: str, left: Path) -> bool:
+    """Rank 0 writes for as long as another rank is there; whether all of them left meanwhile."""
+    engine = engine_on(world, tiny_llama(), config("tree", world.size))
+    worker = engine._worker
+    worker.tracing = trace_steps(worker, file, 1000)
+    engine.generate([[5] * 75], SamplingParams(max_tokens=2, temperature=0.0))
+    found, whole = True, TraceFile.rank
+
+    def slow(self: TraceFile, *rest: Any) -> int:
+        nonlocal found
+        end = time.monotonic() + 30
+        while len(list(left.iterdir())) < world.size - 1 and time.monotonic() < end:
+            time.sleep(0.01)
+        found = found and len(list(left.iterdir())) == world.size - 1
+        return whole(self, *rest)
+
+    TraceFile.rank = slow  # type: ignore[method-assign]
+    worker.tracing.write()
+    if world.rank != 0:
+        (left / str(world.rank)).touch()
+    return found
+
+
+def test_no_rank_waits_while_the_file_is_written(tmp_path: Path) -> None:
+    """That takes seconds a rank; the last of many would be late for the job's time limit."""
+    (tmp_path / "left").mkdir()
+    file = tmp_path / "trace.json"
+    assert run_ranks(hurried, 3, str(file), tmp_path / "left") == [True] * 3
+    assert summarize(read_trace(str(file))).ranks == 3
+
+
+def a_job_that_fails(world: World, file: str) -> str:
+    """What is said of the trace of it."""
+    engine = engine_on(world, tiny_llama(), config("tree", world.size, trace={"file": file}))
+    whole = StepContext.attend
+
+    def attend(self: StepContext, layer: int, *qkv: Any) -> Any:
+        if world.rank == 1 and layer == 1:
+            raise RuntimeError("out of memory (pretended)")
+        return whole(self, layer, *qkv)
+
+    StepContext.attend = attend  # type: ignore[method-assign]
+    with pytest.raises(RankFailedError, match="out of memory"):
+        engine.generate([[5] * 75], SamplingParams(max_tokens=2, temperature=0.0))
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        engine.shutdown()
+    return said.getvalue()
+
+
+def test_a_job_that_fails_says_that_there_is_no_trace(tmp_path: Path) -> None:
+    file = tmp_path / "trace.json"
+    said = run_ranks(a_job_that_fails, 2, str(file))
+    assert said == [f"ds_cp: no trace is written to {file}: the job failed\n", ""]
+    assert list(tmp_path.iterdir()) == []

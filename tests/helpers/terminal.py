@@ -76,7 +76,8 @@ class Terminal:
 
     def insist(self, key: str, text: str) -> None:
         """Type ``key`` until ``text`` is shown: Python's readline may miss a signal that comes just
-        when it begins to wait."""
+        when it begins to wait. What was typed before is to be shown already: where the terminal
+        drops it between readline's look and its read, readline hears no signal until a key."""
         end = time.monotonic() + PATIENCE_S
         while self.shown.find(text, self._seen) < 0:
             assert time.monotonic() < end, f"{text!r} did not come:\n{self.shown!r}"
@@ -85,6 +86,11 @@ class Terminal:
             while time.monotonic() < again and self.shown.find(text, self._seen) < 0:
                 self._read(0.1)
         self.until(text)
+
+    @property
+    def echoes(self) -> bool:
+        """Whether the terminal shows what is typed by itself."""
+        return bool(termios.tcgetattr(self._master)[3] & termios.ECHO)
 
     def ends(self) -> int:
         """Wait for the end; the exit code."""

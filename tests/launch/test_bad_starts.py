@@ -288,7 +288,7 @@ def errors(job: Job, count: int, says: tuple[str, ...]) -> None:
 def test_seen_at_once(name: str, bed: Bed, start: Start) -> None:
     case = SEEN_AT_ONCE[name]
     job = start([*ds_cp(), *case.args(bed)], case.env)
-    refused(job, BEFORE_TORCH_S * END_S / 10.0, case.says)
+    refused(job, BEFORE_TORCH_S, case.says)
 
 
 @pytest.mark.parametrize("name", SEEN_WHILE_LOADING)

@@ -21,6 +21,8 @@ from ds_cp.config import Server
 from tests.helpers.fake_engine import FakeEngine, expected_ids, make_tokenizer
 from tests.helpers.spoken import SpokenEngine
 
+PATIENCE_S = 60.0  # seconds to wait for what must come, on a busy machine
+
 
 @dataclass
 class Running:
@@ -37,14 +39,14 @@ class Running:
 
     def client(self, api_key: str = "none") -> Any:  # not OpenAI: its unions need a check a line
         return openai.OpenAI(
-            base_url=self.url + "/v1", api_key=api_key, max_retries=0, timeout=20.0
+            base_url=self.url + "/v1", api_key=api_key, max_retries=0, timeout=PATIENCE_S
         )
 
     def post(self, path: str, body: Any = None, **rest: Any) -> httpx.Response:
-        return httpx.post(self.url + path, json=body, timeout=20.0, **rest)
+        return httpx.post(self.url + path, json=body, timeout=PATIENCE_S, **rest)
 
     def get(self, path: str, **rest: Any) -> httpx.Response:
-        return httpx.get(self.url + path, timeout=20.0, **rest)
+        return httpx.get(self.url + path, timeout=PATIENCE_S, **rest)
 
 
 def error_of(reply: httpx.Response, status: int) -> dict[str, Any]:
@@ -69,7 +71,7 @@ def answer_text(engine: FakeEngine, prompt: list[int], count: int, index: int = 
     return "".join(engine.tokenizer.decode([i]) for i in ids)
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
+def wait_for(condition: Callable[[], bool], seconds: float = PATIENCE_S) -> bool:
     """True as soon as the condition holds, False after ``seconds``."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -152,7 +154,7 @@ def servers_of(tokenizer: Any) -> Iterator[Callable[..., Running]]:
     for running in servers:
         running.stop()
     for running in servers:
-        running.thread.join(10)
+        running.thread.join(PATIENCE_S)
         assert not running.thread.is_alive(), "the server did not stop"
 
 

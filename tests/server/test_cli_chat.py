@@ -3,8 +3,10 @@ the fake engine, and against a server that says what the real one never does."""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -238,7 +240,7 @@ def test_a_conversation_at_a_terminal(served: Running, tmp_path: Path) -> None:
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(served: Running, monkeypatch: Any) -> None:
     engine = served.engine
-    engine.delay_s = 0.05
+    engine.delay_s = 0.25  # 25 s for all tokens: it does not end by itself
     made = engine._delta
     monkeypatch.setattr(engine, "_delta", lambda *about: replace(made(*about), text="tick "))
     with Terminal("chat", "--url", served.url, "--max-tokens", "100") as terminal:
@@ -258,11 +260,24 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(served: Running, monkeypatc
         asked = engine.tokenizer.decode(engine.seen[-1][0])
         assert "count" in asked and "<|assistant|>tick tick" in asked and "go on" in asked
         terminal.send("half a line")
-        terminal.until("half a line")  # shown: what is not read yet is lost with a Ctrl-C
+        terminal.until("half a line")  # read: Ctrl-C makes the terminal drop what is not
         terminal.insist("\x03", "leaves)")  # at the prompt it clears the line
         terminal.until("> ")
         terminal.send("\x04")
         assert terminal.ends() == 0
+
+
+def test_sigterm_at_the_prompt_gives_the_terminal_back(served: Running) -> None:
+    with Terminal("chat", "--url", served.url) as terminal:
+        terminal.until("> ")
+        assert not terminal.echoes, "the editor of lines shows what is typed"
+        for _ in range(3):  # as ``insist``: one that comes just now may be missed
+            terminal.process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                terminal.process.wait(20)
+                break
+        assert terminal.ends() == 143
+        assert terminal.echoes and "Traceback" not in terminal.shown
 
 
 def test_ctrl_c_before_the_first_token(served: Running) -> None:

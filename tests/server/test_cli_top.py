@@ -94,6 +94,16 @@ def test_at_a_terminal_until_ctrl_c(served: Running) -> None:
         assert "\x1b[?1049l" in left and "\x1b[?25h" in left
 
 
+def test_sigterm_gives_the_screen_back(served: Running) -> None:
+    busy(served)
+    with Terminal("top", "--url", served.url) as terminal:
+        terminal.until("4 ranks on 2 hosts")
+        terminal.process.terminate()
+        assert terminal.ends() == 143
+        left = terminal.shown[-40:]
+        assert "\x1b[?1049l" in left and "\x1b[?25h" in left and "Traceback" not in terminal.shown
+
+
 def test_a_server_that_comes_back() -> None:
     job = PicturedJob()
     job.add(6)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import socket
-import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import httpx
@@ -14,19 +13,14 @@ import pytest
 from starlette.requests import Request
 
 from ds_cp.api.answers.budget import ID_BYTES
-from ds_cp.api.requests.bodies import (
-    GRACE_S,
-    HELD_BODIES,
-    MODEL_BYTES,
-    SMALL_BYTES,
-    Bodies,
-    kept_bytes,
-)
+from ds_cp.api.requests import bodies
+from ds_cp.api.requests.bodies import HELD_BODIES, MODEL_BYTES, SMALL_BYTES, Bodies, kept_bytes
 from ds_cp.api.requests.chat_body import ChatCompletionRequest as ChatRequest
 from ds_cp.api.requests.json_route import warning
 from ds_cp.api.requests.protocol import CompletionRequest
+from ds_cp.api.transport.connection import Connection
 from tests.helpers.fake_engine import FakeEngine, make_tokenizer
-from tests.server.conftest import Running, error_of, wait_for
+from tests.server.conftest import PATIENCE_S, Running, error_of, wait_for
 
 C, CHAT = "/v1/completions", "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "hi"}]
@@ -41,7 +35,7 @@ HEADER = "x-ds-cp-warning"
 
 def send(served: Running, path: str, text: str) -> httpx.Response:
     headers = {"Content-Type": "application/json"}
-    return httpx.post(served.url + path, content=text, headers=headers, timeout=30)
+    return httpx.post(served.url + path, content=text, headers=headers, timeout=PATIENCE_S)
 
 
 @pytest.mark.parametrize(("path", "body"), ROUTES)
@@ -178,10 +172,26 @@ def test_only_what_the_template_reads_can_be_set(launch: Callable[..., Running])
         assert served.engine.tokenizer.decode(ids).startswith("no")
 
 
-def test_stalled_large_bodies_make_room(launch: Callable[..., Running]) -> None:
+@pytest.fixture
+def received(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Sizes of what servers have read from their connections."""
+    sizes: list[int] = []
+    whole = Connection.data_received
+
+    def count(self: Connection, data: bytes) -> None:
+        sizes.append(len(data))
+        whole(self, data)
+
+    monkeypatch.setattr(Connection, "data_received", count)
+    return sizes
+
+
+def test_stalled_large_bodies_make_room(
+    launch: Callable[..., Running], received: list[int]
+) -> None:
     """They hold what they have sent. Small bodies do not notice; a large one waits for the slowest
     to be cut off."""
-    served = launch(max_body_bytes=2**20, body_timeout_s=20.0)
+    served = launch(max_body_bytes=2**20, body_timeout_s=60.0)
     head = (
         f"POST {C} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
         f"Content-Length: {2**20}\r\n\r\n"
@@ -193,19 +203,20 @@ def test_stalled_large_bodies_make_room(launch: Callable[..., Running]) -> None:
             connection = stack.enter_context(socket.create_connection(("127.0.0.1", served.port)))
             connection.sendall(head + b"{" + b" " * 900_000)
             held.append(connection)
-        time.sleep(0.3)
-        begun = time.monotonic()
+        assert wait_for(lambda: sum(received) > HELD_BODIES * 900_000)
+
+        def answered() -> bytes:
+            found = b""
+            for connection in held:
+                connection.setblocking(False)
+                with suppress(BlockingIOError):
+                    found += connection.recv(1000)
+            return found
+
         assert send(served, C, '{"prompt": "x"}').status_code == 200
-        assert time.monotonic() - begun < GRACE_S / 2
+        assert answered() == b"", "nothing was cut off for a small one"
         assert send(served, C, large).status_code == 200
-        assert 0.5 < time.monotonic() - begun < 8.0
-        cut = b""
-        for connection in held:
-            connection.settimeout(0.05)
-            try:
-                cut += connection.recv(1000)
-            except TimeoutError:
-                continue
+        cut = answered()
         assert cut.count(b"HTTP/1.1 408") == 1 and b"others wait for its room" in cut
     assert send(served, C, large).status_code == 200
 
@@ -220,25 +231,29 @@ def stalled(served: Running, stack: ExitStack, length: int, sent: int) -> None:
 
 
 @pytest.mark.parametrize("budget", ["auto", "16MiB"])
-def test_no_room_is_a_503_with_retry_after(launch: Callable[..., Running], budget: str) -> None:
+def test_no_room_is_a_503_with_retry_after(
+    launch: Callable[..., Running], received: list[int], budget: str, monkeypatch: Any
+) -> None:
     """Bodies share 16 times the largest, and half of the budget."""
+    monkeypatch.setattr(bodies, "GRACE_S", 600.0)  # none is cut off meanwhile
     served = launch(max_body_bytes=600_000, body_timeout_s=1.0, max_buffered_bytes=budget)
     large = json.dumps({"prompt": "x", "max_tokens": 1, "metadata": {"a": "b" * 590_000}})
     with ExitStack() as stack:
-        for _ in range(HELD_BODIES if budget == "auto" else 2):
+        count = HELD_BODIES if budget == "auto" else 2
+        for _ in range(count):
             stalled(served, stack, 600_000, 90_000)
-        time.sleep(0.2)
+        assert wait_for(lambda: sum(received) > count * 90_000)
         reply = send(served, C, large)
         assert error_of(reply, 503)["code"] == "bodies_busy"
         assert reply.headers["retry-after"] == "1"
         assert send(served, C, '{"prompt": "x"}').status_code == 200
-    assert send(served, C, large).status_code == 200
+    assert wait_for(lambda: send(served, C, large).status_code == 200)
 
 
 def test_a_body_that_was_parsed_makes_room(launch: Callable[..., Running]) -> None:
     """While its answer is made it holds what the request keeps, and no more."""
     engine = FakeEngine(make_tokenizer(), max_model_len=200_000)
-    engine.first_delay_s = 30.0
+    engine.first_delay_s = 600.0
     served = launch(engine, max_body_bytes=600_000, body_timeout_s=1.0, max_buffered_bytes="16MiB")
     large = json.dumps({"prompt": "x", "max_tokens": 1, "metadata": {"a": "b" * 590_000}})
     with ExitStack() as stack:

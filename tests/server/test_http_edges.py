@@ -193,7 +193,7 @@ def test_a_page_that_leaves_ends_its_request(launch: Launch, tokenizer: Any) -> 
         )
         assert wait_for(lambda: bool(engine.live))
         sock.close()
-        assert wait_for(lambda: not engine.live, 3.0)
+        assert wait_for(lambda: not engine.live)
 
 
 # -- bodies ------------------------------------------------------------------------------------

@@ -14,14 +14,15 @@ import openai
 import pytest
 
 from ds_cp.api.transport import wire
-from tests.server.conftest import Running, wait_for
+from ds_cp.outputs import PromptProgress
+from tests.server.conftest import PATIENCE_S, Running, wait_for
 
 C = "/v1/completions"
 Launch = Callable[..., Running]
 
 
 def connect(server: Running) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", server.port), timeout=10)
+    return socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE_S)
 
 
 def request_bytes(body: Any, *extra: str, path: str = C) -> bytes:
@@ -54,10 +55,10 @@ def body_of(raw: bytes) -> Any:
 # -- clients that leave ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("first_delay_s", [0.0, 30.0], ids=["decoding", "prefill"])
+@pytest.mark.parametrize("first_delay_s", [0.0, 600.0], ids=["decoding", "prefill"])
 @pytest.mark.parametrize("stream", [False, True])
 def test_leaving_aborts(served: Running, stream: bool, first_delay_s: float) -> None:
-    served.engine.delay_s = 0.05
+    served.engine.delay_s = 0.5  # a minute for all tokens: it does not end by itself
     served.engine.first_delay_s = first_delay_s
     sock = connect(served)
     sock.sendall(request_bytes({"prompt": [[5], [6]], "max_tokens": 120, "stream": stream}))
@@ -67,10 +68,8 @@ def test_leaving_aborts(served: Running, stream: bool, first_delay_s: float) -> 
     else:
         time.sleep(0.2)
     assert served.engine.aborted == []
-    left = time.monotonic()
     sock.close()
     assert wait_for(lambda: not served.engine.live)
-    assert time.monotonic() - left < 1.5
     assert sorted(name[-2:] for name in served.engine.aborted) == ["-0", "-1"]
     assert served.get("/health").status_code == 200
 
@@ -86,14 +85,15 @@ def test_openai_client_closing_a_stream_aborts(served: Running) -> None:
 
 
 def test_many_drops(served: Running) -> None:
-    served.engine.delay_s = 0.01
+    served.engine.delay_s = 0.2  # none of them ends before it was seen
     for number in range(40):
         sock = connect(served)
         sock.sendall(request_bytes({"prompt": [5], "max_tokens": 120, "stream": number % 2 == 0}))
         if number % 3:
-            assert wait_for(lambda: bool(served.engine.live), 5)
+            assert wait_for(lambda: bool(served.engine.live))
         sock.close()
     assert wait_for(lambda: not served.engine.live)
+    served.engine.delay_s = 0.0
     assert served.post(C, {"prompt": [5], "max_tokens": 2}).status_code == 200
 
 
@@ -113,9 +113,8 @@ def test_client_that_does_not_read_is_given_up(launch: Launch) -> None:
     sock.sendall(
         request_bytes({"prompt": [5], "max_tokens": 47_000, "stream": True, "logprobs": 20})
     )
-    assert wait_for(lambda: len(server.engine.live) == 1)
-    assert wait_for(lambda: not server.engine.live, 30)
-    assert len(server.engine.aborted) == 1
+    assert wait_for(lambda: len(server.engine.aborted) == 1)
+    assert not server.engine.live and len(server.engine.seen) == 1
     sock.close()
 
 
@@ -155,23 +154,19 @@ def test_endless_chunked_body_is_cut(launch: Launch) -> None:
         b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         b"Transfer-Encoding: chunked\r\n\r\n"
     )
-    begun, sent = time.monotonic(), 0
-    try:
-        while time.monotonic() - begun < 8:
+    end, sent = time.monotonic() + PATIENCE_S, 0
+    with pytest.raises(OSError):
+        while time.monotonic() < end:
             sent += sock.send(b"2710\r\n" + b"x" * 10_000 + b"\r\n")
-    except OSError:
-        pass
-    assert time.monotonic() - begun < 7, f"still open after {sent} bytes"
+        pytest.fail(f"still open after {sent} bytes")
 
 
 def test_half_sent_body_is_a_408(launch: Launch) -> None:
-    server = launch(body_timeout_s=0.4)
+    server = launch(body_timeout_s=0.4, header_timeout_s=600.0)
     sock = connect(server)
     sock.sendall(request_bytes({"prompt": "x" * 100})[:-20])
-    begun = time.monotonic()
     raw = read_all(sock)
     assert b" 408 " in raw and body_of(raw)["error"]["code"] == "body_timeout"
-    assert time.monotonic() - begun < 3
     assert server.engine.seen == []
 
 
@@ -180,12 +175,10 @@ def test_dripping_body_is_cut(launch: Launch) -> None:
     sock = connect(server)
     data = request_bytes({"prompt": "x" * 1000})
     sock.sendall(data[:200])
-    begun = time.monotonic()
     with pytest.raises(OSError):
-        for byte in data[200:]:
+        for byte in data[200:500]:  # 6 s, less than a body may take without the setting
             sock.sendall(bytes([byte]))
             time.sleep(0.02)
-    assert time.monotonic() - begun < 5
 
 
 @pytest.mark.parametrize(
@@ -197,7 +190,7 @@ def test_half_sent_head_is_closed(launch: Launch, start: bytes) -> None:
     sock.sendall(start)
     begun = time.monotonic()
     raw = read_all(sock)
-    assert time.monotonic() - begun < 3
+    assert time.monotonic() - begun < 8  # 10 s without the setting
     assert (b" 408 " in raw) == bool(start)
 
 
@@ -212,7 +205,7 @@ def test_half_sent_second_head_is_closed(launch: Launch) -> None:
     sock.sendall(b"GET /hea")
     begun = time.monotonic()
     read_all(sock)
-    assert time.monotonic() - begun < 3
+    assert time.monotonic() - begun < 8
 
 
 def test_long_answers_outlive_the_head_timer(launch: Launch) -> None:
@@ -294,8 +287,8 @@ def test_request_ids(served: Running) -> None:
 
 
 def test_drain_lets_requests_finish(launch: Launch) -> None:
-    server = launch(drain_timeout_s=10.0)
-    server.engine.delay_s = 0.05
+    server = launch(drain_timeout_s=600.0)
+    server.engine.steps_of_prompt = [PromptProgress(1, 0, 0, 0.0)]  # no first token yet
     replies: list[Any] = []
 
     def ask(stream: bool) -> None:
@@ -306,12 +299,19 @@ def test_drain_lets_requests_finish(launch: Launch) -> None:
         thread.start()
     assert wait_for(lambda: len(server.engine.live) == 2)
     server.stop()
-    time.sleep(0.3)
-    with pytest.raises(OSError):
-        connect(server)
+
+    def refuses() -> bool:
+        try:
+            connect(server).close()
+        except OSError:
+            return True
+        return False
+
+    assert wait_for(refuses) and len(server.engine.live) == 2
+    server.engine.steps_of_prompt.clear()
     for thread in threads:
-        thread.join(10)
-    server.thread.join(5)
+        thread.join(PATIENCE_S)
+    server.thread.join(PATIENCE_S)
     assert not server.thread.is_alive()
     assert [reply.status_code for reply in replies] == [200, 200]
     assert server.engine.aborted == []
@@ -319,7 +319,7 @@ def test_drain_lets_requests_finish(launch: Launch) -> None:
 
 def test_clients_hear_of_the_end_of_the_drain(launch: Launch) -> None:
     server = launch(drain_timeout_s=1.0)
-    server.engine.delay_s = 0.2
+    server.engine.delay_s = 1.0  # longer than the drain, by far
     replies: dict[bool, httpx.Response] = {}
 
     def ask(stream: bool) -> None:
@@ -330,12 +330,11 @@ def test_clients_hear_of_the_end_of_the_drain(launch: Launch) -> None:
     for thread in threads:
         thread.start()
     assert wait_for(lambda: len(server.engine.live) == 2)
-    begun = time.monotonic()
     server.stop()
-    server.thread.join(8)
-    assert not server.thread.is_alive() and time.monotonic() - begun < 6
+    server.thread.join(PATIENCE_S)
+    assert not server.thread.is_alive()
     for thread in threads:
-        thread.join(5)
+        thread.join(PATIENCE_S)
     assert replies[False].status_code == 503
     assert replies[False].json()["error"]["code"] == "shutting_down"
     assert replies[True].text.endswith("data: [DONE]\n\n")

@@ -18,14 +18,14 @@ from ds_cp.api.live import IDLE_S, MAX_VIEWERS, PER_S, WINDOW_S, Rates
 from ds_cp.engine.picture import Counters
 from tests.helpers.fake_engine import FakeEngine
 from tests.helpers.pictures import PicturedJob
-from tests.server.conftest import Running, error_of, wait_for
+from tests.server.conftest import PATIENCE_S, Running, error_of, wait_for
 
 
 @contextmanager
 def lines_of(served: Running, **headers: str) -> Iterator[Iterator[str]]:
     """The lines of a stream that are not empty."""
     url = served.url + "/state"
-    with httpx.stream("GET", url, headers=headers, timeout=30.0) as reply:
+    with httpx.stream("GET", url, headers=headers, timeout=PATIENCE_S) as reply:
         assert reply.status_code == 200
         assert reply.headers["content-type"] == "text/event-stream; charset=utf-8"
         assert reply.headers["cache-control"] == "no-cache"
@@ -62,7 +62,7 @@ def test_once(busy: Running) -> None:
     assert reply.status_code == 200 and reply.headers["content-type"] == "application/json"
     assert reply.headers["cache-control"] == "no-store"
     found = reply.json()
-    assert abs(found["at"] - time.time()) < 5
+    assert abs(found["at"] - time.time()) < PATIENCE_S
     assert (found["state"], found["model"], found["max_model_len"]) == ("ready", "fake-model", 128)
     picture = found["picture"]
     assert [(r["rank"], r["host"]) for r in picture["ranks"]] == [
@@ -117,14 +117,14 @@ def test_pictures_are_made_once_for_all_and_not_when_nobody_looks(busy: Running)
     for viewer in viewers:
         viewer.start()
     assert busy.engine.shown is not None
-    with httpx.Client(base_url=busy.url, timeout=10.0) as client:
+    with httpx.Client(base_url=busy.url, timeout=PATIENCE_S) as client:
         for number in range(40):  # it changes all the time
             busy.engine.shown = replace(busy.engine.shown, num_running=number)
             client.get("/state?once=1")
             time.sleep(0.02)
     busy.engine.shown = replace(busy.engine.shown, num_running=99)
     for viewer in viewers:
-        viewer.join(20)
+        viewer.join(PATIENCE_S)
     took = time.monotonic() - begun
     assert seen.count(99) == 5
     assert busy.engine.looks <= took * PER_S + 2
@@ -134,7 +134,7 @@ def test_pictures_are_made_once_for_all_and_not_when_nobody_looks(busy: Running)
         time.sleep(1.2 * IDLE_S)
         return busy.engine.looks == before
 
-    assert wait_for(nobody_looks, 30), "pictures are made though all have left"
+    assert wait_for(nobody_looks), "pictures are made though all have left"
     busy.engine.shown = replace(busy.engine.shown, num_running=100)
     with lines_of(busy) as lines:
         assert frame(next(lines))["picture"]["num_running"] == 100, (
@@ -182,14 +182,14 @@ def test_one_that_does_not_read_is_dropped(
             except OSError:
                 return True
 
-        assert wait_for(ended, 60), "its connection is closed after write_timeout_s"
+        assert wait_for(ended), "its connection is closed after write_timeout_s"
 
 
 def test_viewers_are_counted(busy: Running) -> None:
     request = b"GET /state HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
     viewers = []
     for _ in range(MAX_VIEWERS):
-        viewer = socket.create_connection(("127.0.0.1", busy.port), timeout=10)
+        viewer = socket.create_connection(("127.0.0.1", busy.port), timeout=PATIENCE_S)
         viewer.sendall(request)
         viewers.append(viewer)
     for viewer in viewers:
@@ -201,10 +201,10 @@ def test_viewers_are_counted(busy: Running) -> None:
         viewer.close()
 
     def admitted() -> bool:
-        with httpx.stream("GET", busy.url + "/state", timeout=5.0) as reply:
+        with httpx.stream("GET", busy.url + "/state", timeout=PATIENCE_S) as reply:
             return reply.status_code == 200
 
-    assert wait_for(admitted, 10), "those that left have made room"
+    assert wait_for(admitted), "those that left have made room"
 
 
 def test_it_ends_with_the_server(busy: Running) -> None:
@@ -231,7 +231,7 @@ def test_a_wrong_parameter_is_named(served: Running) -> None:
 
 
 def test_head_ends(served: Running) -> None:
-    with httpx.Client(base_url=served.url, timeout=5.0) as client:
+    with httpx.Client(base_url=served.url, timeout=PATIENCE_S) as client:
         for _ in range(2):  # on one connection
             reply = client.head("/state")
             assert reply.status_code == 200

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -167,8 +168,10 @@ def test_metrics(served: Running) -> None:
         comm_exchanges={"ring_kv": 12},
     )
     served.engine.delay_s = 0.02
+    begun = time.monotonic()
     for stream in (False, True):
         served.post("/v1/completions", {"prompt": [5], "max_tokens": 4, "stream": stream})
+    took = time.monotonic() - begun
     got = samples_of(served)
 
     def value(name: str, **labels: str) -> float:
@@ -201,7 +204,7 @@ def test_metrics(served: Running) -> None:
     itl = value("inter_token_latency_seconds_sum")
     e2e = value("e2e_request_latency_seconds_sum")
     assert ttft >= 2 * 0.02 and itl >= 6 * 0.02
-    assert abs(ttft + itl - e2e) < 0.05
+    assert ttft + itl <= e2e + 0.001 and e2e <= took
     assert value("e2e_request_latency_seconds_bucket", le="+Inf") == 2
 
 
@@ -221,7 +224,10 @@ def test_latencies_of_several_answers(served: Running) -> None:
     assert value("inter_token_latency_seconds_count") == 2 * (3 + 1 + 3)
     assert value("inter_token_latency_seconds_sum") >= 14 * 0.03
     ends = value("e2e_request_latency_seconds_sum")
-    assert 2 * 4 * 0.03 <= ends < value("inter_token_latency_seconds_sum")
+    first, gaps = (
+        value(f"{name}_seconds_sum") for name in ("time_to_first_token", "inter_token_latency")
+    )
+    assert 2 * 4 * 0.03 <= ends < first + gaps  # of the longest answer alone, not of all
     served.engine.end = "abort"
     served.post("/v1/completions", body)
     got = samples_of(served)

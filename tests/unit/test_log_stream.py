@@ -42,9 +42,9 @@ def test_text_arrives_as_it_was_written_in_whole_lines(pipe: Pipe) -> None:
     stream = LogStream(pipe[1])
     print("one", "ü", "\udc80", file=stream)
     stream.write("half ")
-    assert stream.drain(5)
+    assert stream.drain(60)
     print("a line", file=stream, flush=True)
-    assert stream.drain(5)
+    assert stream.drain(60)
     os.close(pipe[1])
     assert read_all(pipe[0]) == "one ü \\udc80\nhalf a line\n"
 
@@ -57,12 +57,12 @@ def test_a_pipe_that_nobody_reads(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -
     for number in range(10_000):
         print(f"{number:99}", file=stream)
     assert not stream.drain(0.1)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 60  # with a pipe that blocks it would not end
     got = b""
     while not stream.drain(0.05):  # what waits fills the pipe, so there is something to read
         got += os.read(pipe[0], 1 << 16)
     print("after", file=stream)
-    assert stream.drain(5)
+    assert stream.drain(60)
     os.close(pipe[1])
     *lines, last = (got.decode() + read_all(pipe[0])).splitlines()
     assert last == "after" and len(lines) < 5000
@@ -83,7 +83,7 @@ def test_what_cannot_be_written_is_no_error(leads: str) -> None:
         os.close(fd)
     stream = LogStream(fd)
     print("lost", file=stream, flush=True)
-    assert stream.drain(5)
+    assert stream.drain(60)
 
 
 @pytest.mark.parametrize("says", ["child", ""])
@@ -92,7 +92,7 @@ def test_a_fork_writes_on_its_own(pipe: Pipe, says: str) -> None:
     waits for nothing."""
     stream = LogStream(pipe[1])
     print("parent", file=stream)
-    assert stream.drain(5)
+    assert stream.drain(60)
     stream.write("parent's half")
     with stream._changed:
         stream._waiting += 9
@@ -102,7 +102,7 @@ def test_a_fork_writes_on_its_own(pipe: Pipe, says: str) -> None:
             if says:
                 print(says, file=stream)
             stream.flush()
-            os._exit(0 if stream.drain(5) else 1)
+            os._exit(0 if stream.drain(60) else 1)
         assert os.waitpid(child, 0)[1] == 0
         stream._waiting -= 9
     os.close(pipe[1])
@@ -115,7 +115,7 @@ def test_what_libraries_ask_of_stderr(pipe: Pipe) -> None:
     stream.buffer.write("bytes ü".encode())
     stream.buffer.flush()
     print("", stream.encoding, stream.errors, stream.buffer.fileno() == pipe[1], file=stream)
-    assert stream.drain(5)
+    assert stream.drain(60)
     os.close(pipe[1])
     assert read_all(pipe[0]) == "bytes ü utf-8 backslashreplace True\n"
 
@@ -126,7 +126,7 @@ def test_one_write_above_the_limit_is_cut(pipe: Pipe, monkeypatch: pytest.Monkey
     stream = LogStream(pipe[1])
     for text in ("line\n" * 2500, "x" * 10_050 + "\n", "end\n"):
         stream.write(text)
-        assert stream.drain(5)
+        assert stream.drain(60)
     os.close(pipe[1])
     note = "ds_cp: {} lines are missing here: nobody read on\n"
     want = "line\n" * 2000 + note.format(500) + "x" * 10_000 + note.format(1) + "end\n"
@@ -186,13 +186,11 @@ def test_the_end_of_a_process_waits_only_so_long_for_its_words(pipe: Pipe, tmp_p
     leave = "from ds_cp.process import leave_process; from ds_cp.log_stream import take_over; "
     leave += "import sys; take_over('stderr'); print('last', file=sys.stderr); leave_process(3)"
     for argv, code in ((["-c", leave], 3), (["-m", "ds_cp.cli", "serve"], 2)):
-        began = time.monotonic()
         process = subprocess.Popen([sys.executable, *argv], stderr=pipe[1], stdout=pipe[1])
         try:
-            assert process.wait(30) == code
+            assert process.wait(120) == code
         finally:
             process.kill()
-        assert time.monotonic() - began < 30
 
 
 JSON_LINES = """
@@ -209,7 +207,8 @@ try:
 except ZeroDivisionError:
     logging.getLogger("ds_cp.api").exception("request %s failed", "x")
 logging.getLogger("ds_cp.api").debug("not this")
-drain_streams(5)
+logging.getLogger("ds_cp.api").warning("of %d", "no number")
+drain_streams(60)
 """
 
 
@@ -217,10 +216,11 @@ def test_every_line_as_an_object() -> None:
     done = subprocess.run([sys.executable, "-c", JSON_LINES], capture_output=True, timeout=60)
     [ready] = map(json.loads, done.stdout.splitlines())
     assert (ready["level"], ready["message"]) == ("info", "ready") and ready["time"] > 1e9
-    error, event, plain, two, failed = map(json.loads, done.stderr.splitlines())
+    error, event, plain, two, failed, odd = map(json.loads, done.stderr.splitlines())
     assert (error["level"], error["message"]) == ("error", "error: one")
     assert event == {"time": 1.5, "event": "request"}
     assert (plain["message"], two["message"]) == ("plain \\udc80 ", "two lines")
     assert (failed["level"], failed["logger"]) == ("error", "ds_cp.api")
     assert failed["message"] == "request x failed"
     assert "ZeroDivisionError" in failed["traceback"]
+    assert (odd["level"], odd["message"]) == ("warning", "of %d")

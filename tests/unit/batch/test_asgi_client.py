@@ -26,7 +26,7 @@ def test_receive_says_that_the_client_left_once_it_is_over() -> None:
         assert (answer.status, answer.request_id, answer.body) == (200, "r", {"a": 1})
         assert (await late[0])["type"] == "http.disconnect"
 
-    within(5, main())
+    within(60, main())
 
 
 def test_an_answer_without_its_end_is_no_answer() -> None:
@@ -37,7 +37,7 @@ def test_an_answer_without_its_end_is_no_answer() -> None:
         await send({"type": "http.response.body", "body": b"{}", "more_body": True})
 
     with pytest.raises(ValueError, match="cut off"):
-        within(5, ask(app, TEXT, b"{}"))
+        within(60, ask(app, TEXT, b"{}"))
 
 
 def test_a_large_answer_comes_in_several_messages() -> None:
@@ -57,7 +57,7 @@ def test_a_large_answer_comes_in_several_messages() -> None:
             body = {"prompt": [5], "max_tokens": 1500, "logprobs": 20}
             return await ask(watched, TEXT, json.dumps(body).encode())
 
-    answer = within(20, main())
+    answer = within(60, main())
     assert answer.status == 200 and answer.body["usage"]["completion_tokens"] == 1500
     assert len(answer.body["choices"][0]["logprobs"]["top_logprobs"]) == 1500
     assert sum(size > 0 for size in sizes) > 2 and max(sizes) < 200_000

@@ -153,7 +153,7 @@ def test_at_most_so_many_at_once() -> None:
         await reply(send, 200, {})
 
     requests = requests_of(*(line(f"{i}") for i in range(40)))
-    report = within(30, run_batch(app, requests, Sink(), concurrency=7, on_broken=print))
+    report = within(90, run_batch(app, requests, Sink(), concurrency=7, on_broken=print))
     assert report.answered == 40 and most == 7
 
 
@@ -170,7 +170,7 @@ def test_a_full_queue_is_waited_for(engine: FakeEngine) -> None:
             return await run_batch(app, requests, sink, concurrency=8, on_broken=print)
 
     sink = Sink()
-    report = within(30, main())
+    report = within(90, main())
     assert report.answered == 8 and report.refused == 0
     assert {got["response"]["status_code"] for got in sink} == {200}
     assert len(engine.seen) < 8 * 4  # one of them at a time asks again
@@ -192,7 +192,7 @@ def test_a_full_queue_behind_a_long_request_is_no_reason_to_give_up() -> None:
 
     requests = requests_of(line("a", prompt="long"), *(line(f"{i}") for i in range(5)))
     work = run_batch(app, requests, Sink(), concurrency=6, on_broken=print, pauses_s=(0.01, 0.02))
-    assert within(30, work).answered == 6
+    assert within(90, work).answered == 6
 
 
 def test_a_request_too_large_for_the_queue_is_refused_in_the_end(engine: FakeEngine) -> None:
@@ -217,7 +217,7 @@ def test_busy_with_a_time_to_come_back_is_asked_again() -> None:
 
     work = run_batch(app, requests_of(line("a")), Sink(), concurrency=1, on_broken=print,
                      pauses_s=(0.01,) * 3)  # fmt: skip
-    assert within(30, work).answered == 1
+    assert within(90, work).answered == 1
 
 
 def test_a_dead_engine_ends_the_run_unwritten(engine: FakeEngine) -> None:
@@ -244,7 +244,7 @@ def test_an_application_that_breaks_off_is_an_error_of_the_request() -> None:
 
     sink = Sink()
     requests = requests_of(line("a", prompt="raise"), line("b"))
-    report = within(30, run_batch(app, requests, sink, concurrency=1, on_broken=print))
+    report = within(90, run_batch(app, requests, sink, concurrency=1, on_broken=print))
     assert report.failed == 2
     assert sink.by_id["a"]["response"] is None
     assert sink.by_id["a"]["error"] == {
@@ -291,7 +291,7 @@ def test_cancelled_from_outside(engine: FakeEngine) -> None:
                 await task
 
     sink = Sink()
-    within(10, main())
+    within(90, main())
     assert not sink and not engine.live
 
 

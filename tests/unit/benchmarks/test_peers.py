@@ -107,18 +107,18 @@ def test_one_that_fails_is_left_out_with_its_reason(contestant: Maker) -> None:
 
 
 def test_one_that_is_late_is_ended(contestant: Maker) -> None:
-    job = Job(contestant("slow", took=1.0, sleeps=60)())
+    job = Job(contestant("slow", took=1.0, sleeps=600)())
     process = psutil.Process(job._processes[0].pid)
     began = time.monotonic()
     with pytest.raises(PlayerError, match="no answer within 0 s"):
         job.ask({"seed": 1}, 0.2)
     job.close()
-    assert time.monotonic() - began < 10 and not process.is_running()
+    assert time.monotonic() - began < 60 and not process.is_running()
 
 
 def stopped(process: psutil.Process) -> None:
     """Wait until it is: the system takes a moment."""
-    until = time.monotonic() + 10
+    until = time.monotonic() + 60
     while process.status() != psutil.STATUS_STOPPED:
         assert time.monotonic() < until
         time.sleep(0.01)
@@ -129,7 +129,7 @@ def test_those_who_wait_are_stopped(contestant: Maker) -> None:
     try:
         process = psutil.Process(job._processes[0].pid)
         stopped(process)
-        assert job.ask({"seed": 1}, 20)[0]["seconds"] == [1.0, 2.0]
+        assert job.ask({"seed": 1}, 60)[0]["seconds"] == [1.0, 2.0]
         stopped(process)
     finally:
         job.close()
@@ -148,7 +148,7 @@ def test_nobody_stays_when_the_benchmark_is_killed(contestant: Maker) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     """
     run = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=players.ROOT)
-    until = time.monotonic() + 10
+    until = time.monotonic() + 60
     while psutil.pid_exists(int(run.stdout)):
         assert time.monotonic() < until
         time.sleep(0.01)

@@ -9,6 +9,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -20,6 +21,8 @@ from ds_cp.process import SAME_S
 from ds_cp.serve import supervisor, worker_child
 
 ROOT = Path(__file__).resolve().parents[3]
+# On a busy machine: for what must come, and for processes that are killed to be gone.
+PATIENCE_S, GONE_S = 60.0, 30.0
 LAUNCH = """
 import sys
 from ds_cp.cli.launcher import spawn
@@ -29,7 +32,7 @@ sys.exit(spawn(command, int(sys.argv[1]), {}, grace_s=float(sys.argv[2])))
 # A rank that writes its pid, and that of a child, to a folder and then waits.
 WAIT = """
 import os, subprocess, sys, time
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 with open(f"{FOLDER}/tmp{os.environ['RANK']}", "w") as file:
     file.write(f"{os.getpid()} {child.pid}")
 os.rename(f"{FOLDER}/tmp{os.environ['RANK']}", f"{FOLDER}/rank{os.environ['RANK']}")
@@ -46,7 +49,7 @@ def start(ranks: int, code: str, grace_s: float = 5.0) -> subprocess.Popen[str]:
     )
 
 
-def run(ranks: int, code: str, limit_s: float = 30.0) -> tuple[int, str, str]:
+def run(ranks: int, code: str, limit_s: float = 120.0) -> tuple[int, str, str]:
     process = start(ranks, code)
     out, err = process.communicate(timeout=limit_s)
     return process.returncode, out, err
@@ -54,7 +57,7 @@ def run(ranks: int, code: str, limit_s: float = 30.0) -> tuple[int, str, str]:
 
 def pids_in(folder: Path, ranks: int) -> list[int]:
     """Pids of all ranks and their children, once all are there."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE_S
     while len(files := list(folder.glob("rank*"))) < ranks:
         assert time.monotonic() < deadline, "the ranks did not start"
         time.sleep(0.02)
@@ -77,7 +80,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-def waiting(folder: Path, then: str = "time.sleep(60)") -> str:
+def waiting(folder: Path, then: str = "time.sleep(600)") -> str:
     return f"FOLDER = {str(folder)!r}\n" + WAIT + then
 
 
@@ -100,13 +103,11 @@ def test_failing_rank_ends_the_rest_with_its_code(tmp_path: Path) -> None:
 import glob
 while len(glob.glob("{tmp_path}/rank*")) < 3: time.sleep(0.02)
 if os.environ["RANK"] == "1": sys.exit(2)
-time.sleep(60)
+time.sleep(600)
 """
-    began = time.monotonic()
-    rc, _, err = run(3, waiting(tmp_path, then))
+    rc, _, err = run(3, waiting(tmp_path, then))  # others would be there for 600 s
     assert (rc, err) == (2, "")  # rank 0 tells the cause of a user's error
-    assert time.monotonic() - began < 10
-    assert all_gone(pids_in(tmp_path, 3), 2)
+    assert all_gone(pids_in(tmp_path, 3), GONE_S)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +119,7 @@ time.sleep(60)
     ],
 )
 def test_how_a_rank_died_is_reported(end: str, code: int, message: str) -> None:
-    source = f"import os, time\nif os.environ['RANK'] == '1': {end}\ntime.sleep(60)"
+    source = f"import os, time\nif os.environ['RANK'] == '1': {end}\ntime.sleep(600)"
     rc, _, err = run(2, source)
     assert rc == code
     assert err == f"ds_cp: error: {message}; the job was ended\n"
@@ -132,9 +133,9 @@ def test_signal_ends_every_process(tmp_path: Path, number: int, code: int) -> No
     pids = pids_in(tmp_path, 3)
     assert len(pids) == 6
     process.send_signal(number)
-    process.communicate(timeout=10)
+    process.communicate(timeout=PATIENCE_S)
     assert process.returncode == code
-    assert all_gone(pids, 2)
+    assert all_gone(pids, GONE_S)
 
 
 def test_ranks_may_end_well_on_sigterm(tmp_path: Path) -> None:
@@ -142,9 +143,9 @@ def test_ranks_may_end_well_on_sigterm(tmp_path: Path) -> None:
     process = start(2, polite + waiting(tmp_path))
     pids = pids_in(tmp_path, 2)
     process.terminate()
-    process.communicate(timeout=10)
+    process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0
-    assert all_gone(pids, 2)
+    assert all_gone(pids, GONE_S)
 
 
 DEAF = "import signal, sys\nfor n in (1, 2, 15): signal.signal(n, signal.SIG_IGN)\n"
@@ -154,9 +155,9 @@ def test_deaf_ranks_are_killed_after_the_grace(tmp_path: Path) -> None:
     process = start(2, DEAF + waiting(tmp_path), grace_s=0.5)
     pids = pids_in(tmp_path, 2)
     process.terminate()
-    process.communicate(timeout=10)
+    process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 137
-    assert all_gone(pids, 2)
+    assert all_gone(pids, GONE_S)
 
 
 def test_second_signal_hurries_and_a_third_kills(tmp_path: Path) -> None:
@@ -166,12 +167,12 @@ def test_second_signal_hurries_and_a_third_kills(tmp_path: Path) -> None:
         for _ in range(3):  # within a moment: one signal, as the supervisors count too
             process.send_signal(signal.SIGINT)
             time.sleep(0.1)
-        time.sleep(SAME_S)
+        time.sleep(2 * SAME_S)  # from when the launcher took the last one
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=5)
+    process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 130
-    assert all_gone(pids, 2)
+    assert all_gone(pids, GONE_S)
 
 
 def test_second_sigterm_reaches_ranks_as_what_hurries_them(tmp_path: Path) -> None:
@@ -182,12 +183,12 @@ def test_second_sigterm_reaches_ranks_as_what_hurries_them(tmp_path: Path) -> No
     process.terminate()
     time.sleep(0.3)
     process.terminate()  # the same one
-    time.sleep(SAME_S)
+    time.sleep(2 * SAME_S)
     assert process.poll() is None
     process.terminate()
-    process.communicate(timeout=15)
+    process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0
-    assert all_gone(pids, 2)
+    assert all_gone(pids, GONE_S)
 
 
 def test_the_grace_is_longer_than_what_a_rank_waits_for() -> None:
@@ -202,9 +203,9 @@ def test_killed_launcher_leaves_no_rank(tmp_path: Path) -> None:
     pids = pids_in(tmp_path, 2)
     ranks, children = pids[::2], pids[1::2]
     process.kill()
-    process.wait(5)
+    process.wait(PATIENCE_S)
     try:
-        assert all_gone(ranks, 5)
+        assert all_gone(ranks, GONE_S)
     finally:
         # No process is left to end these; the real ranks' children watch their parent.
         for pid in children:
@@ -222,6 +223,14 @@ def test_command_that_cannot_start() -> None:
 
 def test_ranks_that_fail_in_the_same_moment(monkeypatch: pytest.MonkeyPatch) -> None:
     """All have ended by the time that the launcher looks; the first failure is the job's."""
-    monkeypatch.setattr(launcher, "POLL_S", 1.5)
+    whole, ranks, over = launcher._has_ended, dict[int, Any](), False
+
+    def has_ended(process: Any) -> bool:
+        nonlocal over
+        ranks[process.pid] = process
+        over = over or (len(ranks) == 4 and all(map(whole, ranks.values())))
+        return over and whole(process)
+
+    monkeypatch.setattr(launcher, "_has_ended", has_ended)
     command = [sys.executable, "-c", "import os, sys; sys.exit(3 - int(os.environ['RANK']))"]
     assert launcher.spawn(command, 4, {}, grace_s=5.0) == 3

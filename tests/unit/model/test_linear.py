@@ -309,7 +309,7 @@ def test_threads_do_not_share_where_a_call_writes() -> None:
     seen: list[int] = []
 
     def run(layers: int, count: int, x: int, m: int, stride: int, to: int, threads: int) -> None:
-        both.wait(10)
+        both.wait(60)
         seen.append(ctypes.c_void_p.from_address(to).value or 0)
 
     packer._run = run

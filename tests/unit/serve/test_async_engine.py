@@ -73,8 +73,8 @@ class Served:
                 lambda err, _: self.died.append(err),
             )  # fmt: skip
             self.engine.start()
-            await asyncio.wait_for(ready.wait(), 10)
-            await asyncio.wait_for(work(self.engine), 20)
+            await asyncio.wait_for(ready.wait(), 60)
+            await asyncio.wait_for(work(self.engine), 60)
             await self.engine.stop(10)
 
         asyncio.run(main())
@@ -165,10 +165,10 @@ def test_a_check_waits_for_no_step() -> None:
         loop, params = asyncio.get_running_loop(), SamplingParams()
         with engine._lock:
             done = loop.run_in_executor(None, engine.check, [1, 2, 3], params)
-            await asyncio.wait_for(done, 5)
+            await asyncio.wait_for(done, 60)
             wrong = loop.run_in_executor(None, engine.check, [1, 50], params)
             with pytest.raises(RequestError, match="token id 50 of the prompt") as caught:
-                await asyncio.wait_for(wrong, 5)
+                await asyncio.wait_for(wrong, 60)
         assert caught.value.param == "prompt"
 
     Served().run(work)
@@ -182,7 +182,7 @@ def test_a_request_that_comes_while_the_engine_stops_is_refused() -> None:
         with engine._lock:  # the thread cannot see yet that it should stop
             engine._stopping = engine._refusing = True
         with pytest.raises(EngineDeadError, match="stopping"):
-            await asyncio.wait_for(ask(engine, "late"), 5)
+            await asyncio.wait_for(ask(engine, "late"), 60)
         await stopping
 
     served = Served()
@@ -200,14 +200,14 @@ class StuckRank(OneRank):
         self.failure: DsCpError | None = None
 
     def outcome(self) -> Outcome:
-        assert self.going.wait(20)
+        assert self.going.wait(60)
         if self.failure is not None:
             raise self.failure
         return super().outcome()
 
 
 async def told(asking: asyncio.Task[list[int]]) -> BaseException | None:
-    await asyncio.wait({asking}, timeout=5)
+    await asyncio.wait({asking}, timeout=60)
     return asking.exception()
 
 
@@ -277,7 +277,7 @@ def test_requests_are_told_at_once_why_they_end(how: str) -> None:
             assert engine.stats().step_age_seconds == 0
         rank.failure = CommError("a peer is gone")
         rank.going.set()
-        engine._thread.join(5)
+        engine._thread.join(60)
 
     served.run(work)
     assert len(served.died) == (how != "fail")

@@ -35,7 +35,7 @@ class Both:
         self.following = FollowingLink(2, 10.0, lambda *args: self.gone.append(args))
 
     async def until(self, done: Callable[[], bool]) -> None:
-        end = time.monotonic() + 10
+        end = time.monotonic() + 60
         while not done():
             assert time.monotonic() < end, (self.lost, self.stopping, self.gone)
             await asyncio.sleep(0.005)
@@ -49,8 +49,8 @@ def run(work: Callable[[Both], Awaitable[None]]) -> Both:
         await asyncio.sleep(0.05)
         await both.leading.open(both.name)
         assert both.leading.is_open
-        await asyncio.wait_for(both.following._connected.wait(), 10)
-        await asyncio.wait_for(work(both), 20)
+        await asyncio.wait_for(both.following._connected.wait(), 60)
+        await asyncio.wait_for(work(both), 60)
         await both.following.close()
         await both.leading.close()
 
@@ -91,7 +91,7 @@ def test_a_rank_that_cannot_be_is_refused(rank: int) -> None:
         other = FollowingLink(rank, 10.0, lambda *args: None)
         await other.open(both.name)
         assert other._task is not None
-        await asyncio.wait_for(other._task, 5)
+        await asyncio.wait_for(other._task, 60)
         assert not await other.report(Lost("it is not of this job"))
         await other.close()
         assert await both.following.report(Lost("it is"))
@@ -104,7 +104,7 @@ def test_a_good_bye_is_none() -> None:
     async def work(both: Both) -> None:
         await both.leading.close()
         assert both.following._task is not None
-        await asyncio.wait_for(both.following._task, 5)
+        await asyncio.wait_for(both.following._task, 60)
 
     both = run(work)
     assert not both.gone and not both.lost
@@ -137,7 +137,7 @@ def test_another_user_is_not_heard(tmp_path: Path) -> None:
             try:
                 os.setuid(65534)
                 stranger = socket.socket(socket.AF_UNIX)
-                stranger.settimeout(5)
+                stranger.settimeout(60)
                 stranger.connect(both.name)
                 stranger.sendall(said)
                 os._exit(stranger.recv(100) != b"")
@@ -160,7 +160,7 @@ def test_nobody_to_report_to(monkeypatch: pytest.MonkeyPatch) -> None:
         await link.open(f"\0ds_cp-test/nobody/{time.monotonic_ns()}")
         assert not await link.report(Lost("nobody listens"))
         assert link._task is not None
-        await asyncio.wait_for(link._task, 5)  # it does not try for ever
+        await asyncio.wait_for(link._task, 60)  # it does not try for ever
         await link.close()
 
     asyncio.run(main())

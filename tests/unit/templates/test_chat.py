@@ -144,14 +144,22 @@ def test_half_a_surrogate_pair_is_no_text() -> None:
     ],
 )
 def test_a_template_of_no_use_is_found_at_start(text: str, reason: str) -> None:
-    template = opened(text, cpu_s=0.1)
+    class Counting(TemplateProcesses):
+        count = 0
+
+        def run(self, work: Any, limits: Any) -> Any:
+            self.count += 1
+            return template_processes().run(work, limits)
+
+    processes = Counting()
+    template = opened(text, processes, cpu_s=0.1)
     [line] = template.look(60)
     assert line.startswith("chat is not available: the model's chat template ('default') ")
     assert reason in line and "/v1/completions" in line
-    begun = time.monotonic()
+    tried = processes.count
     with pytest.raises(ChatTemplateError) as caught:
         render(template, HELLO)
-    assert reason in str(caught.value) and time.monotonic() - begun < 0.1  # it is not tried again
+    assert reason in str(caught.value) and processes.count == tried  # it is not tried again
 
 
 @pytest.mark.parametrize(
@@ -235,11 +243,11 @@ def test_processes_that_are_killed_are_replaced(processes: TemplateProcesses) ->
     nursery = psutil.Process(processes.pid)
     [worker] = nursery.children()
     worker.kill()
-    worker.wait(5)
+    worker.wait(60)
     assert render(template, HELLO) == expected and nursery.is_running()
     workers = nursery.children()
     nursery.kill()
-    assert psutil.wait_procs(workers, timeout=5)[1] == []  # they follow it
+    assert psutil.wait_procs(workers, timeout=60)[1] == []  # they follow it
     assert render(template, HELLO) == expected
     assert processes.pid != nursery.pid
     for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C, and a launcher's end of the group
@@ -248,13 +256,13 @@ def test_processes_that_are_killed_are_replaced(processes: TemplateProcesses) ->
     last = psutil.Process(processes.pid)
     everyone = [last, *last.children()]
     processes.close()
-    assert psutil.wait_procs(everyone, timeout=5)[1] == []
+    assert psutil.wait_procs(everyone, timeout=60)[1] == []
     with pytest.raises(OSError, match="have been ended"):
         render(template, HELLO)
 
 
 def until(true: Callable[[], object]) -> None:
-    limit = time.monotonic() + 10
+    limit = time.monotonic() + 60
     while not true():
         assert time.monotonic() < limit
         time.sleep(0.002)
@@ -306,7 +314,7 @@ def test_a_worker_that_is_killed_says_nothing_of_the_template(number: int) -> No
 
 
 def test_renderings_do_not_wait_for_one_that_loops() -> None:
-    template = opened(templates.TRAPS, cpu_s=0.5)
+    template = opened(templates.TRAPS, cpu_s=1.5)
     render(template, HELLO)
     with ThreadPoolExecutor(4) as pool:
         looping = [pool.submit(render, template, [HELLO[0] | {"content": "loop"}]) for _ in "ab"]
@@ -333,7 +341,7 @@ def test_a_clock_ends_a_rendering_that_waits() -> None:
     begun = time.monotonic()
     with pytest.raises(TimeoutError):
         render(template, [HELLO[0] | {"content": "loop"}], timeout_s=0.3)
-    assert time.monotonic() - begun < 5.0
+    assert time.monotonic() - begun < 18.0  # not after cpu_s
 
 
 def test_the_processes_end_with_their_server() -> None:
@@ -354,5 +362,5 @@ def test_the_processes_end_with_their_server() -> None:
     everyone = [nursery, *nursery.children()]
     assert len(everyone) == 2
     server.kill()
-    server.wait(10)
-    assert psutil.wait_procs(everyone, timeout=5)[1] == []
+    server.wait(60)
+    assert psutil.wait_procs(everyone, timeout=60)[1] == []

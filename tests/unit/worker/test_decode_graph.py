@@ -299,12 +299,9 @@ def answers(engine: LLMEngine) -> list[Any]:
     return [(list(o.outputs[0].token_ids), o.outputs[0].logprobs) for o in outputs]
 
 
-def test_an_engine_with_graphs_gives_the_tokens_of_one_without(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def with_graphs(monkeypatch: pytest.MonkeyPatch) -> LLMEngine:
     from ds_cp.kv import pool as pool_module
 
-    plain = answers(alone(tiny_llama()))
     init = KVPool.__init__
 
     def with_scratch(self: Any, *args: Any, **changes: Any) -> None:
@@ -315,7 +312,14 @@ def test_an_engine_with_graphs_gives_the_tokens_of_one_without(
     worker = engine._worker
     object.__setattr__(worker.layers, "kernel", TensorOrWhole())
     worker.capture_decodes(4, 64, Repeated)
-    got = answers(engine)
+    return engine
+
+
+def test_an_engine_with_graphs_gives_the_tokens_of_one_without(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain = answers(alone(tiny_llama()))
+    got = answers(with_graphs(monkeypatch))
     assert [ids for ids, _ in got] == [ids for ids, _ in plain]
     replays = sum(graph.replays for graph in Repeated.made)
     assert replays > 10, "steps of prompts and of five rows ran eagerly, the others did not"

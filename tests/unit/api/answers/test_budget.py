@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -95,32 +96,54 @@ def test_auto_is_a_part_of_the_machine() -> None:
     assert 256 * MIB <= auto_bytes() <= 8192 * MIB
 
 
+class ClockLoop:
+    """What a trimmer asks of an event loop, on a clock of its own."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.calls: list[tuple[float, Callable[[], object]]] = []
+
+    def time(self) -> float:
+        return self.now
+
+    def call_at(self, when: float, call: Callable[[], object]) -> None:
+        self.calls.append((when, call))
+
+    def run_in_executor(self, _: None, call: Callable[[int], object], value: int) -> None:
+        call(value)
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+        due = [call for when, call in self.calls if when <= self.now]
+        self.calls = [one for one in self.calls if one[0] > self.now]
+        for call in due:
+            call()
+
+
 def test_freed_memory_is_given_back_once_it_is_much(monkeypatch: Any) -> None:
-    monkeypatch.setattr(trim, "TRIM_AFTER_S", 0.01)
-    monkeypatch.setattr(trim, "TRIM_EVERY_S", 0.5)
     calls: list[int] = []
     trimmer = trim.Trimmer()
     monkeypatch.setattr(trimmer, "_trim", calls.append)
-
-    async def main() -> None:
-        for _ in range(3):
-            trimmer.released(trim.TRIM_BYTES // 4)
-        await asyncio.sleep(0.05)
-        assert calls == []
-        for _ in range(8):
-            trimmer.released(trim.TRIM_BYTES)
-        await asyncio.sleep(0.05)
-        assert calls == [0]
+    loop = ClockLoop()
+    monkeypatch.setattr(asyncio, "get_running_loop", lambda: loop)
+    for _ in range(3):
+        trimmer.released(trim.TRIM_BYTES // 4)
+    loop.advance(10.0)
+    assert calls == []
+    for _ in range(8):
         trimmer.released(trim.TRIM_BYTES)
-        await asyncio.sleep(0.05)
-        assert calls == [0]  # not so soon again
-        await asyncio.sleep(0.6)
-        assert calls == [0, 0]
-        trimmer.released(trim.TRIM_BYTES - 1)
-        await asyncio.sleep(0.05)
-        assert calls == [0, 0]
-
-    asyncio.run(main())
+    loop.advance(0.9 * trim.TRIM_AFTER_S)
+    assert calls == []
+    loop.advance(0.2 * trim.TRIM_AFTER_S)
+    assert calls == [0]
+    trimmer.released(trim.TRIM_BYTES)
+    loop.advance(0.9 * trim.TRIM_EVERY_S)
+    assert calls == [0]  # not so soon again
+    loop.advance(0.2 * trim.TRIM_EVERY_S)
+    assert calls == [0, 0]
+    trimmer.released(trim.TRIM_BYTES - 1)
+    loop.advance(10.0)
+    assert calls == [0, 0]
 
 
 # Frees every other one of 40 blocks of 4 MB, after glibc has seen blocks of that size freed; prints

@@ -115,7 +115,7 @@ def test_a_reader_that_waits_is_woken() -> None:
         await asyncio.sleep(0)
         assert not reading.done()
         box.put(0, a_delta(0, 5, None))
-        assert await asyncio.wait_for(reading, 5) == (0, a_delta(0, 5, None))
+        assert await asyncio.wait_for(reading, 60) == (0, a_delta(0, 5, None))
 
     asyncio.run(main())
 
