@@ -157,7 +157,8 @@ class BlockManager:
         past = len(found) * size
         answer = request.max_tokens - len(request.output)
         most = self.num_ranks - len(self.closed)
-        width = self._policy.width(most, tokens - past, past, answer, busy)
+        at_work = most if self._seats is None else min(most, self._seats.at_work)
+        width = self._policy.width(most, tokens - past, past, answer, busy, at_work)
         want = width.ranks
         if want == 1 or self.only_local:
             yield from self._local_offers(request, found, blocks, load, width.why)

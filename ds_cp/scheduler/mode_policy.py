@@ -21,6 +21,12 @@ class Seats:
     host_of: tuple[str, ...]
     at_once: int
 
+    @property
+    def at_work(self) -> int:
+        """How many ranks of all hosts can compute at the same time."""
+        hosts = set(self.host_of)
+        return sum(min(self.at_once, self.host_of.count(host)) for host in hosts)
+
     def asleep(self, load: Sequence[int]) -> set[int]:
         """Ranks without work, on hosts where ``at_once`` ranks or more are at work."""
         working: dict[str, int] = {}
@@ -58,12 +64,14 @@ class ModePolicy:
             return self.mode == "local"
         return self.local_threshold is None or prompt_tokens <= self.local_threshold
 
-    def width(self, most: int, new: int, past: int, answer: int, busy: bool) -> Width:
+    def width(
+        self, most: int, new: int, past: int, answer: int, busy: bool, at_work: int | None = None
+    ) -> Width:
         """Over how many of ``most`` ranks a prompt should be spread, if that many have room.
 
         All when it may not be local. Otherwise one while other requests, which can use the other
-        ranks, run or wait; alone, as many as the cost model says make it faster. ``answer``: its
-        output tokens.
+        ranks, run or wait; alone, as many as the cost model says make it faster, of the ``at_work``
+        that can compute at the same time (None: all). ``answer``: its output tokens.
         """
         if self.mode == "local":
             return Width(1, SpanReason.LOCAL_SET)
@@ -75,7 +83,7 @@ class ModePolicy:
             return Width(1, SpanReason.BUSY)
         if self.cost is None:
             return Width(1, SpanReason.NO_RATES)
-        ranks = self.cost.best_ranks(most, new, past, answer)
+        ranks = self.cost.best_ranks(min(most, at_work or most), new, past, answer)
         return Width(ranks, SpanReason.MORE_PAYS if ranks > 1 else SpanReason.ONE_PAYS)
 
     def gathers(self, ranks: int, tokens: int) -> bool:

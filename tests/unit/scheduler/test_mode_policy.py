@@ -146,6 +146,8 @@ def test_a_prompt_alone_takes_as_many_ranks_as_pay() -> None:
     assert cost.best_ranks(8, 100_000, 0, 1) == 8
     assert rule.width(8, 100_000, 0, 1, False).ranks == 8
     assert rule.width(8, 100_000, 0, 1, True).ranks == 1, "others want the other ranks"
+    assert rule.width(8, 100_000, 0, 1, False, 2).ranks == 2, "two have a core"
+    assert rule.width(8, 100_000, 0, 1, False, 1).ranks == 1
     assert policy().width(8, 100_000, 0, 1, False).ranks == 1, "nothing was measured"
     assert policy(cost=cost, local_threshold=200_000).width(8, 10**5, 0, 1, False).ranks == 1
     for new, past, answer in itertools.product((10, 1000, 10**5), (0, 10**4), (1, 10**4)):
@@ -166,6 +168,7 @@ def test_a_prompt_alone_takes_as_many_ranks_as_pay() -> None:
 def test_ranks_without_a_core_of_their_own_sleep(load: list[int], asleep: set[int]) -> None:
     """Four ranks on one host and two on another, where two can compute at once."""
     assert Seats(("a", "a", "a", "a", "b", "b"), 2).asleep(load) == asleep
+    assert [Seats(("a", "a", "a", "b"), n).at_work for n in (1, 2, 4)] == [2, 3, 4]
 
 
 def test_what_spans_without_need_is_gathered() -> None:

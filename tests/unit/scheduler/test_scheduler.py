@@ -1297,6 +1297,20 @@ def test_short_requests_keep_to_as_many_ranks_as_can_compute_while_these_have_ro
     assert len(ranks_in_use(cluster)) == 1
 
 
+def test_a_lone_prompt_spreads_over_as_many_ranks_as_can_compute() -> None:
+    cost = CostModel(
+        flops_per_s=1e9, bytes_per_s=1e12, latency_s=1e-9, num_layers=4, num_q_heads=4,
+        num_kv_heads=2, head_dim=16, weights=1000, element=4,
+    )  # fmt: skip
+    for at_once, want in ((4, 4), (2, 2), (1, 1)):
+        cluster = Cluster([20] * 4, seats=Seats(("here",) * 4, at_once), cost=cost)
+        cluster.add(prompt(64, 1), greedy(2))
+        cluster.step()
+        assert len(ranks_in_use(cluster)) == want
+        cluster.settle()
+        cluster.check_outputs()
+
+
 def test_each_host_has_its_own_cores() -> None:
     cluster = Cluster([20] * 4, seats=Seats(("a", "b", "a", "b"), 1), num_hosts=2)
     for i in range(6):
