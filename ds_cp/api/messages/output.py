@@ -14,7 +14,7 @@ from ds_cp.api.chat.events import (
     Event,
     Reasoning,
 )
-from ds_cp.parsing.history import EarlierCall
+from ds_cp.parsing.history import as_object
 
 Json = dict[str, Any]
 
@@ -71,8 +71,7 @@ class Output:
                 block |= {"thinking": text, "signature": SIGNATURE}
                 yield self._delta({"type": "signature_delta", "signature": SIGNATURE})
             case _:  # arguments that are no object, or were cut, are one with a text
-                call = EarlierCall(block["id"], block["name"], text).for_template()
-                block["input"] = call["function"]["arguments"]
+                block["input"] = as_object(text or "{}")
         yield {"type": "content_block_stop", "index": len(self.blocks) - 1}
 
     def _begin(self, block: Json) -> Iterator[Json]:

@@ -128,3 +128,15 @@ def test_arguments_that_are_no_object_are_told_as_they_are() -> None:
     assert output.blocks[0]["input"] == {"raw_arguments": '{"x": "ab'}
     message = client_reads(streamed([cut], "max_tokens"))
     assert message.content[0].input == {"x": "ab"} or message.content[0].input == {}
+
+
+def test_arguments_that_no_answer_can_hold_are_a_text() -> None:
+    for text, held in (
+        (r'{"a": "\ud800"}', False), ('{"a": 1e999}', False), (f'{{"a": {2**80}}}', True),
+    ):  # fmt: skip
+        output = Output()
+        steps = [CallBegin(0, "call_1", "f"), ArgumentsDelta(0, text), CallEnd(0, True)]
+        list(output.take(steps))
+        (block,) = output.blocks
+        assert block["input"] == (json.loads(text) if held else {"raw_arguments": text})
+        assert json.dumps(output.blocks, ensure_ascii=False, allow_nan=False).encode()
