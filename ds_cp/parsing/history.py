@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -17,6 +18,7 @@ from ds_cp.parsing.json_reader import is_json
 from ds_cp.text import show
 
 MAX_ID = 512  # characters of a call's id
+_HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair
 MAX_BITS = 63  # of an integer that a template is given
 RAW = "raw_arguments"  # the key of arguments that are no JSON object, in their place
 
@@ -105,7 +107,7 @@ def _read_call(value: Any, where: str) -> EarlierCall:
 
 def read_id(value: Any, where: str) -> str:
     """An id of a call. Raises ``RequestError``."""
-    if not isinstance(value, str) or not value or len(value) > MAX_ID:
+    if not isinstance(value, str) or not 0 < len(value) <= MAX_ID or _HALF.search(value):
         _refuse(f"{where} must be the id of a call, 1 to {MAX_ID} characters", where)
     return value
 

@@ -207,6 +207,12 @@ def test_tool_choice(choice: Any, mode: str, names: tuple[str, ...], single: boo
         ({"chat_template_kwargs": {"x": "\ud800"}}, "chat_template_kwargs.x"),
         ({"text": {"format": {"type": "xml"}}}, "text.format"),
         ({"text": {"format": {"type": "json_schema", "name": "n"}}}, "text.format"),
+        # The response says these again.
+        ({"tools": [FUNCTION | {"parameters": {"maximum": float("inf")}}]}, "tools"),
+        ({"text": {"format": {"type": "text", "description": "\ud800"}}}, "text.format"),
+        ({"text": {"format": {"type": "text", "schema": {"a": float("-inf")}}}}, "text.format"),
+        ({"text": {"format": {"type": "json_schema", "name": "\udfff", "schema": {}}}},
+         "text.format"),
         ({"text": {"format": {"type": "json_schema", "name": 5, "schema": {}}}}, "text.format"),
         ({"metadata": {"k" * 65: "v"}}, "metadata"),
         ({"metadata": {f"k{i}": "v" for i in range(17)}}, "metadata"),
