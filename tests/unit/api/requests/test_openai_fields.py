@@ -94,7 +94,8 @@ PLACES: dict[str, tuple[set[str], Any, frozenset[str], dict[str, Any], Any]] = {
 def read(model: type[BaseModel], body: Any, refuse: bool = False) -> tuple[Any, list[str]]:
     """The model of a body, or its error, and the unknown fields that were ignored."""
     notes = Notes(refuse)
-    return _to_model(json.dumps(body).encode(), model, notes, None), notes.ignored
+    text = json.dumps(body).replace("Infinity", "1e999")  # which JSON can spell
+    return _to_model(text.encode(), model, notes, None), notes.ignored
 
 
 def error(model: type[BaseModel], body: Any, refuse: bool = False) -> ApiError:

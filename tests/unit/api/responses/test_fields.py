@@ -45,7 +45,8 @@ FUNCTION = {"type": "function", "name": "f", "parameters": {"type": "object"}, "
 
 def read(body: Any, refuse: bool = False) -> tuple[Any, Notes]:
     notes = Notes(refuse)
-    return _to_model(json.dumps(body).encode(), ResponseRequest, notes, None), notes
+    text = json.dumps(body).replace("Infinity", "1e999")  # which JSON can spell
+    return _to_model(text.encode(), ResponseRequest, notes, None), notes
 
 
 def served(body: Any) -> ResponseRequest:
