@@ -247,6 +247,14 @@ def test_errors_name_the_clients_field() -> None:
     assert caught.value.param == "guided_grammar"
 
 
+def test_what_a_call_excludes_is_named_with_the_field_that_asks_for_the_call() -> None:
+    request = chat("required")
+    request = replace(request, params=replace(request.params, ignore_eos=True))
+    with pytest.raises(RequestError, match="^ignore_eos cannot be kept under tools,") as caught:
+        plan_answer(request, style("hermes"), KNOWS, "")
+    assert caught.value.param == "ignore_eos"
+
+
 def test_an_answer_that_goes_on_is_content_at_once() -> None:
     turns = [Turn(role="user", content="hi"), Turn(role="assistant", content="It is")]
     request = replace(chat(tools=[]), turns=turns, continue_final=True)
