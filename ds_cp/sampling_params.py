@@ -129,7 +129,7 @@ class SamplingParams:
             for name in ("min_tokens", "ignore_eos"):
                 if getattr(self, name):
                     raise RequestError(
-                        f"{name} cannot be kept under {FIELD}, "
+                        f"{name} cannot be kept under {self.structured_outputs.asked_as}, "
                         "whose grammar says where an answer ends; leave it out",
                         name,
                     )

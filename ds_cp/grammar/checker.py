@@ -75,7 +75,11 @@ class GrammarChecker:
         known = self.recall(params)
         if known is not None:
             return known
-        found = self._compile(params, time.monotonic() + timeout_s)
+        try:
+            found = self._compile(params, time.monotonic() + timeout_s)
+        except RequestError as err:
+            name = params.asked_as
+            raise RequestError(str(err).replace(FIELD, name), name) from err
         self._remember((params.source, params.is_foreign), found)
         return _or_raise(found, params)
 

@@ -132,10 +132,10 @@ class StructuredOutputsParams:
         _check_size("grammar", self.grammar)
         if "%llguidance" in self.grammar:
             raise _error(f"{FIELD}.grammar: %llguidance is the server's own; leave it out")
-        if self.thought is not None:
-            raise _error(f"{FIELD}.grammar cannot come after reasoning; say json, regex or choice")
         if self.or_begins:
             raise _error(f"{FIELD}.grammar cannot stand beside tools; say json, regex or choice")
+        if self.thought is not None:
+            raise _error(f"{FIELD}.grammar cannot come after reasoning; say json, regex or choice")
         for repeat in _repeats(self.grammar):
             _check_repeat("grammar", repeat)
         return self.grammar

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ds_cp.parsing.calls import Toolbox
-from ds_cp.parsing.machine import SPACE, WAIT, Markers
+from ds_cp.parsing.machine import SPACE, WAIT
 from ds_cp.parsing.marked_json import MarkedJson
 
 PYTHON_TAG = "<|python_tag|>"
@@ -18,7 +18,6 @@ class BareJson(MarkedJson):
     def __init__(self, tools: Toolbox, tag: str = PYTHON_TAG) -> None:
         super().__init__(tools, tag, only_known=True)
         self._beginnings = (tag, *_FENCES, "{", "[")
-        self._fence = Markers("```")
 
     def _start(self) -> bool:
         """At the beginning of the answer."""

@@ -146,7 +146,7 @@ class CallObject:
         elif self._kind == "arguments":
             self.arguments_done = True
         elif self._kind == "text":  # arguments within a string
-            inner = json.loads(captured)
+            inner = _text_of(json.loads(captured))
             reader = JsonReader()
             rest = reader.push(inner, 0, self._out)
             if inner[:1] != "{" or not reader.done or inner[rest:].strip():
@@ -158,3 +158,8 @@ class CallObject:
         if not self._begun:
             self._out.append("{}")
             self._begun = self.arguments_done = True
+
+
+def _text_of(text: str) -> str:
+    """The text with U+FFFD for each half of a surrogate pair: JSON can spell it, UTF-8 cannot."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")

@@ -47,6 +47,7 @@ class CallsMachine(Machine):
         self._tools = tools
         self._gate = Gate()
         self._index = -1
+        self._ids: set[str] = set()  # of the calls so far
         self._open = False
         self._held: list[str] = []
         self._held_chars = 0
@@ -113,14 +114,17 @@ class CallsMachine(Machine):
         self._held, self._held_chars = [], 0
 
     def _begin(self, name: str, id_: str | None = None) -> None:
-        """A call: what is held belongs to it."""
+        """A call: what is held belongs to it. ``id_``: as the model wrote it, which it gets unless
+        an earlier call of the answer has it: results must find their call."""
         self._drop()
         self._gate.cut()
         self._index += 1
         self._open, self._bad = True, ""
-        self._events.append(
-            CallBegin(self._index, id_ or self._tools.new_id(name, self._index), name)
-        )
+        number = self._index
+        while not id_ or id_ in self._ids:
+            id_, number = self._tools.new_id(name, number), number + 1
+        self._ids.add(id_)
+        self._events.append(CallBegin(self._index, id_, name))
 
     def _argue(self, text: str) -> None:
         """More of the arguments."""

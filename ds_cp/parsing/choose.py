@@ -76,11 +76,6 @@ class Chosen:
     renders_tools: bool
     notes: tuple[str, ...] = ()
 
-    @property
-    def text_arguments(self) -> bool:
-        """Whether the template wants the arguments of earlier calls as JSON text."""
-        return self.tool is not None and TOOL_FAMILIES[self.tool].text_arguments
-
 
 def choose(
     template: str | None,

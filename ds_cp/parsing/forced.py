@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,19 +25,16 @@ class CallGrammar:
     structural_tag: dict[str, Any]
 
 
-def call_grammar(
-    tool: str, tools: Sequence[Tool], choice: ToolChoice, special_tokens: Collection[str] = ()
-) -> CallGrammar | None:
+def call_grammar(tool: str, tools: Sequence[Tool], choice: ToolChoice) -> CallGrammar | None:
     """The grammar for a choice of tools; None where the model is free.
 
     It is free under "none", and under "auto" but for tools that are ``strict``. ``tool``: the name
     of the model's parser. A call that must be made is written in the family's own format if its
-    arguments are JSON and none of its marks is one of ``special_tokens``, which a grammar over text
-    cannot name; else as plain JSON, as if the model had no format.
+    arguments are JSON; else as plain JSON, as if the model had no format.
     """
     chosen = [one for one in tools if one.name in choice.names]
     form = TOOL_FAMILIES[tool].format
-    spelt = form.arguments == "json" and not _marks(form) & set(special_tokens)
+    spelt = form.arguments == "json"
     if choice.mode == "none" or not chosen:
         return None
     if choice.mode == "auto":
@@ -81,11 +78,6 @@ def opening(reasoning: str | None, prompt: str, continues: bool = False) -> Open
     if begins == thinking.INSIDE or (begins == thinking.UNKNOWN and family.style.assumed):
         return Opening("", end)
     return Opening(form.begin, end, True) if begins == thinking.UNKNOWN else Opening()
-
-
-def _marks(form: ToolFormat) -> set[str]:
-    whole = form.begin + form.before_arguments("") + form.after_arguments + form.end
-    return {mark for mark in form.markers if mark in whole}
 
 
 def _structures(form: ToolFormat, tools: Sequence[Tool], choice: ToolChoice) -> dict[str, Any]:

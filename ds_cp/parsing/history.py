@@ -1,10 +1,12 @@
-"""Tool calls, their results and reasoning in the messages of a conversation: checked, and as chat
-templates want them. Errors are ``RequestError`` and name the field."""
+"""Tool calls and their results in the messages of a conversation: checked, and as chat templates
+want them. Errors are ``RequestError`` and name the field."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -16,8 +18,9 @@ from ds_cp.parsing.json_reader import is_json
 from ds_cp.text import show
 
 MAX_ID = 512  # characters of a call's id
+_HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair
+MAX_BITS = 63  # of an integer that a template is given
 RAW = "raw_arguments"  # the key of arguments that are no JSON object, in their place
-REASONING_FIELDS = ("reasoning_content", "reasoning")  # of an assistant's message, either
 
 
 @dataclass(frozen=True)
@@ -31,22 +34,39 @@ class EarlierCall:
     def for_template(self, ids: str = OPENAI, text_arguments: bool = False) -> dict[str, Any]:
         """The call as chat templates expect it: arguments as an object, or as text where the
         template joins texts. What the model wrote may be no JSON; then the object is
-        ``{RAW: text}``, so that the conversation can go on."""
+        ``{RAW: text}``, so that the conversation can go on. An integer of more than 64 bits is the
+        text of its digits, since templates are rendered in a process that takes no longer ones."""
         arguments: Any = self.arguments or "{}"
         if not text_arguments:
-            arguments = _as_object(arguments)
+            arguments = as_object(arguments, _short_integer)
         function = {"name": self.name, "arguments": arguments}
         return {"type": "function", "id": id_for_template(ids, self.id), "function": function}
 
 
-def _as_object(text: str) -> dict[str, Any]:
+def as_object(text: str, integer: Callable[[str], Any] = int) -> dict[str, Any]:
+    """The arguments of a call as an object that can be written as JSON again; ``{RAW: text}`` for
+    what is none: no JSON object, a number beyond the floats, or half a surrogate pair. ``integer``:
+    the value of an integer's digits."""
     if not is_json(text.strip(), "{"):
         return {RAW: text}
     try:
-        found: dict[str, Any] = json.loads(text)
-    except (ValueError, RecursionError):  # an integer of too many digits
+        found: dict[str, Any] = json.loads(text, parse_int=integer, parse_float=_finite)
+        json.dumps(found, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):
         return {RAW: text}
     return found
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if math.isinf(number):
+        raise ValueError(f"{digits} is no number of 64 bits")
+    return number
+
+
+def _short_integer(digits: str) -> int | str:
+    number = int(digits)
+    return number if number.bit_length() <= MAX_BITS else digits
 
 
 def read_calls(value: Any, where: str) -> list[EarlierCall]:
@@ -87,25 +107,13 @@ def _read_call(value: Any, where: str) -> EarlierCall:
 
 def read_id(value: Any, where: str) -> str:
     """An id of a call. Raises ``RequestError``."""
-    if not isinstance(value, str) or not value or len(value) > MAX_ID:
+    if not isinstance(value, str) or not 0 < len(value) <= MAX_ID or _HALF.search(value):
         _refuse(f"{where} must be the id of a call, 1 to {MAX_ID} characters", where)
     try:
         value.encode()
     except UnicodeEncodeError as err:
         _refuse(f"{where} is not text: half a surrogate pair at character {err.start}", where)
     return value
-
-
-def read_reasoning(message: dict[str, Any], where: str) -> str:
-    """The reasoning that an assistant's message brings back, under either of its names; "" for
-    none. Raises ``RequestError``."""
-    for name in REASONING_FIELDS:
-        value = message.get(name)
-        if value is not None and not isinstance(value, str):
-            _refuse(f"{where}.{name} must be text", f"{where}.{name}")
-        if value:
-            return str(value)
-    return ""
 
 
 def check_results(

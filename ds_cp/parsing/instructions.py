@@ -4,7 +4,8 @@ system message, and calls and results are plain text."""
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 from ds_cp.parsing.definitions import Tool
@@ -36,24 +37,25 @@ def without_tools(
     knows the role; where not, the user says what the system would."""
     names = {call.id: call.name for _, calls in messages for call in calls}
     plain: list[Message] = []
-    results = False  # the last turn is of results
-    for message, calls in messages:
-        if message["role"] == "tool":
-            name = names.get(message.get("tool_call_id", ""), "")
-            text = f"Result of the tool {name}:\n{_text(message.get('content'))}"
-            if results:
-                plain[-1]["content"] += f"\n\n{text}"
-            else:
-                plain.append({"role": "user", "content": text})
-            results = True
-            continue
-        results = False
-        if calls:
-            said = [_text(message.get("content")), *map(_call_as_text, calls)]
-            plain.append({"role": message["role"], "content": "\n".join(filter(None, said))})
+    for are_results, group in groupby(messages, lambda one: one[0]["role"] == "tool"):
+        if are_results:
+            results = [_result_as_text(message, names) for message, _ in group]
+            plain.append({"role": "user", "content": "\n\n".join(results)})
         else:
-            plain.append(dict(message))
+            plain += [_in_words(message, calls) for message, calls in group]
     return _told(plain, tools_as_text(tools), system) if tools else plain
+
+
+def _result_as_text(message: Message, names: Mapping[str, str]) -> str:
+    name = names.get(message.get("tool_call_id", ""), "")
+    return f"Result of the tool {name}:\n{_text(message.get('content'))}"
+
+
+def _in_words(message: Message, calls: Sequence[EarlierCall]) -> Message:
+    if not calls:
+        return dict(message)
+    said = [_text(message.get("content")), *map(_call_as_text, calls)]
+    return {"role": message["role"], "content": "\n".join(filter(None, said))}
 
 
 def _told(messages: list[Message], text: str, system: bool) -> list[Message]:

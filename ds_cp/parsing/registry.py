@@ -28,14 +28,12 @@ HARMONY = "harmony"
 @dataclass(frozen=True)
 class ToolFamily:
     """A parser of tool calls. ``make``: one for an answer. ``ids``: how the family spells ids of
-    calls (``ds_cp.parsing.ids``). ``text_arguments``: its templates want the arguments of earlier
-    calls as JSON text, not as an object. ``ends_reasoning``: texts that end reasoning that was not
+    calls (``ds_cp.parsing.ids``). ``ends_reasoning``: texts that end reasoning that was not
     closed, since models of the family forget to."""
 
     make: Callable[[Toolbox], Parser]
     format: ToolFormat
     ids: str = ids.OPENAI
-    text_arguments: bool = False
     ends_reasoning: tuple[str, ...] = ()
 
 
@@ -163,13 +161,11 @@ TOOL_FAMILIES: Mapping[str, ToolFamily] = {
     "deepseek_v3": ToolFamily(
         lambda tools: headed.Headed(tools, headed.DEEPSEEK),
         _headed_format(headed.DEEPSEEK, "function<｜tool▁sep｜>", "\n```json\n", "\n```", "\n"),
-        text_arguments=True,
         ends_reasoning=_DEEPSEEK_ENDS,
     ),
     "deepseek_v31": ToolFamily(
         lambda tools: headed.Headed(tools, headed.DEEPSEEK),
         _headed_format(headed.DEEPSEEK, "", headed.DEEPSEEK.separator, ""),
-        text_arguments=True,
         ends_reasoning=_DEEPSEEK_ENDS,
     ),
     "kimi_k2": ToolFamily(

@@ -38,6 +38,7 @@ CPU_S = 3.0  # seconds of computing for one conversation; an honest one of 8 MB 
 MEMORY_BYTES = 64 << 20
 MEMORY_PER_CHAR, MEMORY_PER_PIECE = 32, 2048
 LOOK_S = 15.0  # seconds by the clock that a start waits for a template to be examined
+REASONING = ("reasoning_content", "thinking")  # what templates call it
 OTHER_WAY = "use /v1/completions"
 TOO_SLOW = "chat_template_too_slow"
 _FILE = "chat_template.jinja"
@@ -121,8 +122,7 @@ class Size:
         texts = [texts_of(message.get("content")) for message in messages]
         chars = sum(map(len, chain(*texts))) + sum(_json_chars(one) for one in beside if one)
         for message in messages:
-            if reasoning := message.get("reasoning_content"):
-                chars += len(reasoning)
+            chars += sum(len(message.get(name) or "") for name in REASONING)
             if calls := message.get("tool_calls"):
                 chars += _json_chars(calls)
         return Size(chars, sum(1 + len(of_one) for of_one in texts))

@@ -27,8 +27,9 @@ FinishReason = Literal["stop", "length", "tool_calls", "abort"]
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The end of an answer. ``reason`` "tool_calls": it stopped by itself and calls tools.
-    ``stop_reason``: the stop token or string of the client that ended it, or None."""
+    """The end of an answer. ``reason`` "tool_calls": it stopped and calls tools; "stop" where a
+    stop of the client came within the last call. ``stop_reason``: the stop token or string of the
+    client that ended it, or None."""
 
     reason: FinishReason
     stop_reason: int | str | None = None

@@ -36,7 +36,7 @@ def template_input(
     if shape.offers and shape.history:
         messages = native(chat.turns, style, shape)
     else:
-        pairs = [(_plain(turn), turn.calls) for turn in chat.turns]
+        pairs = [(_plain(turn, style), turn.calls) for turn in chat.turns]
         messages = without_tools(pairs, () if shape.offers else tools, shape.system)
     return TemplateInput(
         messages,
@@ -62,7 +62,7 @@ def native(turns: Sequence[Turn], style: ChatStyle, shape: ToolShape) -> list[Me
     names = {call.id: call.name for turn in turns for call in turn.calls}
     messages = []
     for turn in turns:
-        message = _plain(turn)
+        message = _plain(turn, style)
         if turn.calls:
             message["tool_calls"] = [
                 call.for_template(style.ids, shape.text_arguments) for call in turn.calls
@@ -74,13 +74,14 @@ def native(turns: Sequence[Turn], style: ChatStyle, shape: ToolShape) -> list[Me
     return messages
 
 
-def _plain(turn: Turn) -> Message:
+def _plain(turn: Turn, style: ChatStyle) -> Message:
     content = turn.content if isinstance(turn.content, str) else [dict(p) for p in turn.content]
     message: Message = {"role": turn.role, "content": content}
     if turn.name:
         message["name"] = turn.name
-    if turn.reasoning:
-        message["reasoning_content"] = turn.reasoning
+    # gpt-oss's template refuses a call with thoughts and a text beside it: the text stays.
+    if turn.reasoning and not (turn.calls and content and style.reasoning_field == "thinking"):
+        message[style.reasoning_field] = turn.reasoning
     if turn.role == "tool":
         message["tool_call_id"] = turn.answers
     return message

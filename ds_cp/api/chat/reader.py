@@ -46,6 +46,7 @@ class AnswerReader:
         self._unread = ""  # fed since something came of it
         self._open: int | None = None  # the call that has not ended
         self._called = False
+        self._cut = False  # the last call that ended is not complete
         self._pending = 0  # tokens since something came of them
         self.reasoning_tokens = 0
 
@@ -59,7 +60,7 @@ class AnswerReader:
         finished = None
         if delta.finish_reason is not None:
             events += self._finish()
-            finished = Finished(self._reason(delta.finish_reason), delta.stop_reason)
+            finished = Finished(self._reason(delta), delta.stop_reason)
         events = self._cleaned(joined(events)) if events else events
         return Step(self._choice, events, delta.token_ids, delta.logprobs, finished)
 
@@ -111,7 +112,7 @@ class AnswerReader:
             if isinstance(event, CallBegin):
                 self._open, self._called = event.index, True
             elif isinstance(event, CallEnd):
-                self._open = None
+                self._open, self._cut = None, not event.complete
         return events
 
     def _count(self, events: list[Event], tokens: int) -> None:
@@ -134,5 +135,9 @@ class AnswerReader:
             found.append(event)
         return found
 
-    def _reason(self, reason: str) -> FinishReason:
-        return "tool_calls" if reason == "stop" and self._called else cast("FinishReason", reason)
+    def _reason(self, delta: Delta) -> FinishReason:
+        """A call that the client's own stop cuts is nothing that the client should run."""
+        stopped_within = self._cut and delta.stop_reason is not None
+        if delta.finish_reason == "stop" and self._called and not stopped_within:
+            return "tool_calls"
+        return cast("FinishReason", delta.finish_reason)

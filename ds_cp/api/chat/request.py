@@ -38,7 +38,6 @@ class FieldNames:
 
     messages: str = "messages"
     max_tokens: str = "max_tokens"
-    logprobs: str = "logprobs"
     tools: str = "tools"
     tool_choice: str = "tool_choice"
     template_kwargs: str = "chat_template_kwargs"

@@ -22,7 +22,7 @@ from ds_cp.grammar.lark import Thought
 from ds_cp.parsing.calls import Toolbox
 from ds_cp.parsing.forced import PLAIN, CallGrammar, call_grammar, opening
 from ds_cp.parsing.ids import new_ids
-from ds_cp.parsing.registry import TOOL_FAMILIES, make_parser
+from ds_cp.parsing.registry import HARMONY, TOOL_FAMILIES, make_parser
 from ds_cp.parsing.thinking import TAIL_CHARS
 from ds_cp.sampling_params import SamplingParams
 from ds_cp.templates.messages import ToolShape
@@ -116,7 +116,8 @@ def plan_answer(chat: ChatRequest, style: ChatStyle, shape: ToolShape, prompt: s
         forced = call_grammar(tool or PLAIN, chat.tools, chat.choice)
     reads = forced.tool if forced else tool if may_call else None
     own = chat.params.structured_outputs
-    before = opening(reasoning, prompt, chat.continue_final)
+    end = _end_of_prompt(chat, reasoning, prompt)
+    before = opening(reasoning, end, chat.continue_final)
     thought = Thought(before.end, before.begin, before.optional)
     special = style.kept(reads, reasoning)
     constraint: StructuredOutputsParams | None = None
@@ -131,14 +132,25 @@ def plan_answer(chat: ChatRequest, style: ChatStyle, shape: ToolShape, prompt: s
         kept_special_tokens=frozenset(special.values()),
     )
 
-    def parser() -> Any:
-        earlier = sum(len(turn.calls) for turn in chat.turns)
-        schemas = {one.name: one.parameters for one in chat.tools}
-        toolbox = Toolbox(schemas, new_ids(style.ids, earlier))
-        end = prompt if chat.continue_final else prompt[-TAIL_CHARS:]
-        return make_parser(reads, reasoning, toolbox, end, chat.continue_final)
+    earlier = sum(len(turn.calls) for turn in chat.turns)
+    schemas = {one.name: one.parameters for one in chat.tools}
+    toolbox = Toolbox(schemas, new_ids(style.ids, earlier))
+    return AnswerPlan(
+        params, lambda: make_parser(reads, reasoning, toolbox, end, chat.continue_final)
+    )
 
-    return AnswerPlan(params, parser)
+
+def _end_of_prompt(chat: ChatRequest, reasoning: str | None, prompt: str) -> str:
+    """What of the prompt says where its answer begins. Where the answer goes on with the last turn,
+    that is what this turn said: a mark that the user wrote opens no reasoning. Harmony's header
+    stands before it; the last one of the prompt counts."""
+    if not chat.continue_final:
+        return prompt[-TAIL_CHARS:]
+    if reasoning == HARMONY:
+        return prompt
+    content = chat.turns[-1].content
+    parts = [content] if isinstance(content, str) else [part["text"] for part in content]
+    return prompt[max(0, len(prompt) - sum(map(len, parts))) :]
 
 
 def _calls_constraint(
@@ -174,4 +186,9 @@ def _own_constraint(
     free = thought.optional or not thought.end  # the model need not think
     if own.grammar is not None and free and not begins:
         return own  # in place of it: a foreign grammar cannot be put behind anything
-    return replace(own, thought=thought, or_begins=begins, special_tokens=special)
+    try:
+        return replace(own, thought=thought, or_begins=begins, special_tokens=special)
+    except RequestError as err:
+        name = own.asked_as
+        message = str(err) if name == FIELD else str(err).replace(f"{FIELD}.", f"{name}: ")
+        raise RequestError(message, name) from None

@@ -14,7 +14,7 @@ from ds_cp.engine.interface import EngineInterface
 from ds_cp.parsing.choose import AUTO, Chosen, choose
 from ds_cp.parsing.forced import PLAIN
 from ds_cp.parsing.ids import OPENAI
-from ds_cp.parsing.registry import TOOL_FAMILIES, markers
+from ds_cp.parsing.registry import REASONING_FAMILIES, TOOL_FAMILIES, markers
 from ds_cp.templates.chat import Choice
 
 EFFORT = "reasoning_effort"  # what templates that grade it call the effort of reasoning
@@ -44,6 +44,12 @@ class ChatStyle:
     def ids(self) -> str:
         """How the family spells ids of calls (``parsing.ids``)."""
         return TOOL_FAMILIES[self.chosen.tool].ids if self.chosen.tool else OPENAI
+
+    @property
+    def reasoning_field(self) -> str:
+        """What the template calls the reasoning of an earlier answer."""
+        named = self.chosen.reasoning
+        return REASONING_FAMILIES[named].field if named else "reasoning_content"
 
     def parser(self, offers: bool) -> str | None:
         """The name of the parser of calls. ``offers``: the template writes tools; where not, the

@@ -15,7 +15,7 @@ from ds_cp.api.chat.events import (
     Event,
     Reasoning,
 )
-from ds_cp.parsing.history import EarlierCall
+from ds_cp.parsing.history import as_object
 from ds_cp.parsing.json_reader import JsonReader
 
 Json = dict[str, Any]
@@ -76,8 +76,7 @@ class Output:
                 block |= {"thinking": text, "signature": SIGNATURE}
                 yield self._delta({"type": "signature_delta", "signature": SIGNATURE})
             case _:  # arguments that are no object, or were cut, are one with a text
-                call = EarlierCall(block["id"], block["name"], text).for_template()
-                block["input"] = call["function"]["arguments"]
+                block["input"] = as_object(text or "{}")
                 if text and not self._input.sent:
                     yield self._of_input(json.dumps(block["input"], ensure_ascii=False))
         yield {"type": "content_block_stop", "index": len(self.blocks) - 1}

@@ -115,10 +115,11 @@ def checked_kwargs(value: dict[str, Any] | None) -> dict[str, Any] | None:
     return value
 
 
-def check_values(value: Any, name: str, most_chars: int | None = None) -> None:
-    """Raises ``FieldError`` for what cannot be passed on: half a surrogate pair, an integer of more
-    than 64 bits, a number too large for a float, which JSON cannot spell again, a text of more than
-    ``most_chars`` characters."""
+def check_values(
+    value: Any, name: str, most_chars: int | None = None, most_bits: int = MAX_BITS
+) -> None:
+    """Raises ``FieldError`` for what cannot be passed on: half a surrogate pair, a number beyond
+    the floats, an integer of more than ``most_bits``, a text of more than ``most_chars``."""
     todo = [value]
     while todo:
         one = todo.pop()
@@ -126,10 +127,10 @@ def check_values(value: Any, name: str, most_chars: int | None = None) -> None:
             if most_chars is not None and len(one) > most_chars:
                 raise FieldError(f"{name} has {len(one)} characters; at most {most_chars}", name)
             plain_text(one, name, name)
-        elif isinstance(one, int) and one.bit_length() > MAX_BITS:
-            raise FieldError(f"{name} has an integer of {one.bit_length()} bits", name)
         elif isinstance(one, float) and not isfinite(one):
-            raise FieldError(f"{name} has a number that is too large", name)
+            raise FieldError(f"{name} has a number that is too large for a float", name)
+        elif isinstance(one, int) and one.bit_length() > most_bits:
+            raise FieldError(f"{name} has an integer of {one.bit_length()} bits", name)
         elif isinstance(one, dict):
             todo += [*one, *one.values()]
         elif isinstance(one, list):

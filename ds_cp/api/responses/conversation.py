@@ -18,7 +18,6 @@ from ds_cp.sampling_params import SamplingParams
 NAMES = FieldNames(
     messages="input",
     max_tokens="max_output_tokens",
-    logprobs="top_logprobs",
     effort="reasoning.effort",
 )
 SAMPLING_NAMES: Mapping[str, str] = {

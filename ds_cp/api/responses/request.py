@@ -31,7 +31,7 @@ from ds_cp.api.responses.fields import (
 )
 from ds_cp.api.responses.items import MAX_ID_CHARS, Item, read_input
 from ds_cp.errors import RequestError
-from ds_cp.grammar.constraint import StructuredOutputsParams
+from ds_cp.grammar.constraint import MAX_INTEGER_BITS, StructuredOutputsParams
 from ds_cp.parsing.definitions import Tool, ToolChoice, read_choice
 from ds_cp.sampling_params import MAX_LOGPROBS
 
@@ -62,6 +62,10 @@ class TextConfig(StrictModel):
         kept = sift("text.format", value, _FORMAT, {}, frozenset(), notes_of(info))
         if not isinstance(kept.get("description"), str | None):
             raise FieldError("text.format.description must be text", "description")
+        try:  # the response says it again, under any type
+            check_values(kept, "text.format", most_bits=MAX_INTEGER_BITS)
+        except FieldError as err:
+            raise FieldError(str(err)) from None  # it names this field
         return kept
 
 

@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -173,6 +174,10 @@ def test_closing_ends_a_start_that_takes_long(
 def test_without_a_fast_tokenizer_it_is_not_available(tokenizer: object) -> None:
     with pytest.raises(RequestError, match="not available: it needs a fast tokenizer"):
         GrammarChecker(tokenizer).check(regex("a"))
+    asked = replace(regex("a"), asked_as="response_format")
+    with pytest.raises(RequestError, match="^response_format is not available") as caught:
+        GrammarChecker(tokenizer).check(asked)
+    assert caught.value.param == "response_format"
 
 
 def test_closed_it_starts_no_process(tokenizer: Any) -> None:

@@ -19,9 +19,9 @@ from ds_cp.parsing.definitions import (
 from ds_cp.parsing.history import (
     RAW,
     EarlierCall,
+    as_object,
     check_results,
     read_calls,
-    read_reasoning,
 )
 from ds_cp.parsing.ids import KIMI, MISTRAL, OPENAI, id_for_template, new_ids
 from ds_cp.parsing.instructions import tools_as_text, without_tools
@@ -144,11 +144,22 @@ def test_earlier_calls_become_what_templates_want() -> None:
 
 
 @pytest.mark.parametrize(
-    "broken", ['{"a": ', "[1]", "null", "{'a': 1}", '{"a": ' + "9" * 9000 + "}"]
-)
+    "broken",
+    ['{"a": ', "[1]", "null", "{'a': 1}", '{"a": ' + "9" * 9000 + "}", '{"a": [1e999]}',
+     r'{"a": {"\ud800": 1}}', r'{"a": "\udfff"}'],
+)  # fmt: skip
 def test_what_a_model_wrote_wrongly_may_come_back(broken: str) -> None:
     found = EarlierCall("c", "f", broken).for_template()
     assert found["function"]["arguments"] == {RAW: broken}
+
+
+def test_an_integer_that_no_template_is_given_is_its_digits() -> None:
+    """A model that writes one long number does not end its conversation."""
+    large, long = 2**63 - 1, 2**63
+    text = f'{{"a": [{large}, -{large}, {long}, -{long}00]}}'
+    found = EarlierCall("c", "f", text).for_template()["function"]["arguments"]
+    assert found == {"a": [large, -large, str(long), f"-{long}00"]}
+    assert as_object(text) == {"a": [large, -large, long, -long * 100]}
 
 
 @pytest.mark.parametrize(
@@ -179,15 +190,6 @@ def test_a_result_needs_its_call() -> None:
     with pytest.raises(RequestError) as caught:
         check_results([("tool", [], "c1"), ("assistant", asked, None)])
     assert caught.value.param == "messages[0].tool_call_id"
-
-
-def test_reasoning_comes_back_under_either_name() -> None:
-    assert read_reasoning({"reasoning": "a"}, "m") == "a"
-    assert read_reasoning({"reasoning_content": "a", "reasoning": "b"}, "m") == "a"
-    assert read_reasoning({"reasoning_content": None}, "m") == read_reasoning({}, "m") == ""
-    with pytest.raises(RequestError) as caught:
-        read_reasoning({"reasoning": 5}, "m")
-    assert caught.value.param == "m.reasoning"
 
 
 def test_ids_are_of_their_family() -> None:

@@ -238,3 +238,22 @@ def test_kimis_ids_are_in_the_text_and_mistrals_may_be() -> None:
     assert parsed(kimi.text, "kimi_k2").ids == ["functions.get_weather:0", "functions.get_time:1"]
     text = "[TOOL_CALLS]get_time[CALL_ID]abcdefghi[ARGS]{}[TOOL_CALLS]get_time[ARGS]{}"
     assert parsed(text, "mistral").ids == ["abcdefghi", "id-1"]
+    again = parsed("[TOOL_CALLS]get_time[CALL_ID]abcdefghi[ARGS]{}" * 3, "mistral")
+    assert again.ids == ["abcdefghi", "id-1", "id-2"]  # a result must find its call
+
+
+HALF = "\\ud83d"  # of a surrogate pair, as JSON spells it
+
+
+@pytest.mark.parametrize("tool", ["hermes", "mistral", "llama3_json", "granite"])
+def test_half_a_surrogate_pair_never_comes_out(tool: str) -> None:
+    """JSON can spell what UTF-8 cannot write: an answer with it could not be sent."""
+    begin = "".join(TOOL_FAMILIES[tool].format.triggers[:1])
+    named = parsed(begin + f'{{"name": "a{HALF}", "arguments": {{}}}}', tool)
+    assert not named.names and HALF in named.content
+    texts = {f'{{\\"a\\": \\"{HALF}\\"}}': '{"a": "\ufffd"}', f"no {HALF}": "no \ufffd",
+             f'{{\\"a\\": \\"{HALF}\\ude00\\"}}': '{"a": "😀"}'}  # fmt: skip
+    for text, arguments in texts.items():
+        found = parsed(begin + f'{{"name": "get_time", "arguments": "{text}"}}', tool)
+        assert found.names == ["get_time"] and found.arguments == [arguments]
+        assert found.arguments[0].encode()

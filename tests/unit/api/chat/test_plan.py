@@ -236,8 +236,23 @@ def test_errors_name_the_clients_field() -> None:
     plan = plan_answer(chat(tools=[], wish=grammar), style(None, "think"), KNOWS, "")
     assert plan.params.structured_outputs == StructuredOutputsParams(grammar="start: /a+/")
     for given, prompt in ((chat(tools=[], wish=grammar), "<think>"), (chat(wish=grammar), "")):
-        with pytest.raises(RequestError, match="grammar cannot"):
+        with pytest.raises(RequestError, match="grammar cannot") as caught:
             plan_answer(given, style("hermes", "think"), KNOWS, prompt)
+        assert caught.value.param == "structured_outputs"
+    older = StructuredOutputsParams(grammar="start: /a+/", asked_as="guided_grammar")
+    given = chat()
+    given = replace(given, params=replace(given.params, structured_outputs=older))
+    with pytest.raises(RequestError, match=r"^guided_grammar: grammar cannot stand") as caught:
+        plan_answer(given, style("hermes"), KNOWS, "")
+    assert caught.value.param == "guided_grammar"
+
+
+def test_what_a_call_excludes_is_named_with_the_field_that_asks_for_the_call() -> None:
+    request = chat("required")
+    request = replace(request, params=replace(request.params, ignore_eos=True))
+    with pytest.raises(RequestError, match="^ignore_eos cannot be kept under tools,") as caught:
+        plan_answer(request, style("hermes"), KNOWS, "")
+    assert caught.value.param == "ignore_eos"
 
 
 def test_an_answer_that_goes_on_is_content_at_once() -> None:
@@ -245,9 +260,31 @@ def test_an_answer_that_goes_on_is_content_at_once() -> None:
     request = replace(chat(tools=[]), turns=turns, continue_final=True)
     plan = plan_answer(request, style(None, "deepseek_r1"), KNOWS, "<|user|>hi<|assistant|>It is")
     assert heard(plan, " 12").content == " 12"
-    plan = plan_answer(request, style(None, "think"), KNOWS, "..<think>hm, 12" + "x" * 600)
-    found = heard(plan, "34</think>12")
-    assert (found.reasoning, found.content) == ("34", "12")
+    thought = "<think>hm, 12" + "x" * 600
+    opened: list[Any] = [thought, [{"type": "text", "text": thought}]]
+    for content in opened:
+        going_on = [turns[0], Turn(role="assistant", content=content)]
+        plan = plan_answer(
+            replace(request, turns=going_on), style(None, "think"), KNOWS, f"..{thought}"
+        )
+        found = heard(plan, "34</think>12")
+        assert (found.reasoning, found.content) == ("34", "12")
+
+
+@pytest.mark.parametrize("reasoning", ["think", "deepseek_r1", "magistral"])
+def test_a_mark_that_the_user_wrote_opens_no_reasoning(reasoning: str) -> None:
+    mark = "[THINK]" if reasoning == "magistral" else "<think>"
+    asked = f"say {mark} first"
+    for content in ("It is", ""):
+        turns = [Turn(role="user", content=asked), Turn(role="assistant", content=content)]
+        wish = {"json": {"type": "integer"}}
+        request = replace(chat(tools=[], wish=wish), turns=turns, continue_final=True)
+        plan = plan_answer(request, style(None, reasoning), KNOWS, f"{asked}<|bot|>{content}")
+        found = heard(plan, " 12")
+        assert (found.reasoning, found.content) == ("", " 12")
+        constraint = plan.params.structured_outputs
+        assert constraint is not None and constraint.thought is not None
+        assert constraint.thought.end == ""
 
 
 # -- what the template is told -------------------------------------------------------------------
@@ -305,6 +342,19 @@ def test_history_for_templates_that_know_tools() -> None:
     found = template_input(request, style("mistral"), KNOWS, {})
     (call,) = found.messages[1]["tool_calls"]
     assert len(call["id"]) == 9 and found.messages[2]["tool_call_id"] == call["id"]
+
+
+def test_reasoning_goes_back_by_the_name_that_the_template_has() -> None:
+    request = replace(chat("auto"), turns=HISTORY)
+    message = template_input(request, style("harmony", "harmony"), KNOWS, {}).messages[1]
+    assert message["thinking"] == "hm" and "reasoning_content" not in message
+    # gpt-oss's own template fails for thoughts and a text beside a call.
+    said = replace(HISTORY[1], content="I look")
+    for calls, kept in ((CALLS, False), ([], True)):
+        turns = [HISTORY[0], replace(said, calls=calls)]
+        request = replace(chat("auto"), turns=turns)
+        message = template_input(request, style("harmony", "harmony"), KNOWS, {}).messages[1]
+        assert message["content"] == "I look" and ("thinking" in message) == kept
 
 
 def test_history_for_templates_that_know_none() -> None:

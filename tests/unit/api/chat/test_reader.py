@@ -84,6 +84,17 @@ def test_a_call_that_is_cut_ends() -> None:
     assert steps[-1].finished == Finished("length")
 
 
+@pytest.mark.parametrize(
+    ("tokens", "finish"), [(16, "stop"), (len(ANSWER), "tool_calls"), (9, "stop")]
+)
+def test_a_call_that_the_clients_stop_cuts_is_not_to_be_run(tokens: int, finish: Any) -> None:
+    """It is not a reason to run a tool, but one that is complete before the stop is."""
+    one = reader()
+    one.read(Delta("r", tuple(range(tokens)), "".join(ANSWER[:tokens])))
+    step = one.read(Delta("r", (), "", finish_reason="stop", stop_reason=": 1}"))
+    assert step.finished == Finished(finish, ": 1}")
+
+
 def test_special_tokens_that_the_parser_leaves_are_no_text() -> None:
     marks = ["<tool_call>", "</tool_call>", "</think>"]
     tokens = ["a", "</tool_call>", " b", "</think>", "c ", "<tool_call>", "no call"]

@@ -160,3 +160,15 @@ def test_arguments_that_are_no_object_are_sent_at_the_end() -> None:
              [CallEnd(0, False, "bad")]]  # fmt: skip
     message = client_reads(streamed(steps))
     assert message.content[0].input == {"raw_arguments": " x = 1"}
+
+
+def test_arguments_that_no_answer_can_hold_are_a_text() -> None:
+    for text, held in (
+        (r'{"a": "\ud800"}', False), ('{"a": 1e999}', False), (f'{{"a": {2**80}}}', True),
+    ):  # fmt: skip
+        output = Output()
+        steps = [CallBegin(0, "call_1", "f"), ArgumentsDelta(0, text), CallEnd(0, True)]
+        list(output.take(steps))
+        (block,) = output.blocks
+        assert block["input"] == (json.loads(text) if held else {"raw_arguments": text})
+        assert json.dumps(output.blocks, ensure_ascii=False, allow_nan=False).encode()

@@ -94,7 +94,8 @@ PLACES: dict[str, tuple[set[str], Any, frozenset[str], dict[str, Any], Any]] = {
 def read(model: type[BaseModel], body: Any, refuse: bool = False) -> tuple[Any, list[str]]:
     """The model of a body, or its error, and the unknown fields that were ignored."""
     notes = Notes(refuse)
-    return _to_model(json.dumps(body).encode(), model, notes, None), notes.ignored
+    text = json.dumps(body).replace("Infinity", "1e999")  # which JSON can spell
+    return _to_model(text.encode(), model, notes, None), notes.ignored
 
 
 def error(model: type[BaseModel], body: Any, refuse: bool = False) -> ApiError:
@@ -351,6 +352,8 @@ def with_schema(**schema: Any) -> dict[str, Any]:
         (with_schema(x=list(range(30_000))), "tools"),
         (with_schema(type="string"), "tools[0].function.parameters.type"),
         (with_schema(x="\ud800"), "tools"), (with_schema(maximum=1 << 70), "tools"),
+        (with_schema(maximum=float("inf")), "tools"),
+        ({"chat_template_kwargs": {"a": [float("-inf")]}}, "chat_template_kwargs.a"),
         ({"tools": [TOOL], "tool_choice": 5}, "tool_choice"),
         ({"tools": [TOOL], "tool_choice": "some"}, "tool_choice"),
         ({"tools": [TOOL], "tool_choice": {"type": "custom"}}, "tool_choice"),
@@ -364,6 +367,7 @@ def with_schema(**schema: Any) -> dict[str, Any]:
         ({"messages": [*ASKED, RESULT | {"tool_call_id": "d"}]}, "messages[2].tool_call_id"),
         ({"messages": [*ASKED, RESULT | {"tool_call_id": 5}]}, "messages[2].tool_call_id"),
         ({"messages": [*ASKED, RESULT | {"tool_call_id": "c" * 600}]}, "messages[2].tool_call_id"),
+        ({"messages": [*ASKED, RESULT | {"tool_call_id": "\ud800"}]}, "messages[2].tool_call_id"),
         ({"messages": [*ASKED, {"role": "tool", "content": "x"}]}, "messages[2].tool_call_id"),
         ({"messages": [*ASKED, RESULT | {"content": None}]}, "messages[2].content"),
         ({"messages": [HELLO | {"tool_call_id": "c"}]}, "messages[0].tool_call_id"),

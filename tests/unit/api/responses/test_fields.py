@@ -46,8 +46,8 @@ FUNCTION = {"type": "function", "name": "f", "parameters": {"type": "object"}, "
 
 def read(body: Any, refuse: bool = False) -> tuple[Any, Notes]:
     notes = Notes(refuse)
-    data = json.dumps(body).replace("Infinity", "1e999").encode()
-    return _to_model(data, ResponseRequest, notes, None), notes
+    text = json.dumps(body).replace("Infinity", "1e999")  # which JSON can spell
+    return _to_model(text.encode(), ResponseRequest, notes, None), notes
 
 
 def served(body: Any) -> ResponseRequest:
@@ -212,6 +212,12 @@ def test_tool_choice(choice: Any, mode: str, names: tuple[str, ...], single: boo
         ({"chat_template_kwargs": {"x": "\ud800"}}, "chat_template_kwargs.x"),
         ({"text": {"format": {"type": "xml"}}}, "text.format"),
         ({"text": {"format": {"type": "json_schema", "name": "n"}}}, "text.format"),
+        # The response says these again.
+        ({"tools": [FUNCTION | {"parameters": {"maximum": float("inf")}}]}, "tools"),
+        ({"text": {"format": {"type": "text", "description": "\ud800"}}}, "text.format"),
+        ({"text": {"format": {"type": "text", "schema": {"a": float("-inf")}}}}, "text.format"),
+        ({"text": {"format": {"type": "json_schema", "name": "\udfff", "schema": {}}}},
+         "text.format"),
         ({"text": {"format": {"type": "json_schema", "name": 5, "schema": {}}}}, "text.format"),
         ({"metadata": {"k" * 65: "v"}}, "metadata"),
         ({"metadata": {f"k{i}": "v" for i in range(17)}}, "metadata"),
