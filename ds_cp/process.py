@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import gc
 import math
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 from ds_cp.log_stream import LogStream, drain_streams
@@ -29,6 +31,25 @@ def leave_process(code: int) -> NoReturn:
                 code = code or 1
     drain_streams()
     os._exit(code)
+
+
+@contextlib.contextmanager
+def importing(*, for_good: bool = False) -> Iterator[None]:
+    """Inside, Python's collector of cycles rests: what torch and transformers bring stays, and to
+    walk it again and again takes a fifth of the time of their import.
+
+    ``for_good``: in a process that is ours alone it is never walked again, so that a collection in
+    the middle of serving does not hold up a step for the 0.2 s that all of it takes.
+    """
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if for_good:
+            gc.freeze()
+        if before:
+            gc.enable()
 
 
 class StopSignals:

@@ -24,6 +24,7 @@ from ds_cp.cli.output import own_stdout, say, unwritable, writing
 from ds_cp.cli.signals import caught
 from ds_cp.config import Config
 from ds_cp.errors import CommError, DsCpError, EngineDeadError, LaunchError, RequestError
+from ds_cp.process import importing
 from ds_cp.startup.resources import socket_environment
 from ds_cp.text import shorten
 from ds_cp.topology.job import Job, peek_rank
@@ -51,7 +52,8 @@ def batch(args: argparse.Namespace, env: Mapping[str, str]) -> int:
         if job.rank == 0:
             code = _Lead(args, config, job, concurrency, out).run()
         else:
-            from ds_cp.serve.in_process import follow
+            with importing():
+                from ds_cp.serve.in_process import follow
 
             code = follow(config, job)
     return code
@@ -145,7 +147,8 @@ class _Lead:
     async def _answer(
         self, file: BinaryIO, answers: AnswerFile, errors: ErrorFile | None
     ) -> BatchReport:
-        from ds_cp.serve.in_process import open_app
+        with importing():
+            from ds_cp.serve.in_process import open_app
 
         server = self._config.server
         keys: Headers = ()

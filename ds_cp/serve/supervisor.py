@@ -26,7 +26,7 @@ from ds_cp.errors import DsCpError, EngineDeadError, ModelError
 from ds_cp.log_stream import say
 from ds_cp.model.source import ModelSource, find_model
 from ds_cp.model.watch import FilesWatch, watch_model
-from ds_cp.process import StopSignals
+from ds_cp.process import StopSignals, importing
 from ds_cp.serve.announce import Announce, print_ready
 from ds_cp.serve.channel import Channel, Failed, FromWorker, Ready
 from ds_cp.serve.job_link import FollowingLink, LeadingLink, Lost, link_name
@@ -343,6 +343,7 @@ class _Supervisor:
 
 def _load_tokenizer(source: ModelSource) -> Any:
     """Rank 0 alone imports it: the supervisors of other ranks go without torch."""
-    from ds_cp.model.loading import load_tokenizer
+    with importing():
+        from ds_cp.model.loading import load_tokenizer
 
     return load_tokenizer(source)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ds_cp.errors import CommError, DsCpError, OutputError
 from ds_cp.log_stream import say, take_over, write_json_lines
-from ds_cp.process import die_with_parent, leave_process
+from ds_cp.process import die_with_parent, importing, leave_process
 from ds_cp.serve.channel import Channel, Failed, Ready, Result, WorkerSpec
 
 if TYPE_CHECKING:
@@ -53,10 +53,12 @@ def main(argv: list[str]) -> NoReturn:
 
 def _work(channel: Channel, spec: WorkerSpec) -> None:
     from ds_cp.config import Config
-    from ds_cp.startup.build import build_worker
-    from ds_cp.startup.join import join_job
-    from ds_cp.startup.report import summary
     from ds_cp.topology.job import Job
+
+    with importing(for_good=True):
+        from ds_cp.startup.build import build_worker
+        from ds_cp.startup.join import join_job
+        from ds_cp.startup.report import summary
 
     config = Config.model_validate_json(_json(spec.config))
     fields: dict[str, Any] = dict(spec.job)
