@@ -58,8 +58,9 @@ generate: install model
 		--prompt "$$DS_CP_PROMPT" --max-tokens $(MAX_TOKENS)
 
 test: unit model
-	@$(WITH_VENV) $(BIN)/python -m pytest -q -n 2 --dist loadfile tests/dist tests/server tests/launch
-	@$(WITH_VENV) $(BIN)/python -m pytest -q tests/attack
+	@$(WITH_VENV) $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not quiet" \
+		tests/launch tests/dist tests/attack tests/server
+	@$(WITH_VENV) $(BIN)/python -m pytest -q -m quiet tests/attack
 
 unit: install model
 	@$(WITH_VENV) $(BIN)/python -m pytest -q -n 2 tests/unit

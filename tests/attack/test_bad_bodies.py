@@ -268,6 +268,7 @@ def test_no_place_in_a_field_makes_a_body_costly(model: type[BaseModel]) -> None
             assert isinstance(result, ApiError | model), (place, what)
 
 
+@pytest.mark.quiet
 def test_the_worst_bodies_hold_up_no_other_stream(tmp_path: Path) -> None:
     with front(tmp_path, engine={"delay_s": 0.01}) as attacked:
         worst = (
