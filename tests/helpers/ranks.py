@@ -44,9 +44,7 @@ def run_ranks(
     device = device or TEST_DEVICE
     context: Any = mp.get_context("spawn" if device.startswith("cuda") else "forkserver")
     if device == "cpu":
-        context.set_forkserver_preload(
-            ["deepspeed", "pytest", "tests.helpers.ranks", "tests.helpers.engines"]
-        )
+        context.set_forkserver_preload(["tests.helpers.preloaded"])
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
     hosts = list(hosts) if hosts else ["localhost"] * size
