@@ -51,7 +51,9 @@ class Served:
         return self.client.chat.completions.create(model="tiny", messages=messages, **asked)
 
     def state(self) -> dict[str, Any]:
-        found: dict[str, Any] = httpx.get(f"{self.url}/state?once=1", timeout=ANSWER_S).json()
+        found: dict[str, Any] = httpx.get(
+            f"{self.url}/state?once=1", timeout=ANSWER_S, verify=False
+        ).json()
         return found
 
 

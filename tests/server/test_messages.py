@@ -32,7 +32,13 @@ Launch = Callable[..., Running]
 
 
 def client_of(server: Running, key: str = "none") -> Any:
-    return anthropic.Anthropic(base_url=server.url, api_key=key, max_retries=0, timeout=20.0)
+    return anthropic.Anthropic(
+        base_url=server.url,
+        api_key=key,
+        max_retries=0,
+        timeout=20.0,
+        http_client=anthropic.DefaultHttpxClient(verify=False),
+    )
 
 
 def error_of(reply: httpx.Response, status: int, kind: str) -> str:
@@ -217,13 +223,18 @@ def test_errors_have_the_shape_of_the_protocol(spoken: Launch) -> None:
         text = error_of(server.post(path, HELLO | {"messages": []}), 400, "invalid_request_error")
         assert "messages" in text
         error_of(server.post(path, HELLO | {"model": "claude"}), 404, "not_found_error")
-        reply = httpx.post(server.url + path, content=b"{", headers={"content-type": "text/plain"})
+        reply = httpx.post(
+            server.url + path, content=b"{", headers={"content-type": "text/plain"}, verify=False
+        )
         error_of(reply, 415, "invalid_request_error")
         reply = httpx.post(
-            server.url + path, content=b"{", headers={"content-type": "application/json"}
+            server.url + path,
+            content=b"{",
+            headers={"content-type": "application/json"},
+            verify=False,
         )
         error_of(reply, 400, "invalid_request_error")
-        error_of(httpx.get(server.url + path), 405, "invalid_request_error")
+        error_of(httpx.get(server.url + path, verify=False), 405, "invalid_request_error")
     error_of(server.post("/v1/messages/batches", {}), 404, "not_found_error")
     result = {"type": "tool_result", "tool_use_id": "t9", "content": "x"}
     messages = [{"role": "user", "content": [result]}]

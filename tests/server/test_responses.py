@@ -266,7 +266,7 @@ def test_errors_of_the_protocol(spoken: Launch) -> None:
         ("GET", "/v1/responses/resp_no/input_items"),
     ):
         headers = {"content-type": "application/json"}
-        reply = httpx.request(method, server.url + path, headers=headers, timeout=20)
+        reply = httpx.request(method, server.url + path, headers=headers, timeout=20, verify=False)
         error_of(reply, 404)
     body = {"input": "x", "previous_response_id": "resp_no"}
     error = error_of(server.post("/v1/responses", body), 400)
@@ -294,7 +294,8 @@ def test_errors_of_the_protocol(spoken: Launch) -> None:
     error = error_of(server.get(f"/v1/responses/{reply.id}", params={"stream": True}), 400)
     assert error["param"] == "stream"
     error = error_of(
-        httpx.post(f"{server.url}/v1/responses/{reply.id}/cancel", headers=headers), 400
+        httpx.post(f"{server.url}/v1/responses/{reply.id}/cancel", headers=headers, verify=False),
+        400,
     )
     assert error["param"] == "background"
 
