@@ -169,7 +169,7 @@ def servers_of(tokenizer: Any, stopped: list[Running]) -> Iterator[Callable[...,
     yield start
     for running in servers:
         running.stop()
-    join([running for running in servers if running.engine.live])
+    join([running for running in servers if vars(running.engine).get("live")])
     stopped += [running for running in servers if running.thread.is_alive()]
 
 
