@@ -23,7 +23,7 @@ from ds_cp.worker import worker as worker_module
 from ds_cp.worker.step_context import StepContext
 from ds_cp.worker.worker import Worker
 from tests.helpers.engines import engine_on, tiny_llama
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import run_ranks, run_ranks_briefly
 
 GREEDY = SamplingParams(max_tokens=4, temperature=0.0)
 SLEEP_S = 0.25  # of each forward call of the slow rank
@@ -159,15 +159,16 @@ def test_a_row_that_fails_ends_its_request_alone(size: int) -> None:
 # --- a caller that takes its time
 
 
-def slow_caller(world: World, asks_slowly: bool) -> list[str]:
-    """Seconds pass between two outputs, or before the next request; ``comm.timeout_s`` is 6."""
-    config = kv(512, comm={"timeout_s": 6})
+def slow_caller(world: World, limit: float, asks_slowly: bool) -> list[str]:
+    """More than ``limit``, which ``comm.timeout_s`` is, passes between two outputs, or before the
+    next request."""
+    config = kv(512, comm={"timeout_s": limit})
     engine = engine_on(world, tiny_llama(), config)
 
     def requests() -> Iterator[PromptRequest]:
         for i in range(3):
             if asks_slowly and i:
-                time.sleep(8)
+                time.sleep(limit * 1.3)
             params = SamplingParams(max_tokens=4 + 30 * i, temperature=0.0)
             yield PromptRequest(str(i), [1 + i] * 20, params)
 
@@ -175,7 +176,7 @@ def slow_caller(world: World, asks_slowly: bool) -> list[str]:
     for output in engine.stream(requests()):
         names.append(output.request_id)
         if not asks_slowly and output.request_id == "0":
-            time.sleep(9)
+            time.sleep(limit * 1.5)
     again = engine.generate([[7] * 5], GREEDY)
     assert world.rank != 0 or len(again[0].outputs[0].token_ids) == 4
     return names
@@ -183,7 +184,7 @@ def slow_caller(world: World, asks_slowly: bool) -> list[str]:
 
 @pytest.mark.parametrize("asks_slowly", [False, True])
 def test_a_slow_caller_does_not_end_the_job(asks_slowly: bool) -> None:
-    found = run_ranks(slow_caller, 2, asks_slowly, comm_timeout=6.0)
+    _, found = run_ranks_briefly(slow_caller, 2, 6.0, asks_slowly)
     assert found == [["0", "1", "2"], []]
 
 
