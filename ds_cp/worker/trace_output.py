@@ -54,8 +54,8 @@ class TraceOutput:
         mine = torch.tensor([len(head), len(data)])
         if world.rank != 0:
             world.everybody.exchange([(0, mine)], [], SCHEME).wait()
-            for part in filter(None, (head, data)):
-                payload = torch.frombuffer(part, dtype=torch.uint8)
+            for content in filter(None, (head, data)):
+                payload = torch.frombuffer(content, dtype=torch.uint8)
                 world.everybody.exchange([(0, payload)], [], SCHEME).wait()
             return ""
         sizes = [mine, *(torch.zeros_like(mine) for _ in range(world.size - 1))]
