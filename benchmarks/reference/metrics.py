@@ -23,7 +23,9 @@ every sample has the label `model_name`. `docs/grafana/ds_cp.json` is a dashboar
 [formulas.md](formulas.md) (in windowed layers of a ring an upper bound). Where a model is split
 by tensor parallelism, both are of the first rank of each group. A rank's own work is
 `rank_step_seconds_total - rank_wait_seconds_total`; skew compares the busiest rank's with the
-mean.
+mean. Waits are those for exchanges: the sums and broadcasts of tensor parallelism count as work.
+On NCCL a wait is that of the thread that launches, and the device waits on behind it: there a
+rank's own work still holds what its device waited for others.
 """
 
 

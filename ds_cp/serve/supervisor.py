@@ -30,15 +30,15 @@ from ds_cp.process import StopSignals, importing, settle_heap
 from ds_cp.serve.announce import Announce, print_ready
 from ds_cp.serve.channel import Channel, Failed, FromWorker, Ready
 from ds_cp.serve.job_link import FollowingLink, LeadingLink, Lost, link_name
-from ds_cp.serve.worker_child import SIGNALS, describe_end, ended, noticed, worker_child
+from ds_cp.serve.worker_child import SIGNALS, describe_end, ended, noticed, until_end, worker_child
 from ds_cp.topology.job import Job
 from ds_cp.topology.launcher_process import launcher_processes
+from ds_cp.trace.writing import STALLED_S, Writing
 
 if TYPE_CHECKING:
     from ds_cp.serve.async_engine import AsyncEngine
 
 LEAVE_S = 2.0  # seconds for workers to end after the stop plan
-TRACE_S = 60.0  # seconds more where they write a trace
 POLL_S = 0.1  # seconds between looks at the worker and the launcher
 TOLD_S = 1.0  # seconds for the errors of a failed engine to reach their clients
 CAUSE_S = 1.5  # seconds that rank 0 waits for the cause when its worker knows only of a lost peer
@@ -72,7 +72,10 @@ class _Supervisor:
         self._signals = StopSignals()
         self._pending: tuple[str, int] | None = None  # a failure whose cause may still come
         self._exit_code = 0
-        self._leave_s = LEAVE_S + (0.0 if config.trace.file is None else TRACE_S)
+        # A rank other than 0 waits at most for an exchange until rank 0 takes what it recorded.
+        stalled_s = config.comm.timeout_s + STALLED_S
+        self._leave_s = LEAVE_S + (0.0 if config.trace.file is None else stalled_s)
+        self._trace = Writing(config.trace.file if job.rank == 0 else None, stalled_s)
         self._launchers = launcher_processes(job.launcher)
         self._engine: AsyncEngine | None = None
         self._leading = LeadingLink(job.world_size, self._on_lost, self._on_gone, self._on_stopping)
@@ -99,7 +102,8 @@ class _Supervisor:
                     await self._serve_http(channel, *found)
                 else:
                     await self._follow(channel)
-                await asyncio.wait({watch}, timeout=0 if self._failed and leads else self._leave_s)
+                if not (self._failed and leads):
+                    await until_end(watch, self._leave_s, self._trace.goes_on)
             finally:
                 watch.cancel()
                 await link.close()
@@ -147,14 +151,9 @@ class _Supervisor:
             loop.call_soon_threadsafe(self._on_death, str(err), exit_code, known, lost)
 
         engine = AsyncEngine(
-            self._config,
-            source.name,
-            ProcessLink(channel),
-            loop,
-            partial(_load_tokenizer, source),
-            on_ready,
-            on_death,
-        )
+            self._config, source.name, ProcessLink(channel), loop,
+            partial(_load_tokenizer, source), on_ready, on_death,
+        )  # fmt: skip
         self._engine = engine
         engine.start()
         app = create_app(engine, server, log_requests=True)

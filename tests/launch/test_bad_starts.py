@@ -1,11 +1,12 @@
 """Everything that a user can get wrong at a start: one line with the cause and the way out, code 2.
 
-Mistakes that can be seen without torch are refused before it is imported, so within seconds.
+Mistakes that can be seen without torch are refused before it is imported, so within a moment.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
 import sys
@@ -21,7 +22,17 @@ from tests.helpers.jobs import END_S, ROOT, START_S, Job, command, ds_cp, free_p
 from tests.helpers.warm_cli import Ended, WarmCli, warm_cli
 from tests.launch.conftest import Start, Write
 
-BEFORE_TORCH_S = 4.0
+# Of every process of a job: it notes who looks for torch, which is before torch is imported.
+NOTE_TORCH = """
+import os, sys
+
+class Note:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            open(os.environ["NOTE_TORCH"], "a").close()
+
+sys.meta_path.insert(0, Note())
+"""
 
 
 @dataclass(frozen=True)
@@ -292,11 +303,23 @@ def errors(job: Job | Ended, count: int, says: tuple[str, ...]) -> None:
         assert not missing, f"not said: {missing}{job.story()}"
 
 
+@pytest.fixture
+def noted(tmp_path: Path) -> tuple[Path, dict[str, str]]:
+    """A file that is there once a process has looked for torch, and the environment for that."""
+    folder = tmp_path / "noting"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(NOTE_TORCH)
+    file = tmp_path / "torch"
+    return file, {"NOTE_TORCH": str(file), "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
+
+
 @pytest.mark.parametrize("name", SEEN_AT_ONCE)
-def test_seen_at_once(name: str, bed: Bed, start: Start) -> None:
-    case = SEEN_AT_ONCE[name]
-    job = start([*ds_cp(), *case.args(bed)], case.env)
-    refused(job, BEFORE_TORCH_S, case.says)
+def test_seen_at_once(
+    name: str, bed: Bed, start: Start, noted: tuple[Path, dict[str, str]]
+) -> None:
+    case, (torch, env) = SEEN_AT_ONCE[name], noted
+    refused(start([*ds_cp(), *case.args(bed)], case.env | env), START_S, case.says)
+    assert not torch.exists()
 
 
 @pytest.fixture(scope="module")
@@ -315,9 +338,12 @@ def test_seen_while_loading(name: str, bed: Bed, warm: WarmCli) -> None:
 
 
 @pytest.mark.parametrize("name", STARTED)
-def test_started_to_be_refused(name: str, bed: Bed, start: Start) -> None:
-    case = SEEN_WHILE_LOADING[name]
-    refused(start([*ds_cp(), *case.args(bed)], case.env), START_S, case.says)
+def test_started_to_be_refused(
+    name: str, bed: Bed, start: Start, noted: tuple[Path, dict[str, str]]
+) -> None:
+    case, (torch, env) = SEEN_WHILE_LOADING[name], noted
+    refused(start([*ds_cp(), *case.args(bed)], case.env | env), START_S, case.says)
+    assert torch.exists(), "it would be seen"
 
 
 @pytest.mark.parametrize("name", WITH_RANKS)

@@ -92,10 +92,14 @@ def test_a_schema_is_kept_streamed_or_not(served: Served, messages: list[dict[st
     [whole] = served.chat(messages, response_format=form).choices
     assert whole.finish_reason == "stop"
     valid(whole.message.content)
-    chunks = list(served.chat(messages, response_format=form, stream=True))
-    pieces = [c.choices[0].delta.content or "" for c in chunks if c.choices]
-    assert "".join(pieces) == whole.message.content and sum(map(bool, pieces)) > 5
-    assert chunks[-1].choices[0].finish_reason == "stop"
+    more = {"stream": True, "stream_options": {"include_usage": True}}
+    ids = {"return_token_ids": True}  # a server that is late joins events, and loses no token
+    chunks = list(served.chat(messages, response_format=form, extra_body=ids, **more))
+    parts = [chunk.choices[0] for chunk in chunks if chunk.choices]
+    assert "".join(part.delta.content or "" for part in parts) == whole.message.content
+    tokens = [token for part in parts for token in getattr(part, "token_ids", None) or ()]
+    assert len(tokens) == chunks[-1].usage.completion_tokens > 5
+    assert parts[-1].finish_reason == "stop"
     ended = served.state()["picture"]["recent"][-1]
     assert (ended["modes"] == ["local"]) == (messages is SHORT_CHAT), ended
 
