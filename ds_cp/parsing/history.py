@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from ds_cp.errors import RequestError
-from ds_cp.parsing.calls import is_name
-from ds_cp.parsing.definitions import MAX_TOOLS, count_values
+from ds_cp.parsing.calls import MAX_CALLS, is_name
+from ds_cp.parsing.definitions import count_values
 from ds_cp.parsing.ids import OPENAI, id_for_template
 from ds_cp.parsing.json_reader import is_json
 from ds_cp.text import show
@@ -76,8 +76,8 @@ def read_calls(value: Any, where: str) -> list[EarlierCall]:
         return []
     if not isinstance(value, list):
         _refuse(f"{where} must be a list of calls", where)
-    if len(value) > MAX_TOOLS:
-        _refuse(f"{where} has {len(value)} calls; at most {MAX_TOOLS}", where)
+    if len(value) > MAX_CALLS:
+        _refuse(f"{where} has {len(value)} calls; at most {MAX_CALLS}", where)
     calls = [_read_call(item, f"{where}[{i}]") for i, item in enumerate(value)]
     ids = [call.id for call in calls]
     if len(set(ids)) < len(ids):

@@ -100,6 +100,9 @@ class Answer(ABC):
 
         Raises ``ApiError`` 500 when the engine failed, or left out the prompt's log-probabilities.
         """
+        if delta.finish_reason is not None:
+            constrained = self._params.structured_outputs is not None
+            self.context.metrics.answers.ended(delta, constrained)
         if delta.finish_reason == "error":
             raise engine_failure(self._params.structured_outputs if delta.stop_reason else None)
         state = self.prompts[prompt]

@@ -8,6 +8,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass
+from itertools import chain
 from time import monotonic
 from typing import Any, Protocol
 
@@ -16,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from ds_cp.api.answers.generation import Generation, unless_disconnected
 from ds_cp.api.answers.paced import Turns
+from ds_cp.api.answers.prompts import PromptEvents
 from ds_cp.api.errors import ApiError, from_engine, internal_error, shutting_down
 from ds_cp.api.transport.deadline import within
 from ds_cp.errors import DsCpError
@@ -62,7 +64,7 @@ async def stream_events(
     progress: Callable[[PromptProgress], Any] | None = None,
 ) -> AsyncIterator[bytes]:
     """The events of a stream, up to the last one of its ``framing``; an error becomes an event.
-    ``progress`` makes those that say how far the prompt has come, until its first token.
+    ``progress`` makes those that say how far the prompt has come, up to all of it.
 
     Many chunks at once, such as those of a long prompt, are made as the client reads them and a few
     a turn of the event loop.
@@ -71,21 +73,20 @@ async def stream_events(
         paced = turns.pace(map(framing.event, opening))
         while (data := await paced.next()) is not None:
             yield data
-        told, due = -1, monotonic() + keep_alive_s
+        prompts, due = PromptEvents(generation, progress), monotonic() + keep_alive_s
         while not generation.finished:
-            asks = progress is not None and generation.reads_prompts
-            known = generation.progress() if asks else None
-            if progress is not None and known is not None and known.processed != told:
-                told, due = known.processed, monotonic() + keep_alive_s
-                yield framing.event(progress(known))
+            for chunk in prompts.now():
+                due = monotonic() + keep_alive_s
+                yield framing.event(chunk)
             wait_s = max(0.0, due - monotonic())
-            item = await generation.next(min(wait_s, PROGRESS_S) if asks else wait_s)
+            item = await generation.next(min(wait_s, PROGRESS_S) if prompts.asks else wait_s)
             if item is None:
                 if monotonic() >= due - _CLOSE_S:
                     due = monotonic() + keep_alive_s
                     yield framing.keep_alive
                 continue
-            paced = turns.pace(map(framing.event, chunks_of(*item)))
+            chunks = chain(prompts.before(*item), chunks_of(*item))
+            paced = turns.pace(map(framing.event, chunks))
             said = False
             while (data := await paced.next()) is not None:
                 said = True

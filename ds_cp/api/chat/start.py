@@ -8,7 +8,7 @@ from typing import Any
 
 from starlette.requests import Request
 
-from ds_cp.api.answers.budget import ID_BYTES, held_by
+from ds_cp.api.answers.budget import ID_BYTES, Held, held_by
 from ds_cp.api.answers.generation import Generation
 from ds_cp.api.chat.prompt import template_input
 from ds_cp.api.chat.reader import AnswerReader
@@ -30,13 +30,15 @@ from ds_cp.templates.messages import ToolShape
 
 @dataclass(frozen=True)
 class Conversation:
-    """A chat that runs. ``readers``: one for each of its ``n`` answers."""
+    """A chat that runs. ``readers``: one for each of its ``n`` answers. ``held``: the memory of its
+    request."""
 
     chat: ChatRequest
     params: SamplingParams
     prompt_ids: list[int]
     generation: Generation
     readers: list[AnswerReader]
+    held: Held
 
 
 async def start_chat(
@@ -72,7 +74,7 @@ async def start_chat(
         AnswerReader(plan.parser(), marks, lambda token: context.texts.piece(token)[0], index)
         for index in range(plan.params.n)
     ]
-    return Conversation(chat, plan.params, ids, generation, readers)
+    return Conversation(chat, plan.params, ids, generation, readers, held)
 
 
 async def render(context: AppContext, chat: ChatRequest) -> tuple[str, list[int]]:

@@ -13,7 +13,7 @@ from ds_cp.api.errors import FieldError, shown
 from ds_cp.api.requests.foreign_fields import HARMLESS, MESSAGE, Unsupported, is_nothing
 from ds_cp.api.requests.strict_model import Notes, StrictModel, notes_of, sift, too_long
 from ds_cp.errors import RequestError
-from ds_cp.parsing.definitions import MAX_TOOLS
+from ds_cp.parsing.calls import MAX_CALLS
 from ds_cp.parsing.history import EarlierCall, check_results, read_calls, read_id
 
 MAX_MESSAGES = 10_000  # messages of one request
@@ -40,7 +40,7 @@ class ChatMessage(StrictModel):
     content: str | list[Part]
     name: str | None = Field(None, max_length=MAX_PARTICIPANT_CHARS)
     tool_calls: list[Any] | None = Field(
-        None, max_length=MAX_TOOLS, description="calls of functions: id, and function with its name"
+        None, max_length=MAX_CALLS, description="calls of functions: id, and function with its name"
     )
     tool_call_id: str | None = Field(None, description="the id of the call that this answers")
     reasoning_content: str | None = None

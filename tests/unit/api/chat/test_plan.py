@@ -19,6 +19,7 @@ from ds_cp.errors import RequestError
 from ds_cp.grammar.constraint import StructuredOutputsParams
 from ds_cp.grammar.matcher import Compiler, GrammarError
 from ds_cp.grammar.vocabulary import Vocabulary
+from ds_cp.parsing.calls import MAX_CALLS
 from ds_cp.parsing.choose import Chosen
 from ds_cp.parsing.definitions import Tool, read_choice
 from ds_cp.parsing.history import EarlierCall
@@ -136,6 +137,13 @@ def test_each_family_that_writes_json_is_forced_in_its_own_words(
     assert fine(compiler, plan, text)
     assert heard(plan, text).calls == [("get_weather", json.loads(ARGUMENTS))]
     assert not fine(compiler, plan, "text") and not fine(compiler, plan, "")
+
+
+def test_no_more_calls_are_forced_than_a_client_can_send_back(compiler: Compiler) -> None:
+    plan = plan_answer(chat("required"), style("hermes"), KNOWS, "<|im_start|>assistant\n")
+    call = TOOL_FAMILIES["hermes"].format.render([("get_time", {})])
+    assert fine(compiler, plan, call * MAX_CALLS)
+    assert not fine(compiler, plan, call * (MAX_CALLS + 1))
 
 
 def test_harmony_thinks_on_its_own_channel(compiler: Compiler) -> None:
