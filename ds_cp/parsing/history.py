@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -114,25 +114,6 @@ def read_id(value: Any, where: str) -> str:
     except UnicodeEncodeError as err:
         _refuse(f"{where} is not text: half a surrogate pair at character {err.start}", where)
     return value
-
-
-def check_results(
-    messages: Sequence[tuple[str, Sequence[EarlierCall], str | None]],
-) -> dict[str, str]:
-    """Every result answers an earlier call: ``messages`` are the role, the calls, and the
-    ``tool_call_id`` of each. A call may be left unanswered, since clients cut conversations.
-    Returns the tools' names by the ids of their calls: some templates want the name of a result.
-    Raises ``RequestError``."""
-    asked: dict[str, str] = {}
-    for i, (role, calls, answered) in enumerate(messages):
-        asked.update((call.id, call.name) for call in calls)
-        if role == "tool" and answered not in asked:
-            _refuse(
-                f"messages[{i}].tool_call_id: no earlier message calls a tool with the id "
-                f"{show(answered)}",
-                f"messages[{i}].tool_call_id",
-            )
-    return asked
 
 
 def _refuse(message: str, param: str) -> NoReturn:

@@ -94,7 +94,7 @@ def counted(server: Running) -> dict[str, float]:
     """The counters of what answers hold, by name and outcome."""
     names = ("tool_calls", "reasoning_tokens", "grammar_answers", "parser_failures")
     return {
-        " ".join((sample.name.removeprefix("ds_cp:"), *filter(None, [sample.labels.get("outcome")]))):
+        f"{sample.name.removeprefix('ds_cp:')} {sample.labels.get('outcome', '')}".strip():
         sample.value
         for family in text_string_to_metric_families(server.get("/metrics").text)
         if family.name in [f"ds_cp:{name}" for name in names]

@@ -17,7 +17,7 @@ from ds_cp.api.answers.named_events import new_id
 from ds_cp.api.answers.paced import PacedJson
 from ds_cp.api.answers.respond import respond
 from ds_cp.api.chat.start import render, start_chat
-from ds_cp.api.context import AppContext, key_digest_of, request_id_of
+from ds_cp.api.context import AppContext, key_digest_of, request_id_of, request_options
 from ds_cp.api.errors import ApiError
 from ds_cp.api.openapi import RESPONSE_ANSWERS
 from ds_cp.api.responses.answer import ResponseAnswer
@@ -55,8 +55,9 @@ def response_routes(context: AppContext, json_route: type[APIRoute]) -> APIRoute
         context.check(body.model)
         owner = key_digest_of(request)
         params = body.sampling(SAMPLING_NAMES)
+        options = request_options(body, request)
         before = said_before(store, body, owner)
-        chat = chat_of(body, before, own_items(store, body, owner), params, owner)
+        chat = chat_of(body, before, own_items(store, body, owner), params, options)
         _, ids = await render(context, chat)
         return {"object": "response.input_tokens", "input_tokens": len(ids)}
 
@@ -124,7 +125,7 @@ async def _create(
     )
     before = said_before(store, body, owner)
     items = own_items(store, body, owner)
-    chat = chat_of(body, before, items, params, owner)
+    chat = chat_of(body, before, items, params, request_options(body, request))
     response = new_response(body, new_id("resp"), context.model_name(body.model))
 
     def kept_with(response: Json) -> Kept:

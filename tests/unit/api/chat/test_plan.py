@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from ds_cp.api.chat.prompt import template_input
-from ds_cp.api.chat.request import ChatRequest, Turn
+from ds_cp.api.chat.request import ChatRequest, Turn, first_unasked
 from ds_cp.api.chat.start import AnswerPlan, plan_answer
 from ds_cp.api.chat.style import ChatStyle
 from ds_cp.api.errors import ApiError
@@ -385,3 +385,13 @@ def test_history_for_templates_that_know_none() -> None:
     some = chat({"type": "allowed_tools", "allowed_tools": allowed})
     found = template_input(some, style("hermes"), KNOWS, {})
     assert [tool["function"]["name"] for tool in found.tools] == ["get_time"]
+
+
+def test_a_result_needs_its_call() -> None:
+    asks = Turn(role="assistant", calls=[EarlierCall("c1", "f", "{}"), EarlierCall("c2", "f", "")])
+    first, second = (Turn(role="tool", answers=id_) for id_ in ("c1", "c2"))
+    hi = Turn(role="user", content="hi")
+    assert first_unasked([hi, asks, second, hi, first, first]) is None
+    assert first_unasked([hi, asks, hi]) is None  # a client may have cut the results
+    assert first_unasked([hi, first, asks]) == 1
+    assert first_unasked([asks, second, Turn(role="tool", answers="c3")]) == 2
