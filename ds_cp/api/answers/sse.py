@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass
 from itertools import chain
@@ -25,6 +25,7 @@ from ds_cp.outputs import Delta, PromptProgress
 
 logger = logging.getLogger("ds_cp.api")
 
+END = b"\n\n"  # of an event
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"  # a comment, which clients ignore
 PROGRESS_S = 0.25  # seconds between looks at a prompt's progress
@@ -39,10 +40,11 @@ def event(data: Any) -> bytes:
 
 @dataclass(frozen=True)
 class Framing:
-    """How a protocol writes its events: one from what its answer makes, the one of an error, what
-    ends every stream, and what it says while nothing comes."""
+    """How a protocol writes its events: one from what its answer makes, whole or in pieces, of
+    which the last one alone ends with ``END``; the one of an error, what ends every stream, and
+    what it says while nothing comes."""
 
-    event: Callable[[Any], bytes]
+    event: Callable[[Any], bytes | Iterator[bytes]]
     error: Callable[[ApiError], bytes]
     last: bytes
     keep_alive: bytes = KEEP_ALIVE
@@ -70,14 +72,13 @@ async def stream_events(
     a turn of the event loop.
     """
     try:
-        paced = turns.pace(map(framing.event, opening))
-        while (data := await paced.next()) is not None:
+        async for data in _written(opening, framing, turns):
             yield data
         prompts, due = PromptEvents(generation, progress), monotonic() + keep_alive_s
         while not generation.finished:
-            for chunk in prompts.now():
+            async for data in _written(prompts.now(), framing, turns):
                 due = monotonic() + keep_alive_s
-                yield framing.event(chunk)
+                yield data
             wait_s = max(0.0, due - monotonic())
             item = await generation.next(min(wait_s, PROGRESS_S) if prompts.asks else wait_s)
             if item is None:
@@ -85,10 +86,9 @@ async def stream_events(
                     due = monotonic() + keep_alive_s
                     yield framing.keep_alive
                 continue
-            chunks = chain(prompts.before(*item), chunks_of(*item))
-            paced = turns.pace(map(framing.event, chunks))
             said = False
-            while (data := await paced.next()) is not None:
+            chunks = chain(prompts.before(*item), chunks_of(*item))
+            async for data in _written(chunks, framing, turns):
                 said = True
                 yield data
             if not said and monotonic() >= due:  # tokens come of which the client sees nothing
@@ -96,11 +96,31 @@ async def stream_events(
                 yield framing.keep_alive
             if said:
                 due = monotonic() + keep_alive_s
-        for chunk in closing():
-            yield framing.event(chunk)
+        async for data in _written(closing(), framing, turns):
+            yield data
     except Exception as err:
         yield framing.error(stream_error(err, request_id))
     yield framing.last
+
+
+async def _written(chunks: Iterable[Any], framing: Framing, turns: Turns) -> AsyncIterator[bytes]:
+    """Events of these chunks, several at once, but none in part: what may end a stream early begins
+    at the beginning of an event. One of many megabytes is made in many turns of the loop."""
+
+    def pieces() -> Iterator[bytes]:
+        for chunk in chunks:
+            made = framing.event(chunk)
+            if isinstance(made, bytes):
+                yield made
+            else:
+                yield from made
+
+    paced, whole = turns.pace(pieces()), bytearray()
+    while (data := await paced.next()) is not None:
+        whole += data
+        if whole.endswith(END):
+            yield bytes(whole)
+            whole.clear()
 
 
 def stream_error(err: Exception, request_id: str) -> ApiError:
