@@ -27,6 +27,8 @@ from ds_cp.parsing.thinking import TAIL_CHARS
 from ds_cp.sampling_params import SamplingParams
 from ds_cp.templates.messages import ToolShape
 
+Rendered = tuple[str, list[int]]  # a prompt, as text and as token ids
+
 
 @dataclass(frozen=True)
 class Conversation:
@@ -42,17 +44,22 @@ class Conversation:
 
 
 async def start_chat(
-    context: AppContext, chat: ChatRequest, request: Request, answer_id: str, arrival: float
+    context: AppContext,
+    chat: ChatRequest,
+    request: Request,
+    answer_id: str,
+    arrival: float,
+    rendered: Rendered | None = None,
 ) -> Conversation:
-    """Render a chat and hand it to the engine. ``arrival``: of the HTTP request, in seconds of
-    ``time.monotonic()``.
+    """Render a chat, unless it is ``rendered``, and hand it to the engine. ``arrival``: of the HTTP
+    request, in seconds of ``time.monotonic()``.
 
     Raises ``ApiError`` and ``RequestError`` with the client's field for what cannot be rendered, is
     too long, or the engine refuses; what it reads of the chat is charged to the request's memory.
     """
     style = context.styles.now()
     shape = await context.codec.tool_shape()
-    text, ids = await render(context, chat)
+    text, ids = rendered or await render(context, chat)
     plan = plan_answer(chat, style, shape, text)
     held = held_by(request.scope)
     held.take(ID_BYTES * len(ids))
@@ -77,7 +84,7 @@ async def start_chat(
     return Conversation(chat, plan.params, ids, generation, readers, held)
 
 
-async def render(context: AppContext, chat: ChatRequest) -> tuple[str, list[int]]:
+async def render(context: AppContext, chat: ChatRequest) -> Rendered:
     """The prompt of a chat, as text and as token ids. Raises ``ApiError`` with the client's
     field."""
     style = context.styles.now()

@@ -26,6 +26,7 @@ from ds_cp.api.responses.conversation import SAMPLING_NAMES, chat_of, own_items,
 from ds_cp.api.responses.request import ResponseInput, ResponseRequest
 from ds_cp.api.responses.resource import in_pieces, new_response
 from ds_cp.api.responses.store import Kept, ResponseStore, Said
+from ds_cp.api.responses.truncation import fitted
 
 MAX_ID_CHARS = 128  # characters of an id in a path
 MAX_PAGE = 100  # items of one page
@@ -139,7 +140,11 @@ async def _create(
     if body.background:  # its memory is not the request's, which ends first
         held = request.scope["state"]["held"] = held.moved()
     try:
-        conversation = await start_chat(context, chat, request, response["id"], arrival)
+        rendered = None
+        if body.truncation == "auto":
+            earlier = before.conversation() if before is not None else []
+            chat, rendered = await fitted(context, chat, body.instructions, [*earlier, *items])
+        conversation = await start_chat(context, chat, request, response["id"], arrival, rendered)
         answer = ResponseAnswer(context, body, conversation, response, done, held)
         generation = conversation.generation
         if not body.background:
