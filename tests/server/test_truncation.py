@@ -30,7 +30,7 @@ def test_auto_leaves_out_the_beginning(spoken: Launch) -> None:
     create = server.client().responses.create
     most = server.engine.info.max_model_len
     given: dict[str, Any] = {"model": "fake-model", "max_output_tokens": 8}
-    for turns, words in ((40, most // 40), (3, most // 2), (300, 1)):
+    for turns, words in ((40, most // 40), (3, most // 2), (600, 4)):
         items = talk(turns, words)
         with pytest.raises(openai.BadRequestError, match="maximum context length"):
             create(input=items, **given)
@@ -43,7 +43,7 @@ def test_auto_leaves_out_the_beginning(spoken: Launch) -> None:
         assert numbers == list(range(turns - len(numbers), turns))
         assert all((f"said {n}<" in prompt) == (n in numbers) for n in range(turns))
     # The rest is as long as it can be: one turn more, or two, would not fit.
-    left_out = talk(300, 1)[-2 * len(numbers) - 5 :]
+    left_out = talk(600, 4)[-2 * len(numbers) - 5 :]
     with pytest.raises(openai.BadRequestError, match="maximum context length"):
         create(input=[talk(1, 1)[0], *left_out], instructions="be brief", **given)
 

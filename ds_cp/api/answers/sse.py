@@ -72,11 +72,13 @@ async def stream_events(
     a turn of the event loop.
     """
     try:
-        async for data in _written(opening, framing, turns):
+        written = _Written(opening, framing, turns)
+        while (data := await written.next()) is not None:
             yield data
         prompts, due = PromptEvents(generation, progress), monotonic() + keep_alive_s
         while not generation.finished:
-            async for data in _written(prompts.now(), framing, turns):
+            written = _Written(prompts.now(), framing, turns)
+            while (data := await written.next()) is not None:
                 due = monotonic() + keep_alive_s
                 yield data
             wait_s = max(0.0, due - monotonic())
@@ -88,7 +90,8 @@ async def stream_events(
                 continue
             said = False
             chunks = chain(prompts.before(*item), chunks_of(*item))
-            async for data in _written(chunks, framing, turns):
+            written = _Written(chunks, framing, turns)
+            while (data := await written.next()) is not None:
                 said = True
                 yield data
             if not said and monotonic() >= due:  # tokens come of which the client sees nothing
@@ -96,31 +99,38 @@ async def stream_events(
                 yield framing.keep_alive
             if said:
                 due = monotonic() + keep_alive_s
-        async for data in _written(closing(), framing, turns):
+        written = _Written(closing(), framing, turns)
+        while (data := await written.next()) is not None:
             yield data
     except Exception as err:
         yield framing.error(stream_error(err, request_id))
     yield framing.last
 
 
-async def _written(chunks: Iterable[Any], framing: Framing, turns: Turns) -> AsyncIterator[bytes]:
+class _Written:
     """Events of these chunks, several at once, but none in part: what may end a stream early begins
     at the beginning of an event. One of many megabytes is made in many turns of the loop."""
 
-    def pieces() -> Iterator[bytes]:
-        for chunk in chunks:
-            made = framing.event(chunk)
-            if isinstance(made, bytes):
-                yield made
-            else:
-                yield from made
+    def __init__(self, chunks: Iterable[Any], framing: Framing, turns: Turns) -> None:
+        self._paced = turns.pace(_pieces(chunks, framing))
 
-    paced, whole = turns.pace(pieces()), bytearray()
-    while (data := await paced.next()) is not None:
-        whole += data
-        if whole.endswith(END):
-            yield bytes(whole)
-            whole.clear()
+    async def next(self) -> bytes | None:
+        """The next ones, None at the end. Raises what making them raises."""
+        whole = bytearray()
+        while (data := await self._paced.next()) is not None:
+            whole += data
+            if whole.endswith(END):
+                return bytes(whole)
+        return None
+
+
+def _pieces(chunks: Iterable[Any], framing: Framing) -> Iterator[bytes]:
+    for chunk in chunks:
+        made = framing.event(chunk)
+        if isinstance(made, bytes):
+            yield made
+        else:
+            yield from made
 
 
 def stream_error(err: Exception, request_id: str) -> ApiError:
