@@ -41,7 +41,7 @@ def test_a_character_takes_what_it_is_charged(char: str) -> None:
         taken, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert taken <= BYTES * held.chars + 16_384
+    assert taken <= 1.15 * BYTES * held.chars + 16_384
 
 
 PARALLEL = [name for name, family in TOOL_FAMILIES.items() if family.format.parallel]

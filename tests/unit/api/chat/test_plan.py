@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from ds_cp.api.chat.prompt import template_input
-from ds_cp.api.chat.request import ChatRequest, Turn, first_unasked
+from ds_cp.api.chat.request import ChatRequest, Turn
 from ds_cp.api.chat.start import AnswerPlan, plan_answer
 from ds_cp.api.chat.style import ChatStyle
 from ds_cp.api.errors import ApiError
@@ -19,7 +19,6 @@ from ds_cp.errors import RequestError
 from ds_cp.grammar.constraint import StructuredOutputsParams
 from ds_cp.grammar.matcher import Compiler, GrammarError
 from ds_cp.grammar.vocabulary import Vocabulary
-from ds_cp.parsing.calls import MAX_CALLS
 from ds_cp.parsing.choose import Chosen
 from ds_cp.parsing.definitions import Tool, read_choice
 from ds_cp.parsing.history import EarlierCall
@@ -137,13 +136,6 @@ def test_each_family_that_writes_json_is_forced_in_its_own_words(
     assert fine(compiler, plan, text)
     assert heard(plan, text).calls == [("get_weather", json.loads(ARGUMENTS))]
     assert not fine(compiler, plan, "text") and not fine(compiler, plan, "")
-
-
-def test_no_more_calls_are_forced_than_a_client_can_send_back(compiler: Compiler) -> None:
-    plan = plan_answer(chat("required"), style("hermes"), KNOWS, "<|im_start|>assistant\n")
-    call = TOOL_FAMILIES["hermes"].format.render([("get_time", {})])
-    assert fine(compiler, plan, call * MAX_CALLS)
-    assert not fine(compiler, plan, call * (MAX_CALLS + 1))
 
 
 def test_harmony_thinks_on_its_own_channel(compiler: Compiler) -> None:
@@ -415,13 +407,3 @@ def test_history_for_templates_that_know_none() -> None:
     some = chat({"type": "allowed_tools", "allowed_tools": allowed})
     found = template_input(some, style("hermes"), KNOWS, {})
     assert [tool["function"]["name"] for tool in found.tools] == ["get_time"]
-
-
-def test_a_result_needs_its_call() -> None:
-    asks = Turn(role="assistant", calls=[EarlierCall("c1", "f", "{}"), EarlierCall("c2", "f", "")])
-    first, second = (Turn(role="tool", answers=id_) for id_ in ("c1", "c2"))
-    hi = Turn(role="user", content="hi")
-    assert first_unasked([hi, asks, second, hi, first, first]) is None
-    assert first_unasked([hi, asks, hi]) is None  # a client may have cut the results
-    assert first_unasked([hi, first, asks]) == 1
-    assert first_unasked([asks, second, Turn(role="tool", answers="c3")]) == 2
