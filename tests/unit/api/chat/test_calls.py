@@ -5,6 +5,7 @@ from __future__ import annotations
 from ds_cp.api.chat.request import Turn, first_unasked
 from ds_cp.api.chat.start import plan_answer
 from ds_cp.grammar.matcher import Compiler
+from ds_cp.grammar.vocabulary import Vocabulary
 from ds_cp.parsing.calls import MAX_CALLS
 from ds_cp.parsing.history import EarlierCall
 from ds_cp.parsing.registry import TOOL_FAMILIES
@@ -14,7 +15,7 @@ from tests.unit.api.chat import test_plan as plans
 def test_no_more_calls_are_forced_than_a_client_can_send_back() -> None:
     names = [b"<eos>", *(name.encode() for name in plans.SPECIAL)]
     texts = [*names, *(bytes([byte]) for byte in range(256))]
-    compiler = Compiler(plans.Vocabulary.of(texts, range(len(names))))
+    compiler = Compiler(Vocabulary.of(texts, range(len(names))))
     style = plans.style("hermes")
     plan = plan_answer(plans.chat("required"), style, plans.KNOWS, "<|im_start|>assistant\n")
     call = TOOL_FAMILIES["hermes"].format.render([("get_time", {})])
