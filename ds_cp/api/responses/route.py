@@ -16,7 +16,7 @@ from ds_cp.api.answers.budget import held_by
 from ds_cp.api.answers.named_events import new_id
 from ds_cp.api.answers.paced import PacedJson
 from ds_cp.api.answers.respond import respond
-from ds_cp.api.chat.start import render, start_chat
+from ds_cp.api.chat.start import Rendered, render, start_chat
 from ds_cp.api.context import AppContext, key_digest_of, request_id_of, request_options
 from ds_cp.api.errors import ApiError
 from ds_cp.api.openapi import RESPONSE_ANSWERS
@@ -140,7 +140,7 @@ async def _create(
     if body.background:  # its memory is not the request's, which ends first
         held = request.scope["state"]["held"] = held.moved()
     try:
-        rendered = None
+        rendered: Rendered | None = None
         if body.truncation == "auto":
             earlier = before.conversation() if before is not None else []
             chat, rendered = await fitted(context, chat, body.instructions, [*earlier, *items])
