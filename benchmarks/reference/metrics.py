@@ -9,7 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from benchmarks.reference.tables import table
 from ds_cp.api.metrics import ServerMetrics
 from ds_cp.engine.interface import EngineInterface, EngineStats
-from ds_cp.outputs import EndedRequest
+from ds_cp.outputs import Delta, EndedRequest
 from ds_cp.plan import ATTENTION_SCHEMES
 
 HEAD = """# Metrics
@@ -52,6 +52,7 @@ def sample_exposition() -> str:
     metrics.next_token(0.1)
     metrics.finished(0.1)
     metrics.ignored_fields(1)
+    metrics.answers.ended(Delta("a", finish_reason="stop"), constrained=True)
     metrics.answered("POST", "/v1/completions", 200)
     metrics.ended(EndedRequest(
         "a", 0, "", "stop", 1, 0, 2, 0, ("local",), (0,), 0.1, 0.1, 0.1, 0.1, 0.1, 0.1

@@ -25,6 +25,7 @@ from ds_cp.api.answers.paced import Turns
 from ds_cp.api.chat.style import ChatStyles
 from ds_cp.api.errors import ApiError, context_overflow, not_ready
 from ds_cp.api.metrics import ServerMetrics
+from ds_cp.api.requests.engine_fields import EngineFields
 from ds_cp.api.requests.protocol import SamplingRequest
 from ds_cp.api.requests.sampling import params_of
 from ds_cp.api.tokenization import TextCodec
@@ -254,7 +255,7 @@ def overflow_text(length: int, prompt: int, new: int, prompt_param: str) -> str:
     )
 
 
-def request_options(body: SamplingRequest, request: Request) -> RequestOptions:
+def request_options(body: EngineFields, request: Request) -> RequestOptions:
     """Priority and cache salt of a request. Raises ``RequestError``."""
     key_digest = key_digest_of(request)
     return RequestOptions(

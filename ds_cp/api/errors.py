@@ -25,6 +25,7 @@ from ds_cp.text import shorten
 
 # Seconds that a client is asked to wait, whatever was full.
 RETRY_AFTER: Mapping[str, str] = {"Retry-After": "1"}
+OVERFLOW = "context_length_exceeded"  # the code of what is longer than the model
 MAX_MESSAGE_CHARS = 1000  # characters of a message
 MAX_VALUE_CHARS = 60  # characters of a client's value in a message
 INTERNAL_MESSAGE = "internal error; the server's log has the details under request id {request_id}"
@@ -133,8 +134,7 @@ def shutting_down() -> ApiError:
 def context_overflow(message: str, param: str) -> ApiError:
     """400, for what is longer than the model. The code is in the message as well: langchain-openai
     looks for it in the text of an error, where openai 3 shows the message alone."""
-    code = "context_length_exceeded"
-    return ApiError(400, f"{message} ({code})", param=param, code=code)
+    return ApiError(400, f"{message} ({OVERFLOW})", param=param, code=OVERFLOW)
 
 
 def not_ready(state: str) -> ApiError:

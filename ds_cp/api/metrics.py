@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 
+from ds_cp.api.answer_metrics import AnswerMetrics
 from ds_cp.api.media_types import Offer, choose
 from ds_cp.engine.interface import EngineInterface, EngineStats
 from ds_cp.outputs import EndedRequest
@@ -47,6 +48,7 @@ class ServerMetrics:
         self._name = model_name
         self._registry = CollectorRegistry()
         self._registry.register(EngineCollector(engine, model_name))
+        self.answers = AnswerMetrics(self._registry, model_name)
         self._ttft = self._histogram(
             "time_to_first_token",
             "From the arrival of a request to its first token.",

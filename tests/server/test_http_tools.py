@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.helpers import chat_templates as templates
 from tests.helpers.speaking import Speaking
@@ -69,6 +70,43 @@ _EXTRA = (
     "chat_template_kwargs", "include_reasoning", "return_token_ids", "continue_final_message",
     "add_generation_prompt", "ignore_eos",
 )  # fmt: skip
+
+
+def test_what_answers_hold_is_counted(speaking: Any) -> None:
+    cut, wrong = ONE[: ONE.index("Oslo")], ONE.replace('{"city"', '{"city" "Oslo"')
+    server = speaking(THOUGHT + ONE + TWO, wrong, cut, "no call")
+    tokens = 0
+    for stream in (False, True):
+        ask(server, stream, n=4)
+        tokens += thought(server, n=4)
+    found = counted(server)
+    times = 2 + 2  # both ways, and once more for their tokens of reasoning
+    assert found["tool_calls_total complete"] == 2 * times
+    assert found["tool_calls_total not_json"] == found["tool_calls_total unfinished"] == times
+    assert found["reasoning_tokens_total"] == 2 * tokens > 0
+    assert found["parser_failures_total"] == found["grammar_answers_total length"] == 0
+    ask(server, tool_choice="required", max_tokens=3)
+    found = counted(server)
+    assert found["grammar_answers_total length"] == 1 and found["grammar_answers_total stop"] == 0
+
+
+def counted(server: Running) -> dict[str, float]:
+    """The counters of what answers hold, by name and outcome."""
+    names = ("tool_calls", "reasoning_tokens", "grammar_answers", "parser_failures")
+    return {
+        f"{sample.name.removeprefix('ds_cp:')} {sample.labels.get('outcome', '')}".strip():
+        sample.value
+        for family in text_string_to_metric_families(server.get("/metrics").text)
+        if family.name in [f"ds_cp:{name}" for name in names]
+        for sample in family.samples
+    }  # fmt: skip
+
+
+def thought(server: Running, **fields: Any) -> int:
+    """Tokens of reasoning that an answer says it has."""
+    body = {"messages": HELLO, "tools": TOOLS, **fields}
+    usage = server.post(CHAT, body).json()["usage"]
+    return int(usage["completion_tokens_details"]["reasoning_tokens"])
 
 
 def calls_of(answer: Any) -> list[tuple[str, Any]]:

@@ -65,6 +65,7 @@ def test_a_whole_message(spoken: Launch) -> None:
         None,
     )
     assert message.id.startswith("msg_") and message.model == "fake-model" and message._request_id
+    assert server.engine.options[-1].http_id == message._request_id  # as its line in the log has it
     prompt = len(server.engine.seen[0][0])
     usage = message.usage
     assert (usage.input_tokens, usage.cache_read_input_tokens) == (prompt - 2, 2)

@@ -32,6 +32,17 @@ class Turn:
     answers: str = ""
 
 
+def first_unasked(turns: Sequence[Turn]) -> int | None:
+    """The index of the first result of a call that no earlier turn makes; None where every result
+    has its call. A call may be left unanswered, since clients cut conversations."""
+    asked: set[str] = set()
+    for index, turn in enumerate(turns):
+        asked.update(call.id for call in turn.calls)
+        if turn.role == "tool" and turn.answers not in asked:
+            return index
+    return None
+
+
 @dataclass(frozen=True, kw_only=True)
 class FieldNames:
     """What the protocol calls the fields that errors name."""

@@ -9,6 +9,7 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from ds_cp.api.chat.request import NO_TOOLS, Effort, Turn
 from ds_cp.api.errors import FieldError
+from ds_cp.api.requests.engine_fields import MAX_MODEL_CHARS
 from ds_cp.api.requests.foreign_fields import BOTH, CHAT_ONLY, TOKENIZE, Unsupported, is_nothing
 from ds_cp.api.requests.messages import (
     MAX_MESSAGES,
@@ -17,7 +18,7 @@ from ds_cp.api.requests.messages import (
     plain_text,
     turns_of,
 )
-from ds_cp.api.requests.protocol import MAX_MODEL_CHARS, SamplingRequest
+from ds_cp.api.requests.protocol import SamplingRequest
 from ds_cp.api.requests.strict_model import StrictModel
 from ds_cp.parsing.definitions import (
     MAX_TOOLS,

@@ -101,7 +101,7 @@ class ResponseInput(CommonRequest):
     text: TextConfig | None = None
     reasoning: ReasoningConfig | None = None
     truncation: Literal["auto", "disabled"] | None = Field(
-        None, description="an input that is too long is refused, whichever"
+        None, description="auto: the beginning of an input that is too long is left out"
     )
 
     _constraint: StructuredOutputsParams | None = PrivateAttr(None)
