@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.clients.__main__ import CLIENTS
+from benchmarks.clients.run import CLIENTS
 from benchmarks.environments import environment
 from benchmarks.evaluation.__main__ import PACKAGES as EVALUATION
 from benchmarks.fuzz.__main__ import PACKAGES as FUZZ

@@ -1,10 +1,8 @@
-"""One conversation over two ranks through three protocols, by their clients: the same words."""
+"""One conversation over four ranks through three protocols, by their clients: the same words."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import anthropic
@@ -12,39 +10,20 @@ import httpx
 import openai
 import pytest
 
-from tests.helpers.jobs import Job, command
+from tests.launch.conftest import KEY
 
 ASK: list[Any] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
 NEW = 24  # tokens
 
 
 @pytest.fixture(scope="module")
-def url(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server of two ranks."""
-    folder = tmp_path_factory.mktemp("protocols")
-    file = folder / "config.json"
-    whole = {
-        "model": str(tiny),
-        "dtype": "fp32",
-        "kv_cache": {"tokens_per_rank": 512, "block_size": 16},
-        "server": {"port": 0, "served_model_name": ["tiny", "claude-tiny"]},
-    }
-    file.write_text(json.dumps(whole))
-    job = Job(command("ds-cp", "serve", 2, ["--config", str(file)]), folder)
-    try:
-        yield job.ready()
-    finally:
-        job.close()
+def gpt(four: str) -> Any:
+    return openai.OpenAI(base_url=f"{four}/v1", api_key=KEY, max_retries=0, timeout=120.0)
 
 
 @pytest.fixture(scope="module")
-def gpt(url: str) -> Any:
-    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60.0)
-
-
-@pytest.fixture(scope="module")
-def claude(url: str) -> Any:
-    return anthropic.Anthropic(base_url=url, api_key="none", max_retries=0, timeout=60.0)
+def claude(four: str) -> Any:
+    return anthropic.Anthropic(base_url=four, api_key=KEY, max_retries=0, timeout=120.0)
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +104,8 @@ def test_a_format_is_kept_in_each(gpt: Any, claude: Any) -> None:
     assert response.output_text == message.content[0].text
 
 
-def test_a_reset_forgets_the_prefixes(gpt: Any, url: str) -> None:
+def test_a_reset_forgets_the_prefixes(gpt: Any, four: str) -> None:
+    keyed = httpx.Client(base_url=four, headers={"Authorization": f"Bearer {KEY}"}, timeout=60)
     ask = {"model": "tiny", "input": "One prompt of more than a block. " * 3}
 
     def cached() -> int:
@@ -135,10 +115,10 @@ def test_a_reset_forgets_the_prefixes(gpt: Any, url: str) -> None:
 
     cached()
     assert cached() >= 16
-    freed = httpx.post(f"{url}/reset_prefix_cache", timeout=60)
+    freed = keyed.post("/reset_prefix_cache")
     assert freed.status_code == 200 and freed.json()["blocks_freed"] > 0
     assert cached() == 0
-    facts = httpx.get(f"{url}/server_info", timeout=60).json()
-    assert facts["ranks"] == 2 and facts["served_model_names"] == ["tiny", "claude-tiny"]
-    assert httpx.get(f"{url}/ready", timeout=60).json() == {"status": "ready"}
-    assert httpx.get(f"{url}/load", timeout=60).json()["server_load"] == 0
+    facts = keyed.get("/server_info").json()
+    assert facts["ranks"] == 4 and facts["served_model_names"] == ["tiny", "claude-tiny"]
+    assert keyed.get("/ready").json() == {"status": "ready"}
+    assert keyed.get("/load").json()["server_load"] == 0

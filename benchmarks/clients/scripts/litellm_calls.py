@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any, Literal
 
 import litellm
-from checks import ASK_JSON, LONG, STORY, TOOL, Checks, is_call, is_object, raises
+from checks import (
+    ASK_JSON,
+    ASK_WEATHER,
+    LONG,
+    STORY,
+    TOOL,
+    Checks,
+    is_call,
+    is_object,
+    raises,
+    weather,
+)
 from pydantic import BaseModel, Field
 
 checks = Checks("litellm", "openai")
@@ -124,25 +136,14 @@ def _() -> Any:
 
 @checks.check("text completion")
 def _() -> Any:
-    answer = litellm.text_completion(
-        model=f"text-completion-openai/{checks.model}",
-        prompt="Gravity is",
-        max_tokens=4,
-        api_base=checks.url,
-        api_key=checks.key,
-    )
-    assert answer.choices[0].text
+    over: Any = {"api_base": checks.url, "api_key": checks.key, "prompt": "Gravity is"}
+    model = f"text-completion-openai/{checks.model}"
+    assert litellm.text_completion(model=model, max_tokens=4, **over).choices[0].text
 
 
 def later(**fields: Any) -> Any:
-    return litellm.acompletion(
-        model=MODEL,
-        messages=[USER],
-        api_base=checks.url,
-        api_key=checks.key,
-        max_tokens=6,
-        **fields,
-    )
+    over: Any = {"api_base": checks.url, "api_key": checks.key, "messages": [USER]}
+    return litellm.acompletion(model=MODEL, max_tokens=6, **over, **fields)
 
 
 @checks.check("async chat")
@@ -240,12 +241,43 @@ def _() -> Any:
     )
 
 
+FORCED: Any = {"tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False}
+ASK = {"role": "user", "content": ASK_WEATHER}
+
+
 @checks.check("tools")
 def _() -> Any:
-    fields: Any = {"tools": [TOOL], "tool_choice": "required", "max_tokens": 100}
-    (call,) = chat(**fields, parallel_tool_calls=False).choices[0].message.tool_calls
+    (call,) = chat([ASK], **FORCED, max_tokens=300).choices[0].message.tool_calls
     is_call(call.function.name, call.function.arguments)
     return f"{call.function.name}({call.function.arguments})"
+
+
+@checks.check("tools in a stream")
+def _() -> Any:
+    chunks = list(chat([ASK], **FORCED, max_tokens=300, stream=True))
+    whole = litellm.stream_chunk_builder(chunks, messages=[ASK])
+    (call,) = whole.choices[0].message.tool_calls
+    is_call(call.function.name, call.function.arguments)
+    pieces = sum(bool(chunk.choices[0].delta.tool_calls) for chunk in chunks)
+    assert pieces > 1 and whole.choices[0].finish_reason == "tool_calls", whole
+    return f"{pieces} pieces"
+
+
+@checks.check("agent loop")
+def _() -> Any:
+    messages: list[Any] = [ASK]
+    for choice in ("required", "auto", "none"):  # a small model might call for ever
+        fields = FORCED | {"tool_choice": choice, "max_tokens": 60}
+        message = chat(messages, **fields).choices[0].message
+        messages.append(message)
+        for call in message.tool_calls or []:
+            is_call(call.function.name, call.function.arguments)
+            result = weather(**json.loads(call.function.arguments))
+            messages.append({"role": "tool", "tool_call_id": call.id, "content": result})
+        if not message.tool_calls:
+            break
+    assert len(messages) >= 4 and message.content, messages
+    return f"{len(messages)} messages"
 
 
 @checks.check("JSON output")
@@ -261,12 +293,70 @@ class Person(BaseModel):
     mood: Literal["good", "bad"]
 
 
+TYPED: Any = {"response_format": Person, "max_tokens": 300}
+
+
 @checks.check("JSON by a schema")
 def _() -> Any:
     asked = [{"role": "user", "content": ASK_JSON}]
-    found = Person.model_validate_json(text(chat(asked, response_format=Person, max_tokens=200)))
-    return repr(found)
+    return repr(Person.model_validate_json(text(chat(asked, **TYPED))))
 
 
-checks.absent("structured answer by prompt", why="no such mode in this client")
+@checks.check("JSON by a schema in a stream")
+def _() -> Any:
+    chunks = chat([{"role": "user", "content": ASK_JSON}], **TYPED, stream=True)
+    found = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    return repr(Person.model_validate_json(found))
+
+
+def respond(asked: Any = "Say hello.", **fields: Any) -> Any:
+    fields = {"model": MODEL, "max_output_tokens": 8, "temperature": 0, "timeout": 110} | fields
+    return litellm.responses(input=asked, api_base=checks.url, api_key=checks.key, **fields)
+
+
+def said(answer: Any) -> str:
+    items = [item for item in answer.output if item.type == "message"]
+    found = "".join(part.text for item in items for part in item.content)
+    assert found, answer
+    return found
+
+
+@checks.check("response")
+def _() -> Any:
+    assert said(respond()) == text(chat())
+
+
+@checks.check("response in a stream")
+def _() -> Any:
+    events = list(respond(stream=True))
+    deltas = [e.delta for e in events if e.type == "response.output_text.delta"]
+    assert "".join(deltas) == said(respond()) and len(deltas) > 1, events
+
+
+@checks.check("response with tools")
+def _() -> Any:
+    flat = {"type": "function"} | TOOL["function"]
+    answer = respond(ASK_WEATHER, **FORCED | {"tools": [flat]}, max_output_tokens=300)
+    (call,) = (item for item in answer.output if item.type == "function_call")
+    is_call(call.name, call.arguments)
+
+
+@checks.check("response by a schema")
+def _() -> Any:
+    answer = respond(ASK_JSON, text_format=Person, max_output_tokens=300)
+    return repr(Person.model_validate_json(said(answer)))
+
+
+@checks.check("message")
+def _() -> Any:
+    over: Any = {"model": f"anthropic/{checks.model}", "url": checks.base}
+    assert text(chat(**over)) == text(chat())
+    (call,) = chat([ASK], **over, **FORCED, max_tokens=300).choices[0].message.tool_calls
+    is_call(call.function.name, call.function.arguments)
+    chunks = list(chat(stream=True, **over))
+    assert "".join(c.choices[0].delta.content or "" for c in chunks) == text(chat()), chunks
+    return "by its provider anthropic"
+
+
+checks.rest_absent("no such thing in this client")
 checks.finish()
