@@ -77,7 +77,7 @@ def python(client: Client) -> Path:
     "client", [each for each in CLIENTS if each.name in ABSENT], ids=lambda each: each.name
 )
 def test_a_client_is_served(client: Client, four: str, proxy: Proxy) -> None:
-    found = run(client, python(client), four, "claude-tiny", KEY, proxy, CHECKS)
+    found = run(client, python(client), four, "tiny", KEY, proxy, CHECKS)
     results = {row["check"]: row for row in found["rows"]}
     assert list(results) == list(CHECKS)
     bad = [row for row in results.values() if row["result"] == "failed"]
@@ -99,7 +99,7 @@ def test_the_prompts_of_clients_span_ranks(four: str) -> None:
         before = spanning()
         tool = {"name": "f", "description": "What it does. " * 50, "input_schema": {}}
         body = {
-            "model": "claude-tiny",
+            "model": "tiny",
             "tools": [tool],
             "max_tokens": 4,
             "messages": [{"role": "user", "content": "Hello"}],

@@ -236,8 +236,7 @@ def _() -> Any:
 def _() -> Any:
     messages: list[Any] = [ASK]
     for choice in ({"type": "any"}, {"type": "auto"}, {"type": "none"}):
-        fields = FORCED | {"tool_choice": choice, "max_tokens": 60}
-        answer = message(messages, **fields)
+        answer = message(messages, **FORCED | {"tool_choice": choice})
         messages.append({"role": "assistant", "content": answer.content})
         calls = [block for block in answer.content if block.type == "tool_use"]
         if not calls:
@@ -257,7 +256,7 @@ def _() -> Any:
         ran.append(city)
         return weather(city, days)
 
-    fields = fields_of([ASK], tool_choice=FORCED["tool_choice"], max_tokens=60)
+    fields = fields_of([ASK], tool_choice=FORCED["tool_choice"], max_tokens=300)
     turns = list(client.beta.messages.tool_runner(tools=[get_weather], max_iterations=2, **fields))
     assert len(turns) == 2 and ran, turns
     return f"{len(messages)} messages, and tool_runner"

@@ -20,7 +20,7 @@ class Person(BaseModel):
     age: int
 
 
-class Known(BaseModel):
+class Known(BaseModel, extra="forbid"):
     name: str = Field(max_length=12)
     age: int = Field(ge=0, le=150)
 

@@ -261,7 +261,7 @@ def agent(**fields: Any) -> Any:
         """The weather of a city in the next days."""
         return weather(city, days)
 
-    over = chat(max_tokens=60, **fields)
+    over = chat(max_tokens=300, **fields)
     return create_agent(over, tools=[get_weather], middleware=[one_call_at_least])
 
 
