@@ -6,7 +6,7 @@ import asyncio
 import json
 from functools import reduce
 from operator import add
-from typing import Any, Literal
+from typing import Any
 
 import openai
 from checks import (
@@ -28,6 +28,7 @@ from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, Tool
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI, OpenAI, OpenAIEmbeddings
+from person import Person
 from pydantic import BaseModel, Field
 
 checks = Checks("langchain-openai", "langchain", "langchain-core", "openai")
@@ -289,12 +290,6 @@ def _() -> Any:
 def _() -> Any:
     answer = chat(max_tokens=60).bind(response_format={"type": "json_object"}).invoke(ASK_JSON)
     is_object(text(answer), answer.response_metadata["finish_reason"])
-
-
-class Person(BaseModel):
-    name: str = Field(max_length=12)
-    age: int = Field(ge=0, le=150)
-    mood: Literal["good", "bad"]
 
 
 def typed(method: str, **fields: Any) -> Any:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
 import litellm
 from checks import (
@@ -19,11 +20,12 @@ from checks import (
     raises,
     weather,
 )
-from pydantic import BaseModel, Field
+from person import Person
 
 checks = Checks("litellm", "openai")
 litellm.suppress_debug_info = True
 USER = {"role": "user", "content": "Say hello."}
+TELL = {"role": "user", "content": STORY}
 MODEL = f"openai/{checks.model}"
 
 
@@ -104,7 +106,7 @@ def _() -> Any:
 def _() -> Any:
     for name in ("max_tokens", "max_completion_tokens"):
         limits = {"max_tokens": None} | {name: 3}
-        answer = chat([{"role": "user", "content": STORY}], **limits)
+        answer = chat([TELL], **limits)
         assert answer.usage.completion_tokens == 3, (name, answer.usage)
 
 
@@ -198,12 +200,8 @@ for status in ("429", "503"):
 @checks.check("error inside a stream")
 def _() -> Any:
     url = checks.through("litellm-cut", "events3")
-    long = [{"role": "user", "content": STORY}]
-    return raises(
-        Exception,
-        lambda: list(chat(long, url=url, stream=True, max_tokens=40)),
-        "engine has stopped",
-    )
+    over: dict[str, Any] = {"url": url, "stream": True, "max_tokens": 40}
+    return raises(Exception, lambda: list(chat([TELL], **over)), "engine has stopped")
 
 
 @checks.check("leaving mid-stream")
@@ -211,7 +209,7 @@ def _() -> Any:
     async def one() -> None:
         stream = await litellm.acompletion(
             model=MODEL,
-            messages=[{"role": "user", "content": STORY}],
+            messages=[TELL],
             api_base=checks.url,
             api_key=checks.key,
             max_tokens=600,
@@ -232,13 +230,9 @@ def _() -> Any:
 
 @checks.check("embeddings (not served)")
 def _() -> Any:
-    return raises(
-        litellm.NotFoundError,
-        lambda: litellm.embedding(
-            model=MODEL, input=["a"], api_base=checks.url, api_key=checks.key, max_retries=0
-        ),
-        "/v1/embeddings",
-    )
+    over: Any = {"api_base": checks.url, "api_key": checks.key, "max_retries": 0}
+    made = partial(litellm.embedding, model=MODEL, input=["a"], **over)
+    return raises(litellm.NotFoundError, made, "/v1/embeddings")
 
 
 FORCED: Any = {"tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False}
@@ -285,12 +279,6 @@ def _() -> Any:
     asked = [{"role": "user", "content": ASK_JSON}]
     answer = chat(asked, response_format={"type": "json_object"}, max_tokens=60)
     is_object(text(answer), answer.choices[0].finish_reason)
-
-
-class Person(BaseModel):
-    name: str = Field(max_length=12)
-    age: int = Field(ge=0, le=150)
-    mood: Literal["good", "bad"]
 
 
 TYPED: Any = {"response_format": Person, "max_tokens": 300}

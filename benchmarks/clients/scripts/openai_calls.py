@@ -4,21 +4,15 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Literal
+from typing import Any
 
 import openai
 from checks import ASK_JSON, ASK_WEATHER, TOOL, Checks, is_call, is_object, weather
-from pydantic import BaseModel, Field
+from person import Person
 
 FORCED: Any = {"tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False}
 FLAT: Any = {"type": "function", "strict": False} | TOOL["function"]
 USER = {"role": "user", "content": ASK_WEATHER}
-
-
-class Person(BaseModel):
-    name: str = Field(max_length=12)
-    age: int = Field(ge=0, le=150)
-    mood: Literal["good", "bad"]
 
 
 def declare(checks: Checks, client: Any) -> None:
