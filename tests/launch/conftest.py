@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.jobs import Job, command
+from tests.helpers.jobs import Job
 from tests.helpers.tiny import greedy_tokens, make_tiny_model
 
 Start = Callable[..., Job]
 Write = Callable[..., str]
-KEY = "key-of-the-clients"
 
 
 @pytest.fixture(scope="session")
@@ -27,26 +26,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def expected(tiny: Path) -> list[list[int]]:
     """Greedy tokens of transformers alone for ``PROMPTS``."""
     return greedy_tokens(tiny)
-
-
-@pytest.fixture(scope="package")
-def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a server of four ranks, each with room for a quarter of its longest request;
-    its key is ``KEY``. The model is the tiny one with more positions: a character is a token."""
-    folder = tmp_path_factory.mktemp("four")
-    whole = {
-        "model": str(make_tiny_model(folder / "model", positions=4096)),
-        "dtype": "fp32",
-        "kv_cache": {"tokens_per_rank": 512, "block_size": 16},
-        "server": {"port": 0, "served_model_name": ["tiny", "claude-tiny"], "api_key": KEY},
-    }
-    file = folder / "config.json"
-    file.write_text(json.dumps(whole))
-    job = Job(command("ds-cp", "serve", 4, ["--config", str(file)]), folder)
-    try:
-        yield job.ready()
-    finally:
-        job.close()
 
 
 @pytest.fixture
