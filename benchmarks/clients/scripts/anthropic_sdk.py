@@ -235,7 +235,8 @@ def _() -> Any:
 @checks.check("agent loop")
 def _() -> Any:
     messages: list[Any] = [ASK]
-    for choice in ({"type": "any"}, {"type": "auto"}, {"type": "none"}):
+    one = {"disable_parallel_tool_use": True}
+    for choice in ({"type": "any"} | one, {"type": "auto"} | one, {"type": "none"}):
         answer = message(messages, **FORCED | {"tool_choice": choice})
         messages.append({"role": "assistant", "content": answer.content})
         calls = [block for block in answer.content if block.type == "tool_use"]
