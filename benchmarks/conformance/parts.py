@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks.agents.environments import prepare
 from benchmarks.agents.known import AGENTS
-from benchmarks.clients.__main__ import CLIENTS
+from benchmarks.clients.run import CLIENTS
 from benchmarks.environments import environment
 from benchmarks.evaluation.__main__ import PACKAGES as EVALUATION
 from benchmarks.fuzz.__main__ import PACKAGES as FUZZ
@@ -85,7 +85,7 @@ def parts(out: Path) -> list[Part]:
     clients = [(client.name, client.packages) for client in CLIENTS]
     return [
         Part("browser", module("tests.browser"), 300, browser),
-        Part("clients", module("benchmarks.clients", "--check"), 400, made(*clients)),
+        Part("clients", module("benchmarks.clients", "--check"), 700, made(*clients)),
         Part("agents", module("benchmarks.agents", "--check"), 200, agents),
         Part(
             "evaluation",

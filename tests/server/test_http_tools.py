@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -68,7 +69,7 @@ def ask(server: Running, stream: bool = False, **fields: Any) -> list[Any]:
 
 _EXTRA = (
     "chat_template_kwargs", "include_reasoning", "return_token_ids", "continue_final_message",
-    "add_generation_prompt", "ignore_eos",
+    "add_generation_prompt", "ignore_eos", "guided_regex",
 )  # fmt: skip
 
 
@@ -260,6 +261,12 @@ def test_a_call_that_must_come_is_enforced(speaking: Any, choice: Any) -> None:
     assert wish.structural_tag["at_least"] == 1 and wish.thought.end == "</think>"
     names = [one["begin"] for one in wish.structural_tag["structures"]]
     assert len(names) == (2 if choice == "required" else 1) and "time" in names[-1]
+    # A format is of the text of an answer, and this one has none; a guide is of all of it.
+    (answer,) = ask(server, tool_choice=choice, response_format={"type": "json_object"})
+    assert calls_of(answer) == BOTH[1:]
+    assert server.engine.seen[-1][1].structured_outputs == wish
+    with pytest.raises(openai.BadRequestError, match="guided_regex what it is; send one"):
+        ask(server, tool_choice=choice, guided_regex="a")
     (answer,) = ask(server, tool_choice="none")
     assert answer[0].tool_calls is None and TWO in answer[0].content
     assert "weather?" in server.engine.prompt() and '"weather"' not in server.engine.prompt()

@@ -142,7 +142,13 @@ def test_a_call_can_be_forced(spoken: Launch, choice: Any) -> None:
     server = spoken(CALL)
     message = client_of(server).messages.create(**HELLO, tools=[TOOL], tool_choice=choice)
     assert message.content[0].type == "tool_use"
-    assert server.engine.seen[-1][1].structured_outputs is not None
+    wish = server.engine.seen[-1][1].structured_outputs
+    assert wish.structural_tag["at_least"] == 1
+    config = {"format": {"type": "json_schema", "schema": {"type": "object"}}}
+    client_of(server).messages.create(
+        **HELLO, tools=[TOOL], tool_choice=choice, output_config=config
+    )
+    assert server.engine.seen[-1][1].structured_outputs == wish
     client_of(server).messages.create(**HELLO, tools=[TOOL], tool_choice={"type": "none"})
     assert server.engine.seen[-1][1].structured_outputs is None
     assert "weather" not in server.engine.prompts[-1]

@@ -187,7 +187,13 @@ def test_a_required_call_and_a_named_one(spoken: Launch) -> None:
             model="fake-model", input="x", tools=[TOOL, {"type": "web_search"}], tool_choice=choice
         )
         assert reply.output[0].type == "function_call" and reply.tools[0].name == "weather"
-        assert server.engine.seen[-1][1].structured_outputs is not None
+        wish = server.engine.seen[-1][1].structured_outputs
+        assert wish.structural_tag["at_least"] == 1
+        server.client().responses.create(  # as instructor sends it: the call's schema twice
+            model="fake-model", input="x", tools=[TOOL], tool_choice=choice,
+            text={"format": {"type": "json_object"}},
+        )  # fmt: skip
+        assert server.engine.seen[-1][1].structured_outputs == wish
         assert [tool.type for tool in reply.tools] == ["function"]
 
 

@@ -124,7 +124,8 @@ def plan_answer(chat: ChatRequest, style: ChatStyle, shape: ToolShape, prompt: s
     if may_call and (tool or chat.choice.mode == "required"):
         forced = call_grammar(tool or PLAIN, chat.tools, chat.choice)
     reads = forced.tool if forced else tool if may_call else None
-    own = chat.params.structured_outputs
+    # A format is of the text of an answer. Where it must be a call, it has none.
+    own = None if chat.choice.mode == "required" else chat.params.structured_outputs
     end = _end_of_prompt(chat, reasoning, prompt)
     before = opening(reasoning, end, chat.continue_final)
     thought = Thought(before.end, before.begin, before.optional)

@@ -15,7 +15,6 @@ from ds_cp.api.messages.edits import read_edits, without_thinking
 from ds_cp.api.messages.fields import BODY, HARMLESS
 from ds_cp.api.requests.client_tools import (
     check_depth,
-    check_one_wish,
     in_place,
     read_client_tools,
 )
@@ -145,7 +144,6 @@ class CountRequest(CommonRequest):
     def _read_format(self) -> CountRequest:
         wish = self.output_config.format if self.output_config else None
         self._constraint = _constraint(wish)
-        check_one_wish(self._choice, self._constraint)
         return self
 
     @property

@@ -177,8 +177,9 @@ class ChatCompletionRequest(SamplingRequest, TemplateFields):
         self._read_conversation(self.messages)
         with in_fields():
             self._choice = read_choice(self.tool_choice, self.functions, self.parallel_tool_calls)
-        if self._choice.mode == "required" and self.constraint is not None:
-            asked = self.constraint.asked_as
+        asked = self.constraint.asked_as if self.constraint else None
+        # A response_format is of the text of an answer, and a call has none.
+        if self._choice.mode == "required" and asked not in (None, "response_format"):
             raise FieldError(
                 f"tool_choice says that the answer is a call and {asked} what it is; send one",
                 asked,
