@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -79,18 +79,16 @@ def main(argv: Sequence[str]) -> int:
         replace(LEGS[name], name=name, cases=max(1, args.cases // LEGS[name].cases))
         for name in args.legs
     ]
+    results = kept(args.out)
     with ThreadPoolExecutor(args.at_once) as pool:
-        new = list(pool.map(lambda leg: run(leg, python, args), chosen))
-    before = kept(args.out)
-    results = [leg for leg in before if (leg["leg"], leg["seed"]) not in replaced(new)] + new
-    facts = machine() | {"commits": sorted({leg["commit"] for leg in results})}
-    found = facts | summary(results) | {"legs": results}
-    finish(found, args.out)
+        for done in as_completed([pool.submit(run, leg, python, args) for leg in chosen]):
+            leg = done.result()
+            mark = (leg["leg"], leg["seed"])
+            results = [one for one in results if (one["leg"], one["seed"]) != mark] + [leg]
+            found = machine() | {"commits": sorted({one["commit"] for one in results})}
+            found |= summary(results) | {"legs": results}
+            finish(found, args.out)  # whatever becomes of the others
     return 1 if found["server_errors"] or found["failures"] or not found["same_process"] else 0
-
-
-def replaced(new: Sequence[Mapping[str, Any]]) -> set[tuple[str, int]]:
-    return {(leg["leg"], leg["seed"]) for leg in new}
 
 
 def kept(file: Path) -> list[dict[str, Any]]:

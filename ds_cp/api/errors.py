@@ -173,12 +173,17 @@ def from_engine(err: DsCpError) -> ApiError | None:
 def from_validation(errors: Sequence[Any]) -> ApiError:
     """One line for the first of pydantic's errors, naming the field."""
     first = errors[0]
-    loc = [part for part in first.get("loc", ()) if part not in ("body", "path")]
+    loc = list(first.get("loc", ()))
+    if loc and loc[0] in ("body", "path", "query"):  # where FastAPI found it
+        del loc[0]
     kind = first.get("type")
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, FieldError):
         param = path_of([*loc, *([cause.param] if cause.param else [])])
-        return ApiError(400, str(cause), param=param or None, code="invalid_value")
+        message = str(cause)
+        if _leaf(param) not in message:  # of a rule that many fields share
+            message = f"{param}: {message}"
+        return ApiError(400, message, param=param or None, code="invalid_value")
     if not loc:
         return ApiError(400, "the body must be a JSON object with the request's fields")
     param = path_of(loc)
@@ -188,6 +193,11 @@ def from_validation(errors: Sequence[Any]) -> ApiError:
     value = first.get("input")
     given = "" if isinstance(value, dict | list) else f", not {shown(value)}"
     return ApiError(400, f"{param}: {message}{given}", param=param, code="invalid_value")
+
+
+def _leaf(param: str) -> str:
+    """The last name of a path: ``messages[0].content[1]`` -> ``content``."""
+    return param.rpartition(".")[2].partition("[")[0]
 
 
 def path_of(parts: Sequence[str | int]) -> str:

@@ -151,6 +151,129 @@ def test_what_cannot_be_kept_is_refused_and_others_go_on(served: Served) -> None
     valid((first.choices[0].delta.content or "") + rest)
 
 
+def nested(depth: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(depth):
+        schema = {"items": schema}
+    return schema
+
+
+# Schemas that explode, each in its own way.
+EXPLODING: dict[str, dict[str, Any]] = {
+    "deep": nested(101),
+    "recursive": {"$ref": "#"},
+    "recursive through others": {
+        "$defs": {"a": {"allOf": [{"$ref": "#/$defs/b"}]}, "b": {"allOf": [{"$ref": "#/$defs/a"}]}},
+        "properties": {"x": {"$ref": "#/$defs/a"}},
+    },
+    "huge enum": {"properties": {"x": {"enum": list(range(10_001))}}},
+    "regex repeated": {"properties": {"x": {"type": "string", "pattern": "((a{999}){999}){999}"}}},
+    "regex of alternatives": {
+        "properties": {"x": {"type": "string", "pattern": ".*".join("abcdefghij" * 8) + "{99}"}}
+    },
+    "all of any of": {
+        "allOf": [
+            {"anyOf": [{"properties": {f"{i}{j}": {"type": "null"}}} for j in range(20)]}
+            for i in range(20)
+        ]
+    },
+}
+HELLO = [{"role": "user", "content": "Hi"}]
+STRICT: dict[str, Any] = {"name": "f", "strict": True}
+
+
+def in_fields(schema: dict[str, Any]) -> list[tuple[str, dict[str, Any], str]]:
+    """Everywhere where a schema can be: the path, the body's fields, and the one that is named."""
+    schema = {"type": "object"} | schema
+    chat, responses, messages = "/v1/chat/completions", "/v1/responses", "/v1/messages"
+    function = STRICT | {"parameters": schema}
+    output = {"format": {"type": "json_schema", "schema": schema}}
+    text = {"format": {"type": "json_schema", "name": "n", "strict": True, "schema": schema}}
+    return [
+        (chat, {"response_format": by_schema(schema)}, "response_format"),
+        (chat, {"structured_outputs": {"json": schema}}, "structured_outputs"),
+        (chat, {"guided_json": schema}, "guided_json"),
+        (
+            chat,
+            {"tools": [{"type": "function", "function": function}], "tool_choice": "required"},
+            "tools",
+        ),
+        ("/v1/completions", {"guided_json": json.dumps(schema)}, "guided_json"),
+        (responses, {"text": text}, "text.format"),
+        (
+            responses,
+            {"tools": [function | {"type": "function"}], "tool_choice": "required"},
+            "tools",
+        ),
+        (messages, {"output_config": output}, "output_config.format"),
+        (
+            messages,
+            {"tools": [STRICT | {"input_schema": schema}], "tool_choice": {"type": "any"}},
+            "tools",
+        ),
+    ]
+
+
+@pytest.mark.parametrize("how", EXPLODING)
+def test_a_schema_that_explodes_is_refused_in_every_field(served: Served, how: str) -> None:
+    """In bounded time, by the field's name in the protocol's own shape, while a stream goes on."""
+    inputs: dict[str, dict[str, Any]] = {
+        "/v1/completions": {"prompt": "Hi"},
+        "/v1/responses": {"input": "Hi"},
+    }
+    with served.chat(SHORT_CHAT, response_format=by_schema(PERSON), stream=True) as going:
+        first = next(iter(going))
+        for path, fields, named in in_fields(EXPLODING[how]):
+            body = inputs.get(path, {"messages": HELLO}) | fields
+            body["max_output_tokens" if path == "/v1/responses" else "max_tokens"] = 5
+            reply = httpx.post(served.url + path, json=body, timeout=ANSWER_S)
+            assert reply.status_code == 400, (path, named, reply.text[:500])
+            error = reply.json()["error"]
+            assert named in error["message"], (path, error)
+            if path == "/v1/messages":
+                assert reply.json()["type"] == "error" and set(error) == {"type", "message"}
+            else:
+                assert error["param"].startswith(named), (path, error)
+        rest = "".join(c.choices[0].delta.content or "" for c in going if c.choices)
+    valid((first.choices[0].delta.content or "") + rest)
+
+
+OTHERS: dict[str, list[Any]] = {  # fields of structured_outputs and what they cannot be
+    "regex": ["(" * 4000, "((a{999}){999}){999}", "(a|b?)" * 1300 + "{9999}", "x" * 8193],
+    "choice": [["a"] * 10_001, ["x" * 2000] * 100],
+    "grammar": [CHAIN, "start: " + "{1," + " " * 120_000, "start: /((a{999}){999}){999}/"],
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_what_else_explodes_is_refused(served: Served, kind: str) -> None:
+    for value in OTHERS[kind]:
+        for path, body in (
+            ("/v1/completions", {"prompt": "Hi"}),
+            ("/v1/chat/completions", {"messages": HELLO}),
+        ):
+            for field, wish in ((f"guided_{kind}", value), ("structured_outputs", {kind: value})):
+                reply = httpx.post(
+                    served.url + path, json=body | {field: wish, "max_tokens": 5}, timeout=ANSWER_S
+                )
+                assert reply.status_code == 400, (path, field, str(value)[:50], reply.text[:300])
+                error = reply.json()["error"]
+                assert error["param"] == field and field in error["message"], error
+
+
+def test_a_call_that_never_ends_is_cut_at_its_limit(served: Served) -> None:
+    """A forced one of a model that would write for ever, beside a stream."""
+    schema = {"type": "object", "properties": {"x": {"type": "string", "minLength": 9000}},
+              "required": ["x"], "additionalProperties": False}  # fmt: skip
+    tools = [{"type": "function", "function": STRICT | {"parameters": schema}}]
+    with served.chat(SHORT_CHAT, response_format=by_schema(PERSON), stream=True) as going:
+        first = next(iter(going))
+        cut = served.chat(SHORT_CHAT, tools=tools, tool_choice="required", max_tokens=80)
+        assert cut.choices[0].finish_reason == "length" and cut.usage.completion_tokens == 80
+        rest = "".join(c.choices[0].delta.content or "" for c in going if c.choices)
+    valid((first.choices[0].delta.content or "") + rest)
+
+
 def test_a_client_that_leaves_ends_its_request(served: Served) -> None:
     form = by_schema({"type": "string", "minLength": 180})
     with served.chat(SHORT_CHAT, response_format=form, stream=True) as going:
