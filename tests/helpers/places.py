@@ -30,7 +30,40 @@ ROUTES: dict[type[BaseModel], str] = {
 # Places in fields that are read by hand, which the models do not tell of: @ is filled.
 _USER, _ASSISTANT = '"messages": [{"role": "user", ', '"messages": [{"role": "assistant", '
 _FUNCTION = '"input": "x", "tools": [{"type": "function", "name": "f", '
+_OFFER = _USER + '"content": "a"}], "tools": [{"type": "function", "function": '
+_CALLED = _ASSISTANT + '"content": "", "tool_calls": [{"type": "function", '
 INSIDE: dict[type[BaseModel], tuple[str, ...]] = {
+    chat_body.ChatCompletionRequest: (
+        _USER + '"content": [@]}]',
+        _USER + '"content": [{"type": @}]}]',
+        _USER + '"content": [{"type": "text", "text": @}]}]',
+        _ASSISTANT + '"content": "", "tool_calls": [@]}]',
+        _CALLED + '"id": "c", "function": @}]}]',
+        _CALLED + '"id": @, "function": {"name": "f", "arguments": "{}"}}]}]',
+        _CALLED + '"id": "c", "function": {"name": @, "arguments": "{}"}}]}]',
+        _CALLED + '"id": "c", "function": {"name": "f", "arguments": @}}]}]',
+        _USER + '"content": "a"}], "tools": [@]',
+        _OFFER + "@}]",
+        _OFFER + '{"name": @}}]',
+        _OFFER + '{"name": "f", "description": @}}]',
+        _OFFER + '{"name": "f", "parameters": @}}]',
+        _OFFER + '{"name": "f", "parameters": {"type": "object", "properties": @}}}]',
+        _OFFER + '{"name": "f", "strict": @}}]',
+        _OFFER + '{"name": "f"}}], "tool_choice": {"type": "function", "function": @}',
+        _OFFER + '{"name": "f"}}], "tool_choice": {"type": "allowed_tools", "allowed_tools": @}',
+        _USER + '"content": "a"}], "response_format": {"type": @}',
+        _USER + '"content": "a"}], "response_format": {"type": "json_schema", "json_schema": @}',
+        _USER
+        + '"content": "a"}], "response_format": {"type": "json_schema", "json_schema": '
+        + '{"name": "n", "strict": true, "schema": @}}',
+        _USER + '"content": "a"}], "response_format": {"type": "structural_tag", "structures": @}',
+        _USER + '"content": "a"}], "structured_outputs": {"json": @}',
+        _USER + '"content": "a"}], "structured_outputs": {"regex": @}',
+        _USER + '"content": "a"}], "structured_outputs": {"choice": @}',
+        _USER + '"content": "a"}], "structured_outputs": {"grammar": @}',
+        _USER + '"content": "a"}], "chat_template_kwargs": {"x": @}',
+        _USER + '"content": "a"}], "logit_bias": {"5": @}',
+    ),
     MessagesRequest: (
         '"messages": [@]',
         '"messages": [{"role": @, "content": "a"}]',

@@ -7,6 +7,7 @@ What is bad follows from the document, so that a field that is added is walked t
 from __future__ import annotations
 
 import json
+import re
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,6 +17,7 @@ import httpx
 import pytest
 
 from tests.helpers.document import Field, fields, routes
+from tests.helpers.places import INSIDE
 from tests.helpers.raw import answers, connect, read_all
 from tests.server.conftest import PATIENCE_S, Running, error_of
 
@@ -166,6 +168,35 @@ def test_unknown(spoken: Launch, document: Any, path: str) -> None:
                 assert name in error["message"], (field.name, error)
                 assert name == "zz9" or field.leaf in error["message"], (field.name, error)
                 assert error.get("param", name).endswith(name), (field.name, error)
+
+
+# Models of bodies that are read by hand in part -> the path that is asked.
+BY_HAND = {
+    "ChatCompletionRequest": "/v1/chat/completions",
+    "MessagesRequest": "/v1/messages/count_tokens",
+    "ResponseRequest": "/v1/responses/input_tokens",
+}
+WRONG = ("5", "1e300", "true", '"\\ud800"', "[[]]", '{"zz": [5]}', json.dumps("a" * 300_000))
+
+
+@pytest.mark.parametrize("model", INSIDE, ids=lambda model: model.__name__)
+def test_what_is_read_by_hand(spoken: Launch, model: Any) -> None:
+    """Every place in it: what is refused names a field on the way to it, and nothing is a 5xx."""
+    server = spoken("x")
+    path, refused = BY_HAND[model.__name__], 0
+    with httpx.Client(base_url=server.url, timeout=PATIENCE_S) as client:
+        for place in INSIDE[model]:
+            for value in WRONG:
+                text = "{" + place.replace("@", value) + "}"
+                reply = send(client, path, text.encode())
+                assert reply.status_code in (200, 400, 404), (place, value[:20], reply.text[:300])
+                if reply.status_code != 200:
+                    error, refused = error_of(reply, reply.status_code), refused + 1
+                    shown = (place, value[:20], error)
+                    names = re.findall(r'"(\w+)":', place)
+                    assert any(name in error["message"] for name in names), shown
+                    assert error.get("param", "x"), shown
+    assert refused > 4 * len(INSIDE[model])
 
 
 def test_a_client_that_leaves(talking: Running, document: Any, caplog: Any) -> None:
