@@ -194,7 +194,8 @@ def test_what_is_read_by_hand(spoken: Launch, model: Any) -> None:
                     error, refused = error_of(reply, reply.status_code), refused + 1
                     shown = (place, value[:20], error)
                     names = re.findall(r'"(\w+)":', place)
-                    assert any(name in error["message"] for name in names), shown
+                    too_long = "context_length_exceeded" in error["message"]
+                    assert too_long or any(name in error["message"] for name in names), shown
                     assert error.get("param", "x"), shown
     assert refused > 4 * len(INSIDE[model])
 
