@@ -4,6 +4,7 @@ paths of Anthropic's protocol in its own."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from fastapi.responses import JSONResponse
@@ -213,6 +214,8 @@ def path_of(parts: Sequence[str | int]) -> str:
 def shown(value: object) -> str:
     """A client's value, short, for a message."""
     cut = value[: 2 * MAX_VALUE_CHARS] if isinstance(value, str | list) else value
+    if isinstance(value, dict):
+        cut = dict(islice(value.items(), MAX_VALUE_CHARS))
     try:
         return shorten(repr(cut), MAX_VALUE_CHARS)
     except RecursionError:  # nested just less deep than is read
