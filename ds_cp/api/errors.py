@@ -4,6 +4,7 @@ paths of Anthropic's protocol in its own."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from fastapi.responses import JSONResponse
@@ -175,12 +176,17 @@ def from_engine(err: DsCpError) -> ApiError | None:
 def from_validation(errors: Sequence[Any]) -> ApiError:
     """One line for the first of pydantic's errors, naming the field."""
     first = errors[0]
-    loc = [part for part in first.get("loc", ()) if part not in ("body", "path")]
+    loc = list(first.get("loc", ()))
+    if loc and loc[0] in ("body", "path", "query"):  # where FastAPI found it
+        del loc[0]
     kind = first.get("type")
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, FieldError):
         param = path_of([*loc, *([cause.param] if cause.param else [])])
-        return ApiError(400, str(cause), param=param or None, code="invalid_value")
+        message = str(cause)
+        if _leaf(param) not in message:  # of a rule that many fields share
+            message = f"{param}: {message}"
+        return ApiError(400, message, param=param or None, code="invalid_value")
     if not loc:
         return ApiError(400, "the body must be a JSON object with the request's fields")
     param = path_of(loc)
@@ -190,6 +196,11 @@ def from_validation(errors: Sequence[Any]) -> ApiError:
     value = first.get("input")
     given = "" if isinstance(value, dict | list) else f", not {shown(value)}"
     return ApiError(400, f"{param}: {message}{given}", param=param, code="invalid_value")
+
+
+def _leaf(param: str) -> str:
+    """The last name of a path: ``messages[0].content[1]`` -> ``content``."""
+    return param.rpartition(".")[2].partition("[")[0]
 
 
 def path_of(parts: Sequence[str | int]) -> str:
@@ -205,6 +216,8 @@ def path_of(parts: Sequence[str | int]) -> str:
 def shown(value: object) -> str:
     """A client's value, short, for a message."""
     cut = value[: 2 * MAX_VALUE_CHARS] if isinstance(value, str | list) else value
+    if isinstance(value, dict):
+        cut = dict(islice(value.items(), MAX_VALUE_CHARS))
     try:
         return shorten(repr(cut), MAX_VALUE_CHARS)
     except RecursionError:  # nested just less deep than is read

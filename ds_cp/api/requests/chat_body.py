@@ -221,6 +221,6 @@ class TokenizeRequest(TemplateFields):
         if (self.prompt is None) == (self.messages is None):
             raise FieldError("send either prompt or messages", "prompt")
         if self.prompt is not None:
-            plain_text(self.prompt, "prompt")
+            plain_text(self.prompt, "prompt", "prompt")
         self._read_conversation(self.messages or [])
         return self
