@@ -68,7 +68,10 @@ def _rates(facts: Facts) -> list[str]:
     hidden = f"hides under attention from chunks of {hides:.0f} tokens on"
     if not cost.in_background:
         hidden = "takes its time beside attention: a rank copies it itself"
+    reads = f"{facts.bytes_per_s / 1e9:.1f} GB/s"
+    if facts.alone_bytes_per_s > 1.1 * facts.bytes_per_s:
+        reads += f" ({facts.alone_bytes_per_s / 1e9:.1f} alone)"
     return [
-        f"one rank computes {facts.flops_per_s / 1e9:.0f} GFLOP/s; "
+        f"one rank computes {facts.flops_per_s / 1e9:.0f} GFLOP/s and reads weights at {reads}; "
         f"moving KV around {facts.cp_size} ranks {hidden}"
     ]

@@ -14,7 +14,7 @@ import torch
 from ds_cp.comm.wire import World
 from ds_cp.engine import llm
 from ds_cp.errors import DsCpError, ModelError, UserError
-from ds_cp.startup import build, exactness
+from ds_cp.startup import build, exactness, reading
 from tests.dist.test_engine import greedy, hf_greedy, make_prompt, tokens_of
 from tests.helpers.engines import engine_on, tiny_llama
 from tests.helpers.ranks import run_ranks
@@ -78,6 +78,7 @@ def failing_starts(world: World, tp_size: int, want: list[int]) -> list[str]:
     places: list[tuple[Any, str, Callable[[Exception], Any]]] = [
         (build, name, always) for name in PHASES
     ]
+    places += [(reading, name, always) for name in ("weight_reads", "reading_rate")]
     # Inside the forward calls of the check: two layers in each of three steps.
     places += [
         (attend, "attend", lambda err, n=n: at_call(n, err)) for n in (1, 2, 4, 6)  # type: ignore[misc]
