@@ -7,6 +7,7 @@ numbers, no torch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -148,10 +149,11 @@ class CostModel:
 
         The sum of linear layers, attention, what travels and is not hidden, and what is fixed. A
         part that computes takes the longer of its operations and its reading ("Roofline", Williams
-        et al., CACM 2009): every rank at work reads all weights, however few tokens it has. M for
-        ``reading_per_s``, M_kv for ``kv_bytes_per_s``, and t = max(T / N, 1):
+        et al., CACM 2009); linear layers near where both are equal take longer than either. Every
+        rank at work reads all weights, however few tokens it has. M for ``reading_per_s``, M_kv for
+        ``kv_bytes_per_s``, and t = max(T / N, 1):
 
-            linear     max(2 W t / C, min(W t, stored) e / M), and the head for one token
+            linear     hypot(2 W t / C, min(W t, stored) e / M), and the head for one token
             attention  max(4 pairs H D / C_a, 2 seen G D e / M_kv) L / N
             sums       of tensor parallelism, see ``Sums``
             exchanges  see ``_exchanges_s``
@@ -185,7 +187,7 @@ class CostModel:
         """On each of ``ranks``, which has ``tokens`` tokens."""
         reading = self.reading_per_s(ranks)
         read = min(self.weights * tokens, max(self.stored, self.weights)) * self.element
-        body = max(2.0 * self.weights * tokens / self.flops_per_s, read / reading)
+        body = math.hypot(2.0 * self.weights * tokens / self.flops_per_s, read / reading)
         operations, nbytes = 2.0 * self.head, self.head * self.element
         return body + max(operations / self.flops_per_s, nbytes / self.reading_per_s(1))
 

@@ -167,7 +167,8 @@ def test_a_short_chunk_gains_nothing_by_ranks(cost: CostModel) -> None:
     assert bound >= 8
     for new in (1, bound // 2, bound):
         assert all(cost.best_ranks(most, new, 0, 16) == 1 for most in range(1, 9))
-        assert all(cost.prefill_s(1, new, 0) < cost.prefill_s(n, new, 0) for n in range(2, 9))
+    alone = cost.prefill_s(1, bound // 4, 0)
+    assert all(alone < cost.prefill_s(ranks, bound // 4, 0) for ranks in range(2, 9))
     free = replace(cost, memory_bytes_per_s=float("inf"), alone_bytes_per_s=None, latency_s=0.0)
     assert free.best_ranks(2, bound, 0, 16) == 2, "without the floor it would be spread"
 
@@ -221,7 +222,8 @@ def by_hand(cost: CostModel, mode: Passing, ranks: int, new: int, past: int) -> 
     tokens = max(new / ranks, 1)
     memory, element, dim = cost.memory_bytes_per_s, cost.element, cost.head_dim
     read = min(cost.weights * tokens, max(cost.stored, cost.weights)) * element / memory
-    seconds = cost.step_s + max(2 * cost.weights * tokens / cost.flops_per_s, read)
+    computing = 2 * cost.weights * tokens / cost.flops_per_s
+    seconds = cost.step_s + (computing**2 + read**2) ** 0.5
     seconds += max(2 * cost.head / cost.flops_per_s, cost.head * element / memory)
     windows: list[int | None] = [w for w, count in cost.windows for _ in range(count)]
     windows += [None] * (cost.num_layers - len(windows))
