@@ -14,7 +14,7 @@ from ds_cp.api.answers.named_events import new_id
 from ds_cp.api.answers.respond import respond
 from ds_cp.api.chat.request import ChatRequest, FieldNames
 from ds_cp.api.chat.start import render, start_chat
-from ds_cp.api.context import AppContext, key_digest_of, request_id_of
+from ds_cp.api.context import AppContext, client_of, key_digest_of, request_id_of
 from ds_cp.api.error_shapes import MESSAGES_PATH
 from ds_cp.api.messages.answer import MessageAnswer
 from ds_cp.api.messages.request import CountRequest, MessagesRequest
@@ -68,7 +68,7 @@ def _chat_of(body: CountRequest, params: SamplingParams, request: Request) -> Ch
     return ChatRequest(
         turns=turns,
         params=params,
-        options=options_of(body, key_digest_of(request)),
+        options=options_of(body, key_digest_of(request), client_of(request)),
         tools=body.tools or (),
         choice=body.choice,
         template_kwargs=body.chat_template_kwargs or {},

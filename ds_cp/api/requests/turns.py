@@ -27,10 +27,11 @@ def check_answers(turns: Sequence[Turn], field: str, kind: str) -> None:
             )
 
 
-def options_of(body: CommonRequest, key_digest: str | None) -> RequestOptions:
-    """Priority and cache salt of a request. ``key_digest``: of its API key. Raises
-    ``RequestError``."""
+def options_of(body: CommonRequest, key_digest: str | None, client: str) -> RequestOptions:
+    """Priority and cache salt of a request. ``key_digest``: of its API key; ``client``: as in
+    ``RequestOptions``. Raises ``RequestError``."""
     return RequestOptions(
         priority=0 if body.priority is None else body.priority,
         cache_salt=engine_salt(key_digest, body.cache_salt or ""),
+        client=client,
     )

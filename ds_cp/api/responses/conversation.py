@@ -87,8 +87,10 @@ def chat_of(
     items: Sequence[Item],
     params: SamplingParams,
     owner: str | None,
+    client: str = "",
 ) -> ChatRequest:
-    """The request as a chat. ``items``: its own. Raises ``ApiError`` 400 for the result of a call
+    """The request as a chat. ``items``: its own; ``owner``: the digest of its API key;
+    ``client``: as in ``RequestOptions``. Raises ``ApiError`` 400 for the result of a call
     that nobody made, and for a conversation of too many items."""
     _check_size(before, items)
     earlier = before.conversation() if before is not None else []
@@ -97,7 +99,7 @@ def chat_of(
     return ChatRequest(
         turns=turns,
         params=params,
-        options=options_of(body, owner),
+        options=options_of(body, owner, client),
         tools=body.tools or (),
         choice=body.choice,
         template_kwargs=body.chat_template_kwargs or {},

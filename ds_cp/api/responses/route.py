@@ -17,7 +17,7 @@ from ds_cp.api.answers.named_events import new_id
 from ds_cp.api.answers.paced import PacedJson
 from ds_cp.api.answers.respond import respond
 from ds_cp.api.chat.start import render, start_chat
-from ds_cp.api.context import AppContext, key_digest_of, request_id_of
+from ds_cp.api.context import AppContext, client_of, key_digest_of, request_id_of
 from ds_cp.api.errors import ApiError
 from ds_cp.api.openapi import RESPONSE_ANSWERS
 from ds_cp.api.responses.answer import ResponseAnswer
@@ -124,7 +124,7 @@ async def _create(
     )
     before = said_before(store, body, owner)
     items = own_items(store, body, owner)
-    chat = chat_of(body, before, items, params, owner)
+    chat = chat_of(body, before, items, params, owner, client_of(request))
     response = new_response(body, new_id("resp"), context.model_name(body.model))
 
     def kept_with(response: Json) -> Kept:
