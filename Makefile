@@ -16,7 +16,7 @@ CONFORMANCE ?=
 # deepspeed starts the "python" it was installed for, and mpirun the one on the PATH
 WITH_VENV := PATH="$(CURDIR)/$(BIN):$$PATH" VIRTUAL_ENV="$(CURDIR)/$(VENV)"
 
-.PHONY: help install model serve generate test unit checks format bench bench-peers clients fuzz attacks \
+.PHONY: help install model serve generate test unit checks format bench bench-peers agents clients fuzz attacks \
 	browser conformance clean
 
 help:
@@ -27,6 +27,7 @@ help:
 	@echo "make bench-peers  ds_cp beside its peers, under 40 minutes on an idle machine; PEERS='--quick'"
 	@echo "make clients    clients of OpenAI's protocol against the server; installs each by itself"
 	@echo "make fuzz       20,000 generated requests; make attacks: attacks beside honest streams"
+	@echo "make agents     Claude Code, Codex, opencode and others, unmodified, against four ranks"
 	@echo "make browser    the page in a real Chromium"
 	@echo "make conformance  what is checked with software of others and is longer, under 25 minutes;"
 	@echo "                CONFORMANCE='--only clients fuzz' or '--skip browser'"
@@ -83,6 +84,9 @@ bench-peers: install model
 
 clients: install model
 	$(WITH_VENV) $(BIN)/python -m benchmarks.clients
+
+agents: install model
+	$(WITH_VENV) $(BIN)/python -m benchmarks.agents
 
 fuzz: install model
 	$(WITH_VENV) $(BIN)/python -m benchmarks.fuzz

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from benchmarks.agents.environments import prepare
+from benchmarks.agents.known import AGENTS
 from benchmarks.clients.__main__ import CLIENTS
 from benchmarks.environments import environment
 from benchmarks.evaluation.__main__ import PACKAGES as EVALUATION
@@ -52,6 +54,16 @@ def made(*wanted: tuple[str, Sequence[str]]) -> Callable[[], None]:
     return make
 
 
+def agents() -> None:
+    """The agents, of npm and of pip."""
+    for agent in AGENTS:
+        try:
+            prepare(agent, INSTALL_S)
+        except (RuntimeError, OSError, subprocess.SubprocessError) as err:
+            why = " ".join(str(err).split())[-200:]
+            raise SkippedError(f"{agent.name} cannot be installed: {why}") from err
+
+
 def browser() -> None:
     """A browser and its client."""
     if tools.chromium() is not None:
@@ -74,6 +86,7 @@ def parts(out: Path) -> list[Part]:
     return [
         Part("browser", module("tests.browser"), 300, browser),
         Part("clients", module("benchmarks.clients", "--check"), 400, made(*clients)),
+        Part("agents", module("benchmarks.agents", "--check"), 200, agents),
         Part(
             "evaluation",
             module("benchmarks.evaluation", "--out", str(out / "evaluation.json")),

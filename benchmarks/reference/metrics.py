@@ -50,6 +50,7 @@ def sample_exposition() -> str:
     metrics.next_token(0.1)
     metrics.finished(0.1)
     metrics.ignored_fields(1)
+    metrics.answered("POST", "/v1/completions", 200)
     metrics.ended(EndedRequest(
         "a", 0, "", "stop", 1, 0, 2, 0, ("local",), (0,), 0.1, 0.1, 0.1, 0.1, 0.1, 0.1
     ))  # fmt: skip

@@ -26,7 +26,7 @@ from ds_cp.errors import DsCpError, EngineDeadError, ModelError
 from ds_cp.log_stream import say
 from ds_cp.model.source import ModelSource, find_model
 from ds_cp.model.watch import FilesWatch, watch_model
-from ds_cp.process import StopSignals
+from ds_cp.process import StopSignals, settle_heap
 from ds_cp.serve.announce import Announce, print_ready
 from ds_cp.serve.channel import Channel, Failed, FromWorker, Ready
 from ds_cp.serve.job_link import FollowingLink, LeadingLink, Lost, link_name
@@ -137,6 +137,7 @@ class _Supervisor:
 
         def on_ready(ready: Ready) -> None:
             self._loaded = True
+            settle_heap()
             self._note_launchers()
             self._announce(ready.summary, addresses)
 

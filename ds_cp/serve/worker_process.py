@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ds_cp.errors import CommError, DsCpError, OutputError
 from ds_cp.log_stream import say, take_over, write_json_lines
-from ds_cp.process import die_with_parent, leave_process
+from ds_cp.process import die_with_parent, leave_process, settle_heap
 from ds_cp.serve.channel import Channel, Failed, Ready, Result, WorkerSpec
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ def _work(channel: Channel, spec: WorkerSpec) -> None:
     worker, facts = build_worker(world, config, None, threads)
     try:
         with worker.failing():  # the end of the channel too
+            settle_heap()
             channel.send(Ready(facts, tuple(summary(config, facts))))
             if world.rank == 0:
                 _lead(channel, worker)

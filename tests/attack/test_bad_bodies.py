@@ -241,6 +241,7 @@ def _below(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
         yield from _below(inner)
 
 
+@pytest.mark.usefixtures("settled_heap")
 @pytest.mark.parametrize("model", ROUTES, ids=lambda model: model.__name__)
 def test_no_field_makes_a_body_costly(model: type[BaseModel]) -> None:
     """Seconds of processor time, not of the clock: other work on the machine does not count. On the
@@ -253,6 +254,7 @@ def test_no_field_makes_a_body_costly(model: type[BaseModel]) -> None:
         assert time.thread_time() - begun < 0.2, name
 
 
+@pytest.mark.usefixtures("settled_heap")
 @pytest.mark.parametrize("model", INSIDE, ids=lambda model: model.__name__)
 def test_no_place_in_a_field_makes_a_body_costly(model: type[BaseModel]) -> None:
     size = 4 * SMALL_BYTES

@@ -110,6 +110,7 @@ def test_one_slip_in_a_long_enough_name_is_found(name: str, at: int, by: str, dr
         assert misspelt(slip, [name]) == name
 
 
+@pytest.mark.usefixtures("settled_heap")
 def test_only_what_is_shown_of_a_long_text_is_looked_at() -> None:
     begun = time.thread_time()
     assert shorten("é" * 2**23, 10) == "é" * 7 + "..."

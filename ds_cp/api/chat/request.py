@@ -53,6 +53,8 @@ class ChatRequest:
     ``template_kwargs``: the client's, over those of the config. ``effort``: of reasoning; None
     where the client does not say. ``continue_final``: the answer goes on with the last turn, an
     assistant's, and is not a new one. ``clamp``: ``max_tokens`` is lowered to what fits.
+    ``moves_system``: what the system says behind other turns may be said by the user, where the
+    template takes no such turn; else the template's refusal is told.
     """
 
     turns: Sequence[Turn]
@@ -66,4 +68,5 @@ class ChatRequest:
     continue_final: bool = False
     stream: bool = False
     clamp: bool = False
+    moves_system: bool = False
     names: FieldNames = field(default_factory=FieldNames)

@@ -77,5 +77,6 @@ def _chat_of(body: CountRequest, params: SamplingParams, request: Request) -> Ch
         add_generation_prompt=not continues,
         stream=bool(body.stream),
         clamp=True,
+        moves_system=True,
         names=_NAMES,
     )

@@ -105,6 +105,7 @@ def chat_of(
         template_kwargs=body.chat_template_kwargs or {},
         effort=body.reasoning.effort if body.reasoning else None,
         stream=bool(body.stream),
+        moves_system=True,
         names=NAMES,
     )
 

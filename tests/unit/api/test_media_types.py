@@ -96,6 +96,7 @@ def test_any_accept_gets_metrics(metrics: ServerMetrics, accept: str, content_ty
     assert {"ds_cp:kv_blocks", "ds_cp:rank_drained", "ds_cp:rank_draining"} <= names
 
 
+@pytest.mark.usefixtures("settled_heap")
 def test_odd_headers_raise_nothing_and_take_no_time(metrics: ServerMetrics) -> None:
     rng = random.Random(5)
     parts = [

@@ -60,6 +60,7 @@ def seconds(tool: str, text: str, size: int) -> float:
     return time.process_time() - start
 
 
+@pytest.mark.usefixtures("settled_heap")
 @pytest.mark.parametrize("tool", TOOL_FAMILIES)
 def test_time_is_linear_in_pieces(tool: str) -> None:
     few, many = attacks(tool, 800), attacks(tool, 6_400)
@@ -69,6 +70,7 @@ def test_time_is_linear_in_pieces(tool: str) -> None:
         assert long < 25 * short + 0.05, name  # 8 times as long; quadratic: 64
 
 
+@pytest.mark.usefixtures("settled_heap")
 @pytest.mark.parametrize("tool", ["hermes", "qwen3_coder", "gemma4"])
 def test_half_a_megabyte_at_once(tool: str) -> None:
     texts = attacks(tool, HALF_MB)
@@ -99,6 +101,7 @@ def test_what_is_held_back_is_bounded_and_given_up_at_the_same_place(tool: str) 
         assert events_of(make_parser(tool, None, TOOLS), pieces) == whole
 
 
+@pytest.mark.usefixtures("settled_heap")
 @pytest.mark.parametrize("reasoning", REASONING_FAMILIES)
 def test_reasoning_that_has_no_end(reasoning: str) -> None:
     form = REASONING_FAMILIES[reasoning].format
