@@ -199,3 +199,18 @@ def test_a_later_priority_has_no_part() -> None:
     assert chunks_of(plans, long) == [10, 19]
     cluster.settle()
     cluster.check_outputs()
+
+
+@pytest.mark.parametrize(("light", "least", "most"), [("heavy", 25, 60), ("light", 1, 4)])
+def test_a_short_prompt_behind_a_flood(light: str, least: int, most: int) -> None:
+    """16 prompts of 400 tokens were asked for, 128 of a step: a prompt of 60 takes two steps more
+    if its client is another, else those of all others."""
+    cluster = Cluster([1000, 1000], budget=64, max_num_seqs=40)
+    flood(cluster, [("heavy", 400)] * 16)
+    for _ in range(3):
+        stepped(cluster)
+    short = cluster.add(prompt(60, 99), greedy(2), client=light)
+    steps = len(steps_until_computed(cluster, short))
+    assert least <= steps <= most, steps
+    cluster.settle()
+    cluster.check_outputs()
