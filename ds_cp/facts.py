@@ -55,6 +55,8 @@ class Facts:
     head_weights: int = 0  # parameters that turn a hidden state into logits
     bytes_per_s: float = 0.0  # of weights, by one row on rank 0, while all ranks read; 0: not known
     alone_bytes_per_s: float = 0.0  # the same while the others wait
+    layer_s: float = 0.0  # seconds of a layer beside its work
+    hop_s: float = 0.0  # seconds that a hop of a ring adds to that, the wire's latency and all
 
     def with_tokenizer(self, end_tokens: Iterable[int], size: int | None) -> Facts:
         """These facts beside a tokenizer of ``size`` tokens (``None``: not known) that names

@@ -70,10 +70,11 @@ def cost_model(facts: Facts) -> CostModel | None:
     most = max(map(facts.hosts.count, facts.hosts))
     readers = max(1, min(facts.ranks_at_once, most) // facts.tp_size)  # groups of a host at once
     alone = min(facts.alone_bytes_per_s, facts.bytes_per_s * readers)  # of a group: one rank or tp
+    latency = max(link.latency_us for link in facts.links) * 1e-6
     return CostModel(
         flops_per_s=facts.flops_per_s,
         bytes_per_s=min(link.gb_per_s for link in facts.links) * 1e9,
-        latency_s=max(link.latency_us for link in facts.links) * 1e-6,
+        latency_s=latency,
         num_layers=facts.num_layers,
         num_q_heads=facts.num_q_heads // facts.tp_size,
         num_kv_heads=facts.num_kv_heads // facts.tp_size,
@@ -85,6 +86,8 @@ def cost_model(facts: Facts) -> CostModel | None:
         memory_bytes_per_s=facts.bytes_per_s or float("inf"),
         alone_bytes_per_s=alone or None,
         readers=readers,
+        layer_s=facts.layer_s,
+        hop_s=max(0.0, facts.hop_s - latency),
         head=facts.head_weights,
         stored=facts.stored_weights,
     )

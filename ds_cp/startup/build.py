@@ -36,6 +36,7 @@ from ds_cp.startup.flops import achieved_flops
 from ds_cp.startup.kernel_choice import choose_for_all
 from ds_cp.startup.kv_budget import allocate_pool, decide_budget
 from ds_cp.startup.layerwise import AttentionRecord
+from ds_cp.startup.overhead import measure_overheads
 from ds_cp.startup.packing import Packing, plan_packing
 from ds_cp.startup.reading import reading_rates
 from ds_cp.startup.resources import ranks_at_once
@@ -106,6 +107,7 @@ def _build(
         world, lambda: achieved_flops(text.hidden_size, decoder.dtype, world.device)
     )
     shared, alone = reading_rates(world, decoder)
+    overheads = measure_overheads(world, cp, decoder.dtype)
     links = measure_links(world)
     weights = count_weights(decoder)
     shape = mean_shape(layers)
@@ -143,6 +145,8 @@ def _build(
         head_weights=weights.head,
         bytes_per_s=shared,
         alone_bytes_per_s=alone,
+        layer_s=overheads.layer_s,
+        hop_s=overheads.hop_s,
     )
     worker = Worker(world, cp, tp, decoder, layers, pool, kernel)
     if world.device.type == "cuda" and tp.size == 1:  # sums between ranks are not captured

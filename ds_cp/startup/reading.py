@@ -28,14 +28,15 @@ Read = tuple[int, Callable[[], object]]  # bytes of a weight, and what multiplie
 
 def reading_rates(world: World, model: Decoder) -> tuple[float, float]:
     """Bytes of weights a second, by one row: while all ranks read, and while rank 0 alone does,
-    which rank 0 alone knows (on others both are the first). Collective; under 0.1 s.
+    which rank 0 alone knows (on others both are the first). Collective; under 0.1 s. One rank has
+    nothing to choose by them and does not measure: zeros.
 
     A rank that fails raises on all of them.
     """
+    if world.size == 1:
+        return 0.0, 0.0
     reads = local_phase(world, lambda: weight_reads(model))
     shared = local_phase(world, lambda: reading_rate(reads, world.device))
-    if world.size == 1:
-        return shared, shared
     mine = local_phase(
         world, lambda: reading_rate(reads, world.device) if world.rank == 0 else shared
     )

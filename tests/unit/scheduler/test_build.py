@@ -15,7 +15,7 @@ FACTS = Facts(
     block_size=16, blocks_per_rank=(30,) * 8, bytes_per_token=8, num_layers=2, threads=1,
     ranks_at_once=2, exactness=0.0, links=(LinkFacts("x", 5.0, 10.0),), flops_per_s=1e11,
     weights=1000, head_dim=4, layer_weights=600, stored_weights=800, head_weights=200,
-    bytes_per_s=1e10, alone_bytes_per_s=1.6e10,
+    bytes_per_s=1e10, alone_bytes_per_s=1.6e10, layer_s=2e-4, hop_s=1e-4,
 )  # fmt: skip
 
 
@@ -23,6 +23,7 @@ def test_rates_are_those_that_were_measured() -> None:
     cost = cost_model(FACTS)
     assert cost is not None
     assert (cost.weights, cost.stored, cost.head) == (600, 800, 200)
+    assert cost.layer_s == 2e-4 and cost.hop_s == pytest.approx(1e-4 - cost.latency_s)
     assert cost.readers == 2, "of four ranks of a host two compute at once"
     assert [cost.reading_per_s(n) for n in (1, 2, 4)] == pytest.approx([1.6e10, 1e10, 1e10])
 
