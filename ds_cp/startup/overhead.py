@@ -38,8 +38,8 @@ class Overheads:
 
 def measure_overheads(world: World, cp: Group, dtype: torch.dtype) -> Overheads:
     """By a decoder of next to no work, alone and over two ranks of ``cp``. Collective; takes about
-    0.1 s. Ranks from the third on, which wait, know no ``hop_s``;
-    one rank has nothing to choose by these and does not measure them."""
+    0.1 s. Ranks from the third on, which wait, know no ``hop_s``; one rank has nothing to choose by
+    these and does not measure them."""
     if cp.size == 1:
         return Overheads(0.0, 0.0)
     layers = local_phase(world, lambda: _decoder(world, cp, dtype))
