@@ -34,7 +34,7 @@ from ds_cp.api.requests.chat_body import ChatCompletionRequest, TokenizeRequest
 from ds_cp.api.requests.json_route import strict_json_route
 from ds_cp.api.requests.protocol import CompletionRequest, DetokenizeRequest
 from ds_cp.api.responses.route import response_routes
-from ds_cp.api.state import HEALTH_PATHS, package_version, state_routes
+from ds_cp.api.state import HEALTH_PATHS, METRICS_PATH, package_version, state_routes
 from ds_cp.api.tokenization import TextCodec
 from ds_cp.api.transport.answer_log import AnswerLog
 from ds_cp.api.transport.cors import Cors
@@ -136,7 +136,7 @@ def create_app(engine: EngineInterface, server: Server, *, log_requests: bool = 
         paths=[route.path for router in routers for route in flat(router.routes)],
         count=context.metrics.answered,
         say=say if log_requests else None,
-        unsaid=HEALTH_PATHS,
+        left_out={*HEALTH_PATHS, METRICS_PATH},
     )
     app.add_middleware(RequestIds)
     return app

@@ -178,7 +178,7 @@ class AnswersCollector:
             return
         family = CounterMetricFamily(
             "ds_cp:http_requests",
-            "HTTP answers by method, route and status.",
+            "HTTP answers by method, route and status; /health, /ready and /metrics are left out.",
             labels=("model_name", "method", "handler", "status"),
         )
         name = self._name()

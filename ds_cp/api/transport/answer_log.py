@@ -23,8 +23,8 @@ _FIELD = re.compile(r"[A-Za-z0-9_.\[\]-]*")
 class AnswerLog:
     """A layer. ``paths`` are the routes', such as ``/v1/models/{id}``; ``count`` gets method, route
     and status of each answer; ``say``, if given, a line for each error but those of no route, at
-    most ``PER_S`` a second: the next line says how many had none. Nothing is said of the routes
-    ``unsaid``, whose errors are for who asks."""
+    most ``PER_S`` a second: the next line says how many had none. The routes ``left_out``, which
+    are asked every few seconds, are neither counted nor told."""
 
     def __init__(
         self,
@@ -32,7 +32,7 @@ class AnswerLog:
         paths: Iterable[str],
         count: Callable[[str, str, int], None],
         say: Callable[[str], None] | None = None,
-        unsaid: Collection[str] = (),
+        left_out: Collection[str] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.app = app
@@ -44,7 +44,7 @@ class AnswerLog:
         self._patterns = [(_pattern(path), path) for path in known if "{" in path]
         self._room, self._since = float(BURST), clock()
         self._more = 0  # that had no line since the last one
-        self._silent = frozenset(unsaid)
+        self._left_out = frozenset(left_out)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -61,8 +61,10 @@ class AnswerLog:
     def _answered(self, scope: Scope, status: int) -> None:
         method = scope["method"] if scope["method"] in METHODS else OTHER
         route = self._route(scope["path"])
+        if route in self._left_out:
+            return
         self._count(method, route, status)
-        if self._say is not None and status >= 400 and route not in (OTHER, *self._silent):
+        if self._say is not None and status >= 400 and route != OTHER:
             self._tell(self._say, scope, f"{status} for {method} {route}")
 
     def _tell(self, say: Callable[[str], None], scope: Scope, what: str) -> None:
