@@ -262,6 +262,7 @@ def request_options(body: EngineFields, request: Request) -> RequestOptions:
         priority=0 if body.priority is None else body.priority,
         cache_salt=engine_salt(key_digest, body.cache_salt or ""),
         http_id=request_id_of(request),
+        client=client_of(request),
     )
 
 
@@ -279,6 +280,14 @@ def request_id_of(request: Request) -> str:
     """The id that ``RequestIds`` gave this request."""
     request_id: str = request.scope["state"]["request_id"]
     return request_id
+
+
+def client_of(request: Request) -> str:
+    """Who gets a share of its own of the engine: an API key, or where none is asked an address."""
+    digest = key_digest_of(request)
+    if digest is not None:
+        return f"key {digest}"
+    return f"host {request.client.host}" if request.client is not None else ""
 
 
 def key_digest_of(request: Request) -> str | None:

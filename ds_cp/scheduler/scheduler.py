@@ -1,6 +1,7 @@
 """Decides which requests run in the next step, and where every token goes. No torch.
 
-First come first served within a priority. Each step carries a token of every decoding request
+First come first served within a priority and a client; clients of one priority have equal shares
+(``fairness``). Each step carries a token of every decoding request
 and, in what the budget of each rank leaves, the next chunks of prompts. It never waits for a
 token's value: a draw that is under way counts as a token, so the next step can be planned while one
 runs. When no rank has a block left, the youngest request of the lowest priority is preempted: its
@@ -20,6 +21,7 @@ from ds_cp.scheduler.admission import Limits, check_request, fit_max_tokens
 from ds_cp.scheduler.block_manager import BlockManager
 from ds_cp.scheduler.decode import DecodePlanner
 from ds_cp.scheduler.draft import Draft
+from ds_cp.scheduler.fairness import ANSWER, Turns
 from ds_cp.scheduler.migration import Migration
 from ds_cp.scheduler.mode_policy import ModePolicy, Seats
 from ds_cp.scheduler.pacing import ChunkPacer
@@ -57,8 +59,9 @@ class Scheduler:
         self._decode = DecodePlanner(
             limits, self.block_manager, policy, self.running, self.waiting, self._preempt_for
         )
+        self._turns = Turns()
         self._prefill = PrefillPlanner(
-            limits, self.block_manager, policy, layout, self.running, self.waiting
+            limits, self.block_manager, policy, layout, self.running, self.waiting, self._turns
         )
         self._pacer = pacer
         self._numbers = 0
@@ -101,12 +104,14 @@ class Scheduler:
             )
         options = options or RequestOptions()
         known, answers = tuple(prompt), []
+        cost = len(prompt) + params.n * min(max_tokens, ANSWER)
+        turn = self._turns.take(options.client, cost, not self.has_work)
         for index in range(params.n):
             self._numbers += 1
             answers.append(Request(
                 self._numbers, request_id, known, params, max_tokens,
                 (seed + index + 2**63) % 2**64 - 2**63, options.priority, options.cache_salt, index,
-                grammar,
+                grammar, options.client, turn,
             ))  # fmt: skip
         first, first.siblings = answers[0], answers[1:]
         self.waiting.push(first)

@@ -5,7 +5,6 @@ The bodies are made from the models, so that a field that is added is attacked t
 
 from __future__ import annotations
 
-import gc
 import http.client
 import json
 import time

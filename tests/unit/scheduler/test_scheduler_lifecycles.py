@@ -122,7 +122,11 @@ class Session:
         )  # type: ignore[arg-type]
         try:
             asked = cluster.ask(
-                tokens, params, priority=(0, 0, 0, 1, -1)[pick(0, 4)], salt="a" * (pick(0, 4) == 0)
+                tokens,
+                params,
+                priority=(0, 0, 0, 1, -1)[pick(0, 4)],
+                salt="a" * (pick(0, 4) == 0),
+                client=("", "", "a", "b")[pick(0, 3)],
             )
         except QueueFullError:
             assert len(cluster.scheduler.waiting) >= cluster.scheduler.limits.max_queue
