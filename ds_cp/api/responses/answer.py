@@ -117,7 +117,7 @@ class ResponseAnswer(ChatAnswer):
 
     def _error_event(self, error: ApiError) -> bytes:
         """What a stream ends with that has begun and fails."""
-        event = {"type": "response.failed", "response": self.failure(error)}
+        event: Json = {"type": "response.failed", "response": self.failure(error)}
         pieces = self._pieces.of_event(self._numbered(event))
         return b"".join(named_pieces(event["type"], pieces))
 
