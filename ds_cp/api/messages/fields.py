@@ -25,6 +25,7 @@ HARMLESS: dict[str, frozenset[str]] = {
 BODY: dict[str, Unsupported] = {
     "container": Unsupported((), "this server runs no code"),
     "mcp_servers": Unsupported((), "this server makes no outbound connection"),
+    "thread": Unsupported((), "no conversation is held between requests; send all its messages"),
     "context_management": Unsupported(({"edits": []},), "an input is never edited"),
     "output_format": Unsupported((), "say output_config.format"),
     "stop": Unsupported((), "say stop_sequences", names=("stop_sequences",)),
