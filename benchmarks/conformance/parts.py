@@ -73,7 +73,7 @@ def parts(out: Path) -> list[Part]:
     clients = [(client.name, client.packages) for client in CLIENTS]
     return [
         Part("browser", module("tests.browser"), 300, browser),
-        Part("clients", module("benchmarks.clients", "--check"), 700, made(*clients)),
+        Part("clients", module("benchmarks.clients", "--check"), 550, made(*clients)),
         Part(
             "evaluation",
             module("benchmarks.evaluation", "--out", str(out / "evaluation.json")),
