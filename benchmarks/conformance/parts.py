@@ -84,19 +84,19 @@ def parts(out: Path) -> list[Part]:
     file of the repository."""
     clients = [(client.name, client.packages) for client in CLIENTS]
     return [
-        Part("browser", module("tests.browser"), 300, browser),
-        Part("clients", module("benchmarks.clients", "--check"), 450, made(*clients)),
+        Part("browser", module("tests.browser"), 270, browser),
+        Part("clients", module("benchmarks.clients", "--check"), 530, made(*clients)),
         Part("agents", module("benchmarks.agents", "--check"), 150, agents),
         Part(
             "evaluation",
             module("benchmarks.evaluation", "--out", str(out / "evaluation.json")),
-            300,
+            280,
             made(("lm-eval", EVALUATION)),
         ),
         Part(
             "schemas",
             module("benchmarks.schemas", "--count", "250", "--out", str(out / "schemas.json")),
-            300,
+            280,
             made(("schemastore", CORPUS)),
         ),
         Part(

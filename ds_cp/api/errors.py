@@ -88,14 +88,15 @@ class _ErrorResponse(JSONResponse):
 
     def __init__(self, error: ApiError) -> None:
         super().__init__(error.body(), status_code=error.status_code, headers=error.headers)
-        self._message = error.detail
+        self._message, self._param = error.detail, error.param
         self._names = error.param, error.code
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope.setdefault("state", {})["refused"] = self._names  # for the log
         if is_messages_path(scope.get("path", "")):
             request_id = scope.get("state", {}).get("request_id")
-            self.body = self.render(messages_error(self.status_code, self._message, request_id))
+            error = messages_error(self.status_code, self._message, request_id, self._param)
+            self.body = self.render(error)
             self.headers["content-length"] = str(len(self.body))
             if request_id:
                 self.headers["request-id"] = request_id

@@ -154,6 +154,25 @@ def test_a_call_can_be_forced(spoken: Launch, choice: Any) -> None:
     assert "weather" not in server.engine.prompts[-1]
 
 
+def test_the_clients_tool_runner_goes_on_without_a_thread(spoken: Launch) -> None:
+    """It wants the server to hold the conversation, and would send the result of a call alone."""
+    server = spoken(CALL)
+
+    @anthropic.beta_tool
+    def weather(city: str) -> str:
+        """Weather of a city."""
+        return f"Rain in {city}."
+
+    runner = client_of(server).beta.messages.tool_runner(**HELLO, tools=[weather], max_iterations=2)
+    assert [message.stop_reason for message in runner] == ["tool_use", "tool_use"]
+    assert "<|user|>hi" in server.engine.prompts[-1]
+    assert "Rain in Bonn." in server.engine.prompts[-1]
+    refused = httpx.post(f"{server.url}/v1/messages", json=HELLO | {"thread": {"type": "create"}})
+    assert refused.status_code == 400
+    details = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
+    assert refused.json()["error"]["details"] == details
+
+
 def test_why_it_stops(spoken: Launch) -> None:
     server = spoken("hello STOP there")
     client = client_of(server)

@@ -242,17 +242,17 @@ def _() -> Any:
     return f"{len(chunks)} chunks"
 
 
-class Place(BaseModel):
+class Place(BaseModel, extra="forbid"):
     city: str = Field(max_length=20)
     days: int = Field(ge=1, le=9)
 
 
 @wrap_model_call
 def one_call_at_least(request: Any, handler: Any) -> Any:
-    """A small model calls if it must, and might call for ever."""
+    """A small model calls if it must, and might call for ever, or add arguments for ever."""
     results = sum(isinstance(message, ToolMessage) for message in request.messages)
     choice = ("any", "auto", "none")[min(results, 2)]
-    settings = request.model_settings | {"parallel_tool_calls": False}
+    settings = request.model_settings | {"parallel_tool_calls": False, "strict": True}
     return handler(request.override(tool_choice=choice, model_settings=settings))
 
 

@@ -7,8 +7,8 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 
-class Person(BaseModel):
-    """Every part of it ends, so that an answer does, whatever the model."""
+class Person(BaseModel, extra="forbid"):
+    """Every part of it ends and there are no others, so an answer ends too, whatever the model."""
 
     name: str = Field(max_length=12)
     age: int = Field(ge=0, le=150)

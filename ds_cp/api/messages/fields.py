@@ -25,7 +25,7 @@ HARMLESS: dict[str, frozenset[str]] = {
 BODY: dict[str, Unsupported] = {
     "container": Unsupported((), "this server runs no code"),
     "compaction": Unsupported((), "an input is never summarized"),
-    "thread": Unsupported((), "send the whole conversation: none is kept between requests"),
+    "thread": Unsupported((), "no conversation is held between requests; send all its messages"),
     "mcp_servers": Unsupported((), "this server makes no outbound connection"),
     "output_format": Unsupported((), "say output_config.format"),
     "stop": Unsupported((), "say stop_sequences", names=("stop_sequences",)),
