@@ -101,7 +101,7 @@ def parts(out: Path) -> list[Part]:
         ),
         Part(
             "sweep",
-            module("benchmarks.sweep", "--seconds", "6", "--out", str(out / "sweep.json")),
+            module("benchmarks.sweep", "--seconds", "15", "--out", str(out / "sweep.json")),
             240,
             made(("guidellm", SWEEP)),
         ),
