@@ -36,6 +36,9 @@ _FORMATS = {
 _ESCAPINGS = ("allow-utf-8", "underscores", "dots", "values")
 
 
+Answers = Counts[tuple[str, str, int]]  # HTTP answers by method, route and status
+
+
 class ServerMetrics:
     """One registry per application: the engine's numbers, read at scrape time, and the latencies
     that the routes observe.
@@ -47,7 +50,8 @@ class ServerMetrics:
     def __init__(self, engine: EngineInterface, model_name: Callable[[], str]) -> None:
         self._name = model_name
         self._registry = CollectorRegistry()
-        self._registry.register(EngineCollector(engine, model_name))
+        self._answers: Answers = Counts()  # they begin before there is an engine that has a name
+        self._registry.register(EngineCollector(engine, model_name, self._answers))
         self.answers = AnswerMetrics(self._registry, model_name)
         self._ttft = self._histogram(
             "time_to_first_token",
@@ -69,8 +73,6 @@ class ServerMetrics:
         self._tokens = [
             (self._histogram(name, text, _TOKENS, unit=""), of) for name, text, of in _ENDED_TOKENS
         ]
-        self._answers = AnswersCollector(engine, model_name)
-        self._registry.register(self._answers)
         self._ignored = Counter(
             "ds_cp:ignored_fields",
             "Fields of requests that were ignored because no part of the protocol knows them.",
@@ -115,7 +117,7 @@ class ServerMetrics:
 
     def answered(self, method: str, handler: str, status: int) -> None:
         """An HTTP answer has begun. ``handler``: the path of its route."""
-        self._answers.counts[method, handler, status] += 1
+        self._answers[method, handler, status] += 1
 
     def ignored_fields(self, count: int) -> None:
         """A request had ``count`` unknown fields that were ignored."""
@@ -162,38 +164,15 @@ _ENDED_TOKENS: tuple[tuple[str, str, Callable[[EndedRequest], int]], ...] = (
 )
 
 
-class AnswersCollector:
-    """HTTP answers; they begin before there is an engine that has a name."""
-
-    def __init__(self, engine: EngineInterface, model_name: Callable[[], str]) -> None:
-        self.counts: Counts[tuple[str, str, int]] = Counts()
-        self._engine = engine
-        self._name = model_name
-
-    def describe(self) -> Iterable[Metric]:
-        """No families in advance: registering must not read an engine that is still starting."""
-        return ()
-
-    def collect(self) -> Iterable[Metric]:
-        """The family of one scrape."""
-        if self._engine.state == "starting":
-            return
-        family = CounterMetricFamily(
-            "ds_cp:http_requests",
-            "HTTP answers by method, route and status; /health, /ready and /metrics are left out.",
-            labels=("model_name", "method", "handler", "status"),
-        )
-        name = self._name()
-        for (method, handler, status), count in sorted(self.counts.items()):
-            family.add_metric((name, method, handler, str(status)), count)
-        yield family
-
-
 class EngineCollector:
-    """Turns ``EngineStats`` into metric families at every scrape; nothing while starting."""
+    """Turns ``EngineStats``, and the HTTP ``answers`` so far, into metric families at every scrape;
+    nothing while starting."""
 
-    def __init__(self, engine: EngineInterface, model_name: Callable[[], str]) -> None:
+    def __init__(
+        self, engine: EngineInterface, model_name: Callable[[], str], answers: Answers
+    ) -> None:
         self._engine = engine
+        self._answers = answers
         self._name = model_name
 
     def describe(self) -> Iterable[Metric]:
@@ -208,6 +187,18 @@ class EngineCollector:
         yield from _gauges(stats, name)
         yield from _counters(stats, name)
         yield from _rank_counters(stats, name)
+        yield _http_answers(self._answers, name)
+
+
+def _http_answers(answers: Answers, name: str) -> Metric:
+    family = CounterMetricFamily(
+        "ds_cp:http_requests",
+        "HTTP answers by method, route and status; /health, /ready and /metrics are left out.",
+        labels=("model_name", "method", "handler", "status"),
+    )
+    for (method, handler, status), count in sorted(answers.items()):
+        family.add_metric((name, method, handler, str(status)), count)
+    return family
 
 
 def _gauges(stats: EngineStats, name: str) -> Iterable[Metric]:

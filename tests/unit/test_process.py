@@ -7,6 +7,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -39,27 +40,26 @@ def test_a_full_collection_passes_by_what_is_settled() -> None:
     assert ratio > 5
 
 
-@pytest.mark.usefixtures("settled_heap")
-def test_what_comes_later_is_collected() -> None:
+def lost_cycle() -> Any:
+    """A weak reference to a cycle that nothing else refers to."""
+
     class Ring:
         pass
 
     ring = Ring()
     ring.itself = ring  # type: ignore[attr-defined]
-    seen = weakref.ref(ring)
-    del ring
+    return weakref.ref(ring)
+
+
+@pytest.mark.usefixtures("settled_heap")
+def test_what_comes_later_is_collected() -> None:
+    seen = lost_cycle()
     gc.collect()
     assert seen() is None
 
 
 def test_cycles_from_before_are_collected_first() -> None:
-    class Ring:
-        pass
-
-    ring = Ring()
-    ring.itself = ring  # type: ignore[attr-defined]
-    seen = weakref.ref(ring)
-    del ring
+    seen = lost_cycle()
     settle_heap()
     assert seen() is None
 
