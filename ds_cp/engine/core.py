@@ -6,7 +6,7 @@ import logging
 import secrets
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -295,6 +295,12 @@ class EngineCore:
         answer.call.answers.remove(answer)
         if not answer.call.answers:
             del self._calls[answer.call.request_id]
+
+    def recover(self, lost: Collection[int]) -> None:
+        """Go on after all ranks have met again: those of ``lost``, cp ranks, hold nothing, no rank
+        knows a request, and no step is under way."""
+        self._empty_plans = 0
+        self.scheduler.recover(lost)
 
     def check_integrity(self) -> None:
         """Check the KV ledger: free + cached + used blocks are all there are, and every reference

@@ -62,6 +62,8 @@ class PrefillPlanner:
         if cut is None:
             return
         draft.chunk(cut, past)
+        assert request.table is not None
+        draft.writes(request.table, past)
         if scores:  # a row scores the token after it, so the prompt's last one has none
             end = min(request.num_computed, len(request.prompt) - 1)
             draft.rows_left -= max(end - past, 0)
@@ -95,7 +97,7 @@ class PrefillPlanner:
         if known % size:
             parent.shares_tail = child.shares_tail = True
         insort(self._running, child, key=lambda r: r.order)
-        draft.fork(parent, child, self._sampling(child))
+        draft.fork(parent, child, self.sampling(child))
 
     def _start_waiting(self, draft: Draft, above: int | None = None) -> None:
         """Start waiting requests, in order, while there are seats, blocks and budget; with
@@ -129,7 +131,7 @@ class PrefillPlanner:
             request.prefilling = True
             request.first_scheduled_time = request.first_scheduled_time or time.time()
             request.num_notified = len(request.output)
-            draft.begin(request, self._sampling(request))
+            draft.begin(request, self.sampling(request))
             self._add_load(request, load)
             self._advance(request, draft)
 
@@ -151,7 +153,7 @@ class PrefillPlanner:
         for rank in request.workers:
             load[rank] += DECODE_LOAD + work // len(request.workers)
 
-    def _sampling(self, request: Request) -> Sampling:
+    def sampling(self, request: Request) -> Sampling:
         """How the ranks choose its tokens. End tokens are banned early also under ``ignore_eos``,
         as in vLLM and transformers."""
         params = request.params

@@ -10,13 +10,14 @@ blocks are freed and it is computed again later, with the same tokens.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Collection, Sequence
 
 from ds_cp.errors import QueueFullError
 from ds_cp.grammar.vocabulary import Vocabulary
 from ds_cp.plan import StepPlan
 from ds_cp.sampling_params import RequestOptions, SamplingParams
-from ds_cp.scheduler.admission import Limits, check_request, fit_max_tokens
+from ds_cp.scheduler.admission import BEGIN_BYTES, Limits, check_request, fit_max_tokens
 from ds_cp.scheduler.block_manager import BlockManager
 from ds_cp.scheduler.decode import DecodePlanner
 from ds_cp.scheduler.draft import Draft
@@ -25,6 +26,7 @@ from ds_cp.scheduler.mode_policy import ModePolicy, Seats
 from ds_cp.scheduler.pacing import ChunkPacer
 from ds_cp.scheduler.prefill import PrefillPlanner
 from ds_cp.scheduler.queue import WaitingQueue
+from ds_cp.scheduler.recovery import Flight, Recovery
 from ds_cp.scheduler.request import Request
 
 
@@ -65,7 +67,8 @@ class Scheduler:
         self._steps = 0
         self._ended: list[int] = []  # requests that the ranks should forget
         self._looking_back: dict[int, Request] = {}  # whose draws depend on earlier tokens
-        self._in_flight: dict[int, tuple[int, float]] = {}  # step -> its decodes, work on prompts
+        self._in_flight: dict[int, Flight] = {}  # by step
+        self._unknown: deque[Request] = deque()  # running ones that the ranks have forgotten
         self._vocabulary: Vocabulary | None = None  # that the ranks are to have
         self._vocabulary_sent = False
         self._last_use: dict[int, int] = {}  # closed rank -> the last step that may use its blocks
@@ -202,14 +205,16 @@ class Scheduler:
                 self._last_use[rank] = draft.step
         if self.migration.is_moving:
             self._move(draft)
-        self._decode.add(draft)
-        draft.allow_prompts()
-        # A preempted request must not get back, in the same step, the blocks that it freed.
-        self._prefill.add(draft, may_start=self.num_preemptions == before)
+        self._begin_again(draft)
+        if not self._unknown:
+            self._decode.add(draft)
+            draft.allow_prompts()
+            # A preempted request must not get back, in the same step, the blocks that it freed.
+            self._prefill.add(draft, may_start=self.num_preemptions == before)
         if draft.is_empty:
             return None
         self._steps = draft.step
-        self._in_flight[draft.step] = draft.num_decodes, draft.largest_work
+        self._in_flight[draft.step] = Flight.of(draft)
         if self._pacer is not None:
             self._pacer.plan(draft.num_decodes, draft.largest_work)
         self._looking_back.update((r.number, r) for r in draft.looking_back)
@@ -221,9 +226,9 @@ class Scheduler:
     def observe_step(self, step: int, seconds: float) -> None:
         """Report ``seconds``, the time of step ``step`` on its slowest rank. The pacer sizes the
         next chunks by it."""
-        decodes, work = self._in_flight.pop(step, (0, 0.0))
+        flight = self._in_flight.pop(step, Flight())
         if self._pacer is not None:
-            self._pacer.observe(seconds, decodes, work)
+            self._pacer.observe(seconds, flight.decodes, flight.work)
 
     def record_token(self, request: Request, token: int) -> str | None:
         """Append a drawn token; returns the reason when it ends the request (stop strings
@@ -254,6 +259,39 @@ class Scheduler:
                     news.append((request.number, index, request.output[index]))
                 request.num_notified = len(request.output)
         return news
+
+    # --- ranks that were lost
+
+    def recover(self, lost: Collection[int]) -> None:
+        """All ranks have forgotten their requests, and those of ``lost`` what they stored; no step
+        is under way any more. What was planned and not reported counts as not done; running
+        requests are computed again from there on, with the same tokens."""
+        recovery = Recovery(self.block_manager, self.migration, lost, self._in_flight.values())
+        self._in_flight.clear()
+        recovery.forget_prefixes()
+        for request in self.waiting:  # those that were preempted with a draw under way
+            request.in_flight = 0
+        for request in list(self.running):
+            if not recovery.rewind(request):
+                self._preempt(request)
+        self._unknown = deque(self.running)
+        self._ended = []
+        self._vocabulary_sent = False
+
+    def _begin_again(self, draft: Draft) -> None:
+        """Tell the ranks of the requests that they have forgotten, as many as a plan may hold."""
+        while self._unknown:
+            request = self._unknown[0]
+            if request.table is not None:  # else it has ended, or was preempted
+                size = self.limits.begin_bytes(
+                    request.num_tokens, self.allocator.block_size, request.params
+                )
+                if draft.begin_bytes and draft.begin_bytes + size > BEGIN_BYTES:
+                    return
+                draft.begin_bytes += size
+                request.num_notified = len(request.output)
+                draft.begin(request, self._prefill.sampling(request))
+            self._unknown.popleft()
 
     # --- preemption, moving
 

@@ -1,9 +1,10 @@
 """Ten thousand random lives of requests on simulated clusters, checked in every step.
 
 Requests of all kinds come, share prefixes, fork, are preempted, aborted and end, while ranks are
-drained, opened again and made level. ``tests.helpers.cluster`` checks the ledger, the budgets, the
-turns, and all that is read and fed; at the end nothing may be left, and every request that was not
-aborted must have got the tokens that it gets alone.
+drained, opened again, made level, and die, with the steps in flight done in part.
+``tests.helpers.cluster`` checks the ledger, the budgets, the turns, and all that is read and fed;
+at the end nothing may be left, and every request that was not aborted must have got the tokens that
+it gets alone.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ RATES = CostModel(
 LONGEST = 39  # tokens of one request, so that a life is short whatever the pools
 EVENTS = (
     *["ask"] * 6, *["step"] * 12, *["abort"] * 2, "end one", "spoil", "drain", "reopen", "level",
+    "die",
 )  # fmt: skip
 
 
@@ -94,6 +96,8 @@ class Session:
             scheduler.reopen(rank)
         elif event == "level":
             self.seen["moves wished for"] += scheduler.rebalance()
+        elif event == "die":
+            self.die()
         scheduler.check_integrity()
 
     def ask(self) -> None:
@@ -147,6 +151,15 @@ class Session:
         drawn = len(self.cluster.lives[request.number].tokens) - len(request.prompt)
         self.cluster.not_finite(request, drawn + self.pick(0, 2))
 
+    def die(self) -> None:
+        """Some ranks lose their workers, or none when just an exchange failed; all meet again."""
+        cluster, pick = self.cluster, self.pick
+        ranks = range(len(cluster.blocks))
+        lost = [rank for rank in ranks if pick(0, len(cluster.blocks)) == 0]
+        self.seen["died"] += bool(lost and cluster.scheduler.running)
+        self.seen["died with steps in flight"] += bool(lost and cluster.flying)
+        cluster.die(lost, lambda: bool(pick(0, 1)))
+
     def drain(self, rank: int) -> None:
         scheduler = self.cluster.scheduler
         closed = set(scheduler.block_manager.closed)
@@ -192,7 +205,7 @@ def test_random_lives(placement: str, mode: tuple[str, str], depth: int) -> None
         if ended >= LIVES_OF_A_KIND:
             break
     everything = {"asked", "aborted", "drained", "preempted", "moved", "hits", "forked",
-                  "length", "stop", "error"}  # fmt: skip
+                  "length", "stop", "error", "died"}  # fmt: skip
     assert everything <= {what for what, count in seen.items() if count}, f"too tame: {seen}"
 
 
@@ -230,7 +243,7 @@ class Lives(RuleBasedStateMachine):
     def part(self, data: st.DataObject, event: str) -> None:
         self._do(data, event)
 
-    @rule(data=st.data(), event=st.sampled_from(["drain", "reopen", "level"]))
+    @rule(data=st.data(), event=st.sampled_from(["drain", "reopen", "level", "die"]))
     def rearrange(self, data: st.DataObject, event: str) -> None:
         self._do(data, event)
 
