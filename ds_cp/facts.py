@@ -50,6 +50,7 @@ class Facts:
     rounding: float = 0.0  # as exactness, of transformers' own sdpa attention to its eager one
     windows: tuple[tuple[int, int], ...] = ()  # (window, number of layers that have it)
     kv_reason: str = ""  # what decided rank 0's KV budget
+    packed: bool = False  # whether the linear layers of this rank are
 
     def with_tokenizer(self, end_tokens: Iterable[int], size: int | None) -> Facts:
         """These facts beside a tokenizer of ``size`` tokens (``None``: not known) that names

@@ -5,6 +5,7 @@ A group is always an object here, never ``None``, which would mean the whole wor
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
@@ -131,7 +132,7 @@ def leave() -> None:
         torch_dist.destroy_process_group()
 
 
-def open_store(host: str, port: int, listen_fd: int | None, prefix: str, timeout_s: float) -> Store:
+def open_store(host: str, port: int, listen_fd: int | None, timeout_s: float) -> Store:
     """The store by which ranks join: on the listening socket ``listen_fd``, or a client's.
 
     Rank 0 is a client of its own store, at the address that listens: ``host`` is for the others,
@@ -142,13 +143,24 @@ def open_store(host: str, port: int, listen_fd: int | None, prefix: str, timeout
         ip, bound = listening_address(listen_fd)
         # The store takes the socket as it is: bound to loopback, it is not reachable from outside,
         # whereas a store that binds by itself listens on every interface.
-        store = TCPStore(
+        return TCPStore(
             ip, bound, is_master=True, timeout=limit, wait_for_workers=False,
             master_listen_fd=os.dup(listen_fd), use_libuv=True,
         )  # fmt: skip
-    else:
-        store = TCPStore(host, port, is_master=False, timeout=limit, wait_for_workers=False)
+    return TCPStore(host, port, is_master=False, timeout=limit, wait_for_workers=False)
+
+
+def prefixed(store: Store, prefix: str) -> Store:
+    """The part of a store that one meeting of the ranks uses."""
     return PrefixStore(f"ds_cp/{prefix}", store)
+
+
+def abort() -> None:
+    """Break the connections of all process groups, so that a call of another thread that waits for
+    a peer ends with an error. Nothing else may follow but ``leave``."""
+    for handle in list(torch_dist.distributed_c10d._world.pg_map):
+        with contextlib.suppress(RuntimeError):  # a backend that cannot: its peers' ends wake it
+            handle.abort()
 
 
 def start(

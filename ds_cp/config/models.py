@@ -190,6 +190,18 @@ class Comm(Section):
     )
 
 
+class FaultTolerance(Section):
+    """What happens when the worker of a rank dies."""
+
+    max_restarts: Annotated[int, Field(ge=0, le=1000)] = Field(
+        default=3,
+        description="interruptions in a row, without a step done between them, that the job "
+        "outlives: a worker that dies is replaced, the ranks meet again, and requests go on; 0: "
+        "the first death ends the job, as it does on several hosts and with tp_size above 1",
+        json_schema_extra=unit_of("interruptions"),
+    )
+
+
 class Trace(Section):
     """A record of what every rank did in every step, for Perfetto."""
 
@@ -250,6 +262,9 @@ class Config(Section):
     scheduler: Scheduler = Field(default_factory=Scheduler, description="requests at once")
     attention: Attention = Field(default_factory=Attention, description="attention kernel")
     comm: Comm = Field(default_factory=Comm, description="communication between ranks")
+    fault_tolerance: FaultTolerance = Field(
+        default_factory=FaultTolerance, description="going on after the death of a worker"
+    )
     server: Server = Field(default_factory=Server, description="the HTTP server")
     trace: Trace = Field(default_factory=Trace, description="a record of every step")
 

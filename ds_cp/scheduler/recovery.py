@@ -35,8 +35,8 @@ class Flight(NamedTuple):
 
 
 class Recovery:
-    """Rewinds requests. ``lost``: ranks whose blocks are empty; ``flights``: steps that were planned
-    and not reported."""
+    """Rewinds requests. ``lost``: ranks whose blocks are empty; ``flights``: steps that were
+    planned and not reported."""
 
     def __init__(
         self,

@@ -12,8 +12,10 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from ds_cp.config import Config
+from ds_cp.facts import Facts
 from ds_cp.model.private_folder import own_folder
 from ds_cp.serve.channel import Channel, WorkerSpec
 from ds_cp.startup.resources import choose_threads, socket_environment
@@ -23,19 +25,33 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)  # that end the job
 WAIT_S = 0.5  # seconds for a worker to end at the last
 
 
+class Child(NamedTuple):
+    """A worker process, the channel for plans and results, and, where it outlives the loss of its
+    peers, the one for orders."""
+
+    process: subprocess.Popen[bytes]
+    channel: Channel
+    orders: Channel | None
+
+
 @contextlib.contextmanager
-def worker_child(config: Config, job: Job) -> Iterator[tuple[subprocess.Popen[bytes], Channel]]:
+def worker_child(
+    config: Config, job: Job, outlives: bool = False, facts: Facts | None = None
+) -> Iterator[Child]:
     """Start this rank's worker; on leaving, wait for its end or kill it, and remove its temporary
-    files. Raises ``ModelError`` where none can be written."""
-    with own_folder() as folder, _started(config, job, folder) as started:
+    files. ``outlives``: it is to outlive the loss of its peers; ``facts``: it takes the place of
+    one that has died, with these. Raises ``ModelError`` where no files can be written."""
+    with own_folder() as folder, _started(config, job, folder, outlives, facts) as started:
         yield started
 
 
 @contextlib.contextmanager
 def _started(
-    config: Config, job: Job, folder: str
-) -> Iterator[tuple[subprocess.Popen[bytes], Channel]]:
+    config: Config, job: Job, folder: str, outlives: bool, facts: Facts | None
+) -> Iterator[Child]:
     ours, theirs = socket.socketpair()
+    asking, asked = socket.socketpair() if outlives else (None, None)
+    asked_fd = asked.fileno() if asked is not None else -1
     listen_fd = job.store_socket.fileno() if job.store_socket is not None else -1
     threads = choose_threads(config, job.local_world_size or 1)
     # The worker starts with these signals blocked: a terminal's Ctrl-C is for the supervisor alone.
@@ -43,7 +59,7 @@ def _started(
     try:
         process = subprocess.Popen(
             [sys.executable, "-m", "ds_cp.serve.worker_process", str(theirs.fileno())],
-            pass_fds=[theirs.fileno(), *([listen_fd] if listen_fd >= 0 else [])],
+            pass_fds=[fd for fd in (theirs.fileno(), listen_fd, asked_fd) if fd >= 0],
             env={
                 **socket_environment(job),
                 **os.environ,
@@ -55,8 +71,10 @@ def _started(
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
-    if job.store_socket is not None:
-        job.store_socket.close()  # the worker has it now
+        if asked is not None:
+            asked.close()
+    if job.store_socket is not None and not outlives:
+        job.store_socket.close()  # the worker has it now; else the next one wants it too
     channel = Channel(ours)
     fields = {
         name: getattr(job, name)
@@ -71,15 +89,19 @@ def _started(
                 listen_fd,
                 os.getpid(),
                 folder,
+                asked_fd,
+                facts,
             )
         )
-        yield process, channel
+        yield Child(process, channel, None if asking is None else Channel(asking))
     finally:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(WAIT_S)
         process.kill()
         process.wait()
         ours.close()
+        if asking is not None:
+            asking.close()
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from ds_cp.kv.pool import bytes_per_token
 from ds_cp.model.end_tokens import model_end_tokens
 from ds_cp.model.faults import decoder_at_fault
 from ds_cp.model.invariant import restore_layers
-from ds_cp.model.linear import unpack
+from ds_cp.model.linear import is_packed, unpack
 from ds_cp.model.loading import choose_dtype, load_config, load_model
 from ds_cp.model.shard import RowSums, shard_model
 from ds_cp.model.source import ModelSource, find_model
@@ -52,7 +52,7 @@ class Served:
 
     ``layers``: what each layer asks of attention, with this rank's head counts; ``max_model_len``:
     in tokens; ``exactness``, ``rounding``: largest relative logit difference of ours, and of
-    transformers' own sdpa attention, to its eager attention.
+    transformers' own sdpa attention, to its eager attention; ``fingerprint``: as it was loaded.
     """
 
     decoder: Decoder
@@ -61,6 +61,7 @@ class Served:
     max_model_len: int
     exactness: float
     rounding: float
+    fingerprint: Fingerprint
 
 
 def build_worker(
@@ -135,8 +136,10 @@ def _build(
         rounding=served.rounding,
         windows=layer_windows(layers),
         kv_reason=budget.reason,
+        packed=is_packed(decoder),
     )
     worker = Worker(world, cp, tp, decoder, layers, pool, kernel)
+    worker.fingerprint = served.fingerprint
     if world.device.type == "cuda" and tp.size == 1:  # sums between ranks are not captured
         longest = -(-served.max_model_len // size)
         rows = config.scheduler.max_num_seqs
@@ -209,7 +212,7 @@ def _serve(
     error = local_phase(
         world, lambda: compare(architecture, decoder.dtype, reference, steps, replayed)
     )
-    return Served(decoder, layers, kernel, length, error, reference.rounding)
+    return Served(decoder, layers, kernel, length, error, reference.rounding, found)
 
 
 def _load(

@@ -1,0 +1,126 @@
+"""The place of a rank's worker, in its supervisor: a worker is started there, asked and heard, and
+after its death another one."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import subprocess
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from types import TracebackType
+
+from ds_cp.config import Config
+from ds_cp.errors import EngineDeadError
+from ds_cp.facts import Facts
+from ds_cp.serve.channel import Channel
+from ds_cp.serve.orders import Order, Word
+from ds_cp.serve.worker_child import Child, describe_end, ended, worker_child
+from ds_cp.topology.job import Job
+
+POLL_S = 0.1  # seconds between looks at the worker, where the kernel does not tell of its end
+LOOK_S = 0.02  # seconds between looks at whether another worker is here
+
+
+class Seat:
+    """``outlives``: workers here outlive the loss of their peers, and can be replaced; ``on_word``
+    is called in the event loop with what they say of that. A context manager, in the event loop:
+    the worker ends with it, as ``worker_child`` says."""
+
+    def __init__(self, config: Config, job: Job, outlives: bool) -> None:
+        self.outlives = outlives
+        self.on_word: Callable[[Word], None] = lambda word: None
+        self._config = config
+        self._job = job
+        self._stack = contextlib.ExitStack()
+        self._child: Child | None = None
+        self.facts: Facts | None = None  # of the start, once known
+
+    def __enter__(self) -> Seat:
+        self._start(None)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        err: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+    @property
+    def process(self) -> subprocess.Popen[bytes]:
+        """The worker that is here now."""
+        assert self._child is not None
+        return self._child.process
+
+    @property
+    def channel(self) -> Channel:
+        """For plans and results, of the worker that is here now."""
+        assert self._child is not None
+        return self._child.channel
+
+    async def until_end(self, look: Callable[[], None]) -> float:
+        """Wait for the end of the worker that is here now, and ``look`` now and then meanwhile.
+        Returns when it was last seen alive, in ``time.monotonic()``."""
+        process = self.process
+        with ended(process.pid) as worker_ended:
+            since = time.monotonic()
+            while process.poll() is None:
+                since = time.monotonic()
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(worker_ended.wait(), POLL_S)
+                look()
+        return since
+
+    def cause(self, process: subprocess.Popen[bytes]) -> str:
+        """How a worker of this rank, which has ended, did."""
+        how = describe_end(process.returncode)
+        return f"the worker of rank {self._job.rank} was ended by {how}"
+
+    async def each(
+        self, work: Callable[[Channel], Awaitable[None]], end: asyncio.Task[None]
+    ) -> None:
+        """``work`` for the channel of each worker that is here, one after the other, up to ``end``.
+        It returns when its worker has ended."""
+        while not end.done():
+            channel = self.channel
+            await work(channel)
+            while self.channel is channel and not end.done():
+                await asyncio.sleep(LOOK_S)
+
+    def replace(self) -> None:
+        """Start another worker, once this one has ended. Raises as ``worker_child``."""
+        assert self.outlives and self.facts is not None
+        self._stack.close()
+        self._stack = contextlib.ExitStack()
+        self._start(self.facts)
+
+    def tell(self, order: Order) -> None:
+        """Give the worker an order; nothing happens when it has ended, which is seen elsewhere."""
+        assert self._child is not None and self._child.orders is not None
+        with contextlib.suppress(EngineDeadError):
+            self._child.orders.send(order)
+
+    def _start(self, facts: Facts | None) -> None:
+        child = self._stack.enter_context(
+            worker_child(self._config, self._job, self.outlives, facts)
+        )  # fmt: skip
+        self._child = child
+        if child.orders is None:
+            return
+        loop = asyncio.get_running_loop()
+
+        def hear() -> None:
+            assert child.orders is not None
+            with contextlib.suppress(EngineDeadError, RuntimeError):  # it has ended, or the loop
+                while True:
+                    word = child.orders.receive(Word)
+                    loop.call_soon_threadsafe(self._heard, child, word)
+
+        threading.Thread(target=hear, name="ds_cp worker's words", daemon=True).start()
+
+    def _heard(self, child: Child, word: Word) -> None:
+        if child is self._child:  # or it is the last word of one that has died
+            self.on_word(word)

@@ -1,0 +1,108 @@
+"""A server of several ranks whose workers are killed: every stream goes on with the tokens that it
+gets undisturbed."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+import urllib.request
+from typing import Any
+
+import pytest
+
+from tests.helpers.jobs import Job, command
+from tests.helpers.tiny import LONG
+from tests.launch.conftest import Start, Write
+
+KV = {"tokens_per_rank": 272, "block_size": 16}  # so that LONG and its answer need both ranks
+MEND_S = 60.0  # seconds for a new worker, which imports torch, on a machine that does nothing else
+GREEDY = {"prompt": LONG, "max_tokens": 300, "temperature": 0}
+SEEDED = {"prompt": "Hi", "max_tokens": 120, "temperature": 1.0, "seed": 5, "logprobs": 2}
+TWICE = {"prompt": "One", "max_tokens": 60, "temperature": 0.8, "seed": 3, "n": 2,
+         "presence_penalty": 0.5}  # fmt: skip
+
+
+class Stream:
+    """One streamed completion, read in a thread: text and numbers by answer."""
+
+    def __init__(self, url: str, body: dict[str, Any]) -> None:
+        self.answers: dict[int, dict[str, Any]] = {}
+        self.errors: list[Any] = []
+        self.count = 0  # of events
+        self.last = 0.0  # the newest event, in time.monotonic()
+        self.longest = 0.0  # seconds between two events, at most
+        whole = {"model": "tiny", "stream": True, "ignore_eos": True, **body}
+        self._request = urllib.request.Request(
+            f"{url}/v1/completions", json.dumps(whole).encode(),
+            {"Content-Type": "application/json"},
+        )  # fmt: skip
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        try:
+            with urllib.request.urlopen(self._request, timeout=300) as answer:
+                for line in answer:
+                    if line.startswith(b"data: {"):
+                        self._take(json.loads(line[6:]))
+        except OSError as err:
+            self.errors.append(err)
+
+    def _take(self, event: dict[str, Any]) -> None:
+        if "error" in event:
+            self.errors.append(event)
+            return
+        now = time.monotonic()
+        self.longest = max(self.longest, now - self.last if self.count else 0.0)
+        self.last, self.count = now, self.count + 1
+        for choice in event["choices"]:
+            known = self.answers.setdefault(
+                choice["index"], {"text": "", "tokens": [], "reason": None}
+            )
+            known["text"] += choice["text"]
+            known["tokens"] += (choice.get("logprobs") or {}).get("tokens", [])
+            known["reason"] = choice["finish_reason"] or known["reason"]
+
+    @property
+    def is_over(self) -> bool:
+        return not self._thread.is_alive()
+
+    def end(self) -> dict[int, dict[str, Any]]:
+        self._thread.join(300)
+        assert self.is_over and not self.errors, self.errors
+        assert {one["reason"] for one in self.answers.values()} == {"length"}
+        return self.answers
+
+
+def begun(job: Job, streams: list[Stream], events: int) -> None:
+    job.until("tokens", lambda: all(one.count >= events or one.errors for one in streams), 60)
+    assert not any(one.is_over for one in streams[:1]), "it was over before it was disturbed"
+
+
+def kill(job: Job, rank: int) -> None:
+    (worker,) = job.matching("serve.worker_process", rank)
+    worker.kill()
+
+
+@pytest.mark.parametrize("rank", [1, 0])
+def test_a_killed_worker_costs_no_token(rank: int, start: Start, config: Write) -> None:
+    file = config(kv_cache=KV, threads_per_rank=1)
+    job = start(command("ds-cp", "serve", 2, ["--config", file]))
+    url = job.ready()
+    bodies = [GREEDY, SEEDED, TWICE]
+    expected = [Stream(url, body).end() for body in bodies]
+    (survivor,) = job.matching("serve.worker_process", 1 - rank)
+    for times in range(1, 3):
+        streams = [Stream(url, body) for body in bodies]
+        begun(job, streams, 10)
+        kill(job, rank)
+        for stream, want in zip(streams, expected, strict=True):
+            assert stream.end() == want, job.story()
+        said = f"all ranks have met again (generation {times}"
+        job.until("its line", lambda: said in job.err, MEND_S)  # noqa: B023
+        print(rank, [round(stream.longest, 2) for stream in streams], job.err[-500:])
+    assert job.matching("serve.worker_process", 1 - rank) == [survivor], "it was kept"
+    job.process.terminate()
+    job.gone(30)
+    assert job.process.returncode == 0, job.story()
