@@ -72,6 +72,7 @@ DEFAULTS = {
     "server.write_timeout_s": 60,
     "server.tokenize_timeout_s": 30,
     "server.keep_alive_s": 5,
+    "fault_tolerance.max_restarts": 3,
     "trace.file": None,
     "trace.max_events": 100_000,
 }
