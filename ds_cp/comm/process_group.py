@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as torch_dist
 
-from ds_cp.comm.pending import Pending, lost_peer
+from ds_cp.comm.pending import Pending, gone_peer, lost_peer
 from ds_cp.comm.transport import Message
 from ds_cp.topology.net import listening_address
 
@@ -38,6 +38,7 @@ class ProcessGroup:
         self._ranks = tuple(ranks)
         self._handle: object | None = handle
         self._timeout_s = timeout_s
+        self._is_abandoned = False
         self._under_way: dict[int, list[Any]] = {}  # works of exchanges that were not waited for
 
     def exchange(self, sends: Sequence[Message], recvs: Sequence[Message], what: str) -> Pending:
@@ -46,6 +47,7 @@ class ProcessGroup:
         """
         import deepspeed.comm as ds_comm
 
+        self._check(what)
         ops: list[tuple[Any, torch.Tensor, int]] = [(ds_comm.irecv, t, peer) for peer, t in recvs]
         ops += [(ds_comm.isend, t, peer) for peer, t in sends]
         began = time.monotonic()
@@ -79,6 +81,7 @@ class ProcessGroup:
         """In an order that is the library's."""
         import deepspeed.comm as ds_comm
 
+        self._check(what)
         began = time.monotonic()
         try:
             ds_comm.all_reduce(tensor, group=self._handle)
@@ -89,11 +92,21 @@ class ProcessGroup:
         """As the library does."""
         import deepspeed.comm as ds_comm
 
+        self._check(what)
         began = time.monotonic()
         try:
             ds_comm.broadcast(tensor, src=self._ranks[0], group=self._handle)
         except RuntimeError as err:
             raise lost_peer(what, began, self._timeout_s, err) from err
+
+    def abandon(self) -> None:
+        """From another thread: have all later calls end with ``CommError``. One that waits goes on
+        until its peer answers or leaves."""
+        self._is_abandoned = True
+
+    def _check(self, what: str) -> None:
+        if self._is_abandoned:
+            raise gone_peer(what, time.monotonic(), "this rank was told to leave")
 
     def close(self) -> None:
         """Forget the process group and the messages on their way, so that ``leave`` ends it: a
@@ -155,11 +168,11 @@ def prefixed(store: Store, prefix: str) -> Store:
     return PrefixStore(f"ds_cp/{prefix}", store)
 
 
-def abort() -> None:
-    """Break the connections of all process groups, so that a call of another thread that waits for
-    a peer ends with an error. Nothing else may follow but ``leave``."""
+def abort_nccl() -> None:
+    """End the kernels of all NCCL groups, which wait for a peer. Nothing else may follow but
+    ``leave``. gloo's abort wakes nobody who waits (torch 2.13)."""
     for handle in list(torch_dist.distributed_c10d._world.pg_map):
-        with contextlib.suppress(RuntimeError):  # a backend that cannot: its peers' ends wake it
+        with contextlib.suppress(RuntimeError):
             handle.abort()
 
 

@@ -70,6 +70,7 @@ class World:
         self._joined = joined
         self._neighbours = neighbours
         self._near: list[SharedMemory] = []
+        self._far: list[ProcessGroup] = []
         self._made = 0  # groups, the same number on every rank
         self._before_leaving: list[WeakMethod[Callable[[], None]]] = []
         self._groups: list[Group] = []
@@ -97,6 +98,8 @@ class World:
 
     def _with_carriers(self, name: str, ranks: Sequence[int], far: ProcessGroup | None) -> Group:
         self._made += 1
+        if far is not None:
+            self._far.append(far)
         here: Transport | None = far
         if far is not None and self._neighbours is not None:
             hosts = [self.topology.host_index(r) for r in ranks]
@@ -160,10 +163,12 @@ class World:
         """From another thread: have the exchange that this rank is in, and all later ones, end with
         ``CommError``. Only ``leave`` may follow."""
         self.abandoned = True
+        for far in self._far:
+            far.abandon()
         for near in self._near:
             near.close()
-        if self._joined:
-            process_group.abort()
+        if self._joined and self.backend == "nccl":
+            process_group.abort_nccl()
 
     def before_leaving(self, work: Callable[[], None]) -> None:
         """``work``, a method of an object that may end before, is called when this world is

@@ -410,7 +410,8 @@ class Cluster:
                 self.lives[number].request.priority < prompts[0].priority for number in started
             )
             served = {chunk.request for chunk in plan.chunks}
-            waits = not urgent and prompts[0].number not in served
+            told = not self.again & {request.number for request in self.scheduler.running}
+            waits = told and not urgent and prompts[0].number not in served
             self.held = self.held + 1 if waits else 0
             assert self.held <= self.patience, "the first prompt starves"
         if started and len(self.scheduler.waiting):
