@@ -55,14 +55,14 @@ class World:
         self.sharing = sharing
         self.cores = cores or len(os.sched_getaffinity(0))
         self.threads = threads or self.cores
-        self.ledger = Ledger() if left is None else left.ledger
-        self.waits = Waits() if left is None else left.waits
+        self.ledger: Ledger = Ledger() if left is None else left.ledger
+        self.waits: Waits = Waits() if left is None else left.waits
         self.generation = 0
         self.born: tuple[int, ...] = (0,) * self.size
         self.raw_store: Any = None  # what ``store`` is a part of, and
         self.is_store = False  # whether it is this process that keeps it
         self.abandoned = False  # by ``abandon``
-        self.local_work = LocalWork()
+        self.local_work: LocalWork = LocalWork()
         self.store = store  # of the ranks that joined: keys and values, also after ``leave``
         self.failure: BaseException | None = None  # why this world is of no use any more
         self.agreed: BaseException | None = None  # an error that all ranks raise, and go on

@@ -200,6 +200,13 @@ class FaultTolerance(Section):
         "the first death ends the job, as it does on several hosts and with tp_size above 1",
         json_schema_extra=unit_of("interruptions"),
     )
+    spare_after_s: Annotated[float, Field(ge=0, le=86400)] | None = Field(
+        default=30.0,
+        description="time after the start from which a process that has its libraries loaded, and "
+        "no model, waits beside each worker to take its place, so that a death costs the loading "
+        "of the model alone; it takes some 300 MiB of memory, most of it shared; null: none waits",
+        json_schema_extra=unit_of("seconds"),
+    )
 
 
 class Trace(Section):

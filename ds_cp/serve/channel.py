@@ -20,7 +20,7 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     ``listen_fd``: the inherited descriptor of rank 0's store socket, or -1; ``folder``: for the
     worker's temporary files, removed by the supervisor however the worker ends; ``orders_fd``: the
     inherited socket for orders (``serve.orders``), or -1 where the loss of a peer ends the worker;
-    ``facts``: of the start, for a worker that takes the place of one that has died."""
+    ``waits``: a ``Take`` comes when it is to take the place of one that has died."""
 
     config: dict[str, Any]
     job: dict[str, Any]
@@ -28,7 +28,13 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     supervisor_pid: int
     folder: str
     orders_fd: int = -1
-    facts: Facts | None = None
+    waits: bool = False
+
+
+class Take(msgspec.Struct, frozen=True):
+    """The worker is to take the place of one that has died. ``facts``: of the start."""
+
+    facts: Facts
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):

@@ -66,6 +66,7 @@ class Orders:
         self._meetings: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._wake, self._waking = os.pipe()  # readable once it is to leave
         os.set_blocking(self._wake, False)
+        self._polled: select.poll | None = None  # the socket of ``wait_for``, and ``_wake``
         threading.Thread(target=self._listen, name="ds_cp orders", daemon=True).start()
 
     def tell(self, word: Word) -> None:
@@ -95,10 +96,17 @@ class Orders:
         return self._told >= generation
 
     def wait_for(self, sock: socket.socket) -> None:
-        """Wait for something to read. Raises ``CommError`` when this worker is to leave first."""
-        ready, _, _ = select.select([sock, self._wake], [], [])
+        """Wait for something to read from ``sock``, always the same one. Raises ``CommError`` when this worker is to leave first."""
+        ready = dict(self._poll(sock).poll())
         if self._wake in ready:
             raise CommError("a rank is gone: its supervisor says so")
+
+    def _poll(self, sock: socket.socket) -> select.poll:
+        if self._polled is None:
+            self._polled = select.poll()
+            self._polled.register(sock, select.POLLIN)
+            self._polled.register(self._wake, select.POLLIN)
+        return self._polled
 
     def _listen(self) -> None:
         with contextlib.suppress(EngineDeadError):

@@ -12,8 +12,9 @@ from collections.abc import Awaitable, Callable
 from types import TracebackType
 
 from ds_cp.config import Config
-from ds_cp.errors import EngineDeadError
+from ds_cp.errors import DsCpError, EngineDeadError
 from ds_cp.facts import Facts
+from ds_cp.log_stream import say
 from ds_cp.serve.channel import Channel
 from ds_cp.serve.orders import Order, Word
 from ds_cp.serve.worker_child import Child, describe_end, ended, worker_child
@@ -30,15 +31,19 @@ class Seat:
 
     def __init__(self, config: Config, job: Job, outlives: bool) -> None:
         self.outlives = outlives
+        self._spare_s = config.fault_tolerance.spare_after_s
         self.on_word: Callable[[Word], None] = lambda word: None
         self._config = config
         self._job = job
         self._stack = contextlib.ExitStack()
         self._child: Child | None = None
-        self.facts: Facts | None = None  # of the start, once known
+        self._spare: tuple[contextlib.ExitStack, Child] | None = None
+        self._timer: asyncio.TimerHandle | None = None  # until there is a spare one
+        self._facts: Facts | None = None  # of the start
 
     def __enter__(self) -> Seat:
-        self._start(None)
+        self._stack, self._child = self._start(waits=False)
+        self._listen(self._child)
         return self
 
     def __exit__(
@@ -47,7 +52,19 @@ class Seat:
         err: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._spare is not None:
+            stack, spare = self._spare
+            spare.process.kill()
+            stack.close()
         self._stack.close()
+
+    def loaded(self, facts: Facts) -> None:
+        """The job has started, with these facts: from now on the worker can be replaced, and after
+        a while another one waits to take its place."""
+        self._facts = facts
+        self._order_spare()
 
     @property
     def process(self) -> subprocess.Popen[bytes]:
@@ -92,10 +109,17 @@ class Seat:
 
     def replace(self) -> None:
         """Start another worker, once this one has ended. Raises as ``worker_child``."""
-        assert self.outlives and self.facts is not None
+        assert self.outlives and self._facts is not None
         self._stack.close()
-        self._stack = contextlib.ExitStack()
-        self._start(self.facts)
+        if self._spare is not None and self._spare[1].process.poll() is not None:
+            self._spare[0].close()  # it has died too
+            self._spare = None
+        self._stack, self._child = self._spare or self._start(waits=True)
+        self._spare = None
+        with contextlib.suppress(EngineDeadError):  # its end is seen as any worker's
+            self._child.take(self._facts)
+        self._listen(self._child)
+        self._order_spare()
 
     def tell(self, order: Order) -> None:
         """Give the worker an order; nothing happens when it has ended, which is seen elsewhere."""
@@ -103,20 +127,35 @@ class Seat:
         with contextlib.suppress(EngineDeadError):
             self._child.orders.send(order)
 
-    def _start(self, facts: Facts | None) -> None:
-        child = self._stack.enter_context(
-            worker_child(self._config, self._job, self.outlives, facts)
-        )  # fmt: skip
-        self._child = child
+    def _start(self, waits: bool) -> tuple[contextlib.ExitStack, Child]:
+        stack = contextlib.ExitStack()
+        child = worker_child(self._config, self._job, self.outlives, waits)
+        return stack, stack.enter_context(child)
+
+    def _order_spare(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        if self.outlives and self._spare_s is not None:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(self._spare_s, self._make_spare)
+
+    def _make_spare(self) -> None:
+        try:
+            assert self._spare is None
+            self._spare = self._start(waits=True)
+        except (DsCpError, OSError) as err:
+            say(f"warning: no worker waits to take another one's place: {err}")
+
+    def _listen(self, child: Child) -> None:
+        """Hear what the worker says, in a thread that ends with it."""
         if child.orders is None:
             return
-        loop = asyncio.get_running_loop()
+        loop, orders = asyncio.get_running_loop(), child.orders
 
         def hear() -> None:
-            assert child.orders is not None
             with contextlib.suppress(EngineDeadError, RuntimeError):  # it has ended, or the loop
                 while True:
-                    word = child.orders.receive(Word)
+                    word = orders.receive(Word)
                     loop.call_soon_threadsafe(self._heard, child, word)
 
         threading.Thread(target=hear, name="ds_cp worker's words", daemon=True).start()

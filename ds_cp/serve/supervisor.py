@@ -124,7 +124,8 @@ class _Supervisor:
         addresses = urls(listeners)
 
         def on_ready(ready: Ready) -> None:
-            self._loaded, self._seat.facts = True, ready.facts
+            self._loaded = True
+            loop.call_soon_threadsafe(self._seat.loaded, ready.facts)
             settle_heap()
             note_launchers(self._job, self._launchers)
             self._announce(ready.summary, addresses)
@@ -162,7 +163,8 @@ class _Supervisor:
         try:
             message = await asyncio.to_thread(channel.receive, FromWorker)
             if isinstance(message, Ready):
-                self._loaded, self._seat.facts = True, message.facts
+                self._loaded = True
+                self._seat.loaded(message.facts)
                 message = await asyncio.to_thread(channel.receive, FromWorker)
             if isinstance(message, Failed):
                 self._reported = True

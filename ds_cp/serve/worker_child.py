@@ -17,7 +17,7 @@ from typing import NamedTuple
 from ds_cp.config import Config
 from ds_cp.facts import Facts
 from ds_cp.model.private_folder import own_folder
-from ds_cp.serve.channel import Channel, WorkerSpec
+from ds_cp.serve.channel import Channel, Take, WorkerSpec
 from ds_cp.startup.resources import choose_threads, socket_environment
 from ds_cp.topology.job import Job
 
@@ -33,22 +33,26 @@ class Child(NamedTuple):
     channel: Channel
     orders: Channel | None
 
+    def take(self, facts: Facts) -> None:
+        """One that waits takes the place of one that has died, with these facts of the start.
+        Raises ``EngineDeadError`` when it has ended."""
+        self.channel.send(Take(facts))
+
 
 @contextlib.contextmanager
 def worker_child(
-    config: Config, job: Job, outlives: bool = False, facts: Facts | None = None
+    config: Config, job: Job, outlives: bool = False, waits: bool = False
 ) -> Iterator[Child]:
     """Start this rank's worker; on leaving, wait for its end or kill it, and remove its temporary
-    files. ``outlives``: it is to outlive the loss of its peers; ``facts``: it takes the place of
-    one that has died, with these. Raises ``ModelError`` where no files can be written."""
-    with own_folder() as folder, _started(config, job, folder, outlives, facts) as started:
+    files. ``outlives``: it is to outlive the loss of its peers; ``waits``: it loads what does not
+    depend on the others, and waits for ``take``. Raises ``ModelError`` where no files can be
+    written."""
+    with own_folder() as folder, _started(config, job, folder, outlives, waits) as started:
         yield started
 
 
 @contextlib.contextmanager
-def _started(
-    config: Config, job: Job, folder: str, outlives: bool, facts: Facts | None
-) -> Iterator[Child]:
+def _started(config: Config, job: Job, folder: str, outlives: bool, waits: bool) -> Iterator[Child]:
     ours, theirs = socket.socketpair()
     asking, asked = socket.socketpair() if outlives else (None, None)
     asked_fd = asked.fileno() if asked is not None else -1
@@ -90,7 +94,7 @@ def _started(
                 os.getpid(),
                 folder,
                 asked_fd,
-                facts,
+                waits,
             )
         )
         yield Child(process, channel, None if asking is None else Channel(asking))

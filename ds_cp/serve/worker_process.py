@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from ds_cp.errors import CommError, DsCpError, OutputError
 from ds_cp.log_stream import say, take_over, write_json_lines
 from ds_cp.process import die_with_parent, leave_process, settle_heap
-from ds_cp.serve.channel import Channel, Failed, Ready, WorkerSpec
+from ds_cp.serve.channel import Channel, Failed, Ready, Take, WorkerSpec
 
 
 def main(argv: list[str]) -> NoReturn:
@@ -52,7 +52,7 @@ def _work(channel: Channel, spec: WorkerSpec) -> None:
     from ds_cp.config import Config
     from ds_cp.serve.orders import Loaded, Orders
     from ds_cp.serve.worker_life import WorkerLife
-    from ds_cp.startup.alone import build_alone
+    from ds_cp.startup.alone import build_alone, prepare
     from ds_cp.startup.build import build_worker
     from ds_cp.startup.join import join_job
     from ds_cp.startup.report import summary
@@ -65,20 +65,22 @@ def _work(channel: Channel, spec: WorkerSpec) -> None:
     listener = socket.socket(fileno=spec.listen_fd) if spec.listen_fd >= 0 else None
     job = Job(**fields, store_socket=listener)
     orders = Orders(socket.socket(fileno=spec.orders_fd)) if spec.orders_fd >= 0 else None
-    if spec.facts is None:
+    if spec.waits:
+        assert orders is not None
+        prepare(config)
+        take: Take = channel.receive(Take)
+        worker, facts = build_alone(job, config, take.facts), take.facts
+        life = WorkerLife(channel, orders, job, config, facts, worker)
+        orders.tell(Loaded())
+        life.meet()
+    else:
         world, threads = join_job(job, config)
         worker, facts = build_worker(world, config, None, threads)
         life = WorkerLife(channel, orders, job, config, facts, worker)
         life.begin()
-    else:
-        assert orders is not None
-        worker = build_alone(job, config, spec.facts)
-        life = WorkerLife(channel, orders, job, config, spec.facts, worker)
-        orders.tell(Loaded())
-        life.meet()
     try:
         settle_heap()
-        if spec.facts is None:
+        if not spec.waits:
             with worker.failing():
                 channel.send(Ready(facts, tuple(summary(config, facts))))
         life.run()

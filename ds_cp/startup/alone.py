@@ -6,18 +6,30 @@ the blocks of its KV. It meets the others afterwards (``meet``), who compare wha
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
 
 from ds_cp.comm.wire import World
 from ds_cp.config import Config
+from ds_cp.errors import DsCpError
 from ds_cp.facts import Facts
+from ds_cp.model.source import find_model
 from ds_cp.startup.build import build_worker
 from ds_cp.startup.join import choose_device
 from ds_cp.topology.hosts import Topology
 from ds_cp.topology.job import Job
 from ds_cp.worker.worker import Worker
+
+
+def prepare(config: Config) -> None:
+    """Load what takes seconds and does not depend on the job: the libraries, with the module of the
+    model's family. What is wrong with the model is said when it is loaded."""
+    from ds_cp.model.loading import load_family
+
+    with contextlib.suppress(DsCpError):
+        load_family(find_model(config.model))
 
 
 def build_alone(job: Job, config: Config, facts: Facts) -> Worker:
