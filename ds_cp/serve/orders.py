@@ -96,7 +96,8 @@ class Orders:
         return self._told >= generation
 
     def wait_for(self, sock: socket.socket) -> None:
-        """Wait for something to read from ``sock``, always the same one. Raises ``CommError`` when this worker is to leave first."""
+        """Wait for something to read from ``sock``, always the same one. Raises ``CommError`` when
+        this worker is to leave first."""
         ready = dict(self._poll(sock).poll())
         if self._wake in ready:
             raise CommError("a rank is gone: its supervisor says so")
