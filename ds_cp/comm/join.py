@@ -97,7 +97,8 @@ def join(
             "engine in a process of its own"
         )
     try:
-        raw = left.raw_store if left is not None and left.is_store else None
+        keeps = left is not None and left.is_store  # the store, in which others wait already
+        raw = left.raw_store if left is not None and keeps else None
         listen_fd = rendezvous.listen_fd if rank == 0 else None
         arrive_s = timeout_s if arrive_s is None else arrive_s
         if raw is None:
@@ -131,7 +132,7 @@ def join(
             sharing=sum((hello.key, hello.gpu) == mine for hello in hellos) if mine[1] else 1,
             cores=cores, threads=threads, left=left,
         )  # fmt: skip
-        world.raw_store, world.is_store = raw, listen_fd is not None
+        world.raw_store, world.is_store = raw, keeps or listen_fd is not None
         world.generation, world.born = rendezvous.generation, tuple(one.born for one in hellos)
         world.notes = [*notes, *_notes_of_all(world)]
     except BaseException as err:
