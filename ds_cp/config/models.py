@@ -200,6 +200,12 @@ class FaultTolerance(Section):
         "the first death ends the job, as it does on several hosts and with tp_size above 1",
         json_schema_extra=unit_of("interruptions"),
     )
+    hang_s: Annotated[float, Field(ge=1, le=86400)] | None = Field(
+        default=None,
+        description="time that a step may take before all ranks are asked to leave it; a worker "
+        "that does not is replaced, and the step is done again; null: comm.timeout_s bounds it",
+        json_schema_extra=unit_of("seconds"),
+    )
     spare_after_s: Annotated[float, Field(ge=0, le=86400)] | None = Field(
         default=30.0,
         description="time after the start from which a process that has its libraries loaded, and "

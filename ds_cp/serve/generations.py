@@ -101,6 +101,13 @@ class Generations:
         self._enter(rank, State.OUT, now)
         return [*self._interrupt(now), *self._meet(cause, now)]
 
+    def stuck(self, cause: str, steps: int, now: float) -> list[Action]:
+        """The ranks do not come on, and nobody knows who is at fault: who cannot leave is."""
+        if not self.is_whole:
+            return []
+        self._begin(steps)
+        return [self._give_up(cause)] if self._is_hopeless else self._interrupt(now)
+
     def loaded(self, rank: int, now: float) -> list[Action]:
         """The new worker of ``rank`` has its model."""
         if self.states[rank] is not State.LOADING:

@@ -77,6 +77,7 @@ class Mending:
         self._generations = Generations(
             job.world_size, config.fault_tolerance.max_restarts, config.comm.timeout_s
         )
+        self._hang_s = config.fault_tolerance.hang_s
         self._began = 0.0  # the interruption, in time.monotonic()
         self._ticking: asyncio.Task[None] | None = None
 
@@ -134,6 +135,22 @@ class Mending:
 
     # --- on rank 0
 
+    def look(self) -> None:
+        """From time to time: whether the ranks come on."""
+        if self._hang_s is None or self.worker is None or not self._supervisor.mends:
+            return
+        if self.worker.age_s >= self._hang_s and self._generations.is_whole:
+            cause = f"a step takes longer than fault_tolerance.hang_s, {self._hang_s:g} s"
+            say(f"warning: {cause}; all ranks are to leave it, and who cannot is replaced")
+            self._begin(self._generations.stuck(cause, self.worker.steps_done, time.monotonic()))
+
+    def _begin(self, actions: list[Action]) -> None:
+        """An interruption begins."""
+        self._began = time.monotonic()
+        self._carry_out(actions)
+        if self._ticking is None:
+            self._ticking = asyncio.create_task(self._tick())
+
     def _on_said(self, rank: int, said: Said) -> None:
         """Something has happened to the worker of a rank."""
         found, now = self._generations, time.monotonic()
@@ -150,13 +167,12 @@ class Mending:
             assert isinstance(said, Met)
             actions = found.met(rank, said.generation, now)
         if was_whole and not found.is_whole:
-            self._began = now
+            self._begin(actions)
+            return
         self._carry_out(actions)
         if found.is_whole and not was_whole:
             seconds = time.monotonic() - self._began
             say(f"all ranks have met again (generation {found.generation}, {seconds:.1f} s)")
-        elif not found.is_whole and self._ticking is None:
-            self._ticking = asyncio.create_task(self._tick())
 
     def _carry_out(self, actions: list[Action]) -> None:
         for action in actions:

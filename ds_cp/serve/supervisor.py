@@ -302,6 +302,7 @@ class _Supervisor:
 
     def _look(self) -> None:
         """Stop when the launcher has ended, and kill a worker that outlives its time."""
+        self._mending.look()
         for launcher in [one for one in self._launchers if not one.is_alive]:
             self._launchers.remove(launcher)
             self._begin_stop(f"the launcher {launcher} has ended", hurry=False)

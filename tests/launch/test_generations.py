@@ -16,12 +16,14 @@ from tests.helpers.jobs import Job, command
 from tests.helpers.tiny import LONG
 from tests.launch.conftest import Start, Write
 
-KV = {"tokens_per_rank": 272, "block_size": 16}  # so that LONG and its answer need both ranks
+KV = {"tokens_per_rank": 304, "block_size": 16}  # so that LONG and its answer need both ranks
 MEND_S = 60.0  # seconds for a new worker, which imports torch, on a machine that does nothing else
 GREEDY = {"prompt": LONG, "max_tokens": 300, "temperature": 0}
 SEEDED = {"prompt": "Hi", "max_tokens": 120, "temperature": 1.0, "seed": 5, "logprobs": 2}
 TWICE = {"prompt": "One", "max_tokens": 60, "temperature": 0.8, "seed": 3, "n": 2,
          "presence_penalty": 0.5}  # fmt: skip
+WRITTEN = {"prompt": "Say", "max_tokens": 50, "temperature": 1.0, "seed": 9,
+           "structured_outputs": {"regex": "[a-f]{200}"}}  # fmt: skip
 
 
 class Stream:
@@ -94,7 +96,7 @@ def test_a_killed_worker_costs_no_token(
     file = config(kv_cache=KV, threads_per_rank=1, fault_tolerance=tolerance)
     job = start(command("ds-cp", "serve", 2, ["--config", file]))
     url = job.ready()
-    bodies = [GREEDY, SEEDED, TWICE]
+    bodies = [GREEDY, SEEDED, TWICE, WRITTEN]
     expected = [Stream(url, body).end() for body in bodies]
     survivor = worker_of(job, 1 - rank)
     for times in range(1, 3):
@@ -110,3 +112,42 @@ def test_a_killed_worker_costs_no_token(
     job.process.terminate()
     job.gone(30)
     assert job.process.returncode == 0, job.story()
+
+
+def test_a_worker_that_stands_still_is_replaced(start: Start, config: Write) -> None:
+    """It is stopped, not dead: its peers wait for it, and it does not do what it is asked."""
+    tolerance = {"spare_after_s": None, "hang_s": 5}
+    file = config(kv_cache=KV, threads_per_rank=1, fault_tolerance=tolerance)
+    job = start(command("ds-cp", "serve", 2, ["--config", file]))
+    url = job.ready()
+    expected = Stream(url, GREEDY).end()
+    stream = Stream(url, GREEDY)
+    begun(job, [stream], 10)
+    worker_of(job, 1).suspend()
+    assert stream.end() == expected, job.story()
+    assert "hang_s, 5 s; all ranks are to leave" in job.err, job.story()
+    assert "the worker of rank 1 is ended: it did not leave within" in job.err, job.story()
+
+
+def test_deaths_in_a_row_end_the_server(start: Start, config: Write) -> None:
+    """Every new worker dies, as by a fault of the machine: the cause is said, and all ends."""
+    tolerance = {"spare_after_s": None, "max_restarts": 1}
+    file = config(kv_cache=KV, threads_per_rank=1, fault_tolerance=tolerance)
+    job = start(command("ds-cp", "serve", 2, ["--config", file]))
+    url = job.ready()
+    stream = Stream(url, GREEDY)
+    begun(job, [stream], 10)
+    killed = worker_of(job, 1)
+    killed.kill()
+
+    def another() -> list[psutil.Process]:
+        return [p for p in job.matching("serve.worker_process", 1) if p != killed]
+
+    [second] = job.until("another worker", another, MEND_S)
+    second.kill()
+    job.gone(30)
+    assert job.process.returncode == 1, job.story()
+    [line] = [line for line in job.err.splitlines() if line.startswith("ds_cp: error")]
+    assert "the worker of rank 1 was ended by SIGKILL" in line, line
+    assert "after 1 interruption in a row without a step done" in line, line
+    assert stream.errors, "the client was not told"
