@@ -83,8 +83,8 @@ class Mending:
 
     @property
     def is_possible(self) -> bool:
-        """Whether it was intended, and the supervisors of this job hear each other."""
-        return self._seat.outlives and self._link.is_open
+        """Whether the job has started, and its supervisors hear each other."""
+        return self._seat.can_replace and self._link.is_open
 
     def died(self, cause: str) -> None:
         """The worker of this rank has ended by no wish of anyone. Another one is started, unless
@@ -103,7 +103,7 @@ class Mending:
     def _on_word(self, word: Word) -> None:
         """The worker of this rank says something."""
         self._is_out = isinstance(word, Left)
-        if self._supervisor.mends:
+        if self._job.rank == 0 or self._supervisor.mends:
             self._hear(word)
         else:
             self.end_if_out()
@@ -153,6 +153,11 @@ class Mending:
 
     def _on_said(self, rank: int, said: Said) -> None:
         """Something has happened to the worker of a rank."""
+        if not self._supervisor.mends:
+            if isinstance(said, Died | Left):
+                self._supervisor.give_up(said.cause)
+                self.end_if_out()
+            return
         found, now = self._generations, time.monotonic()
         was_whole = found.is_whole
         steps = self.worker.steps_done if self.worker is not None else 0

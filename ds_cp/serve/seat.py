@@ -67,6 +67,11 @@ class Seat:
         self._order_spare()
 
     @property
+    def can_replace(self) -> bool:
+        """Whether another worker can take the place of this one."""
+        return self.outlives and self._facts is not None
+
+    @property
     def process(self) -> subprocess.Popen[bytes]:
         """The worker that is here now."""
         assert self._child is not None

@@ -147,7 +147,7 @@ def test_deaths_in_a_row_end_the_server(start: Start, config: Write) -> None:
     second.kill()
     job.gone(30)
     assert job.process.returncode == 1, job.story()
-    [line] = [line for line in job.err.splitlines() if line.startswith("ds_cp: error")]
+    line = next(line for line in job.err.splitlines() if line.startswith("ds_cp: error"))
     assert "the worker of rank 1 was ended by SIGKILL" in line, line
     assert "after 1 interruption in a row without a step done" in line, line
     assert stream.errors, "the client was not told"
