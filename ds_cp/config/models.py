@@ -213,6 +213,11 @@ class FaultTolerance(Section):
         "of the model alone; it takes some 300 MiB of memory, most of it shared; null: none waits",
         json_schema_extra=unit_of("seconds"),
     )
+    spare_model: bool = Field(
+        default=False,
+        description="whether the process that waits has its model loaded too, on CPU: a death "
+        "costs a fraction of a second then, and weights take their memory twice",
+    )
 
 
 class Trace(Section):

@@ -114,17 +114,29 @@ class Seat:
 
     def replace(self) -> None:
         """Start another worker, once this one has ended. Raises as ``worker_child``."""
-        assert self.outlives and self._facts is not None
+        assert self.can_replace
         self._stack.close()
         if self._spare is not None and self._spare[1].process.poll() is not None:
             self._spare[0].close()  # it has died too
             self._spare = None
+        preloaded = self._spare is not None and self._preloads
         self._stack, self._child = self._spare or self._start(waits=True)
         self._spare = None
-        with contextlib.suppress(EngineDeadError):  # its end is seen as any worker's
-            self._child.take(self._facts)
+        if not preloaded:
+            self._take(self._child)
         self._listen(self._child)
         self._order_spare()
+
+    @property
+    def _preloads(self) -> bool:
+        """Whether a spare worker loads its model before it is needed."""
+        assert self._facts is not None
+        return self._config.fault_tolerance.spare_model and self._facts.device == "cpu"
+
+    def _take(self, child: Child) -> None:
+        assert self._facts is not None
+        with contextlib.suppress(EngineDeadError):  # its end is seen as any worker's
+            child.take(self._facts)
 
     def tell(self, order: Order) -> None:
         """Give the worker an order; nothing happens when it has ended, which is seen elsewhere."""
@@ -148,6 +160,8 @@ class Seat:
         try:
             assert self._spare is None
             self._spare = self._start(waits=True)
+            if self._preloads:
+                self._take(self._spare[1])
         except (DsCpError, OSError) as err:
             say(f"warning: no worker waits to take another one's place: {err}")
 

@@ -43,7 +43,8 @@ def build_alone(job: Job, config: Config, facts: Facts) -> Worker:
         0, Topology.from_hosts([job.host]), device, config.comm.timeout_s, joined=False,
         threads=facts.threads,
     )  # fmt: skip
-    worker, _ = build_worker(world, as_agreed(config, facts, job.rank), None, facts.threads)
+    agreed = as_agreed(config, facts, job.rank)
+    worker, _ = build_worker(world, agreed, None, facts.threads, promised=True)
     return worker
 
 

@@ -65,20 +65,28 @@ class Served:
 
 
 def build_worker(
-    world: World, config: Config, model: Decoder | ModelSource | None, threads: int
+    world: World,
+    config: Config,
+    model: Decoder | ModelSource | None,
+    threads: int,
+    promised: bool = False,
 ) -> tuple[Worker, Facts]:
     """Load, shard, check and wire the model, and allocate this rank's KV. Collective.
 
     ``model``: ``None`` for the config's, looked up here, so that a rank that does not find it can
-    say so. Raises the typed errors of ``ds_cp.errors``, on every rank, with the rank and host of
-    the first that failed.
+    say so; ``promised``: as in ``decide_budget``. Raises the typed errors of ``ds_cp.errors``, on
+    every rank, with the rank and host of the first that failed.
     """
     with failing(world):
-        return _build(world, config, model, threads)
+        return _build(world, config, model, threads, promised)
 
 
 def _build(
-    world: World, config: Config, model: Decoder | ModelSource | None, threads: int
+    world: World,
+    config: Config,
+    model: Decoder | ModelSource | None,
+    threads: int,
+    promised: bool,
 ) -> tuple[Worker, Facts]:
     sizes = config.context_parallel.size, config.tensor_parallel.tp_size
     grid = local_phase(world, lambda: resolve_grid(world.topology, *sizes))
@@ -94,7 +102,9 @@ def _build(
     # All ranks of a host look at its free memory before any of them takes some.
     budget = local_phase(
         world,
-        lambda: decide_budget(config, world, grid, cp.rank, per_token, served.max_model_len),
+        lambda: decide_budget(
+            config, world, grid, cp.rank, per_token, served.max_model_len, promised
+        ),
     )
     kernel = served.kernel.kernel
     pool = local_phase(

@@ -88,11 +88,14 @@ def worker_of(job: Job, rank: int) -> psutil.Process:
     return min(job.matching("serve.worker_process", rank), key=psutil.Process.create_time)
 
 
-@pytest.mark.parametrize(("rank", "spare_after_s"), [(1, None), (0, None), (1, 0.0)])
+@pytest.mark.parametrize(
+    ("rank", "tolerance"),
+    [(1, {"spare_after_s": None}), (0, {"spare_after_s": 0.0, "spare_model": True})],
+)
 def test_a_killed_worker_costs_no_token(
-    rank: int, spare_after_s: float | None, start: Start, config: Write
+    rank: int, tolerance: dict[str, Any], start: Start, config: Write
 ) -> None:
-    tolerance = {"spare_after_s": spare_after_s}
+    """Without a process that waits to take its place, and with one."""
     file = config(kv_cache=KV, threads_per_rank=1, fault_tolerance=tolerance)
     job = start(command("ds-cp", "serve", 2, ["--config", file]))
     url = job.ready()
@@ -151,3 +154,24 @@ def test_deaths_in_a_row_end_the_server(start: Start, config: Write) -> None:
     assert "the worker of rank 1 was ended by SIGKILL" in line, line
     assert "after 1 interruption in a row without a step done" in line, line
     assert stream.errors, "the client was not told"
+
+
+@pytest.mark.parametrize("launcher", ["torchrun"])
+def test_another_launcher_without_shared_memory(launcher: str, start: Start, config: Write) -> None:
+    """torchrun keeps the store; ranks exchange by gloo; the drain goes on over the death."""
+    file = config(kv_cache=KV, threads_per_rank=1, comm={"shared_memory": False})
+    job = start(command(launcher, "serve", 2, ["--config", file]))
+    url = job.ready()
+    expected = Stream(url, GREEDY).end()
+    stream = Stream(url, GREEDY)
+    begun(job, [stream], 5)
+    worker_of(job, 1).kill()
+    assert stream.end() == expected, job.story()
+    stream = Stream(url, GREEDY)
+    begun(job, [stream], 5)
+    job.process.terminate()
+    job.until("its drain", lambda: "stopping; requests in flight get" in job.err, 30)
+    worker_of(job, 0).kill()
+    assert stream.end() == expected, job.story()
+    job.gone(60)
+    assert "ds_cp: error" not in job.err, job.story()
