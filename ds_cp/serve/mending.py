@@ -26,12 +26,12 @@ GRACE_S = 5.0  # seconds for a worker to end by itself after rank 0's supervisor
 
 
 def can_mend(config: Config, job: Job) -> bool:
-    """Whether the ranks of this job can go on after a worker has died: supervisors have a link, and
-    no worker holds a shard that needs its peers to be loaded."""
+    """Whether the ranks of this job can go on after a worker has died: there is one supervisor, or
+    they have a link, and no worker holds a shard that needs its peers to be loaded."""
     return (
         config.fault_tolerance.max_restarts > 0
         and config.tensor_parallel.tp_size == 1
-        and link_name(job) is not None
+        and (job.world_size == 1 or link_name(job) is not None)
     )
 
 
@@ -84,7 +84,8 @@ class Mending:
     @property
     def is_possible(self) -> bool:
         """Whether the job has started, and its supervisors hear each other."""
-        return self._seat.can_replace and self._link.is_open
+        heard = self._job.world_size == 1 or self._link.is_open
+        return self._seat.can_replace and heard
 
     def died(self, cause: str) -> None:
         """The worker of this rank has ended by no wish of anyone. Another one is started, unless

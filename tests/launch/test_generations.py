@@ -175,3 +175,16 @@ def test_another_launcher_without_shared_memory(launcher: str, start: Start, con
     assert stream.end() == expected, job.story()
     job.gone(60)
     assert "ds_cp: error" not in job.err, job.story()
+
+
+def test_the_only_worker_is_killed(start: Start, config: Write) -> None:
+    """A server of one rank has no peers to meet, and its requests go on all the same."""
+    job = start(command("python", "serve", 1, ["--config", config(kv_cache=KV)]))
+    url = job.ready()
+    bodies = [SEEDED, WRITTEN]
+    expected = [Stream(url, body).end() for body in bodies]
+    streams = [Stream(url, body) for body in bodies]
+    begun(job, streams, 5)
+    worker_of(job, 0).kill()
+    for stream, want in zip(streams, expected, strict=True):
+        assert stream.end() == want, job.story()
