@@ -185,7 +185,7 @@ class Mending:
             if isinstance(action, GiveUp):
                 self._supervisor.give_up(action.why)
                 return
-            asked = End(action.why) if isinstance(action, Kill) else action.order
+            asked: Asked = End(action.why) if isinstance(action, Kill) else action.order
             if action.rank == 0:
                 self._on_asked(asked)
             else:
