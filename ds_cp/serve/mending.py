@@ -91,10 +91,12 @@ class Mending:
         """The worker of this rank has ended by no wish of anyone. Another one is started, unless
         the job is given up. Raises as ``Seat.replace``."""
         self._is_out = False
+        self._hear(Died(cause))  # first, so that the others leave meanwhile
+        if not self._supervisor.mends:
+            return
         self._seat.replace()
         if self.worker is not None:
             self.worker.replace(self._seat.channel)
-        self._hear(Died(cause))
 
     def end_if_out(self) -> None:
         """The job ends: no meeting follows for which a worker might wait."""
