@@ -51,6 +51,7 @@ class Scheduler:
         self.waiting = WaitingQueue()
         self.running: list[Request] = []  # in the order of service
         self.num_preemptions = 0
+        self.num_interruptions = 0
         self.block_manager = BlockManager(
             blocks_per_rank, block_size, placement, ring_order, policy, prefix_caching, seats
         )
@@ -267,6 +268,7 @@ class Scheduler:
         is under way any more. What was planned and not reported counts as not done; running
         requests are computed again from there on, with the same tokens."""
         recovery = Recovery(self.block_manager, self.migration, lost, self._in_flight.values())
+        self.num_interruptions += 1
         self._in_flight.clear()
         recovery.forget_prefixes()
         for request in self.waiting:  # those that were preempted with a draw under way
