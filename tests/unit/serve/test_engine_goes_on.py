@@ -96,6 +96,7 @@ def test_ranks_that_do_not_meet_again_end_the_engine() -> None:
     async def work(engine: AsyncEngine) -> None:
         with pytest.raises(EngineDeadError, match="another model"):
             await ask(engine, "a", 30)
+        await until(lambda: bool(served.died))
 
     served: Any = Served(Hopeless({6}, False))
     served.run(work)
