@@ -3,16 +3,13 @@ gets undisturbed."""
 
 from __future__ import annotations
 
-import json
-import threading
-import time
-import urllib.request
 from typing import Any
 
 import psutil
 import pytest
 
 from tests.helpers.jobs import Job, command
+from tests.helpers.streams import Stream
 from tests.helpers.tiny import LONG
 from tests.launch.conftest import Start, Write
 
@@ -24,58 +21,6 @@ TWICE = {"prompt": "One", "max_tokens": 60, "temperature": 0.8, "seed": 3, "n": 
          "presence_penalty": 0.5}  # fmt: skip
 WRITTEN = {"prompt": "Say", "max_tokens": 50, "temperature": 1.0, "seed": 9,
            "structured_outputs": {"regex": "[a-f]{200}"}}  # fmt: skip
-
-
-class Stream:
-    """One streamed completion, read in a thread: text and numbers by answer."""
-
-    def __init__(self, url: str, body: dict[str, Any]) -> None:
-        self.answers: dict[int, dict[str, Any]] = {}
-        self.errors: list[Any] = []
-        self.count = 0  # of events
-        self.last = 0.0  # the newest event, in time.monotonic()
-        self.longest = 0.0  # seconds between two events, at most
-        whole = {"model": "tiny", "stream": True, "ignore_eos": True, **body}
-        self._request = urllib.request.Request(
-            f"{url}/v1/completions", json.dumps(whole).encode(),
-            {"Content-Type": "application/json"},
-        )  # fmt: skip
-        self._thread = threading.Thread(target=self._read, daemon=True)
-        self._thread.start()
-
-    def _read(self) -> None:
-        try:
-            with urllib.request.urlopen(self._request, timeout=300) as answer:
-                for line in answer:
-                    if line.startswith(b"data: {"):
-                        self._take(json.loads(line[6:]))
-        except OSError as err:
-            self.errors.append(err)
-
-    def _take(self, event: dict[str, Any]) -> None:
-        if "error" in event:
-            self.errors.append(event)
-            return
-        now = time.monotonic()
-        self.longest = max(self.longest, now - self.last if self.count else 0.0)
-        self.last, self.count = now, self.count + 1
-        for choice in event["choices"]:
-            known = self.answers.setdefault(
-                choice["index"], {"text": "", "tokens": [], "reason": None}
-            )
-            known["text"] += choice["text"]
-            known["tokens"] += (choice.get("logprobs") or {}).get("tokens", [])
-            known["reason"] = choice["finish_reason"] or known["reason"]
-
-    @property
-    def is_over(self) -> bool:
-        return not self._thread.is_alive()
-
-    def end(self) -> dict[int, dict[str, Any]]:
-        self._thread.join(300)
-        assert self.is_over and not self.errors, self.errors
-        assert {one["reason"] for one in self.answers.values()} == {"length"}
-        return self.answers
 
 
 def begun(job: Job, streams: list[Stream], events: int) -> None:
