@@ -19,7 +19,7 @@ GREEDY = {"prompt": LONG, "max_tokens": 300, "temperature": 0}
 SEEDED = {"prompt": "Hi", "max_tokens": 120, "temperature": 1.0, "seed": 5, "logprobs": 2}
 TWICE = {"prompt": "One", "max_tokens": 60, "temperature": 0.8, "seed": 3, "n": 2,
          "presence_penalty": 0.5}  # fmt: skip
-WRITTEN = {"prompt": "Say", "max_tokens": 50, "temperature": 1.0, "seed": 9,
+WRITTEN = {"prompt": "Say", "max_tokens": 50, "temperature": 1.0, "seed": 9, "ignore_eos": False,
            "structured_outputs": {"regex": "[a-f]{200}"}}  # fmt: skip
 
 
