@@ -47,13 +47,24 @@ MET = re.compile(r"all ranks have met again \(generation (\d+), ([\d.]+) s\)")
 
 @dataclass
 class Fault:
-    """What happened at ``at``, in ``time.monotonic()``. ``mended``: seconds until all had met again
-    (None: no rank was lost); ``pauses``: of the streams that were in flight."""
+    """What happened at ``at``, in ``time.monotonic()``, to the streams that were in flight.
+    ``mended``: seconds until all had met again; None where no rank was lost."""
 
     kind: str
     at: float
+    hit: list[Stream] = field(default_factory=list)
     mended: float | None = None
-    pauses: list[float] = field(default_factory=list)
+
+    def pauses(self) -> list[float]:
+        """Seconds between the last event before it and the first one after, of each stream."""
+        found = []
+        for stream in self.hit:
+            times = list(stream.times)
+            before = max((t for t in times if t <= self.at), default=self.at)
+            after = min((t for t in times if t > self.at), default=None)
+            if after is not None:
+                found.append(after - before)
+        return found
 
 
 class Harness:
@@ -79,17 +90,12 @@ class Harness:
         """Do it, and wait until all is well again."""
         before = len(MET.findall(self.job.err))
         in_flight = [stream for stream in streams if not stream.is_over]
-        fault = Fault(kind, time.monotonic())
+        fault = Fault(kind, time.monotonic(), in_flight)
         if self.kinds[kind]():
             self.job.until(
                 f"the end of {kind!r}", lambda: len(MET.findall(self.job.err)) > before, MEND_S
             )
             fault.mended = time.monotonic() - fault.at
-        for stream in in_flight:
-            after = [t for t in list(stream.times) if t > fault.at]
-            last = max((t for t in list(stream.times) if t <= fault.at), default=fault.at)
-            if after:
-                fault.pauses.append(after[0] - last)
         return fault
 
     # --- kinds of faults; whether ranks have to meet again
@@ -190,7 +196,7 @@ def summary(faults: list[Fault], kind: str) -> dict[str, Any]:
     """Of the faults of one kind: medians and the worst, in seconds."""
     some = [fault for fault in faults if fault.kind == kind]
     mended = sorted(fault.mended for fault in some if fault.mended is not None)
-    pauses = sorted(pause for fault in some for pause in fault.pauses)
+    pauses = sorted(pause for fault in some for pause in fault.pauses())
 
     def three(values: list[float]) -> list[float] | None:
         if not values:
