@@ -50,6 +50,7 @@ class Recovery:
         self._migration = migration
         self._lost = lost
         self._unsure: dict[Home, int] = {}  # first place whose content is not certain
+        self._claimed: set[Home] = set()  # shared blocks that one holder has kept for itself
         for flight in flights:
             for home, place in flight.written:
                 self._unsure[home] = min(place, self._unsure.get(home, place))
@@ -63,7 +64,8 @@ class Recovery:
 
     def rewind(self, request: Request) -> bool:
         """Make a running request a prompt from its first token on that is not certain. False when
-        there is no room for the rest: it is to be preempted."""
+        it is to be preempted: for want of room for the rest, or since others have kept blocks that
+        it shared with them."""
         table, size = request.table, self._allocator.block_size
         assert table is not None
         span, valid = table.span, self._valid(table)
@@ -79,6 +81,8 @@ class Recovery:
         request.in_flight, request.prefilling, request.decode_key = 0, True, None
         request.shares_tail = False
         request.num_keyed = min(request.num_keyed, valid // size)
+        if len(near) > 1 and request.keys is not None:
+            return False  # it shares them again once their first holder computes them
         if not self._fit(request, -(-request.num_tokens // size) - kept, near):
             return False
         homes = {*request.reserved, *((table.last_rank,) if valid % size else ())}
@@ -98,18 +102,26 @@ class Recovery:
         return table.num_tokens
 
     def _reserve_own(self, request: Request, homes: Iterable[Home]) -> list[int]:
-        """Keep those of the blocks that nobody shares, for the same request and other tokens.
-        Returns the ranks of those that were given up."""
+        """Keep for the same request, and other tokens, the blocks that nobody shares, and of those
+        whose content is gone the ones that no other holder has kept before. Returns the ranks of
+        the rest, which is given up."""
         given_up = []
         for home in homes:
             rank, block = home
-            if self._allocator.references(home) > 1:
+            shared = self._allocator.references(home) > 1
+            if shared and (home in self._claimed or not self._is_gone(home)):
                 self._allocator.release([home])
                 given_up.append(rank)
-            else:
-                self._allocator.forget(home)
-                request.reserved.setdefault(rank, []).append(block)
+                continue
+            if shared:
+                self._claimed.add(home)
+            self._allocator.forget(home)
+            request.reserved.setdefault(rank, []).append(block)
         return given_up
+
+    def _is_gone(self, home: Home) -> bool:
+        """Whether all holders of a block have to give it up: none can use what it holds."""
+        return home[0] in self._lost or home in self._unsure
 
     def _fit(self, request: Request, need: int, near: list[int]) -> bool:
         """Have exactly ``need`` blocks reserved; further ones preferably on the ranks ``near``."""

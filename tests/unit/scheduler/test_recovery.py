@@ -142,3 +142,18 @@ def test_an_interruption_on_the_way_back() -> None:
         cluster.step()
     cluster.settle()
     assert cluster.check_outputs() == 2
+
+
+def test_a_shared_prefix_is_computed_once() -> None:
+    """By the first of those that had it; the others find it, as when they came."""
+    cluster = Cluster([60])
+    shared = prompt(32)
+    requests = [cluster.add([*shared, 800 + n], greedy(8)) for n in range(4)]
+    steps(cluster, 4)
+    assert all(r.table.homes[:8] == requests[0].table.homes[:8] for r in requests)
+    before = len(cluster.owned)
+    cluster.die([0], done)
+    cluster.settle()
+    assert cluster.check_outputs() == 4
+    # What any of them has alone: its own token, and some of its answer.
+    assert sum(map(sum, cluster.owned[before:])) <= 32 + 4 * 12
