@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import msgspec
 
@@ -62,6 +62,12 @@ class Draft:
     def has_prompts(self) -> bool:
         """Whether the step computes prompt tokens."""
         return bool(self._chunks)
+
+    def requests(self) -> Iterator[int]:
+        """The requests that the step computes."""
+        yield from (chunk.request for chunk in self._chunks)
+        for numbers in self.decodes.values():
+            yield from numbers
 
     @property
     def num_decodes(self) -> int:

@@ -47,11 +47,11 @@ class PrefillPlanner:
         for request in [r for r in self._running if r.prefilling]:
             if may_start:
                 self._start_waiting(draft, request.priority)
-            self._advance(request, draft)
+            self.advance(request, draft)
         if may_start:
             self._start_waiting(draft)
 
-    def _advance(self, request: Request, draft: Draft) -> None:
+    def advance(self, request: Request, draft: Draft) -> None:
         """The next chunk of a prompt, in what the budgets and the time leave."""
         past = request.num_computed
         most = draft.tokens_in_time(request)
@@ -133,7 +133,7 @@ class PrefillPlanner:
             request.num_notified = len(request.output)
             draft.begin(request, self.sampling(request))
             self._add_load(request, load)
-            self._advance(request, draft)
+            self.advance(request, draft)
 
     def _load(self) -> list[int]:
         """The work that waits on each rank, in prompt tokens."""

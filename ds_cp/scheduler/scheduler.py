@@ -17,10 +17,12 @@ from ds_cp.errors import QueueFullError
 from ds_cp.grammar.vocabulary import Vocabulary
 from ds_cp.plan import StepPlan
 from ds_cp.sampling_params import RequestOptions, SamplingParams
-from ds_cp.scheduler.admission import BEGIN_BYTES, Limits, check_request, fit_max_tokens
+from ds_cp.scheduler.admission import Limits, check_request, fit_max_tokens
 from ds_cp.scheduler.block_manager import BlockManager
 from ds_cp.scheduler.decode import DecodePlanner
 from ds_cp.scheduler.draft import Draft
+from ds_cp.scheduler.forgotten import Forgotten
+from ds_cp.scheduler.inquest import Inquest
 from ds_cp.scheduler.migration import Migration
 from ds_cp.scheduler.mode_policy import ModePolicy, Seats
 from ds_cp.scheduler.pacing import ChunkPacer
@@ -69,7 +71,8 @@ class Scheduler:
         self._ended: list[int] = []  # requests that the ranks should forget
         self._looking_back: dict[int, Request] = {}  # whose draws depend on earlier tokens
         self._in_flight: dict[int, Flight] = {}  # by step
-        self._unknown: deque[Request] = deque()  # running ones that the ranks have forgotten
+        self._forgotten = Forgotten(limits, block_size, self._prefill.sampling)
+        self._inquest = Inquest()
         self._vocabulary: Vocabulary | None = None  # that the ranks are to have
         self._vocabulary_sent = False
         self._last_use: dict[int, int] = {}  # closed rank -> the last step that may use its blocks
@@ -206,8 +209,7 @@ class Scheduler:
                 self._last_use[rank] = draft.step
         if self.migration.is_moving:
             self._move(draft)
-        self._begin_again(draft)
-        if not self._unknown:
+        if self._forgotten.begin(draft) and not self._runs_suspect(draft):
             self._decode.add(draft)
             draft.allow_prompts()
             # A preempted request must not get back, in the same step, the blocks that it freed.
@@ -228,6 +230,7 @@ class Scheduler:
         """Report ``seconds``, the time of step ``step`` on its slowest rank. The pacer sizes the
         next chunks by it."""
         flight = self._in_flight.pop(step, Flight())
+        self._inquest.done(flight)
         if self._pacer is not None:
             self._pacer.observe(seconds, flight.decodes, flight.work)
 
@@ -263,10 +266,15 @@ class Scheduler:
 
     # --- ranks that were lost
 
-    def recover(self, lost: Collection[int]) -> None:
+    def recover(self, lost: Collection[int]) -> list[Request]:
         """All ranks have forgotten their requests, and those of ``lost`` what they stored; no step
         is under way any more. What was planned and not reported counts as not done; running
-        requests are computed again from there on, with the same tokens."""
+        requests are computed again from there on, with the same tokens. Returns those that are
+        ended instead, since their steps end workers."""
+        at_fault = self._inquest.interrupted(self._in_flight.values())
+        guilty = [request for request in self.running if request.number == at_fault]
+        for request in guilty:
+            self.finish(request, "error")
         recovery = Recovery(self.block_manager, self.migration, lost, self._in_flight.values())
         self.num_interruptions += 1
         self._in_flight.clear()
@@ -276,24 +284,25 @@ class Scheduler:
         for request in list(self.running):
             if not recovery.rewind(request):
                 self._preempt(request)
-        self._unknown = deque(self.running)
+        self._forgotten.requests = deque(self.running)
         self._ended = []
         self._vocabulary_sent = False
+        return guilty
 
-    def _begin_again(self, draft: Draft) -> None:
-        """Tell the ranks of the requests that they have forgotten, as many as a plan may hold."""
-        while self._unknown:
-            request = self._unknown[0]
-            if request.table is not None:  # else it has ended, or was preempted
-                size = self.limits.begin_bytes(
-                    request.num_tokens, self.allocator.block_size, request.params
-                )
-                if draft.begin_bytes and draft.begin_bytes + size > BEGIN_BYTES:
-                    return
-                draft.begin_bytes += size
-                request.num_notified = len(request.output)
-                draft.begin(request, self._prefill.sampling(request))
-            self._unknown.popleft()
+    def _runs_suspect(self, draft: Draft) -> bool:
+        """Whether the step is for a suspect alone, or for nobody, while another's is under way."""
+        if not self._inquest.suspects:
+            return False
+        if self._in_flight:
+            return True
+        draft.allow_prompts()
+        for request in self.running:
+            if request.number in self._inquest.suspects:
+                self._prefill.advance(request, draft)
+                if draft.has_prompts:
+                    return True
+        self._inquest.suspects.clear()  # those that are left have ended, or wait
+        return False
 
     # --- preemption, moving
 

@@ -323,7 +323,7 @@ class AsyncEngine:
         resumed = self._link.resume()
         lost = [rank for rank, born in enumerate(resumed.born) if born > self._served]
         with self._lock:
-            core.recover(lost)
+            self._mailboxes.deliver(self._mailboxes.addressed(core.recover(lost)))
         self._served = resumed.generation
 
     def _tell_ended(self, core: EngineCore) -> None:

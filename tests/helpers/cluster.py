@@ -196,6 +196,9 @@ class Cluster:
         self.flying: deque[Outcome] = deque()
         self.before: deque[list[list[int | None]]] = deque()  # memories before each flying step
         self.again: set[int] = set()  # requests that ranks have forgotten, and begin again
+        self.poison: set[int] = set()  # requests whose steps kill the worker of rank 0
+        self.applied = 0  # steps whose outcome is known
+        self.applied_at_death = -1
         self.seconds: Callable[[StepPlan], float] = lambda plan: 0.0
         self._answers: dict[str, list[Life]] = {}
         self._asked = 0
@@ -260,6 +263,7 @@ class Cluster:
     def die(self, lost: Collection[int], is_done: Callable[[], bool]) -> None:
         """The workers of ``lost`` are new and empty, and all have met again. Of what the steps in
         flight write, ``is_done`` says slot by slot whether it was; their tokens are lost."""
+        self.applied_at_death = self.applied
         for life in self.lives.values():
             request = life.request
             if life.reason is None and not life.aborted:
@@ -275,7 +279,8 @@ class Cluster:
         self.flying.clear()
         self.before.clear()
         self.ranks = SimulatedRanks(range(len(self.blocks)), self.block_size)
-        self.core.recover(lost)
+        for delta in self.core.recover(lost):
+            self._receive(delta)
         self.scheduler.check_integrity()
         self.again = {request.number for request in self.scheduler.running}
         self.held, self.first_prompt = 0, None
@@ -318,6 +323,11 @@ class Cluster:
             if gone:
                 assert not started, "a request started on blocks freed in the same step"
             self._check_fairness(plan, due, prompts, started)
+            computed = {chunk.request for chunk in plan.chunks}
+            if self.poison & computed.union(*(decodes.requests for decodes in plan.decodes)):
+                self._steps += 1
+                self.die([0], lambda: True)
+                return plan
             self.before.append([list(memory) for memory in self.memory])
             outcome = self._execute(plan)
             self.flying.append(replace_seconds(outcome, self.seconds(plan)))
@@ -352,6 +362,7 @@ class Cluster:
         return plans
 
     def _apply(self, outcome: Outcome) -> None:
+        self.applied += 1
         for delta in self.core.apply(outcome):
             self._receive(delta)
 
@@ -382,6 +393,9 @@ class Cluster:
         """All that were not aborted; how many these are."""
         lives = [life for life in self.lives.values() if not life.aborted]
         for life in lives:
+            if life.request.number in self.poison and life.reason == "error":
+                assert life.received == life.request.output
+                continue
             self.check_output(life.request)
         return len(lives)
 
@@ -391,6 +405,11 @@ class Cluster:
         self, plan: StepPlan, due: Sequence[Request], prompts: Sequence[Request], started: set[int]
     ) -> None:
         """Decodes get their tokens, the first prompt gets on, requests start in order."""
+        if self.scheduler._inquest.suspects:  # they run alone
+            for life in self.lives.values():
+                life.gap = life.most_decodes = 0
+            self.held = 0
+            return
         decoding = {number for decodes in plan.decodes for number in decodes.requests}
         # A quarter of the budget, at least one token, is for prompts.
         share = max(self.budget - max(self.budget // 4, 1), 1)

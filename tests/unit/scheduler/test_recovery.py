@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ds_cp.scheduler import scheduler as scheduler_module
+from ds_cp.scheduler import forgotten
 from tests.helpers.cluster import Cluster, greedy, prompt, sampled
 
 
@@ -125,7 +125,7 @@ def test_the_ranks_are_told_in_several_plans(monkeypatch: pytest.MonkeyPatch) ->
     for first in range(1, 7):
         cluster.add(prompt(20, first), sampled(10, presence_penalty=0.5))
     steps(cluster, 4)
-    monkeypatch.setattr(scheduler_module, "BEGIN_BYTES", 1000)
+    monkeypatch.setattr(forgotten, "BEGIN_BYTES", 1000)
     cluster.die([0], done)
     plans = cluster.settle()
     assert len([plan for plan in plans if plan.begins and not plan.chunks]) >= 1
@@ -137,9 +137,12 @@ def test_an_interruption_on_the_way_back() -> None:
     for first in (1, 2):
         cluster.add(prompt(14, first), sampled(8))
     steps(cluster, 3)
-    for lost in ([0], [1], [0, 1], [], [1]):
-        cluster.die(lost, not_done)
-        cluster.step()
+    for lost in ([0], [1]), ([0, 1], []), ([], [1]):
+        for ranks in lost:
+            cluster.die(ranks, not_done)
+            cluster.step()
+        for _ in range(3):  # else those that run would be at fault
+            cluster.step()
     cluster.settle()
     assert cluster.check_outputs() == 2
 
@@ -157,3 +160,45 @@ def test_a_shared_prefix_is_computed_once() -> None:
     assert cluster.check_outputs() == 4
     # What any of them has alone: its own token, and some of its answer.
     assert sum(map(sum, cluster.owned[before:])) <= 32 + 4 * 12
+
+
+@pytest.mark.parametrize("company", [0, 1, 5])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_who_ends_workers_is_found_and_ended(company: int, depth: int) -> None:
+    """And nobody else, whose tokens are right."""
+    cluster = Cluster([40, 40], depth=depth)
+    others = [cluster.add(prompt(9, 2 + n), sampled(12)) for n in range(company)]
+    poison = cluster.add(prompt(14), greedy(12))
+    steps(cluster, 3)
+    given = len(cluster.lives[poison.number].received)
+    cluster.poison = {poison.number}
+    cluster.settle()
+    life = cluster.lives[poison.number]
+    assert life.reason == "error" and len(life.received) >= given
+    assert cluster.check_outputs() == company + 1
+    assert all(request.finish_reason in ("length", "stop") for request in others)
+    assert cluster.scheduler.num_interruptions == 3
+    assert not cluster.scheduler._inquest.suspects
+
+
+def test_poison_of_which_there_is_more() -> None:
+    cluster = Cluster([60, 60], depth=2)
+    requests = [cluster.add(prompt(9, n), sampled(12)) for n in range(1, 9)]
+    cluster.poison = {requests[n].number for n in (0, 3, 7)}
+    cluster.settle()
+    assert cluster.check_outputs() == 8
+    ended = [request.number for request in requests if request.finish_reason == "error"]
+    assert set(ended) == cluster.poison
+
+
+def test_a_suspect_that_leaves_is_none() -> None:
+    cluster = Cluster([40], depth=2)
+    one, other = (cluster.add(prompt(9, n), greedy(9)) for n in (1, 2))
+    steps(cluster, 2)
+    for _ in range(2):
+        cluster.die([0], done)
+        cluster.step()
+    assert cluster.scheduler._inquest.suspects == {one.number, other.number}
+    cluster.abort(one)
+    cluster.settle()
+    assert cluster.check_outputs() == 1 and other.finish_reason == "length"

@@ -39,7 +39,7 @@ RATES = CostModel(
 LONGEST = 39  # tokens of one request, so that a life is short whatever the pools
 EVENTS = (
     *["ask"] * 6, *["step"] * 12, *["abort"] * 2, "end one", "spoil", "drain", "reopen", "level",
-    "die",
+    "die", "poison",
 )  # fmt: skip
 
 
@@ -98,6 +98,8 @@ class Session:
             self.seen["moves wished for"] += scheduler.rebalance()
         elif event == "die":
             self.die()
+        elif event == "poison" and live and pick(0, 9) == 0:
+            cluster.poison.add(live[pick(0, len(live) - 1)].number)
         scheduler.check_integrity()
 
     def ask(self) -> None:
@@ -154,6 +156,8 @@ class Session:
     def die(self) -> None:
         """Some ranks lose their workers, or none when just an exchange failed; all meet again."""
         cluster, pick = self.cluster, self.pick
+        if cluster.flying and cluster.applied == cluster.applied_at_death:
+            return  # twice in a row would be the fault of who runs
         ranks = range(len(cluster.blocks))
         lost = [rank for rank in ranks if pick(0, len(cluster.blocks)) == 0]
         self.seen["died"] += bool(lost and cluster.scheduler.running)
@@ -188,6 +192,8 @@ class Session:
         self.seen["forked"] += sum(len(plan.forks) for plan in plans)
         for life in cluster.lives.values():
             self.seen[str(life.reason)] += 1
+            guilty = life.reason == "error" and life.request.number in cluster.poison
+            self.seen["ended by its poison"] += guilty
         return cluster.check_outputs()
 
 
@@ -205,7 +211,7 @@ def test_random_lives(placement: str, mode: tuple[str, str], depth: int) -> None
         if ended >= LIVES_OF_A_KIND:
             break
     everything = {"asked", "aborted", "drained", "preempted", "moved", "hits", "forked",
-                  "length", "stop", "error", "died"}  # fmt: skip
+                  "length", "stop", "error", "died", "ended by its poison"}  # fmt: skip
     assert everything <= {what for what, count in seen.items() if count}, f"too tame: {seen}"
 
 
