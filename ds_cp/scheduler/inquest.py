@@ -2,39 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 from ds_cp.scheduler.recovery import Flight
 
-SUSPECT, GUILTY = 2, 3  # interruptions in a row
+SUSPECT, GUILTY = 2, 3  # interruptions
 
 
 class Inquest:
     """Finds the request whose steps end workers.
 
-    Whoever was in flight in ``SUSPECT`` interruptions in a row, with no step done between them, is
-    suspect. Suspects run one at a time, before anyone else does. Who gets through a step is free;
-    who is alone in the last of ``GUILTY`` interruptions is at fault. Workers that are ended by
-    somebody else, one by one and faster than a step is done, look the same.
+    Whoever was in flight in ``SUSPECT`` interruptions, with no step of its own done between them,
+    is suspect. Suspects run one at a time, before anyone else does. Who gets through a step is
+    free; who is alone in flight in the last of ``GUILTY`` interruptions is at fault. Workers that
+    are ended by somebody else, faster than a step is done, look the same.
     """
 
     def __init__(self) -> None:
         self.suspects: set[int] = set()
-        self._times: dict[int, int] = {}  # interruptions in a row, of requests in flight in each
+        self._times: dict[int, int] = {}  # interruptions since its last step, of each request
 
-    def interrupted(self, flights: Iterable[Flight]) -> int | None:
-        """The request that is at fault, if that is known now."""
+    def interrupted(self, flights: Iterable[Flight], alive: Container[int]) -> int | None:
+        """The request that is at fault, if that is known now. ``alive``: those that have not
+        ended."""
         requests = {number for flight in flights for number in flight.requests}
-        times = {number: self._times.get(number, 0) + 1 for number in requests}
-        kept = {n: t for n, t in self._times.items() if n in self.suspects and n not in times}
-        self._times = times | kept
-        self.suspects |= {number for number, count in times.items() if count >= SUSPECT}
-        if len(requests) == 1 and max(times.values()) >= GUILTY:
-            self.suspects -= requests
-            return requests.pop()
+        for number in requests:
+            self._times[number] = self._times.get(number, 0) + 1
+        self._times = {n: times for n, times in self._times.items() if n in alive}
+        self.suspects = {n for n, times in self._times.items() if times >= SUSPECT}
+        if len(requests) == 1:
+            (number,) = requests
+            if self._times.get(number, 0) >= GUILTY:
+                self.suspects.discard(number)
+                return number
         return None
 
     def done(self, flight: Flight) -> None:
         """A step has ended."""
-        self.suspects.difference_update(flight.requests)
-        self._times = {number: self._times[number] for number in self.suspects}
+        if self._times:
+            self.suspects.difference_update(flight.requests)
+            for number in flight.requests:
+                self._times.pop(number, None)

@@ -271,7 +271,8 @@ class Scheduler:
         is under way any more. What was planned and not reported counts as not done; running
         requests are computed again from there on, with the same tokens. Returns those that are
         ended instead, since their steps end workers."""
-        at_fault = self._inquest.interrupted(self._in_flight.values())
+        alive = {request.number for request in (*self.running, *self.waiting)}
+        at_fault = self._inquest.interrupted(self._in_flight.values(), alive)
         guilty = [request for request in self.running if request.number == at_fault]
         for request in guilty:
             self.finish(request, "error")

@@ -197,8 +197,6 @@ class Cluster:
         self.before: deque[list[list[int | None]]] = deque()  # memories before each flying step
         self.again: set[int] = set()  # requests that ranks have forgotten, and begin again
         self.poison: set[int] = set()  # requests whose steps kill the worker of rank 0
-        self.applied = 0  # steps whose outcome is known
-        self.applied_at_death = -1
         self.seconds: Callable[[StepPlan], float] = lambda plan: 0.0
         self._answers: dict[str, list[Life]] = {}
         self._asked = 0
@@ -263,7 +261,6 @@ class Cluster:
     def die(self, lost: Collection[int], is_done: Callable[[], bool]) -> None:
         """The workers of ``lost`` are new and empty, and all have met again. Of what the steps in
         flight write, ``is_done`` says slot by slot whether it was; their tokens are lost."""
-        self.applied_at_death = self.applied
         for life in self.lives.values():
             request = life.request
             if life.reason is None and not life.aborted:
@@ -362,7 +359,6 @@ class Cluster:
         return plans
 
     def _apply(self, outcome: Outcome) -> None:
-        self.applied += 1
         for delta in self.core.apply(outcome):
             self._receive(delta)
 

@@ -156,8 +156,8 @@ class Session:
     def die(self) -> None:
         """Some ranks lose their workers, or none when just an exchange failed; all meet again."""
         cluster, pick = self.cluster, self.pick
-        if cluster.flying and cluster.applied == cluster.applied_at_death:
-            return  # twice in a row would be the fault of who runs
+        if max(cluster.scheduler._inquest._times.values(), default=0) > 1:
+            return  # once more would look like the fault of who runs
         ranks = range(len(cluster.blocks))
         lost = [rank for rank in ranks if pick(0, len(cluster.blocks)) == 0]
         self.seen["died"] += bool(lost and cluster.scheduler.running)
