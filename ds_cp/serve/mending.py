@@ -168,6 +168,8 @@ class Mending:
             say(f"warning: {said.cause}; another worker takes its place, requests go on")
             actions = found.died(rank, said.cause, steps, now)
         elif isinstance(said, Left):
+            if was_whole and said.known:
+                say(f"warning: {said.cause}; the ranks meet again, requests go on")
             actions = found.left(rank, said.generation, said.cause, steps, now)
         elif isinstance(said, Loaded):
             actions = found.loaded(rank, now)

@@ -33,10 +33,12 @@ class Meet(msgspec.Struct, frozen=True, tag="meet"):
 
 
 class Left(msgspec.Struct, frozen=True, tag="left"):
-    """The worker is in no group any more, of this generation or of an earlier one."""
+    """The worker is in no group any more, of this generation or of an earlier one. ``known``: the
+    cause is more than the loss of a peer: a step has failed on the rank that it names."""
 
     generation: int
     cause: str
+    known: bool = False
 
 
 class Loaded(msgspec.Struct, frozen=True, tag="loaded"):

@@ -1,16 +1,19 @@
-"""The life of a worker process once it has loaded: it runs plans, and when a rank is gone it
-leaves, waits, meets the others again, and goes on with its model and KV."""
+"""The life of a worker process once it has loaded: it runs plans, and when a rank is gone, or a
+step has failed on one, it leaves, waits, meets the others again, and goes on with its model and
+KV."""
 
 from __future__ import annotations
 
 import os
 import signal
+import traceback
 from functools import partial
 from typing import TYPE_CHECKING
 
 from ds_cp.config import Config
-from ds_cp.errors import CommError
+from ds_cp.errors import CommError, DsCpError, RankFailedError
 from ds_cp.facts import Facts
+from ds_cp.log_stream import drain_streams
 from ds_cp.serve.channel import Channel, Interrupted, Result, Resumed
 from ds_cp.serve.orders import MAX_CAUSE, Left, Met, Orders
 from ds_cp.topology.job import Job
@@ -48,10 +51,10 @@ class WorkerLife:
                 with self._worker.failing():  # the end of the channel too
                     self._serve()
                 return
-            except CommError as err:
+            except (CommError, RankFailedError) as err:
                 if self._orders is None:
                     raise
-                self._say_left(str(err))
+                self._say_left(err)
             self.meet()
 
     def _serve(self) -> None:
@@ -75,13 +78,20 @@ class WorkerLife:
             sent = {k: (e.bytes, e.exchanges) for k, e in worker.world.ledger.schemes().items()}
             channel.send(Result(outcome, sent))
 
-    def _say_left(self, cause: str) -> None:
+    def _say_left(self, err: CommError | RankFailedError) -> None:
         assert self._orders is not None
-        if not self._worker.world.has_left:  # some call of a library does not come back
+        world, cause = self._worker.world, str(err)[:MAX_CAUSE]
+        known = isinstance(err, RankFailedError)
+        is_mine = known and not isinstance(err.__cause__, DsCpError)  # raised here, in a step
+        if is_mine:
+            traceback.print_exception(err.__cause__)
+        # A call of a library that does not come back; a device that an error has made useless.
+        if not world.has_left or (is_mine and world.device.type == "cuda"):
+            drain_streams()
             os.kill(os.getpid(), signal.SIGKILL)  # another worker takes this one's place
         if self._job.rank == 0:
-            self._channel.send(Interrupted(self._generation, cause[:MAX_CAUSE]))
-        self._orders.tell(Left(self._generation, cause[:MAX_CAUSE]))
+            self._channel.send(Interrupted(self._generation, cause))
+        self._orders.tell(Left(self._generation, cause, known))
 
     def meet(self) -> None:
         """Wait to be called, and join the others. Raises what ends the job."""

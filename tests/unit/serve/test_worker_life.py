@@ -7,12 +7,12 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
-from ds_cp.errors import CommError, ModelError
+from ds_cp.errors import CommError, ModelError, RankFailedError
 from ds_cp.plan import Idle, Outcome, Plan, StepPlan, Stop, decode_plan
 from ds_cp.serve.channel import Channel, FromWorker, Interrupted, Result, Resumed
 from ds_cp.serve.orders import Leave, Left, Loaded, Meet, Met, Orders, Word
@@ -22,10 +22,12 @@ from ds_cp.topology.job import Job
 JOB = Job(0, 2, 0, 2, None, "here", "torchrun", "127.0.0.1", 0)
 NOTHING: Any = None
 BREAKS = 13  # a step in which a peer is lost
+FAILS, FAILS_ELSEWHERE = 23, 33  # steps in which something is raised, here or on another rank
 
 
 class World:
     has_left = True
+    device = SimpleNamespace(type="cpu")
 
     def __init__(self, born: tuple[int, ...] = (0, 0)) -> None:
         self.born = born
@@ -55,6 +57,13 @@ class Worker:
             return None
         if isinstance(plan, StepPlan) and plan.step == BREAKS:
             raise CommError("a peer is gone")
+        if isinstance(plan, StepPlan) and plan.step == FAILS:
+            try:
+                raise IndexError("index 7 of 3")
+            except IndexError as err:
+                raise RankFailedError("rank 0 on here: IndexError: index 7 of 3") from err
+        if isinstance(plan, StepPlan) and plan.step == FAILS_ELSEWHERE:
+            raise RankFailedError("rank 1 on there: it") from CommError("a peer is gone")
         return Outcome(plan.step if isinstance(plan, StepPlan) else 0)
 
 
@@ -175,3 +184,23 @@ def test_what_is_wrong_with_the_job_ends_it(monkeypatch: pytest.MonkeyPatch) -> 
     one.supervisor.send(Meet(1))
     one.end()
     assert isinstance(one.error, ModelError)
+
+
+@pytest.mark.parametrize(
+    ("step", "cause"),
+    [(FAILS, "rank 0 on here: IndexError: index 7 of 3"), (FAILS_ELSEWHERE, "rank 1 on there: it")],
+)
+def test_a_step_that_fails_on_one_rank(
+    step: int, cause: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The cause is told, the traceback is where it was raised, and the process goes on."""
+    one = Played(monkeypatch)
+    one.engine.send_plan(StepPlan(step), 0)
+    assert one.result() == Interrupted(0, cause)
+    assert one.said() == Left(0, cause, known=True)
+    one.supervisor.send(Meet(1))
+    assert one.said() == Met(1)
+    one.engine.send_plan(Stop(), 1)
+    one.end()
+    assert one.error is None
+    assert ("IndexError: index 7 of 3" in capsys.readouterr().err) == (step == FAILS)
