@@ -191,13 +191,14 @@ class Comm(Section):
 
 
 class FaultTolerance(Section):
-    """What happens when the worker of a rank dies."""
+    """What happens when the worker of a rank dies, or a step fails on one."""
 
     max_restarts: Annotated[int, Field(ge=0, le=1000)] = Field(
         default=3,
         description="interruptions in a row, without a step done between them, that the job "
-        "outlives: a worker that dies is replaced, the ranks meet again, and requests go on; 0: "
-        "the first death ends the job, as it does on several hosts and with tp_size above 1",
+        "outlives: a worker that dies is replaced, the ranks meet again, and requests go on; from "
+        "3 on, a request whose steps end workers is found and ended before the job; 0: the first "
+        "death ends the job, as it does on several hosts and with tp_size above 1",
         json_schema_extra=unit_of("interruptions"),
     )
     hang_s: Annotated[float, Field(ge=1, le=86400)] | None = Field(
