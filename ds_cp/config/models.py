@@ -202,9 +202,9 @@ class FaultTolerance(Section):
         json_schema_extra=unit_of("interruptions"),
     )
     hang_s: Annotated[float, Field(ge=1, le=86400)] | None = Field(
-        default=None,
-        description="time that a step may take before all ranks are asked to leave it; a worker "
-        "that does not is replaced, and the step is done again; null: comm.timeout_s bounds it",
+        default=30.0,
+        description="time without a sign of life, which a thread of a worker gives whatever that "
+        "does, after which the worker is taken for dead, ended and replaced; null: for ever",
         json_schema_extra=unit_of("seconds"),
     )
     spare_after_s: Annotated[float, Field(ge=0, le=86400)] | None = Field(

@@ -101,13 +101,6 @@ class Generations:
         self._enter(rank, State.OUT, now)
         return [*self._interrupt(now), *self._meet(cause, now)]
 
-    def stuck(self, cause: str, steps: int, now: float) -> list[Action]:
-        """The ranks do not come on, and nobody knows who is at fault: who cannot leave is."""
-        if not self.is_whole:
-            return []
-        self._begin(steps)
-        return [self._give_up(cause)] if self._is_hopeless else self._interrupt(now)
-
     def loaded(self, rank: int, now: float) -> list[Action]:
         """The new worker of ``rank`` has its model."""
         if self.states[rank] is not State.LOADING:
@@ -135,7 +128,7 @@ class Generations:
             seconds, what = limits[state]
             if now - self._since[rank] >= seconds:
                 self._since[rank] = now  # its end is to come
-                actions.append(Kill(rank, f"it {what} within {seconds:g} s"))
+                actions.append(Kill(rank, f"{what} within {seconds:g} s"))
         return actions
 
     def _begin(self, steps: int) -> None:

@@ -98,6 +98,11 @@ class Mending:
         if self.worker is not None:
             self.worker.replace(self._seat.channel)
 
+    def look(self) -> None:
+        """From time to time: whether the worker of this rank lives."""
+        if self._hang_s is not None and self._supervisor.mends:
+            self._seat.check(self._hang_s)
+
     def end_if_out(self) -> None:
         """The job ends: no meeting follows for which a worker might wait."""
         if self._is_out and self._seat.process.poll() is None:
@@ -131,28 +136,11 @@ class Mending:
     def _on_asked(self, asked: Asked) -> None:
         """Rank 0 asks something of this rank's worker."""
         if isinstance(asked, End):
-            say(f"warning: the worker of rank {self._job.rank} is ended: {asked.why}")
-            self._seat.process.kill()
+            self._seat.end(asked.why)
         else:
             self._seat.tell(asked)
 
     # --- on rank 0
-
-    def look(self) -> None:
-        """From time to time: whether the ranks come on."""
-        if self._hang_s is None or self.worker is None or not self._supervisor.mends:
-            return
-        if self.worker.age_s >= self._hang_s and self._generations.is_whole:
-            cause = f"a step takes longer than fault_tolerance.hang_s, {self._hang_s:g} s"
-            say(f"warning: {cause}; all ranks are to leave it, and who cannot is replaced")
-            self._begin(self._generations.stuck(cause, self.worker.steps_done, time.monotonic()))
-
-    def _begin(self, actions: list[Action]) -> None:
-        """An interruption begins."""
-        self._began = time.monotonic()
-        self._carry_out(actions)
-        if self._ticking is None:
-            self._ticking = asyncio.create_task(self._tick())
 
     def _on_said(self, rank: int, said: Said) -> None:
         """Something has happened to the worker of a rank."""
@@ -177,12 +165,13 @@ class Mending:
             assert isinstance(said, Met)
             actions = found.met(rank, said.generation, now)
         if was_whole and not found.is_whole:
-            self._begin(actions)
-            return
+            self._began = now
         self._carry_out(actions)
         if found.is_whole and not was_whole:
             seconds = time.monotonic() - self._began
             say(f"all ranks have met again (generation {found.generation}, {seconds:.1f} s)")
+        elif not found.is_whole and self._ticking is None:
+            self._ticking = asyncio.create_task(self._tick())
 
     def _carry_out(self, actions: list[Action]) -> None:
         for action in actions:

@@ -32,6 +32,14 @@ class Meet(msgspec.Struct, frozen=True, tag="meet"):
     generation: int
 
 
+class Ping(msgspec.Struct, frozen=True, tag="ping"):
+    """Give a sign of life."""
+
+
+class Pong(msgspec.Struct, frozen=True, tag="pong"):
+    """A sign of life: the process runs, whatever it does."""
+
+
 class Left(msgspec.Struct, frozen=True, tag="left"):
     """The worker is in no group any more, of this generation or of an earlier one. ``known``: the
     cause is more than the loss of a peer: a step has failed on the rank that it names."""
@@ -51,8 +59,8 @@ class Met(msgspec.Struct, frozen=True, tag="met"):
     generation: int
 
 
-Order = Leave | Meet
-Word = Left | Loaded | Met
+Order = Leave | Meet | Ping
+Word = Left | Loaded | Met | Pong
 MAX_CAUSE = 500  # characters of a cause, at most
 
 
@@ -62,6 +70,7 @@ class Orders:
     def __init__(self, sock: socket.socket) -> None:
         self._channel = Channel(sock)
         self._lock = threading.Lock()
+        self._speaks = threading.Lock()
         self._generation = 0  # that this worker is in, and
         self._abandon: Callable[[], None] | None = None  # what makes it leave that
         self._told = -1  # the last generation that it was told to leave
@@ -74,7 +83,7 @@ class Orders:
     def tell(self, word: Word) -> None:
         """Say one word; nothing happens when the supervisor is gone, with which this worker
         ends."""
-        with contextlib.suppress(EngineDeadError):
+        with self._speaks, contextlib.suppress(EngineDeadError):
             self._channel.send(word)
 
     def attend(self, generation: int, abandon: Callable[[], None]) -> None:
@@ -115,6 +124,9 @@ class Orders:
         with contextlib.suppress(EngineDeadError):
             while True:
                 order = self._channel.receive(Order)
+                if isinstance(order, Ping):
+                    self.tell(Pong())
+                    continue
                 if isinstance(order, Meet):
                     self._meetings.put(order.generation)
                     continue

@@ -16,12 +16,14 @@ from ds_cp.errors import DsCpError, EngineDeadError
 from ds_cp.facts import Facts
 from ds_cp.log_stream import say
 from ds_cp.serve.channel import Channel
-from ds_cp.serve.orders import Order, Word
+from ds_cp.serve.orders import Order, Ping, Pong, Word
 from ds_cp.serve.worker_child import Child, describe_end, ended, worker_child
 from ds_cp.topology.job import Job
 
 POLL_S = 0.1  # seconds between looks at the worker, where the kernel does not tell of its end
 LOOK_S = 0.02  # seconds between looks at whether another worker is here
+SIGNS = 4  # that a worker is asked for in the time in which it has to give one
+GAP_S = 1.0  # seconds between looks at the worker, above which this process did not run
 
 
 class Seat:
@@ -40,6 +42,11 @@ class Seat:
         self._spare: tuple[contextlib.ExitStack, Child] | None = None
         self._timer: asyncio.TimerHandle | None = None  # until there is a spare one
         self._facts: Facts | None = None  # of the start
+        self._why = ""  # this process has ended the worker
+        # In time.monotonic(): the last ``check``, the last ping, the first one without an answer.
+        self._checked = 0.0
+        self._asked: float | None = None
+        self._unanswered: float | None = None
 
     def __enter__(self) -> Seat:
         self._stack, self._child = self._start(waits=False)
@@ -96,8 +103,29 @@ class Seat:
                 look()
         return since
 
+    def end(self, why: str) -> None:
+        """Kill the worker, which ``why`` says: it "did not leave within 10 s"."""
+        self._why = why
+        self.process.kill()
+
+    def check(self, hang_s: float) -> None:
+        """To be called often: ask the worker for a sign of life, and end it when it gives none for
+        ``hang_s`` seconds. The time in which this process did not run does not count."""
+        now = time.monotonic()
+        if now - self._checked > GAP_S:
+            self._asked = self._unanswered = None
+        self._checked = now
+        if self._asked is None or now - self._asked >= hang_s / SIGNS:
+            self.tell(Ping())
+            self._asked = now
+            self._unanswered = self._unanswered or now
+        if self._unanswered is not None and now - self._unanswered >= hang_s:
+            self.end(f"gave no sign of life for {hang_s:g} s")
+
     def cause(self, process: subprocess.Popen[bytes]) -> str:
         """How a worker of this rank, which has ended, did."""
+        if self._why:
+            return f"the worker of rank {self._job.rank} {self._why} and was ended"
         how = describe_end(process.returncode)
         return f"the worker of rank {self._job.rank} was ended by {how}"
 
@@ -119,6 +147,7 @@ class Seat:
         if self._spare is not None and self._spare[1].process.poll() is not None:
             self._spare[0].close()  # it has died too
             self._spare = None
+        self._why, self._asked, self._unanswered = "", None, None
         preloaded = self._spare is not None and self._preloads
         self._stack, self._child = self._spare or self._start(waits=True)
         self._spare = None
@@ -180,5 +209,9 @@ class Seat:
         threading.Thread(target=hear, name="ds_cp worker's words", daemon=True).start()
 
     def _heard(self, child: Child, word: Word) -> None:
-        if child is self._child:  # or it is the last word of one that has died
+        if child is not self._child:  # the last word of one that has died
+            return
+        if isinstance(word, Pong):
+            self._unanswered = None
+        else:
             self.on_word(word)

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import queue
-import time
-from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -86,17 +84,8 @@ class ProcessLink:
         self._outlives = outlives
         self._may_resume = False  # once it was ready
         self.steps_done = 0
-        self._submitted: deque[float] = deque()  # plans without an outcome, in time.monotonic()
         self._generation = 0
         self._next: queue.SimpleQueue[Channel] = queue.SimpleQueue()
-
-    @property
-    def age_s(self) -> float:
-        """Seconds since the oldest plan without an outcome was handed over; 0 without one. For any
-        thread."""
-        with contextlib.suppress(IndexError):
-            return time.monotonic() - self._submitted[0]
-        return 0.0
 
     def replace(self, channel: Channel) -> None:
         """From another thread: a new worker takes the place of the one that has died."""
@@ -121,19 +110,16 @@ class ProcessLink:
             self._channel.send_plan(plan, self._generation)
         except EngineDeadError as err:
             raise self._lost(err) from err
-        self._submitted.append(time.monotonic())
 
     def outcome(self) -> Outcome:
         """The oldest plan's outcome."""
         result: Result = self._expect(Result)
         self._sent = result.sent
-        self._submitted.popleft()
         self.steps_done += result.outcome.step > 0
         return result.outcome
 
     def resume(self) -> Resumed:
         """Wait until all ranks have met again, after ``InterruptedStepsError``."""
-        self._submitted.clear()
         while True:
             if self._channel is None:
                 self._channel = self._next.get()

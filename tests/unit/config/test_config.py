@@ -73,7 +73,7 @@ DEFAULTS = {
     "server.tokenize_timeout_s": 30,
     "server.keep_alive_s": 5,
     "fault_tolerance.max_restarts": 3,
-    "fault_tolerance.hang_s": None,
+    "fault_tolerance.hang_s": 30,
     "fault_tolerance.spare_after_s": 30,
     "fault_tolerance.spare_model": False,
     "trace.file": None,

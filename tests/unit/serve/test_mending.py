@@ -61,6 +61,7 @@ class Played:
         self.lives = 0
         self.still = False
         self.dead = False
+        self.why = ""
         self.channel = self.process = self  # type: ignore[assignment]
 
     def poll(self) -> int | None:
@@ -70,6 +71,10 @@ class Played:
         self.dead, self.generation, self.still = True, None, False
         self.room.leave(self)
         asyncio.get_running_loop().call_soon(self.on_death)
+
+    def end(self, why: str) -> None:
+        self.why = why
+        self.kill()
 
     def replace(self) -> None:
         self.dead = False
@@ -114,7 +119,6 @@ class Link:
     """Rank 0's way to its worker."""
 
     steps_done = 0
-    age_s = 0.0
 
     def replace(self, channel: Any) -> None:
         pass
@@ -219,22 +223,18 @@ def test_an_exchange_fails_and_nobody_has_died() -> None:
     Three().run(work)
 
 
-def test_who_stands_still_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_does_not_leave_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generations, "LEAVE_S", 0.3)
     monkeypatch.setattr(mending, "TICK_S", 0.05)
 
     async def work(three: Three) -> None:
         three.seats[1].still = True
-        three.worker.age_s = 4.9
-        three.mendings[0].look()
-        assert three.mendings[0]._generations.is_whole
-        three.worker.age_s = 5.0
-        three.mendings[0].look()
-        three.worker.age_s = 0.0
+        three.seats[2].kill()
         await three.met(1)
-        assert three.lives == [0, 1, 0]
+        assert three.lives == [0, 1, 1]
+        assert three.seats[1].why == "did not leave within 0.3 s"
 
-    Three(hang_s=5).run(work)
+    Three().run(work)
 
 
 def test_deaths_in_a_row_end_the_job() -> None:

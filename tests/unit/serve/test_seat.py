@@ -7,6 +7,7 @@ import socket
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from ds_cp.errors import ModelError
 from ds_cp.facts import Facts
 from ds_cp.serve import seat as seat_module
 from ds_cp.serve.channel import Channel
-from ds_cp.serve.orders import Loaded, Word
+from ds_cp.serve.orders import Loaded, Order, Ping, Pong, Word
 from ds_cp.serve.seat import Seat
 from ds_cp.topology.job import Job
 from tests.unit.serve.test_async_engine import FACTS
@@ -162,5 +163,63 @@ def test_words_of_the_dead_are_not_heard(monkeypatch: pytest.MonkeyPatch) -> Non
             await asyncio.sleep(0.005)
         await asyncio.sleep(0)
         assert len(heard) == 2
+
+    Played(monkeypatch, spare_after_s=None).run(work)
+
+
+def test_a_sign_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that answers lives; one that does not is ended, and the next one is asked anew."""
+    monkeypatch.setattr(seat_module, "GAP_S", 60.0)  # a busy machine
+
+    async def work(one: Played) -> None:
+        while len(asked) < 6:
+            one.seat.check(0.2)
+            await asyncio.sleep(0.005)
+            worker = one.children[-1]
+            worker.its_orders.sock.setblocking(False)
+            while True:
+                try:
+                    worker.its_orders.sock.recv(1, socket.MSG_PEEK)
+                except BlockingIOError:
+                    break
+                worker.its_orders.sock.setblocking(True)
+                asked.append(worker.its_orders.receive(Order))
+                worker.its_orders.sock.setblocking(False)
+                worker.its_orders.send(Pong())
+        assert not one.children[0].dead
+        while not one.children[0].dead:
+            one.seat.check(0.2)
+            await asyncio.sleep(0.005)
+        one.children[0].returncode = -9
+        assert one.seat.cause(one.seat.process) == (
+            "the worker of rank 1 gave no sign of life for 0.2 s and was ended"
+        )
+        one.seat.replace()
+        one.seat.check(0.2)
+        assert not one.children[1].dead
+        one.children[1].returncode = -9
+        assert "was ended by SIGKILL" in one.seat.cause(one.seat.process)
+
+    asked: list[object] = []
+    Played(monkeypatch, spare_after_s=None).run(work)
+    assert set(asked) == {Ping()}
+
+
+def test_time_in_which_the_supervisor_did_not_run_does_not_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All of the job was stopped, as by Ctrl-Z, and goes on."""
+    now = [100.0]
+    monkeypatch.setattr(seat_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    async def work(one: Played) -> None:
+        for seconds in (0.1, 0.1, 500.0, 0.1, 0.9):
+            now[0] += seconds
+            one.seat.check(10.0)
+        assert not one.children[0].dead
+        for _ in range(20):
+            now[0] += 0.6
+            one.seat.check(10.0)
+        assert one.children[0].dead
 
     Played(monkeypatch, spare_after_s=None).run(work)
