@@ -208,10 +208,11 @@ class FaultTolerance(Section):
         json_schema_extra=unit_of("seconds"),
     )
     spare_after_s: Annotated[float, Field(ge=0, le=86400)] | None = Field(
-        default=30.0,
+        default=None,
         description="time after the start from which a process that has its libraries loaded, and "
         "no model, waits beside each worker to take its place, so that a death costs the loading "
-        "of the model alone; it takes some 300 MiB of memory, most of it shared; null: none waits",
+        "of the model alone; it takes some 300 MiB of memory, a part of it shared; null: none "
+        "waits, and a death costs the start of a process too, some seconds",
         json_schema_extra=unit_of("seconds"),
     )
     spare_model: bool = Field(

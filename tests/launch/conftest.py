@@ -52,7 +52,6 @@ def config(tiny: Path, tmp_path: Path) -> Write:
             "dtype": "fp32",
             "kv_cache": {"tokens_per_rank": 64, "block_size": 16},
             "server": {"port": 0, "served_model_name": "tiny"},
-            "fault_tolerance": {"spare_after_s": None},  # one worker process for each rank
         }
         file = tmp_path / "config.json"
         file.write_text(json.dumps(whole | sections))
