@@ -35,7 +35,7 @@ def meet_again(
     may be called again. ``TopologyError``, ``ModelError``, on all ranks, when one of them is not
     what was there at the start.
     """
-    left = worker.world if worker.world.size > 1 else None
+    left = worker.world if worker.world.raw_store is not None else None  # or it loaded alone
     world, _ = join_job(
         job, config, generation, born, left, min(ARRIVE_S, config.comm.timeout_s), given_up
     )  # fmt: skip
