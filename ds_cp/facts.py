@@ -51,6 +51,13 @@ class Facts:
     windows: tuple[tuple[int, int], ...] = ()  # (window, number of layers that have it)
     kv_reason: str = ""  # what decided rank 0's KV budget
     packed: bool = False  # whether the linear layers of this rank are
+    layer_weights: int = 0  # of ``weights`` those of the layers alone; 0: not known
+    stored_weights: int = 0  # those of the layers, with the experts that a token does not pass
+    head_weights: int = 0  # parameters that turn a hidden state into logits
+    bytes_per_s: float = 0.0  # of weights, by one row on rank 0, while all ranks read; 0: not known
+    alone_bytes_per_s: float = 0.0  # the same while the others wait
+    layer_s: float = 0.0  # seconds of a layer beside its work
+    hop_s: float = 0.0  # seconds that a hop of a ring adds to that, the wire's latency and all
 
     def with_tokenizer(self, end_tokens: Iterable[int], size: int | None) -> Facts:
         """These facts beside a tokenizer of ``size`` tokens (``None``: not known) that names

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter as Counts
 from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 
+from ds_cp.api.answer_metrics import AnswerMetrics
 from ds_cp.api.media_types import Offer, choose
 from ds_cp.engine.interface import EngineInterface, EngineStats
 from ds_cp.outputs import EndedRequest
@@ -46,6 +48,7 @@ class ServerMetrics:
         self._name = model_name
         self._registry = CollectorRegistry()
         self._registry.register(EngineCollector(engine, model_name))
+        self.answers = AnswerMetrics(self._registry, model_name)
         self._ttft = self._histogram(
             "time_to_first_token",
             "From the arrival of a request to its first token.",
@@ -66,6 +69,8 @@ class ServerMetrics:
         self._tokens = [
             (self._histogram(name, text, _TOKENS, unit=""), of) for name, text, of in _ENDED_TOKENS
         ]
+        self._answers = AnswersCollector(engine, model_name)
+        self._registry.register(self._answers)
         self._ignored = Counter(
             "ds_cp:ignored_fields",
             "Fields of requests that were ignored because no part of the protocol knows them.",
@@ -107,6 +112,10 @@ class ServerMetrics:
                 histogram.labels(name).observe(seconds)
         for histogram, count in self._tokens:
             histogram.labels(name).observe(count(request))
+
+    def answered(self, method: str, handler: str, status: int) -> None:
+        """An HTTP answer has begun. ``handler``: the path of its route."""
+        self._answers.counts[method, handler, status] += 1
 
     def ignored_fields(self, count: int) -> None:
         """A request had ``count`` unknown fields that were ignored."""
@@ -151,6 +160,33 @@ _ENDED_TOKENS: tuple[tuple[str, str, Callable[[EndedRequest], int]], ...] = (
     ("request_prompt_tokens", "Prompt tokens of an answer.", lambda r: r.prompt_tokens),
     ("request_generation_tokens", "Tokens of an answer.", lambda r: r.new_tokens),
 )
+
+
+class AnswersCollector:
+    """HTTP answers; they begin before there is an engine that has a name."""
+
+    def __init__(self, engine: EngineInterface, model_name: Callable[[], str]) -> None:
+        self.counts: Counts[tuple[str, str, int]] = Counts()
+        self._engine = engine
+        self._name = model_name
+
+    def describe(self) -> Iterable[Metric]:
+        """No families in advance: registering must not read an engine that is still starting."""
+        return ()
+
+    def collect(self) -> Iterable[Metric]:
+        """The family of one scrape."""
+        if self._engine.state == "starting":
+            return
+        family = CounterMetricFamily(
+            "ds_cp:http_requests",
+            "HTTP answers by method, route and status; /health, /ready and /metrics are left out.",
+            labels=("model_name", "method", "handler", "status"),
+        )
+        name = self._name()
+        for (method, handler, status), count in sorted(self.counts.items()):
+            family.add_metric((name, method, handler, str(status)), count)
+        yield family
 
 
 class EngineCollector:

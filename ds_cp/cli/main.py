@@ -16,7 +16,7 @@ from typing import NoReturn
 from ds_cp.cli.bench import add_bench
 from ds_cp.cli.chat import add_chat
 from ds_cp.cli.completion import add_completion
-from ds_cp.cli.output import flush, prepare_streams, say
+from ds_cp.cli.output import drop_unread, flush, prepare_streams, say
 from ds_cp.cli.parser import Parser
 from ds_cp.cli.sizing import add_plan
 from ds_cp.cli.top import add_top
@@ -63,6 +63,7 @@ def main(argv: Sequence[str] | None = None, *, own_process: bool = False) -> int
             time.sleep(HEAD_START_S)
         return err.exit_code
     except KeyboardInterrupt:
+        drop_unread()
         return INTERRUPTED
     except Exception as err:
         traceback.print_exc()

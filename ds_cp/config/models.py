@@ -232,8 +232,9 @@ class Trace(Section):
     )
     max_events: Annotated[int, Field(ge=10_000, le=10_000_000)] = Field(
         default=100_000,
-        description="spans that each rank keeps, in 35 bytes each, of the first steps; a step of "
-        "30 layers has about 300; later steps are left out, and counted",
+        description="spans that each rank keeps, in 33 bytes each, of the first steps; a step of "
+        "30 layers has about 300; later steps are left out, and counted; at the end rank 0 writes "
+        "all ranks' spans, some 10 seconds a million, and ds-cp waits as long as the file grows",
         json_schema_extra=unit_of("spans"),
     )
 

@@ -67,16 +67,27 @@ def cost_model(facts: Facts) -> CostModel | None:
     nothing to choose, and on ranks other than 0, which measured no link and choose nothing."""
     if not facts.links or not all(link.gb_per_s for link in facts.links):
         return None
+    most = max(map(facts.hosts.count, facts.hosts))
+    readers = max(1, min(facts.ranks_at_once, most) // facts.tp_size)  # groups of a host at once
+    alone = min(facts.alone_bytes_per_s, facts.bytes_per_s * readers)  # of a group: one rank or tp
+    latency = max(link.latency_us for link in facts.links) * 1e-6
     return CostModel(
         flops_per_s=facts.flops_per_s,
         bytes_per_s=min(link.gb_per_s for link in facts.links) * 1e9,
-        latency_s=max(link.latency_us for link in facts.links) * 1e-6,
+        latency_s=latency,
         num_layers=facts.num_layers,
         num_q_heads=facts.num_q_heads // facts.tp_size,
         num_kv_heads=facts.num_kv_heads // facts.tp_size,
         head_dim=facts.head_dim,
-        weights=facts.weights,
+        weights=facts.layer_weights or facts.weights,
         element=4 if facts.dtype == "float32" else 2,
         windows=facts.windows,
         in_background=any(link.in_background for link in facts.links),
+        memory_bytes_per_s=facts.bytes_per_s or float("inf"),
+        alone_bytes_per_s=alone or None,
+        readers=readers,
+        layer_s=facts.layer_s,
+        hop_s=max(0.0, facts.hop_s - latency),
+        head=facts.head_weights,
+        stored=facts.stored_weights,
     )

@@ -100,6 +100,24 @@ class Draft:
         )
         return most if done else max(most, self._pacer.tuning.least_chunk_tokens)
 
+    def work_of(self, share: float, tokens: int, past: int) -> float:
+        """Work of a rank that computes ``share`` of ``tokens`` tokens after ``past`` ones."""
+        if self._pacer is None or not tokens:
+            return share
+        return share / tokens * self._pacer.work(tokens, tokens, past)
+
+    def tokens_of(self, work: float, past: int, ranks: int) -> int:
+        """How many tokens after ``past`` ones are so much work on each of ``ranks`` ranks."""
+        if self._pacer is None:
+            return int(work * ranks)
+        return self._pacer.tokens(work, past, ranks)
+
+    def work_left(self) -> list[float]:
+        """Work that each rank may still do."""
+        if self._pacer is None:
+            return [float(tokens) for tokens in self.left]
+        return [max(self._allowance - work, 0.0) for work in self.work]
+
     def chunk(self, cut: Cut, past: int) -> None:
         """Enter a chunk that comes after ``past`` stored tokens, and charge the ranks for it."""
         self._chunks.append(cut.chunk)

@@ -1,6 +1,7 @@
 """Decides which requests run in the next step, and where every token goes. No torch.
 
-First come first served within a priority. Each step carries a token of every decoding request
+First come first served within a priority and a client; clients of one priority have equal shares
+(``fairness``). Each step carries a token of every decoding request
 and, in what the budget of each rank leaves, the next chunks of prompts. It never waits for a
 token's value: a draw that is under way counts as a token, so the next step can be planned while one
 runs. When no rank has a block left, the youngest request of the lowest priority is preempted: its
@@ -21,6 +22,7 @@ from ds_cp.scheduler.admission import Limits, check_request, fit_max_tokens
 from ds_cp.scheduler.block_manager import BlockManager
 from ds_cp.scheduler.decode import DecodePlanner
 from ds_cp.scheduler.draft import Draft
+from ds_cp.scheduler.fairness import ANSWER, Turns
 from ds_cp.scheduler.forgotten import Forgotten
 from ds_cp.scheduler.inquest import Inquest
 from ds_cp.scheduler.migration import Migration
@@ -62,8 +64,9 @@ class Scheduler:
         self._decode = DecodePlanner(
             limits, self.block_manager, policy, self.running, self.waiting, self._preempt_for
         )
+        self._turns = Turns()
         self._prefill = PrefillPlanner(
-            limits, self.block_manager, policy, layout, self.running, self.waiting
+            limits, self.block_manager, policy, layout, self.running, self.waiting, self._turns
         )
         self._pacer = pacer
         self._numbers = 0
@@ -108,12 +111,14 @@ class Scheduler:
             )
         options = options or RequestOptions()
         known, answers = tuple(prompt), []
+        cost = len(prompt) + params.n * min(max_tokens, ANSWER)
+        turn = self._turns.take(options.client, cost, not self.has_work)
         for index in range(params.n):
             self._numbers += 1
             answers.append(Request(
                 self._numbers, request_id, known, params, max_tokens,
                 (seed + index + 2**63) % 2**64 - 2**63, options.priority, options.cache_salt, index,
-                grammar,
+                grammar, options.client, turn,
             ))  # fmt: skip
         first, first.siblings = answers[0], answers[1:]
         self.waiting.push(first)
@@ -267,14 +272,12 @@ class Scheduler:
     # --- ranks that were lost
 
     def recover(self, lost: Collection[int]) -> list[Request]:
-        """All ranks have forgotten their requests, and those of ``lost`` what they stored; no step
-        is under way any more. What was planned and not reported counts as not done; running
-        requests are computed again from there on, with the same tokens. Returns those that are
-        ended instead, since their steps end workers."""
+        """All ranks have forgotten their requests, and ``lost`` what they stored; no step is under
+        way. What was planned and not reported counts as not done: running requests are computed
+        again from there on. Returns those that are ended instead, as their steps end workers."""
         alive = {request.number for request in (*self.running, *self.waiting)}
-        at_fault = self._inquest.interrupted(self._in_flight.values(), alive)
-        guilty = [request for request in self.running if request.number == at_fault]
-        for request in guilty:
+        found = self._inquest.interrupted(self._in_flight.values(), alive)
+        for request in (guilty := [r for r in self.running if r.number == found]):
             self.finish(request, "error")
         recovery = Recovery(self.block_manager, self.migration, lost, self._in_flight.values())
         self.num_interruptions += 1
@@ -291,15 +294,13 @@ class Scheduler:
         return guilty
 
     def _runs_suspect(self, draft: Draft) -> bool:
-        """Whether the step is for a suspect alone, or for nobody, while another's is under way."""
-        if not self._inquest.suspects:
-            return False
-        if self._in_flight:
-            return True
+        """Whether the step is for a suspect alone, or nobody while another's is under way."""
+        if not self._inquest.suspects or self._in_flight:
+            return bool(self._inquest.suspects)
         draft.allow_prompts()
         for request in self.running:
             if request.number in self._inquest.suspects:
-                self._prefill.advance(request, draft)
+                self._prefill.advance_alone(request, draft)
                 if draft.has_prompts:
                     return True
         self._inquest.suspects.clear()  # those that are left have ended, or wait

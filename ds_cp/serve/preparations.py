@@ -12,6 +12,7 @@ from ds_cp.errors import ModelError
 from ds_cp.log_stream import say
 from ds_cp.model.source import ModelSource, find_model
 from ds_cp.model.watch import FilesWatch, watch_model
+from ds_cp.process import importing
 from ds_cp.topology.job import Job
 from ds_cp.topology.launcher_process import LauncherProcess
 
@@ -45,6 +46,7 @@ def note_launchers(job: Job, launchers: Sequence[LauncherProcess]) -> None:
 
 def load_tokenizer(source: ModelSource) -> Any:
     """Rank 0 alone imports it: the supervisors of other ranks go without torch."""
-    from ds_cp.model.loading import load_tokenizer
+    with importing():
+        from ds_cp.model.loading import load_tokenizer
 
     return load_tokenizer(source)

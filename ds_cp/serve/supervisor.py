@@ -31,15 +31,15 @@ from ds_cp.serve.job_link import FollowingLink, LeadingLink, Lost, link_name
 from ds_cp.serve.mending import Mending, can_mend
 from ds_cp.serve.preparations import bind_http, load_tokenizer, note_launchers, watch_files
 from ds_cp.serve.seat import Seat
-from ds_cp.serve.worker_child import SIGNALS, noticed
+from ds_cp.serve.worker_child import SIGNALS, noticed, until_end
 from ds_cp.topology.job import Job
 from ds_cp.topology.launcher_process import launcher_processes
+from ds_cp.trace.writing import STALLED_S, Writing
 
 if TYPE_CHECKING:
     from ds_cp.serve.async_engine import AsyncEngine
 
 LEAVE_S = 2.0  # seconds for workers to end after the stop plan
-TRACE_S = 60.0  # seconds more where they write a trace
 POLL_S = 0.1  # seconds between looks at the worker and the launcher
 TOLD_S = 1.0  # seconds for the errors of a failed engine to reach their clients
 CAUSE_S = 1.5  # seconds that rank 0 waits for the cause when its worker knows only of a lost peer
@@ -73,7 +73,10 @@ class _Supervisor:
         self._signals = StopSignals()
         self._pending: tuple[str, int] | None = None  # a failure whose cause may still come
         self._exit_code = 0
-        self._leave_s = LEAVE_S + (0.0 if config.trace.file is None else TRACE_S)
+        # A rank other than 0 waits at most for an exchange until rank 0 takes what it recorded.
+        stalled_s = config.comm.timeout_s + STALLED_S
+        self._leave_s = LEAVE_S + (0.0 if config.trace.file is None else stalled_s)
+        self._trace = Writing(config.trace.file if job.rank == 0 else None, stalled_s)
         self._launchers = launcher_processes(job.launcher)
         self._engine: AsyncEngine | None = None
         self._leading = LeadingLink(job.world_size, self._on_lost, self._on_gone, self._on_stopping)
@@ -104,7 +107,8 @@ class _Supervisor:
                     await self._serve_http(*found)
                 else:
                     await self._seat.each(self._follow, watch)
-                await asyncio.wait({watch}, timeout=0 if self._failed and leads else self._leave_s)
+                if not (self._failed and leads):
+                    await until_end(watch, self._leave_s, self._trace.goes_on)
             finally:
                 watch.cancel()
                 await link.close()
@@ -137,14 +141,9 @@ class _Supervisor:
 
         self._mending.worker = worker = ProcessLink(self._seat.channel, self._seat.outlives)
         engine = AsyncEngine(
-            self._config,
-            source.name,
-            worker,
-            loop,
-            partial(load_tokenizer, source),
-            on_ready,
-            on_death,
-        )
+            self._config, source.name, worker, loop,
+            partial(load_tokenizer, source), on_ready, on_death,
+        )  # fmt: skip
         self._engine = engine
         engine.start()
         app = create_app(engine, server, log_requests=True)

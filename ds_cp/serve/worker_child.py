@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ from ds_cp.startup.resources import choose_threads, socket_environment
 from ds_cp.topology.job import Job
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # that end the job
+POLL_S = 0.1  # seconds between looks at a worker that has its time behind it
 WAIT_S = 0.5  # seconds for a worker to end at the last
 
 
@@ -130,6 +131,14 @@ def ended(pid: int) -> Iterator[asyncio.Event]:
     finally:
         loop.remove_reader(handle)
         os.close(handle)
+
+
+async def until_end(watch: asyncio.Task[None], seconds: float, works: Callable[[], bool]) -> None:
+    """Wait for the end of a worker, which ``watch`` sees, at most ``seconds``, and then as long as
+    ``works()``."""
+    await asyncio.wait({watch}, timeout=seconds)
+    while not watch.done() and works():
+        await asyncio.wait({watch}, timeout=POLL_S)
 
 
 def describe_end(code: int) -> str:

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from ds_cp.errors import CommError, DsCpError, OutputError
 from ds_cp.log_stream import say, take_over, write_json_lines
-from ds_cp.process import die_with_parent, leave_process, settle_heap
+from ds_cp.process import die_with_parent, importing, leave_process, settle_heap
 from ds_cp.serve.channel import Channel, Failed, Ready, Take, WorkerSpec
 
 
@@ -52,11 +52,13 @@ def _work(channel: Channel, spec: WorkerSpec) -> None:
     from ds_cp.config import Config
     from ds_cp.serve.orders import Loaded, Orders
     from ds_cp.serve.worker_life import WorkerLife
-    from ds_cp.startup.alone import build_alone, prepare
-    from ds_cp.startup.build import build_worker
-    from ds_cp.startup.join import join_job
-    from ds_cp.startup.report import summary
     from ds_cp.topology.job import Job
+
+    with importing(for_good=True):
+        from ds_cp.startup.alone import build_alone, prepare
+        from ds_cp.startup.build import build_worker
+        from ds_cp.startup.join import join_job
+        from ds_cp.startup.report import summary
 
     config = Config.model_validate_json(_json(spec.config))
     fields: dict[str, Any] = dict(spec.job)

@@ -36,10 +36,12 @@ from ds_cp.startup.flops import achieved_flops
 from ds_cp.startup.kernel_choice import choose_for_all
 from ds_cp.startup.kv_budget import allocate_pool, decide_budget
 from ds_cp.startup.layerwise import AttentionRecord
+from ds_cp.startup.overhead import measure_overheads
 from ds_cp.startup.packing import Packing, plan_packing
+from ds_cp.startup.reading import reading_rates
 from ds_cp.startup.resources import ranks_at_once
 from ds_cp.startup.shapes import layer_windows, mean_shape, shape_notes
-from ds_cp.startup.weights import active_weights
+from ds_cp.startup.weights import count_weights
 from ds_cp.topology.hosts import resolve_grid
 from ds_cp.worker.decode_graph import cuda_graphs
 from ds_cp.worker.tracing import trace_steps
@@ -115,7 +117,10 @@ def _build(
     flops = local_phase(
         world, lambda: achieved_flops(text.hidden_size, decoder.dtype, world.device)
     )
+    shared, alone = reading_rates(world, decoder)
+    overheads = measure_overheads(world, cp, decoder.dtype)
     links = measure_links(world)
+    weights = count_weights(decoder)
     shape = mean_shape(layers)
     facts = Facts(
         hosts=world.topology.hosts,
@@ -140,13 +145,20 @@ def _build(
         exactness=served.exactness,
         links=tuple(LinkFacts(x.name, x.latency_us, x.gb_per_s, x.in_background) for x in links),
         flops_per_s=flops,
-        weights=active_weights(decoder),
+        weights=weights.active,
         head_dim=shape.head_dim,
         notes=(*world.notes, *notes, *shape_notes(layers, tp.size), *served.kernel.notes),
         rounding=served.rounding,
         windows=layer_windows(layers),
         kv_reason=budget.reason,
         packed=is_packed(decoder),
+        layer_weights=weights.layers,
+        stored_weights=weights.stored,
+        head_weights=weights.head,
+        bytes_per_s=shared,
+        alone_bytes_per_s=alone,
+        layer_s=overheads.layer_s,
+        hop_s=overheads.hop_s,
     )
     worker = Worker(world, cp, tp, decoder, layers, pool, kernel)
     worker.fingerprint = served.fingerprint

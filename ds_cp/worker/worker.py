@@ -59,6 +59,7 @@ class Worker:
     state of its requests.
 
     ``tp_rank`` 0 of each cp rank draws; all tensor-parallel ranks compute the same logits.
+    ``clock``: seconds, from which a step's times are taken.
     """
 
     def __init__(
@@ -70,8 +71,10 @@ class Worker:
         layers: Sequence[LayerSpec],
         pool: KVPool,
         kernel: PagedKernel,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.world = world
+        self.clock = clock
         self.control = Control(world)
         self.cp = cp
         self.tp = tp
@@ -122,7 +125,7 @@ class Worker:
         """Rank 0: give an encoded plan to all ranks as it is, run my part, and return the tokens
         that all ranks drew; None after ``Stop``. All ranks run the same decoded plan."""
         with self.failing():
-            began = time.perf_counter()
+            began = self.clock()
             self.control.broadcast(payload)
             plan = decode_plan(payload)
             outcome = self.run(plan, began)
@@ -160,7 +163,7 @@ class Worker:
         self.tracing = None
 
     def run(self, plan: Plan, began: float | None = None) -> Outcome:
-        """Run my part of a plan, which ``began`` at that ``time.perf_counter()``, or now.
+        """Run my part of a plan, which ``began`` at that time of ``clock``, or now.
 
         Rank 0 waits for all ranks that work in the step. It gets their tokens in the plan's order
         and the times of the slowest one; the other ranks get nothing.
@@ -169,7 +172,7 @@ class Worker:
             self._forget()
         if not isinstance(plan, StepPlan):
             return Outcome()
-        began = time.perf_counter() if began is None else began
+        began = self.clock() if began is None else began
         if self.tracing is None:
             return self._step(plan, began)
         with self.tracing.step(plan.step):
@@ -204,7 +207,7 @@ class Worker:
             times = self._since(began, before)
             outcome = self._collect(plan, work, coming, pack(times, drawn, scores, width))
         # Rank 0's own time ends when all rows are in: the step did not end before.
-        seconds = max(outcome.seconds, time.perf_counter() - began)
+        seconds = max(outcome.seconds, self.clock() - began)
         return msgspec.structs.replace(outcome, seconds=seconds)
 
     def _context(self, work: StepWork) -> tuple[StepContext, Kind | None]:
@@ -226,14 +229,14 @@ class Worker:
         """The times of a step up to now."""
         now = self._so_far()
         sent = tuple(b - a for a, b in zip(before.sent, now.sent, strict=True))
-        seconds = time.perf_counter() - began
+        seconds = self.clock() - began
         model_seconds = now.model_seconds - before.model_seconds
         return Times(seconds, model_seconds, now.waited - before.waited, sent)
 
     def _forward(self, step: StepContext, kind: Kind | None) -> torch.Tensor:
         """Logits ``[rows wanted, V]`` of the flat batch ``[1, T]``."""
         self.world.wait_for_device()
-        began = time.perf_counter()
+        began = self.clock()
         logits = None
         if self.graphs is not None and self.tracing is None:
             logits = self.graphs.replay(step, kind)
@@ -244,7 +247,7 @@ class Worker:
             )  # fmt: skip
             logits = out.logits[0]
         self.world.wait_for_device()
-        self.model_seconds += time.perf_counter() - began
+        self.model_seconds += self.clock() - began
         return logits
 
     def _draw(self, step: StepContext, logits_RV: torch.Tensor) -> list[Sampled]:

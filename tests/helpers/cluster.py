@@ -211,13 +211,14 @@ class Cluster:
         *,
         priority: int = 0,
         salt: str = "",
+        client: str = "",
     ) -> list[Request]:
         """Queue a request; all its answers."""
         params = params or SamplingParams(max_tokens=3)
         if params.seed is None:
             params = replace(params, seed=SEED)
         self._asked += 1
-        options = RequestOptions(priority=priority, cache_salt=salt)
+        options = RequestOptions(priority=priority, cache_salt=salt, client=client)
         self.core.check(prompt, params)
         answers = self.core.add(f"r{self._asked}", prompt, params, options)
         for request in answers:

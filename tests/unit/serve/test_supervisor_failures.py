@@ -16,7 +16,7 @@ from ds_cp.serve import supervisor as supervisor_module
 from ds_cp.serve.channel import Failed, Ready
 from ds_cp.serve.job_link import Lost
 from ds_cp.serve.supervisor import _Supervisor
-from ds_cp.serve.worker_child import Child
+from ds_cp.serve.worker_child import Child, until_end
 from ds_cp.topology.job import Job
 
 NO_CHANNEL: Any = None
@@ -156,3 +156,27 @@ def test_another_rank_in_a_drain_fails_by_a_known_cause_alone(known: bool) -> No
     one._stop.set()
     asyncio.run(one._follow(Worker(READY, Failed(3, "rank 1: bad", known))))
     assert link.told == [Lost("rank 1: bad", 3)] * known and one._exit_code == 3 * known
+
+
+def test_a_worker_that_gets_on_has_more_than_its_time() -> None:
+    """As long as it does, or until it ends."""
+
+    async def work(looks: int, ends_at: int) -> tuple[int, bool]:
+        asked = 0
+        over = asyncio.Event()
+
+        def works() -> bool:
+            nonlocal asked
+            asked += 1
+            if asked == ends_at:
+                over.set()
+            return asked < looks
+
+        watch = asyncio.create_task(over.wait())
+        await until_end(watch, 0.01, works)  # type: ignore[arg-type]
+        ended = watch.done()
+        watch.cancel()
+        return asked, ended
+
+    assert asyncio.run(work(5, 0)) == (5, False)
+    assert asyncio.run(work(10, 3)) == (3, True)
