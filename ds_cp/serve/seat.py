@@ -43,6 +43,7 @@ class Seat:
         self._timer: asyncio.TimerHandle | None = None  # until there is a spare one
         self._facts: Facts | None = None  # of the start
         self._why = ""  # this process has ended the worker
+        self._hears = False  # the worker can be asked for signs of life
         # In time.monotonic(): the last ``check``, the last ping, the first one without an answer.
         self._checked = 0.0
         self._asked: float | None = None
@@ -70,7 +71,7 @@ class Seat:
     def loaded(self, facts: Facts) -> None:
         """The job has started, with these facts: from now on the worker can be replaced, and after
         a while another one waits to take its place."""
-        self._facts = facts
+        self._facts, self._hears = facts, True
         self._order_spare()
 
     @property
@@ -109,9 +110,12 @@ class Seat:
         self.process.kill()
 
     def check(self, hang_s: float) -> None:
-        """To be called often: ask the worker for a sign of life, and end it when it gives none for
-        ``hang_s`` seconds. The time in which this process did not run does not count."""
+        """To be called often: ask the worker, once it has loaded, for a sign of life, and end it
+        when it gives none for ``hang_s`` seconds. The time in which this process did not run does
+        not count."""
         now = time.monotonic()
+        if not self._hears:
+            return
         if now - self._checked > GAP_S:
             self._asked = self._unanswered = None
         self._checked = now
@@ -147,7 +151,7 @@ class Seat:
         if self._spare is not None and self._spare[1].process.poll() is not None:
             self._spare[0].close()  # it has died too
             self._spare = None
-        self._why, self._asked, self._unanswered = "", None, None
+        self._why, self._hears, self._asked, self._unanswered = "", False, None, None
         preloaded = self._spare is not None and self._preloads
         self._stack, self._child = self._spare or self._start(waits=True)
         self._spare = None
@@ -214,4 +218,5 @@ class Seat:
         if isinstance(word, Pong):
             self._unanswered = None
         else:
+            self._hears = True
             self.on_word(word)

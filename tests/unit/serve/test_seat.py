@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -35,6 +36,7 @@ class Child:
         ours, theirs = socket.socketpair()
         self.orders, self.its_orders = Channel(ours), Channel(theirs)
         self.dead = False
+        self.returncode = -9
 
     def take(self, facts: Facts) -> None:
         assert self.waits
@@ -190,14 +192,21 @@ def test_a_sign_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
         while not one.children[0].dead:
             one.seat.check(0.2)
             await asyncio.sleep(0.005)
-        one.children[0].returncode = -9
         assert one.seat.cause(one.seat.process) == (
             "the worker of rank 1 gave no sign of life for 0.2 s and was ended"
         )
         one.seat.replace()
-        one.seat.check(0.2)
+        now = time.monotonic()
+        while time.monotonic() < now + 0.5:  # it loads, and hears nobody yet
+            one.seat.check(0.2)
+            await asyncio.sleep(0.005)
         assert not one.children[1].dead
-        one.children[1].returncode = -9
+        one.children[1].its_orders.send(Loaded())
+        while not one.children[1].dead:
+            one.seat.check(0.2)
+            await asyncio.sleep(0.005)
+        assert "no sign of life" in one.seat.cause(one.seat.process)
+        one.seat.replace()
         assert "was ended by SIGKILL" in one.seat.cause(one.seat.process)
 
     asked: list[object] = []
