@@ -21,6 +21,7 @@ from ds_cp.topology.job import Job
 if TYPE_CHECKING:
     from ds_cp.serve.worker_link import ProcessLink
 
+LOAD_S = 300.0  # seconds that a new worker may load, or comm.timeout_s where that is more
 TICK_S = 0.25  # seconds between looks at what is overdue
 GRACE_S = 5.0  # seconds for a worker to end by itself after rank 0's supervisor has
 
@@ -75,7 +76,9 @@ class Mending:
         else:
             link.on_asked, link.on_bye = self._on_asked, self._on_bye
         self._generations = Generations(
-            job.world_size, config.fault_tolerance.max_restarts, config.comm.timeout_s
+            job.world_size,
+            config.fault_tolerance.max_restarts,
+            max(LOAD_S, config.comm.timeout_s),
         )
         self._hang_s = config.fault_tolerance.hang_s
         self._began = 0.0  # the interruption, in time.monotonic()
