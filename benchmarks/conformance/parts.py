@@ -115,7 +115,10 @@ def parts(out: Path) -> list[Part]:
         ),
         Part(
             "fuzz",
-            module("benchmarks.fuzz", "--cases", "180", "--out", str(out / "fuzz.json")),
+            module(
+                *("benchmarks.fuzz", "--cases", "120", "--limit-s", "120"),
+                *("--out", str(out / "fuzz.json")),
+            ),
             400,
             made(("schemathesis", FUZZ)),
         ),

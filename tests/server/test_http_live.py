@@ -227,7 +227,7 @@ def test_it_needs_the_key(launch: Callable[..., Running]) -> None:
 
 
 def test_a_wrong_parameter_is_named(served: Running) -> None:
-    assert error_of(served.get("/state?once=perhaps"), 400)["param"] == "query.once"
+    assert error_of(served.get("/state?once=perhaps"), 400)["param"] == "once"
 
 
 def test_head_ends(served: Running) -> None:
