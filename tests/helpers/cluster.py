@@ -474,7 +474,8 @@ class Cluster:
             for work in works
         ]
         assert all(view == views[0] for view in views), "ranks disagree"
-        running = {r.number: r for r in self.scheduler.running}
+        untold = {request.number for request in self.scheduler._forgotten.requests}
+        running = {r.number: r for r in self.scheduler.running if r.number not in untold}
         for state in self.ranks.states:
             assert state.sequences.keys() == running.keys()
             for number, request in running.items():

@@ -109,10 +109,10 @@ def test_answers_that_share_a_prompt(length: int, after: int, is_done: object) -
 
 
 def test_preempted_with_a_draw_under_way() -> None:
-    cluster = Cluster([5], depth=2)
+    cluster = Cluster([5], depth=3)
     requests = [cluster.add(prompt(7, first), greedy(12)) for first in (1, 2)]
-    while not any(r.table is None and r.in_flight for r in requests[1:]):
-        cluster.step()
+    steps(cluster, 3)
+    assert requests[1].table is None and requests[1].in_flight
     cluster.die([], not_done)
     assert [request.in_flight for request in requests] == [0, 0]
     cluster.settle()
