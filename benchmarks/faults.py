@@ -20,6 +20,7 @@ import urllib.request
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -56,14 +57,13 @@ class Fault:
     mended: float | None = None
 
     def pauses(self) -> list[float]:
-        """Seconds between the last event before it and the first one after, of each stream."""
+        """The longest time without an event from the last one before it on, of each stream."""
         found = []
         for stream in self.hit:
             times = list(stream.times)
             before = max((t for t in times if t <= self.at), default=self.at)
-            after = min((t for t in times if t > self.at), default=None)
-            if after is not None:
-                found.append(after - before)
+            since = [before, *(t for t in times if t > self.at)]
+            found.append(max((b - a for a, b in pairwise(since)), default=0.0))
         return found
 
 
