@@ -13,11 +13,12 @@ MAX_TOKENS ?= 64
 PEERS ?=
 BROWSER ?=
 CONFORMANCE ?=
+FAULTS ?=
 # deepspeed starts the "python" it was installed for, and mpirun the one on the PATH
 WITH_VENV := PATH="$(CURDIR)/$(BIN):$$PATH" VIRTUAL_ENV="$(CURDIR)/$(VENV)"
 
 .PHONY: help install model serve generate test unit checks format bench bench-peers agents clients fuzz attacks \
-	browser conformance clean
+	browser conformance faults clean
 
 help:
 	@echo "make serve      four ranks serve a small model at http://127.0.0.1:8000"
@@ -27,6 +28,7 @@ help:
 	@echo "make bench-peers  ds_cp beside its peers, under 40 minutes on an idle machine; PEERS='--quick'"
 	@echo "make clients    clients of OpenAI's protocol against the server; installs each by itself"
 	@echo "make fuzz       20,000 generated requests; make attacks: attacks beside honest streams"
+	@echo "make faults     requests in flight while workers are killed; FAULTS='--ranks 4 --faults 20'"
 	@echo "make agents     Claude Code, Codex, opencode and others, unmodified, against four ranks"
 	@echo "make browser    the page in a real Chromium"
 	@echo "make conformance  what is checked with software of others and is longer, under 25 minutes;"
@@ -96,6 +98,9 @@ fuzz: install model
 
 attacks: install model
 	$(WITH_VENV) $(BIN)/python -m benchmarks.attacks
+
+faults: install
+	$(WITH_VENV) $(BIN)/python -m benchmarks.faults $(FAULTS)
 
 browser: install
 	$(WITH_VENV) $(BIN)/python -m tests.browser $(BROWSER)

@@ -50,6 +50,7 @@ class Facts:
     rounding: float = 0.0  # as exactness, of transformers' own sdpa attention to its eager one
     windows: tuple[tuple[int, int], ...] = ()  # (window, number of layers that have it)
     kv_reason: str = ""  # what decided rank 0's KV budget
+    packed: bool = False  # whether the linear layers of this rank are
     layer_weights: int = 0  # of ``weights`` those of the layers alone; 0: not known
     stored_weights: int = 0  # those of the layers, with the experts that a token does not pass
     head_weights: int = 0  # parameters that turn a hidden state into logits

@@ -242,6 +242,11 @@ def _counters(stats: EngineStats, name: str) -> Iterable[Metric]:
         ("prompt_tokens", "Prompt tokens processed.", stats.prompt_tokens),
         ("generation_tokens", "Tokens generated.", stats.generation_tokens),
         ("num_preemptions", "Requests put back to be recomputed.", stats.num_preemptions),
+        (
+            "num_interruptions",
+            "Times that the ranks met again, after a worker had died or stood still.",
+            stats.num_interruptions,
+        ),
         ("prefix_cache_queries", "Prompt tokens looked up.", stats.prefix_cache_queries),
         ("prefix_cache_hits", "Prompt tokens found in the cache.", stats.prefix_cache_hits),
         ("blocks_moved", "KV blocks moved between ranks.", stats.blocks_moved),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import msgspec
 
 from ds_cp.grammar.vocabulary import Vocabulary
+from ds_cp.kv.table import SequenceTable
 from ds_cp.layout import Home
 from ds_cp.plan import Begin, Chunk, Decodes, Fork, Sampling, StepPlan, Transfer
 from ds_cp.scheduler.chunking import Cut
@@ -40,6 +41,8 @@ class Draft:
         self.decodes: dict[tuple[str, str], list[int]] = {}  # (mode, ring pass) -> requests
         self.transfers: list[Transfer] = []
         self.grown: list[tuple[int, Home]] = []
+        # (block, first place in it) of what is written; targets of transfers apart.
+        self.written: list[tuple[Home, int]] = []
         self.begins: list[Begin] = []
         # At most, of the begins and the vocabulary as msgpack.
         self.begin_bytes = 0 if vocabulary is None else vocabulary.size
@@ -59,6 +62,12 @@ class Draft:
     def has_prompts(self) -> bool:
         """Whether the step computes prompt tokens."""
         return bool(self._chunks)
+
+    def requests(self) -> Iterator[int]:
+        """The requests that the step computes."""
+        yield from (chunk.request for chunk in self._chunks)
+        for numbers in self.decodes.values():
+            yield from numbers
 
     @property
     def num_decodes(self) -> int:
@@ -119,6 +128,13 @@ class Draft:
                 self.work[rank] += self._pacer.work(count, sum(cut.owned), past)
                 if self.work[rank] + 1.0 > self._allowance:
                     self.left[rank] = 0
+
+    def writes(self, table: SequenceTable, past: int) -> None:
+        """The tokens of ``table`` from ``past`` on are computed in this step."""
+        index, place = divmod(past, table.block_size)
+        for home in table.homes[index:]:
+            self.written.append((home, place))
+            place = 0
 
     def begin(self, request: Request, sampling: Sampling) -> None:
         """``request`` starts on the blocks that its table holds."""

@@ -74,6 +74,8 @@ class PrefillPlanner:
         if cut is None:
             return
         draft.chunk(cut, past)
+        assert request.table is not None
+        draft.writes(request.table, past)
         if self._shares is not None:
             tokens, work = self._shares
             for rank, count in enumerate(cut.owned):
@@ -95,6 +97,11 @@ class PrefillPlanner:
                 if sibling.finish_reason is None:
                     self._fork(request, sibling, draft)
             request.siblings = []
+
+    def advance_alone(self, request: Request, draft: Draft) -> None:
+        """The next chunk of a prompt in a step that nobody else shares."""
+        self._shares = None
+        self._advance(request, draft)
 
     def _share(
         self, draft: Draft, prompts: list[Request], may_start: bool
@@ -155,7 +162,7 @@ class PrefillPlanner:
         if known % size:
             parent.shares_tail = child.shares_tail = True
         insort(self._running, child, key=lambda r: r.order)
-        draft.fork(parent, child, self._sampling(child))
+        draft.fork(parent, child, self.sampling(child))
 
     def _start_waiting(self, draft: Draft, above: int | None = None) -> None:
         """Start waiting requests, in order, while there are seats, blocks and budget; with
@@ -188,7 +195,7 @@ class PrefillPlanner:
             request.prefilling = True
             request.first_scheduled_time = request.first_scheduled_time or time.time()
             request.num_notified = len(request.output)
-            draft.begin(request, self._sampling(request))
+            draft.begin(request, self.sampling(request))
             self._add_load(request, load)
             self._advance(request, draft)
 
@@ -210,7 +217,7 @@ class PrefillPlanner:
         for rank in request.workers:
             load[rank] += DECODE_LOAD + work // len(request.workers)
 
-    def _sampling(self, request: Request) -> Sampling:
+    def sampling(self, request: Request) -> Sampling:
         """How the ranks choose its tokens. End tokens are banned early also under ``ignore_eos``,
         as in vLLM and transformers."""
         params = request.params

@@ -11,7 +11,8 @@ blocks are freed and it is computed again later, with the same tokens.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Collection, Sequence
 
 from ds_cp.errors import QueueFullError
 from ds_cp.grammar.vocabulary import Vocabulary
@@ -22,11 +23,14 @@ from ds_cp.scheduler.block_manager import BlockManager
 from ds_cp.scheduler.decode import DecodePlanner
 from ds_cp.scheduler.draft import Draft
 from ds_cp.scheduler.fairness import ANSWER, Turns
+from ds_cp.scheduler.forgotten import Forgotten
+from ds_cp.scheduler.inquest import Inquest
 from ds_cp.scheduler.migration import Migration
 from ds_cp.scheduler.mode_policy import ModePolicy, Seats
 from ds_cp.scheduler.pacing import ChunkPacer
 from ds_cp.scheduler.prefill import PrefillPlanner
 from ds_cp.scheduler.queue import WaitingQueue
+from ds_cp.scheduler.recovery import Flight, Recovery
 from ds_cp.scheduler.request import Request
 
 
@@ -51,6 +55,7 @@ class Scheduler:
         self.waiting = WaitingQueue()
         self.running: list[Request] = []  # in the order of service
         self.num_preemptions = 0
+        self.num_interruptions = 0
         self.block_manager = BlockManager(
             blocks_per_rank, block_size, placement, ring_order, policy, prefix_caching, seats
         )
@@ -68,7 +73,9 @@ class Scheduler:
         self._steps = 0
         self._ended: list[int] = []  # requests that the ranks should forget
         self._looking_back: dict[int, Request] = {}  # whose draws depend on earlier tokens
-        self._in_flight: dict[int, tuple[int, float]] = {}  # step -> its decodes, work on prompts
+        self._in_flight: dict[int, Flight] = {}  # by step
+        self._forgotten = Forgotten(limits, block_size, self._prefill.sampling)
+        self._inquest = Inquest()
         self._vocabulary: Vocabulary | None = None  # that the ranks are to have
         self._vocabulary_sent = False
         self._last_use: dict[int, int] = {}  # closed rank -> the last step that may use its blocks
@@ -207,14 +214,15 @@ class Scheduler:
                 self._last_use[rank] = draft.step
         if self.migration.is_moving:
             self._move(draft)
-        self._decode.add(draft)
-        draft.allow_prompts()
-        # A preempted request must not get back, in the same step, the blocks that it freed.
-        self._prefill.add(draft, may_start=self.num_preemptions == before)
+        if self._forgotten.begin(draft) and not self._runs_suspect(draft):
+            self._decode.add(draft)
+            draft.allow_prompts()
+            # A preempted request must not get back, in the same step, the blocks that it freed.
+            self._prefill.add(draft, may_start=self.num_preemptions == before)
         if draft.is_empty:
             return None
         self._steps = draft.step
-        self._in_flight[draft.step] = draft.num_decodes, draft.largest_work
+        self._in_flight[draft.step] = Flight.of(draft)
         if self._pacer is not None:
             self._pacer.plan(draft.num_decodes, draft.largest_work)
         self._looking_back.update((r.number, r) for r in draft.looking_back)
@@ -226,9 +234,10 @@ class Scheduler:
     def observe_step(self, step: int, seconds: float) -> None:
         """Report ``seconds``, the time of step ``step`` on its slowest rank. The pacer sizes the
         next chunks by it."""
-        decodes, work = self._in_flight.pop(step, (0, 0.0))
+        flight = self._in_flight.pop(step, Flight())
+        self._inquest.done(flight)
         if self._pacer is not None:
-            self._pacer.observe(seconds, decodes, work)
+            self._pacer.observe(seconds, flight.decodes, flight.work)
 
     def record_token(self, request: Request, token: int) -> str | None:
         """Append a drawn token; returns the reason when it ends the request (stop strings
@@ -259,6 +268,43 @@ class Scheduler:
                     news.append((request.number, index, request.output[index]))
                 request.num_notified = len(request.output)
         return news
+
+    # --- ranks that were lost
+
+    def recover(self, lost: Collection[int]) -> list[Request]:
+        """All ranks have forgotten their requests, and ``lost`` what they stored; no step is under
+        way. What was planned and not reported counts as not done: running requests are computed
+        again from there on. Returns those that are ended instead, as their steps end workers."""
+        alive = {request.number for request in (*self.running, *self.waiting)}
+        found = self._inquest.interrupted(self._in_flight.values(), alive)
+        for request in (guilty := [r for r in self.running if r.number == found]):
+            self.finish(request, "error")
+        recovery = Recovery(self.block_manager, self.migration, lost, self._in_flight.values())
+        self.num_interruptions += 1
+        self._in_flight.clear()
+        recovery.forget_prefixes()
+        for request in self.waiting:  # those that were preempted with a draw under way
+            request.in_flight = 0
+        for request in list(self.running):
+            if not recovery.rewind(request):
+                self._preempt(request)
+        self._forgotten.requests = deque(self.running)
+        self._ended = []
+        self._vocabulary_sent = False
+        return guilty
+
+    def _runs_suspect(self, draft: Draft) -> bool:
+        """Whether the step is for a suspect alone, or nobody while another's is under way."""
+        if not self._inquest.suspects or self._in_flight:
+            return bool(self._inquest.suspects)
+        draft.allow_prompts()
+        for request in self.running:
+            if request.number in self._inquest.suspects:
+                self._prefill.advance_alone(request, draft)
+                if draft.has_prompts:
+                    return True
+        self._inquest.suspects.clear()  # those that are left have ended, or wait
+        return False
 
     # --- preemption, moving
 

@@ -24,7 +24,7 @@ from ds_cp.kv.pool import bytes_per_token
 from ds_cp.model.end_tokens import model_end_tokens
 from ds_cp.model.faults import decoder_at_fault
 from ds_cp.model.invariant import restore_layers
-from ds_cp.model.linear import unpack
+from ds_cp.model.linear import is_packed, unpack
 from ds_cp.model.loading import choose_dtype, load_config, load_model
 from ds_cp.model.shard import RowSums, shard_model
 from ds_cp.model.source import ModelSource, find_model
@@ -54,7 +54,7 @@ class Served:
 
     ``layers``: what each layer asks of attention, with this rank's head counts; ``max_model_len``:
     in tokens; ``exactness``, ``rounding``: largest relative logit difference of ours, and of
-    transformers' own sdpa attention, to its eager attention.
+    transformers' own sdpa attention, to its eager attention; ``fingerprint``: as it was loaded.
     """
 
     decoder: Decoder
@@ -63,23 +63,32 @@ class Served:
     max_model_len: int
     exactness: float
     rounding: float
+    fingerprint: Fingerprint
 
 
 def build_worker(
-    world: World, config: Config, model: Decoder | ModelSource | None, threads: int
+    world: World,
+    config: Config,
+    model: Decoder | ModelSource | None,
+    threads: int,
+    promised: bool = False,
 ) -> tuple[Worker, Facts]:
     """Load, shard, check and wire the model, and allocate this rank's KV. Collective.
 
     ``model``: ``None`` for the config's, looked up here, so that a rank that does not find it can
-    say so. Raises the typed errors of ``ds_cp.errors``, on every rank, with the rank and host of
-    the first that failed.
+    say so; ``promised``: as in ``decide_budget``. Raises the typed errors of ``ds_cp.errors``, on
+    every rank, with the rank and host of the first that failed.
     """
     with failing(world):
-        return _build(world, config, model, threads)
+        return _build(world, config, model, threads, promised)
 
 
 def _build(
-    world: World, config: Config, model: Decoder | ModelSource | None, threads: int
+    world: World,
+    config: Config,
+    model: Decoder | ModelSource | None,
+    threads: int,
+    promised: bool,
 ) -> tuple[Worker, Facts]:
     sizes = config.context_parallel.size, config.tensor_parallel.tp_size
     grid = local_phase(world, lambda: resolve_grid(world.topology, *sizes))
@@ -95,7 +104,9 @@ def _build(
     # All ranks of a host look at its free memory before any of them takes some.
     budget = local_phase(
         world,
-        lambda: decide_budget(config, world, grid, cp.rank, per_token, served.max_model_len),
+        lambda: decide_budget(
+            config, world, grid, cp.rank, per_token, served.max_model_len, promised
+        ),
     )
     kernel = served.kernel.kernel
     pool = local_phase(
@@ -140,6 +151,7 @@ def _build(
         rounding=served.rounding,
         windows=layer_windows(layers),
         kv_reason=budget.reason,
+        packed=is_packed(decoder),
         layer_weights=weights.layers,
         stored_weights=weights.stored,
         head_weights=weights.head,
@@ -149,6 +161,7 @@ def _build(
         hop_s=overheads.hop_s,
     )
     worker = Worker(world, cp, tp, decoder, layers, pool, kernel)
+    worker.fingerprint = served.fingerprint
     if world.device.type == "cuda" and tp.size == 1:  # sums between ranks are not captured
         longest = -(-served.max_model_len // size)
         rows = config.scheduler.max_num_seqs
@@ -221,7 +234,7 @@ def _serve(
     error = local_phase(
         world, lambda: compare(architecture, decoder.dtype, reference, steps, replayed)
     )
-    return Served(decoder, layers, kernel, length, error, reference.rounding)
+    return Served(decoder, layers, kernel, length, error, reference.rounding, found)
 
 
 def _load(

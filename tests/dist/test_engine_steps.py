@@ -19,7 +19,7 @@ from ds_cp.plan import Outcome, Plan, StepPlan, Stop
 from ds_cp.sampling_params import SamplingParams
 from ds_cp.scheduler.build import build_scheduler
 from ds_cp.worker import sampler
-from ds_cp.worker import worker as worker_module
+from ds_cp.worker import scored_rows
 from ds_cp.worker.step_context import StepContext
 from ds_cp.worker.worker import Worker
 from tests.helpers.engines import engine_on, tiny_llama
@@ -129,7 +129,7 @@ def failing_rows(world: World) -> list[tuple[str, int, bool]]:
         return score(logits_TV, tokens, top)
 
     sampler.sample_one = bad_draw
-    worker_module.score_prompt = bad_score  # type: ignore[attr-defined]
+    scored_rows.score_prompt = bad_score  # type: ignore[attr-defined]
     params = [
         SamplingParams(max_tokens=5, seed=11),
         SamplingParams(max_tokens=5, seed=22),

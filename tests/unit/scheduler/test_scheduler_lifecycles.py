@@ -1,9 +1,10 @@
 """Ten thousand random lives of requests on simulated clusters, checked in every step.
 
 Requests of all kinds come, share prefixes, fork, are preempted, aborted and end, while ranks are
-drained, opened again and made level. ``tests.helpers.cluster`` checks the ledger, the budgets, the
-turns, and all that is read and fed; at the end nothing may be left, and every request that was not
-aborted must have got the tokens that it gets alone.
+drained, opened again, made level, and die, with the steps in flight done in part.
+``tests.helpers.cluster`` checks the ledger, the budgets, the turns, and all that is read and fed;
+at the end nothing may be left, and every request that was not aborted must have got the tokens that
+it gets alone.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ RATES = CostModel(
 LONGEST = 39  # tokens of one request, so that a life is short whatever the pools
 EVENTS = (
     *["ask"] * 6, *["step"] * 12, *["abort"] * 2, "end one", "spoil", "drain", "reopen", "level",
+    "die", "poison",
 )  # fmt: skip
 
 
@@ -94,6 +96,10 @@ class Session:
             scheduler.reopen(rank)
         elif event == "level":
             self.seen["moves wished for"] += scheduler.rebalance()
+        elif event == "die":
+            self.die()
+        elif event == "poison" and live and pick(0, 9) == 0:
+            cluster.poison.add(live[pick(0, len(live) - 1)].number)
         scheduler.check_integrity()
 
     def ask(self) -> None:
@@ -151,6 +157,17 @@ class Session:
         drawn = len(self.cluster.lives[request.number].tokens) - len(request.prompt)
         self.cluster.not_finite(request, drawn + self.pick(0, 2))
 
+    def die(self) -> None:
+        """Some ranks lose their workers, or none when just an exchange failed; all meet again."""
+        cluster, pick = self.cluster, self.pick
+        if max(cluster.scheduler._inquest._times.values(), default=0) > 1:
+            return  # once more would look like the fault of who runs
+        ranks = range(len(cluster.blocks))
+        lost = [rank for rank in ranks if pick(0, len(cluster.blocks)) == 0]
+        self.seen["died"] += bool(lost and cluster.scheduler.running)
+        self.seen["died with steps in flight"] += bool(lost and cluster.flying)
+        cluster.die(lost, lambda: bool(pick(0, 1)))
+
     def drain(self, rank: int) -> None:
         scheduler = self.cluster.scheduler
         closed = set(scheduler.block_manager.closed)
@@ -179,6 +196,8 @@ class Session:
         self.seen["forked"] += sum(len(plan.forks) for plan in plans)
         for life in cluster.lives.values():
             self.seen[str(life.reason)] += 1
+            guilty = life.reason == "error" and life.request.number in cluster.poison
+            self.seen["ended by its poison"] += guilty
         return cluster.check_outputs()
 
 
@@ -206,7 +225,7 @@ def test_random_lives(placement: str, mode: tuple[str, str], depth: int) -> None
         ended += here
         seen += happened
     everything = {"asked", "aborted", "drained", "preempted", "moved", "hits", "forked",
-                  "length", "stop", "error"}  # fmt: skip
+                  "length", "stop", "error", "died"}  # fmt: skip
     assert everything <= {what for what, count in seen.items() if count}, f"too tame: {seen}"
 
 
@@ -244,7 +263,7 @@ class Lives(RuleBasedStateMachine):
     def part(self, data: st.DataObject, event: str) -> None:
         self._do(data, event)
 
-    @rule(data=st.data(), event=st.sampled_from(["drain", "reopen", "level"]))
+    @rule(data=st.data(), event=st.sampled_from(["drain", "reopen", "level", "die"]))
     def rearrange(self, data: st.DataObject, event: str) -> None:
         self._do(data, event)
 

@@ -16,9 +16,10 @@ from ds_cp.serve import supervisor as supervisor_module
 from ds_cp.serve.channel import Failed, Ready
 from ds_cp.serve.job_link import Lost
 from ds_cp.serve.supervisor import _Supervisor
-from ds_cp.serve.worker_child import until_end
+from ds_cp.serve.worker_child import Child, until_end
 from ds_cp.topology.job import Job
 
+NO_CHANNEL: Any = None
 JOB = Job(0, 2, 0, 2, None, "here", "torchrun", "127.0.0.1", 0)
 
 
@@ -88,7 +89,8 @@ def test_a_worker_that_left_is_asked_why(
         process.wait()
         if reports:
             asyncio.get_running_loop().call_later(0.3, one._on_death, "it", 2, True, False)
-        await one._watch(process)
+        one._seat._child = Child(process, NO_CHANNEL, None)
+        await one._watch()
         return int(one._exit_code)
 
     code, said = asyncio.run(work()), capsys.readouterr().err
