@@ -130,7 +130,10 @@ def tell(outcome: Outcome, count: int, of: int) -> None:
     """A line of progress."""
     seconds = outcome.mended_s if outcome.ended_s is None else outcome.ended_s
     said = f"FAULT: {outcome.fault}" if outcome.fault else f"{seconds:.2f} s"
-    print(f"{count}/{of} {outcome.kind} ({outcome.phase}): {said}", file=sys.stderr, flush=True)
+    notes = f" [{'; '.join(outcome.notes)}]" if outcome.notes else ""
+    print(
+        f"{count}/{of} {outcome.kind} ({outcome.phase}){notes}: {said}", file=sys.stderr, flush=True
+    )
 
 
 def main() -> int:

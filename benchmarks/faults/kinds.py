@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import psutil
 
@@ -41,6 +41,7 @@ class Scene:
     load: Load
     disk: outside.SmallDisk | None
     rng: random.Random
+    notes: list[str] = field(default_factory=list)  # what exactly was done
 
     def workers(self) -> dict[int, psutil.Process]:
         """The worker of each rank: the older process, where another one waits."""
@@ -129,7 +130,9 @@ def _on_a_connection(act: Callable[[psutil.Process, int], None]) -> Callable[[Sc
         for _ in range(10):  # one may have gone by then
             with contextlib.suppress(psutil.Error, OSError):
                 worker = scene.worker()
-                act(worker, scene.rng.choice(outside.connections(worker)))
+                fd = scene.rng.choice(outside.connections(worker))
+                scene.notes.append(outside.describe(worker, fd))
+                act(worker, fd)
                 return
 
     return choose

@@ -32,6 +32,7 @@ class Outcome:
 
     kind: str
     phase: str
+    notes: list[str] = field(default_factory=list)
     mended_s: float = 0.0
     pauses_s: list[float] = field(default_factory=list)
     ended_s: float | None = None
@@ -119,6 +120,7 @@ class Life:
 
     def _one_of_many(self, kind: Kind, phase: str, outcome: Outcome) -> None:
         scene, load = self._scene, self._scene.load
+        outcome.notes = scene.notes
         drained = self._prepare(phase, scene)
         hit, at = load.streams, time.monotonic()
         kind.act(scene)
@@ -154,6 +156,7 @@ class Life:
 
     def _in_drain(self, kind: Kind, outcome: Outcome) -> None:
         scene, load = self._scene, self._scene.load
+        outcome.notes = scene.notes
         load.ask(SPANNING)
         self._job.until("tokens", lambda: any(3 <= s.count for s in load.streams), MEND_S)
         load.dies = True  # whoever comes too late is refused

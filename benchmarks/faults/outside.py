@@ -57,6 +57,13 @@ def _listens(sock: socket.socket) -> bool:
     return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
 
 
+def describe(process: psutil.Process, fd: int) -> str:
+    """Which connection of a process it is."""
+    with borrowed(process.pid, fd) as sock:
+        ends = sock.getsockname() or "unnamed", sock.getpeername() or "unnamed"
+        return f"process {process.pid}, descriptor {fd}, {sock.family.name}: {ends}"
+
+
 def close_connection(process: psutil.Process, fd: int) -> None:
     """Both directions are shut, as by a peer that has gone."""
     with borrowed(process.pid, fd) as sock:
