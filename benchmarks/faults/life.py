@@ -67,6 +67,9 @@ class Life:
 
     def __exit__(self, *_: object) -> None:
         self._job.close()
+        if self._load is not None:
+            self._load.dies = True
+            self._load.close()
 
     def begin(self) -> None:
         """Wait until it serves, and put it under load."""
@@ -90,7 +93,9 @@ class Life:
             else:
                 self._one_of_many(kind, phase, outcome)
         except AssertionError as err:
-            outcome.fault = str(err)[:4000]
+            outcome.fault = str(err)[:8000]
+            if self._load is not None:
+                self._load.dies = True
         return outcome
 
     def end(self) -> str:
@@ -125,13 +130,23 @@ class Life:
         hit, at = load.streams, time.monotonic()
         kind.act(scene)
         probe = load.ask(PROBE)
-        self._job.until(f"an answer after {kind.name!r}", lambda: probe.is_over, MEND_S)
+        self._until(f"an answer after {kind.name!r}", lambda: probe.is_over)
         outcome.mended_s = time.monotonic() - at
         if drained is not None:
             post(f"{self._url}/ranks/{drained}/reopen", {})
         load.resume()
         outcome.pauses_s = [longest_pause(stream, at) for stream in hit]
         assert self._job.process.poll() is None, f"the server has ended{self._job.story()}"
+
+    def _until(self, what: str, done: Callable[[], bool]) -> None:
+        """Wait for what a server that goes on does in time."""
+
+        def found() -> bool:
+            if self._job.process.poll() is not None:
+                raise AssertionError(f"the server has ended{self._job.story()}")
+            return done()
+
+        self._job.until(what, found, MEND_S)
 
     def _prepare(self, phase: str, scene: Scene) -> int | None:
         """Bring the server into the phase. The rank that drains, if one does."""
@@ -142,7 +157,7 @@ class Life:
             load.ask(SPANNING, cache_salt=str(self._rng.random()))
             time.sleep(self._rng.uniform(0.0, 0.03))
         elif phase == "decode":
-            self._job.until("tokens", lambda: any(3 <= s.count for s in load.streams), MEND_S)
+            self._until("tokens", lambda: any(3 <= s.count for s in load.streams))
         elif phase == "loading":
             with contextlib.suppress(psutil.NoSuchProcess):
                 scene.worker().kill()
@@ -158,7 +173,7 @@ class Life:
         scene, load = self._scene, self._scene.load
         outcome.notes = scene.notes
         load.ask(SPANNING)
-        self._job.until("tokens", lambda: any(3 <= s.count for s in load.streams), MEND_S)
+        self._until("tokens", lambda: any(3 <= s.count for s in load.streams))
         load.dies = True  # whoever comes too late is refused
         self._job.process.terminate()
         self._job.until(

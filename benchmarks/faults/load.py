@@ -91,6 +91,8 @@ class Load:
 
     def close(self) -> None:
         """``pause``, for ever."""
+        if self._ends:
+            return
         self.pause()
         self._ends = True
         self._thread.join(IDLE_S)
