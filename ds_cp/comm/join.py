@@ -104,8 +104,10 @@ def join(
             raw = process_group.open_store(rendezvous.host, rendezvous.port, listen_fd, arrive_s)
         # Who keeps the store has had its own connection to it from the first meeting on, and that
         # may have broken since.
-        client = raw.clone() if keeps else raw
-        store = process_group.prefixed(client, f"gen{rendezvous.generation}")
+        client: Any = raw
+        store = process_group.prefixed(
+            client.clone() if keeps else client, f"gen{rendezvous.generation}"
+        )
         hello = _hello(host, digest, device, born)
         hellos = _introduce(rank, world_size, hello, store, arrive_s, given_up)
         names = list(hosts or _names(hellos))
