@@ -26,6 +26,7 @@ else:
     from torch.distributed import PrefixStore, Store, TCPStore
 
 DistError = torch_dist.DistError
+TorchStore = Store  # what torch takes for one
 
 
 class ProcessGroup:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import secrets
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from ds_cp.errors import LaunchError, TopologyError
 from ds_cp.topology import environment, mpi, net
 from ds_cp.topology.environment import Place, peek_rank
 from ds_cp.topology.net import LOOPBACK, Address
+from ds_cp.topology.secret import find_secret
 
 __all__ = ["Job", "detect", "open_store_socket", "peek_rank"]
 
@@ -45,6 +48,7 @@ class Job:
     store_shared: bool = False
     interface: str | None = None
     store_socket: socket.socket | None = field(default=None, compare=False, repr=False)
+    secret: bytes = field(default=b"", compare=False, repr=False)  # of the job, empty for none
 
     @property
     def one_host(self) -> bool:
@@ -53,6 +57,12 @@ class Job:
             return len(set(self.hosts)) == 1
         return self.local_world_size == self.world_size
 
+    @property
+    def by_port(self) -> bool:
+        """Whether rank 0's port is one of our own (``link.door``), since hosts meet there; ranks of
+        one host use torch's store, on loopback, or their launcher's."""
+        return self.world_size > 1 and not self.one_host
+
 
 def detect(
     env: Mapping[str, str],
@@ -60,6 +70,8 @@ def detect(
     hosts: str = "auto",
     interface: str = "auto",
     timeout_s: float = 120.0,
+    port: int | Literal["auto"] = "auto",
+    secret_file: str | None = None,
 ) -> Job:
     """The job that this process is a rank of. Rank 0 comes back with its store's socket open.
 
@@ -68,19 +80,22 @@ def detect(
     (deepspeed, torchrun, ds-cp) come before Slurm's step and mpirun's own variables; with none of
     them it is a job of one rank. ``interface``: a network interface's name, or ``auto``.
     ``timeout_s`` bounds the wait for the other ranks where MPI is asked (see ``mpi.session``).
+    ``port``: rank 0's, where several hosts are to meet on another one than the launcher's;
+    ``secret_file``: see ``find_secret``. Under MPI, where no rank has a secret, rank 0 makes one.
 
     Raises ``TopologyError`` when the sources disagree or a value makes no sense, ``LaunchError``
-    when the store cannot listen.
+    when the store cannot listen, or the secret is none.
     """
+    secret, wanted = find_secret(env, secret_file), None if port == "auto" else port
     if hosts not in ("auto", "mpi", "env"):
         raise TopologyError(f"comm.hosts must be auto, mpi or env (got {hosts!r})")
     if hosts == "mpi":
-        return _from_mpi(env, interface, timeout_s)
+        return _from_mpi(env, interface, timeout_s, wanted, secret)
     by_rank = environment.launcher_by_rank(env) is not None
     if hosts == "auto" and not by_rank and mpi.launched_by_mpirun(env):
         # Before MPI starts: it would wait for ranks that are not there.
         _check_sizes(environment.mpirun_size(env), env)
-        return _from_mpi(env, interface, timeout_s)
+        return _from_mpi(env, interface, timeout_s, wanted, secret)
     if "RANK" in env or "WORLD_SIZE" in env:
         place = environment.from_rank_variables(env)
     elif environment.in_slurm_step(env):
@@ -89,7 +104,16 @@ def detect(
         place = environment.from_mpirun_variables(env)
     else:
         place = Place(0, 1, 0, 1, "python")
-    return _complete(place, interface)
+    return replace(_complete(_at_port(place, wanted), interface), secret=secret)
+
+
+def _at_port(place: Place, port: int | None) -> Place:
+    """The place, of several hosts on a port of their own: a launcher's store lets in everybody."""
+    if place.local_size == place.size:
+        return place
+    if place.store_shared:
+        return replace(place, store_shared=False, store_port=port or place.store_port + 1)
+    return place if port is None else replace(place, store_port=port)
 
 
 def open_store_socket(job: Job, *, port: int | None = None) -> socket.socket:
@@ -110,7 +134,9 @@ def open_store_socket(job: Job, *, port: int | None = None) -> socket.socket:
 # --- MPI
 
 
-def _from_mpi(env: Mapping[str, str], interface: str, timeout_s: float) -> Job:
+def _from_mpi(
+    env: Mapping[str, str], interface: str, timeout_s: float, wanted: int | None, secret: bytes
+) -> Job:
     """Ask MPI. Every rank enters every exchange, and errors travel in them, so that all ranks
     raise the same one and none waits for a rank that has left."""
     with mpi.session(timeout_s) as session:
@@ -121,6 +147,7 @@ def _from_mpi(env: Mapping[str, str], interface: str, timeout_s: float) -> Job:
             addresses = net.local_addresses()
             port = _check_mpi_rank(facts, env, interface, addresses, host)
             mine = {"addresses": [[a.interface, a.ip, a.prefix] for a in addresses]}
+            mine["secret"] = bool(secret)
         except TopologyError as err:
             mine = {"error": str(err)}
         everyone = [json.loads(text) for text in session.gather(json.dumps(mine))]
@@ -141,8 +168,11 @@ def _from_mpi(env: Mapping[str, str], interface: str, timeout_s: float) -> Job:
                         if facts.hosts[rank] != host
                     ]
                     ip = _mpi_store_ip(env, interface, addresses, others, host)
+                    port = port if wanted is None else wanted
                 sock = net.listen(ip, port, _ANY_OTHER_PORT)
                 store = {"ip": ip, "port": sock.getsockname()[1]}
+                if not (one_host or any(entry["secret"] for entry in everyone)):
+                    store["secret"] = secrets.token_hex(32)  # travels by MPI's own connections
             except (LaunchError, TopologyError) as err:
                 store = {"error": str(err)}
         store = json.loads(session.broadcast(json.dumps(store)))
@@ -160,6 +190,7 @@ def _from_mpi(env: Mapping[str, str], interface: str, timeout_s: float) -> Job:
         store_port=int(str(store["port"])),
         interface=_interface(interface, one_host, str(store["ip"]), addresses, host),
         store_socket=sock,
+        secret=str(store["secret"]).encode() if "secret" in store else secret,
     )
 
 

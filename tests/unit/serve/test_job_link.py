@@ -13,7 +13,8 @@ import psutil
 import pytest
 
 from ds_cp.serve import job_link
-from ds_cp.serve.job_link import Died, End, FollowingLink, LeadingLink, Lost, link_name
+from ds_cp.serve.job_link import FollowingLink, LeadingLink, has_link, link_name
+from ds_cp.serve.job_words import Died, End, Gone, Lost
 from ds_cp.serve.orders import Leave, Left, Loaded, Meet, Met
 from ds_cp.topology.job import Job
 from ds_cp.topology.launcher_process import LauncherProcess
@@ -26,7 +27,7 @@ class Both:
         self.name = name
         self.lost: list[tuple[int, Lost]] = []
         self.stopping: list[tuple[int, str, bool]] = []
-        self.gone: list[tuple[int, int]] = []
+        self.gone: list[tuple[int, Gone]] = []
         self.leading = LeadingLink(
             3,
             lambda *args: self.lost.append(args),
@@ -107,7 +108,7 @@ def test_an_end_without_a_good_bye_is_a_death(who: str) -> None:
         await both.until(lambda: bool(both.lost or both.gone))
 
     both = run(work)
-    assert (2 if who == "following" else 0, os.getpid()) in both.gone and not both.lost
+    assert (2 if who == "following" else 0, Gone(os.getpid())) in both.gone and not both.lost
 
 
 @pytest.mark.parametrize("rank", [-1, 0, 2, 3])
@@ -203,4 +204,6 @@ def test_who_has_a_link() -> None:
     assert one.startswith("1.") and one != other
     assert len({name, link_name(job(2, 2, None), one), link_name(job(2, 2, None), other)}) == 3
     assert link_name(job(1, 1, ("a",))) is None
-    assert link_name(job(4, 2, None)) is None and link_name(job(2, 1, ("a", "b"))) is None
+    for several in (job(4, 2, None), job(2, 1, ("a", "b"))):
+        assert link_name(several) is None and has_link(several)
+    assert not has_link(job(1, 1, ("a",))) and has_link(job(2, 2, None))
