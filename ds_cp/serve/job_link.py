@@ -62,8 +62,8 @@ def has_link(job: Job) -> bool:
 class LeadingLink:
     """Rank 0's side. Each function gets the rank: ``on_lost`` with what it reported, ``on_gone``
     for a supervisor that ended without a good-bye, ``on_stopping`` with the reason and whether to
-    hurry, ``on_said`` with what its worker does, ``on_back`` with the host of a supervisor that is
-    here again. They run in the event loop.
+    hurry, ``on_said`` with what its worker does. ``on_here`` gets the first message of a supervisor
+    that is here, for the first time or again, and may ``ask`` it. They run in the event loop.
     """
 
     def __init__(
@@ -78,9 +78,8 @@ class LeadingLink:
         self._on_gone = on_gone
         self._on_stopping = on_stopping
         self.on_said: Callable[[int, Said], None] = lambda rank, said: None
-        self.on_back: Callable[[int, str], None] = lambda rank, host: None
+        self.on_here: Callable[[Hello], None] = lambda hello: None
         self._peers: dict[int, Peer] = {}  # by rank
-        self._gone: set[int] = set()  # ranks whose supervisors were here
         self._closed = False
         self._server: asyncio.AbstractServer | None = None
         self._beating: asyncio.Task[None] | None = None
@@ -127,16 +126,15 @@ class LeadingLink:
             hello = await receive(peer) if peer.is_ours else None
             if isinstance(hello, Hello) and not self.why_not(hello.rank):
                 send(peer, Hello(0, os.getpid()))
-                await self.listen(hello.rank, Gone(hello.pid), peer)
+                await self.listen(hello, peer)
             else:
                 peer.close()
 
-    async def listen(self, rank: int, gone: Gone, peer: Peer) -> None:
-        """Hear what the supervisor of ``rank`` says, to its end; ``gone`` is who it is."""
+    async def listen(self, hello: Hello, peer: Peer) -> None:
+        """Hear what another rank's supervisor says, to its end."""
+        rank = hello.rank
         self._peers[rank] = peer
-        if rank in self._gone:
-            self._gone.discard(rank)
-            self.on_back(rank, gone.host)
+        self.on_here(hello)
         try:
             while not isinstance(message := await receive(peer), Bye):
                 if isinstance(message, Lost):
@@ -152,8 +150,7 @@ class LeadingLink:
             del self._peers[rank]
             peer.close()
         if message is None and not self._closed:
-            self._gone.add(rank)
-            self._on_gone(rank, msgspec.structs.replace(gone, silent=peer.silent))
+            self._on_gone(rank, Gone(hello.pid, hello.host, peer.silent))
 
     def why_not(self, rank: int) -> str:
         """Why the supervisor of ``rank`` is not heard, "" where it is."""

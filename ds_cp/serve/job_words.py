@@ -15,10 +15,11 @@ from ds_cp.serve.orders import Order, Word
 
 
 class Hello(msgspec.Struct, frozen=True, tag="hello"):
-    """A supervisor's first message; both sides send it."""
+    """A supervisor's first message; both sides send it. ``host``: "" on one host."""
 
     rank: int
     pid: int
+    host: str = ""
 
 
 class Lost(msgspec.Struct, frozen=True, tag="lost"):

@@ -13,7 +13,7 @@ from ds_cp.link.peer import SealedPeer
 from ds_cp.link.seal import Claim
 from ds_cp.log_stream import say
 from ds_cp.serve.job_link import FollowingLink, LeadingLink, link_name
-from ds_cp.serve.job_words import Gone
+from ds_cp.serve.job_words import Hello
 from ds_cp.startup.own_port import own_port
 from ds_cp.topology.job import Job
 from ds_cp.topology.net import listening_address
@@ -22,7 +22,8 @@ SAID = 3  # strangers that are said; all are counted
 
 
 class MeetingPlace:
-    """``link``: of this rank. ``fail`` ends a job that cannot start, with the exit code."""
+    """``link``: of this rank. ``fail`` ends a job that cannot start, with the exit code;
+    ``on_strangers`` is told how many came to rank 0's port and did not know the job's secret."""
 
     def __init__(
         self,
@@ -37,6 +38,7 @@ class MeetingPlace:
         self._link = link
         self._fail = fail
         self._has_started = has_started
+        self.on_strangers: Callable[[int], None] = lambda count: None
         self._door: Door | None = None
 
     @property
@@ -47,11 +49,6 @@ class MeetingPlace:
             return self._job
         host, port = listening_address(sock.fileno())
         return replace(self._job, store_host=host, store_port=port, store_socket=None)
-
-    @property
-    def strangers(self) -> int:
-        """How many came to rank 0's port, and did not know the job's secret."""
-        return 0 if self._door is None else self._door.strangers
 
     async def open(self, launched_by: str) -> None:
         """Begin to meet. ``launched_by``: as in ``link_name``."""
@@ -85,7 +82,7 @@ class MeetingPlace:
 
     async def _on_control(self, claim: Claim, peer: SealedPeer) -> None:
         assert isinstance(self._link, LeadingLink)
-        await self._link.listen(claim.rank, Gone(claim.pid, claim.host), peer)
+        await self._link.listen(Hello(claim.rank, claim.pid, claim.host), peer)
 
     def _on_refused(self, err: DsCpError) -> None:
         self._fail(str(err), err.exit_code)
@@ -98,6 +95,8 @@ class MeetingPlace:
 
     def _on_stranger(self, address: str, why: str) -> None:
         assert self._door is not None
-        if self._door.strangers <= SAID:
-            last = "; others are only counted" if self._door.strangers == SAID else ""
+        count = self._door.strangers
+        self.on_strangers(count)
+        if count <= SAID:
+            last = "; others are only counted" if count == SAID else ""
             say(f"warning: a connection from {address} was dropped: {why}{last}")

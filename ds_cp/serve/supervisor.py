@@ -82,10 +82,10 @@ class _Supervisor:
         self._engine: AsyncEngine | None = None
         self._leading = LeadingLink(job.world_size, self._on_lost, self._on_gone, self._on_stopping)
         self._following = FollowingLink(job.rank, config.comm.timeout_s, self._on_gone)
-        link = self._leading if job.rank == 0 else self._following
-        self._place = MeetingPlace(config, job, link, self._fail, lambda: self._loaded)
+        self._link = self._leading if job.rank == 0 else self._following
+        self._place = MeetingPlace(config, job, self._link, self._fail, lambda: self._loaded)
         self._seat = Seat(config, self._place.worker_job, can_mend(config, job))
-        self._mending = Mending(config, job, self._seat, link, self)
+        self._mending = Mending(config, job, self._seat, self._link, self)
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
@@ -94,7 +94,6 @@ class _Supervisor:
         files = watch_files(self._config, self._job)  # as they are before the worker reads them
         for number in SIGNALS:
             loop.add_signal_handler(number, self._on_signal, number)
-        link = self._leading if leads else self._following
         await self._place.open(self._launchers[0].identity if self._launchers else "")
         with self._seat:
             watch = asyncio.create_task(self._watch())
@@ -110,7 +109,7 @@ class _Supervisor:
                     await until_end(watch, self._leave_s, self._trace.goes_on)
             finally:
                 watch.cancel()
-                await link.close()
+                await self._link.close()
                 self._place.close()
         return self._exit_code
 
@@ -145,6 +144,7 @@ class _Supervisor:
             partial(load_tokenizer, source), on_ready, on_death,
         )  # fmt: skip
         self._engine = engine
+        self._place.on_strangers = partial(setattr, engine, "num_strangers")
         engine.start()
         app = create_app(engine, server, log_requests=True)
         await serve_until(app, listeners, server, self._stop, self._hurry)
