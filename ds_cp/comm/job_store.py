@@ -38,8 +38,10 @@ class JobStore(TorchStore):
         self._lock = threading.Lock()
 
     def close(self) -> None:
-        """End the connection."""
+        """End the connection, and the store where this process keeps it."""
         self._knocked.close()
+        if self._door is not None:
+            self._door.close()
 
     def clone(self) -> JobStore:
         """Another connection to the same store."""

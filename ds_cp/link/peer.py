@@ -5,9 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import time
+from typing import Literal
 
 from ds_cp.link.seal import HEAD, MAX_FRAME, Seal, SealError, size_of
 
+# How a connection has ended: by the other process, since its system does not answer, since it says
+# nothing.
+Ended = Literal["closed", "unreachable", "stalled"]
 KEEP_IDLE_S = 1  # seconds of silence after which a system asks the other one whether it is there
 
 
@@ -20,7 +25,8 @@ class SealedPeer:
         self._reader = reader
         self._writer = writer
         self._seal = seal
-        self.silent = False  # it has ended since the other system did not answer
+        self.ended: Ended = "closed"
+        self.heard = time.monotonic()  # when the last message came
 
     def send(self, payload: bytes) -> None:
         """Send one message; nothing happens when the other side is gone."""
@@ -30,17 +36,24 @@ class SealedPeer:
     async def receive(self) -> bytes | None:
         """The next message; None at the end, and for what was not sent by the other side."""
         try:
-            return self._seal.open(await read_frame(self._reader, MAX_FRAME))
+            message = self._seal.open(await read_frame(self._reader, MAX_FRAME))
+            self.heard = time.monotonic()
+            return message
         except (ConnectionResetError, BrokenPipeError, EOFError, SealError):
             return None
         except OSError:  # time-out, no route
-            self.silent = True
+            self.ended = "unreachable"
             return None
 
     def close(self) -> None:
         """End the connection; what was sent still arrives."""
         with contextlib.suppress(OSError, RuntimeError):
             self._writer.close()
+
+    def give_up(self) -> None:
+        """The other process says nothing, though its system answers."""
+        self.ended = "stalled"
+        self.abort()
 
     def abort(self) -> None:
         """End the connection at once."""

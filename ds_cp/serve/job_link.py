@@ -17,6 +17,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 
 import msgspec
 
@@ -24,7 +25,6 @@ from ds_cp.errors import DsCpError
 from ds_cp.link.knock import Port, knock_async
 from ds_cp.serve.job_words import (
     Asked,
-    Beat,
     Bye,
     Gone,
     Hello,
@@ -34,6 +34,7 @@ from ds_cp.serve.job_words import (
     Peer,
     Said,
     Stopping,
+    beat,
     receive,
     send,
 )
@@ -41,7 +42,6 @@ from ds_cp.topology.job import Job
 
 RETRY_S = 0.1  # seconds between tries to reach rank 0's supervisor, which may start later
 REPORT_S = 2.0  # seconds that a report waits for rank 0 to have it
-BEAT_S = 0.25  # seconds between signs of life to other hosts
 _LINE = 4096  # bytes of a message, at most
 
 
@@ -89,9 +89,10 @@ class LeadingLink:
         with contextlib.suppress(OSError):
             self._server = await asyncio.start_unix_server(self._attend, name, limit=_LINE)
 
-    def open_to_hosts(self) -> None:
-        """Others come by rank 0's port, and whoever lets them in calls ``listen``."""
-        self._beating = asyncio.create_task(self._beat())
+    def open_to_hosts(self, hang_s: float | None) -> None:
+        """Others come by rank 0's port, and whoever lets them in calls ``listen``. ``hang_s``: as
+        in ``beat``."""
+        self._beating = asyncio.create_task(beat(self._peers.values, hang_s))
 
     @property
     def is_open(self) -> bool:
@@ -150,19 +151,13 @@ class LeadingLink:
             del self._peers[rank]
             peer.close()
         if message is None and not self._closed:
-            self._on_gone(rank, Gone(hello.pid, hello.host, peer.silent))
+            self._on_gone(rank, Gone(hello.pid, hello.host, peer.ended))
 
     def why_not(self, rank: int) -> str:
         """Why the supervisor of ``rank`` is not heard, "" where it is."""
         if rank in self._peers:
             return f"rank {rank} is here already: two jobs, or two launches of one, meet here"
         return "" if 0 < rank < self._world_size else f"there is no rank {rank} to come"
-
-    async def _beat(self) -> None:
-        while True:
-            await asyncio.sleep(BEAT_S)
-            for peer in list(self._peers.values()):
-                send(peer, Beat())
 
 
 class FollowingLink:
@@ -179,6 +174,8 @@ class FollowingLink:
     ) -> None:
         self.on_asked: Callable[[Asked], None] = lambda asked: None
         self.on_bye: Callable[[], None] = lambda: None
+        self.on_away: Callable[[Gone], None] = lambda gone: None
+        self.on_back: Callable[[], None] = lambda: None
         self.on_refused: Callable[[DsCpError], None] = lambda err: None
         self._rank = rank
         self._patience_s = patience_s
@@ -188,14 +185,19 @@ class FollowingLink:
         self._noted = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._beating: asyncio.Task[None] | None = None
+        self._returns_s = 0.0
 
     async def open(self, name: str) -> None:
         """Begin to reach rank 0's supervisor on this host."""
         self._task = asyncio.create_task(self._run(self._reach(name)))
 
-    async def open_to_host(self, port: Port) -> None:
-        """Begin to reach it on another host."""
-        self._task = asyncio.create_task(self._run(self._reach_host(port)))
+    async def open_to_host(self, port: Port, hang_s: float | None, returns_s: float = 0.0) -> None:
+        """Begin to reach it on another host. ``hang_s``: as in ``beat``. Where that host cannot be
+        reached any more, this side calls ``on_away``, and tries for ``returns_s`` seconds; then it
+        calls ``on_back``, or ``on_gone``."""
+        self._returns_s = returns_s
+        self._beating = asyncio.create_task(beat(self._connections, hang_s))
+        self._task = asyncio.create_task(self._run(self._reach_host(port), port))
 
     async def report(self, lost: Lost) -> bool:
         """Tell rank 0 that this rank's worker is lost. Whether it has heard."""
@@ -242,20 +244,47 @@ class FollowingLink:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _run(self, reaching: Coroutine[None, None, tuple[Peer, Gone] | None]) -> None:
-        if (reached := await reaching) is None:
-            return
-        self._peer, gone = reached
-        self._connected.set()
-        while not isinstance(message := await receive(self._peer), Bye):
+    async def _run(
+        self, reaching: Coroutine[None, None, tuple[Peer, Gone] | None], port: Port | None = None
+    ) -> None:
+        reached = await reaching
+        while reached is not None:
+            self._peer, gone = reached
+            self._connected.set()
+            if await self._hear(self._peer):
+                self.on_bye()
+                return
+            gone = msgspec.structs.replace(gone, how=self._peer.ended)
+            reached = None
+            if port is not None and gone.how == "unreachable" and self._returns_s > 0:
+                self._connected.clear()
+                self.on_away(gone)
+                reached = await self._come_back(port)
+            if reached is None:
+                self._on_gone(0, gone)
+            else:
+                self.on_back()
+
+    async def _hear(self, peer: Peer) -> bool:
+        """Hear rank 0 to its end. Whether it said good-bye."""
+        while not isinstance(message := await receive(peer), Bye):
             if isinstance(message, Noted):
                 self._noted.set()
             elif isinstance(message, Asked):
                 self.on_asked(message)
             elif message is None:
-                self._on_gone(0, msgspec.structs.replace(gone, silent=self._peer.silent))
-                return
-        self.on_bye()
+                return False
+        return True
+
+    async def _come_back(self, port: Port) -> tuple[Peer, Gone] | None:
+        """Reach rank 0 again, which may not know yet that this one was gone."""
+        end = time.monotonic() + self._returns_s
+        while (left := end - time.monotonic()) > 0:
+            with contextlib.suppress(DsCpError):
+                peer, verdict = await knock_async(replace(port, timeout_s=left))
+                return peer, Gone(verdict.pid, verdict.host)
+            await asyncio.sleep(RETRY_S)
+        return None
 
     async def _reach(self, name: str) -> tuple[Peer, Gone] | None:
         end = time.monotonic() + self._patience_s
@@ -281,10 +310,7 @@ class FollowingLink:
         except DsCpError as err:
             self.on_refused(err)
             return None
-        self._beating = asyncio.create_task(self._beat(peer))
         return peer, Gone(verdict.pid, verdict.host)
 
-    async def _beat(self, peer: Peer) -> None:
-        while True:
-            await asyncio.sleep(BEAT_S)
-            send(peer, Beat())
+    def _connections(self) -> list[Peer]:
+        return [] if self._peer is None else [self._peer]

@@ -7,11 +7,18 @@ import contextlib
 import os
 import socket
 import struct
+import time
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import msgspec
 
+from ds_cp.config.models import FaultTolerance
+from ds_cp.link.peer import Ended
 from ds_cp.serve.orders import Order, Word
+
+BEAT_S = 0.25  # seconds between signs of life to other hosts
+GAP_S = 1.0  # seconds between them, above which this process did not run
 
 
 class Hello(msgspec.Struct, frozen=True, tag="hello"):
@@ -68,29 +75,34 @@ Message = Hello | Lost | Stopping | Noted | Beat | Bye | Said | Asked
 
 
 class Gone(msgspec.Struct, frozen=True):
-    """A supervisor that ended without a good-bye. ``silent``: its host, or the network to it, does
-    not answer; else its process was killed. ``host``: "" on this one."""
+    """A supervisor that ended without a good-bye: it was killed; or ``how`` its connection ended
+    says that its host, or the network to it, does not answer, or that it stands still. ``host``: ""
+    on this one."""
 
     pid: int
     host: str = ""
-    silent: bool = False
+    how: Ended = "closed"
 
-    def describe(self, rank: int, limit_s: float) -> str:
-        """What has happened to the supervisor of ``rank``; ``limit_s``: how long it may be
-        silent."""
-        if self.silent:
+    def describe(self, rank: int, limits: FaultTolerance) -> str:
+        """What has happened to the supervisor of ``rank``, and the limits that it did not keep."""
+        if self.how == "unreachable":
             return (
-                f"host {self.host} of rank {rank} did not answer for {limit_s:g} s "
+                f"host {self.host} of rank {rank} did not answer for {limits.host_timeout_s:g} s "
                 "(fault_tolerance.host_timeout_s): it is down, or the network to it"
             )
         where = f" on {self.host}" if self.host else ""
-        return f"the supervisor of rank {rank} (process {self.pid}{where}) was killed"
+        who = f"the supervisor of rank {rank} (process {self.pid}{where})"
+        if self.how == "stalled":
+            return f"{who} gave no sign of life for {limits.hang_s:g} s (fault_tolerance.hang_s)"
+        return f"{who} was killed"
 
 
 class Peer(Protocol):
-    """One connection. ``silent``: it has ended since the other host does not answer."""
+    """One connection. ``ended``: how, once it has; ``heard``: when the last message came, in
+    ``time.monotonic()``."""
 
-    silent: bool
+    ended: Ended
+    heard: float
 
     def send(self, payload: bytes) -> None:
         """Send one message; nothing happens when the other side is gone."""
@@ -104,13 +116,18 @@ class Peer(Protocol):
         """End the connection; what was sent still arrives."""
         ...
 
+    def give_up(self) -> None:
+        """End it at once, since nothing is heard."""
+        ...
+
 
 class LocalPeer:
     """A connection of one host, on which a message is a line."""
 
-    silent = False
+    ended: Ended = "closed"  # the kernel knows
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.heard = 0.0
         self._reader = reader
         self._writer = writer
 
@@ -130,6 +147,9 @@ class LocalPeer:
             return await self._reader.readuntil(b"\n")
         except (OSError, EOFError, asyncio.LimitOverrunError):
             return None
+
+    def give_up(self) -> None:
+        self.close()
 
     def close(self) -> None:
         with contextlib.suppress(OSError, RuntimeError):
@@ -151,3 +171,19 @@ async def receive(peer: Peer) -> Message | None:
         if not isinstance(message, Beat):
             return message
     return None
+
+
+async def beat(peers: Callable[[], Iterable[Peer]], hang_s: float | None) -> None:
+    """Give signs of life to other hosts, and expect theirs within ``hang_s``: what a system answers
+    by itself says nothing of the process. Time in which this process did not run does not count."""
+    last = time.monotonic()
+    while True:
+        await asyncio.sleep(BEAT_S)
+        now = time.monotonic()
+        for peer in list(peers()):
+            send(peer, Beat())
+            if now - last > GAP_S:
+                peer.heard = now
+            elif hang_s is not None and now - peer.heard > hang_s:
+                peer.give_up()
+        last = now

@@ -57,9 +57,10 @@ class MeetingPlace:
         if not self._job.by_port:
             return
         port = own_port(self._job, self._config, "control")
+        hang_s = self._config.fault_tolerance.hang_s
         if isinstance(self._link, FollowingLink):
             self._link.on_refused = self._on_refused
-            await self._link.open_to_host(port)
+            await self._link.open_to_host(port, hang_s)
             return
         assert self._job.store_socket is not None
         if not port.secret:
@@ -72,7 +73,7 @@ class MeetingPlace:
         self._door.expects = self._link.why_not
         self._door.on_misfit = self._on_misfit
         self._door.on_stranger = self._on_stranger
-        self._link.open_to_hosts()
+        self._link.open_to_hosts(hang_s)
         await self._door.open()
 
     def close(self) -> None:

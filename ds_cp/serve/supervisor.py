@@ -251,7 +251,7 @@ class _Supervisor:
         signalled; of rank 0's, one rank of a host does."""
         first = self._job.rank <= 1 or self._job.local_rank == 0
         says = first and (self._job.launcher != "ds-cp" or self._stop.is_set())
-        self._fail(gone.describe(rank, self._config.fault_tolerance.host_timeout_s), 1, says)
+        self._fail(gone.describe(rank, self._config.fault_tolerance), 1, says)
 
     def _fail(self, message: str, exit_code: int, says: bool = True) -> None:
         if self._may_fail:

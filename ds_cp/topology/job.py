@@ -171,7 +171,7 @@ def _from_mpi(
                     port = port if wanted is None else wanted
                 sock = net.listen(ip, port, _ANY_OTHER_PORT)
                 store = {"ip": ip, "port": sock.getsockname()[1]}
-                if not (one_host or any(entry["secret"] for entry in everyone)):
+                if not (one_host or any(entry.get("secret") for entry in everyone)):
                     store["secret"] = secrets.token_hex(32)  # travels by MPI's own connections
             except (LaunchError, TopologyError) as err:
                 store = {"error": str(err)}

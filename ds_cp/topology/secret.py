@@ -23,10 +23,9 @@ def find_secret(env: Mapping[str, str], file: str | None) -> bytes:
         return _checked(env[VARIABLE].strip().encode(), VARIABLE)
     if file is None:
         return b""
-    path = Path(file).expanduser()
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        with os.fdopen(fd, "rb") as opened:
+        fd = os.open(Path(file).expanduser(), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
             found = os.fstat(fd)
             if not stat.S_ISREG(found.st_mode):
                 raise LaunchError(f"comm.secret_file {file} is not a file: make one, {_MAKE}")
@@ -36,7 +35,9 @@ def find_secret(env: Mapping[str, str], file: str | None) -> bytes:
                     f"{found.st_uid}: others may know the secret; chmod 600 it, or make a new one, "
                     f"{_MAKE}"
                 )
-            return _checked(opened.read(MOST + 1).strip(), f"comm.secret_file {file}")
+            return _checked(os.read(fd, MOST + 2).strip(), f"comm.secret_file {file}")
+        finally:
+            os.close(fd)
     except OSError as err:
         raise LaunchError(
             f"comm.secret_file {file} cannot be read ({err.strerror}): every host needs the same "

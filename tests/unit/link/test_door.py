@@ -78,7 +78,7 @@ def test_a_supervisor_is_let_in_and_heard() -> None:
         peer.send(b"one")
         assert await peer.receive() == b"heard one"
         peer.close()
-        assert await peer.receive() is None and not peer.silent
+        assert await peer.receive() is None and peer.ended == "closed"
 
     place = run(work)
     assert [one.rank for one in place.came] == [2] and place.door.strangers == 0
