@@ -3,6 +3,7 @@ only who knows the job's secret. torch's own store lets in everybody who reaches
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import threading
@@ -37,11 +38,20 @@ class JobStore(TorchStore):
         self._knocked = knock(port)
         self._lock = threading.Lock()
 
+    @property
+    def misfit(self) -> str:
+        """Why a process of this job could not join, where this process lets them in; or ""."""
+        return "" if self._door is None else self._door.misfit
+
     def close(self) -> None:
         """End the connection, and the store where this process keeps it."""
         self._knocked.close()
         if self._door is not None:
             self._door.close()
+
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError):  # it was never there
+            self.close()
 
     def clone(self) -> JobStore:
         """Another connection to the same store."""
@@ -87,6 +97,10 @@ class JobStore(TorchStore):
     def delete_key(self, key: str) -> bool:
         """Forget a key. Whether it was there."""
         return self._do("delete", [key]).number > 0
+
+    def forget(self, prefix: str) -> int:
+        """Forget all keys that begin so; how many there were."""
+        return self._do("forget", [prefix]).number
 
     def num_keys(self) -> int:
         """How many keys there are."""

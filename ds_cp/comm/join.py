@@ -13,7 +13,7 @@ import msgspec
 import torch
 
 from ds_cp.comm import process_group
-from ds_cp.comm.job_store import open_job_store
+from ds_cp.comm.job_store import JobStore, open_job_store
 from ds_cp.comm.process_group import DistError
 from ds_cp.comm.shared_memory import Neighbours, Process
 from ds_cp.comm.world import Backend, World
@@ -110,7 +110,13 @@ def join(
             raw = process_group.open_store(rendezvous.host, rendezvous.port, listen_fd, arrive_s)
         store = process_group.prefixed(raw, f"gen{rendezvous.generation}")
         hello = _hello(host, digest, device, born)
-        hellos = _introduce(rank, world_size, hello, store, arrive_s, given_up)
+
+        def off() -> bool:
+            if isinstance(raw, JobStore) and raw.misfit:
+                raise ConfigError(raw.misfit)
+            return given_up()
+
+        hellos = _introduce(rank, world_size, hello, store, arrive_s, off)
         names = list(hosts or _names(hellos))
         try:
             _check_configs(hellos)
@@ -139,6 +145,8 @@ def join(
         )  # fmt: skip
         world.raw_store, world.is_store = raw, keeps or listen_fd is not None
         world.generation, world.born = rendezvous.generation, tuple(one.born for one in hellos)
+        if isinstance(raw, JobStore) and rank == 0:  # no rank reads those any more
+            raw.forget(process_group.prefix_of(f"gen{rendezvous.generation - 2}") + "/")
         world.notes = [*notes, *_notes_of_all(world)]
     except BaseException as err:
         if world_size > 1:

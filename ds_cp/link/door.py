@@ -9,6 +9,7 @@ import os
 import socket
 import threading
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 import msgspec
 
@@ -18,7 +19,7 @@ from ds_cp.link.values import Reply, Request, Values
 
 PROVE_S = 10.0  # seconds in which who has connected has to prove itself
 MAX_UNKNOWN = 128  # connections that have not; one more drops the oldest
-MAX_STORES = 8  # connections of one rank to the store; one more drops the oldest
+MAX_STORES = 64  # connections of one rank to the store; one more drops the oldest
 
 
 class Door:
@@ -159,15 +160,30 @@ class DoorThread:
     """A door with an event loop of its own, for a rank 0 without a supervisor."""
 
     def __init__(self, door: Door) -> None:
-        self._loop = asyncio.new_event_loop()
+        self.misfit = ""  # why a process of this job was not let in
         self._door = door
-        self._thread = threading.Thread(target=self._run, name="ds_cp store", daemon=True)
-        self._thread.start()
+        self._door.on_misfit = self._on_misfit
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._closing = asyncio.Event()
+        self._is_open = threading.Event()
+        run = partial(asyncio.run, self._serve())
+        threading.Thread(target=run, name="ds_cp store", daemon=True).start()
+        self._is_open.wait()
 
-    def _run(self) -> None:
-        self._loop.run_until_complete(self._door.open())
-        self._loop.run_forever()
+    def _on_misfit(self, claim: Claim, why: str) -> None:
+        self.misfit = f"rank {claim.rank} on {claim.host[:80]} cannot join: {why}"
+
+    async def _serve(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        try:
+            await self._door.open()
+        finally:
+            self._is_open.set()
+        await self._closing.wait()
+        self._door.close()
 
     def close(self) -> None:
-        """Let nobody in any more."""
-        self._loop.call_soon_threadsafe(self._door.close)
+        """Let nobody in any more, and end the store."""
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # it is over
+                self._loop.call_soon_threadsafe(self._closing.set)

@@ -12,13 +12,14 @@ MAX_BYTES = 1 << 28  # of all keys and values together
 MAX_WAIT_S = 1.0  # seconds that one request may wait for keys; who needs longer asks again
 
 Operation = Literal[
-    "set", "get", "check", "wait", "add", "compare_set", "append", "delete", "count"
+    "set", "get", "check", "wait", "add", "compare_set", "append", "delete", "forget", "count"
 ]
 
 
 class Request(msgspec.Struct, frozen=True, array_like=True):
     """``values``: one for each key to set or append; of ``compare_set`` the expected one and the
-    new one. ``wait_s``: seconds to wait until all keys are there, for ``get`` and ``wait``."""
+    new one. The ``keys`` of ``forget`` are how those begin that are to go. ``wait_s``: seconds to
+    wait until all keys are there, for ``get`` and ``wait``."""
 
     operation: Operation
     keys: list[str] = []
@@ -58,6 +59,9 @@ class Values:
             return Reply(number=len(self._values))
         if request.operation == "delete":
             return Reply(number=sum(self._drop(key) for key in keys))
+        if request.operation == "forget":
+            gone = [key for key in self._values if key.startswith(tuple(keys))]
+            return Reply(number=sum(self._drop(key) for key in gone))
         return self._write(request)
 
     def _write(self, request: Request) -> Reply:

@@ -18,6 +18,7 @@ from ds_cp.link.peer import Ended
 from ds_cp.serve.orders import Order, Word
 
 BEAT_S = 0.25  # seconds between signs of life to other hosts
+ORPHAN_S = 1.0  # seconds that a worker has to end once rank 0's supervisor is gone
 GAP_S = 1.0  # seconds between them, above which this process did not run
 
 

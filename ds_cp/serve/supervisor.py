@@ -27,7 +27,7 @@ from ds_cp.process import StopSignals, settle_heap
 from ds_cp.serve.announce import Announce, print_ready
 from ds_cp.serve.channel import Channel, Failed, FromWorker, Ready
 from ds_cp.serve.job_link import FollowingLink, LeadingLink
-from ds_cp.serve.job_words import Gone, Lost
+from ds_cp.serve.job_words import ORPHAN_S, Gone, Lost
 from ds_cp.serve.meeting_place import MeetingPlace
 from ds_cp.serve.mending import Mending, can_mend
 from ds_cp.serve.preparations import bind_http, load_tokenizer, note_launchers, watch_files
@@ -187,8 +187,7 @@ class _Supervisor:
     def _on_signal(self, number: int) -> None:
         self._signals.take(number)
         # mpirun kills a quarter of a second after its SIGTERM.
-        again = self._signals.count > 1
-        hurry = number == signal.SIGINT or again or self._job.launcher == "mpi"
+        hurry = number == signal.SIGINT or self._signals.count > 1 or self._job.launcher == "mpi"
         self._begin_stop(signal.Signals(number).name, hurry)
 
     def _on_stopping(self, rank: int, reason: str, hurry: bool) -> None:
@@ -251,6 +250,7 @@ class _Supervisor:
         signalled; of rank 0's, one rank of a host does."""
         first = self._job.rank <= 1 or self._job.local_rank == 0
         says = first and (self._job.launcher != "ds-cp" or self._stop.is_set())
+        self._leave_s = min(self._leave_s, ORPHAN_S if rank == 0 else math.inf)
         self._fail(gone.describe(rank, self._config.fault_tolerance), 1, says)
 
     def _fail(self, message: str, exit_code: int, says: bool = True) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import socket
 import threading
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
@@ -83,6 +85,8 @@ def test_it_does_what_torchs_do(stores: Any) -> None:
     assert first.num_keys() == 5 and first.delete_key("w") and not other.check(["a", "w"])
     with pytest.raises(RuntimeError, match="did not come within 0.05 s"):
         other.wait(["never"], timedelta(seconds=0.05))
+    other.multi_set(["gen1/a", "gen1/b", "gen11/a"], ["1", "2", "3"])
+    assert first.forget("gen1/") == 2 and first.check(["gen11/a"]) and not first.check(["gen1/a"])
     copy = other.clone()
     assert copy.get("a") == b"1x"
     copy.close()
@@ -110,3 +114,12 @@ def test_who_does_not_know_the_secret_gets_no_store(stores: Any) -> None:
     _, _, number = stores
     with pytest.raises(LaunchError, match="does not share the job's secret"):
         open_job_store(port_of(1, 2, number, b"f" * 16), None, 60.0, 60.0)
+
+
+def test_rank_0_learns_of_who_does_not_fit(stores: Any) -> None:
+    first, _, number = stores
+    port = port_of(1, 2, number)
+    odd = replace(port, claim=msgspec.structs.replace(port.claim, mark="other"))
+    with pytest.raises(LaunchError, match="was started with another config than rank 0"):
+        open_job_store(odd, None, 60.0, 60.0)
+    assert "rank 1 on localhost cannot join: " in first.misfit
