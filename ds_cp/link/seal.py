@@ -25,6 +25,7 @@ from ds_cp.errors import DsCpError
 PROTOCOL = "ds_cp link 1"
 MAX_UNPROVED = 4096  # bytes of a frame from somebody who has proved nothing yet
 MAX_FRAME = 1 << 22  # bytes of any other
+MAX_TEXT = 255  # characters of a name
 HEAD = 4  # bytes of a frame's length, which come before it
 _NONCE, _MAC = 32, 16  # bytes
 
@@ -136,6 +137,9 @@ class ServerProof:
         what is no claim."""
         proved = _decode(frame, _Proved)
         found = _decode(proved.body, Claim)
+        for text in (found.host, found.version, found.mark):  # which may be shown
+            if len(text) > MAX_TEXT or not text.isprintable():
+                raise SealError(f"a name of {len(text)} characters that is none")
         known = hmac.compare_digest(
             proved.proof, _mac(self._secret, b"client", self._said, proved.body)
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -122,6 +123,15 @@ def test_garbage_is_no_message(raw: bytes) -> None:
     for kind in (ServerProof(SECRET).claim, ClientProof(SECRET, CLAIM).answer):
         with pytest.raises(SealError):
             kind(raw)
+
+
+@pytest.mark.parametrize("host", ["x" * 256, "a\nds_cp: error: no", "\x1b[31m"])
+def test_names_can_be_shown(host: str) -> None:
+    server = ServerProof(b"")
+    client = ClientProof(b"", msgspec.structs.replace(CLAIM, host=host))
+    answer = client.answer(body(server.greeting))
+    with pytest.raises(SealError, match="that is none"):
+        server.claim(body(answer))
 
 
 def test_lengths_are_bounded() -> None:
