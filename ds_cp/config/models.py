@@ -220,7 +220,7 @@ class FaultTolerance(Section):
         json_schema_extra=unit_of("seconds"),
     )
     host_timeout_s: Annotated[float, Field(ge=0.5, le=86400)] = Field(
-        default=1.5,
+        default=1.2,
         description="time in which the system of another host has to answer, else that host, or "
         "the network to it, is taken for lost; a busy or stopped process does not count, its "
         "system answers",

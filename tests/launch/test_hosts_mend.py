@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,50 +38,77 @@ def hosts() -> Iterator[Hosts]:
 
 
 class Server:
-    """Ranks 0 and 1 on the first host, 2 and 3 on the second, each started by hand."""
+    """Ranks 0 and 1 on the first host, 2 and 3 on the second. ``jobs``: what was started, the one
+    that leads first."""
 
-    def __init__(
-        self, hosts: Hosts, start: Start, config: str, secrets: tuple[str, ...] = (SECRET,) * 4,
-        port: int = 29517,
-    ) -> None:  # fmt: skip
+    def __init__(self, hosts: Hosts, jobs: list[Job]) -> None:
         self.hosts = hosts
-        self.ranks: list[Job] = []
-        for rank in range(4):
-            env = {
-                "RANK": str(rank), "WORLD_SIZE": "4", "LOCAL_RANK": str(rank % 2),
-                "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": hosts.addresses[0],
-                "MASTER_PORT": str(port), "DS_CP_JOB_SECRET": secrets[rank],
-            }  # fmt: skip
-            argv = [sys.executable, str(ROOT / "launch" / "serve.py"), "--config", config]
-            self.ranks.append(start(hosts.command(hosts.names[rank // 2], argv, ROOT), env))
+        self.jobs = jobs
 
     def ready(self) -> str:
         """Where it is reached from here."""
-        found = re.search(r":(\d+)$", self.ranks[0].ready())
+        found = re.search(r":(\d+)$", self.jobs[0].ready())
         assert found is not None
         return Relay(self.hosts, self.hosts.names[0], int(found[1])).url
 
     def process(self, rank: int, what: str) -> psutil.Process:
         """The supervisor or the worker of a rank."""
-        found = [p for p in self.ranks[rank].matching(what) if p.name() not in ("nsenter", "sh")]
-        return min(found, key=psutil.Process.create_time)
+        found = [p for job in self.jobs for p in job.matching(what, rank)]
+        return min(
+            (p for p in found if p.name().startswith("python")), key=psutil.Process.create_time
+        )
 
     def story(self) -> str:
-        return "".join(f"\n=== rank {i}{job.story()}" for i, job in enumerate(self.ranks))
+        return "".join(f"\n=== {i}{job.story()}" for i, job in enumerate(self.jobs))
 
     def until(self, what: str, done: Callable[[], Any], limit_s: float) -> Any:
         try:
-            return self.ranks[0].until(what, done, limit_s)
+            return self.jobs[0].until(what, done, limit_s)
         except AssertionError as err:
             raise AssertionError(f"{what}{self.story()}") from err
 
 
+def by_hand(hosts: Hosts, start: Start, script: list[str], secrets: Sequence[str]) -> list[Job]:
+    """A command for each rank, as srun does it."""
+    jobs = []
+    for rank in range(4):
+        env = {
+            "RANK": str(rank), "WORLD_SIZE": "4", "LOCAL_RANK": str(rank % 2),
+            "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": hosts.addresses[0],
+            "MASTER_PORT": "29517", "DS_CP_JOB_SECRET": secrets[rank],
+        }  # fmt: skip
+        argv = [sys.executable, *script]
+        jobs.append(start(hosts.command(hosts.names[rank // 2], argv, ROOT), env))
+    return jobs
+
+
+def by_torchrun(hosts: Hosts, start: Start, script: list[str], secrets: Sequence[str]) -> list[Job]:
+    """Its own store lets in everybody; ours has the next port."""
+    torchrun = str(Path(sys.executable).with_name("torchrun"))
+    jobs = []
+    for node, name in enumerate(hosts.names):
+        argv = [torchrun, "--nnodes", "2", "--node-rank", str(node), "--nproc-per-node", "2"]
+        argv += ["--master-addr", hosts.addresses[0], "--master-port", "29517", *script]
+        jobs.append(start(hosts.command(name, argv, ROOT), {"DS_CP_JOB_SECRET": secrets[0]}))
+    return jobs
+
+
+def by_mpirun(hosts: Hosts, start: Start, script: list[str], secrets: Sequence[str]) -> list[Job]:
+    """MPI hands a secret to all ranks."""
+    argv = hosts.mpirun_argv([sys.executable, *script])
+    return [start(hosts.command(hosts.names[0], argv, ROOT))]
+
+
 @pytest.fixture
 def serve(hosts: Hosts, start: Start, config: Write) -> Callable[..., Server]:
-    def begin(**sections: Any) -> Server:
-        secrets = sections.pop("secrets", (SECRET,) * 4)
+    def begin(
+        launch: Callable[..., list[Job]] = by_hand,
+        secrets: Sequence[str] = (SECRET,) * 4,
+        **sections: Any,
+    ) -> Server:
         file = config(kv_cache=KV, threads_per_rank=1, **sections)
-        return Server(hosts, start, file, secrets)
+        script = [str(ROOT / "launch" / "serve.py"), "--config", file]
+        return Server(hosts, launch(hosts, start, script, secrets))
 
     return begin
 
@@ -104,12 +131,27 @@ def test_a_killed_worker_of_another_host_is_replaced(serve: Callable[..., Server
         for stream, want in zip(streams, expected, strict=True):
             assert stream.end() == want, server.story()
         said = f"all ranks have met again (generation {number}"
-        server.until("its line", lambda: said in server.ranks[0].err, 60)  # noqa: B023
+        server.until("its line", lambda: said in server.jobs[0].err, 60)  # noqa: B023
         print(rank, [round(stream.longest, 2) for stream in streams])
     server.process(0, "launch/serve.py").terminate()
-    for job in server.ranks:
+    for job in server.jobs:
         server.until("its end", lambda: job.process.poll() is not None, 30)  # noqa: B023
         assert job.process.returncode == 0, server.story()
+
+
+@pytest.mark.parametrize("launch", [by_torchrun, by_mpirun])
+def test_under_launchers(launch: Callable[..., list[Job]], serve: Callable[..., Server]) -> None:
+    if launch is by_mpirun:
+        pytest.importorskip("mpi4py", reason="mpi4py is not installed: pip install ds_cp[mpi]")
+    server = serve(launch)
+    url = server.ready()
+    expected = Stream(url, GREEDY).end()
+    stream = Stream(url, GREEDY)
+    begun(server, [stream])
+    server.process(2, "serve.worker_process").kill()
+    assert stream.end() == expected, server.story()
+    errs = "".join(job.err for job in server.jobs)
+    assert "the job has no secret" not in errs and "error" not in errs, server.story()
 
 
 def test_rank_0s_supervisor_is_killed(serve: Callable[..., Server]) -> None:
@@ -120,9 +162,9 @@ def test_rank_0s_supervisor_is_killed(serve: Callable[..., Server]) -> None:
     supervisor = server.process(0, "launch/serve.py")
     supervisor.kill()
     began = time.monotonic()
-    server.until("all gone", lambda: not any(j.processes() for j in server.ranks), END_S)
+    server.until("all gone", lambda: not any(j.processes() for j in server.jobs), END_S)
     print("all ended in", round(time.monotonic() - began, 2))
-    for rank, job in enumerate(server.ranks[1:], 1):
+    for rank, job in enumerate(server.jobs[1:], 1):
         assert job.process.wait(10) == 1
         said = [line for line in job.err.splitlines() if "error" in line]
         assert len(said) == (rank != 3), server.story()
@@ -141,27 +183,27 @@ def test_the_network_between_the_hosts_is_lost(serve: Callable[..., Server]) -> 
     began = time.monotonic()
 
     def said(rank: int) -> bool:
-        return "did not answer for 1.5 s" in server.ranks[rank].err
+        return "did not answer for 1.2 s" in server.jobs[rank].err
 
     times: dict[int, float] = {}
     for rank in (0, 2):
         server.until("its line", lambda: said(rank), END_S)  # noqa: B023
         times[rank] = round(time.monotonic() - began, 2)
     print("known after", times)
-    server.until("all gone", lambda: not any(j.processes() for j in server.ranks), END_S)
+    server.until("all gone", lambda: not any(j.processes() for j in server.jobs), END_S)
     print("all ended in", round(time.monotonic() - began, 2))
-    assert "host nodeb of rank" in server.ranks[0].err, server.story()
-    assert "host nodea of rank 0 did not answer" in server.ranks[2].err, server.story()
+    assert "host nodeb of rank" in server.jobs[0].err, server.story()
+    assert "host nodea of rank 0 did not answer" in server.jobs[2].err, server.story()
 
 
 def test_a_rank_with_another_secret(serve: Callable[..., Server], tmp_path: Path) -> None:
     """It says so, and ends; rank 0 counts it, and goes on waiting for the right one."""
     server = serve(secrets=(SECRET, SECRET, SECRET, "f" * 32), comm={"timeout_s": 60})
-    job = server.ranks[3]
+    job = server.jobs[3]
     server.until("its end", lambda: job.process.poll() is not None, 60)
     assert job.process.returncode == 2, server.story()
     [line] = [line for line in job.err.splitlines() if "error" in line]
     assert "does not share the job's secret with rank 3" in line, line
-    first = server.ranks[0]
+    first = server.jobs[0]
     server.until("its line", lambda: "does not know the job's secret" in first.err, 10)
     assert first.process.poll() is None
