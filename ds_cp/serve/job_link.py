@@ -251,13 +251,15 @@ class FollowingLink:
         while reached is not None:
             self._peer, gone = reached
             self._connected.set()
-            if await self._hear(self._peer):
+            said_bye = await self._hear(self._peer)
+            self._connected.clear()
+            self._peer.close()
+            if said_bye:
                 self.on_bye()
                 return
             gone = msgspec.structs.replace(gone, how=self._peer.ended)
             reached = None
             if port is not None and gone.how == "unreachable" and self._returns_s > 0:
-                self._connected.clear()
                 self.on_away(gone)
                 reached = await self._come_back(port)
             if reached is None:
@@ -313,4 +315,4 @@ class FollowingLink:
         return peer, Gone(verdict.pid, verdict.host)
 
     def _connections(self) -> list[Peer]:
-        return [] if self._peer is None else [self._peer]
+        return [self._peer] if self._peer is not None and self._connected.is_set() else []

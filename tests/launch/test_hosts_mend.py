@@ -172,6 +172,17 @@ def test_rank_0s_supervisor_is_killed(serve: Callable[..., Server]) -> None:
         assert all("on nodea) was killed" in line for line in said), said
 
 
+def test_another_supervisor_is_killed(serve: Callable[..., Server]) -> None:
+    """Its worker dies with it, and the job ends with its name."""
+    server = serve()
+    server.ready()
+    server.process(3, "launch/serve.py").kill()
+    server.until("all gone", lambda: not any(j.processes() for j in server.jobs), END_S)
+    said = [line for line in server.jobs[0].err.splitlines() if "error" in line]
+    assert len(said) == 1 and "the supervisor of rank 3 (process" in said[0], server.story()
+    assert "on nodeb) was killed" in said[0], said
+
+
 def test_the_network_between_the_hosts_is_lost(serve: Callable[..., Server]) -> None:
     """Both sides know within two seconds, and end."""
     server = serve()
