@@ -8,6 +8,7 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 
@@ -32,6 +33,7 @@ class JobStore(TorchStore):
 
     def __init__(self, port: Port, timeout_s: float, door: DoorThread | None = None) -> None:
         super().__init__()
+        self.given_up: Callable[[], bool] = lambda: False  # whether who waits is to wait no more
         self._door = door
         self._port = port
         self._timeout_s = timeout_s
@@ -117,6 +119,8 @@ class JobStore(TorchStore):
             reply = self._do(operation, keys, wait_s=left)
             if reply.done:
                 return reply.values
+            if self.given_up():
+                raise RuntimeError(f"{keys[0][:120]} is not waited for any more")
             if time.monotonic() >= end:
                 raise RuntimeError(f"{keys[0][:120]} did not come within {seconds:g} s")
             time.sleep(PAUSE_S)

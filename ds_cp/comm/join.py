@@ -108,6 +108,8 @@ def join(
             raw = open_job_store(rendezvous.own, listen_fd, timeout_s, arrive_s)
         elif raw is None:
             raw = process_group.open_store(rendezvous.host, rendezvous.port, listen_fd, arrive_s)
+        if isinstance(raw, JobStore):
+            raw.given_up = given_up  # so that torch, too, waits no more for who has died
         store = process_group.prefixed(raw, f"gen{rendezvous.generation}")
         hello = _hello(host, digest, device, born)
 
@@ -145,8 +147,10 @@ def join(
         )  # fmt: skip
         world.raw_store, world.is_store = raw, keeps or listen_fd is not None
         world.generation, world.born = rendezvous.generation, tuple(one.born for one in hellos)
-        if isinstance(raw, JobStore) and rank == 0:  # no rank reads those any more
-            raw.forget(process_group.prefix_of(f"gen{rendezvous.generation - 2}") + "/")
+        if isinstance(raw, JobStore):
+            raw.given_up = lambda: False
+            if rank == 0:  # no rank reads those any more
+                raw.forget(process_group.prefix_of(f"gen{rendezvous.generation - 2}") + "/")
         world.notes = [*notes, *_notes_of_all(world)]
     except BaseException as err:
         if world_size > 1:

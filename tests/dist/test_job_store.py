@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
+import time
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 
 from ds_cp.comm.job_store import open_job_store
 from ds_cp.comm.wire import Rendezvous, World, join
-from ds_cp.errors import LaunchError
+from ds_cp.errors import CommError, LaunchError
 from ds_cp.link.knock import Port
 from ds_cp.link.seal import Claim
 from tests.helpers.ranks import run_ranks
@@ -101,6 +102,44 @@ def test_a_thread_that_waits_keeps_no_other_out(stores: Any) -> None:
     first.set("late", "2")
     waiter.join(60)
     assert found == [b"2"]
+
+
+def test_a_wait_is_given_up(stores: Any) -> None:
+    first, _, _ = stores
+    first.given_up = lambda: True
+    with pytest.raises(RuntimeError, match="not waited for any more"):
+        first.wait(["never"])
+
+
+def meets_in_vain(world: World) -> float:
+    """Rank 1 says hello and does not make its groups: rank 0 waits inside torch."""
+    rank = world.rank
+    sock = socket.create_server(("127.0.0.1", 0)) if rank == 0 else None
+    if sock is not None:
+        world.store.set("number", str(sock.getsockname()[1]))
+    number = int(world.store.get("number"))
+    port = port_of(rank, 2, number)
+    world.leave()
+    if rank == 1:
+        store = open_job_store(port, None, 60.0, 60.0)
+        store.set("ds_cp/gen0/hello/1", store.get("ds_cp/gen0/hello/0"))
+        with pytest.raises(RuntimeError):  # it goes with rank 0
+            store.get("never")
+        return 0.0
+    assert sock is not None
+    began = time.monotonic()
+    with pytest.raises(CommError, match="could not join the others"):
+        join(
+            0, 2, Rendezvous("nowhere", number, sock.fileno(), 0, port), host="localhost",
+            hosts=None, device=torch.device("cpu"), timeout_s=600,
+            given_up=lambda: time.monotonic() - began > 3.0,
+        )  # fmt: skip
+    return time.monotonic() - began
+
+
+def test_a_meeting_is_given_up_inside_torch() -> None:
+    """So a worker whose peer dies while groups are made keeps its model and KV."""
+    assert 3.0 < run_ranks(meets_in_vain, 2)[0] < 100
 
 
 def test_a_store_that_is_gone(stores: Any) -> None:
