@@ -18,6 +18,7 @@ from ds_cp.link.peer import Ended
 from ds_cp.serve.orders import Order, Word
 
 BEAT_S = 0.25  # seconds between signs of life to other hosts
+LEAST_STALL_S = 30.0  # seconds without a sign of life that a supervisor is always given
 ORPHAN_S = 1.0  # seconds that a worker has to end once rank 0's supervisor is gone
 GAP_S = 1.0  # seconds between them, above which this process did not run
 
@@ -75,6 +76,12 @@ Asked = End | Order  # by rank 0
 Message = Hello | Lost | Stopping | Noted | Beat | Bye | Said | Asked
 
 
+def stall_limit(limits: FaultTolerance) -> float | None:
+    """Seconds in which a supervisor of another host has to give a sign of life: a busy machine may
+    keep one from running for longer than a worker's threads, and its end may be the job's."""
+    return None if limits.hang_s is None else max(limits.hang_s, LEAST_STALL_S)
+
+
 class Gone(msgspec.Struct, frozen=True):
     """A supervisor that ended without a good-bye: it was killed; or ``how`` its connection ended
     says that its host, or the network to it, does not answer, or that it stands still. ``host``: ""
@@ -94,7 +101,9 @@ class Gone(msgspec.Struct, frozen=True):
         where = f" on {self.host}" if self.host else ""
         who = f"the supervisor of rank {rank} (process {self.pid}{where})"
         if self.how == "stalled":
-            return f"{who} gave no sign of life for {limits.hang_s:g} s (fault_tolerance.hang_s)"
+            return (
+                f"{who} gave no sign of life for {stall_limit(limits):g} s (fault_tolerance.hang_s)"
+            )
         return f"{who} was killed"
 
 

@@ -13,7 +13,7 @@ from ds_cp.link.peer import SealedPeer
 from ds_cp.link.seal import Claim
 from ds_cp.log_stream import say
 from ds_cp.serve.job_link import FollowingLink, LeadingLink, link_name
-from ds_cp.serve.job_words import Hello
+from ds_cp.serve.job_words import Hello, stall_limit
 from ds_cp.startup.own_port import own_port
 from ds_cp.topology.job import Job
 from ds_cp.topology.net import listening_address
@@ -57,7 +57,7 @@ class MeetingPlace:
         if not self._job.by_port:
             return
         port = own_port(self._job, self._config, "control")
-        hang_s = self._config.fault_tolerance.hang_s
+        hang_s = stall_limit(self._config.fault_tolerance)
         if isinstance(self._link, FollowingLink):
             self._link.on_refused = self._on_refused
             await self._link.open_to_host(port, hang_s)
