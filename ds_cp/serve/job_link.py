@@ -140,7 +140,8 @@ class LeadingLink:
             while not isinstance(message := await receive(peer), Bye):
                 if isinstance(message, Lost):
                     send(peer, Noted())
-                    self._on_lost(rank, message)
+                    since = None if hello.host else message.since  # another clock
+                    self._on_lost(rank, msgspec.structs.replace(message, since=since))
                 elif isinstance(message, Stopping):
                     self._on_stopping(rank, message.reason, message.hurry)
                 elif isinstance(message, Said):

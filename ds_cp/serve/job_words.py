@@ -18,9 +18,9 @@ from ds_cp.link.peer import Ended
 from ds_cp.serve.orders import Order, Word
 
 BEAT_S = 0.25  # seconds between signs of life to other hosts
+GAP_S = 1.0  # seconds between them, above which this process did not run
 LEAST_STALL_S = 30.0  # seconds without a sign of life that a supervisor is always given
 ORPHAN_S = 1.0  # seconds that a worker has to end once rank 0's supervisor is gone
-GAP_S = 1.0  # seconds between them, above which this process did not run
 
 
 class Hello(msgspec.Struct, frozen=True, tag="hello"):
@@ -33,7 +33,8 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
 
 class Lost(msgspec.Struct, frozen=True, tag="lost"):
     """The sender's worker has ended by no wish of anyone; the job's exit code. ``since``: it lived
-    at that ``time.monotonic()``, which is one clock on one host; None when it said the cause."""
+    at that ``time.monotonic()``, which is one clock on one host; None when it said the cause, and
+    from another host."""
 
     cause: str
     exit_code: int = 1

@@ -291,7 +291,7 @@ def test_supervisors_of_two_hosts_hear_each_other(monkeypatch: pytest.MonkeyPatc
         hosts.leading.ask(1, Meet(3))
         hosts.following.say(Met(3))
         await hosts.until(lambda: bool(asked) and len(hosts.happened) == 2)
-        assert await hosts.following.report(Lost("it has ended"))
+        assert await hosts.following.report(Lost("it has ended", since=12.5))
         other = FollowingLink(1, 10.0, lambda *args: None)
         other.on_refused = hosts.happened.append  # type: ignore[assignment]
         number = hosts.sock.getsockname()[1]
