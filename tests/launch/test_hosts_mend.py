@@ -207,6 +207,23 @@ def test_the_network_between_the_hosts_is_lost(serve: Callable[..., Server]) -> 
     assert "host nodea of rank 0 did not answer" in server.jobs[2].err, server.story()
 
 
+def test_a_short_loss_of_the_network_is_outlived(serve: Callable[..., Server]) -> None:
+    """Where hosts are given the time for it, streams stand, and go on."""
+    server = serve(fault_tolerance={"host_timeout_s": 60})
+    url = server.ready()
+    expected = Stream(url, GREEDY).end()
+    stream = Stream(url, GREEDY)
+    begun(server, [stream])
+    link = ["ip", "link", "set", server.hosts.interface]
+    assert server.hosts.run("nodeb", [*link, "down"]).returncode == 0
+    time.sleep(2.0)
+    assert not stream.is_over
+    assert server.hosts.run("nodeb", [*link, "up"]).returncode == 0
+    assert stream.end() == expected, server.story()
+    print("the longest pause", round(stream.longest, 2))
+    assert not any("warning" in job.err or "error" in job.err for job in server.jobs)
+
+
 def test_a_rank_with_another_secret(serve: Callable[..., Server], tmp_path: Path) -> None:
     """It says so, and ends; rank 0 counts it, and goes on waiting for the right one."""
     server = serve(secrets=(SECRET, SECRET, SECRET, "f" * 32), comm={"timeout_s": 60})
