@@ -288,7 +288,7 @@ class EngineCore:
         for request in self.scheduler.recover(lost):
             prompt = hashlib.sha256(",".join(map(str, request.prompt)).encode()).hexdigest()
             logger.error(
-                "request %s is ended: its steps have ended workers three times in a row "
+                "request %s is ended: its steps have ended workers again and again "
                 "(%d prompt tokens, their sha256 begins with %s, %d tokens given)",
                 request.request_id, len(request.prompt), prompt[:16], len(request.output),
             )  # fmt: skip
