@@ -102,8 +102,9 @@ class Life:
         """A quiet end: what was left behind or went wrong, "" where nothing was."""
         try:
             return self._end()
-        except AssertionError as err:
-            return str(err)[:8000]
+        except (AssertionError, OSError) as err:
+            self._job.close()
+            return f"{err}{self._job.story()}"[:8000]
 
     def _end(self) -> str:
         assert self._load is not None
