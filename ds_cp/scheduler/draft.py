@@ -39,6 +39,8 @@ class Draft:
         self.rows_left = SCORED_ROWS  # rows of logits that may still score prompt tokens
         self.decodes: dict[tuple[str, str], list[int]] = {}  # (mode, ring pass) -> requests
         self.transfers: list[Transfer] = []
+        self.host_left = [0] * len(budget)  # blocks that may come back from each rank's host
+        self.restores = False  # whether some do, which takes time of the step
         self.grown: list[tuple[int, Home]] = []
         self.begins: list[Begin] = []
         # At most, of the begins and the vocabulary as msgpack.
@@ -119,6 +121,11 @@ class Draft:
         self.forks.append(Fork(parent.number, child.number, without))
         if sampling.looks_back:
             self.looking_back.append(child)
+
+    @property
+    def new_blocks(self) -> list[Home]:
+        """Blocks that the step computes into first."""
+        return [*(home for _, home in self.grown), *(h for c in self._chunks for h in c.homes)]
 
     # --- the plan
 

@@ -20,6 +20,7 @@ from ds_cp.scheduler.admission import Limits, check_request, fit_max_tokens
 from ds_cp.scheduler.block_manager import BlockManager
 from ds_cp.scheduler.decode import DecodePlanner
 from ds_cp.scheduler.draft import Draft
+from ds_cp.scheduler.host_moves import HostRules
 from ds_cp.scheduler.migration import Migration
 from ds_cp.scheduler.mode_policy import ModePolicy, Seats
 from ds_cp.scheduler.pacing import ChunkPacer
@@ -44,13 +45,14 @@ class Scheduler:
         prefix_caching: bool = True,
         pacer: ChunkPacer | None = None,
         seats: Seats | None = None,
+        host: HostRules | None = None,
     ) -> None:
         self.limits = limits
         self.waiting = WaitingQueue()
         self.running: list[Request] = []  # in the order of service
         self.num_preemptions = 0
         self.block_manager = BlockManager(
-            blocks_per_rank, block_size, placement, ring_order, policy, prefix_caching, seats
+            blocks_per_rank, block_size, placement, ring_order, policy, prefix_caching, seats, host
         )
         self.allocator = self.block_manager.allocator
         self.migration = Migration(self.block_manager)
@@ -163,7 +165,12 @@ class Scheduler:
     def is_drained(self, rank: int) -> bool:
         """Whether ``rank`` is closed and holds nothing any more, by the ledger: the step that moves
         its last block may still run."""
-        return rank in self.block_manager.closed and not self.allocator.num_used(rank)
+        return rank in self.block_manager.closed and not self._in_use(rank)
+
+    def _in_use(self, rank: int) -> bool:
+        """Whether a request holds blocks of ``rank``, or waits for what its host memory has."""
+        leased = self.block_manager.host.tier.num_leased(rank)
+        return bool(self.allocator.num_used(rank) or leased)
 
     @property
     def ranks_draining(self) -> tuple[int, ...]:
@@ -186,6 +193,7 @@ class Scheduler:
     def reset_prefix_cache(self) -> int:
         """Forget every prefix; returns how many unused blocks became free. What runs keeps its
         blocks, and enters those that it has not entered yet."""
+        self.block_manager.host.tier.clear()
         return self.allocator.forget_all()
 
     # --- one step
@@ -198,18 +206,22 @@ class Scheduler:
         before = self.num_preemptions
         self.block_manager.prefix.begin_step()
         for rank in self.block_manager.closed:
-            if self.allocator.num_used(rank):
+            if self._in_use(rank):
                 self._last_use[rank] = draft.step
         if self.migration.is_moving:
             self._move(draft)
         self._decode.add(draft)
         draft.allow_prompts()
+        self.block_manager.host.allow(draft)
         # A preempted request must not get back, in the same step, the blocks that it freed.
         self._prefill.add(draft, may_start=self.num_preemptions == before)
+        draft.transfers += self.block_manager.host.spills(draft.new_blocks)
         if draft.is_empty:
             return None
         self._steps = draft.step
-        self._in_flight[draft.step] = draft.num_decodes, draft.largest_work
+        # Of a step that also copies from the host the pacer learns nothing.
+        work = (0, 0.0) if draft.restores else (draft.num_decodes, draft.largest_work)
+        self._in_flight[draft.step] = work
         if self._pacer is not None:
             self._pacer.plan(draft.num_decodes, draft.largest_work)
         self._looking_back.update((r.number, r) for r in draft.looking_back)

@@ -1,0 +1,122 @@
+"""What goes to host memory and what comes back, and the copies that a plan carries for it. No
+torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from ds_cp.cost import CostModel
+from ds_cp.kv.host_tier import HostTier
+from ds_cp.layout import Home, on_host
+from ds_cp.plan import Transfer
+from ds_cp.scheduler.draft import Draft
+from ds_cp.scheduler.request import Request
+
+
+@dataclass(frozen=True)
+class HostRules:
+    """``slots_per_rank``: blocks that each rank's host memory holds, () for none. ``beside``,
+    ``alone``: blocks that come back from one rank in one step, beside decodes and without, at most
+    (1 and up). ``cost``: says whether a copy costs less than computing; None: it does.
+    ``max_model_len``: tokens of the longest request."""
+
+    slots_per_rank: tuple[int, ...] = ()
+    beside: int = 16
+    alone: int = 256
+    cost: CostModel | None = None
+    max_model_len: int = 0
+
+
+class HostMoves:
+    """The host tier of all ranks, as the scheduler uses it.
+
+    A block that the device gives away gets a slot at once, and is copied by the plan that first
+    writes the block: a step copies no more than it writes anew. What comes back is bounded by step,
+    and the request that waits for it computes when all of it is there.
+    """
+
+    def __init__(self, rules: HostRules, num_ranks: int, block_size: int) -> None:
+        self.tier = HostTier(rules.slots_per_rank or (0,) * num_ranks)
+        self.hits = 0  # prompt tokens found on the host
+        self.restored = 0  # blocks that came back
+        self._rules = rules
+        self._size = block_size
+        self._pays = rules.cost is None or rules.cost.copy_pays(
+            block_size, max(rules.max_model_len - block_size, 0), 2
+        )
+
+    def keep(self, key: bytes, block: Home) -> None:
+        """The device gives ``block`` away: keep its content, unless even at the end of the longest
+        request it costs less to compute than to copy there and back."""
+        if self._pays:
+            self.tier.keep(key, block)
+
+    def worth(self, found: list[Home]) -> list[Home]:
+        """``found``, the homes of a request's first blocks, up to its first one on the host if what
+        follows from there costs less to compute. On several ranks both go side by side, so that one
+        rank's times compare."""
+        cost, size = self._rules.cost, self._size
+        first = next((i for i, home in enumerate(found) if on_host(home)), None)
+        if first is None or cost is None:
+            return found
+        copied = sum(map(on_host, found)) * size
+        restore = cost.host_s(copied)
+        if restore < cost.prefill_s(1, (len(found) - first) * size, first * size):
+            return found
+        return found[:first]
+
+    def copies(
+        self, requests: tuple[int, ...], index: int, source: Home, target: Home
+    ) -> list[Transfer]:
+        """A copy to the block ``target``, after the one of what that holds for the host."""
+        return [*self.spills((target,)), Transfer(requests, index, source, target)]
+
+    def spills(self, blocks: Iterable[Home]) -> list[Transfer]:
+        """The copies of what is due in ``blocks``, which this plan is about to write."""
+        pairs = [(block, self.tier.spill(block)) for block in blocks]
+        return [Transfer((), 0, block, place) for block, place in pairs if place is not None]
+
+    def wait_for(self, request: Request, index: int, place: Home) -> None:
+        """Block ``index`` of a request that starts is to come back from ``place``."""
+        self.tier.lease(place)
+        request.restoring[index] = place
+
+    def allow(self, draft: Draft) -> None:
+        """Set how many blocks may come back in a step whose decodes are entered."""
+        most = self._rules.beside if draft.num_decodes else self._rules.alone
+        draft.host_left = [max(1, most)] * len(self.tier.slots_per_rank)
+
+    def bring_back(self, request: Request, draft: Draft) -> bool:
+        """Enter the next copies for a request; whether all its blocks are there then, before the
+        step computes."""
+        table = request.table
+        assert table is not None
+        for index in sorted(request.restoring):
+            place = request.restoring[index]
+            if draft.host_left[place[0]] <= 0:
+                continue
+            draft.host_left[place[0]] -= 1
+            source, target = self.tier.source(place), table.homes[index]
+            if source != target:  # or the block that was given away is the one that it got
+                draft.transfers += self.copies((request.number,), index, source, target)
+                self.restored += 1
+            draft.restores = True
+            del request.restoring[index]
+            self.tier.give_back(place)
+        return not request.restoring
+
+    def forget(self, request: Request) -> None:
+        """The request does not wait any more; what has not come back stays where it is."""
+        for place in request.restoring.values():
+            self.tier.give_back(place)
+        request.restoring = {}
+
+    def check_integrity(
+        self, running: Sequence[Request], on_device: Callable[[bytes], Home | None]
+    ) -> None:
+        """Assert that the slots balance, leases are what requests wait for, and no key is also on
+        the device."""
+        leases = Counter(place for request in running for place in request.restoring.values())
+        self.tier.check_integrity(dict(leases), on_device)
