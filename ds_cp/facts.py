@@ -50,6 +50,8 @@ class Facts:
     rounding: float = 0.0  # as exactness, of transformers' own sdpa attention to its eager one
     windows: tuple[tuple[int, int], ...] = ()  # (window, number of layers that have it)
     kv_reason: str = ""  # what decided rank 0's KV budget
+    host_blocks_per_rank: tuple[int, ...] = ()  # that host memory holds, () for none anywhere
+    host_gb_per_s: float = 0.0  # of KV between rank 0 and its host memory
 
     def with_tokenizer(self, end_tokens: Iterable[int], size: int | None) -> Facts:
         """These facts beside a tokenizer of ``size`` tokens (``None``: not known) that names

@@ -12,6 +12,7 @@ from ds_cp.config.fields import (
     Auto,
     MemoryBudget,
     Section,
+    SpareBudget,
     TokenBudget,
     Tokens,
     unit_of,
@@ -86,6 +87,19 @@ class KvCache(Section):
         description="keep the KV of finished requests, while there is room, for prompts that begin "
         "the same way",
     )
+    host_memory_per_rank: SpareBudget = Field(
+        default=0,
+        description="host memory of a rank, a budget of its own, for KV that its device has no "
+        "room to keep: beginnings of prompts and preempted requests come back from there where "
+        'that is quicker than computing them: "8GiB" or bytes, or a list with one for each '
+        "context-parallel rank; page-locked for a CUDA device; 0: none",
+        json_schema_extra=unit_of("bytes"),
+    )
+    host_folder: Annotated[str, Field(min_length=1, max_length=4096)] | None = Field(
+        default=None,
+        description="folder in which each rank on CPU has that room as a file without a name, on a "
+        "disk instead of in memory; null: in memory",
+    )
 
     @model_validator(mode="after")
     def _one_budget(self) -> KvCache:
@@ -93,6 +107,19 @@ class KvCache(Section):
             raise ValueError(
                 "kv_cache.memory_per_rank and kv_cache.tokens_per_rank are both set; "
                 "keep one and leave the other out"
+            )
+        spare = self.host_memory_per_rank
+        if max(spare) if isinstance(spare, tuple) else spare:
+            if not self.prefix_caching:
+                raise ValueError(
+                    "kv_cache.host_memory_per_rank keeps what prefix_caching finds again, but "
+                    "kv_cache.prefix_caching is false; set it to true or leave "
+                    "kv_cache.host_memory_per_rank out"
+                )
+        elif self.host_folder is not None:
+            raise ValueError(
+                "kv_cache.host_folder is set, but kv_cache.host_memory_per_rank is 0; "
+                "say how much the folder may hold, or leave it out"
             )
         budget = self.tokens_per_rank
         least: Any = min(budget) if isinstance(budget, tuple) else budget
@@ -266,7 +293,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _one_budget_per_rank(self) -> Config:
         size = self.context_parallel.size
-        for name in ("memory_per_rank", "tokens_per_rank"):
+        for name in ("memory_per_rank", "tokens_per_rank", "host_memory_per_rank"):
             budget = getattr(self.kv_cache, name)
             if isinstance(budget, tuple) and isinstance(size, int) and len(budget) != size:
                 raise ValueError(

@@ -33,6 +33,7 @@ from ds_cp.startup.agreement import gather_blocks, joint_phase, local_phase
 from ds_cp.startup.exactness import Reference, Step, compare, reference_logits, served_logits
 from ds_cp.startup.fingerprint import Fingerprint, agree_on_model, fingerprint
 from ds_cp.startup.flops import achieved_flops
+from ds_cp.startup.host_budget import decide_slots, open_slots
 from ds_cp.startup.kernel_choice import choose_for_all
 from ds_cp.startup.kv_budget import allocate_pool, decide_budget
 from ds_cp.startup.layerwise import AttentionRecord
@@ -101,6 +102,9 @@ def _build(
         lambda: allocate_pool(budget, layers, size, kernel.packed, decoder.dtype, world, cp.rank),
     )
     blocks = gather_blocks(world, pool.num_blocks)
+    mine = local_phase(world, lambda: decide_slots(config, world, pool, cp.rank, cp.size))
+    slots = gather_blocks(world, mine)
+    store, host_rate = local_phase(world, lambda: open_slots(config, world, pool, mine, cp.rank))
     flops = local_phase(
         world, lambda: achieved_flops(text.hidden_size, decoder.dtype, world.device)
     )
@@ -135,8 +139,12 @@ def _build(
         rounding=served.rounding,
         windows=layer_windows(layers),
         kv_reason=budget.reason,
+        host_blocks_per_rank=tuple(slots[c * tp.size] for c in range(cp.size))
+        if any(slots)
+        else (),
+        host_gb_per_s=host_rate,
     )
-    worker = Worker(world, cp, tp, decoder, layers, pool, kernel)
+    worker = Worker(world, cp, tp, decoder, layers, pool, kernel, store)
     if world.device.type == "cuda" and tp.size == 1:  # sums between ranks are not captured
         longest = -(-served.max_model_len // size)
         rows = config.scheduler.max_num_seqs

@@ -17,6 +17,7 @@ from ds_cp.comm.control import Control
 from ds_cp.comm.failure import failing
 from ds_cp.comm.pending import Pending
 from ds_cp.comm.wire import Group, World
+from ds_cp.kv.host_store import HostStore
 from ds_cp.kv.pool import KVPool
 from ds_cp.log_stream import say
 from ds_cp.model.wiring import CONTEXT, Decoder
@@ -40,10 +41,9 @@ from ds_cp.worker.span_graph import Kind
 from ds_cp.worker.state import Draw, Handoff, StepWork, WorkerState
 from ds_cp.worker.step_context import Layers, StepContext
 from ds_cp.worker.tracing import Tracing
-from ds_cp.worker.transfers import move_blocks
+from ds_cp.worker.transfers import BlockMover
 
-# Name in the ledger.
-SCHEME_TOKEN = "next_token"
+SCHEME_TOKEN = "next_token"  # name in the ledger
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,7 @@ class Worker:
         layers: Sequence[LayerSpec],
         pool: KVPool,
         kernel: PagedKernel,
+        store: HostStore | None = None,
     ) -> None:
         self.world = world
         self.control = Control(world)
@@ -78,6 +79,7 @@ class Worker:
         self.tp = tp
         self.model = model
         self.pool = pool
+        self.mover = BlockMover(cp, pool, store)
         self.layers = Layers(list(layers), pool, kernel, cp)
         self.state = WorkerState(cp.rank, pool.block_size)
         self.model_seconds = 0.0  # in the model's forward call, attention included
@@ -133,6 +135,7 @@ class Worker:
             elif self.tracing is not None and (line := self.tracing.write()):
                 say(line)
         finally:
+            self.mover.close()
             self.world.leave()
 
     def give_up_trace(self) -> None:
@@ -170,7 +173,7 @@ class Worker:
             work = self.state.apply(plan)
             width = width_of(work)
             coming = self._expect(work, width)
-            move_blocks(plan.transfers, self.cp, self.pool)
+            self.mover.move(plan)
             self._hand_over(work.handoffs)
             self._grammars.start([draw for draw in work.draws if draw.rank == self.cp.rank])
             step, kind = self._context(work)

@@ -1,0 +1,84 @@
+"""Blocks that go to host memory and come back: the tokens of a model are the same with them as
+without, and as transformers' own."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from ds_cp.comm.wire import World
+from ds_cp.engine.core import EngineCore
+from ds_cp.engine.llm import LLMEngine
+from ds_cp.scheduler.build import build_scheduler
+from tests.dist.test_engine import Ids, greedy, hf_greedy, make_prompt, tokens_of
+from tests.helpers.engines import engine_on, tiny_llama
+from tests.helpers.ranks import run_ranks
+
+SIZE, TOKENS = 4, 64  # of a block; of a rank's pool
+# Beginnings that take turns, each longer than what the others leave of it; the last spans ranks.
+ROUNDS = [[(1, 40), (2, 44)], [(3, 50), (4, 38)], [(1, 41), (2, 44)], [(5, 90)], [(3, 52), (1, 40)],
+          [(5, 91)], [(4, 38), (2, 47), (3, 50)], [(5, 90)]]  # fmt: skip
+CROWD = [(n, 14 + 3 * n) for n in range(1, 9)]  # at once: some are preempted
+NEW = 14
+
+
+def config(**kv: Any) -> dict[str, Any]:
+    return {
+        "kv_cache": {"block_size": SIZE, "tokens_per_rank": TOKENS, **kv},
+        "scheduler": {"max_num_seqs": 6, "max_num_batched_tokens": 24},
+    }
+
+
+def always_back(engine: LLMEngine) -> None:
+    """Have blocks come back whatever it costs: so small a model is computed as quickly."""
+    if engine.is_driver:
+        facts = dataclasses.replace(engine.facts, host_gb_per_s=0.0)
+        engine._core = EngineCore(build_scheduler(engine._config, facts, paced=False), None)
+
+
+def answers(world: World, kv: dict[str, Any]) -> tuple[list[Ids], dict[str, int]]:
+    """Every answer in order, and on rank 0 what was counted."""
+    engine = engine_on(world, tiny_llama(initializer_range=0.2), config(**kv))
+    always_back(engine)
+    found: list[Ids] = []
+    for each in [*ROUNDS, CROWD, ROUNDS[2]]:
+        prompts = [make_prompt(100, seed=first)[:n] for first, n in each]
+        found += tokens_of(engine.generate(prompts, greedy(NEW)))
+    counts = {}
+    if engine._core is not None:
+        engine._core.check_integrity()
+        scheduler = engine._core.scheduler
+        host = scheduler.block_manager.host
+        counts = {
+            "spilled": host.tier.spilled, "restored": host.restored, "hits": host.hits,
+            "preempted": scheduler.num_preemptions, "cached": scheduler.block_manager.hits,
+            "slots": sum(engine.facts.host_blocks_per_rank),
+        }  # fmt: skip
+        if kv:
+            assert any("host memory" in line for line in engine.summary())
+    engine._worker.mover.close()
+    return found, counts
+
+
+def compare(world: World, folder: str) -> None:
+    model = tiny_llama(initializer_range=0.2)
+    plain, without = answers(world, {})
+    ways = ({"host_memory_per_rank": "256KiB"},
+            {"host_memory_per_rank": ["64KiB", 0], "host_folder": folder})  # fmt: skip
+    for kv in ways:
+        tokens, counts = answers(world, kv)
+        assert tokens == plain
+        if world.rank == 0:
+            assert counts["spilled"] > 20 and counts["restored"] > 20 and counts["hits"] > 50
+            assert counts["preempted"] and counts["cached"] > without["cached"]
+    assert not list(Path(folder).iterdir()), "its files have no name"
+    if world.rank == 0:
+        assert without["slots"] == without["spilled"] == 0
+        asked = [make_prompt(100, seed=first)[:n] for each in ROUNDS for first, n in each]
+        want = [hf_greedy(model, prompt, NEW) for prompt in asked]
+        assert plain[: len(want)] == want
+
+
+def test_tokens_are_the_same_with_host_memory_as_without(tmp_path: Path) -> None:
+    run_ranks(compare, 2, str(tmp_path))

@@ -1,0 +1,92 @@
+"""What a rank's blocks hold comes back from its host slots bit by bit, from memory and from a file;
+a disk that fails says so."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+
+from ds_cp.attention import LayerSpec
+from ds_cp.errors import OutputError
+from ds_cp.kv.host_store import FileStore, PinnedStore
+from ds_cp.kv.pool import KVPool
+
+SPECS = [LayerSpec(4, 2, 16, 0.25), LayerSpec(4, 1, 8, 0.3)]
+
+
+def pool_of(dtype: torch.dtype, blocks: int = 6) -> KVPool:
+    pool = KVPool(SPECS, blocks, 4, dtype, torch.device("cpu"))
+    gen = torch.Generator().manual_seed(5)
+    content = torch.randn(blocks, pool.block_elements, generator=gen).to(dtype)
+    pool.put_blocks(range(blocks), content)
+    return pool
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("in_folder", [False, True])
+def test_content_comes_back_as_it_was(dtype: torch.dtype, in_folder: bool, tmp_path: Path) -> None:
+    pool = pool_of(dtype)
+    store = FileStore(pool, 5, str(tmp_path) if in_folder else None)
+    before = pool.get_blocks(range(6)).clone()
+    store.save([0, 3, 5], [4, 0, 2])
+    pool.put_blocks(range(6), torch.zeros_like(before))
+    store.load([4, 2, 0], [1, 0, 5])
+    after = pool.get_blocks(range(6))
+    assert torch.equal(after[[1, 0, 5]], before[[0, 5, 3]])
+    assert not after[[2, 3, 4]].any(), "other blocks are as they were"
+    assert torch.equal(store.read([0, 4]), before[[3, 0]])
+    store.save([1], [0])
+    assert torch.equal(store.read([0])[0], before[0])
+    store.close()
+    store.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_nobody_else_can_open_the_file(tmp_path: Path) -> None:
+    store = FileStore(pool_of(torch.float32), 3, str(tmp_path))
+    found = os.fstat(store._fd)
+    assert found.st_nlink == 0 and not stat.S_IMODE(found.st_mode) & 0o077
+    assert found.st_size == 3 * store._nbytes, "all of it is there, so that no write finds it full"
+    assert not os.get_inheritable(store._fd)
+    store.close()
+
+
+def test_a_file_that_fails_says_which_and_the_way_out(tmp_path: Path) -> None:
+    store = FileStore(pool_of(torch.float32), 3, str(tmp_path))
+    os.ftruncate(store._fd, store._nbytes)
+    with pytest.raises(OutputError, match=r"slot 2 of 3 .*host_memory_per_rank.*host_folder"):
+        store.load([2], [0])
+    store.close()
+    with pytest.raises(OutputError, match="slot 0 of 3"):
+        store.save([0], [0])
+
+
+def test_no_room_and_no_folder_are_known_at_once(tmp_path: Path) -> None:
+    with pytest.raises(OSError):
+        FileStore(pool_of(torch.float32), 1 << 40, str(tmp_path))
+    with pytest.raises(OSError):
+        FileStore(pool_of(torch.float32), 1, str(tmp_path / "none"))
+
+
+@pytest.mark.gpu
+def test_pinned_content_comes_back_also_later() -> None:
+    """Saved before the pool is overwritten, though the copy may run after; a load for later is
+    there once the store has settled."""
+    device = torch.device("cuda")
+    pool = KVPool(SPECS, 64, 4, torch.bfloat16, device)
+    before = torch.randn(64, pool.block_elements, device=device).to(torch.bfloat16)
+    pool.put_blocks(range(64), before)
+    store = PinnedStore(pool, 64)
+    for _ in range(3):
+        store.save(range(64), range(63, -1, -1))
+        pool.put_blocks(range(64), torch.zeros_like(before))
+        store.load(range(63, -1, -1), range(64), later=True)
+        store.settle()
+        assert torch.equal(pool.get_blocks(range(64)), before)
+    assert torch.equal(store.read([63, 0]), before[[0, 63]])
+    store.close()
+    store.close()
