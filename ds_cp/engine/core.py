@@ -312,14 +312,20 @@ class EngineCore:
     def stats(self) -> EngineStats:
         """A snapshot. The caller adds the seconds and bytes that the workers count."""
         scheduler, tally = self.scheduler, self.tally
-        allocator = scheduler.allocator
+        allocator, host = scheduler.allocator, scheduler.block_manager.host
         ranks = range(len(allocator.blocks_per_rank))
+        slots = host.tier.slots_per_rank if any(host.tier.slots_per_rank) else ()
         return EngineStats(
             num_requests_running=len(scheduler.running),
             num_requests_waiting=len(scheduler.waiting),
             kv_blocks_used=tuple(allocator.num_used(r) for r in ranks),
             kv_blocks_cached=tuple(allocator.num_cached(r) for r in ranks),
             kv_blocks_total=allocator.blocks_per_rank,
+            host_blocks_used=tuple(host.tier.num_used(r) for r in range(len(slots))),
+            host_blocks_total=slots,
+            host_blocks_spilled=host.tier.spilled,
+            host_blocks_restored=host.restored,
+            prefix_cache_host_hits=host.hits,
             ranks_drained=tuple(sorted(scheduler.block_manager.closed)),
             ranks_draining=scheduler.ranks_draining,
             prefix_cache_queries=scheduler.block_manager.queries,

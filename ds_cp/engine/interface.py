@@ -25,6 +25,7 @@ class EngineInfo:
     hosts: int
     dtype: str
     created: int  # seconds since the epoch
+    host_capacity_tokens: int = 0  # whose KV host memory keeps, beside that
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,11 @@ class EngineStats:
     kv_blocks_used: tuple[int, ...] = ()  # one per rank
     kv_blocks_cached: tuple[int, ...] = ()  # unreferenced, kept for their prefix
     kv_blocks_total: tuple[int, ...] = ()
+    host_blocks_used: tuple[int, ...] = ()  # in host memory, one per rank; () for none anywhere
+    host_blocks_total: tuple[int, ...] = ()
+    host_blocks_spilled: int = 0  # copies of blocks to host memory
+    host_blocks_restored: int = 0  # and back
+    prefix_cache_host_hits: int = 0  # prompt tokens found there
     ranks_drained: tuple[int, ...] = ()  # closed ranks: they take no new KV
     ranks_draining: tuple[int, ...] = ()  # closed ranks that are not empty yet
     prefix_cache_queries: int = 0  # prompt tokens looked up
