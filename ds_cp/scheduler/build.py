@@ -12,9 +12,9 @@ from ds_cp.scheduler.pacing import ChunkPacer, Tuning
 from ds_cp.scheduler.scheduler import Scheduler
 from ds_cp.topology.hosts import Grid, Topology
 
-# Bytes that come back from one rank's host memory in one step, at most: beside decodes, which wait
-# for them, and alone.
-BESIDE_BYTES, ALONE_BYTES = 32 * 2**20, 512 * 2**20
+# Seconds in which blocks come back from one rank's host memory in one step, at most: beside
+# decodes, which wait for them, and alone; and its rate where none was measured, in 1e9 bytes/s.
+BESIDE_S, ALONE_S, HOST_GB_PER_S = 0.005, 0.2, 2.0
 AUTO_BATCHED_TOKENS = 8192  # tokens of one rank in one step, where the config says auto
 
 
@@ -70,8 +70,9 @@ def build_scheduler(config: Config, facts: Facts, paced: bool = True) -> Schedul
 def host_rules(facts: Facts) -> HostRules:
     """How host memory is used; none of it where no rank has any."""
     block = facts.bytes_per_token * facts.block_size
+    a_second = (facts.host_gb_per_s or HOST_GB_PER_S) * 1e9 / block
     return HostRules(
-        facts.host_blocks_per_rank, max(1, BESIDE_BYTES // block), max(1, ALONE_BYTES // block),
+        facts.host_blocks_per_rank, max(1, int(BESIDE_S * a_second)), max(1, int(ALONE_S * a_second)),
         host_cost(facts), facts.max_model_len,
     )  # fmt: skip
 
