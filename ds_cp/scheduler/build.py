@@ -72,9 +72,12 @@ def host_rules(facts: Facts) -> HostRules:
     block = facts.bytes_per_token * facts.block_size
     a_second = (facts.host_gb_per_s or HOST_GB_PER_S) * 1e9 / block
     return HostRules(
-        facts.host_blocks_per_rank, max(1, int(BESIDE_S * a_second)), max(1, int(ALONE_S * a_second)),
-        host_cost(facts), facts.max_model_len,
-    )  # fmt: skip
+        facts.host_blocks_per_rank,
+        max(1, int(BESIDE_S * a_second)),
+        max(1, int(ALONE_S * a_second)),
+        host_cost(facts),
+        facts.max_model_len,
+    )
 
 
 def cost_model(facts: Facts) -> CostModel | None:
