@@ -40,6 +40,11 @@ class HostTier:
         """Slots of ``rank`` that are not free."""
         return self.slots_per_rank[rank] - len(self._free[rank])
 
+    @property
+    def num_due(self) -> int:
+        """Slots whose content is still in its old block."""
+        return len(self._due)
+
     def num_leased(self, rank: int) -> int:
         """Slots of ``rank`` that somebody waits for."""
         return sum(place[0] == rank for place in self._leases)

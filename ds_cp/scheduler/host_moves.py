@@ -75,6 +75,8 @@ class HostMoves:
 
     def spills(self, blocks: Iterable[Home]) -> list[Transfer]:
         """The copies of what is due in ``blocks``, which this plan is about to write."""
+        if not self.tier.num_due:
+            return []
         pairs = [(block, self.tier.spill(block)) for block in blocks]
         return [Transfer((), 0, block, place) for block, place in pairs if place is not None]
 
