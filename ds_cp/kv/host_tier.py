@@ -20,6 +20,7 @@ class HostTier:
 
     A key that is here is not in the allocator: the caller drops it when the device has it again.
     ``spilled``: contents that were to be copied here; ``lost``: kept ones that were given away.
+    ``step``: of the plan in the making, set by the caller, so that ``rewind`` knows what it did.
     """
 
     def __init__(self, slots_per_rank: Sequence[int]) -> None:
@@ -28,6 +29,8 @@ class HostTier:
         self.slots_per_rank = tuple(slots_per_rank)
         self.spilled = 0
         self.lost = 0
+        self.step = 0
+        self._changed: dict[Home, int] = {}  # kept place -> step that last kept or copied it
         # The lowest slot last, to be taken first; kept places by key, least recently used first.
         self._free = [list(range(n - 1, -1, -1)) for n in self.slots_per_rank]
         self._kept: list[OrderedDict[Home, bytes]] = [OrderedDict() for _ in self.slots_per_rank]
@@ -60,6 +63,7 @@ class HostTier:
         assert block not in self._due, f"block {block} is due already"
         self._place_of[key] = place
         self._kept[block[0]][place] = key
+        self._changed[place] = self.step
         self._due[block], self._block_of[place] = place, block
         return True
 
@@ -80,6 +84,7 @@ class HostTier:
         place = self._due.pop(block, None)
         if place is not None:
             del self._block_of[place]
+            self._changed[place] = self.step
             self.spilled += 1
         return place
 
@@ -127,7 +132,18 @@ class HostTier:
         """Forget everything; how many slots that were."""
         return sum(self.empty_rank(rank) for rank in range(len(self.slots_per_rank)))
 
+    def rewind(self, step: int) -> int:
+        """Plans after ``step`` count as not carried out: forget what they kept, whose content may
+        never have been computed, or copied here; how many slots that were."""
+        keys = [
+            key for kept in self._kept for place, key in kept.items() if self._changed[place] > step
+        ]
+        for key in keys:
+            self.drop(key)
+        return len(keys)
+
     def _release(self, place: Home) -> None:
+        del self._changed[place]
         block = self._block_of.pop(place, None)
         if block is not None:
             del self._due[block]
@@ -154,4 +170,5 @@ class HostTier:
         assert {place: block for block, place in self._due.items()} == self._block_of
         used = set(named.values()) | self._leases.keys()
         assert self._block_of.keys() <= used, "a free slot is due"
+        assert self._changed.keys() == used, "slots in use and their steps differ"
         assert all(block[0] == place[0] for block, place in self._due.items())

@@ -4,7 +4,7 @@ torch."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from ds_cp.cost import CostModel
@@ -86,7 +86,7 @@ class HostMoves:
         request.restoring[index] = place
 
     def allow(self, draft: Draft) -> None:
-        """Set how many blocks may come back in a step whose decodes are entered."""
+        """Set how many blocks may come back in a step, once its decodes are entered."""
         most = self._rules.beside if draft.num_decodes else self._rules.alone
         draft.host_left = [max(1, most)] * len(self.tier.slots_per_rank)
 
@@ -104,10 +104,21 @@ class HostMoves:
             if source != target:  # or the block that was given away is the one that it got
                 draft.transfers += self.copies((request.number,), index, source, target)
                 self.restored += 1
-            draft.restores = True
+            draft.restores, request.restored_step = True, draft.step
             del request.restoring[index]
             self.tier.give_back(place)
         return not request.restoring
+
+    def recover(
+        self, lost: Collection[int], reported: int, running: Iterable[Request]
+    ) -> list[Request]:
+        """The ranks ``lost`` have nothing any more, and plans after step ``reported`` count as not
+        carried out. Forget what may not be on the host; the requests among ``running`` whose
+        beginning may not have come back, which have to start again."""
+        for rank in lost:
+            self.tier.empty_rank(rank)
+        self.tier.rewind(reported)
+        return [r for r in running if r.restoring or r.restored_step > reported]
 
     def forget(self, request: Request) -> None:
         """The request does not wait any more; what has not come back stays where it is."""

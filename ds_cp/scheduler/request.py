@@ -108,6 +108,7 @@ class Request:
     reserved: dict[int, list[int]] = field(default_factory=dict)
     moving: dict[int, tuple[Home, Home]] = field(default_factory=dict)
     restoring: dict[int, Home] = field(default_factory=dict)
+    restored_step: int = 0  # the last one in which blocks came back for it
     workers: tuple[int, ...] = ()
     prefilling: bool = True
     in_flight: int = 0

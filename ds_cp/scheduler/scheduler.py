@@ -205,6 +205,7 @@ class Scheduler:
         draft = Draft(self._steps + 1, budget, self._pacer, vocabulary)
         before = self.num_preemptions
         self.block_manager.prefix.begin_step()
+        self.block_manager.host.tier.step = draft.step
         for rank in self.block_manager.closed:
             if self._in_use(rank):
                 self._last_use[rank] = draft.step

@@ -59,6 +59,19 @@ def test_a_leased_slot_stays_without_its_key_until_it_is_given_back() -> None:
     assert tier.num_used(0) == 0 and tier.keep(key(2), (0, 2))
 
 
+def test_what_later_plans_kept_or_copied_is_forgotten_with_them() -> None:
+    tier = HostTier([4])
+    for step in (1, 2, 3):
+        tier.step = step
+        tier.keep(key(step), (0, step))
+    tier.step = 4
+    tier.spill((0, 1))
+    assert tier.rewind(2) == 2, "the one that step 3 kept, and the one that step 4 copied"
+    assert [tier.find(key(n)) is None for n in (1, 2, 3)] == [True, False, True]
+    tier.check_integrity({}, lambda _: None)
+    assert tier.rewind(2) == 0 and tier.rewind(0) == 1 and tier.num_used(0) == 0
+
+
 def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(ValueError, match="slots_per_rank"):
         HostTier([1, -1])

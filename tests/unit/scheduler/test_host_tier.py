@@ -210,6 +210,36 @@ def test_an_abort_while_blocks_come_back_loses_none() -> None:
     cluster.check_outputs()
 
 
+def test_a_preempted_request_is_computed_where_that_costs_less() -> None:
+    cost = dataclasses.replace(RATES, host_bytes_per_s=1e2)
+    cluster = Cluster([8], 4, host=HostRules((16,), cost=cost, max_model_len=64))
+    cluster.add(prompt(12, 1), greedy(16))
+    young = cluster.add(prompt(12, 2), greedy(8))
+    plans = cluster.settle()
+    assert young.num_preemptions and not spills(plans) and not restores(plans)
+    cluster.check_outputs()
+
+
+def test_who_waits_for_plans_that_do_not_count_starts_again() -> None:
+    """As after the death of a rank: steps 1 to ``reported`` were carried out."""
+    cluster = Cluster([12], 4, host=HostRules((12,), beside=1, alone=1))
+    run(cluster, prompt(40, 1))
+    run(cluster, prompt(44, 2))
+    waits = cluster.add(prompt(33, 1), greedy(2))
+    cluster.step()
+    step = cluster.scheduler._steps
+    host, running = cluster.scheduler.block_manager.host, cluster.scheduler.running
+    assert waits.restored_step == step and host.recover((), step, running) == [waits]
+    while waits.restoring:
+        cluster.step()
+    assert host.recover((), cluster.scheduler._steps, running) == []
+    assert host.recover((), waits.restored_step - 1, running) == [waits]
+    host.recover((0,), step, ())
+    assert cluster.tier.num_used(0) == 0
+    cluster.settle()
+    cluster.check_outputs()
+
+
 def test_scored_prompts_are_computed_whole() -> None:
     cluster = Cluster([6], 4, host=HostRules((6,)))
     run(cluster, prompt(20, 1))
