@@ -139,7 +139,8 @@ class BlockManager:
         for index in far:  # the first blocks of the run, so that the request's are adjacent
             homes[index] = self._take_reserved(request, found[index][0] if target < 0 else target)
             if index not in request.restoring:
-                copies += self.host.copies((), index, found[index], homes[index])
+                copies.append(Transfer((), index, found[index], homes[index]))
+        copies = [*self.host.spills(copy.target for copy in copies), *copies]
         request.table = SequenceTable(size, homes, len(homes) * size)
         request.workers = offer.workers
         request.why_span = offer.why

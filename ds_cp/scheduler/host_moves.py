@@ -95,18 +95,22 @@ class HostMoves:
         step computes."""
         table = request.table
         assert table is not None
-        for index in sorted(request.restoring):
-            place = request.restoring[index]
-            if draft.host_left[place[0]] <= 0:
-                continue
-            draft.host_left[place[0]] -= 1
-            source, target = self.tier.source(place), table.homes[index]
-            if source != target:  # or the block that was given away is the one that it got
-                draft.transfers += self.copies((request.number,), index, source, target)
-                self.restored += 1
-            draft.restores, request.restored_step = True, draft.step
-            del request.restoring[index]
+        now: list[tuple[int, Home, Home]] = []  # index, place, block
+        for index, place in sorted(request.restoring.items()):
+            if draft.host_left[place[0]] > 0:
+                draft.host_left[place[0]] -= 1
+                del request.restoring[index]
+                now.append((index, place, table.homes[index]))
+        # What has not been overwritten may lie in the very block that it gets.
+        moves = [move for move in now if self.tier.source(move[1]) != move[2]]
+        draft.transfers += self.spills(block for _, _, block in moves)
+        for index, place, block in moves:
+            source = self.tier.source(place)
+            draft.transfers.append(Transfer((request.number,), index, source, block))
+        for _, place, _ in now:
             self.tier.give_back(place)
+            draft.restores, request.restored_step = True, draft.step
+        self.restored += len(moves)
         return not request.restoring
 
     def recover(

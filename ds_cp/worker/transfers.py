@@ -41,13 +41,15 @@ class BlockMover:
     def _move(self, batch: Sequence[Transfer], computing: set[int]) -> None:
         me, pool = self._group.rank, self._pool
         local: list[tuple[int, int]] = []
+        host: dict[tuple[bool, bool], list[tuple[int, int]]] = {}  # (to it, for later) -> copies
         out: dict[int, list[int]] = {}  # target rank -> what I send
         into: dict[int, list[int]] = {}  # source rank -> where it goes
         for transfer in batch:
             (source, number), (target, to) = transfer.source, transfer.target
             if source == target == me:
                 if on_host(transfer.source) or on_host(transfer.target):
-                    self._host(number, to, computing.isdisjoint(transfer.requests))
+                    kind = on_host(transfer.target), computing.isdisjoint(transfer.requests)
+                    host.setdefault(kind, []).append((number, to))
                 else:
                     local.append((number, to))
             elif source == me:
@@ -61,6 +63,8 @@ class BlockMover:
             for rank, blocks in sorted(into.items())
         ]
         pending = self._group.exchange(sends, recvs, SCHEME_MOVE) if sends or recvs else None
+        for kind, copies in host.items():
+            self._host(copies, *kind)
         if local:
             pool.put_blocks([to for _, to in local], pool.get_blocks([b for b, _ in local]))
         if pending is not None:
@@ -68,27 +72,23 @@ class BlockMover:
         for rank, content in recvs:
             pool.put_blocks(into[rank], content)
 
-    def _host(self, source: int, target: int, later: bool) -> None:
-        """One copy between my blocks and my slots."""
+    def _host(self, copies: Sequence[tuple[int, int]], to_host: bool, later: bool) -> None:
+        """Copies from my blocks to my slots, or back."""
         assert self._store is not None, "a host place without host memory"
-        if target < 0:
-            self._store.save([source], [host_slot(target)])
+        sources, targets = [source for source, _ in copies], [target for _, target in copies]
+        if to_host:
+            self._store.save(sources, list(map(host_slot, targets)))
         else:
-            self._store.load([host_slot(source)], [target], later)
+            self._store.load(list(map(host_slot, sources)), targets, later)
 
     def _content(self, numbers: Sequence[int]) -> torch.Tensor:
         """My blocks and slots of these numbers, in their order."""
         if min(numbers) >= 0:
             return self._pool.get_blocks(numbers)
-        rows = [
-            self._pool.get_blocks([number]) if number >= 0 else self._read(host_slot(number))
-            for number in numbers
-        ]
-        return torch.cat(rows)
-
-    def _read(self, slot: int) -> torch.Tensor:
         assert self._store is not None, "a host place without host memory"
-        return self._store.read([slot])
+        if max(numbers) < 0:
+            return self._store.read(list(map(host_slot, numbers)))
+        return torch.cat([self._content([number]) for number in numbers])
 
 
 def _batches(transfers: Iterable[Transfer]) -> Iterator[list[Transfer]]:
