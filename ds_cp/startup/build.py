@@ -102,7 +102,10 @@ def _build(
         lambda: allocate_pool(budget, layers, size, kernel.packed, decoder.dtype, world, cp.rank),
     )
     blocks = gather_blocks(world, pool.num_blocks)
-    mine = local_phase(world, lambda: decide_slots(config, world, pool, cp.rank, cp.size))
+    unclaimed = pool.nbytes if budget.lazy else 0
+    mine = local_phase(
+        world, lambda: decide_slots(config, world, pool, cp.rank, cp.size, unclaimed)
+    )
     slots = gather_blocks(world, mine)
     store, host_rate = local_phase(world, lambda: open_slots(config, world, pool, mine, cp.rank))
     flops = local_phase(

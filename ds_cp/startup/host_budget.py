@@ -19,10 +19,13 @@ TRIALS = 3  # of the rate, the fastest counts
 TRIAL_BLOCKS = 16  # of one, at most
 
 
-def decide_slots(config: Config, world: World, pool: KVPool, cp_rank: int, cp_size: int) -> int:
+def decide_slots(
+    config: Config, world: World, pool: KVPool, cp_rank: int, cp_size: int, unclaimed: int
+) -> int:
     """How many blocks this rank's host memory holds, 0 where the config gives it none. To be called
-    when all ranks of the host have their pools, and none has its slots. ``ConfigError``, with the
-    numbers, when the room is less than a block or more than is free."""
+    when all ranks of the host have their pools, and none has its slots. ``unclaimed``: bytes of the
+    pool that the system has still to give. ``ConfigError``, with the numbers, when the room is less
+    than a block or more than is free."""
     kv = config.kv_cache
     budget = budget_of(kv.host_memory_per_rank, "host_memory_per_rank", cp_rank, cp_size)
     if not budget:
@@ -39,7 +42,7 @@ def decide_slots(config: Config, world: World, pool: KVPool, cp_rank: int, cp_si
             f"kv_cache.host_memory_per_rank gives cp rank {cp_rank} {budget} bytes, less than one "
             f"block of {block}: raise it, or leave it out"
         )
-    free = _free_bytes(world, pool, kv.host_folder)
+    free = _free_bytes(world, kv.host_folder) - (unclaimed if kv.host_folder is None else 0)
     if slots * block > free:
         raise _too_large(slots * block, free, cp_rank, kv.host_folder)
     return slots
@@ -63,11 +66,11 @@ def open_slots(
                 f"kv_cache.host_folder {folder} cannot hold {need} bytes for cp rank {cp_rank}: "
                 f"{err}; name a folder with room that this user may write to"
             ) from err
-        raise _too_large(need, _free_bytes(world, pool, None), cp_rank, None) from err
+        raise _too_large(need, _free_bytes(world, None), cp_rank, None) from err
     return store, host_gb_per_s(world, pool, store)
 
 
-def _free_bytes(world: World, pool: KVPool, folder: str | None) -> int:
+def _free_bytes(world: World, folder: str | None) -> int:
     """Free bytes for one rank of the host, of memory or of the folder's disk."""
     sharing = world.topology.local_size(world.rank)
     if folder is not None:
@@ -79,9 +82,7 @@ def _free_bytes(world: World, pool: KVPool, folder: str | None) -> int:
                 "is there on every host"
             ) from err
         return found.f_bavail * found.f_frsize // sharing
-    # A pool on CPU may not have claimed its memory yet.
-    claimed = pool.nbytes if world.device.type == "cpu" else 0
-    return int(psutil.virtual_memory().available) // sharing - claimed
+    return int(psutil.virtual_memory().available) // sharing
 
 
 def _too_large(need: int, free: int, cp_rank: int, folder: str | None) -> ConfigError:
