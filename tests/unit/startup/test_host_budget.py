@@ -92,16 +92,18 @@ def test_slots_are_opened_and_measured(tmp_path: Path) -> None:
 def test_what_cannot_be_had_is_said_with_the_way_out(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def fail(*_: Any) -> Any:
-        raise error
+    def opening(error: Exception, **kv: Any) -> Any:
+        def fail(*_: Any) -> Any:
+            raise error
 
-    monkeypatch.setattr(host_budget, "open_store", fail)
-    kv = {"host_folder": str(tmp_path), "host_memory_per_rank": 1}
+        monkeypatch.setattr(host_budget, "open_store", fail)
+        return open_slots(config_of(**kv), world_of(["a"]), POOL, 2, 0)
+
+    folder = {"host_folder": str(tmp_path), "host_memory_per_rank": 1}
     for error in (OSError(28, "No space left on device"), MemoryError("no")):
         with pytest.raises(ConfigError, match=rf"cannot hold {2 * BLOCK} bytes .*name a folder"):
-            open_slots(config_of(**kv), world_of(["a"]), POOL, 2, 0)
+            opening(error, **folder)
         with pytest.raises(ConfigError, match=rf"asks for {2 * BLOCK} bytes in memory"):
-            open_slots(config_of(), world_of(["a"]), POOL, 2, 0)
-    error = RuntimeError("something else")
+            opening(error)
     with pytest.raises(RuntimeError, match="something else"):
-        open_slots(config_of(), world_of(["a"]), POOL, 2, 0)
+        opening(RuntimeError("something else"))
