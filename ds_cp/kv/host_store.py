@@ -10,8 +10,8 @@ from typing import Protocol
 
 import torch
 
-from ds_cp.errors import OutputError
 from ds_cp.kv.pool import KVPool
+from ds_cp.log_stream import say
 from ds_cp.native.memory import huge_pages
 
 NAME = "ds_cp_kv"  # of the memory, in /proc/PID/maps
@@ -50,13 +50,18 @@ class FileStore:
     process. On a disk all of it is allocated at once, so that a full one is known at start; memory
     is taken as slots are first written.
 
-    Raises ``OSError`` when there is no such room. A failing disk is an ``OutputError`` later.
+    Raises ``OSError`` when there is no such room. A disk that fails later says so once, and costs
+    the requests that want what it lost, not the job: their blocks are filled with NaN, which ends
+    them with an error and takes the blocks out of the prefix cache, as any logits do that are not
+    finite.
     """
 
     def __init__(self, pool: KVPool, num_slots: int, folder: str | None = None) -> None:
         self.num_slots = num_slots
         self._pool = pool
         self._nbytes = pool.block_elements * pool.dtype.itemsize
+        self._lost: set[int] = set()  # slots whose last write failed
+        self._has_failed = False
         self._fd = _unnamed_file(folder)
         try:
             size = num_slots * self._nbytes
@@ -69,20 +74,27 @@ class FileStore:
     def save(self, blocks: Sequence[int], slots: Sequence[int]) -> None:
         """As ``HostStore``."""
         for block, slot in zip(blocks, slots, strict=True):
-            view = _bytes(self._pool.block(block))
-            self._whole(os.pwrite, view, slot)
+            if self._whole(os.pwrite, _bytes(self._pool.block(block)), slot):
+                self._lost.discard(slot)
+            else:
+                self._lost.add(slot)
 
     def load(self, slots: Sequence[int], blocks: Sequence[int], later: bool = False) -> None:
         """As ``HostStore``; done when it returns."""
         for slot, block in zip(slots, blocks, strict=True):
-            self._whole(_pread, _bytes(self._pool.block(block)), slot)
+            self._fill(self._pool.block(block), slot)
 
     def read(self, slots: Sequence[int]) -> torch.Tensor:
         """As ``HostStore``."""
         found = torch.empty(len(slots), self._pool.block_elements, dtype=self._pool.dtype)
         for row, slot in zip(found, slots, strict=True):
-            self._whole(_pread, _bytes(row), slot)
+            self._fill(row, slot)
         return found
+
+    def _fill(self, row: torch.Tensor, slot: int) -> None:
+        """``row`` becomes what the slot holds, NaN where that is lost."""
+        if slot in self._lost or not self._whole(_pread, _bytes(row), slot):
+            row.fill_(float("nan"))
 
     def settle(self) -> None:
         """Every load is done."""
@@ -93,8 +105,8 @@ class FileStore:
             os.close(self._fd)
             self._fd = -1
 
-    def _whole(self, move: _Move, view: memoryview, slot: int) -> None:
-        """All bytes of ``view`` at a slot: the system may do fewer at once."""
+    def _whole(self, move: _Move, view: memoryview, slot: int) -> bool:
+        """Move all bytes of ``view``, of which the system may do fewer at once; whether it did."""
         done = 0
         try:
             while done < self._nbytes:
@@ -103,11 +115,15 @@ class FileStore:
                     raise OSError(f"the file ends before slot {slot} does")
                 done += count
         except OSError as err:
-            raise OutputError(
-                f"the host tier cannot move slot {slot} of {self.num_slots} "
-                f"({self._nbytes} bytes): {err}; lower kv_cache.host_memory_per_rank or set "
-                "another kv_cache.host_folder"
-            ) from err
+            if not self._has_failed:
+                self._has_failed = True
+                say(
+                    f"warning: host memory cannot move block {slot} of {self.num_slots} "
+                    f"({self._nbytes} bytes): {err}; requests whose beginning it has lost end with "
+                    "an error; set another kv_cache.host_folder and start again"
+                )
+            return False
+        return True
 
 
 class _Move(Protocol):

@@ -4,12 +4,14 @@ without, and as transformers' own."""
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
 from ds_cp.comm.wire import World
 from ds_cp.engine.core import EngineCore
 from ds_cp.engine.llm import LLMEngine
+from ds_cp.kv.host_store import FileStore
 from ds_cp.scheduler.build import build_scheduler
 from tests.dist.test_engine import Ids, greedy, hf_greedy, make_prompt, tokens_of
 from tests.helpers.engines import engine_on, tiny_llama
@@ -61,6 +63,27 @@ def answers(world: World, kv: dict[str, Any]) -> tuple[list[Ids], dict[str, int]
     return found, counts
 
 
+def lose_the_disk(world: World, folder: str) -> None:
+    """A file that lost what it held: who wants it ends with an error, and whoever asks next has it
+    computed."""
+    kv = {"host_memory_per_rank": "64KiB", "host_folder": folder}
+    engine = engine_on(world, tiny_llama(initializer_range=0.2), config(**kv))
+    always_back(engine)
+    prompts = [make_prompt(100, seed=first)[:60] for first in (1, 2, 3)]
+    want = [tokens_of(engine.generate([prompt], greedy(4))) for prompt in prompts]
+    store = engine._worker.mover._store
+    assert isinstance(store, FileStore)
+    os.ftruncate(store._fd, 0)
+    lost = engine.generate([prompts[0]], greedy(4))
+    again = tokens_of(engine.generate([prompts[0]], greedy(4)))
+    if world.rank == 0:
+        assert engine._core is not None
+        assert [output.outputs[0].finish_reason for output in lost] == ["error"]
+        assert lost[0].metrics.cached_tokens > 0 and again == want[0]
+        engine._core.check_integrity()
+    engine._worker.mover.close()
+
+
 def compare(world: World, folder: str) -> None:
     model = tiny_llama(initializer_range=0.2)
     plain, without = answers(world, {})
@@ -73,6 +96,8 @@ def compare(world: World, folder: str) -> None:
         if world.rank == 0:
             assert counts["spilled"] > 20 and counts["restored"] > 20 and counts["hits"] > 50
             assert counts["preempted"] and counts["cached"] > without["cached"]
+    if world.device.type == "cpu":
+        lose_the_disk(world, folder)
     assert not list(Path(folder).iterdir()), "its files have no name"
     if world.rank == 0:
         assert without["slots"] == without["spilled"] == 0

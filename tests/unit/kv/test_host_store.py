@@ -1,5 +1,5 @@
 """What a rank's blocks hold comes back from its host slots bit by bit, from memory and from a file;
-a disk that fails says so."""
+a disk that fails costs what it lost, and says so."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from ds_cp.attention import LayerSpec
-from ds_cp.errors import OutputError
 from ds_cp.kv.host_store import FileStore, PinnedStore
 from ds_cp.kv.pool import KVPool
 
@@ -55,14 +54,29 @@ def test_nobody_else_can_open_the_file(tmp_path: Path) -> None:
     store.close()
 
 
-def test_a_file_that_fails_says_which_and_the_way_out(tmp_path: Path) -> None:
-    store = FileStore(pool_of(torch.float32), 3, str(tmp_path))
+def test_what_a_failing_file_lost_is_nan_and_it_says_so_once(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pool = pool_of(torch.bfloat16)
+    before = pool.get_blocks(range(6)).clone()
+    store = FileStore(pool, 3, str(tmp_path))
+    store.save([3, 4, 5], [0, 1, 2])
     os.ftruncate(store._fd, store._nbytes)
-    with pytest.raises(OutputError, match=r"slot 2 of 3 .*host_memory_per_rank.*host_folder"):
-        store.load([2], [0])
+    store.load([0, 2], [1, 2])
+    after = pool.get_blocks(range(6))
+    assert torch.equal(after[1], before[3]) and bool(after[2].isnan().all())
+    assert bool(store.read([1]).isnan().all())
+    fd, store._fd = store._fd, os.open(os.devnull, os.O_RDONLY)
+    store.save([0], [0])  # fails, so that what slot 0 held before must not come back
+    os.close(store._fd)
+    store._fd = fd
+    store.load([0], [5])
+    assert bool(pool.get_blocks([5]).isnan().all())
+    store.save([0], [0])
+    assert torch.equal(store.read([0])[0], before[0]), "it works again"
     store.close()
-    with pytest.raises(OutputError, match="slot 0 of 3"):
-        store.save([0], [0])
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) == 1 and "cannot move block 2 of 3" in said[0] and "host_folder" in said[0]
 
 
 def test_no_room_and_no_folder_are_known_at_once(tmp_path: Path) -> None:
