@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -138,7 +138,7 @@ def _pread(fd: int, view: memoryview, offset: int) -> int:
 
 def _bytes(row: torch.Tensor) -> memoryview:
     """The memory of one contiguous row."""
-    return memoryview(row.view(torch.uint8).numpy())
+    return row.view(torch.uint8).numpy().data
 
 
 def _unnamed_file(folder: str | None) -> int:
@@ -165,11 +165,12 @@ class PinnedStore:
         # next power of two.
         nbytes = num_slots * pool.block_elements * pool.dtype.itemsize
         memory = torch.frombuffer(huge_pages(nbytes), dtype=pool.dtype)
-        failed = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), nbytes, 0))
+        self._cuda: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        failed = int(self._cuda.cudaHostRegister(memory.data_ptr(), nbytes, 0))
         if failed:
             raise MemoryError(f"{nbytes} bytes of host memory cannot be page-locked ({failed})")
         self._data = memory.view(num_slots, pool.block_elements)
-        self._stream = torch.cuda.Stream(pool.device)
+        self._stream = torch.cuda.Stream(pool.device)  # type: ignore[no-untyped-call]
         self._is_loading = False  # copies to the device for which its own stream has not waited
 
     def save(self, blocks: Sequence[int], slots: Sequence[int]) -> None:
@@ -214,7 +215,7 @@ class PinnedStore:
         """Unlock the memory once copies are done."""
         if len(self._data):
             self._stream.synchronize()
-            torch.cuda.cudart().cudaHostUnregister(self._data.data_ptr())
+            self._cuda.cudaHostUnregister(self._data.data_ptr())
             self._data = self._data.new_empty(0, self._pool.block_elements)
 
     def _begin(self) -> None:

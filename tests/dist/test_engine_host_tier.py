@@ -66,10 +66,10 @@ def answers(world: World, kv: dict[str, Any]) -> tuple[list[Ids], dict[str, int]
 def lose_the_disk(world: World, folder: str) -> None:
     """A file that lost what it held: who wants it ends with an error, and whoever asks next has it
     computed."""
-    kv = {"host_memory_per_rank": "64KiB", "host_folder": folder}
+    kv = {"host_memory_per_rank": "256KiB", "host_folder": folder}
     engine = engine_on(world, tiny_llama(initializer_range=0.2), config(**kv))
     always_back(engine)
-    prompts = [make_prompt(100, seed=first)[:60] for first in (1, 2, 3)]
+    prompts = [make_prompt(100, seed=first)[:60] for first in (1, 2, 3, 4, 5)]
     want = [tokens_of(engine.generate([prompt], greedy(4))) for prompt in prompts]
     store = engine._worker.mover._store
     assert isinstance(store, FileStore)
