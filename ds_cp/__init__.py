@@ -49,4 +49,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'ds_cp' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(_MODULE_OF[name]), name)
+    from ds_cp.process import importing
+
+    with importing():
+        return getattr(import_module(_MODULE_OF[name]), name)

@@ -7,6 +7,7 @@ numbers, no torch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -66,7 +67,7 @@ class Sums:
     bytes_per_s: float
     latency_s: float
 
-    def layer_s(self, tokens: int, element: int) -> float:
+    def layer_s(self, tokens: float, element: int) -> float:
         """Seconds of a layer: each sum is a reduce-scatter and an all-gather, which send
         (n - 1) / n of the vectors each (Thakur et al., "Optimization of Collective Communication
         Operations in MPICH", 2005, section 4.4)."""
@@ -87,14 +88,16 @@ class CostModel:
     the thread that computes copies them, when it posts an exchange and while it waits for it.
     ``host_bytes_per_s``: of KV between a rank and its host memory, 0 where it has none.
 
-    What follows is for ``forward_s`` alone; left out, it costs nothing. ``attention_flops_per_s``:
-    achieved by attention (left out: ``flops_per_s``); ``memory_bytes_per_s``: at which weights are
-    read, ``kv_bytes_per_s``: and KV by attention of a few rows (left out: the same); ``layer_s``:
-    seconds of a layer that no work explains, such as launches; ``step_s``: the same of a call;
-    ``hop_s``: of one hop of a ring in one layer; ``head``: parameters that only the last token of a
-    call passes; ``stored``: parameters of all layers, with the experts that a token does not pass;
-    ``near_latency_s``: of an exchange inside a host, where ``latency_s`` is of one between hosts of
-    several ranks; ``sums``: of tensor parallelism.
+    What follows costs nothing where it is left out. ``attention_flops_per_s``: achieved by
+    attention (left out: ``flops_per_s``); ``memory_bytes_per_s``: at which a rank reads weights
+    while ``readers`` ranks of its host read, ``alone_bytes_per_s``: while no other does (left out:
+    the same; a GPU has memory of its own), ``kv_bytes_per_s``: at which attention of a few rows
+    reads KV (left out: as weights); ``layer_s``: seconds of a layer that no work explains, such as
+    launches; ``step_s``: the same of a call; ``hop_s``: of one hop of a ring in one layer;
+    ``head``: parameters that only the last token of a call passes; ``stored``: parameters of all
+    layers, with the experts that a token does not pass; ``near_latency_s``: of an exchange inside a
+    host, where ``latency_s`` is of one between hosts of several ranks; ``sums``: of tensor
+    parallelism.
     """
 
     flops_per_s: float
@@ -111,6 +114,8 @@ class CostModel:
     host_bytes_per_s: float = 0.0
     attention_flops_per_s: float | None = None
     memory_bytes_per_s: float = float("inf")
+    alone_bytes_per_s: float | None = None
+    readers: int = 1
     kv_bytes_per_s: float | None = None
     layer_s: float = 0.0
     step_s: float = 0.0
@@ -126,30 +131,19 @@ class CostModel:
         return LayerWindows(self.num_layers, self.windows)
 
     def prefill_s(self, ranks: int, new: int, past: int) -> float:
-        """Seconds for ``new`` prompt tokens after ``past`` stored ones, spread over ``ranks``.
-
-        Linear layers and attention divide by the ranks; of the ring's traffic what attention does
-        not hide is added.
-        """
-        linear = 2.0 * self.weights * new
-        pairs = self.layers.pairs(((past, new),))
-        attention = 4.0 * pairs * self.num_q_heads * self.head_dim * self.num_layers
-        compute = (linear + attention) / ranks / self.flops_per_s
-        if ranks == 1:
-            return compute
-        hidden = attention / ranks / self.flops_per_s if self.in_background else 0.0
-        sent = min(self._pass_kv_bytes(ranks, new + past), self._pass_q_bytes(ranks, new))
-        hops = self.layers.mean(lambda window: 1.0 if window else ranks - 1.0)
-        traffic = self.num_layers * (sent / self.bytes_per_s + hops * self.latency_s)
-        return compute + max(0.0, traffic - hidden) + self.num_layers * self.latency_s
+        """Seconds for ``new`` prompt tokens after ``past`` stored ones, spread over ``ranks``, by
+        the faster ring."""
+        kinds: tuple[Passing, ...] = ("local",) if ranks == 1 else ("kv", "q")
+        return min(self.forward_s(kind, ranks, new, past) for kind in kinds)
 
     def decode_s(self, ranks: int, past: int) -> float:
-        """Seconds that attention adds to one decode step of a request over ``ranks``: reading its
-        KV, and by tree two exchanges a layer (queries out, partials back)."""
-        seen = self.layers.seen(past)
-        attention = 4.0 * seen * self.num_q_heads * self.head_dim * self.num_layers
-        exchanges = 2 * self.num_layers * self.latency_s if ranks > 1 else 0.0
-        return attention / ranks / self.flops_per_s + exchanges
+        """Seconds of one decode step of a request over ``ranks`` that attention takes: reading its
+        KV, and by tree two exchanges a layer (queries out, partials back). The rest of the step is
+        the same on any number of ranks."""
+        attention = self._attention_s(ranks, 1, past)
+        if ranks == 1:
+            return attention
+        return attention + self._exchanges_s("tree", ranks, 1, past, attention)
 
     def host_s(self, tokens: int) -> float:
         """Seconds in which one rank copies the KV of ``tokens`` to its host memory, or back."""
@@ -167,10 +161,11 @@ class CostModel:
 
         The sum of linear layers, attention, what travels and is not hidden, and what is fixed. A
         part that computes takes the longer of its operations and its reading ("Roofline", Williams
-        et al., CACM 2009), M for ``memory_bytes_per_s``, M_kv for ``kv_bytes_per_s``, and
-        t = ceil(T / N):
+        et al., CACM 2009); linear layers near where both are equal take longer than either. Every
+        rank at work reads all weights, however few tokens it has. M for ``reading_per_s``, M_kv for
+        ``kv_bytes_per_s``, and t = max(T / N, 1):
 
-            linear     max(2 W t / C, min(W t, stored) e / M), and the head for one token
+            linear     hypot(2 W t / C, min(W t, stored) e / M), and the head for one token
             attention  max(4 pairs H D / C_a, 2 seen G D e / M_kv) L / N
             sums       of tensor parallelism, see ``Sums``
             exchanges  see ``_exchanges_s``
@@ -180,10 +175,10 @@ class CostModel:
         over = 1 if alone else ranks
         attention = self._attention_s(over, new, past)
         exchanges = 0.0 if alone else self._exchanges_s(passing, ranks, new, past, attention)
-        tokens = -(-new // over)
+        tokens = max(new / over, 1.0)
         sums = self.sums.layer_s(tokens, self.element) if self.sums else 0.0
         fixed = self.num_layers * (sums + self.layer_s) + self.step_s
-        return self._linear_s(tokens) + attention + exchanges + fixed
+        return self._linear_s(over, tokens) + attention + exchanges + fixed
 
     def chunks_s(self, passing: Passing, ranks: int, new: int, past: int, chunk: int) -> float:
         """Seconds of ``new`` prompt tokens in calls of at most ``chunk`` tokens."""
@@ -192,11 +187,21 @@ class CostModel:
             for at in range(0, new, chunk)
         )
 
-    def _linear_s(self, tokens: int) -> float:
+    def reading_per_s(self, ranks: int) -> float:
+        """Bytes of memory a second that each of ``ranks`` reads: the ranks of a host share what all
+        ``readers`` read together, and one alone has its own limit."""
+        if self.alone_bytes_per_s is None:
+            return self.memory_bytes_per_s
+        shared = self.memory_bytes_per_s * self.readers / min(ranks, self.readers)
+        return max(min(self.alone_bytes_per_s, shared), self.memory_bytes_per_s)
+
+    def _linear_s(self, ranks: int, tokens: float) -> float:
+        """On each of ``ranks``, which has ``tokens`` tokens."""
+        reading = self.reading_per_s(ranks)
         read = min(self.weights * tokens, max(self.stored, self.weights)) * self.element
-        body = max(2.0 * self.weights * tokens / self.flops_per_s, read / self.memory_bytes_per_s)
+        body = math.hypot(2.0 * self.weights * tokens / self.flops_per_s, read / reading)
         operations, nbytes = 2.0 * self.head, self.head * self.element
-        return body + max(operations / self.flops_per_s, nbytes / self.memory_bytes_per_s)
+        return body + max(operations / self.flops_per_s, nbytes / self.reading_per_s(1))
 
     def _attention_s(self, ranks: int, new: int, past: int) -> float:
         """Of all layers, on one of ``ranks``."""
@@ -205,7 +210,7 @@ class CostModel:
         operations = 4.0 * pairs * self.num_q_heads * self.head_dim
         nbytes = 2.0 * seen * self.num_kv_heads * self.head_dim * self.element
         rate = self.attention_flops_per_s or self.flops_per_s
-        reading = self.kv_bytes_per_s or self.memory_bytes_per_s
+        reading = self.kv_bytes_per_s or self.reading_per_s(ranks)
         return self.num_layers * max(operations / rate, nbytes / reading) / ranks
 
     def _exchanges_s(
@@ -241,7 +246,7 @@ class CostModel:
             travel, exposed, hides, hops = out + once, back + once, 1.0 / ranks, 0.0
         hidden = hides * attention if self.in_background and new >= ranks else 0.0
         folded = (ranks - 1) / ranks * new * self.num_q_heads * self.head_dim * 8.0
-        fixed = hops * self.hop_s + folded / self.memory_bytes_per_s
+        fixed = hops * self.hop_s + folded / self.reading_per_s(ranks)
         return max(0.0, layers * travel - hidden) + layers * (exposed + fixed)
 
     def best_ranks(self, most: int, new: int, past: int, answer: int) -> int:

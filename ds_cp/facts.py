@@ -50,6 +50,14 @@ class Facts:
     rounding: float = 0.0  # as exactness, of transformers' own sdpa attention to its eager one
     windows: tuple[tuple[int, int], ...] = ()  # (window, number of layers that have it)
     kv_reason: str = ""  # what decided rank 0's KV budget
+    packed: bool = False  # whether the linear layers of this rank are
+    layer_weights: int = 0  # of ``weights`` those of the layers alone; 0: not known
+    stored_weights: int = 0  # those of the layers, with the experts that a token does not pass
+    head_weights: int = 0  # parameters that turn a hidden state into logits
+    bytes_per_s: float = 0.0  # of weights, by one row on rank 0, while all ranks read; 0: not known
+    alone_bytes_per_s: float = 0.0  # the same while the others wait
+    layer_s: float = 0.0  # seconds of a layer beside its work
+    hop_s: float = 0.0  # seconds that a hop of a ring adds to that, the wire's latency and all
     host_blocks_per_rank: tuple[int, ...] = ()  # that host memory holds, () for none anywhere
     host_gb_per_s: float = 0.0  # of KV between rank 0 and its host memory
 

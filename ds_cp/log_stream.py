@@ -12,6 +12,7 @@ import io
 import json
 import logging
 import os
+import select
 import sys
 import threading
 import time
@@ -134,12 +135,23 @@ class LogStream(io.TextIOBase):
         self._dropped += dropped
         if not data:
             return
+        if self._thread is None and sys.is_finalizing():  # a thread would never begin
+            self._write_what_fits(data)
+            return
         self._parts.append(data)
         self._waiting += len(data)
         if self._thread is None:
             self._thread = threading.Thread(target=self._write, name="ds_cp log", daemon=True)
             self._thread.start()
         self._changed.notify_all()
+
+    def _write_what_fits(self, data: bytes) -> None:
+        """Write without a thread, and without waiting for a reader: the rest is lost."""
+        with contextlib.suppress(OSError, ValueError):
+            for at in range(0, len(data), select.PIPE_BUF):
+                if not select.select([], [self._fd], [], 0)[1]:
+                    break
+                os.write(self._fd, data[at : at + select.PIPE_BUF])
 
     def _write(self) -> None:
         while True:

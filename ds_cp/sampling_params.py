@@ -228,13 +228,14 @@ class RequestOptions:
 
     ``priority``: lower numbers are served first; of equals the older. ``cache_salt``: requests
     share cached prefixes only with those of the same salt; ``http_id``: of the HTTP request that it
-    is part of, for logs. Raises ``RequestError`` naming the field
-    when a value is of another kind or out of range.
+    is part of, for logs; ``client``: who sends it, clients of one priority have equal shares.
+    Raises ``RequestError`` naming the field when a value is of another kind or out of range.
     """
 
     priority: int = 0
     cache_salt: str = ""
     http_id: str = field(default="", compare=False)
+    client: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         priority = _integer("priority", self.priority, -(2**31), MAX_INT32)

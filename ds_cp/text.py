@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
+from itertools import islice
 from typing import Any
 
 MAX_NAME_CHARS = 100  # characters of a name that is compared with valid ones
@@ -169,6 +170,8 @@ def show(value: Any) -> str:
     """A value as JSON, short, for a message."""
     if isinstance(value, str | list):
         value = value[:MAX_NAME_CHARS]
+    elif isinstance(value, dict):
+        value = dict(islice(value.items(), MAX_NAME_CHARS))
     try:
         return shorten(json.dumps(value, ensure_ascii=False))
     except (TypeError, ValueError, RecursionError):  # nested just less deep than is read

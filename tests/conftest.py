@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -21,6 +20,16 @@ settings.register_profile(
 settings.load_profile("ds_cp")
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Thousands of tests and what they import stay: collecting them without the garbage collector,
+    and out of its sight afterwards, saves its walks over them."""
+    from ds_cp.process import importing
+
+    with importing(for_good=True):
+        return (yield)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what is marked ``gpu`` where there is no CUDA device. torch is asked only if some is."""
     marked = [item for item in items if item.get_closest_marker("gpu")]
@@ -36,14 +45,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
-def settled_heap() -> Iterator[None]:
+def settled_heap() -> None:
     """For what measures processor time: the collector walks no module or test that is in memory by
     now, as in a server that is ready."""
     from ds_cp.process import settle_heap
 
     settle_heap()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

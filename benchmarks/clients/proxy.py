@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
+from ds_cp.api.answers.named_events import named_event
+from ds_cp.api.error_shapes import is_messages_path, messages_error
 from ds_cp.api.errors import ApiError, from_engine, not_ready
 from ds_cp.errors import QueueFullError
 
@@ -90,7 +92,8 @@ class Proxy:
         body = await reader.readexactly(int(headers.get("content-length", "0")))
         found = _PATH.match(target)
         if not found:
-            writer.write(_whole(ApiError(404, f"no such path of the proxy: {target[:200]}")))
+            error = ApiError(404, f"no such path of the proxy: {target[:200]}")
+            writer.write(_whole(error, target))
             return
         label, counted, _, status, first_n, events, path = found.groups()
         if counted:
@@ -101,7 +104,7 @@ class Proxy:
         if status and self._counts[label] <= int(first_n):
             busy = from_engine(_QUEUE) if status == "429" else not_ready("starting")
             assert busy is not None
-            writer.write(_whole(busy))
+            writer.write(_whole(busy, path))
             return
         await self._through(reader, writer, method, path, headers, body, int(events or 0))
 
@@ -121,7 +124,7 @@ class Proxy:
         head = "".join(f"{name}: {value}\r\n" for name, value in kept.items())
         upstream.write(f"{method} {path} HTTP/1.1\r\n{head}\r\n".encode("latin-1") + body)
         left = asyncio.create_task(reader.read())  # ends when the client leaves
-        copied = asyncio.create_task(_copy(above, writer, events))
+        copied = asyncio.create_task(_copy(above, writer, path, events))
         try:
             await asyncio.wait({left, copied}, return_when=asyncio.FIRST_COMPLETED)
             if copied.done():
@@ -133,15 +136,16 @@ class Proxy:
             upstream.close()
 
 
-async def _copy(above: asyncio.StreamReader, writer: asyncio.StreamWriter, events: int) -> None:
+async def _copy(
+    above: asyncio.StreamReader, writer: asyncio.StreamWriter, path: str, events: int
+) -> None:
     """Hand an answer on; with ``events``, end it by an error event after that many chunks."""
     seen, handed = b"", 0
     while data := await above.read(65536):
         seen = (seen + data) if events else b""
         ends = [found.end() for found in re.finditer(rb"\n\n\r\n", seen)]
         if events and len(ends) >= events:
-            error = b"data: " + json.dumps(not_ready("dead").body()).encode()
-            text = error + b"\n\ndata: [DONE]\n\n"
+            text = _last_event(not_ready("dead"), path)
             last = b"%x\r\n%s\r\n0\r\n\r\n" % (len(text), text)
             writer.write(seen[handed : ends[events - 1]] + last)
             await writer.drain()
@@ -158,8 +162,21 @@ def _parsed(body: bytes) -> Any:
         return None
 
 
-def _whole(error: ApiError) -> bytes:
-    return _json(error.status_code, error.body(), dict(error.headers or {}))
+def _last_event(error: ApiError, path: str) -> bytes:
+    if is_messages_path(path.partition("?")[0]):
+        return named_event(_body(error, path))
+    return b"data: " + json.dumps(_body(error, path)).encode() + b"\n\ndata: [DONE]\n\n"
+
+
+def _whole(error: ApiError, path: str) -> bytes:
+    return _json(error.status_code, _body(error, path), dict(error.headers or {}))
+
+
+def _body(error: ApiError, path: str) -> dict[str, Any]:
+    """An error in the shape of the protocol that a path is of."""
+    if is_messages_path(path.partition("?")[0]):
+        return messages_error(error.status_code, error.body()["error"]["message"], None)
+    return error.body()
 
 
 def _json(status: int, value: Any, headers: dict[str, str] | None = None) -> bytes:

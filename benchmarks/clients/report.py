@@ -10,13 +10,16 @@ from typing import Any
 BEGIN, END = "<!-- begin: written by benchmarks.clients -->", "<!-- end -->"
 _CELLS = {"ok": "ok", "none": "-", "failed": "**failed**"}
 
-Result = Mapping[str, Any]  # of one client: name, versions, rows, sent
+Result = Mapping[str, Any]  # of one client: name, versions, rows, sent, taken
 
 
 def page(results: Sequence[Result], facts: Mapping[str, Any]) -> str:
     """The tables between the markers."""
-    taken = f"{facts['date']}, commit {facts['commit']}, {facts['model']}, {facts['machine']}"
-    return "\n\n".join([f"Taken {taken}.", _matrix(results), _remarks(results), _sent(results)])
+    when = sorted({result["taken"] for result in results})
+    how = f"{facts['model']} on {facts['ranks']} ranks, {facts['machine']}"
+    return "\n\n".join(
+        [f"Taken {'; '.join(when)}; {how}.", _matrix(results), _remarks(results), _sent(results)]
+    )
 
 
 def write(file: Path, text: str) -> None:
@@ -29,11 +32,13 @@ def write(file: Path, text: str) -> None:
 
 
 def _matrix(results: Sequence[Result]) -> str:
-    names = [row["check"] for row in results[0]["rows"]]
+    names = list(dict.fromkeys(row["check"] for each in results for row in each["rows"]))
     heads = [f"{result['name']} {result['version']}" for result in results]
     lines = [_line(["", *heads]), _line(["---"] * (len(heads) + 1))]
     columns = [{row["check"]: row["result"] for row in result["rows"]} for result in results]
-    lines += [_line([name, *(_CELLS[column[name]] for column in columns)]) for name in names]
+    lines += [
+        _line([name, *(_CELLS[column.get(name, "none")] for column in columns)]) for name in names
+    ]
     return "\n".join(lines)
 
 

@@ -8,7 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.clients.__main__ import CLIENTS
+from benchmarks.agents.environments import prepare
+from benchmarks.agents.known import AGENTS
+from benchmarks.clients.run import CLIENTS
 from benchmarks.environments import environment
 from benchmarks.evaluation.__main__ import PACKAGES as EVALUATION
 from benchmarks.fuzz.__main__ import PACKAGES as FUZZ
@@ -52,6 +54,16 @@ def made(*wanted: tuple[str, Sequence[str]]) -> Callable[[], None]:
     return make
 
 
+def agents() -> None:
+    """The agents, of npm and of pip."""
+    for agent in AGENTS:
+        try:
+            prepare(agent, INSTALL_S)
+        except (RuntimeError, OSError, subprocess.SubprocessError) as err:
+            why = " ".join(str(err).split())[-200:]
+            raise SkippedError(f"{agent.name} cannot be installed: {why}") from err
+
+
 def browser() -> None:
     """A browser and its client."""
     if tools.chromium() is not None:
@@ -72,23 +84,24 @@ def parts(out: Path) -> list[Part]:
     file of the repository."""
     clients = [(client.name, client.packages) for client in CLIENTS]
     return [
-        Part("browser", module("tests.browser"), 300, browser),
-        Part("clients", module("benchmarks.clients", "--check"), 400, made(*clients)),
+        Part("browser", module("tests.browser"), 270, browser),
+        Part("clients", module("benchmarks.clients", "--check"), 530, made(*clients)),
+        Part("agents", module("benchmarks.agents", "--check"), 150, agents),
         Part(
             "evaluation",
             module("benchmarks.evaluation", "--out", str(out / "evaluation.json")),
-            300,
+            280,
             made(("lm-eval", EVALUATION)),
         ),
         Part(
             "schemas",
             module("benchmarks.schemas", "--count", "250", "--out", str(out / "schemas.json")),
-            300,
+            280,
             made(("schemastore", CORPUS)),
         ),
         Part(
             "sweep",
-            module("benchmarks.sweep", "--seconds", "6", "--out", str(out / "sweep.json")),
+            module("benchmarks.sweep", "--seconds", "15", "--out", str(out / "sweep.json")),
             240,
             made(("guidellm", SWEEP)),
         ),
@@ -102,7 +115,10 @@ def parts(out: Path) -> list[Part]:
         ),
         Part(
             "fuzz",
-            module("benchmarks.fuzz", "--cases", "180", "--out", str(out / "fuzz.json")),
+            module(
+                *("benchmarks.fuzz", "--cases", "120", "--limit-s", "120"),
+                *("--out", str(out / "fuzz.json")),
+            ),
             400,
             made(("schemathesis", FUZZ)),
         ),

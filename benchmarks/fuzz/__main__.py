@@ -3,7 +3,8 @@
 No answer may be a 5xx, and none may have a status, content type, header or body that openapi.json
 does not document; the process that served the first case serves the last one. schemathesis has an
 environment of its own under .cache/environments. ``--legs`` runs some legs, and keeps what the
-result has of the others and of other seeds: ``--limit-s`` and ``--seed`` run it in pieces.
+result has of the others and of other seeds: ``--limit-s`` and ``--seed`` run it in pieces. Each
+leg says on which commit, when and where it ran.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from benchmarks.common import RESULTS, commit, finish, machine, parser
 from benchmarks.environments import environment
 from benchmarks.server import front_of, serving
 from tests.helpers.front import front
+from tests.helpers.spoken import TEMPLATE
 
 PACKAGES = ("schemathesis==4.32.*",)
 HOOKS = Path(__file__).with_name("hooks.py")
@@ -40,8 +42,11 @@ CHECKS = (
     "response_headers_conformance",
     "response_schema_conformance",
 )
-LENGTH = 96  # tokens of both models, so that no case takes long
+LENGTH = 384  # tokens of the fake model: a tool of the client is in the prompt
+REAL_LENGTH = 96  # of the real one, so that no case takes long
 KEY = "key-of-the-fuzzer"
+# The fake engine has a template that reads tools and reasoning.
+FAKE = {"max_model_len": LENGTH, "chat_template": TEMPLATE}
 FAKE_MODEL, QUICKSTART_MODEL = "fake-model", "smollm2-135m-instruct"
 
 
@@ -74,34 +79,33 @@ def main(argv: Sequence[str]) -> int:
         replace(LEGS[name], name=name, cases=max(1, args.cases // LEGS[name].cases))
         for name in args.legs
     ]
+    results = kept(args.out)
     with ThreadPoolExecutor(args.at_once) as pool:
-        new = list(pool.map(lambda leg: run(leg, python, args), chosen))
-    before = kept(args.out)
-    results = [leg for leg in before if (leg["leg"], leg["seed"]) not in replaced(new)] + new
-    found = machine() | {"commit": commit()} | summary(results) | {"legs": results}
-    finish(found, args.out)
+        for done in as_completed([pool.submit(run, leg, python, args) for leg in chosen]):
+            leg = done.result()
+            mark = (leg["leg"], leg["seed"])
+            results = [one for one in results if (one["leg"], one["seed"]) != mark] + [leg]
+            found = machine() | {"commits": sorted({one["commit"] for one in results})}
+            found |= summary(results) | {"legs": results}
+            finish(found, args.out)  # whatever becomes of the others
     return 1 if found["server_errors"] or found["failures"] or not found["same_process"] else 0
-
-
-def replaced(new: Sequence[Mapping[str, Any]]) -> set[tuple[str, int]]:
-    return {(leg["leg"], leg["seed"]) for leg in new}
 
 
 def kept(file: Path) -> list[dict[str, Any]]:
     """The legs in a result that is there."""
     found: list[dict[str, Any]] = json.loads(file.read_text())["legs"] if file.exists() else []
-    return [leg for leg in found if leg["leg"] in LEGS and "same_process" in leg]
+    return [leg for leg in found if leg["leg"] in LEGS and "commit" in leg]
 
 
 @contextmanager
 def fake(folder: Path) -> Iterator[str]:
-    with front(folder, engine={"max_model_len": LENGTH}) as running:
+    with front(folder, engine=FAKE) as running:
         yield running.url
 
 
 @contextmanager
 def fake_with_key(folder: Path) -> Iterator[str]:
-    with front(folder, api_key=KEY, engine={"max_model_len": LENGTH}) as running:
+    with front(folder, api_key=KEY, engine=FAKE) as running:
         yield running.url
 
 
@@ -111,7 +115,7 @@ def real(folder: Path) -> Iterator[str]:
 
     model = make_tiny_model(folder / "tiny")
     kv = {"tokens_per_rank": 512, "block_size": 16}
-    with serving(2, model=str(model), max_model_len=LENGTH, kv_cache=kv) as (url, _):
+    with serving(2, model=str(model), max_model_len=REAL_LENGTH, kv_cache=kv) as (url, _):
         yield url
 
 
@@ -130,6 +134,7 @@ LEGS = {
 
 def run(leg: Leg, python: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Run one leg: its counts, and schemathesis' last lines where it found something."""
+    facts = machine()
     with tempfile.TemporaryDirectory() as name, leg.server(Path(name)) as url:
         counts = Path(name) / "counts.json"
         process = front_of(url)
@@ -150,7 +155,8 @@ def run(leg: Leg, python: Path, args: argparse.Namespace) -> dict[str, Any]:
         same = process.is_running() and front_of(url).pid == process.pid
     print(f"--- {leg.name}\n{done.stdout}", file=sys.stderr)
     result: dict[str, Any] = {"leg": leg.name, "seconds": round(seconds, 1)}
-    result |= {"seed": args.seed, "same_process": same}
+    result |= {"seed": args.seed, "cases": leg.cases, "same_process": same}
+    result |= {"commit": commit(), "date": facts["date"], "machine": facts["machine"]}
     found = failures(done.stdout)
     if done.returncode and not found:
         found = done.stdout.splitlines()[-3:]

@@ -9,7 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from benchmarks.reference.tables import table
 from ds_cp.api.metrics import ServerMetrics
 from ds_cp.engine.interface import EngineInterface, EngineStats
-from ds_cp.outputs import EndedRequest
+from ds_cp.outputs import Delta, EndedRequest
 from ds_cp.plan import ATTENTION_SCHEMES
 
 HEAD = """# Metrics
@@ -23,7 +23,9 @@ every sample has the label `model_name`. `docs/grafana/ds_cp.json` is a dashboar
 [formulas.md](formulas.md) (in windowed layers of a ring an upper bound). Where a model is split
 by tensor parallelism, both are of the first rank of each group. A rank's own work is
 `rank_step_seconds_total - rank_wait_seconds_total`; skew compares the busiest rank's with the
-mean.
+mean. Waits are those for exchanges: the sums and broadcasts of tensor parallelism count as work.
+On NCCL a wait is that of the thread that launches, and the device waits on behind it: there a
+rank's own work still holds what its device waited for others.
 """
 
 
@@ -51,6 +53,8 @@ def sample_exposition() -> str:
     metrics.next_token(0.1)
     metrics.finished(0.1)
     metrics.ignored_fields(1)
+    metrics.answers.ended(Delta("a", finish_reason="stop"), constrained=True)
+    metrics.answered("POST", "/v1/completions", 200)
     metrics.ended(EndedRequest(
         "a", 0, "", "stop", 1, 0, 2, 0, ("local",), (0,), 0.1, 0.1, 0.1, 0.1, 0.1, 0.1
     ))  # fmt: skip

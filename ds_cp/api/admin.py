@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter, Depends
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 
 from ds_cp.api.context import AppContext
@@ -127,5 +127,9 @@ def _about_rank(err: RequestError) -> ApiError:
 
 
 async def _refuse_body(request: Request) -> None:
-    if await request.body():
-        raise ApiError(400, "this route takes no body")
+    try:
+        async for piece in request.stream():
+            if piece:  # the rest is not waited for
+                raise ApiError(400, "this route takes no body")
+    except ClientDisconnect:
+        raise ApiError(400, "the client left before the end of the body") from None

@@ -34,15 +34,17 @@ from ds_cp.api.requests.chat_body import ChatCompletionRequest, TokenizeRequest
 from ds_cp.api.requests.json_route import strict_json_route
 from ds_cp.api.requests.protocol import CompletionRequest, DetokenizeRequest
 from ds_cp.api.responses.route import response_routes
-from ds_cp.api.state import HEALTH_PATHS, package_version, state_routes
+from ds_cp.api.state import HEALTH_PATHS, METRICS_PATH, package_version, state_routes
 from ds_cp.api.tokenization import TextCodec
+from ds_cp.api.transport.answer_log import AnswerLog
 from ds_cp.api.transport.cors import Cors
 from ds_cp.api.transport.hosts import Hosts
 from ds_cp.api.transport.middleware import ApiKeys, Failures, ReadLimits, RequestIds
-from ds_cp.api.transport.routing import Routing, allowed_methods
+from ds_cp.api.transport.routing import Routing, allowed_methods, flat
 from ds_cp.config import Server
 from ds_cp.engine.interface import EngineInterface
 from ds_cp.errors import DsCpError
+from ds_cp.log_stream import say
 
 # What every route may answer besides its own, for openapi.json.
 _ERRORS: dict[int | str, dict[str, Any]] = {
@@ -102,14 +104,18 @@ def create_app(engine: EngineInterface, server: Server, *, log_requests: bool = 
         redirect_slashes=False,  # Routing takes a slash at the end away
         responses=_ERRORS,
     )
-    app.include_router(_completion_routes(context, json_route))
-    app.include_router(_text_routes(context, json_route))
-    app.include_router(response_routes(context, json_route))
-    app.include_router(message_routes(context, json_route))
-    app.include_router(state_routes(context))
-    app.include_router(rank_routes(context))
-    app.include_router(live_routes(context))
-    app.include_router(page_routes())
+    routers = (
+        _completion_routes(context, json_route),
+        _text_routes(context, json_route),
+        response_routes(context, json_route),
+        message_routes(context, json_route),
+        state_routes(context),
+        rank_routes(context),
+        live_routes(context),
+        page_routes(),
+    )
+    for router in routers:
+        app.include_router(router)
     app.add_exception_handler(RequestValidationError, _on_validation)
     app.add_exception_handler(HTTPException, _on_http)
     app.add_exception_handler(DsCpError, _on_typed)
@@ -125,6 +131,13 @@ def create_app(engine: EngineInterface, server: Server, *, log_requests: bool = 
     app.add_middleware(Failures)
     if server.cors_origins:
         app.add_middleware(Cors, origins=server.cors_origins)
+    app.add_middleware(
+        AnswerLog,
+        paths=[route.path for router in routers for route in flat(router.routes)],
+        count=context.metrics.answered,
+        say=say if log_requests else None,
+        left_out={*HEALTH_PATHS, METRICS_PATH},
+    )
     app.add_middleware(RequestIds)
     return app
 

@@ -25,6 +25,7 @@ from ds_cp.api.answers.paced import Turns
 from ds_cp.api.chat.style import ChatStyles
 from ds_cp.api.errors import ApiError, context_overflow, not_ready
 from ds_cp.api.metrics import ServerMetrics
+from ds_cp.api.requests.engine_fields import EngineFields
 from ds_cp.api.requests.protocol import SamplingRequest
 from ds_cp.api.requests.sampling import params_of
 from ds_cp.api.tokenization import TextCodec
@@ -254,13 +255,14 @@ def overflow_text(length: int, prompt: int, new: int, prompt_param: str) -> str:
     )
 
 
-def request_options(body: SamplingRequest, request: Request) -> RequestOptions:
+def request_options(body: EngineFields, request: Request) -> RequestOptions:
     """Priority and cache salt of a request. Raises ``RequestError``."""
     key_digest = key_digest_of(request)
     return RequestOptions(
         priority=0 if body.priority is None else body.priority,
         cache_salt=engine_salt(key_digest, body.cache_salt or ""),
         http_id=request_id_of(request),
+        client=client_of(request),
     )
 
 
@@ -278,6 +280,14 @@ def request_id_of(request: Request) -> str:
     """The id that ``RequestIds`` gave this request."""
     request_id: str = request.scope["state"]["request_id"]
     return request_id
+
+
+def client_of(request: Request) -> str:
+    """Who gets a share of its own of the engine: an API key, or where none is asked an address."""
+    digest = key_digest_of(request)
+    if digest is not None:
+        return f"key {digest}"
+    return f"host {request.client.host}" if request.client is not None else ""
 
 
 def key_digest_of(request: Request) -> str | None:

@@ -27,7 +27,12 @@ def messages_type(status: int) -> str:
     return named.get(status, "api_error" if status >= 500 else "invalid_request_error")
 
 
-def messages_error(status: int, message: str, request_id: str | None) -> dict[str, Any]:
-    """An error in Anthropic's shape, of which the message alone names the field."""
-    detail = {"type": messages_type(status), "message": message}
+def messages_error(
+    status: int, message: str, request_id: str | None, param: str | None = None
+) -> dict[str, Any]:
+    """An error in Anthropic's shape, of which the message alone names the field ``param``. By the
+    details of the one about ``thread`` its client knows to send whole conversations instead."""
+    detail: dict[str, Any] = {"type": messages_type(status), "message": message}
+    if param == "thread":
+        detail["details"] = {"error_code": "thread_unsupported_request", "unsupported": [param]}
     return {"type": "error", "error": detail, "request_id": request_id}

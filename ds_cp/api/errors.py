@@ -4,6 +4,7 @@ paths of Anthropic's protocol in its own."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from fastapi.responses import JSONResponse
@@ -25,6 +26,7 @@ from ds_cp.text import shorten
 
 # Seconds that a client is asked to wait, whatever was full.
 RETRY_AFTER: Mapping[str, str] = {"Retry-After": "1"}
+OVERFLOW = "context_length_exceeded"  # the code of what is longer than the model
 MAX_MESSAGE_CHARS = 1000  # characters of a message
 MAX_VALUE_CHARS = 60  # characters of a client's value in a message
 INTERNAL_MESSAGE = "internal error; the server's log has the details under request id {request_id}"
@@ -86,12 +88,15 @@ class _ErrorResponse(JSONResponse):
 
     def __init__(self, error: ApiError) -> None:
         super().__init__(error.body(), status_code=error.status_code, headers=error.headers)
-        self._message = error.detail
+        self._message, self._param = error.detail, error.param
+        self._names = error.param, error.code
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope.setdefault("state", {})["refused"] = self._names  # for the log
         if is_messages_path(scope.get("path", "")):
             request_id = scope.get("state", {}).get("request_id")
-            self.body = self.render(messages_error(self.status_code, self._message, request_id))
+            error = messages_error(self.status_code, self._message, request_id, self._param)
+            self.body = self.render(error)
             self.headers["content-length"] = str(len(self.body))
             if request_id:
                 self.headers["request-id"] = request_id
@@ -131,8 +136,7 @@ def shutting_down() -> ApiError:
 def context_overflow(message: str, param: str) -> ApiError:
     """400, for what is longer than the model. The code is in the message as well: langchain-openai
     looks for it in the text of an error, where openai 3 shows the message alone."""
-    code = "context_length_exceeded"
-    return ApiError(400, f"{message} ({code})", param=param, code=code)
+    return ApiError(400, f"{message} ({OVERFLOW})", param=param, code=OVERFLOW)
 
 
 def not_ready(state: str) -> ApiError:
@@ -173,12 +177,17 @@ def from_engine(err: DsCpError) -> ApiError | None:
 def from_validation(errors: Sequence[Any]) -> ApiError:
     """One line for the first of pydantic's errors, naming the field."""
     first = errors[0]
-    loc = [part for part in first.get("loc", ()) if part not in ("body", "path")]
+    loc = list(first.get("loc", ()))
+    if loc and loc[0] in ("body", "path", "query"):  # where FastAPI found it
+        del loc[0]
     kind = first.get("type")
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, FieldError):
         param = path_of([*loc, *([cause.param] if cause.param else [])])
-        return ApiError(400, str(cause), param=param or None, code="invalid_value")
+        message = str(cause)
+        if _leaf(param) not in message:  # of a rule that many fields share
+            message = f"{param}: {message}"
+        return ApiError(400, message, param=param or None, code="invalid_value")
     if not loc:
         return ApiError(400, "the body must be a JSON object with the request's fields")
     param = path_of(loc)
@@ -188,6 +197,11 @@ def from_validation(errors: Sequence[Any]) -> ApiError:
     value = first.get("input")
     given = "" if isinstance(value, dict | list) else f", not {shown(value)}"
     return ApiError(400, f"{param}: {message}{given}", param=param, code="invalid_value")
+
+
+def _leaf(param: str) -> str:
+    """The last name of a path: ``messages[0].content[1]`` -> ``content``."""
+    return param.rpartition(".")[2].partition("[")[0]
 
 
 def path_of(parts: Sequence[str | int]) -> str:
@@ -203,6 +217,8 @@ def path_of(parts: Sequence[str | int]) -> str:
 def shown(value: object) -> str:
     """A client's value, short, for a message."""
     cut = value[: 2 * MAX_VALUE_CHARS] if isinstance(value, str | list) else value
+    if isinstance(value, dict):
+        cut = dict(islice(value.items(), MAX_VALUE_CHARS))
     try:
         return shorten(repr(cut), MAX_VALUE_CHARS)
     except RecursionError:  # nested just less deep than is read

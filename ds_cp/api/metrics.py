@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter as Counts
 from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 
+from ds_cp.api.answer_metrics import AnswerMetrics
 from ds_cp.api.media_types import Offer, choose
 from ds_cp.engine.interface import EngineInterface, EngineStats
 from ds_cp.outputs import EndedRequest
@@ -34,6 +36,9 @@ _FORMATS = {
 _ESCAPINGS = ("allow-utf-8", "underscores", "dots", "values")
 
 
+Answers = Counts[tuple[str, str, int]]  # HTTP answers by method, route and status
+
+
 class ServerMetrics:
     """One registry per application: the engine's numbers, read at scrape time, and the latencies
     that the routes observe.
@@ -45,7 +50,9 @@ class ServerMetrics:
     def __init__(self, engine: EngineInterface, model_name: Callable[[], str]) -> None:
         self._name = model_name
         self._registry = CollectorRegistry()
-        self._registry.register(EngineCollector(engine, model_name))
+        self._answers: Answers = Counts()  # they begin before there is an engine that has a name
+        self._registry.register(EngineCollector(engine, model_name, self._answers))
+        self.answers = AnswerMetrics(self._registry, model_name)
         self._ttft = self._histogram(
             "time_to_first_token",
             "From the arrival of a request to its first token.",
@@ -108,6 +115,10 @@ class ServerMetrics:
         for histogram, count in self._tokens:
             histogram.labels(name).observe(count(request))
 
+    def answered(self, method: str, handler: str, status: int) -> None:
+        """An HTTP answer has begun. ``handler``: the path of its route."""
+        self._answers[method, handler, status] += 1
+
     def ignored_fields(self, count: int) -> None:
         """A request had ``count`` unknown fields that were ignored."""
         self._ignored.labels(self._name()).inc(count)
@@ -154,10 +165,14 @@ _ENDED_TOKENS: tuple[tuple[str, str, Callable[[EndedRequest], int]], ...] = (
 
 
 class EngineCollector:
-    """Turns ``EngineStats`` into metric families at every scrape; nothing while starting."""
+    """Turns ``EngineStats``, and the HTTP ``answers`` so far, into metric families at every scrape;
+    nothing while starting."""
 
-    def __init__(self, engine: EngineInterface, model_name: Callable[[], str]) -> None:
+    def __init__(
+        self, engine: EngineInterface, model_name: Callable[[], str], answers: Answers
+    ) -> None:
         self._engine = engine
+        self._answers = answers
         self._name = model_name
 
     def describe(self) -> Iterable[Metric]:
@@ -172,6 +187,18 @@ class EngineCollector:
         yield from _gauges(stats, name)
         yield from _counters(stats, name)
         yield from _rank_counters(stats, name)
+        yield _http_answers(self._answers, name)
+
+
+def _http_answers(answers: Answers, name: str) -> Metric:
+    family = CounterMetricFamily(
+        "ds_cp:http_requests",
+        "HTTP answers by method, route and status; /health, /ready and /metrics are left out.",
+        labels=("model_name", "method", "handler", "status"),
+    )
+    for (method, handler, status), count in sorted(answers.items()):
+        family.add_metric((name, method, handler, str(status)), count)
+    return family
 
 
 def _gauges(stats: EngineStats, name: str) -> Iterable[Metric]:
@@ -225,6 +252,11 @@ def _counters(stats: EngineStats, name: str) -> Iterable[Metric]:
         ("prompt_tokens", "Prompt tokens processed.", stats.prompt_tokens),
         ("generation_tokens", "Tokens generated.", stats.generation_tokens),
         ("num_preemptions", "Requests put back to be recomputed.", stats.num_preemptions),
+        (
+            "num_interruptions",
+            "Times that the ranks met again, after a worker had died or stood still.",
+            stats.num_interruptions,
+        ),
         ("prefix_cache_queries", "Prompt tokens looked up.", stats.prefix_cache_queries),
         ("prefix_cache_hits", "Prompt tokens found in the cache.", stats.prefix_cache_hits),
         (

@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse, Response
 from ds_cp.api.context import AppContext
 
 HEALTH_PATHS = frozenset({"/health", "/ready"})  # asked without an API key
+METRICS_PATH = "/metrics"
 # The content types of /metrics.
 _EXPOSITION: dict[str, Any] = {"text/plain": {}, "application/openmetrics-text": {}}
 
@@ -91,7 +92,7 @@ def state_routes(context: AppContext) -> APIRouter:
         """The installed version."""
         return {"version": package_version()}
 
-    @router.get("/metrics", response_class=Response, responses={200: {"content": _EXPOSITION}})
+    @router.get(METRICS_PATH, response_class=Response, responses={200: {"content": _EXPOSITION}})
     async def metrics(request: Request) -> Response:
         """Metrics for Prometheus, in the format that ``Accept`` asks for."""
         text, content_type = context.metrics.exposition(",".join(request.headers.getlist("accept")))

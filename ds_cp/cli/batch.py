@@ -24,6 +24,7 @@ from ds_cp.cli.output import own_stdout, say, unwritable, writing
 from ds_cp.cli.signals import caught
 from ds_cp.config import Config
 from ds_cp.errors import CommError, DsCpError, EngineDeadError, LaunchError, RequestError
+from ds_cp.process import importing
 from ds_cp.startup.resources import socket_environment
 from ds_cp.text import shorten
 from ds_cp.topology.job import Job, peek_rank
@@ -38,10 +39,10 @@ COUNTED_BYTES = 1 << 30  # bytes of IN whose lines are counted for the progress 
 
 def batch(args: argparse.Namespace, env: Mapping[str, str]) -> int:
     """Answer every line of a file. Returns the exit code."""
-    config = job_config(args, {}, env)
+    config = job_config(args, {"trace.file": args.trace}, env)
     concurrency = _concurrency(args.concurrency, config)
     if peek_rank(env) == 0:  # only rank 0's host needs the files
-        _check_paths(args)
+        _check_paths(args, config.trace.file)
     if starts_ranks(args, env):
         return start_ranks(args, config, env, STOP_S)
     job = find_job(config, env)
@@ -51,7 +52,8 @@ def batch(args: argparse.Namespace, env: Mapping[str, str]) -> int:
         if job.rank == 0:
             code = _Lead(args, config, job, concurrency, out).run()
         else:
-            from ds_cp.serve.in_process import follow
+            with importing():
+                from ds_cp.serve.in_process import follow
 
             code = follow(config, job)
     return code
@@ -67,7 +69,7 @@ def _concurrency(given: str, config: Config) -> int:
     return int(given[:9])
 
 
-def _check_paths(args: argparse.Namespace) -> None:
+def _check_paths(args: argparse.Namespace, trace: str | None) -> None:
     """Refuse, before anything is started, files that cannot be worked with."""
     source, target = args.input, args.output
     if source == STDOUT:
@@ -92,6 +94,8 @@ def _check_paths(args: argparse.Namespace) -> None:
             raise LaunchError(f"{target} is IN itself; name another file for the answers")
     elif not Path(target).absolute().parent.is_dir():
         raise LaunchError(f"cannot write {target}: there is no folder {Path(target).parent}")
+    if trace is not None and os.path.realpath(trace) in map(os.path.realpath, (source, target)):
+        raise LaunchError(f"the trace would replace {trace}, which is IN or OUT; name another file")
 
 
 class _Lead:
@@ -145,7 +149,8 @@ class _Lead:
     async def _answer(
         self, file: BinaryIO, answers: AnswerFile, errors: ErrorFile | None
     ) -> BatchReport:
-        from ds_cp.serve.in_process import open_app
+        with importing():
+            from ds_cp.serve.in_process import open_app
 
         server = self._config.server
         keys: Headers = ()

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
@@ -17,8 +16,8 @@ from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.text import Text
 
-from ds_cp.cli.output import writing
-from ds_cp.cli.signals import caught
+from ds_cp.cli.output import put_at_once
+from ds_cp.cli.signals import CtrlC
 from ds_cp.cli.terminal import harmless
 from ds_cp.client.chat import Begun, Ended, Piece, Progress, Usage, chat_events
 from ds_cp.client.connection import Server
@@ -30,17 +29,26 @@ LOOK_S = 0.5  # seconds between looks at the state while a prompt is processed
 
 @dataclass
 class Answer:
-    """An answer as far as it has come. ``ttft_s``: to its first text; ``seconds``: to its end;
-    ``stopped``: by Ctrl-C."""
+    """An answer as far as it has come. ``texts``: its pieces, and those of its reasoning;
+    ``ttft_s``: to its first text; ``seconds``: to its end; ``stopped``: by Ctrl-C."""
 
-    content: str = ""
-    reasoning: str = ""
+    texts: tuple[list[str], list[str]] = field(default_factory=lambda: ([], []))
     finish_reason: str | None = None
     usage: Usage | None = None
     progress: Progress | None = None
     ttft_s: float | None = None
     seconds: float = 0.0
     stopped: bool = False
+
+    @property
+    def content(self) -> str:
+        """Its text."""
+        return "".join(self.texts[0])
+
+    @property
+    def reasoning(self) -> str:
+        """What was thought before."""
+        return "".join(self.texts[1])
 
     def plain(self) -> dict[str, Any]:
         """For ``--json``."""
@@ -78,11 +86,13 @@ class Screen:
     a terminal, and progress only where stderr is one."""
 
     def __init__(self, quiet: bool) -> None:
+        self.ctrl_c = CtrlC()
         self._quiet = quiet
         self._dim = Console(file=sys.stdout, highlight=False) if sys.stdout.isatty() else None
         self._bar: Bar | None = None
         self._reasoning = False
         self._at_start = True  # of a line
+        self._stuck = False  # nobody reads
 
     def progress(self, found: Progress) -> None:
         """Show how much of the prompt is processed."""
@@ -99,25 +109,34 @@ class Screen:
         self._bar.update(task, completed=found.processed, total=max(found.total, 1))
 
     def piece(self, piece: Piece) -> None:
-        """Show some text. ``OutputError`` when stdout cannot be written."""
+        """Show some text. ``OutputError`` when stdout cannot be written; ``CancelledError`` after
+        Ctrl-C, also one that comes while nobody reads stdout."""
         self.end_progress()
         if self._quiet:
             return
         text = harmless(piece.text)
         if piece.reasoning:
             if self._dim is not None:
-                self._dim.print(Text(text, style="dim"), end="", soft_wrap=True)
-                self._dim.file.flush()
+                with self._dim.capture() as shown:
+                    self._dim.print(Text(text, style="dim"), end="", soft_wrap=True)
+                self._write(shown.get())
                 self._reasoning, self._at_start = True, text.endswith("\n")
             return
         if self._reasoning:
             text = ("" if self._at_start else "\n") + "\n" + text.lstrip("\n")
             self._reasoning = False
-        with writing(sys.stdout):
-            sys.stdout.write(text)
-            sys.stdout.flush()
+        self._write(text)
         if text:
             self._at_start = text.endswith("\n")
+
+    def _write(self, text: str) -> None:
+        try:
+            with self.ctrl_c.breaking():
+                self._stuck = True
+                put_at_once(text)
+                self._stuck = False
+        except KeyboardInterrupt:
+            raise asyncio.CancelledError from None
 
     def end_progress(self) -> None:
         """Take the progress off the screen."""
@@ -128,9 +147,8 @@ class Screen:
     def end(self) -> None:
         """The answer has ended: the next thing begins on a line of its own."""
         self.end_progress()
-        if not self._at_start:
-            with writing(sys.stdout):
-                print(flush=True)
+        if not self._at_start and not self._stuck:
+            put_at_once("\n")
 
 
 def ask(server: Server, body: Mapping[str, Any], screen: Screen) -> tuple[Answer, DsCpError | None]:
@@ -152,10 +170,7 @@ async def _ask(server: Server, body: Mapping[str, Any], screen: Screen, answer: 
     task = asyncio.current_task()
     assert task is not None
 
-    def stop(number: int) -> None:
-        task.cancel()
-
-    with caught(stop, (signal.SIGINT,)):
+    with screen.ctrl_c.caught(task.cancel):
         try:
             async with server.client() as client:
                 async with contextlib.aclosing(chat_events(server, client, body)) as events:
@@ -189,10 +204,7 @@ async def _show(
             elif isinstance(event, Piece):
                 if answer.ttft_s is None:
                     answer.ttft_s = time.monotonic() - began
-                if event.reasoning:
-                    answer.reasoning += event.text
-                else:
-                    answer.content += event.text
+                answer.texts[event.reasoning].append(event.text)
                 screen.piece(event)
             elif isinstance(event, Usage):
                 answer.usage = event

@@ -16,6 +16,7 @@ from ds_cp.cli.job import find_job, job_config, start_ranks, starts_ranks
 from ds_cp.cli.output import own_stdout, say, writing
 from ds_cp.cli.prompts import Prompts, read_prompts
 from ds_cp.outputs import RequestOutput
+from ds_cp.process import importing
 from ds_cp.topology.job import peek_rank
 
 STOP_S = 10.0  # seconds that ranks get after a signal to leave
@@ -30,7 +31,8 @@ def generate(args: argparse.Namespace, env: Mapping[str, str]) -> int:
         return start_ranks(args, config, env, STOP_S)
     job = find_job(config, env)
     with ended_by_ctrl_c(), own_stdout() as out:
-        from ds_cp.engine.llm import init_inference
+        with importing():
+            from ds_cp.engine.llm import init_inference
 
         engine = init_inference(config.model, config, job=job, env=env)
         try:

@@ -16,6 +16,7 @@ from ds_cp.errors import LaunchError, ModelError, TopologyError
 from ds_cp.model.source import find_model
 from ds_cp.topology import Job, Topology, detect, peek_rank, resolve_grid
 from ds_cp.topology.mpi import launched_by_mpi
+from ds_cp.trace.writing import STALLED_S, Writing
 
 
 def job_config(
@@ -66,10 +67,13 @@ def starts_ranks(args: argparse.Namespace, env: Mapping[str, str]) -> bool:
 def start_ranks(
     args: argparse.Namespace, config: Config, env: Mapping[str, str], grace_s: float
 ) -> int:
-    """Run this very command on ``--ranks`` ranks; the exit code of the job."""
+    """Run this very command on ``--ranks`` ranks; the exit code of the job. ``grace_s``: as in
+    ``spawn``, without the time to write a trace."""
     topology = Topology(("localhost",) * args.ranks)
     resolve_grid(topology, config.context_parallel.size, config.tensor_parallel.tp_size)
-    return spawn(own_command(), args.ranks, env, grace_s=grace_s)
+    trace = Writing(config.trace.file, config.comm.timeout_s + STALLED_S)
+    grace_s += 0.0 if config.trace.file is None else STALLED_S  # until it has begun
+    return spawn(own_command(), args.ranks, env, grace_s=grace_s, works=trace.goes_on)
 
 
 def find_job(config: Config, env: Mapping[str, str]) -> Job:

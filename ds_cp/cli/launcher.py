@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -37,19 +37,22 @@ def own_command() -> list[str]:
     return [sys.executable, *program, *sys.argv[1:]]
 
 
-def spawn(command: Sequence[str], ranks: int, env: Mapping[str, str], *, grace_s: float) -> int:
+def spawn(
+    command: Sequence[str], ranks: int, env: Mapping[str, str], *, grace_s: float,
+    works: Callable[[], bool] = lambda: False,
+) -> int:  # fmt: skip
     """Run ``command`` on ``ranks`` ranks and wait for all of them; the exit code of the job.
 
     SIGINT, SIGTERM and SIGHUP are passed on to every rank, which then has ``grace_s`` seconds to
-    end. A second signal is passed on as SIGINT, which hurries them; a third kills them at once
-    (``StopSignals`` counts them). When a rank fails, the others are ended. The kernel kills the
-    ranks when this process dies, and processes that a rank leaves behind in its session are killed
-    with it.
+    end, and more for as long as ``works()``. A second signal is passed on as SIGINT, which hurries
+    them; a third kills them at once (``StopSignals`` counts them). When a rank fails, the others
+    are ended. The kernel kills the ranks when this process dies, and processes that a rank leaves
+    behind in its session are killed with it.
 
     ``LaunchError`` when a process cannot be started.
     """
     with _recorded_signals() as received:
-        watch = _Ranks(received, grace_s)
+        watch = _Ranks(received, grace_s, works)
         try:
             watch.start(command, ranks, env)
             while watch.alive:
@@ -61,12 +64,13 @@ def spawn(command: Sequence[str], ranks: int, env: Mapping[str, str], *, grace_s
 
 
 class _Ranks:
-    def __init__(self, received: list[int], grace_s: float) -> None:
+    def __init__(self, received: list[int], grace_s: float, works: Callable[[], bool]) -> None:
         self.alive: dict[int, subprocess.Popen[bytes]] = {}
         self._received = received
         self._handled = 0
         self._signals = StopSignals()
         self._grace_s = grace_s
+        self._works = works
         self._kill_at: float | None = None
         self._first_failure: tuple[int, int] | None = None  # rank, return code
 
@@ -112,7 +116,8 @@ class _Ranks:
             if _has_ended(process):
                 self._collect(rank)
         if self._kill_at is not None and time.monotonic() >= self._kill_at:
-            self.kill()
+            if self._signals.count > 1 or not self._works():
+                self.kill()
 
     def kill(self) -> None:
         """Kill every rank that is left."""

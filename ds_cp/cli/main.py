@@ -16,14 +16,14 @@ from typing import NoReturn
 from ds_cp.cli.bench import add_bench
 from ds_cp.cli.chat import add_chat
 from ds_cp.cli.completion import add_completion
-from ds_cp.cli.output import flush, prepare_streams, say
+from ds_cp.cli.output import drop_unread, flush, prepare_streams, say
 from ds_cp.cli.parser import Parser
 from ds_cp.cli.sizing import add_plan
 from ds_cp.cli.top import add_top
 from ds_cp.cli.trace import add_trace
 from ds_cp.cli.verbs import add_verbs, needs_stdout, serve
 from ds_cp.errors import DsCpError, OutputError
-from ds_cp.log_stream import drain_streams, take_over
+from ds_cp.log_stream import LogStream, drain_streams, take_over
 from ds_cp.topology.job import peek_rank
 
 Verb = Callable[[argparse.Namespace, Mapping[str, str]], int]
@@ -40,7 +40,8 @@ def run(argv: Sequence[str] | None = None) -> NoReturn:
         code = main(argv, own_process=True)
     finally:
         drain_streams()
-    if "torch" not in sys.modules:
+    served = isinstance(sys.stderr, LogStream)  # what ends with Python's modules may still write
+    if "torch" not in sys.modules and not served:
         sys.exit(code)
     from ds_cp.process import leave_process
 
@@ -63,6 +64,7 @@ def main(argv: Sequence[str] | None = None, *, own_process: bool = False) -> int
             time.sleep(HEAD_START_S)
         return err.exit_code
     except KeyboardInterrupt:
+        drop_unread()
         return INTERRUPTED
     except Exception as err:
         traceback.print_exc()

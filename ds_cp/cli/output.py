@@ -12,6 +12,7 @@ import ctypes
 import errno
 import io
 import os
+import select
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -60,6 +61,38 @@ def flush() -> None:
         sys.stdout.flush()
 
 
+def put_at_once(text: str) -> None:
+    """Write ``text`` to stdout, past its buffer: when Ctrl-C ends that, because nobody reads, no
+    rest is left to be written at the exit. ``OutputError`` when it cannot be written."""
+    out = sys.stdout
+    with writing(out):
+        out.flush()
+        try:
+            number = out.fileno()
+        except OSError:  # not a file
+            out.write(text)
+            out.flush()
+            return
+        left = memoryview(text.encode(out.encoding, out.errors or "strict"))
+        while left:
+            left = left[os.write(number, left) :]
+
+
+def drop_unread() -> None:
+    """After Ctrl-C: where stdout takes nothing now, drop what it still holds, so that the exit does
+    not wait for a reader."""
+    with contextlib.suppress(OSError, ValueError):
+        number = sys.stdout.fileno()
+        if not select.select([], [number], [], 0)[1]:
+            _lead_nowhere(number)
+
+
+def _lead_nowhere(number: int) -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, number)
+    os.close(nowhere)
+
+
 def say(line: str) -> None:
     """Print a line on stderr, for people. Where stderr cannot be written, the work goes on."""
     with contextlib.suppress(OSError):
@@ -73,9 +106,7 @@ def writing(out: TextIO) -> Iterator[None]:
         yield
     except OSError as err:
         with contextlib.suppress(OSError):  # the rest goes nowhere, or the exit would complain
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, out.fileno())
-            os.close(nowhere)
+            _lead_nowhere(out.fileno())
         raise unwritable(err) from None
 
 

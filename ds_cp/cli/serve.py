@@ -10,7 +10,6 @@ from ds_cp.cli.output import own_stdout
 from ds_cp.log_stream import take_over, write_json_lines
 from ds_cp.topology.job import peek_rank
 
-TRACE_S = 60.0  # seconds more to write a trace
 STOP_S = 10.0  # seconds beyond server.drain_timeout_s that ranks get after a signal
 
 
@@ -22,7 +21,6 @@ def serve(args: argparse.Namespace, env: Mapping[str, str]) -> int:
         check_address(config)
     if starts_ranks(args, env):
         grace_s = config.server.drain_timeout_s + STOP_S
-        grace_s += 0.0 if config.trace.file is None else TRACE_S
         return start_ranks(args, config, env, grace_s)
     job = find_job(config, env)
     from ds_cp.serve.supervisor import serve as serve_job

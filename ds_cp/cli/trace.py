@@ -15,7 +15,7 @@ from ds_cp.errors import OutputError
 
 def add_trace(verbs: Verbs) -> None:
     """Add ``trace`` to the verbs of ``ds-cp``."""
-    trace = verbs.add_parser("trace", help="what a trace of serve or generate says")
+    trace = verbs.add_parser("trace", help="what a trace of serve, generate or batch says")
     actions: Verbs = trace.add_subparsers(required=True, metavar="action")
     summary = actions.add_parser(
         "summary",

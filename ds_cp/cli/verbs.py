@@ -113,6 +113,7 @@ def _add_batch(verbs: Verbs) -> None:
         help="requests in hand at once, 1 to 4096; auto: twice scheduler.max_num_seqs, at most "
         "scheduler.max_queue",
     )
+    add_trace_option(batch)
     add_json(batch, "the summary")
     batch.set_defaults(verb=_batch)
 

@@ -64,13 +64,13 @@ def fail(world: World, err: BaseException) -> BaseException:
     if world.failure is not None:
         return world.failure if isinstance(err, Exception) else err
     mine = _Cause(world.rank, isinstance(err, CommError), _message(err))
-    first = _within(STORE_S, lambda: _publish(world, mine)) or mine
+    # Whoever told this rank to leave knows why; the store may be on the rank that stands still.
+    told = world.abandoned
+    first = mine if told else _within(STORE_S, lambda: _publish(world, mine)) or mine
     _drop_locals(err)
     _within(LEAVE_S, world.leave)
-    if world.rank != 0:
-        _within(STORE_S, lambda: world.store.set(f"{READ}/{world.rank}", ""))
-    elif not first.is_comm:
-        _within(READ_S, lambda: _wait_for_readers(world))
+    if not told:
+        _stay_until_read(world, first)
     found: BaseException = err
     if first.rank != world.rank or not isinstance(err, DsCpError):
         host = world.topology.hosts[first.rank]
@@ -93,6 +93,13 @@ def _publish(world: World, mine: _Cause) -> _Cause:
         return mine
     text = msgspec.json.encode(mine).decode()
     return msgspec.json.decode(world.store.compare_set(FAILURE, "", text), type=_Cause)
+
+
+def _stay_until_read(world: World, first: _Cause) -> None:
+    if world.rank != 0:
+        _within(STORE_S, lambda: world.store.set(f"{READ}/{world.rank}", ""))
+    elif not first.is_comm:
+        _within(READ_S, lambda: _wait_for_readers(world))
 
 
 def _wait_for_readers(world: World) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +20,8 @@ from ds_cp.errors import CommError, ConfigError, LaunchError
 from ds_cp.topology.hosts import Topology, name_hosts
 from ds_cp.topology.net import host_key, listening_address
 
+LEAST_PAUSE_S, MOST_PAUSE_S = 0.002, 0.05  # between looks at whether all have come
+
 
 @dataclass(frozen=True)
 class Rendezvous:
@@ -26,18 +29,19 @@ class Rendezvous:
 
     ``listen_fd`` is rank 0's listening socket (bound by the launch code, loopback for one-host
     jobs); the other ranks, and rank 0 of a job whose store exists already (torchrun), are clients.
-    ``prefix`` keeps the keys of one generation of workers apart from the next.
+    ``generation``: which meeting of these ranks it is; the keys of one are apart from the next.
     """
 
     host: str
     port: int
     listen_fd: int | None = None
-    prefix: str = "gen0"
+    generation: int = 0
 
 
 class Hello(msgspec.Struct, array_like=True):
     """What a rank says of itself. ``mark``: digest of its config; ``key``: alike on one host;
-    ``gpu``: a word for its CUDA device, "" without one; ``cores``: those that it may use."""
+    ``gpu``: a word for its CUDA device, "" without one; ``cores``: those that it may use; ``born``:
+    the first generation of its process."""
 
     mark: str
     key: str
@@ -46,6 +50,7 @@ class Hello(msgspec.Struct, array_like=True):
     namespace: str
     gpu: str = ""
     cores: tuple[int, ...] = ()
+    born: int = 0
 
 
 def join(
@@ -61,6 +66,10 @@ def join(
     backend: Literal["auto", "gloo", "nccl"] = "auto",
     shared_memory: bool = True,
     threads: int | None = None,
+    arrive_s: float | None = None,
+    born: int = 0,
+    left: World | None = None,
+    given_up: Callable[[], bool] = lambda: False,
 ) -> World:
     """Join the job and learn its hosts.
 
@@ -70,7 +79,10 @@ def join(
     ``backend``: see ``agree_on_backend``; ``shared_memory``: between ranks of a host, where it can
     be had; ``threads``: CPU threads of this rank, ``None`` for its share of the cores (the caller
     sets them, by ``World.threads``). A process is a rank of one job of several ranks at a time;
-    jobs of one rank need no connections, so it may have any number of these.
+    jobs of one rank need no connections, so it may have any number of these. ``arrive_s``: seconds
+    to wait for the others here, ``timeout_s`` where not given. In a later generation ``born`` is
+    the first one of this process, and ``left`` the world that it was in, if it was in one;
+    ``given_up`` says whether this meeting is not to be any more.
 
     Raises ``CommError`` when not all ranks arrive in time, ``LaunchError`` when the store cannot
     listen or this process is in a job already, ``ConfigError`` when ranks were started differently
@@ -84,11 +96,15 @@ def join(
             "engine in a process of its own"
         )
     try:
-        store = process_group.open_store(
-            rendezvous.host, rendezvous.port, rendezvous.listen_fd if rank == 0 else None,
-            rendezvous.prefix, timeout_s,
-        )  # fmt: skip
-        hellos = _introduce(rank, world_size, host, digest, device, store)
+        keeps = left is not None and left.is_store  # the store, in which others wait already
+        raw = left.raw_store if left is not None and keeps else None
+        listen_fd = rendezvous.listen_fd if rank == 0 else None
+        arrive_s = timeout_s if arrive_s is None else arrive_s
+        if raw is None:
+            raw = process_group.open_store(rendezvous.host, rendezvous.port, listen_fd, arrive_s)
+        store = process_group.prefixed(raw, f"gen{rendezvous.generation}")
+        hello = _hello(host, digest, device, born)
+        hellos = _introduce(rank, world_size, hello, store, arrive_s, given_up)
         names = list(hosts or _names(hellos))
         try:
             _check_configs(hellos)
@@ -113,16 +129,22 @@ def join(
             rank, topology, device, timeout_s, joined=world_size > 1, store=store, backend=chosen,
             neighbours=neighbours,
             sharing=sum((hello.key, hello.gpu) == mine for hello in hellos) if mine[1] else 1,
-            cores=cores, threads=threads,
+            cores=cores, threads=threads, left=left,
         )  # fmt: skip
+        world.raw_store, world.is_store = raw, keeps or listen_fd is not None
+        world.generation, world.born = rendezvous.generation, tuple(one.born for one in hellos)
         world.notes = [*notes, *_notes_of_all(world)]
-    except (RuntimeError, DistError) as err:
+    except BaseException as err:
+        if world_size > 1:
+            process_group.leave()  # what was begun: this process may be asked again
+        if not isinstance(err, RuntimeError | DistError):
+            raise
         where = f"{rendezvous.host} port {rendezvous.port}"
         if rank == 0 and rendezvous.listen_fd is not None:
             where += f" (it listens on {listening_address(rendezvous.listen_fd)[0]})"
         raise CommError(
             f"rank {rank} of {world_size} could not join the others at {where} "
-            f"within {timeout_s:g} s: {(str(err).splitlines() or [type(err).__name__])[0][:200]}"
+            f"within {arrive_s:g} s: {(str(err).splitlines() or [type(err).__name__])[0][:200]}"
         ) from err
     return world
 
@@ -165,16 +187,27 @@ def agree_on_backend(
     return "nccl", []
 
 
+def _hello(host: str, digest: str, device: torch.device, born: int) -> Hello:
+    return Hello(
+        hashlib.sha256(digest.encode()).hexdigest(), host_key(), host, os.getpid(),
+        _pid_namespace(), _gpu(device), tuple(sorted(os.sched_getaffinity(0))), born,
+    )  # fmt: skip
+
+
 def _introduce(
-    rank: int, size: int, host: str, digest: str, device: torch.device, store: Any
+    rank: int, size: int, mine: Hello, store: Any, arrive_s: float, given_up: Callable[[], bool]
 ) -> list[Hello]:
     """Publish what this rank says of itself; returns what every rank says, rank 0 first."""
-    mine = Hello(
-        hashlib.sha256(digest.encode()).hexdigest(), host_key(), host, os.getpid(),
-        _pid_namespace(), _gpu(device), tuple(sorted(os.sched_getaffinity(0))),
-    )  # fmt: skip
     store.set(f"hello/{rank}", msgspec.json.encode(mine).decode())
-    return [msgspec.json.decode(store.get(f"hello/{r}"), type=Hello) for r in range(size)]
+    keys = [f"hello/{r}" for r in range(size)]
+    limit, pause_s = time.monotonic() + arrive_s, LEAST_PAUSE_S
+    while not store.check(keys):  # a wait with a time limit writes warnings
+        if time.monotonic() >= limit or given_up():
+            missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
+            raise RuntimeError(f"ranks {missing[:8]} did not come")
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, MOST_PAUSE_S)
+    return [msgspec.json.decode(store.get(key), type=Hello) for key in keys]
 
 
 def cores_of(hellos: Sequence[Hello]) -> int:

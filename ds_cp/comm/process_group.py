@@ -5,6 +5,7 @@ A group is always an object here, never ``None``, which would mean the whole wor
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as torch_dist
 
-from ds_cp.comm.pending import Pending, lost_peer
+from ds_cp.comm.pending import Pending, gone_peer, lost_peer
 from ds_cp.comm.transport import Message
 from ds_cp.topology.net import listening_address
 
@@ -37,6 +38,7 @@ class ProcessGroup:
         self._ranks = tuple(ranks)
         self._handle: object | None = handle
         self._timeout_s = timeout_s
+        self._is_abandoned = False
         self._under_way: dict[int, list[Any]] = {}  # works of exchanges that were not waited for
 
     def exchange(self, sends: Sequence[Message], recvs: Sequence[Message], what: str) -> Pending:
@@ -45,6 +47,7 @@ class ProcessGroup:
         """
         import deepspeed.comm as ds_comm
 
+        self._check(what)
         ops: list[tuple[Any, torch.Tensor, int]] = [(ds_comm.irecv, t, peer) for peer, t in recvs]
         ops += [(ds_comm.isend, t, peer) for peer, t in sends]
         began = time.monotonic()
@@ -78,6 +81,7 @@ class ProcessGroup:
         """In an order that is the library's."""
         import deepspeed.comm as ds_comm
 
+        self._check(what)
         began = time.monotonic()
         try:
             ds_comm.all_reduce(tensor, group=self._handle)
@@ -88,11 +92,21 @@ class ProcessGroup:
         """As the library does."""
         import deepspeed.comm as ds_comm
 
+        self._check(what)
         began = time.monotonic()
         try:
             ds_comm.broadcast(tensor, src=self._ranks[0], group=self._handle)
         except RuntimeError as err:
             raise lost_peer(what, began, self._timeout_s, err) from err
+
+    def abandon(self) -> None:
+        """From another thread: have all later calls end with ``CommError``. One that waits goes on
+        until its peer answers or leaves."""
+        self._is_abandoned = True
+
+    def _check(self, what: str) -> None:
+        if self._is_abandoned:
+            raise gone_peer(what, time.monotonic(), "this rank was told to leave")
 
     def close(self) -> None:
         """Forget the process group and the messages on their way, so that ``leave`` ends it: a
@@ -131,7 +145,7 @@ def leave() -> None:
         torch_dist.destroy_process_group()
 
 
-def open_store(host: str, port: int, listen_fd: int | None, prefix: str, timeout_s: float) -> Store:
+def open_store(host: str, port: int, listen_fd: int | None, timeout_s: float) -> Store:
     """The store by which ranks join: on the listening socket ``listen_fd``, or a client's.
 
     Rank 0 is a client of its own store, at the address that listens: ``host`` is for the others,
@@ -142,13 +156,24 @@ def open_store(host: str, port: int, listen_fd: int | None, prefix: str, timeout
         ip, bound = listening_address(listen_fd)
         # The store takes the socket as it is: bound to loopback, it is not reachable from outside,
         # whereas a store that binds by itself listens on every interface.
-        store = TCPStore(
+        return TCPStore(
             ip, bound, is_master=True, timeout=limit, wait_for_workers=False,
             master_listen_fd=os.dup(listen_fd), use_libuv=True,
         )  # fmt: skip
-    else:
-        store = TCPStore(host, port, is_master=False, timeout=limit, wait_for_workers=False)
+    return TCPStore(host, port, is_master=False, timeout=limit, wait_for_workers=False)
+
+
+def prefixed(store: Store, prefix: str) -> Store:
+    """The part of a store that one meeting of the ranks uses."""
     return PrefixStore(f"ds_cp/{prefix}", store)
+
+
+def abort_nccl() -> None:
+    """End the kernels of all NCCL groups, which wait for a peer. Nothing else may follow but
+    ``leave``. gloo's abort wakes nobody who waits (torch 2.13)."""
+    for handle in list(torch_dist.distributed_c10d._world.pg_map):
+        with contextlib.suppress(RuntimeError):
+            handle.abort()
 
 
 def start(

@@ -33,13 +33,18 @@ class World:
     the ranks of this host, None when that is off; ``sharing``: ranks, this one among them, that
     compute on its CUDA device; ``cores``: that the ranks of this host may use together, and
     ``threads``: CPU threads of this rank, both this process's cores where not given;
+    ``left``: the world that this process was in before: what it has sent counts on;
     ``notes``: lines for the start-up summary.
+
+    ``generation``: which meeting of the ranks this is; ``born``: of each rank, the first generation
+    that its process was in.
     """
 
     def __init__(
         self, rank: int, topology: Topology, device: torch.device, timeout_s: float, joined: bool,
         store: Any = None, backend: Backend = "gloo", neighbours: Neighbours | None = None,
         sharing: int = 1, cores: int | None = None, threads: int | None = None,
+        left: World | None = None,
     ) -> None:  # fmt: skip
         self.rank = rank
         self.size = topology.size
@@ -50,9 +55,14 @@ class World:
         self.sharing = sharing
         self.cores = cores or len(os.sched_getaffinity(0))
         self.threads = threads or self.cores
-        self.ledger = Ledger()
-        self.waits = Waits()
-        self.local_work = LocalWork()
+        self.ledger: Ledger = Ledger() if left is None else left.ledger
+        self.waits: Waits = Waits() if left is None else left.waits
+        self.generation = 0
+        self.born: tuple[int, ...] = (0,) * self.size
+        self.raw_store: Any = None  # what ``store`` is a part of, and
+        self.is_store = False  # whether it is this process that keeps it
+        self.abandoned = False  # by ``abandon``
+        self.local_work: LocalWork = LocalWork()
         self.store = store  # of the ranks that joined: keys and values, also after ``leave``
         self.failure: BaseException | None = None  # why this world is of no use any more
         self.agreed: BaseException | None = None  # an error that all ranks raise, and go on
@@ -60,6 +70,7 @@ class World:
         self._joined = joined
         self._neighbours = neighbours
         self._near: list[SharedMemory] = []
+        self._far: list[ProcessGroup] = []
         self._made = 0  # groups, the same number on every rank
         self._before_leaving: list[WeakMethod[Callable[[], None]]] = []
         self._groups: list[Group] = []
@@ -87,6 +98,8 @@ class World:
 
     def _with_carriers(self, name: str, ranks: Sequence[int], far: ProcessGroup | None) -> Group:
         self._made += 1
+        if far is not None:
+            self._far.append(far)
         here: Transport | None = far
         if far is not None and self._neighbours is not None:
             hosts = [self.topology.host_index(r) for r in ranks]
@@ -138,16 +151,34 @@ class World:
 
     def _lost(self) -> str:
         """Who is known to be gone: by the cause that it wrote, or by its process."""
+        if self.abandoned:
+            return "this rank was told to leave"
         with contextlib.suppress(Exception):
             if self.store.check([FAILURE]):
                 return "a rank has failed"
         found = next((who for near in self._near if (who := near.lost()) is not None), None)
         return "" if found is None else f"rank {found} has ended"
 
+    def abandon(self) -> None:
+        """From another thread: have the exchange that this rank is in, and all later ones, end with
+        ``CommError``. Only ``leave`` may follow."""
+        self.abandoned = True
+        for far in self._far:
+            far.abandon()
+        for near in self._near:
+            near.close()
+        if self._joined and self.backend == "nccl":
+            process_group.abort_nccl()
+
     def before_leaving(self, work: Callable[[], None]) -> None:
         """``work``, a method of an object that may end before, is called when this world is
         left, and no more than once: it gives up what must not outlive the connections."""
         self._before_leaving.append(WeakMethod(work))
+
+    @property
+    def has_left(self) -> bool:
+        """Whether ``leave`` has come to its end."""
+        return not self._joined
 
     def leave(self) -> None:
         """Leave: every peer that waits for this rank wakes, and gloo's threads end here, even if

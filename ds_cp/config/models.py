@@ -217,6 +217,38 @@ class Comm(Section):
     )
 
 
+class FaultTolerance(Section):
+    """What happens when the worker of a rank dies, or a step fails on one."""
+
+    max_restarts: Annotated[int, Field(ge=0, le=1000)] = Field(
+        default=3,
+        description="interruptions in a row, without a step done between them, that the job "
+        "outlives: a worker that dies is replaced, the ranks meet again, and requests go on; from "
+        "3 on, a request whose steps end workers is found and ended before the job; 0: the first "
+        "death ends the job, as it does on several hosts and with tp_size above 1",
+        json_schema_extra=unit_of("interruptions"),
+    )
+    hang_s: Annotated[float, Field(ge=1, le=86400)] | None = Field(
+        default=30.0,
+        description="time without a sign of life, which a thread of a worker gives whatever that "
+        "does, after which the worker is taken for dead, ended and replaced; null: for ever",
+        json_schema_extra=unit_of("seconds"),
+    )
+    spare_after_s: Annotated[float, Field(ge=0, le=86400)] | None = Field(
+        default=None,
+        description="time after the start from which a process that has its libraries loaded, and "
+        "no model, waits beside each worker to take its place, so that a death costs the loading "
+        "of the model alone; it takes some 300 MiB of memory, a part of it shared; null: none "
+        "waits, and a death costs the start of a process too, some seconds",
+        json_schema_extra=unit_of("seconds"),
+    )
+    spare_model: bool = Field(
+        default=False,
+        description="whether the process that waits has its model loaded too, on CPU: a death "
+        "costs a fraction of a second then, and weights take their memory twice",
+    )
+
+
 class Trace(Section):
     """A record of what every rank did in every step, for Perfetto."""
 
@@ -227,8 +259,9 @@ class Trace(Section):
     )
     max_events: Annotated[int, Field(ge=10_000, le=10_000_000)] = Field(
         default=100_000,
-        description="spans that each rank keeps, in 35 bytes each, of the first steps; a step of "
-        "30 layers has about 300; later steps are left out, and counted",
+        description="spans that each rank keeps, in 33 bytes each, of the first steps; a step of "
+        "30 layers has about 300; later steps are left out, and counted; at the end rank 0 writes "
+        "all ranks' spans, some 10 seconds a million, and ds-cp waits as long as the file grows",
         json_schema_extra=unit_of("spans"),
     )
 
@@ -277,6 +310,9 @@ class Config(Section):
     scheduler: Scheduler = Field(default_factory=Scheduler, description="requests at once")
     attention: Attention = Field(default_factory=Attention, description="attention kernel")
     comm: Comm = Field(default_factory=Comm, description="communication between ranks")
+    fault_tolerance: FaultTolerance = Field(
+        default_factory=FaultTolerance, description="going on after the death of a worker"
+    )
     server: Server = Field(default_factory=Server, description="the HTTP server")
     trace: Trace = Field(default_factory=Trace, description="a record of every step")
 

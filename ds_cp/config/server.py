@@ -109,7 +109,7 @@ class Server(Section):
     max_stored_responses: Annotated[int, Field(ge=0, le=1_000_000)] = Field(
         default=1000,
         description="answers of /v1/responses that are kept for previous_response_id and GET; the "
-        "oldest make room for new ones; 0 keeps none",
+        "oldest of the API key that has most make room for new ones; 0 keeps none",
     )
     max_stored_response_bytes: ByteSize = Field(
         default=256 << 20,

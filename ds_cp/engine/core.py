@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import secrets
 import time
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
 from typing import Any
 
+from ds_cp.engine.calls import Answer, Call
 from ds_cp.engine.detokenize import Detokenizer, IncrementalDetokenizer
 from ds_cp.engine.interface import EngineStats
 from ds_cp.engine.picture import MAX_RECENT, EndedPicture
@@ -31,24 +32,6 @@ logger = logging.getLogger("ds_cp.engine")
 StepItems = tuple[tuple[Chunk, ...], tuple[Decodes, ...]]  # what a step computes
 
 
-@dataclass(eq=False)
-class _Call:
-    """One caller's request: ``params.n`` answers to one prompt."""
-
-    request_id: str
-    http_id: str
-    answers: list[_Answer] = field(default_factory=list)
-    sent_prompt: bool = False  # the delta that describes the prompt went out
-    scores: dict[int, bytes] = field(default_factory=dict)  # by prompt position, packed
-
-
-@dataclass(eq=False)
-class _Answer:
-    call: _Call
-    request: Request
-    text: IncrementalDetokenizer | None
-
-
 class EngineCore:
     """Owns the scheduler and every live request's text.
 
@@ -63,8 +46,8 @@ class EngineCore:
         self.scheduler = scheduler
         self.grammars = GrammarChecker(tokenizer)
         self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
-        self._calls: dict[str, _Call] = {}
-        self._answers: dict[int, _Answer] = {}
+        self._calls: dict[str, Call] = {}
+        self._answers: dict[int, Answer] = {}
         self._prompt_tokens = 0
         self._generation_tokens = 0
         self._steps = 0
@@ -96,10 +79,10 @@ class EngineCore:
             self.scheduler.tell_vocabulary(self.grammars.vocabulary)
         seed = params.seed if params.seed is not None else secrets.randbits(62)
         first = self.scheduler.admit(request_id, prompt, params, seed, options, grammar)
-        call = self._calls[request_id] = _Call(request_id, options.http_id if options else "")
+        call = self._calls[request_id] = Call(request_id, options.http_id if options else "")
         self.tally.grammar_requests += params.n if grammar else 0
         for request, text in zip((first, *first.siblings), texts, strict=True):
-            answer = self._answers[request.number] = _Answer(call, request, text)
+            answer = self._answers[request.number] = Answer(call, request, text)
             call.answers.append(answer)
         self._prompt_tokens += len(prompt)
         return [answer.request for answer in call.answers]
@@ -218,7 +201,7 @@ class EngineCore:
                 item = TokenLogprob(prompt[position], logprob, top)
                 answer.call.scores[position] = pack_logprob(item)
 
-    def _extend(self, answer: _Answer, got: Sampled) -> Delta:
+    def _extend(self, answer: Answer, got: Sampled) -> Delta:
         """Add one token to an answer."""
         request, call = answer.request, answer.call
         if got.token < 0:  # nothing could be drawn: this request ends, the others go on
@@ -260,7 +243,7 @@ class EngineCore:
 
     @staticmethod
     def _decode(
-        answer: _Answer, text: IncrementalDetokenizer, token: int, reason: str | None
+        answer: Answer, text: IncrementalDetokenizer, token: int, reason: str | None
     ) -> str:
         """What a token adds to the text; all that is left when ``reason`` says that it is the last.
         The token that ended the request is no part of the text."""
@@ -270,7 +253,7 @@ class EngineCore:
         added = text.push(token, may_stop) if reason != "stop" else ""
         return added + text.flush(may_stop) if reason is not None else added
 
-    def _fail(self, answer: _Answer, field: str | None = None) -> Delta:
+    def _fail(self, answer: Answer, field: str | None = None) -> Delta:
         """End one answer with ``error``. ``field``: of the request, where that is at fault."""
         request = answer.request
         self.scheduler.finish(request, "error")
@@ -281,12 +264,12 @@ class EngineCore:
         )
 
     @staticmethod
-    def _scores(request: Request, call: _Call) -> PackedLogprobs | None:
+    def _scores(request: Request, call: Call) -> PackedLogprobs | None:
         if request.params.prompt_logprobs is None:
             return None
         return PackedLogprobs([None, *(call.scores[p] for p in range(1, len(request.prompt)))])
 
-    def _forget(self, answer: _Answer) -> None:
+    def _forget(self, answer: Answer) -> None:
         reason = answer.request.finish_reason or "error"
         self._finished[reason] = self._finished.get(reason, 0) + 1
         del self._answers[answer.request.number]
@@ -295,6 +278,23 @@ class EngineCore:
         answer.call.answers.remove(answer)
         if not answer.call.answers:
             del self._calls[answer.call.request_id]
+
+    def recover(self, lost: Collection[int]) -> list[Delta]:
+        """Go on after all ranks have met again: those of ``lost``, cp ranks, hold nothing, no rank
+        knows a request, and no step is under way. Returns the ends of requests that are at fault:
+        their steps have ended workers again and again."""
+        self._empty_plans = 0
+        ends = []
+        for request in self.scheduler.recover(lost):
+            prompt = hashlib.sha256(",".join(map(str, request.prompt)).encode()).hexdigest()
+            logger.error(
+                "request %s is ended: its steps have ended workers three times in a row "
+                "(%d prompt tokens, their sha256 begins with %s, %d tokens given)",
+                request.request_id, len(request.prompt), prompt[:16], len(request.output),
+            )  # fmt: skip
+            if (answer := self._answers.get(request.number)) is not None:
+                ends.append(self._fail(answer))
+        return ends
 
     def check_integrity(self) -> None:
         """Check the KV ledger: free + cached + used blocks are all there are, and every reference

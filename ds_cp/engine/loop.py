@@ -86,6 +86,10 @@ class PipelinedLoop:
         with self._guard:
             return self._core.apply(outcome)
 
+    def forget(self) -> None:
+        """The steps under way will have no outcome."""
+        self.num_in_flight = 0
+
     def settle(self) -> None:
         """Wait for the steps under way; their tokens belong to requests that are gone."""
         while self.num_in_flight:

@@ -48,13 +48,30 @@ class WireModel:
         return found
 
     def of_decode(self, mode: str, ring_pass: str, table: SequenceTable) -> Bytes:
-        """Of one new token, which ``table`` has already."""
+        """Of one new token, which ``table`` has already: as ``of_chunk``, in a time that does not
+        grow with the sequence, for every request and step has it. Its owner has its newest key, so
+        all ranks that are asked but one are others."""
         if mode == "local":
             return {}
-        found: Bytes = {}
-        for scheme, count in self._attention(mode, ring_pass, {table.last_rank: 1}, table):
-            found[scheme] = found.get(scheme, 0) + count
-        return found
+        size, length, others = self.block_size, table.num_tokens, table.width - 1
+        layers = self.num_layers  # without a window, or with one that the sequence is in
+        if mode == "ring" and ring_pass == "kv":
+            around, tokens = others * len(table.homes) * size, 0
+            for window, count in self.windows:
+                if window < length:
+                    tokens += count * min(around, window + size)
+                    layers -= count
+            return {"ring_pass_kv": (tokens + layers * around) * self.kv_bytes}
+        rows = 0
+        for window, count in self.windows:
+            if window < length:
+                rows += count * (table.ranks_from((length - window) // size) - 1)
+                layers -= count
+        rows += layers * others
+        asked, answered = ("tree_q", "tree_partials") if mode == "tree" else (
+            "ring_pass_q", "ring_pass_q_partials"
+        )  # fmt: skip
+        return {asked: rows * self.q_bytes, answered: rows * self.partial_bytes}
 
     def _attention(
         self, mode: str, ring_pass: str, owned: dict[int, int], table: SequenceTable

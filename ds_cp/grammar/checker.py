@@ -104,7 +104,7 @@ class GrammarChecker:
 
     def _compile(self, params: StructuredOutputsParams, deadline: float) -> str | Refused:
         if not self._slots.acquire(timeout=max(deadline - time.monotonic(), 0)):
-            raise _busy()
+            raise _busy(params.asked_as)
         try:
             with self._knowing:  # another caller may have asked for the same one meanwhile
                 known = self._known.get((params.source, params.is_foreign))
@@ -122,7 +122,7 @@ class GrammarChecker:
         if isinstance(answer, Unable):
             raise _unavailable(answer.reason)
         if time.monotonic() >= deadline:
-            raise _busy()
+            raise _busy(params.asked_as)
         if not self._lives():
             raise _unavailable("its process has ended")
         return Refused(
@@ -239,9 +239,9 @@ def tokenizer_json(tokenizer: Any) -> str:
     return text
 
 
-def _busy() -> GrammarBusyError:
+def _busy(field: str) -> GrammarBusyError:
     return GrammarBusyError(
-        f"{FIELD}: other grammars are being compiled, {AT_ONCE} at a time; try again"
+        f"{field}: other grammars are being compiled, {AT_ONCE} at a time; try again"
     )
 
 

@@ -200,6 +200,14 @@ class BlockAllocator:
         self._evict(rank, count)
         return count
 
+    def forget_rank(self, rank: int) -> int:
+        """Drop the keys of all blocks of ``rank``, whose content is gone; how many cached ones
+        became free. Linear in keys."""
+        freed = self.drop_cached(rank)
+        for home in [home for home in self._key_of if home[0] == rank]:
+            self.forget(home)
+        return freed
+
     def forget_all(self) -> int:
         """Drop the keys of all blocks; how many cached ones became free."""
         freed = sum(self.drop_cached(rank) for rank in range(len(self._ranks)))

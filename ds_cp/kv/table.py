@@ -22,7 +22,7 @@ class SequenceTable:
     no block without a token. Raises ``ValueError`` when they do not.
     """
 
-    __slots__ = ("_blocks", "_on", "block_size", "homes", "num_tokens")
+    __slots__ = ("_blocks", "_newest", "_on", "block_size", "homes", "num_tokens")
 
     def __init__(self, block_size: int, homes: Iterable[Home] = (), num_tokens: int = 0) -> None:
         self.block_size = block_size
@@ -32,6 +32,7 @@ class SequenceTable:
         for rank, _ in self.homes:
             self._on[rank] = self._on.get(rank, 0) + 1
         self._blocks: dict[int, Blocks] | None = None
+        self._newest: dict[int, int] | None = None  # rank -> index of its newest block
         if not 0 <= num_tokens <= len(self.homes) * block_size:
             raise ValueError(
                 f"{len(self.homes)} blocks of {block_size} do not hold {num_tokens} tokens"
@@ -65,6 +66,15 @@ class SequenceTable:
                     return home
         return None
 
+    def ranks_from(self, index: int) -> int:
+        """How many ranks hold some of the blocks from ``index`` on."""
+        if self._newest is None:
+            self._newest = {rank: at for at, (rank, _) in enumerate(self.homes)}
+        count = 0
+        for newest in self._newest.values():
+            count += newest >= index
+        return count
+
     def num_blocks(self, rank: int) -> int:
         """Blocks held on ``rank``."""
         return self._on.get(rank, 0)
@@ -82,6 +92,9 @@ class SequenceTable:
             )
         for rank, _ in homes:
             self._on[rank] = self._on.get(rank, 0) + 1
+        if self._newest is not None:
+            for at, (rank, _) in enumerate(homes, len(self.homes)):
+                self._newest[rank] = at
         self.homes.extend(homes)
         begin = self.num_tokens
         self.num_tokens += tokens
@@ -107,7 +120,7 @@ class SequenceTable:
         self._on[old] -= 1
         if not self._on[old]:
             del self._on[old]
-        self._blocks = None
+        self._blocks = self._newest = None
 
     def blocks_on(self, rank: int) -> Blocks:
         """The blocks that ``rank`` holds, by position. The same object, updated, from call to call:

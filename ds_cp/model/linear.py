@@ -196,6 +196,11 @@ def unpack(model: Decoder) -> None:
             del module.__dict__["forward"]
 
 
+def is_packed(model: Decoder) -> bool:
+    """Whether some layers of the model compute with packed weights."""
+    return any(isinstance(m.__dict__.get("forward"), PackedLinear) for m in model.modules())
+
+
 def packing_ops() -> LinearOps | str:
     """What packs here, or why nothing does."""
     library = load()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -118,6 +119,15 @@ def _config_of(where: str, stated: Mapping[str, Any], view: str, extra: dict[str
             raise ModelError(
                 f"model {where} cannot be read: {_first_line(err, view, where)}"
             ) from err
+
+
+def load_family(source: ModelSource) -> None:
+    """Import what transformers has for models like this one. Raises as ``load_config``."""
+    from transformers import AutoModelForCausalLM
+
+    mapping: Any = AutoModelForCausalLM._model_mapping  # it imports a family when it is asked
+    with contextlib.suppress(KeyError):
+        mapping[type(load_config(source))]
 
 
 def load_model(

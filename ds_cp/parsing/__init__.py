@@ -10,6 +10,7 @@ is known, and at most ``calls.MAX_HELD`` characters. A call is certain once its 
 beginning of its arguments are there. One that ends before its arguments do, or whose arguments are
 no JSON object, is announced and ends incomplete. A name need not be that of a tool, so that a
 client can tell the model; but where nothing marks a call (``json``, ``llama3_json``) only a known
-name makes one. White space around calls and reasoning is dropped; all other text is passed on as it
-is.
+name makes one. An answer has at most ``calls.MAX_CALLS`` calls, as many as a client can send back
+in one message: text of further ones is content. White space around calls and reasoning is dropped;
+all other text is passed on as it is.
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from ds_cp.parsing.calls import MAX_HELD, NO_OBJECT, NOT_JSON, is_name
+from ds_cp.parsing.held import HeldText
 from ds_cp.parsing.json_reader import JsonReader
 
 NAMES = frozenset({"name", "tool_name"})
@@ -26,8 +27,8 @@ class CallObject:
         self._state = _START
         self._key = ""
         self._reader = JsonReader()
-        self._captured: list[str] = []  # a key, a name, or arguments that are a string
-        self._captured_chars = 0
+        self._captured = HeldText()  # a key, a name, or arguments that are a string
+        self._captured_chars = 0  # as the model wrote it
         self._out: list[str] = []  # arguments that nobody has taken
         self._kind = ""  # of the value that is read: name, arguments, text or other
 
@@ -93,7 +94,8 @@ class CallObject:
     def _capture(self, state: int) -> None:
         self._state = state
         self._reader = JsonReader()
-        self._captured, self._captured_chars = [], 0
+        self._captured.clear()
+        self._captured_chars = 0
 
     def _kind_of(self, char: str) -> str:
         if self._key in NAMES and not self.name:
@@ -113,7 +115,7 @@ class CallObject:
         if in_key or self._kind in ("name", "text"):
             room = (MAX_KEY if in_key or self._kind == "name" else MAX_HELD) - self._captured_chars
             end = pos + self._reader.push(text[pos : pos + room], 0, out)
-            self._captured += out
+            self._captured.append("".join(out))
             self._captured_chars += end - pos
             if end == pos:
                 self._state = _BAD
@@ -129,11 +131,11 @@ class CallObject:
             if self._kind == "arguments" and not in_key:
                 self.problem = NOT_JSON
         elif self._reader.done and in_key:
-            self._key = json.loads("".join(self._captured))
+            self._key = json.loads(self._captured.take())
             self._state = _COLON
         elif self._reader.done:
             self._state = _NEXT
-            self._end_value("".join(self._captured))
+            self._end_value(self._captured.take())
         return end
 
     def _end_value(self, captured: str) -> None:

@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ds_cp.parsing.events import ArgumentsDelta, CallBegin, CallEnd, Content
+from ds_cp.parsing.held import HeldText
 from ds_cp.parsing.ids import OPENAI, new_ids
 from ds_cp.parsing.json_reader import JsonReader
 from ds_cp.parsing.machine import WAIT, Gate, Machine, Markers
 
 MAX_HELD = 1 << 18  # characters that are held at most, until it is known what they are
 MAX_NAME = 256  # characters of a tool's name as a model may write it
+MAX_CALLS = 128  # calls of one answer, and so of a message that a client sends back
 UNFINISHED = "the answer ended before the arguments did"
 NOT_JSON = "the arguments are not JSON"
 NO_OBJECT = "the arguments are not an object"
@@ -49,14 +51,18 @@ class CallsMachine(Machine):
         self._index = -1
         self._ids: set[str] = set()  # of the calls so far
         self._open = False
-        self._held: list[str] = []
-        self._held_chars = 0
+        self._held = HeldText()
         self._header = ""  # what is read before a call is certain: a name, mostly
         self._reader = JsonReader()
         self._ends = Markers()  # what closes the arguments that are read now
         self._bad = ""  # what is wrong with them
 
     # --- what is found
+
+    def _may_begin(self, name: str) -> bool:
+        """Whether what is held can be a call of ``name``; else it is content. Behind ``MAX_CALLS``
+        calls nothing is one."""
+        return self._index + 1 < MAX_CALLS and is_name(name)
 
     def _say(self, text: str) -> None:
         """Content."""
@@ -65,17 +71,15 @@ class CallsMachine(Machine):
 
     def _hold(self, text: str) -> bool:
         """Hold text that may be a call. False, and it is content, where it is too much."""
-        if text:
-            self._held.append(text)
-            self._held_chars += len(text)
-        if self._held_chars <= MAX_HELD:
+        self._held.append(text)
+        if self._held.chars <= MAX_HELD:
             return True
         self._give_up()
         return False
 
     def _hold_space(self) -> bool:
         """Hold the white space that comes next; as ``_hold``."""
-        return self._hold(self._space(MAX_HELD + 1 - self._held_chars))
+        return self._hold(self._space(MAX_HELD + 1 - self._held.chars))
 
     def _keep(self, space: str) -> bool:
         """White space between calls: held with what is held, else content if content follows."""
@@ -104,19 +108,14 @@ class CallsMachine(Machine):
 
     def _give_up(self, rest: str = "") -> bool:
         """What is held, and ``rest``, is content. The next state is ``_start``."""
-        text = "".join(self._held) + rest
-        self._drop()
-        self._say(text)
+        self._say(self._held.take() + rest)
         self._state = self._start
         return True
-
-    def _drop(self) -> None:
-        self._held, self._held_chars = [], 0
 
     def _begin(self, name: str, id_: str | None = None) -> None:
         """A call: what is held belongs to it. ``id_``: as the model wrote it, which it gets unless
         an earlier call of the answer has it: results must find their call."""
-        self._drop()
+        self._held.clear()
         self._gate.cut()
         self._index += 1
         self._open, self._bad = True, ""

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ds_cp.parsing.calls import MAX_HELD
+from ds_cp.parsing.held import HeldText
 from ds_cp.parsing.json_reader import MAX_NUMBER, NUMBER, is_json
 from ds_cp.parsing.machine import SPACE
 
@@ -113,8 +114,7 @@ class ValueText:
     def __init__(self, types: frozenset[str], trim: bool) -> None:
         self._types = types
         self._trim = trim
-        self._held: list[str] = []
-        self._held_chars = 0
+        self._held = HeldText()
         self._streams = types == {"string"}
         self._first = True  # nothing of the value has come
         self._last = ""  # a line break that may be the last
@@ -134,21 +134,16 @@ class ValueText:
         if self._streams:
             return self._quote(text)
         self._held.append(text)
-        self._held_chars += len(text)
-        if self._held_chars <= MAX_HELD:
+        if self._held.chars <= MAX_HELD:
             return ""
         self._streams = True
-        return self._quote(self._take())
+        return self._quote(self._held.take())
 
     def end(self) -> str:
         """The rest of the JSON."""
         if self._streams:
             return self._quote("") + '"'
-        return as_json(self._take(), self._types)
-
-    def _take(self) -> str:
-        text, self._held = "".join(self._held), []
-        return text
+        return as_json(self._held.take(), self._types)
 
     def _quote(self, text: str) -> str:
         begin = "" if self._quoted else '"'

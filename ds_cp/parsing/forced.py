@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ds_cp.parsing import harmony, thinking
+from ds_cp.parsing.calls import MAX_CALLS
 from ds_cp.parsing.definitions import Tool, ToolChoice
 from ds_cp.parsing.formats import INDEX, ToolFormat
 from ds_cp.parsing.registry import REASONING_FAMILIES, TOOL_FAMILIES
@@ -18,8 +19,8 @@ PLAIN = "json"  # the family that any model can be forced to write
 class CallGrammar:
     """``tool``: the parser that reads the answer. ``structural_tag``: what the answer is, in vLLM's
     shape: ``structures`` of ``begin``, JSON of ``schema`` and ``end``, of which ``triggers`` begin
-    one; with ``at_least`` 1 the answer is nothing else, from 1 to ``at_most`` (or any number) of
-    them. Reasoning, where the answer begins with it, comes before and is not constrained."""
+    one; with ``at_least`` 1 the answer is nothing else, from 1 to ``at_most`` of them.
+    Reasoning, where the answer begins with it, comes before and is not constrained."""
 
     tool: str
     structural_tag: dict[str, Any]
@@ -45,7 +46,7 @@ def call_grammar(tool: str, tools: Sequence[Tool], choice: ToolChoice) -> CallGr
         return CallGrammar(tool, _structures(form, chosen, choice))
     name = tool if spelt else PLAIN
     tag = _structures(TOOL_FAMILIES[name].format, chosen, choice)
-    return CallGrammar(name, tag | {"at_least": 1})
+    return CallGrammar(name, {"at_most": MAX_CALLS, **tag, "at_least": 1})
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from ds_cp.parsing.calls import (
     NOT_JSON,
     CallsMachine,
     Toolbox,
-    is_name,
 )
 from ds_cp.parsing.convert import as_json
+from ds_cp.parsing.held import HeldText
 from ds_cp.parsing.json_reader import MAX_DEPTH, JsonReader
 from ds_cp.parsing.machine import SPACE, WAIT, Markers
 
@@ -49,8 +49,7 @@ class Gemma(CallsMachine):
         self._closers: list[str] = []
         self._out: list[str] = []
         self._fresh = False  # nothing has come in the innermost container
-        self._bare: list[str] = []  # text without quotes
-        self._bare_chars = 0
+        self._bare = HeldText()  # text without quotes
         self._is_key = False
 
     def _start(self) -> bool:
@@ -68,7 +67,7 @@ class Gemma(CallsMachine):
         if marker is None or marker == WAIT:
             return marker is None
         called, colon, name = self._header.strip().partition(":")
-        if marker != "{" or called != "call" or not colon or not is_name(name):
+        if marker != "{" or called != "call" or not colon or not self._may_begin(name):
             return self._give_up(marker)
         self._begin(name)
         self._closers, self._fresh = ["}"], True
@@ -119,7 +118,7 @@ class Gemma(CallsMachine):
             self._reader = JsonReader()
             self._state = self._json_text
         else:
-            self._bare, self._bare_chars = [], 0
+            self._bare.clear()
             self._state = self._in_bare
         return True
 
@@ -147,16 +146,16 @@ class Gemma(CallsMachine):
     def _in_bare(self) -> bool:
         before, marker = self._until(self._key_ends if self._is_key else self._value_ends)
         self._bare.append(before)
-        self._bare_chars += len(before)
         self._pos -= len(marker or "")
-        if self._bare_chars > MAX_HELD:
-            self._fail("".join(self._bare))
+        if self._bare.chars > MAX_HELD:
+            self._fail(self._bare.take())
             return True
         if marker is None:
             return False
-        text = "".join(self._bare).strip(SPACE)
+        bare = self._bare.take()
+        text = bare.strip(SPACE)
         if not text or marker == self._style.end or (self._is_key and marker != ":"):
-            self._fail("".join(self._bare))
+            self._fail(bare)
             return True
         self._argue(json.dumps(text, ensure_ascii=False) if self._is_key else _value(text))
         self._after()

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 
-from ds_cp.parsing.calls import CallsMachine, Toolbox, is_name
+from ds_cp.parsing.calls import CallsMachine, Toolbox
 from ds_cp.parsing.events import Reasoning
 from ds_cp.parsing.machine import Gate, Markers
 
@@ -55,15 +55,15 @@ class Harmony(CallsMachine):
             if self._final and not self._marked and self._header.strip() not in ("", "assistant"):
                 return self._no_header(None)
             if self._final:
-                self._drop()
+                self._held.clear()
             return False
         if marker == MESSAGE:
-            self._drop()
+            self._held.clear()
             self._open_message(self._header)
         elif marker in (END, CALL, RETURN, START):
             if self._header.strip():
                 return self._no_header(marker)
-            self._drop()
+            self._held.clear()
             self._reset()
         else:
             self._hold(marker)
@@ -80,8 +80,7 @@ class Harmony(CallsMachine):
     def _no_header(self, marker: str | None) -> bool:
         """Text without a header is content."""
         self._pos -= len(marker or "")
-        text = "".join(self._held)
-        self._drop()
+        text = self._held.take()
         self._header, self._marked = "", False
         self._next_content()
         self._say(text)
@@ -94,7 +93,8 @@ class Harmony(CallsMachine):
         recipient = found.group(1) if found else ""
         name = recipient.removeprefix("functions.")
         channel = header.partition("channel=")[2].split()[:1] or header.split()[:1]
-        if name and name not in ("assistant", "user") and self._calls and is_name(name):
+        to_tool = name and name not in ("assistant", "user") and self._calls
+        if to_tool and self._may_begin(name):
             self._begin(name)
             self._read_arguments(_ENDS)
         elif channel == ["analysis"]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ds_cp.parsing.calls import NO_OBJECT, CallsMachine, Toolbox, is_name
+from ds_cp.parsing.calls import NO_OBJECT, CallsMachine, Toolbox
 from ds_cp.parsing.machine import SPACE, WAIT, Markers
 
 MAX_FENCE = 64  # characters between a name and its arguments
@@ -80,7 +80,7 @@ class Headed(CallsMachine):
         if marker is None:
             return self._give_up()
         if marker == self._style.section_end:
-            self._drop()
+            self._held.clear()
             self._state = self._start
         elif marker != WAIT:
             self._hold(marker)
@@ -102,7 +102,7 @@ class Headed(CallsMachine):
         return self._announce(name, id_)
 
     def _announce(self, name: str, id_: str | None = None) -> bool:
-        if not is_name(name):
+        if not self._may_begin(name):
             return self._give_up()
         self._begin(name, id_)
         self._read_arguments(self._closing)
@@ -129,7 +129,7 @@ class Headed(CallsMachine):
         else:
             self._hold(marker)
         name = self._header.strip()
-        if not is_name(name):
+        if not self._may_begin(name):
             return self._give_up()
         self._begin(name)
         self._header = ""

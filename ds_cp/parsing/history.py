@@ -6,13 +6,13 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from ds_cp.errors import RequestError
-from ds_cp.parsing.calls import is_name
-from ds_cp.parsing.definitions import MAX_TOOLS, count_values
+from ds_cp.parsing.calls import MAX_CALLS, is_name
+from ds_cp.parsing.definitions import count_values
 from ds_cp.parsing.ids import OPENAI, id_for_template
 from ds_cp.parsing.json_reader import is_json
 from ds_cp.text import show
@@ -76,8 +76,8 @@ def read_calls(value: Any, where: str) -> list[EarlierCall]:
         return []
     if not isinstance(value, list):
         _refuse(f"{where} must be a list of calls", where)
-    if len(value) > MAX_TOOLS:
-        _refuse(f"{where} has {len(value)} calls; at most {MAX_TOOLS}", where)
+    if len(value) > MAX_CALLS:
+        _refuse(f"{where} has {len(value)} calls; at most {MAX_CALLS}", where)
     calls = [_read_call(item, f"{where}[{i}]") for i, item in enumerate(value)]
     ids = [call.id for call in calls]
     if len(set(ids)) < len(ids):
@@ -114,25 +114,6 @@ def read_id(value: Any, where: str) -> str:
     except UnicodeEncodeError as err:
         _refuse(f"{where} is not text: half a surrogate pair at character {err.start}", where)
     return value
-
-
-def check_results(
-    messages: Sequence[tuple[str, Sequence[EarlierCall], str | None]],
-) -> dict[str, str]:
-    """Every result answers an earlier call: ``messages`` are the role, the calls, and the
-    ``tool_call_id`` of each. A call may be left unanswered, since clients cut conversations.
-    Returns the tools' names by the ids of their calls: some templates want the name of a result.
-    Raises ``RequestError``."""
-    asked: dict[str, str] = {}
-    for i, (role, calls, answered) in enumerate(messages):
-        asked.update((call.id, call.name) for call in calls)
-        if role == "tool" and answered not in asked:
-            _refuse(
-                f"messages[{i}].tool_call_id: no earlier message calls a tool with the id "
-                f"{show(answered)}",
-                f"messages[{i}].tool_call_id",
-            )
-    return asked
 
 
 def _refuse(message: str, param: str) -> NoReturn:

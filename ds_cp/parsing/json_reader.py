@@ -20,10 +20,15 @@ _HEX = frozenset("0123456789abcdefABCDEF")
 
 class JsonReader:
     """Reads one JSON value. ``done``: it has ended; ``bad``: it is none. Control characters in
-    strings, which models write and JSON forbids, are escaped on the way."""
+    strings, which models write and JSON forbids, are escaped on the way. ``loose``: how many of the
+    last characters that were read are a word that has not ended, or is none."""
+
+    max_depth = MAX_DEPTH
 
     def __init__(self) -> None:
+        self.loose = 0
         self._state = _VALUE
+        self._stuck = _VALUE  # the state in which it was found to be none
         self._closers: list[str] = []
         self._is_key = False
         self._word: list[str] = []
@@ -96,9 +101,8 @@ class JsonReader:
         elif state in (_VALUE, _FIRST_ITEM) and char in '"{[':
             if char == '"':
                 self._state, self._is_key = _STRING, False
-            elif len(self._closers) == MAX_DEPTH:
-                self._state = _BAD
-                return pos
+            elif len(self._closers) == self.max_depth:
+                return self._fail(pos)
             else:
                 self._closers.append("}" if char == "{" else "]")
                 self._state = _FIRST_KEY if char == "{" else _FIRST_ITEM
@@ -106,9 +110,12 @@ class JsonReader:
             self._state, self._word, self._word_chars = _IN_WORD, [], 0
             return pos
         else:
-            self._state = _BAD
-            return pos
+            return self._fail(pos)
         return pos + 1
+
+    def _fail(self, pos: int) -> int:
+        self._stuck, self._state = self._state, _BAD
+        return pos
 
     def _read_escape(self, text: str, pos: int) -> int:
         char = text[pos]
@@ -128,9 +135,10 @@ class JsonReader:
         end = found.end() if found else pos
         room = MAX_NUMBER - self._word_chars
         if end - pos > room:
-            self._state = _BAD
-            return pos + room
+            self.loose = self._word_chars + room
+            return self._fail(pos + room)
         self._word_chars += end - pos
+        self.loose = self._word_chars
         self._word.append(text[pos:end])
         if end < len(text):
             self._end_word()
@@ -138,8 +146,30 @@ class JsonReader:
 
     def _end_word(self) -> None:
         word = "".join(self._word)
-        good = word in _LITERALS or NUMBER.fullmatch(word)
-        self._state = self._after_value() if good else _BAD
+        if self._admits(word):
+            self._state, self.loose = self._after_value(), 0
+        else:
+            self._fail(0)
+
+    def _admits(self, word: str) -> bool:
+        """Whether a word is a value."""
+        return word in _LITERALS or NUMBER.fullmatch(word) is not None
+
+    def closing(self, member: str) -> str:
+        """What makes an object of one that has not ended, read up to its ``loose`` end and not
+        within an escape: values that are missing are null, and ``member`` is its last one."""
+        state = self._stuck if self._state == _BAD else self._state
+        within = len(self._closers) > 1
+        rest = {
+            _STRING: '": null' if self._is_key else '"',
+            _COLON: ": null",
+            _VALUE: "null",
+            _IN_WORD: "null",
+            _KEY: '"": null' if within else "",
+        }.get(state, "")
+        first = not within and state in (_FIRST_KEY, _KEY)
+        nested = "".join(reversed(self._closers[1:]))
+        return f"{rest}{nested}{'' if first else ', '}{member}}}"
 
 
 def is_json(text: str, begins: str) -> bool:

@@ -59,7 +59,7 @@ class MarkedJson(CallsMachine):
 
     def _object(self) -> bool:
         call, start = self._call, self._pos
-        room = MAX_HELD + 1 - self._held_chars
+        room = MAX_HELD + 1 - self._held.chars
         if self._told or len(self._text) - start <= room:
             self._pos = call.push(self._text, start)
         else:
@@ -73,7 +73,8 @@ class MarkedJson(CallsMachine):
                 return self._give_up()
             if not call.ready:
                 return False
-            if self._only_known and call.name not in self._tools.schemas:
+            known = not self._only_known or call.name in self._tools.schemas
+            if not known or not self._may_begin(call.name):
                 return self._give_up()
             self._told = True
             self._begin(call.name)

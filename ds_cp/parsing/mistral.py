@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ds_cp.parsing.calls import Toolbox, is_name
+from ds_cp.parsing.calls import Toolbox
 from ds_cp.parsing.machine import WAIT, Markers
 from ds_cp.parsing.marked_json import MarkedJson
 
@@ -34,7 +34,7 @@ class Mistral(MarkedJson):
         if marker is None or marker == WAIT:
             return marker is None
         self._name, self._header = self._header.strip(), ""
-        if not is_name(self._name):
+        if not self._may_begin(self._name):
             return self._give_up(marker)
         self._hold(marker)
         if marker == CALL_ID:

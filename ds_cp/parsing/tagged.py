@@ -7,9 +7,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ds_cp.parsing.calls import CallsMachine, Toolbox, is_name
+from ds_cp.parsing.calls import CallsMachine, Toolbox
 from ds_cp.parsing.convert import ValueText, parameter_types
-from ds_cp.parsing.machine import WAIT, Markers
+from ds_cp.parsing.machine import MAX_SPACE, WAIT, Markers
 
 MAX_KEY = 1024  # characters of a parameter's name
 BETWEEN = "there is text between the arguments"
@@ -82,7 +82,9 @@ class Tagged(CallsMachine):
         self._between = Markers(style.key_begin, style.call_end, *section_ends)
         self._key_ends = Markers(*style.key_ends)
         self._value_begin = Markers(*filter(None, (style.value_begin,)))
-        self._value_end = Markers(style.value_end)
+        self._value_ends = Markers(style.value_end, style.call_end, *section_ends)
+        self._after_call = (style.call_begin, *style.sections, *section_ends)
+        self._doubt = self._space_behind = ""  # an end of the call within a value
         self._in_section = False
         self._name = self._key = ""
         self._keys = 0  # of the call
@@ -129,7 +131,7 @@ class Tagged(CallsMachine):
         if not name and marker == "\n":
             return self._hold(marker) or True
         known = self._in_section or not self._style.sections or name in self._tools.schemas
-        if not is_name(name) or not known:
+        if not self._may_begin(name) or not known:
             return self._give_up(marker)
         self._name = name
         if marker == self._style.key_begin or marker == self._style.call_end:
@@ -171,11 +173,15 @@ class Tagged(CallsMachine):
             self._key = ""
             self._state = self._in_key
         elif marker != WAIT:
-            self._close_braces()
-            self._end()
-            ends = marker in self._style.sections.values() or not self._style.sections
-            self._state = self._start if ends else self._section
+            self._end_call(marker)
         return marker != WAIT
+
+    def _end_call(self, marker: str) -> None:
+        """``marker``: the end of the call, or of its section."""
+        self._close_braces()
+        self._end()
+        ends = marker in self._style.sections.values() or not self._style.sections
+        self._state = self._start if ends else self._section
 
     def _close_braces(self) -> None:
         self._argue("}" if self._keys else "{}")
@@ -218,12 +224,35 @@ class Tagged(CallsMachine):
         return marker != WAIT
 
     def _in_value(self) -> bool:
-        before, marker = self._until(self._value_end)
-        text = self._value.push(before)
-        if marker is not None:
-            text += self._value.end()
+        before, marker = self._until(self._value_ends)
+        self._argue_value(self._value.push(before))
+        if marker == self._style.value_end:
+            self._argue_value(self._value.end())
             self._state = self._arguments
+        elif marker is not None:
+            self._doubt, self._space_behind = marker, ""
+            self._state = self._in_doubt
+        return marker is not None
+
+    def _in_doubt(self) -> bool:
+        """Behind an end of the call, where the value has not ended. Models forget the value's end:
+        it ends here too, if what follows can follow a call. Else the end is text of the value, such
+        as of a file about calls."""
+        self._space_behind += self._space(MAX_SPACE - len(self._space_behind))
+        if self._at_end() and not self._final:
+            return False
+        follows = self._ahead(self._after_call)
+        if follows == WAIT:
+            return False
+        if follows is None and not self._at_end():
+            self._argue_value(self._value.push(self._doubt + self._space_behind))
+            self._state = self._in_value
+            return True
+        self._argue_value(self._value.end())
+        self._end_call(self._doubt)
+        return True
+
+    def _argue_value(self, text: str) -> None:
         if text:
             self._argue(self._key + text)
             self._key = ""
-        return marker is not None

@@ -100,6 +100,9 @@ def host_cost(facts: Facts) -> CostModel | None:
 
 
 def _model(facts: Facts, bytes_per_s: float, latency_s: float, in_background: bool) -> CostModel:
+    most = max(map(facts.hosts.count, facts.hosts))
+    readers = max(1, min(facts.ranks_at_once, most) // facts.tp_size)  # groups of a host at once
+    alone = min(facts.alone_bytes_per_s, facts.bytes_per_s * readers)  # of a group: one rank or tp
     return CostModel(
         flops_per_s=facts.flops_per_s,
         bytes_per_s=bytes_per_s,
@@ -108,9 +111,16 @@ def _model(facts: Facts, bytes_per_s: float, latency_s: float, in_background: bo
         num_q_heads=facts.num_q_heads // facts.tp_size,
         num_kv_heads=facts.num_kv_heads // facts.tp_size,
         head_dim=facts.head_dim,
-        weights=facts.weights,
+        weights=facts.layer_weights or facts.weights,
         element=4 if facts.dtype == "float32" else 2,
         windows=facts.windows,
         in_background=in_background,
         host_bytes_per_s=facts.host_gb_per_s * 1e9,
+        memory_bytes_per_s=facts.bytes_per_s or float("inf"),
+        alone_bytes_per_s=alone or None,
+        readers=readers,
+        layer_s=facts.layer_s,
+        hop_s=max(0.0, facts.hop_s - latency_s),
+        head=facts.head_weights,
+        stored=facts.stored_weights,
     )

@@ -44,6 +44,7 @@ class DecodePlanner:
     def add(self, draft: Draft) -> None:
         """One token of every request that is due, or of those whose turn it is."""
         size, left, decodes = self._allocator.block_size, draft.left, draft.decodes
+        written = draft.written
         for request in self._due(draft.step):
             table = request.table
             if table is None:  # preempted a moment ago, for an older one
@@ -58,7 +59,9 @@ class DecodePlanner:
                 decodes[key].append(request.number)
             else:
                 decodes[key] = [request.number]
-            left[table.homes[-1][0]] -= 1
+            home = table.homes[-1]
+            written.append((home, (table.num_tokens - 1) % size))
+            left[home[0]] -= 1
             request.in_flight += 1
 
     def _due(self, step: int) -> list[Request]:

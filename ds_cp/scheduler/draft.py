@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import msgspec
 
 from ds_cp.grammar.vocabulary import Vocabulary
+from ds_cp.kv.table import SequenceTable
 from ds_cp.layout import Home
 from ds_cp.plan import Begin, Chunk, Decodes, Fork, Sampling, StepPlan, Transfer
 from ds_cp.scheduler.chunking import Cut
@@ -39,9 +40,10 @@ class Draft:
         self.rows_left = SCORED_ROWS  # rows of logits that may still score prompt tokens
         self.decodes: dict[tuple[str, str], list[int]] = {}  # (mode, ring pass) -> requests
         self.transfers: list[Transfer] = []
-        self.host_left = [0] * len(budget)  # blocks that may come back from each rank's host
-        self.restores = False  # whether some do, which takes time of the step
+        self.restores = False  # whether blocks come back from the host, which takes time
         self.grown: list[tuple[int, Home]] = []
+        # (block, first place in it) of what is written; targets of transfers apart.
+        self.written: list[tuple[Home, int]] = []
         self.begins: list[Begin] = []
         # At most, of the begins and the vocabulary as msgpack.
         self.begin_bytes = 0 if vocabulary is None else vocabulary.size
@@ -61,6 +63,12 @@ class Draft:
     def has_prompts(self) -> bool:
         """Whether the step computes prompt tokens."""
         return bool(self._chunks)
+
+    def requests(self) -> Iterator[int]:
+        """The requests that the step computes."""
+        yield from (chunk.request for chunk in self._chunks)
+        for numbers in self.decodes.values():
+            yield from numbers
 
     @property
     def num_decodes(self) -> int:
@@ -93,6 +101,24 @@ class Draft:
         )
         return most if done else max(most, self._pacer.tuning.least_chunk_tokens)
 
+    def work_of(self, share: float, tokens: int, past: int) -> float:
+        """Work of a rank that computes ``share`` of ``tokens`` tokens after ``past`` ones."""
+        if self._pacer is None or not tokens:
+            return share
+        return share / tokens * self._pacer.work(tokens, tokens, past)
+
+    def tokens_of(self, work: float, past: int, ranks: int) -> int:
+        """How many tokens after ``past`` ones are so much work on each of ``ranks`` ranks."""
+        if self._pacer is None:
+            return int(work * ranks)
+        return self._pacer.tokens(work, past, ranks)
+
+    def work_left(self) -> list[float]:
+        """Work that each rank may still do."""
+        if self._pacer is None:
+            return [float(tokens) for tokens in self.left]
+        return [max(self._allowance - work, 0.0) for work in self.work]
+
     def chunk(self, cut: Cut, past: int) -> None:
         """Enter a chunk that comes after ``past`` stored tokens, and charge the ranks for it."""
         self._chunks.append(cut.chunk)
@@ -103,6 +129,13 @@ class Draft:
                 self.work[rank] += self._pacer.work(count, sum(cut.owned), past)
                 if self.work[rank] + 1.0 > self._allowance:
                     self.left[rank] = 0
+
+    def writes(self, table: SequenceTable, past: int) -> None:
+        """The tokens of ``table`` from ``past`` on are computed in this step."""
+        index, place = divmod(past, table.block_size)
+        for home in table.homes[index:]:
+            self.written.append((home, place))
+            place = 0
 
     def begin(self, request: Request, sampling: Sampling) -> None:
         """``request`` starts on the blocks that its table holds."""

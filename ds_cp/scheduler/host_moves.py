@@ -42,10 +42,16 @@ class HostMoves:
         self.hits = 0  # prompt tokens found on the host
         self.restored = 0  # blocks that came back
         self._rules = rules
+        self._back: Counter[int] = Counter()  # blocks that come back in this plan, by source rank
         self._size = block_size
         self._pays = rules.cost is None or rules.cost.copy_pays(
             block_size, max(rules.max_model_len - block_size, 0), 2
         )
+
+    def begin(self, draft: Draft) -> None:
+        """Start a new plan."""
+        self.tier.step = draft.step
+        self._back.clear()
 
     def keep(self, key: bytes, block: Home) -> None:
         """The device gives ``block`` away: keep its content, unless even at the end of the longest
@@ -85,20 +91,16 @@ class HostMoves:
         self.tier.lease(place)
         request.restoring[index] = place
 
-    def allow(self, draft: Draft) -> None:
-        """Set how many blocks may come back in a step, once its decodes are entered."""
-        most = self._rules.beside if draft.num_decodes else self._rules.alone
-        draft.host_left = [max(1, most)] * len(self.tier.slots_per_rank)
-
     def bring_back(self, request: Request, draft: Draft) -> bool:
         """Enter the next copies for a request; whether all its blocks are there then, before the
         step computes."""
         table = request.table
         assert table is not None
+        most = self._rules.beside if draft.num_decodes else self._rules.alone
         now: list[tuple[int, Home, Home]] = []  # index, place, block
         for index, place in sorted(request.restoring.items()):
-            if draft.host_left[place[0]] > 0:
-                draft.host_left[place[0]] -= 1
+            if self._back[place[0]] < max(1, most):
+                self._back[place[0]] += 1
                 del request.restoring[index]
                 now.append((index, place, table.homes[index]))
         # What has not been overwritten may lie in the very block that it gets.
@@ -117,12 +119,16 @@ class HostMoves:
         self, lost: Collection[int], reported: int, running: Iterable[Request]
     ) -> list[Request]:
         """The ranks ``lost`` have nothing any more, and plans after step ``reported`` count as not
-        carried out. Forget what may not be on the host; the requests among ``running`` whose
-        beginning may not have come back, which have to start again."""
+        carried out. Forget what may not be on the host; the requests among ``running`` that have
+        not computed since their beginning, or some of it, was to come back: it may not have, so
+        they have to start again."""
         for rank in lost:
             self.tier.empty_rank(rank)
         self.tier.rewind(reported)
-        return [r for r in running if r.restoring or r.restored_step > reported]
+        return [
+            r for r in running
+            if r.restoring or (r.restored_step > reported and not r.num_keyed)
+        ]  # fmt: skip
 
     def forget(self, request: Request) -> None:
         """The request does not wait any more; what has not come back stays where it is."""

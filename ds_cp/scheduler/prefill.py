@@ -11,17 +11,20 @@ from ds_cp.scheduler.admission import BEGIN_BYTES, Limits
 from ds_cp.scheduler.block_manager import BlockManager
 from ds_cp.scheduler.chunking import cut_chunk
 from ds_cp.scheduler.draft import Draft
+from ds_cp.scheduler.fairness import Shares, Turns
 from ds_cp.scheduler.mode_policy import ModePolicy
 from ds_cp.scheduler.queue import WaitingQueue
 from ds_cp.scheduler.request import Request
 
+LEAST_TOKENS = 4  # of the first chunk of a client's in a step, where its share is less
 DECODE_LOAD = 64  # prompt tokens: what one running request adds to the load of its rank
 
 
 class PrefillPlanner:
     """Enters starts and chunks into a draft. ``running`` and ``waiting`` are the scheduler's own.
 
-    ``layout``: how a chunk's tokens are dealt out to ranks, as in ``ds_cp.layout.assign``.
+    ``layout``: how a chunk's tokens are dealt out to ranks, as in ``ds_cp.layout.assign``;
+    ``turns``: learns which requests were served.
     """
 
     def __init__(
@@ -32,6 +35,7 @@ class PrefillPlanner:
         layout: str,
         running: list[Request],
         waiting: WaitingQueue,
+        turns: Turns,
     ) -> None:
         self._limits = limits
         self._blocks = blocks
@@ -40,11 +44,16 @@ class PrefillPlanner:
         self._layout = layout
         self._running = running
         self._waiting = waiting
+        self._turns = turns
+        self._shares: tuple[Shares, Shares] | None = None  # of this step's tokens, and of its work
 
     def add(self, draft: Draft, may_start: bool) -> None:
         """The next chunks of running prompts, in order, and with ``may_start`` the first chunks of
-        waiting requests: each before the running prompts of a later priority."""
-        for request in [r for r in self._running if r.prefilling]:
+        waiting requests: each before the running prompts of a later priority. Clients of the first
+        priority share the step."""
+        prompts = [r for r in self._running if r.prefilling]
+        self._shares = self._share(draft, prompts, may_start)
+        for request in prompts:
             if may_start:
                 self._start_waiting(draft, request.priority)
             self._advance(request, draft)
@@ -58,6 +67,9 @@ class PrefillPlanner:
             return
         past = request.num_computed
         most = draft.tokens_in_time(request)
+        if self._shares is not None:
+            own = self._own_tokens(self._shares, request, draft)
+            most = own if most is None else min(most, own)
         scores = request.params.prompt_logprobs is not None
         if scores:
             most = draft.rows_left if most is None else min(most, draft.rows_left)
@@ -65,6 +77,13 @@ class PrefillPlanner:
         if cut is None:
             return
         draft.chunk(cut, past)
+        assert request.table is not None
+        draft.writes(request.table, past)
+        if self._shares is not None:
+            tokens, work = self._shares
+            for rank, count in enumerate(cut.owned):
+                tokens.spend(request.client, rank, count)
+                work.spend(request.client, rank, draft.work_of(count, sum(cut.owned), past))
         if scores:  # a row scores the token after it, so the prompt's last one has none
             end = min(request.num_computed, len(request.prompt) - 1)
             draft.rows_left -= max(end - past, 0)
@@ -72,6 +91,7 @@ class PrefillPlanner:
             request.modes.append(cut.chunk.mode)
         self._blocks.prefix.enter(request)
         if cut.chunk.samples:
+            self._turns.serve(request.turn)
             request.prefilling = False
             request.decode_key = None
             request.in_flight += 1
@@ -80,6 +100,53 @@ class PrefillPlanner:
                 if sibling.finish_reason is None:
                     self._fork(request, sibling, draft)
             request.siblings = []
+
+    def advance_alone(self, request: Request, draft: Draft) -> None:
+        """The next chunk of a prompt in a step that nobody else shares."""
+        self._shares = None
+        self._advance(request, draft)
+
+    def _share(
+        self, draft: Draft, prompts: list[Request], may_start: bool
+    ) -> tuple[Shares, Shares] | None:
+        """What each client may have of this step, where prompts of several want it: those that run,
+        and the next to start, unless it found no room before."""
+        wanted = list(prompts)
+        newcomer = self._waiting.first() if may_start else None
+        if newcomer is not None and newcomer.refusal is None and self._seats() > 0:
+            wanted.append(newcomer)
+        if len({request.client for request in wanted}) < 2:
+            return None
+        first = min(request.priority for request in wanted)
+        tokens: dict[str, list[float]] = {}
+        work: dict[str, list[float]] = {}
+        for request in (r for r in wanted if r.priority == first):
+            past = request.num_computed
+            rest = request.num_tokens - past
+            # Where a newcomer will be is not known: a part is kept for it on every rank.
+            ranks = request.workers if request.table else range(len(draft.left))
+            each = rest / len(request.workers) if request.table else float(rest)
+            for wants, amount in ((tokens, each), (work, draft.work_of(each, rest, past))):
+                mine = wants.setdefault(request.client, [0.0] * len(draft.left))
+                for rank in ranks:
+                    mine[rank] += amount
+        return Shares([float(n) for n in draft.left], tokens), Shares(draft.work_left(), work)
+
+    def _own_tokens(self, shares: tuple[Shares, Shares], request: Request, draft: Draft) -> int:
+        """How many tokens of ``request`` its client's shares leave."""
+        tokens, work = shares
+        client, ranks = request.client, request.workers
+        least = LEAST_TOKENS if tokens.is_fresh(client) else 0
+        left = work.most(client, ranks)
+        if left == float("inf"):
+            return request.num_tokens
+        in_tokens = int(tokens.most(client, ranks) * len(ranks))
+        return max(least, min(in_tokens, draft.tokens_of(left, request.num_computed, len(ranks))))
+
+    def _seats(self) -> int:
+        """Requests that may still start."""
+        seats = self._limits.max_num_seqs - len(self._running)
+        return seats - sum(s.finish_reason is None for r in self._running for s in r.siblings)
 
     def _fork(self, parent: Request, child: Request, draft: Draft) -> None:
         """Another answer to the same prompt: it shares the blocks of all but the last token."""
@@ -98,13 +165,12 @@ class PrefillPlanner:
         if known % size:
             parent.shares_tail = child.shares_tail = True
         insort(self._running, child, key=lambda r: r.order)
-        draft.fork(parent, child, self._sampling(child))
+        draft.fork(parent, child, self.sampling(child))
 
     def _start_waiting(self, draft: Draft, above: int | None = None) -> None:
         """Start waiting requests, in order, while there are seats, blocks and budget; with
         ``above`` only those of an earlier priority."""
-        seats = self._limits.max_num_seqs - len(self._running)
-        seats -= sum(s.finish_reason is None for r in self._running for s in r.siblings)
+        seats = self._seats()
         load: list[int] | None = None
         while max(draft.left) > 0 and (request := self._waiting.first()) is not None:
             if above is not None and request.priority >= above:
@@ -132,7 +198,7 @@ class PrefillPlanner:
             request.prefilling = True
             request.first_scheduled_time = request.first_scheduled_time or time.time()
             request.num_notified = len(request.output)
-            draft.begin(request, self._sampling(request))
+            draft.begin(request, self.sampling(request))
             self._add_load(request, load)
             self._advance(request, draft)
 
@@ -154,7 +220,7 @@ class PrefillPlanner:
         for rank in request.workers:
             load[rank] += DECODE_LOAD + work // len(request.workers)
 
-    def _sampling(self, request: Request) -> Sampling:
+    def sampling(self, request: Request) -> Sampling:
         """How the ranks choose its tokens. End tokens are banned early also under ``ignore_eos``,
         as in vLLM and transformers."""
         params = request.params

@@ -1,4 +1,4 @@
-"""Requests that wait: by priority, then by age."""
+"""Requests that wait: by priority, then by their clients' turns, then by age."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class WaitingQueue:
     """A heap in ``Request.order``; a request that left early is dropped when it comes up."""
 
     def __init__(self) -> None:
-        self._heap: list[tuple[tuple[int, int], int, Request]] = []
+        self._heap: list[tuple[tuple[int, int, int], int, Request]] = []
         self._pushes = count()  # so that requests themselves are never compared
         self._members: dict[int, Request] = {}
 

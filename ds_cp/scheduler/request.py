@@ -102,6 +102,8 @@ class Request:
     salt: str = ""
     index: int = 0  # which of the n answers
     grammar: str = ""  # of ``params.structured_outputs``, as ranks compile it
+    client: str = ""  # who sent it
+    turn: int = 0  # among all clients, see ``fairness.Turns``
     siblings: list[Request] = field(default_factory=list)
     output: list[int] = field(default_factory=list)
     table: SequenceTable | None = None
@@ -139,9 +141,10 @@ class Request:
         return KnownTokens(self.prompt, self.output)
 
     @property
-    def order(self) -> tuple[int, int]:
-        """Sort key of service: the lower priority number first, then the older."""
-        return self.priority, self.number
+    def order(self) -> tuple[int, int, int]:
+        """Sort key of service: the lower priority number first, then the client's turn, then the
+        older."""
+        return self.priority, self.turn, self.number
 
     @property
     def num_tokens(self) -> int:

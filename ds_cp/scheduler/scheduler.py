@@ -1,16 +1,17 @@
 """Decides which requests run in the next step, and where every token goes. No torch.
 
-First come first served within a priority. Each step carries a token of every decoding request
-and, in what the budget of each rank leaves, the next chunks of prompts. It never waits for a
-token's value: a draw that is under way counts as a token, so the next step can be planned while one
-runs. When no rank has a block left, the youngest request of the lowest priority is preempted: its
-blocks are freed and it is computed again later, with the same tokens.
+First come first served within a priority and a client; clients of one priority have equal shares
+(``fairness``). Each step carries a token of every decoding request and, in what the budget of each
+rank leaves, the next chunks of prompts. It never waits for a token's value: a draw that is under
+way counts as a token, so the next step can be planned while one runs. When no rank has a block
+left, the youngest request of the lowest priority is preempted, to be computed again later.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Collection, Sequence
 
 from ds_cp.errors import QueueFullError
 from ds_cp.grammar.vocabulary import Vocabulary
@@ -20,12 +21,17 @@ from ds_cp.scheduler.admission import Limits, check_request, fit_max_tokens
 from ds_cp.scheduler.block_manager import BlockManager
 from ds_cp.scheduler.decode import DecodePlanner
 from ds_cp.scheduler.draft import Draft
+from ds_cp.scheduler.draining import Draining
+from ds_cp.scheduler.fairness import ANSWER, Turns
+from ds_cp.scheduler.forgotten import Forgotten
 from ds_cp.scheduler.host_moves import HostRules
+from ds_cp.scheduler.inquest import Inquest
 from ds_cp.scheduler.migration import Migration
 from ds_cp.scheduler.mode_policy import ModePolicy, Seats
 from ds_cp.scheduler.pacing import ChunkPacer
 from ds_cp.scheduler.prefill import PrefillPlanner
 from ds_cp.scheduler.queue import WaitingQueue
+from ds_cp.scheduler.recovery import Flight, Recovery
 from ds_cp.scheduler.request import Request
 
 
@@ -51,6 +57,7 @@ class Scheduler:
         self.waiting = WaitingQueue()
         self.running: list[Request] = []  # in the order of service
         self.num_preemptions = 0
+        self.num_interruptions = 0
         self.block_manager = BlockManager(
             blocks_per_rank, block_size, placement, ring_order, policy, prefix_caching, seats, host
         )
@@ -59,18 +66,21 @@ class Scheduler:
         self._decode = DecodePlanner(
             limits, self.block_manager, policy, self.running, self.waiting, self._preempt_for
         )
+        self._turns = Turns()
         self._prefill = PrefillPlanner(
-            limits, self.block_manager, policy, layout, self.running, self.waiting
+            limits, self.block_manager, policy, layout, self.running, self.waiting, self._turns
         )
         self._pacer = pacer
         self._numbers = 0
         self._steps = 0
         self._ended: list[int] = []  # requests that the ranks should forget
         self._looking_back: dict[int, Request] = {}  # whose draws depend on earlier tokens
-        self._in_flight: dict[int, tuple[int, float]] = {}  # step -> its decodes, work on prompts
+        self._in_flight: dict[int, Flight] = {}  # by step
+        self._forgotten = Forgotten(limits, block_size, self._prefill.sampling)
+        self._inquest = Inquest()
         self._vocabulary: Vocabulary | None = None  # that the ranks are to have
         self._vocabulary_sent = False
-        self._last_use: dict[int, int] = {}  # closed rank -> the last step that may use its blocks
+        self._draining = Draining(self.block_manager)
 
     # --- requests come and go
 
@@ -103,12 +113,14 @@ class Scheduler:
             )
         options = options or RequestOptions()
         known, answers = tuple(prompt), []
+        cost = len(prompt) + params.n * min(max_tokens, ANSWER)
+        turn = self._turns.take(options.client, cost, not self.has_work)
         for index in range(params.n):
             self._numbers += 1
             answers.append(Request(
                 self._numbers, request_id, known, params, max_tokens,
                 (seed + index + 2**63) % 2**64 - 2**63, options.priority, options.cache_salt, index,
-                grammar,
+                grammar, options.client, turn,
             ))  # fmt: skip
         first, first.siblings = answers[0], answers[1:]
         self.waiting.push(first)
@@ -160,27 +172,17 @@ class Scheduler:
     def drain(self, rank: int) -> None:
         """Empty ``rank`` while requests go on, and place nothing there; see ``Migration.drain``."""
         self.migration.drain(rank, [*self.running, *self.waiting])
-        self._last_use[rank] = self._steps
+        self._draining.begin(rank, self._steps)
 
     def is_drained(self, rank: int) -> bool:
         """Whether ``rank`` is closed and holds nothing any more, by the ledger: the step that moves
         its last block may still run."""
-        return rank in self.block_manager.closed and not self._in_use(rank)
-
-    def _in_use(self, rank: int) -> bool:
-        """Whether a request holds blocks of ``rank``, or waits for what its host memory has."""
-        leased = self.block_manager.host.tier.num_leased(rank)
-        return bool(self.allocator.num_used(rank) or leased)
+        return rank in self.block_manager.closed and self._draining.is_empty(rank)
 
     @property
     def ranks_draining(self) -> tuple[int, ...]:
         """Closed ranks that hold a block, or that a step in flight may still read."""
-        return tuple(
-            rank
-            for rank in sorted(self.block_manager.closed)
-            if not self.is_drained(rank)
-            or any(step <= self._last_use.get(rank, 0) for step in self._in_flight)
-        )
+        return self._draining.ranks(self._in_flight)
 
     def reopen(self, rank: int) -> None:
         """Let a drained rank take KV again."""
@@ -205,24 +207,20 @@ class Scheduler:
         draft = Draft(self._steps + 1, budget, self._pacer, vocabulary)
         before = self.num_preemptions
         self.block_manager.prefix.begin_step()
-        self.block_manager.host.tier.step = draft.step
-        for rank in self.block_manager.closed:
-            if self._in_use(rank):
-                self._last_use[rank] = draft.step
+        self.block_manager.host.begin(draft)
+        self._draining.plan(draft.step)
         if self.migration.is_moving:
             self._move(draft)
-        self._decode.add(draft)
-        draft.allow_prompts()
-        self.block_manager.host.allow(draft)
-        # A preempted request must not get back, in the same step, the blocks that it freed.
-        self._prefill.add(draft, may_start=self.num_preemptions == before)
+        if self._forgotten.begin(draft) and not self._runs_suspect(draft):
+            self._decode.add(draft)
+            draft.allow_prompts()
+            # A preempted request must not get back, in the same step, the blocks that it freed.
+            self._prefill.add(draft, may_start=self.num_preemptions == before)
         draft.transfers += self.block_manager.host.spills(draft.new_blocks)
         if draft.is_empty:
             return None
         self._steps = draft.step
-        # Of a step that also copies from the host the pacer learns nothing.
-        work = (0, 0.0) if draft.restores else (draft.num_decodes, draft.largest_work)
-        self._in_flight[draft.step] = work
+        self._in_flight[draft.step] = Flight.of(draft)
         if self._pacer is not None:
             self._pacer.plan(draft.num_decodes, draft.largest_work)
         self._looking_back.update((r.number, r) for r in draft.looking_back)
@@ -234,9 +232,10 @@ class Scheduler:
     def observe_step(self, step: int, seconds: float) -> None:
         """Report ``seconds``, the time of step ``step`` on its slowest rank. The pacer sizes the
         next chunks by it."""
-        decodes, work = self._in_flight.pop(step, (0, 0.0))
+        flight = self._in_flight.pop(step, Flight())
+        self._inquest.done(flight)
         if self._pacer is not None:
-            self._pacer.observe(seconds, decodes, work)
+            self._pacer.observe(seconds, flight.decodes, flight.work)
 
     def record_token(self, request: Request, token: int) -> str | None:
         """Append a drawn token; returns the reason when it ends the request (stop strings
@@ -267,6 +266,45 @@ class Scheduler:
                     news.append((request.number, index, request.output[index]))
                 request.num_notified = len(request.output)
         return news
+
+    # --- ranks that were lost
+
+    def recover(self, lost: Collection[int]) -> list[Request]:
+        """All ranks have forgotten their requests, and ``lost`` what they stored; no step is under
+        way. What was planned and not reported counts as not done: running requests are computed
+        again from there on. Returns those that are ended instead, as their steps end workers."""
+        alive = {request.number for request in (*self.running, *self.waiting)}
+        found = self._inquest.interrupted(self._in_flight.values(), alive)
+        for request in (guilty := [r for r in self.running if r.number == found]):
+            self.finish(request, "error")
+        reported = min(self._in_flight, default=self._steps + 1) - 1
+        again = self.block_manager.host.recover(lost, reported, self.running)
+        recovery = Recovery(self.block_manager, self.migration, lost, self._in_flight.values())
+        self.num_interruptions += 1
+        self._in_flight.clear()
+        recovery.forget_prefixes()
+        for request in self.waiting:  # those that were preempted with a draw under way
+            request.in_flight = 0
+        for request in list(self.running):
+            if request in again or not recovery.rewind(request):
+                self._preempt(request)
+        self._forgotten.requests = deque(self.running)
+        self._ended = []
+        self._vocabulary_sent = False
+        return guilty
+
+    def _runs_suspect(self, draft: Draft) -> bool:
+        """Whether the step is for a suspect alone, or nobody while another's is under way."""
+        if not self._inquest.suspects or self._in_flight:
+            return bool(self._inquest.suspects)
+        draft.allow_prompts()
+        for request in self.running:
+            if request.number in self._inquest.suspects:
+                self._prefill.advance_alone(request, draft)
+                if draft.has_prompts:
+                    return True
+        self._inquest.suspects.clear()  # those that are left have ended, or wait
+        return False
 
     # --- preemption, moving
 

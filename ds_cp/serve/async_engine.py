@@ -9,7 +9,6 @@ meanwhile.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -32,14 +31,12 @@ from ds_cp.sampling_params import RequestOptions, SamplingParams
 from ds_cp.scheduler.build import build_scheduler, grid_of
 from ds_cp.serve.channel import Ready
 from ds_cp.serve.grammar_checks import GrammarChecks
+from ds_cp.serve.mailboxes import Mailbox, Mailboxes
 from ds_cp.serve.ready_facts import chat_notes, info_of
 from ds_cp.serve.timed_link import TimedLink
-from ds_cp.serve.worker_link import WorkerLink
+from ds_cp.serve.worker_link import InterruptedStepsError, WorkerLink
 from ds_cp.templates.chat import LOOK_S, ChatTemplate
 from ds_cp.templates.processes import TemplateProcesses
-
-# What a request has for its reader, who takes it at once; an error ends it.
-_Mailbox = asyncio.Queue[Delta | DsCpError]
 
 
 class AsyncEngine:
@@ -72,7 +69,6 @@ class AsyncEngine:
         self._config = config
         self._model_name = model_name
         self._link = link
-        self._loop = loop
         self._load_tokenizer = load_tokenizer
         self._on_ready = on_ready
         self._on_death = on_death
@@ -86,7 +82,9 @@ class AsyncEngine:
         self._cut = False  # unfinished requests were told that it stops
         self._stopping = False  # the loop of steps ends
         self._failed = False  # by ``fail``
-        self._mailboxes: dict[str, _Mailbox] = {}  # by request id
+        self._mailboxes = Mailboxes(loop)
+        self._worked = False  # since the ledger was last checked
+        self._served = 0  # the generation of ranks that the core knows
         self._steps = TimedLink(link)
         self._stall_s = config.server.stall_s
         self._templates = TemplateProcesses()
@@ -124,7 +122,7 @@ class AsyncEngine:
     ) -> AsyncIterator[Delta]:
         """Deltas until the last one of every answer; closing the iterator aborts the request. A
         refusal is raised before the first delta."""
-        mailbox: _Mailbox = asyncio.Queue()
+        mailbox: Mailbox = asyncio.Queue()
         prompt = tuple(prompt_token_ids)  # copied before the lock is taken
         checker = self._ready_core().grammars
         try:
@@ -134,7 +132,7 @@ class AsyncEngine:
             raise
         with self._wake:
             self._ready_core().add(request_id, prompt, params, options, grammar)
-            self._mailboxes[request_id] = mailbox
+            self._mailboxes.open(request_id, mailbox)
             self._wake.notify()
         unfinished = params.n
         try:
@@ -155,7 +153,7 @@ class AsyncEngine:
     def abort(self, request_id: str) -> None:
         """End a request that has not finished; its blocks are free before the next step."""
         with self._lock:
-            self._mailboxes.pop(request_id, None)
+            self._mailboxes.close(request_id)
             if self._core is not None and self._core.abort(request_id):
                 self._tell_ended(self._core)
 
@@ -194,6 +192,7 @@ class AsyncEngine:
                 return EngineStats()
             return replace(
                 self._core.stats(),
+                num_interruptions=self._core.scheduler.num_interruptions,
                 step_seconds=self._steps.seconds,
                 step_age_seconds=0.0 if self._state == "dead" else self._steps.age_s,
                 comm_bytes={scheme: sent[0] for scheme, sent in self._link.sent.items()},
@@ -228,7 +227,7 @@ class AsyncEngine:
 
     def _end_requests(self, err: EngineDeadError) -> None:
         with self._lock:
-            unfinished = list(self._mailboxes.values())
+            unfinished = self._mailboxes.all()
         for mailbox in unfinished:
             mailbox.put_nowait(err)
 
@@ -285,40 +284,47 @@ class AsyncEngine:
         core = self._core
         assert core is not None
         loop = PipelinedLoop(core, self._steps, self._lock)
-        worked = False
-        while True:
-            with self._wake:
-                idle = not core.has_work and not loop.num_in_flight
-                if idle and not self._stopping:
-                    if worked:
-                        core.check_integrity()
-                        worked = False
-                    self._wake.wait(timeout=idle_s)
-                    idle = not core.has_work
-                if self._stopping:
-                    break
-            if idle:  # within comm.timeout_s, so that no rank gives rank 0 up
-                self._steps.submit(Idle())
-                self._steps.outcome()
-                continue
-            worked = True
-            deltas = loop.advance()
-            with self._lock:
-                pairs = [(self._mailboxes.get(delta.request_id), delta) for delta in deltas]
-                self._tell_ended(core)
-            self._deliver([(mailbox, delta) for mailbox, delta in pairs if mailbox is not None])
+        while not self._stopping:
+            try:
+                self._turn(core, loop, idle_s)
+            except InterruptedStepsError:
+                self._recover(core, loop)
         self._state = "dead"
         loop.settle()
         self._link.leave()
 
-    def _deliver(self, items: Sequence[tuple[_Mailbox, Delta | DsCpError]]) -> None:
-        def put() -> None:
-            for mailbox, item in items:
-                mailbox.put_nowait(item)
+    def _turn(self, core: EngineCore, loop: PipelinedLoop, idle_s: float) -> None:
+        """One step, or the wait for something to do."""
+        with self._wake:
+            idle = not core.has_work and not loop.num_in_flight
+            if idle and not self._stopping:
+                if self._worked:
+                    core.check_integrity()
+                    self._worked = False
+                self._wake.wait(timeout=idle_s)
+                idle = not core.has_work
+            if self._stopping:
+                return
+        if idle:  # within comm.timeout_s, so that no rank gives rank 0 up
+            self._steps.submit(Idle())
+            self._steps.outcome()
+            return
+        self._worked = True
+        deltas = loop.advance()
+        with self._lock:
+            addressed = self._mailboxes.addressed(deltas)
+            self._tell_ended(core)
+        self._mailboxes.deliver(addressed)
 
-        if items:
-            with contextlib.suppress(RuntimeError):  # the loop has closed
-                self._loop.call_soon_threadsafe(put)
+    def _recover(self, core: EngineCore, loop: PipelinedLoop) -> None:
+        """The ranks have left: wait until all have met again, and go on from what is certain."""
+        loop.forget()
+        self._steps.forget()
+        resumed = self._link.resume()
+        lost = [rank for rank, born in enumerate(resumed.born) if born > self._served]
+        with self._lock:
+            self._mailboxes.deliver(self._mailboxes.addressed(core.recover(lost)))
+        self._served = resumed.generation
 
     def _tell_ended(self, core: EngineCore) -> None:
         """Tell the listeners, in the event loop. The lock is held."""
@@ -330,16 +336,15 @@ class AsyncEngine:
                     listener(one)
 
         if ended and self._listeners:
-            with contextlib.suppress(RuntimeError):  # the loop has closed
-                self._loop.call_soon_threadsafe(tell)
+            self._mailboxes.call(tell)
 
     def _die(self, err: DsCpError, exit_code: int) -> None:
         with self._lock:
             self._state = "dead"
-            mailboxes = list(self._mailboxes.values())
+            mailboxes = self._mailboxes.all()
         if self._failed:
             return  # reported already
         kind = StoppingError if self._cut else EngineDeadError
-        self._deliver([(mailbox, kind(str(err))) for mailbox in mailboxes])
+        self._mailboxes.deliver([(mailbox, kind(str(err))) for mailbox in mailboxes])
         if not self._stopping:
             self._on_death(err, exit_code)

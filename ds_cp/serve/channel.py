@@ -10,21 +10,31 @@ import msgspec
 
 from ds_cp.errors import EngineDeadError
 from ds_cp.facts import Facts
-from ds_cp.plan import MAX_PLAN_BYTES, Outcome, Plan
+from ds_cp.plan import MAX_PLAN_BYTES, Outcome, Plan, encode_plan
 
-LIMIT = MAX_PLAN_BYTES  # bytes of the largest frame
+LIMIT = MAX_PLAN_BYTES + 4  # bytes of the largest frame
 
 
 class WorkerSpec(msgspec.Struct, frozen=True):
     """The first message to a worker. ``job``: the fields of ``Job`` without its socket;
     ``listen_fd``: the inherited descriptor of rank 0's store socket, or -1; ``folder``: for the
-    worker's temporary files, removed by the supervisor however the worker ends."""
+    worker's temporary files, removed by the supervisor however the worker ends; ``orders_fd``: the
+    inherited socket for orders (``serve.orders``), or -1 where the loss of a peer ends the worker;
+    ``waits``: a ``Take`` comes when it is to take the place of one that has died."""
 
     config: dict[str, Any]
     job: dict[str, Any]
     listen_fd: int
     supervisor_pid: int
     folder: str
+    orders_fd: int = -1
+    waits: bool = False
+
+
+class Take(msgspec.Struct, frozen=True):
+    """The worker is to take the place of one that has died. ``facts``: of the start."""
+
+    facts: Facts
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
@@ -50,7 +60,23 @@ class Result(msgspec.Struct, frozen=True, tag="result"):
     sent: dict[str, tuple[int, int]]
 
 
-FromWorker = Ready | Failed | Result
+class Interrupted(msgspec.Struct, frozen=True, tag="interrupted"):
+    """Rank 0's worker has left the groups of this generation; of its plans, those without a result
+    will have none."""
+
+    generation: int
+    cause: str
+
+
+class Resumed(msgspec.Struct, frozen=True, tag="resumed"):
+    """All ranks have met in this generation. ``born``: of each, the first generation of its
+    process, before which it held no KV."""
+
+    generation: int
+    born: tuple[int, ...]
+
+
+FromWorker = Ready | Failed | Result | Interrupted | Resumed
 
 
 @dataclass(frozen=True)
@@ -59,15 +85,26 @@ class Channel:
 
     sock: socket.socket
 
-    def send(self, message: WorkerSpec | Plan | FromWorker) -> None:
+    def send(self, message: msgspec.Struct) -> None:
         """Send one message. Raises ``EngineDeadError`` when the other process has ended."""
-        raw = msgspec.msgpack.encode(message)
+        self._send_raw(msgspec.msgpack.encode(message))
+
+    def _send_raw(self, raw: bytes) -> None:
         try:
             self.sock.sendall(len(raw).to_bytes(4, "little") + raw)
         except OSError as err:
             raise EngineDeadError(
                 f"the process on the other side is gone ({err.strerror})"
             ) from err
+
+    def send_plan(self, plan: Plan, generation: int) -> None:
+        """Send a plan for the ranks as they met in ``generation``. Raises as ``send``."""
+        self._send_raw(generation.to_bytes(4, "little") + encode_plan(plan))
+
+    def receive_plan(self) -> tuple[bytes, int]:
+        """The next plan as it was encoded, and its generation. Raises as ``receive``."""
+        raw = self.receive_bytes()
+        return raw[4:], int.from_bytes(raw[:4], "little")
 
     def receive(self, kind: Any) -> Any:
         """The next message, decoded as ``kind``. Raises ``EngineDeadError`` when the other process

@@ -21,6 +21,7 @@ from collections.abc import Callable
 
 import msgspec
 
+from ds_cp.serve.orders import Order, Word
 from ds_cp.topology.job import Job
 
 RETRY_S = 0.1  # seconds between tries to reach rank 0's supervisor, which may start later
@@ -51,6 +52,18 @@ class Stopping(msgspec.Struct, frozen=True, tag="stopping"):
     hurry: bool
 
 
+class Died(msgspec.Struct, frozen=True, tag="died"):
+    """The sender's worker has ended by no wish of anyone, and another one loads."""
+
+    cause: str
+
+
+class End(msgspec.Struct, frozen=True, tag="end"):
+    """The receiver is to kill its worker, which will be replaced as after any death."""
+
+    why: str
+
+
 class Noted(msgspec.Struct, frozen=True, tag="noted"):
     """Rank 0 has a ``Lost``."""
 
@@ -59,7 +72,9 @@ class Bye(msgspec.Struct, frozen=True, tag="bye"):
     """The sender ends as it should."""
 
 
-Message = Hello | Lost | Stopping | Noted | Bye
+Said = Died | Word  # to rank 0, on its worker
+Asked = End | Order  # by rank 0
+Message = Hello | Lost | Stopping | Noted | Bye | Said | Asked
 
 
 def link_name(job: Job, launched_by: str = "") -> str | None:
@@ -108,7 +123,8 @@ class _Peer:
 class LeadingLink:
     """Rank 0's side. Each function gets the rank: ``on_lost`` with what it reported, ``on_gone``
     with the process id of a supervisor that ended without a good-bye, ``on_stopping`` with the
-    reason and whether to hurry. They run in the event loop."""
+    reason and whether to hurry, ``on_said`` with what its worker does. They run in the event loop.
+    """
 
     def __init__(
         self,
@@ -121,6 +137,7 @@ class LeadingLink:
         self._on_lost = on_lost
         self._on_gone = on_gone
         self._on_stopping = on_stopping
+        self.on_said: Callable[[int, Said], None] = lambda rank, said: None
         self._peers: dict[int, _Peer] = {}  # by rank
         self._closed = False
         self._server: asyncio.AbstractServer | None = None
@@ -134,6 +151,11 @@ class LeadingLink:
     def is_open(self) -> bool:
         """Whether other supervisors can reach this one."""
         return self._server is not None
+
+    def ask(self, rank: int, asked: Asked) -> None:
+        """Ask another rank's supervisor; nothing happens when that is gone, which ends the job."""
+        if rank in self._peers:
+            self._peers[rank].send(asked)
 
     async def close(self) -> None:
         """Say good-bye to all."""
@@ -163,6 +185,8 @@ class LeadingLink:
                     self._on_lost(hello.rank, message)
                 elif isinstance(message, Stopping):
                     self._on_stopping(hello.rank, message.reason, message.hurry)
+                elif isinstance(message, Said):
+                    self.on_said(hello.rank, message)
                 elif message is None:
                     if not self._closed:
                         self._on_gone(hello.rank, hello.pid)
@@ -177,9 +201,17 @@ class LeadingLink:
 
 class FollowingLink:
     """Another rank's side. ``on_gone`` gets 0 and the process id of rank 0's supervisor when that
-    ends without a good-bye. ``patience_s``: seconds that rank 0 may start later."""
+    ends without a good-bye. ``patience_s``: seconds that rank 0 may start later. ``on_asked`` gets
+    what rank 0 asks, ``on_bye`` is called when it ends as it should."""
 
-    def __init__(self, rank: int, patience_s: float, on_gone: Callable[[int, int], None]) -> None:
+    def __init__(
+        self,
+        rank: int,
+        patience_s: float,
+        on_gone: Callable[[int, int], None],
+    ) -> None:
+        self.on_asked: Callable[[Asked], None] = lambda asked: None
+        self.on_bye: Callable[[], None] = lambda: None
         self._rank = rank
         self._patience_s = patience_s
         self._on_gone = on_gone
@@ -211,6 +243,16 @@ class FollowingLink:
             await asyncio.sleep(seconds)
         else:
             await asyncio.wait({self._task}, timeout=seconds)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether rank 0 hears."""
+        return self._connected.is_set() and self._task is not None and not self._task.done()
+
+    def say(self, said: Said) -> None:
+        """Tell rank 0 what this rank's worker does."""
+        if self._peer is not None:
+            self._peer.send(said)
 
     def stopping(self, reason: str, hurry: bool) -> None:
         """Tell rank 0 that this rank was asked to end."""
@@ -247,6 +289,9 @@ class FollowingLink:
         while not isinstance(message := await peer.receive(), Bye):
             if isinstance(message, Noted):
                 self._noted.set()
+            elif isinstance(message, Asked):
+                self.on_asked(message)
             elif message is None:
                 self._on_gone(0, hello.pid)
                 return
+        self.on_bye()

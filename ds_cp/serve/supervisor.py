@@ -12,33 +12,34 @@ What decides how this process ends is set before a word is written.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
 import signal
 import socket
 import subprocess
 import time
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ds_cp.config import Config
-from ds_cp.errors import DsCpError, EngineDeadError, ModelError
+from ds_cp.errors import DsCpError, EngineDeadError
 from ds_cp.log_stream import say
 from ds_cp.model.source import ModelSource, find_model
-from ds_cp.model.watch import FilesWatch, watch_model
 from ds_cp.process import StopSignals, settle_heap
 from ds_cp.serve.announce import Announce, print_ready
 from ds_cp.serve.channel import Channel, Failed, FromWorker, Ready
 from ds_cp.serve.job_link import FollowingLink, LeadingLink, Lost, link_name
-from ds_cp.serve.worker_child import SIGNALS, describe_end, ended, noticed, worker_child
+from ds_cp.serve.mending import Mending, can_mend
+from ds_cp.serve.preparations import bind_http, load_tokenizer, note_launchers, watch_files
+from ds_cp.serve.seat import Seat
+from ds_cp.serve.worker_child import SIGNALS, noticed, until_end
 from ds_cp.topology.job import Job
 from ds_cp.topology.launcher_process import launcher_processes
+from ds_cp.trace.writing import STALLED_S, Writing
 
 if TYPE_CHECKING:
     from ds_cp.serve.async_engine import AsyncEngine
 
 LEAVE_S = 2.0  # seconds for workers to end after the stop plan
-TRACE_S = 60.0  # seconds more where they write a trace
 POLL_S = 0.1  # seconds between looks at the worker and the launcher
 TOLD_S = 1.0  # seconds for the errors of a failed engine to reach their clients
 CAUSE_S = 1.5  # seconds that rank 0 waits for the cause when its worker knows only of a lost peer
@@ -72,59 +73,50 @@ class _Supervisor:
         self._signals = StopSignals()
         self._pending: tuple[str, int] | None = None  # a failure whose cause may still come
         self._exit_code = 0
-        self._leave_s = LEAVE_S + (0.0 if config.trace.file is None else TRACE_S)
+        # A rank other than 0 waits at most for an exchange until rank 0 takes what it recorded.
+        stalled_s = config.comm.timeout_s + STALLED_S
+        self._leave_s = LEAVE_S + (0.0 if config.trace.file is None else stalled_s)
+        self._trace = Writing(config.trace.file if job.rank == 0 else None, stalled_s)
         self._launchers = launcher_processes(job.launcher)
         self._engine: AsyncEngine | None = None
         self._leading = LeadingLink(job.world_size, self._on_lost, self._on_gone, self._on_stopping)
         self._following = FollowingLink(job.rank, config.comm.timeout_s, self._on_gone)
+        self._seat = Seat(config, job, can_mend(config, job))
+        self._mending = Mending(
+            config, job, self._seat, self._leading if job.rank == 0 else self._following, self
+        )
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
         leads = self._job.rank == 0
-        found = (find_model(self._config.model), self._bind()) if leads else None
-        files = self._watch_files()  # as they are before the worker reads them
+        found = (find_model(self._config.model), bind_http(self._config)) if leads else None
+        files = watch_files(self._config, self._job)  # as they are before the worker reads them
         for number in SIGNALS:
             loop.add_signal_handler(number, self._on_signal, number)
         link = self._leading if leads else self._following
         nearest = self._launchers[0].identity if self._launchers else ""
         if name := link_name(self._job, nearest):
             await link.open(name)
-        with worker_child(self._config, self._job) as (process, channel):
-            watch = asyncio.create_task(self._watch(process))
+        with self._seat:
+            watch = asyncio.create_task(self._watch())
             watch.add_done_callback(self._on_watched)
             if files is not None:
                 files.start()
             try:
                 if found is not None:
-                    await self._serve_http(channel, *found)
+                    await self._serve_http(*found)
                 else:
-                    await self._follow(channel)
-                await asyncio.wait({watch}, timeout=0 if self._failed and leads else self._leave_s)
+                    await self._seat.each(self._follow, watch)
+                if not (self._failed and leads):
+                    await until_end(watch, self._leave_s, self._trace.goes_on)
             finally:
                 watch.cancel()
                 await link.close()
         return self._exit_code
 
-    def _watch_files(self) -> FilesWatch | None:
-        """One process of each host looks after the model's files there."""
-        if self._job.rank != 0 and self._job.local_rank != 0:
-            return None
-        try:
-            return watch_model(find_model(self._config.model), lambda line: say(f"warning: {line}"))
-        except ModelError:  # the worker says it
-            return None
-
-    def _bind(self) -> list[socket.socket]:
-        from ds_cp.api.transport.listen import bind
-
-        server = self._config.server
-        return bind(server.host, server.port, say)
-
     # --- rank 0: the HTTP application
 
-    async def _serve_http(
-        self, channel: Channel, source: ModelSource, listeners: list[socket.socket]
-    ) -> None:
+    async def _serve_http(self, source: ModelSource, listeners: list[socket.socket]) -> None:
         from ds_cp.api.app import create_app
         from ds_cp.api.transport.listen import urls
         from ds_cp.api.transport.server import serve_until
@@ -137,8 +129,9 @@ class _Supervisor:
 
         def on_ready(ready: Ready) -> None:
             self._loaded = True
+            loop.call_soon_threadsafe(self._seat.loaded, ready.facts)
             settle_heap()
-            self._note_launchers()
+            note_launchers(self._job, self._launchers)
             self._announce(ready.summary, addresses)
 
         def on_death(err: DsCpError, exit_code: int) -> None:
@@ -146,15 +139,11 @@ class _Supervisor:
             known = not isinstance(err, WorkerFailedError) or err.cause_known
             loop.call_soon_threadsafe(self._on_death, str(err), exit_code, known, lost)
 
+        self._mending.worker = worker = ProcessLink(self._seat.channel, self._seat.outlives)
         engine = AsyncEngine(
-            self._config,
-            source.name,
-            ProcessLink(channel),
-            loop,
-            partial(_load_tokenizer, source),
-            on_ready,
-            on_death,
-        )
+            self._config, source.name, worker, loop,
+            partial(load_tokenizer, source), on_ready, on_death,
+        )  # fmt: skip
         self._engine = engine
         engine.start()
         app = create_app(engine, server, log_requests=True)
@@ -165,15 +154,6 @@ class _Supervisor:
         self._leaving = True
         await engine.stop(LEAVE_S if self._loaded and not self._failed else 0.0)
 
-    def _note_launchers(self) -> None:
-        """Say what a job on one host lets other machines reach all the same."""
-        if not self._job.one_host:
-            return
-        for launcher in self._launchers:
-            if addresses := launcher.open_addresses():
-                open_to = f"{launcher} listens on {' and '.join(addresses)}"
-                say(f"note: {open_to}, for other machines too; see SECURITY.md")
-
     # --- other ranks
 
     async def _follow(self, channel: Channel) -> None:
@@ -183,6 +163,7 @@ class _Supervisor:
             message = await asyncio.to_thread(channel.receive, FromWorker)
             if isinstance(message, Ready):
                 self._loaded = True
+                self._seat.loaded(message.facts)
                 message = await asyncio.to_thread(channel.receive, FromWorker)
             if isinstance(message, Failed):
                 self._reported = True
@@ -281,36 +262,62 @@ class _Supervisor:
         self._asked = time.monotonic()
         if self._engine is not None:
             self._engine.fail(message)
+        self._mending.end_if_out()
         self._stop.set()
         # Requests of the engine know by now; what is still on its way does not hold up the end.
         asyncio.get_running_loop().call_later(TOLD_S, self._hurry.set)
         if says:
             say(f"error: {message}")
 
+    # --- a worker that dies is replaced
+
+    @property
+    def mends(self) -> bool:
+        """Whether a worker that dies now is replaced."""
+        ends = self._failed or self._reported or self._leaving or self._hurry.is_set()
+        return self._mending.is_possible and self._loaded and not ends
+
+    def give_up(self, why: str) -> None:
+        """As ``Mending`` wants it."""
+        self._fail(why, 1)
+
+    def end_worker(self) -> None:
+        """The worker waits for a meeting that will not be."""
+        self._leaving = self._reported = True
+        self._exit_code = self._exit_code or int(not self._stop.is_set())
+        self._seat.process.kill()
+
+    async def _watch(self) -> None:
+        """See each worker's end, and replace those that die while they are wanted."""
+        while True:
+            process = self._seat.process
+            since = await self._seat.until_end(self._look)
+            if process.returncode >= 0 or not self.mends:
+                break
+            self._mending.died(noticed(self._seat.cause(process), since))
+        await self._report_end(process, since)
+
     # --- what this process watches
 
-    async def _watch(self, process: subprocess.Popen[bytes]) -> None:
+    def _look(self) -> None:
         """Stop when the launcher has ended, and kill a worker that outlives its time."""
-        with ended(process.pid) as worker_ended:
-            since = time.monotonic()  # the worker lived
-            while process.poll() is None:
-                since = time.monotonic()
-                with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(worker_ended.wait(), POLL_S)
-                for launcher in [one for one in self._launchers if not one.is_alive]:
-                    self._launchers.remove(launcher)
-                    self._begin_stop(f"the launcher {launcher} has ended", hurry=False)
-                if self._stop.is_set() and time.monotonic() - self._asked >= self._patience_s():
-                    self._leaving = True
-                    process.kill()
+        self._mending.look()
+        for launcher in [one for one in self._launchers if not one.is_alive]:
+            self._launchers.remove(launcher)
+            self._begin_stop(f"the launcher {launcher} has ended", hurry=False)
+        if self._stop.is_set() and time.monotonic() - self._asked >= self._patience_s():
+            self._leaving = True
+            self._seat.process.kill()
+
+    async def _report_end(self, process: subprocess.Popen[bytes], since: float) -> None:
+        """The worker has ended, and so does the job."""
         if process.returncode > 0:  # it left by itself, and has said why unless it crashed
             await self._hear(FIRST_WORD_S if self._job.rank == 0 else LAST_WORD_S)
         if self._may_fail or self._reported:
             return
         if process.returncode == 0 and self._job.rank != 0:
             return  # after the stop plan
-        cause = f"the worker of rank {self._job.rank} was ended by "
-        cause += describe_end(process.returncode)
+        cause = self._seat.cause(process)
         if self._job.rank == 0:
             self._fail(noticed(cause, since), 1)
             return
@@ -340,10 +347,3 @@ class _Supervisor:
             return math.inf
         drains = not (self._hurry.is_set() or self._failed)
         return self._leave_s + (self._config.server.drain_timeout_s + FOLLOW_S if drains else 0.0)
-
-
-def _load_tokenizer(source: ModelSource) -> Any:
-    """Rank 0 alone imports it: the supervisors of other ranks go without torch."""
-    from ds_cp.model.loading import load_tokenizer
-
-    return load_tokenizer(source)

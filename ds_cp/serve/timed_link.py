@@ -31,6 +31,10 @@ class TimedLink:
         self._outstanding += 1
         self._link.submit(plan)
 
+    def forget(self) -> None:
+        """The plans without an outcome will have none."""
+        self._outstanding, self._since = 0, None
+
     def outcome(self) -> Outcome:
         """The oldest plan's outcome."""
         outcome = self._link.outcome()

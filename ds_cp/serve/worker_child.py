@@ -10,32 +10,53 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from ds_cp.config import Config
+from ds_cp.facts import Facts
 from ds_cp.model.private_folder import own_folder
-from ds_cp.serve.channel import Channel, WorkerSpec
+from ds_cp.serve.channel import Channel, Take, WorkerSpec
 from ds_cp.startup.resources import choose_threads, socket_environment
 from ds_cp.topology.job import Job
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # that end the job
+POLL_S = 0.1  # seconds between looks at a worker that has its time behind it
 WAIT_S = 0.5  # seconds for a worker to end at the last
 
 
+class Child(NamedTuple):
+    """A worker process, the channel for plans and results, and, where it outlives the loss of its
+    peers, the one for orders."""
+
+    process: subprocess.Popen[bytes]
+    channel: Channel
+    orders: Channel | None
+
+    def take(self, facts: Facts) -> None:
+        """One that waits takes the place of one that has died, with these facts of the start.
+        Raises ``EngineDeadError`` when it has ended."""
+        self.channel.send(Take(facts))
+
+
 @contextlib.contextmanager
-def worker_child(config: Config, job: Job) -> Iterator[tuple[subprocess.Popen[bytes], Channel]]:
+def worker_child(
+    config: Config, job: Job, outlives: bool = False, waits: bool = False
+) -> Iterator[Child]:
     """Start this rank's worker; on leaving, wait for its end or kill it, and remove its temporary
-    files. Raises ``ModelError`` where none can be written."""
-    with own_folder() as folder, _started(config, job, folder) as started:
+    files. ``outlives``: it is to outlive the loss of its peers; ``waits``: it loads what does not
+    depend on the others, and waits for ``take``. Raises ``ModelError`` where no files can be
+    written."""
+    with own_folder() as folder, _started(config, job, folder, outlives, waits) as started:
         yield started
 
 
 @contextlib.contextmanager
-def _started(
-    config: Config, job: Job, folder: str
-) -> Iterator[tuple[subprocess.Popen[bytes], Channel]]:
+def _started(config: Config, job: Job, folder: str, outlives: bool, waits: bool) -> Iterator[Child]:
     ours, theirs = socket.socketpair()
+    asking, asked = socket.socketpair() if outlives else (None, None)
+    asked_fd = asked.fileno() if asked is not None else -1
     listen_fd = job.store_socket.fileno() if job.store_socket is not None else -1
     threads = choose_threads(config, job.local_world_size or 1)
     # The worker starts with these signals blocked: a terminal's Ctrl-C is for the supervisor alone.
@@ -43,7 +64,7 @@ def _started(
     try:
         process = subprocess.Popen(
             [sys.executable, "-m", "ds_cp.serve.worker_process", str(theirs.fileno())],
-            pass_fds=[theirs.fileno(), *([listen_fd] if listen_fd >= 0 else [])],
+            pass_fds=[fd for fd in (theirs.fileno(), listen_fd, asked_fd) if fd >= 0],
             env={
                 **socket_environment(job),
                 **os.environ,
@@ -55,8 +76,10 @@ def _started(
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
-    if job.store_socket is not None:
-        job.store_socket.close()  # the worker has it now
+        if asked is not None:
+            asked.close()
+    if job.store_socket is not None and not outlives:
+        job.store_socket.close()  # the worker has it now; else the next one wants it too
     channel = Channel(ours)
     fields = {
         name: getattr(job, name)
@@ -71,15 +94,19 @@ def _started(
                 listen_fd,
                 os.getpid(),
                 folder,
+                asked_fd,
+                waits,
             )
         )
-        yield process, channel
+        yield Child(process, channel, None if asking is None else Channel(asking))
     finally:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(WAIT_S)
         process.kill()
         process.wait()
         ours.close()
+        if asking is not None:
+            asking.close()
 
 
 @contextlib.contextmanager
@@ -104,6 +131,14 @@ def ended(pid: int) -> Iterator[asyncio.Event]:
     finally:
         loop.remove_reader(handle)
         os.close(handle)
+
+
+async def until_end(watch: asyncio.Task[None], seconds: float, works: Callable[[], bool]) -> None:
+    """Wait for the end of a worker, which ``watch`` sees, at most ``seconds``, and then as long as
+    ``works()``."""
+    await asyncio.wait({watch}, timeout=seconds)
+    while not watch.done() and works():
+        await asyncio.wait({watch}, timeout=POLL_S)
 
 
 def describe_end(code: int) -> str:

@@ -4,13 +4,22 @@ this process."""
 from __future__ import annotations
 
 import contextlib
+import queue
 from collections.abc import Callable
 from typing import Any, Protocol
 
 from ds_cp.engine.loop import ThreadRunner
 from ds_cp.errors import EngineDeadError
 from ds_cp.plan import Outcome, Plan, Stop
-from ds_cp.serve.channel import Channel, Failed, FromWorker, Ready, Result
+from ds_cp.serve.channel import (
+    Channel,
+    Failed,
+    FromWorker,
+    Interrupted,
+    Ready,
+    Result,
+    Resumed,
+)
 
 Sent = dict[str, tuple[int, int]]  # scheme -> (bytes, exchanges)
 Lead = Callable[[Plan], Outcome]
@@ -37,6 +46,10 @@ class WorkerLink(Protocol):
         """Wait for the outcome of the oldest plan without one."""
         ...
 
+    def resume(self) -> Resumed:
+        """Wait until all ranks have met again, after ``InterruptedStepsError``."""
+        ...
+
     def leave(self) -> None:
         """End all ranks; no outcome is outstanding."""
         ...
@@ -56,12 +69,27 @@ class WorkerLostError(EngineDeadError):
     """The worker ended without a report; its supervisor knows the exit code or signal."""
 
 
-class ProcessLink:
-    """A worker process on the other side of a socket."""
+class InterruptedStepsError(EngineDeadError):
+    """The ranks have left their groups, and do not run the plans that have no outcome:
+    ``resume``."""
 
-    def __init__(self, channel: Channel) -> None:
+
+class ProcessLink:
+    """A worker process on the other side of a socket. ``outlives``: it is replaced when it dies,
+    and outlives its peers."""
+
+    def __init__(self, channel: Channel, outlives: bool = False) -> None:
         self._sent: Sent = {}
-        self._channel = channel
+        self._channel: Channel | None = channel
+        self._outlives = outlives
+        self._may_resume = False  # once it was ready
+        self.steps_done = 0
+        self._generation = 0
+        self._next: queue.SimpleQueue[Channel] = queue.SimpleQueue()
+
+    def replace(self, channel: Channel) -> None:
+        """From another thread: a new worker takes the place of the one that has died."""
+        self._next.put(channel)
 
     @property
     def sent(self) -> Sent:
@@ -71,36 +99,66 @@ class ProcessLink:
     def ready(self) -> Ready:
         """Wait for the worker's ``Ready``."""
         ready: Ready = self._expect(Ready)
+        self._may_resume = self._outlives
         return ready
 
     def submit(self, plan: Plan) -> None:
         """Send a plan; the worker reads it after the one before. Raises ``WorkerLostError`` when
-        the worker has ended."""
+        the worker has ended, or ``InterruptedStepsError``."""
+        assert self._channel is not None
         try:
-            self._channel.send(plan)
+            self._channel.send_plan(plan, self._generation)
         except EngineDeadError as err:
-            raise WorkerLostError(str(err)) from err
+            raise self._lost(err) from err
 
     def outcome(self) -> Outcome:
         """The oldest plan's outcome."""
         result: Result = self._expect(Result)
         self._sent = result.sent
+        self.steps_done += result.outcome.step > 0
         return result.outcome
+
+    def resume(self) -> Resumed:
+        """Wait until all ranks have met again, after ``InterruptedStepsError``."""
+        while True:
+            if self._channel is None:
+                self._channel = self._next.get()
+            try:
+                message = self._channel.receive(FromWorker)
+            except EngineDeadError:
+                self._channel = None
+                continue
+            if isinstance(message, Failed):
+                raise WorkerFailedError(message.message, message.exit_code, message.cause_known)
+            if isinstance(message, Resumed):
+                self._generation = message.generation
+                return message
 
     def leave(self) -> None:
         """Send the stop plan, which has no outcome."""
-        with contextlib.suppress(EngineDeadError):
-            self._channel.send(Stop())
+        if self._channel is not None:
+            with contextlib.suppress(EngineDeadError):
+                self._channel.send_plan(Stop(), self._generation)
 
     def _expect(self, kind: type) -> Any:
+        assert self._channel is not None
         try:
             message = self._channel.receive(FromWorker)
         except EngineDeadError as err:
-            raise WorkerLostError(str(err)) from err
+            raise self._lost(err) from err
         if isinstance(message, Failed):
             raise WorkerFailedError(message.message, message.exit_code, message.cause_known)
+        if isinstance(message, Interrupted):
+            raise InterruptedStepsError(message.cause)
         assert isinstance(message, kind)
         return message
+
+    def _lost(self, err: EngineDeadError) -> EngineDeadError:
+        """The error after the other side's end."""
+        if not self._may_resume:
+            return WorkerLostError(str(err))
+        self._channel = None
+        return InterruptedStepsError(str(err))
 
 
 class LocalLink:
@@ -132,6 +190,10 @@ class LocalLink:
     def outcome(self) -> Outcome:
         """The oldest plan's outcome."""
         return self._runner.outcome()
+
+    def resume(self) -> Resumed:
+        """Never called: a worker in this process ends with it."""
+        raise EngineDeadError("the worker of this process cannot be replaced")
 
     def leave(self) -> None:
         """Run the stop plan and end the thread."""

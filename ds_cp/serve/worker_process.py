@@ -14,15 +14,12 @@ import socket
 import sys
 import tempfile
 import traceback
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from ds_cp.errors import CommError, DsCpError, OutputError
 from ds_cp.log_stream import say, take_over, write_json_lines
-from ds_cp.process import die_with_parent, leave_process, settle_heap
-from ds_cp.serve.channel import Channel, Failed, Ready, Result, WorkerSpec
-
-if TYPE_CHECKING:
-    from ds_cp.worker.worker import Worker
+from ds_cp.process import die_with_parent, importing, leave_process, settle_heap
+from ds_cp.serve.channel import Channel, Failed, Ready, Take, WorkerSpec
 
 
 def main(argv: list[str]) -> NoReturn:
@@ -53,10 +50,15 @@ def main(argv: list[str]) -> NoReturn:
 
 def _work(channel: Channel, spec: WorkerSpec) -> None:
     from ds_cp.config import Config
-    from ds_cp.startup.build import build_worker
-    from ds_cp.startup.join import join_job
-    from ds_cp.startup.report import summary
+    from ds_cp.serve.orders import Loaded, Orders
+    from ds_cp.serve.worker_life import WorkerLife
     from ds_cp.topology.job import Job
+
+    with importing(for_good=True):
+        from ds_cp.startup.alone import build_alone, prepare
+        from ds_cp.startup.build import build_worker
+        from ds_cp.startup.join import join_job
+        from ds_cp.startup.report import summary
 
     config = Config.model_validate_json(_json(spec.config))
     fields: dict[str, Any] = dict(spec.job)
@@ -64,16 +66,26 @@ def _work(channel: Channel, spec: WorkerSpec) -> None:
         fields["hosts"] = tuple(fields["hosts"])
     listener = socket.socket(fileno=spec.listen_fd) if spec.listen_fd >= 0 else None
     job = Job(**fields, store_socket=listener)
-    world, threads = join_job(job, config)
-    worker, facts = build_worker(world, config, None, threads)
+    orders = Orders(socket.socket(fileno=spec.orders_fd)) if spec.orders_fd >= 0 else None
+    if spec.waits:
+        assert orders is not None
+        prepare(config)
+        take: Take = channel.receive(Take)
+        worker, facts = build_alone(job, config, take.facts), take.facts
+        life = WorkerLife(channel, orders, job, config, facts, worker)
+        orders.tell(Loaded())
+        life.meet()
+    else:
+        world, threads = join_job(job, config)
+        worker, facts = build_worker(world, config, None, threads)
+        life = WorkerLife(channel, orders, job, config, facts, worker)
+        life.begin()
     try:
-        with worker.failing():  # the end of the channel too
-            settle_heap()
-            channel.send(Ready(facts, tuple(summary(config, facts))))
-            if world.rank == 0:
-                _lead(channel, worker)
-            else:
-                worker.follow()
+        settle_heap()
+        if not spec.waits:
+            with worker.failing():
+                channel.send(Ready(facts, tuple(summary(config, facts))))
+        life.run()
     except BaseException:
         worker.give_up_trace()
         raise
@@ -82,13 +94,6 @@ def _work(channel: Channel, spec: WorkerSpec) -> None:
     except OutputError as err:
         say(f"error: {err}")
         raise
-
-
-def _lead(channel: Channel, worker: Worker) -> None:
-    """Rank 0: give every plan that the supervisor sends to all ranks, up to ``Stop``."""
-    while (outcome := worker.forward(channel.receive_bytes())) is not None:
-        sent = {k: (e.bytes, e.exchanges) for k, e in worker.world.ledger.schemes().items()}
-        channel.send(Result(outcome, sent))
 
 
 def _json(config: dict[str, Any]) -> str:

@@ -24,7 +24,7 @@ from ds_cp.kv.pool import bytes_per_token
 from ds_cp.model.end_tokens import model_end_tokens
 from ds_cp.model.faults import decoder_at_fault
 from ds_cp.model.invariant import restore_layers
-from ds_cp.model.linear import unpack
+from ds_cp.model.linear import is_packed, unpack
 from ds_cp.model.loading import choose_dtype, load_config, load_model
 from ds_cp.model.shard import RowSums, shard_model
 from ds_cp.model.source import ModelSource, find_model
@@ -37,10 +37,12 @@ from ds_cp.startup.host_budget import decide_slots, open_slots
 from ds_cp.startup.kernel_choice import choose_for_all
 from ds_cp.startup.kv_budget import allocate_pool, decide_budget
 from ds_cp.startup.layerwise import AttentionRecord
+from ds_cp.startup.overhead import measure_overheads
 from ds_cp.startup.packing import Packing, plan_packing
+from ds_cp.startup.reading import reading_rates
 from ds_cp.startup.resources import ranks_at_once
 from ds_cp.startup.shapes import layer_windows, mean_shape, shape_notes
-from ds_cp.startup.weights import active_weights
+from ds_cp.startup.weights import count_weights
 from ds_cp.topology.hosts import resolve_grid
 from ds_cp.worker.decode_graph import cuda_graphs
 from ds_cp.worker.tracing import trace_steps
@@ -53,7 +55,7 @@ class Served:
 
     ``layers``: what each layer asks of attention, with this rank's head counts; ``max_model_len``:
     in tokens; ``exactness``, ``rounding``: largest relative logit difference of ours, and of
-    transformers' own sdpa attention, to its eager attention.
+    transformers' own sdpa attention, to its eager attention; ``fingerprint``: as it was loaded.
     """
 
     decoder: Decoder
@@ -62,23 +64,32 @@ class Served:
     max_model_len: int
     exactness: float
     rounding: float
+    fingerprint: Fingerprint
 
 
 def build_worker(
-    world: World, config: Config, model: Decoder | ModelSource | None, threads: int
+    world: World,
+    config: Config,
+    model: Decoder | ModelSource | None,
+    threads: int,
+    promised: bool = False,
 ) -> tuple[Worker, Facts]:
     """Load, shard, check and wire the model, and allocate this rank's KV. Collective.
 
     ``model``: ``None`` for the config's, looked up here, so that a rank that does not find it can
-    say so. Raises the typed errors of ``ds_cp.errors``, on every rank, with the rank and host of
-    the first that failed.
+    say so; ``promised``: as in ``decide_budget``. Raises the typed errors of ``ds_cp.errors``, on
+    every rank, with the rank and host of the first that failed.
     """
     with failing(world):
-        return _build(world, config, model, threads)
+        return _build(world, config, model, threads, promised)
 
 
 def _build(
-    world: World, config: Config, model: Decoder | ModelSource | None, threads: int
+    world: World,
+    config: Config,
+    model: Decoder | ModelSource | None,
+    threads: int,
+    promised: bool,
 ) -> tuple[Worker, Facts]:
     sizes = config.context_parallel.size, config.tensor_parallel.tp_size
     grid = local_phase(world, lambda: resolve_grid(world.topology, *sizes))
@@ -94,7 +105,9 @@ def _build(
     # All ranks of a host look at its free memory before any of them takes some.
     budget = local_phase(
         world,
-        lambda: decide_budget(config, world, grid, cp.rank, per_token, served.max_model_len),
+        lambda: decide_budget(
+            config, world, grid, cp.rank, per_token, served.max_model_len, promised
+        ),
     )
     kernel = served.kernel.kernel
     pool = local_phase(
@@ -111,7 +124,10 @@ def _build(
     flops = local_phase(
         world, lambda: achieved_flops(text.hidden_size, decoder.dtype, world.device)
     )
+    shared, alone = reading_rates(world, decoder)
+    overheads = measure_overheads(world, cp, decoder.dtype)
     links = measure_links(world)
+    weights = count_weights(decoder)
     shape = mean_shape(layers)
     facts = Facts(
         hosts=world.topology.hosts,
@@ -136,18 +152,27 @@ def _build(
         exactness=served.exactness,
         links=tuple(LinkFacts(x.name, x.latency_us, x.gb_per_s, x.in_background) for x in links),
         flops_per_s=flops,
-        weights=active_weights(decoder),
+        weights=weights.active,
         head_dim=shape.head_dim,
         notes=(*world.notes, *notes, *shape_notes(layers, tp.size), *served.kernel.notes),
         rounding=served.rounding,
         windows=layer_windows(layers),
         kv_reason=budget.reason,
+        packed=is_packed(decoder),
+        layer_weights=weights.layers,
+        stored_weights=weights.stored,
+        head_weights=weights.head,
+        bytes_per_s=shared,
+        alone_bytes_per_s=alone,
+        layer_s=overheads.layer_s,
+        hop_s=overheads.hop_s,
         host_blocks_per_rank=tuple(slots[c * tp.size] for c in range(cp.size))
         if any(slots)
         else (),
         host_gb_per_s=host_rate,
     )
     worker = Worker(world, cp, tp, decoder, layers, pool, kernel, store)
+    worker.fingerprint = served.fingerprint
     if world.device.type == "cuda" and tp.size == 1:  # sums between ranks are not captured
         longest = -(-served.max_model_len // size)
         rows = config.scheduler.max_num_seqs
@@ -220,7 +245,7 @@ def _serve(
     error = local_phase(
         world, lambda: compare(architecture, decoder.dtype, reference, steps, replayed)
     )
-    return Served(decoder, layers, kernel, length, error, reference.rounding)
+    return Served(decoder, layers, kernel, length, error, reference.rounding, found)
 
 
 def _load(

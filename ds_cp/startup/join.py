@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from ds_cp.comm.wire import Rendezvous, World, join
@@ -10,8 +12,17 @@ from ds_cp.errors import ConfigError
 from ds_cp.topology.job import Job
 
 
-def join_job(job: Job, config: Config) -> tuple[World, int]:
-    """Join the other ranks. Returns the world and this rank's number of CPU threads.
+def join_job(
+    job: Job,
+    config: Config,
+    generation: int = 0,
+    born: int = 0,
+    left: World | None = None,
+    arrive_s: float | None = None,
+    given_up: Callable[[], bool] = lambda: False,
+) -> tuple[World, int]:
+    """Join the other ranks. Returns the world and this rank's number of CPU threads. What follows
+    ``config`` is for later meetings, as in ``comm.join``.
 
     Raises ``ConfigError`` when there is no device for this rank, ranks share one under NCCL, or
     have other configs,
@@ -25,7 +36,7 @@ def join_job(job: Job, config: Config) -> tuple[World, int]:
     world = join(
         job.rank,
         job.world_size,
-        Rendezvous(job.store_host, job.store_port, listen_fd),
+        Rendezvous(job.store_host, job.store_port, listen_fd, generation),
         host=job.host,
         hosts=job.hosts,
         device=device,
@@ -34,6 +45,10 @@ def join_job(job: Job, config: Config) -> tuple[World, int]:
         backend=config.comm.backend,
         shared_memory=config.comm.shared_memory,
         threads=None if config.threads_per_rank == "auto" else config.threads_per_rank,
+        arrive_s=arrive_s,
+        born=born,
+        left=left,
+        given_up=given_up,
     )
     torch.set_num_threads(world.threads)
     return world, world.threads

@@ -30,9 +30,16 @@ class KVBudget:
 
 
 def decide_budget(
-    config: Config, world: World, grid: Grid, cp_rank: int, per_token: int, max_model_len: int
+    config: Config,
+    world: World,
+    grid: Grid,
+    cp_rank: int,
+    per_token: int,
+    max_model_len: int,
+    promised: bool = False,
 ) -> KVBudget:
-    """This rank's room for KV; ``per_token``: KV bytes of one token on this rank.
+    """This rank's room for KV; ``per_token``: KV bytes of one token on this rank; ``promised``: the
+    job counts on it already, so what is free at the moment decides nothing.
 
     ``auto`` on CPU is a share of the free memory, but no more than ``max_num_seqs`` requests of
     the model's length can use; on CUDA, where nothing else wants the memory, all of the share.
@@ -67,6 +74,8 @@ def decide_budget(
             f"kv_cache gives cp rank {cp_rank} room for {tokens} tokens ({per_token} bytes each), "
             f"less than one block of {size}: raise the budget or lower kv_cache.block_size"
         )
+    if promised:
+        return KVBudget(tokens // size * size, reason, world.device.type == "cpu")
     need = tokens // size * size * per_token
     if need > free:
         raise _too_large(need, world, cp_rank)

@@ -92,7 +92,12 @@ def _rates(facts: Facts) -> list[str]:
     hidden = f"hides under attention from chunks of {hides:.0f} tokens on"
     if not cost.in_background:
         hidden = "takes its time beside attention: a rank copies it itself"
+    reads = f"{facts.bytes_per_s / 1e9:.1f} GB/s"
+    if facts.alone_bytes_per_s > 1.1 * facts.bytes_per_s:
+        reads += f" ({facts.alone_bytes_per_s / 1e9:.1f} alone)"
+    beside = f"{facts.layer_s * 1e6:.0f} us a layer and {facts.hop_s * 1e6:.0f} a hop beside it"
     return [
-        f"one rank computes {facts.flops_per_s / 1e9:.0f} GFLOP/s; "
+        f"one rank computes {facts.flops_per_s / 1e9:.0f} GFLOP/s and reads weights at {reads}, "
+        f"{beside}; "
         f"moving KV around {facts.cp_size} ranks {hidden}"
     ]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
+
+from torch import nn
 
 from ds_cp.model.wiring import Decoder
 
@@ -12,6 +16,29 @@ ACTIVE_EXPERTS = (
     "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k",
     "top_k_experts",
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Parameters on this rank. ``active``: that one token passes, of all; ``layers``: of the layers
+    alone; ``stored``: the same with the experts that it does not pass; ``head``: from the last
+    hidden state to logits, which only a token that draws another one passes."""
+
+    active: int
+    layers: int
+    stored: int
+    head: int
+
+
+def count_weights(model: Decoder) -> Weights:
+    """Embeddings are looked up: they count in ``active`` alone."""
+    get_head: Callable[[], nn.Module | None] = model.get_output_embeddings
+    ends = (model.get_input_embeddings(), get_head())
+    outer = {id(p): p.numel() for end in ends if end is not None for p in end.parameters()}
+    inner = sum(p.numel() for p in model.parameters()) - sum(outer.values())
+    head = ends[1].parameters() if ends[1] is not None else ()
+    active = active_weights(model)
+    return Weights(active, active - sum(outer.values()), inner, sum(p.numel() for p in head))
 
 
 def active_weights(model: Decoder) -> int:

@@ -33,13 +33,15 @@ class ToolShape(msgspec.Struct, frozen=True):
     """What a template makes of tools. ``offers``: it writes a request's tools. ``history``: it
     writes earlier calls and their results, if the arguments of a call are JSON text
     (``text_arguments``) or an object, and content that is empty is null beside a call
-    (``null_content``) or "". ``system``: it writes what a system message says."""
+    (``null_content``) or "". ``system``: it writes what a system message says;
+    ``late_system``: of one behind a user's too."""
 
     offers: bool = False
     history: bool = False
     text_arguments: bool = False
     null_content: bool = False
     system: bool = True
+    late_system: bool = True
 
 
 class Limits(msgspec.Struct, frozen=True):

@@ -15,6 +15,7 @@ from ds_cp.templates.messages import ToolShape
 from ds_cp.templates.shape import Message
 
 _TOOL, _VALUE, _RESULT = "dscpmarkertool", "dscpmarkervalue", "dscpmarkerresult"
+_LATE = "dscpmarkerlate"
 _KEY, _FILLER = "dscpkey", "dscpfiller"
 _ID = "dscpcall1"  # Mistral's templates refuse ids of another length
 _TOOLS: list[dict[str, Any]] = [
@@ -44,13 +45,14 @@ def learn_tools(
     anything; exceptions of ``passing`` are raised."""
     offered = _try(render, passing, [{"role": "user", "content": _FILLER}])
     offers = _OFFER in offered
+    late = _LATE in _try(render, passing, _late_system())
     for text_arguments, null_content in _WAYS:
         rendering = _try(render, passing, _conversation(text_arguments, null_content))
         printed_as_python = f"{{'{_KEY}'" in rendering
         if _TOOL in rendering and _RESULT in rendering and _VALUE in rendering:
             if not printed_as_python:
-                return ToolShape(offers, True, text_arguments, null_content)
-    return ToolShape(offers)
+                return ToolShape(offers, True, text_arguments, null_content, late_system=late)
+    return ToolShape(offers, late_system=late)
 
 
 def shaped_calls(messages: Sequence[Message], shape: ToolShape) -> list[Message]:
@@ -74,6 +76,12 @@ def _conversation(text_arguments: bool, null_content: bool) -> list[Message]:
         {"role": "assistant", "content": None if null_content else "", "tool_calls": calls},
         {"role": "tool", "content": _RESULT, "tool_call_id": _ID, "name": _TOOL},
     ]
+
+
+def _late_system() -> list[Message]:
+    """A conversation whose system speaks again behind the user, as agents' do."""
+    said = (("system", _FILLER), ("user", _FILLER), ("system", _LATE))
+    return [{"role": role, "content": content} for role, content in said]
 
 
 def _try(

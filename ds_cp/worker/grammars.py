@@ -46,7 +46,10 @@ class Grammars:
         self._late: Future[dict[int, bytes]] | None = None  # masks that no step waits for any more
 
     def learn(self, vocabulary: Vocabulary) -> None:
-        """What tokens spell; before the first request with a grammar draws."""
+        """What tokens spell; before the first request with a grammar draws. Said again, it is what
+        it was."""
+        if self._compiler is not None:
+            return
         before = threading.stack_size(RANK_STACK_BYTES)
         try:
             self._thread = ThreadPoolExecutor(1, "ds_cp grammars")

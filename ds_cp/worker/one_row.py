@@ -75,7 +75,8 @@ def _draw(scores_V: torch.Tensor, how: Sampling, uniform: float) -> int:
         # All tokens below this weigh less than 1 - top_p together, so none of them is needed.
         kept = torch.nonzero(probs > (1.0 - how.top_p) / (2 * V))[:, 0]
         ordered, order = torch.sort(probs[kept], descending=True, stable=True)
-        before = ordered.cumsum(0) - ordered  # mass of better tokens: the first is always kept
+        # Mass of better tokens: the first is always kept. In fp64, as ``draw`` has it.
+        before = ordered.cumsum(0, dtype=torch.float64) - ordered
         kept = kept[order[before < max(how.top_p, LEAST)].sort().values]
         ids, probs = kept if ids is None else ids[kept], probs[kept]
     if how.min_p > 0.0:

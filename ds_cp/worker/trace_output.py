@@ -18,6 +18,7 @@ from ds_cp.errors import OutputError
 from ds_cp.trace.chrome import TraceFile
 from ds_cp.trace.clocks import Clock, Offset, Ping, offset_of
 from ds_cp.trace.recorder import RECORD, Recorder, Recording, common_end, end_of, records_of
+from ds_cp.trace.writing import part_of
 from ds_cp.version import __version__
 
 Buffer = bytes | bytearray
@@ -53,8 +54,8 @@ class TraceOutput:
         mine = torch.tensor([len(head), len(data)])
         if world.rank != 0:
             world.everybody.exchange([(0, mine)], [], SCHEME).wait()
-            for part in filter(None, (head, data)):
-                payload = torch.frombuffer(part, dtype=torch.uint8)
+            for content in filter(None, (head, data)):
+                payload = torch.frombuffer(content, dtype=torch.uint8)
                 world.everybody.exchange([(0, payload)], [], SCHEME).wait()
             return ""
         sizes = [mine, *(torch.zeros_like(mine) for _ in range(world.size - 1))]
@@ -62,9 +63,11 @@ class TraceOutput:
         world.everybody.exchange([], coming, SCHEME).wait()
         clocks = [Clock(a, b) for a, b in zip(self._first, last, strict=True)]
         error = max((o.error for o in (*self._first, *last) if o.offset), default=0)
-        others = _Others(world, sizes)
+        part = Path(part_of(self._file))
+        others = _Others(world, sizes, part)
         try:
-            with tempfile.TemporaryFile(dir=Path(self._file).absolute().parent) as spool:
+            part.touch()  # who waits for this process sees that it has begun
+            with tempfile.TemporaryFile(dir=part.absolute().parent) as spool:
                 heads = [recording, *others.take(spool)]
                 spool.seek(0)
                 own: list[Buffer] = [data]
@@ -76,6 +79,9 @@ class TraceOutput:
                 f"cannot write the trace to {self._file}: {err.strerror or err}; "
                 "name another file in trace.file"
             ) from None
+        finally:
+            with contextlib.suppress(OSError):
+                part.unlink()
         line = f"trace of {kept} steps, {count} spans on {world.size} ranks: {self._file}"
         if left_out:
             line += f"; {left_out} later steps had no room (trace.max_events)"
@@ -85,8 +91,8 @@ class TraceOutput:
         self, heads: Sequence[Recording], parts: Iterable[Buffer], clocks: Sequence[Clock],
         error: int,
     ) -> tuple[int, int, int]:  # fmt: skip
-        """The file, whole or not at all, of the steps that every rank has kept: how many these are,
-        how many are not in it, and the number of spans. ``parts``: each rank's records; ``error``:
+        """The file, of the steps that every rank has kept: how many these are, how many are not in
+        it, and the number of spans. ``parts``: each rank's records; ``error``:
         of the clocks, nanoseconds."""
         world, newest = self._world, common_end(heads)
         kept = sum(number <= newest for number, _ in heads[0].steps)
@@ -96,33 +102,30 @@ class TraceOutput:
             "device": world.device.type, "steps": kept, "left_out_steps": left_out,
             "clock_error_us": error / 1000,
         }  # fmt: skip
-        part, base = f"{self._file}.part", self._first[0].at  # rank 0's time that is 0 in the file
+        part, base = part_of(self._file), self._first[0].at  # rank 0's time that is 0 in the file
         count = 0
-        try:
-            with open(part, "w", encoding="utf-8", buffering=1 << 20) as out:
-                trace = TraceFile(out, about)
-                for rank, data in enumerate(parts):
-                    clock, recording = clocks[rank], heads[rank]
-                    last = end_of(recording, newest, len(data) // RECORD.size)
-                    count += trace.rank(
-                        rank, world.topology.hosts[rank], recording.names,
-                        records_of(data, 0, last),
-                        lambda time, clock=clock: clock.aligned(time) - base,  # type: ignore[misc]
-                    )  # fmt: skip
-                trace.end()
-            os.replace(part, self._file)
-        finally:
-            with contextlib.suppress(OSError):
-                os.unlink(part)
+        with open(part, "w", encoding="utf-8", buffering=1 << 20) as out:
+            trace = TraceFile(out, about)
+            for rank, data in enumerate(parts):
+                clock, recording = clocks[rank], heads[rank]
+                last = end_of(recording, newest, len(data) // RECORD.size)
+                count += trace.rank(
+                    rank, world.topology.hosts[rank], recording.names,
+                    records_of(data, 0, last),
+                    lambda time, clock=clock: clock.aligned(time) - base,  # type: ignore[misc]
+                )  # fmt: skip
+            trace.end()
+        os.replace(part, self._file)
         return kept, left_out, count
 
 
 class _Others:
     """Rank 0's side: what the other ranks send, one after the other. ``sizes``: of each rank, bytes
-    of its ``Recording``, bytes of its records."""
+    of its ``Recording``, bytes of its records; ``part``: is touched whenever something is there."""
 
-    def __init__(self, world: World, sizes: Sequence[torch.Tensor]) -> None:
+    def __init__(self, world: World, sizes: Sequence[torch.Tensor], part: Path) -> None:
         self._world = world
+        self._part = part
         self._left = [(r, n) for r, s in enumerate(sizes) if r for n in s.tolist() if n]
         self._sizes = sizes
 
@@ -133,6 +136,7 @@ class _Others:
             heads.append(msgspec.msgpack.decode(self._receive(), type=Recording))
             if int(size[1]):
                 spool.write(self._receive())
+            self._part.touch()
         return heads
 
     def drop(self) -> None:

@@ -33,6 +33,15 @@ class BlockMover:
         for batch in _batches(plan.transfers):
             self._move(batch, computing)
 
+    @property
+    def num_slots(self) -> int:
+        """Blocks that the rank's host memory holds."""
+        return self._store.num_slots if self._store is not None else 0
+
+    def enter(self, group: Group) -> None:
+        """Go on among other ranks; blocks and slots stay."""
+        self._group = group
+
     def close(self) -> None:
         """Give host memory back."""
         if self._store is not None:

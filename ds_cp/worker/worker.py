@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 import torch
 
-from ds_cp.attention import LayerSpec, PagedKernel
+from ds_cp.attention import LayerSpec, PagedKernel, TreeRoutes
 from ds_cp.comm.control import Control
 from ds_cp.comm.failure import failing
 from ds_cp.comm.pending import Pending
@@ -36,7 +34,8 @@ from ds_cp.worker.decode_graph import Graph
 from ds_cp.worker.grammars import MASKS_S, Grammars
 from ds_cp.worker.graphs import StepGraphs
 from ds_cp.worker.outcome import Times, pack, rows_of, unpack, width_of
-from ds_cp.worker.sampler import History, Row, Score, sample_rows, score_prompt
+from ds_cp.worker.sampler import History, Row, Score, sample_rows
+from ds_cp.worker.scored_rows import score_rows
 from ds_cp.worker.span_graph import Kind
 from ds_cp.worker.state import Draw, Handoff, StepWork, WorkerState
 from ds_cp.worker.step_context import Layers, StepContext
@@ -60,6 +59,7 @@ class Worker:
     state of its requests.
 
     ``tp_rank`` 0 of each cp rank draws; all tensor-parallel ranks compute the same logits.
+    ``clock``: seconds, from which a step's times are taken.
     """
 
     def __init__(
@@ -72,11 +72,12 @@ class Worker:
         pool: KVPool,
         kernel: PagedKernel,
         store: HostStore | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.world = world
+        self.clock = clock
         self.control = Control(world)
-        self.cp = cp
-        self.tp = tp
+        self.cp, self.tp = cp, tp
         self.model = model
         self.pool = pool
         self.mover = BlockMover(cp, pool, store)
@@ -87,6 +88,8 @@ class Worker:
         self._histories: dict[int, History] = {}  # of requests that looked back here
         self._grammars = Grammars(min(MASKS_S, world.timeout_s / 2))
         self.tracing: Tracing | None = None  # what records the steps, when that is on
+        self.fingerprint: tuple[str, ...] = ()  # of the model as it was loaded
+        self._capture: tuple[int, int, Callable[[], Graph], bool] | None = None
 
     def capture_decodes(
         self, max_rows: int, max_blocks: int, make_graph: Callable[[], Graph], spans: bool = False
@@ -94,9 +97,27 @@ class Worker:
         """From now on, steps that only decode requests which are whole here run as graphs; with
         ``spans``, also those of requests in mode tree, on all ranks of the group. The pool has a
         scratch block; ``max_rows``: requests that run at once; ``max_blocks``: of one."""
+        self._capture = max_rows, max_blocks, make_graph, spans
         self.graphs = StepGraphs(
             self.model, self.layers, self.world, max_rows, max_blocks, make_graph, spans
         )
+
+    def enter(self, world: World, cp: Group, tp: Group) -> None:
+        """Go on in another world, with the model and the KV as they are. All requests are
+        forgotten: the plans to come say what of their KV counts."""
+        self.give_up_trace()
+        self.world, self.cp, self.tp = world, cp, tp
+        self.control = Control(world)
+        self.layers = replace(self.layers, group=cp, routes=TreeRoutes())
+        self.mover.enter(cp)
+        self._forget()
+        if self._capture is not None:
+            self.capture_decodes(*self._capture)
+
+    def _forget(self) -> None:
+        self.state = WorkerState(self.cp.rank, self.pool.block_size)
+        self._histories.clear()
+        self._grammars.clear()
 
     def lead(self, plan: Plan) -> Outcome:
         """Rank 0: ``forward`` of a plan that was made in this process."""
@@ -106,7 +127,7 @@ class Worker:
         """Rank 0: give an encoded plan to all ranks as it is, run my part, and return the tokens
         that all ranks drew; None after ``Stop``. All ranks run the same decoded plan."""
         with self.failing():
-            began = time.perf_counter()
+            began = self.clock()
             self.control.broadcast(payload)
             plan = decode_plan(payload)
             outcome = self.run(plan, began)
@@ -145,18 +166,16 @@ class Worker:
         self.tracing = None
 
     def run(self, plan: Plan, began: float | None = None) -> Outcome:
-        """Run my part of a plan, which ``began`` at that ``time.perf_counter()``, or now.
+        """Run my part of a plan, which ``began`` at that time of ``clock``, or now.
 
         Rank 0 waits for all ranks that work in the step. It gets their tokens in the plan's order
         and the times of the slowest one; the other ranks get nothing.
         """
         if isinstance(plan, Stop):
-            self.state = WorkerState(self.cp.rank, self.state.block_size)
-            self._histories.clear()
-            self._grammars.clear()
+            self._forget()
         if not isinstance(plan, StepPlan):
             return Outcome()
-        began = time.perf_counter() if began is None else began
+        began = self.clock() if began is None else began
         if self.tracing is None:
             return self._step(plan, began)
         with self.tracing.step(plan.step):
@@ -182,7 +201,7 @@ class Worker:
             if step.num_rows:
                 logits = self._forward(step, kind)
                 drawn = self._draw(step, logits)
-                scores = _score(step, logits)
+                scores = score_rows(step, logits)
             elif self.graphs is not None and kind is not None:
                 self.graphs.attend(step, kind)
             elif step.spans:
@@ -191,7 +210,7 @@ class Worker:
             times = self._since(began, before)
             outcome = self._collect(plan, work, coming, pack(times, drawn, scores, width))
         # Rank 0's own time ends when all rows are in: the step did not end before.
-        seconds = max(outcome.seconds, time.perf_counter() - began)
+        seconds = max(outcome.seconds, self.clock() - began)
         return msgspec.structs.replace(outcome, seconds=seconds)
 
     def _context(self, work: StepWork) -> tuple[StepContext, Kind | None]:
@@ -213,14 +232,14 @@ class Worker:
         """The times of a step up to now."""
         now = self._so_far()
         sent = tuple(b - a for a, b in zip(before.sent, now.sent, strict=True))
-        seconds = time.perf_counter() - began
+        seconds = self.clock() - began
         model_seconds = now.model_seconds - before.model_seconds
         return Times(seconds, model_seconds, now.waited - before.waited, sent)
 
     def _forward(self, step: StepContext, kind: Kind | None) -> torch.Tensor:
         """Logits ``[rows wanted, V]`` of the flat batch ``[1, T]``."""
         self.world.wait_for_device()
-        began = time.perf_counter()
+        began = self.clock()
         logits = None
         if self.graphs is not None and self.tracing is None:
             logits = self.graphs.replay(step, kind)
@@ -231,7 +250,7 @@ class Worker:
             )  # fmt: skip
             logits = out.logits[0]
         self.world.wait_for_device()
-        self.model_seconds += time.perf_counter() - began
+        self.model_seconds += self.clock() - began
         return logits
 
     def _draw(self, step: StepContext, logits_RV: torch.Tensor) -> list[Sampled]:
@@ -329,22 +348,3 @@ class Worker:
         coming.pending.wait()
         rows = {0: mine.tolist(), **{rank: rows.tolist() for rank, rows in coming.rows.items()}}
         return unpack(plan.step, work, coming.width, rows)
-
-
-def _score(step: StepContext, logits_RV: torch.Tensor) -> list[Score | None]:
-    """Log-probabilities of my prompt tokens that are to be scored, in order; None for those of a
-    request whose scoring raises (the traceback goes to stderr): it must not end the others."""
-    scores: list[Score | None] = []
-    at = len(step.draws)
-    for sequence, first, count, _ in step.scored:
-        following = sequence.tokens[first + 1 : first + 1 + count]
-        try:
-            scores += score_prompt(
-                logits_RV[at : at + count], following, sequence.sampling.prompt_logprobs
-            )
-        except Exception:
-            print(f"ds_cp: error: request {sequence.number} cannot be scored", file=sys.stderr)
-            traceback.print_exc()
-            scores += [None] * count
-        at += count
-    return scores

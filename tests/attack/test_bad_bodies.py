@@ -13,31 +13,18 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any
 
 import pytest
 from pydantic import BaseModel
 
 from ds_cp.api.app import create_app
 from ds_cp.api.errors import ApiError
-from ds_cp.api.messages.request import CountRequest, MessagesRequest
-from ds_cp.api.requests import chat_body, protocol
 from ds_cp.api.requests.bodies import SMALL_BYTES, _to_model
 from ds_cp.api.requests.strict_model import Notes, StrictModel
-from ds_cp.api.responses.request import ResponseInput, ResponseRequest
 from tests.helpers.front import front, honest_streams
+from tests.helpers.places import INSIDE, ROUTES, places, valid
 
-ROUTES: dict[type[BaseModel], str] = {
-    protocol.CompletionRequest: "/v1/completions",
-    chat_body.ChatCompletionRequest: "/v1/chat/completions",
-    chat_body.TokenizeRequest: "/tokenize",
-    protocol.DetokenizeRequest: "/detokenize",
-    MessagesRequest: "/v1/messages",
-    CountRequest: "/v1/messages/count_tokens",
-    ResponseRequest: "/v1/responses",
-    ResponseInput: "/v1/responses/input_tokens",
-}
 ATTACKERS = 4
 LARGEST = 8 << 20  # bytes, the default of server.max_body_bytes
 # Places that are attacked with whole bodies: the others cost no more, as the second test shows.
@@ -64,49 +51,6 @@ def _keys(room: int) -> str:
     return "{" + ",".join(f'"{i}":1' for i in range(min(90_000, room // 10))) + "}"
 
 
-# Places in fields that are read by hand, which the models do not tell of: @ is filled.
-_USER, _ASSISTANT = '"messages": [{"role": "user", ', '"messages": [{"role": "assistant", '
-_FUNCTION = '"input": "x", "tools": [{"type": "function", "name": "f", '
-INSIDE: dict[type[BaseModel], tuple[str, ...]] = {
-    MessagesRequest: (
-        '"messages": [@]',
-        '"messages": [{"role": @, "content": "a"}]',
-        _USER + '"content": [@]}]',
-        _USER + '"content": [{"type": @}]}]',
-        _USER + '"content": [{"type": "text", "text": @}]}]',
-        _USER + '"content": [{"type": "tool_result", "tool_use_id": "t", "content": @}]}]',
-        _USER + '"content": [{"type": "tool_result", "tool_use_id": @}]}]',
-        _ASSISTANT + '"content": [{"type": "tool_use", "id": "t", "name": "f", "input": @}]}]',
-        _ASSISTANT + '"content": [{"type": "tool_use", "id": @, "name": "f", "input": {}}]}]',
-        _ASSISTANT + '"content": [{"type": "thinking", "thinking": @}]}]',
-        _USER + '"content": "a"}], "tools": [@]',
-        _USER + '"content": "a"}], "tools": [{"type": @}]',
-        _USER + '"content": "a"}], "tools": [{"name": "f", "input_schema": @}]',
-        _USER + '"content": "a"}], "tools": [{"name": "f", "input_examples": @}]',
-        _USER
-        + '"content": "a"}], "output_config": {"format": {"type": "json_schema", "schema": @}}',
-    ),
-    ResponseRequest: (
-        '"input": [@]',
-        '"input": [{"type": @}]',
-        '"input": [{"id": @}]',
-        '"input": [{"role": @, "content": "a"}]',
-        '"input": [{"role": "user", "content": [@]}]',
-        '"input": [{"role": "user", "content": [{"type": "input_text", "text": @}]}]',
-        '"input": [{"type": "function_call", "call_id": "c", "name": @, "arguments": "{}"}]',
-        '"input": [{"type": "function_call", "call_id": "c", "name": "f", "arguments": @}]',
-        '"input": [{"type": "function_call_output", "call_id": "c", "output": @}]',
-        '"input": [{"type": "reasoning", "content": @}]',
-        '"input": [{"type": "reasoning", "encrypted_content": @}]',
-        '"input": "x", "tools": [@]',
-        _FUNCTION + '"parameters": @}]',
-        _FUNCTION + '"description": @}]',
-        _FUNCTION + '"strict": true}], "tool_choice": {"type": "allowed_tools", "tools": @}',
-        '"input": "x", "text": {"format": {"type": "json_schema", "name": "n", "schema": @}}',
-    ),
-}
-
-
 # What one place of a body is filled with: the bytes there are -> a text of JSON.
 FILLINGS: dict[str, Callable[[int], str]] = {
     "wrong items": _list("{},"),
@@ -122,52 +66,6 @@ FILLINGS: dict[str, Callable[[int], str]] = {
 }
 
 
-def _kinds(annotation: Any) -> Iterator[Any]:
-    """The members of a union."""
-    if get_origin(annotation) in (Union, UnionType):
-        for member in get_args(annotation):
-            yield from _kinds(member)
-    else:
-        yield annotation
-
-
-def _valid(model: type[BaseModel]) -> dict[str, Any]:
-    """The required fields of a model, as small as they may be."""
-    body: dict[str, Any] = {}
-    for name, info in model.model_fields.items():
-        if info.is_required():
-            kind = next(_kinds(info.annotation))
-            if get_origin(kind) is Literal:
-                body[name] = "user"
-            elif get_origin(kind) is list:
-                item = next(_kinds(get_args(kind)[0]))
-                inner = issubclass(item, BaseModel) if isinstance(item, type) else False
-                body[name] = [_valid(item)] if inner else [1]
-            else:
-                body[name] = "x"
-    return body
-
-
-def places(model: type[BaseModel], around: Any = lambda inner: inner) -> Iterator[tuple[str, Any]]:
-    """Every field of a model and of the models in it: its name, and a function from a text of JSON
-    for the field to the text of the whole body."""
-    base = _valid(model)
-    for name, info in model.model_fields.items():
-
-        def put(text: str, name: str = name) -> str:
-            rest = json.dumps({key: value for key, value in base.items() if key != name})
-            return str(
-                around(rest[:-1] + (", " if len(rest) > 2 else "") + f'"{name}": {text}' + "}")
-            )
-
-        yield f"{model.__name__}.{name}", put
-        for kind in _kinds(info.annotation):
-            item = next(_kinds(get_args(kind)[0])) if get_origin(kind) is list else kind
-            if isinstance(item, type) and issubclass(item, BaseModel):
-                shape = "[%s]" if get_origin(kind) is list else "%s"
-                yield from places(item, lambda text, put=put, shape=shape: put(shape % text))
-
-
 def bodies(
     model: type[BaseModel], size: int, wanted: tuple[str, ...] = ("",)
 ) -> Iterator[tuple[str, str]]:
@@ -178,7 +76,7 @@ def bodies(
         for what, fill in FILLINGS.items():
             if (name := f"{place}: {what}").startswith(wanted):
                 yield name, put(fill(size - len(put("")) - 20))
-    start = json.dumps(_valid(model))[:-1]
+    start = json.dumps(valid(model))[:-1]
     half = "k" * (size // 2 - 1000)
     for what, rest in (
         ("unknown names", (f'"field {i}": 1, ' for i in range(min(90_000, size // 30)))),
@@ -224,6 +122,7 @@ def test_every_route_with_a_model_is_attacked() -> None:
     assert reached == {model.__name__ for model in _below(StrictModel) if model.model_fields} - {
         "CommonRequest",
         "ConstrainedRequest",
+        "EngineFields",
         "SamplingRequest",
         "TemplateFields",
     }
@@ -268,6 +167,7 @@ def test_no_place_in_a_field_makes_a_body_costly(model: type[BaseModel]) -> None
             assert isinstance(result, ApiError | model), (place, what)
 
 
+@pytest.mark.quiet
 def test_the_worst_bodies_hold_up_no_other_stream(tmp_path: Path) -> None:
     with front(tmp_path, engine={"delay_s": 0.01}) as attacked:
         worst = (

@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from tests.helpers.front import Front, front, honest_streams
+
+pytestmark = pytest.mark.quiet
 
 MIB = 2**20
 LIMIT = 64 * MIB

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Iterator
+from contextlib import nullcontext, suppress
 
 import pytest
 
@@ -204,9 +205,11 @@ def test_what_a_server_takes(served: Front, case: str) -> None:
         with connect(served.port) as sock:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             size = -(-len(data) // pieces)
-            for start in range(0, len(data), size):
-                sock.sendall(data[start : start + size])
-            sock.sendall(last)
+            # A server that has ended the connection may have done so before the last piece.
+            with suppress(ConnectionError) if ends else nullcontext():
+                for start in range(0, len(data), size):
+                    sock.sendall(data[start : start + size])
+                sock.sendall(last)
             found = answers(read_all(sock))
         if not ends:  # the connection goes on
             assert json.loads(found.pop().body).keys() == {"version"}

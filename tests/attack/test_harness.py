@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.helpers.front import front, honest_streams
+
+pytestmark = pytest.mark.quiet
 
 
 def test_without_an_attack_streams_are_even(tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ import pytest
 from tests.helpers.front import Front, front, honest_streams, load
 from tests.helpers.raw import answers, ask, connect, read_all
 
+pytestmark = pytest.mark.quiet
+
 HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
 END = b"data: [DONE]\n\n\r\n0\r\n\r\n"  # of a whole stream
 MODELS = HEALTH.replace(b"/health", b"/v1/models")

@@ -387,7 +387,8 @@ def test_a_tokenizer_in_a_file_of_another_name_is_refused(folder: Path) -> None:
         edit(folder / "tokenizer_config.json", fast_tokenizer_files=listed)
         with pytest.raises(ModelError) if refused else nullcontext() as caught:
             load_tokenizer(find_model(str(folder)))
-        assert not refused or "fast_tokenizer_files names tokenizer.4.0.0.json" in str(caught)
+        if caught is not None:
+            assert "fast_tokenizer_files names tokenizer.4.0.0.json" in str(caught.value)
 
 
 def test_a_folder_for_temporary_files_that_cannot_be_written_is_named(

@@ -16,6 +16,8 @@ import pytest
 from tests.helpers.front import Front, front, honest_streams
 from tests.helpers.raw import answers, read_all
 
+pytestmark = pytest.mark.quiet
+
 C = "/v1/completions"
 # Answers above what the kernel takes for a client that does not read.
 ENGINE = {"max_model_len": 5_000}

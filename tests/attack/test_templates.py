@@ -10,9 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import pytest
 
 from tests.helpers.chat_templates import TRAPS
 from tests.helpers.front import Front, front, honest_streams
+
+pytestmark = pytest.mark.quiet
 
 CHAT = "/v1/chat/completions"
 MB = 1 << 20

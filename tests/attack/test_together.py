@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import pytest
 
 from benchmarks.attacks import FILES, GAP_S, MB, MEMORY_MB, SETTINGS, warm
 from tests.helpers.attackers import KINDS, attackers
 from tests.helpers.front import Honest, front, honest_streams, load
 from tests.helpers.probe import Probe
+
+pytestmark = pytest.mark.quiet
 
 ATTACK_S, AGAIN_S = 5.0, 20.0  # the second time where others have the cores
 BACK_S = 10.0  # seconds after which the memory is back

@@ -18,6 +18,8 @@ from ds_cp.api.transport import wire
 from tests.helpers.front import Front, front, honest_streams
 from tests.helpers.raw import answers, ask
 
+pytestmark = pytest.mark.quiet
+
 GET = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
 POST = (
     b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"

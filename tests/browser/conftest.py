@@ -13,9 +13,9 @@ import pytest
 from tests.browser.scripted import Scripted
 from tests.browser.tools import chromium, missing
 from tests.helpers.pictures import PicturedJob
-from tests.server.conftest import Running, launch, tokenizer
+from tests.server.conftest import Running, launch, stopped, tokenizer
 
-__all__ = ["launch", "tokenizer"]  # fixtures
+__all__ = ["launch", "stopped", "tokenizer"]  # fixtures
 WAIT_MS = 8000
 
 

@@ -29,7 +29,7 @@ from ds_cp.comm.wire import Group, Rendezvous, World, join
 from ds_cp.errors import CommError, ConfigError, LaunchError
 from tests.helpers.engines import tiny_llama
 from tests.helpers.oracle import full_attention
-from tests.helpers.ranks import RankError, run_ranks, world_group
+from tests.helpers.ranks import RankError, run_ranks, run_ranks_briefly, world_group
 
 pytestmark = pytest.mark.cpu_only("what carries CPU tensors")
 
@@ -420,12 +420,12 @@ def timed(call: Callable[[], Any]) -> tuple[float, str]:
     return time.monotonic() - began, text
 
 
-def against_silence(world: World, done: Path) -> dict[str, tuple[float, str]]:
+def against_silence(world: World, limit: float, done: Path) -> dict[str, tuple[float, str]]:
     """Rank 0 says nothing until rank 1 has given up on every kind of call."""
     pairs = {name: world.group(name, [[0, 1]]) for name in ("a", "b", "c")}
     world.group("ready", [[0, 1]]).barrier()
     if world.rank == 0:
-        wait_for(done, 60)
+        wait_for(done, 60 + 10 * limit)
         return {}
     calls: dict[str, Callable[[], Any]] = {
         "exchange": pairs["a"].exchange([], [(0, torch.empty(3))], "hello").wait,
@@ -448,9 +448,8 @@ def one_hop(group: Group) -> None:
 @pytest.mark.parametrize("shared", [True, False], ids=["shared memory", "gloo"])
 def test_a_silent_peer_is_an_error_within_the_limit(tmp_path: Path, shared: bool) -> None:
     """In groups too: torch gives a new group half an hour unless given another limit."""
-    limit = 3.0
     done = tmp_path / "done"
-    found = run_ranks(against_silence, 2, done, comm_timeout=limit, shared_memory=shared)[1]
+    limit, (_, found) = run_ranks_briefly(against_silence, 2, 3.0, done, shared_memory=shared)
     names = {
         "exchange": "hello in group a",
         "all_reduce": "sum in group b",
@@ -460,7 +459,7 @@ def test_a_silent_peer_is_an_error_within_the_limit(tmp_path: Path, shared: bool
     for call, name in names.items():
         seconds, text = found[call]
         assert seconds < 10 * limit, (call, seconds)
-        assert text.startswith(f"{name}: a peer was silent for 3 s"), text
+        assert text.startswith(f"{name}: a peer was silent for {limit:g} s"), text
         assert "comm.timeout_s" in text and "\n" not in text
     assert found["exchange"][0] >= 0.9 * limit  # a limit, not a refusal
 

@@ -3,7 +3,6 @@ of ``stream`` that takes its time."""
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -20,15 +19,15 @@ from ds_cp.plan import Outcome, Plan, StepPlan, Stop
 from ds_cp.sampling_params import SamplingParams
 from ds_cp.scheduler.build import build_scheduler
 from ds_cp.worker import sampler
-from ds_cp.worker import worker as worker_module
+from ds_cp.worker import scored_rows
 from ds_cp.worker.step_context import StepContext
 from ds_cp.worker.worker import Worker
 from tests.helpers.engines import engine_on, tiny_llama
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import run_ranks, run_ranks_briefly
 
 GREEDY = SamplingParams(max_tokens=4, temperature=0.0)
 SLEEP_S = 0.25  # of each forward call of the slow rank
-QUIET_S, TOKEN_S = 0.03, 0.0005  # of a sleepy forward call: at least, and for each further token
+QUIET_S, TOKEN_S = 0.03, 0.0005  # what a forward call costs, and each further token in it
 
 
 def kv(tokens: int, **more: Any) -> dict[str, Any]:
@@ -130,7 +129,7 @@ def failing_rows(world: World) -> list[tuple[str, int, bool]]:
         return score(logits_TV, tokens, top)
 
     sampler.sample_one = bad_draw
-    worker_module.score_prompt = bad_score  # type: ignore[attr-defined]
+    scored_rows.score_prompt = bad_score  # type: ignore[attr-defined]
     params = [
         SamplingParams(max_tokens=5, seed=11),
         SamplingParams(max_tokens=5, seed=22),
@@ -160,15 +159,16 @@ def test_a_row_that_fails_ends_its_request_alone(size: int) -> None:
 # --- a caller that takes its time
 
 
-def slow_caller(world: World, asks_slowly: bool) -> list[str]:
-    """Seconds pass between two outputs, or before the next request; ``comm.timeout_s`` is 6."""
-    config = kv(512, comm={"timeout_s": 6})
+def slow_caller(world: World, limit: float, asks_slowly: bool) -> list[str]:
+    """More than ``limit``, which ``comm.timeout_s`` is, passes between two outputs, or before the
+    next request."""
+    config = kv(512, comm={"timeout_s": limit})
     engine = engine_on(world, tiny_llama(), config)
 
     def requests() -> Iterator[PromptRequest]:
         for i in range(3):
             if asks_slowly and i:
-                time.sleep(8)
+                time.sleep(limit * 1.3)
             params = SamplingParams(max_tokens=4 + 30 * i, temperature=0.0)
             yield PromptRequest(str(i), [1 + i] * 20, params)
 
@@ -176,7 +176,7 @@ def slow_caller(world: World, asks_slowly: bool) -> list[str]:
     for output in engine.stream(requests()):
         names.append(output.request_id)
         if not asks_slowly and output.request_id == "0":
-            time.sleep(9)
+            time.sleep(limit * 1.5)
     again = engine.generate([[7] * 5], GREEDY)
     assert world.rank != 0 or len(again[0].outputs[0].token_ids) == 4
     return names
@@ -184,61 +184,68 @@ def slow_caller(world: World, asks_slowly: bool) -> list[str]:
 
 @pytest.mark.parametrize("asks_slowly", [False, True])
 def test_a_slow_caller_does_not_end_the_job(asks_slowly: bool) -> None:
-    found = run_ranks(slow_caller, 2, asks_slowly, comm_timeout=6.0)
+    _, found = run_ranks_briefly(slow_caller, 2, 6.0, asks_slowly)
     assert found == [["0", "1", "2"], []]
 
 
-# --- pacing, measured
+# --- pacing, over a clock that only forward calls move
 
 
-def slowed(world: World, far: bool) -> float:
-    """How much longer a decode's step takes, on average over the second half of a prompt of 7,500
-    tokens on its own rank, or on the other one. Forward calls sleep, so that a busy machine does
-    not matter much."""
+def slowed(world: World, far: bool) -> list[float]:
+    """Seconds, by the ranks' clocks, of every step in which a request decodes beside a prompt of
+    7,500 tokens on its own rank, or on the other one."""
     engine = engine_on(
         world,
         tiny_llama(max_position_embeddings=8192),
         kv(8192, context_parallel={"mode": "local"}),
     )
-    forward = Worker._forward
+    worker, forward, now = engine._worker, Worker._forward, 0.0
+    worker.clock = lambda: now
 
-    def sleepy_forward(self: Worker, step: StepContext, *rest: Any) -> torch.Tensor:
-        time.sleep(QUIET_S + TOKEN_S * (step.num_rows - 1))
+    def costly_forward(self: Worker, step: StepContext, *rest: Any) -> torch.Tensor:
+        nonlocal now
+        now += QUIET_S + TOKEN_S * (step.num_rows - 1)
         return forward(self, step, *rest)
 
-    Worker._forward = sleepy_forward  # type: ignore[method-assign]
+    Worker._forward = costly_forward  # type: ignore[method-assign]
     if world.rank != 0:
-        engine._worker.follow()
-        return 0.0
+        worker.follow()
+        return []
+    steps: list[tuple[int, int, float]] = []  # decodes, chunks, seconds
+
+    def lead(plan: StepPlan) -> Outcome:
+        outcome = worker.lead(plan)
+        decodes = sum(len(some.requests) for some in plan.decodes)
+        steps.append((decodes, len(plan.chunks), outcome.seconds))
+        return outcome
+
     core = EngineCore(build_scheduler(engine._config, engine.facts, paced=True), None)
-    loop = InlineLoop(core, engine._worker.lead)
-    decode = SamplingParams(max_tokens=1500, temperature=0.0)
-    core.add("decode", [1] * 20, decode)
+    loop = InlineLoop(core, lead)
+    core.add("decode", [1] * 20, SamplingParams(max_tokens=1500, temperature=0.0))
     if not far:
         core.scheduler.block_manager.closed.add(1)
     where: set[int] = set()
-    times: dict[bool, list[float]] = {False: [], True: []}
-    prompted, last, done = False, time.perf_counter(), False
-    while not done:
-        names = {delta.request_id for delta in loop.advance()}
-        if "decode" in names:
-            times[prompted].append(time.perf_counter() - last)
-            last = time.perf_counter()
-            where.update(o for r in core.scheduler.running[1:] for o in r.workers)
-        done = "prompt" in names
-        if not prompted and len(times[False]) == 40:
-            prompted = True
-            core.add("prompt", [i % 120 + 1 for i in range(7500)], SamplingParams(max_tokens=1))
+    while len(steps) < 40:
+        loop.advance()
+    core.add("prompt", [i % 120 + 1 for i in range(7500)], SamplingParams(max_tokens=1))
+    while "prompt" not in {delta.request_id for delta in loop.advance()}:
+        where.update(o for r in core.scheduler.running[1:] for o in r.workers)
     for name in ("decode", "prompt"):
         core.abort(name)
     loop.settle()
-    engine._worker.lead(Stop())
+    worker.lead(Stop())
     assert where == {int(far)}
-    beside = times[True][len(times[True]) // 2 :]
-    beside = sorted(beside)[: len(beside) * 9 // 10]  # without those in which this rank had no core
-    return statistics.mean(beside) / statistics.median(times[False][10:])
+    beside = [i for i, (decodes, chunks, _) in enumerate(steps) if decodes and chunks]
+    quiet = [seconds for decodes, chunks, seconds in steps if decodes and not chunks]
+    assert quiet and max(quiet) == pytest.approx(QUIET_S) == min(quiet)
+    during = steps[beside[0] : beside[-1] + 1]
+    assert all(decodes == 1 for decodes, _, _ in during), "the other one has to wait"
+    return [seconds for _, _, seconds in during]
 
 
 @pytest.mark.parametrize("far", [False, True])
 def test_decodes_are_slowed_alike_by_a_prompt_on_any_rank(far: bool) -> None:
-    assert run_ranks(slowed, 2, far)[0] <= 2.1
+    """At most twice as long on average, scheduler.decode_slowdown; and the prompt uses that."""
+    found, _ = run_ranks(slowed, 2, far)
+    settled = found[len(found) // 2 :]  # what a chunk costs is known by then
+    assert 1.5 * QUIET_S <= sum(settled) / len(settled) <= 2.0 * QUIET_S

@@ -14,7 +14,7 @@ import torch
 from ds_cp.comm.wire import World
 from ds_cp.engine import llm
 from ds_cp.errors import DsCpError, ModelError, UserError
-from ds_cp.startup import build, exactness
+from ds_cp.startup import build, exactness, overhead, reading
 from tests.dist.test_engine import greedy, hf_greedy, make_prompt, tokens_of
 from tests.helpers.engines import engine_on, tiny_llama
 from tests.helpers.ranks import run_ranks
@@ -78,6 +78,9 @@ def failing_starts(world: World, tp_size: int, want: list[int]) -> list[str]:
     places: list[tuple[Any, str, Callable[[Exception], Any]]] = [
         (build, name, always) for name in PHASES
     ]
+    places += [(reading, name, always) for name in ("weight_reads", "reading_rate")]
+    if tp_size == 1:  # with one group of ranks there is nothing to choose by it
+        places += [(overhead, "_decoder", always)]
     # Inside the forward calls of the check: two layers in each of three steps.
     places += [
         (attend, "attend", lambda err, n=n: at_call(n, err)) for n in (1, 2, 4, 6)  # type: ignore[misc]
@@ -115,7 +118,7 @@ def test_every_rank_hears_the_cause(tp_size: int, hosts: list[str]) -> None:
         assert not bad, "\n".join(bad)
 
 
-BETWEEN = (("measure_links", 1), ("gather_blocks", 2), ("measure_links", 0))
+BETWEEN = (("measure_links", 1), ("gather_blocks", 2), ("measure_overheads", 0))
 
 
 def fault_between_phases(world: World, name: str, rank: int) -> tuple[str, str, float]:
@@ -270,3 +273,24 @@ def refused_split(world: World) -> None:
 
 def test_a_split_that_changes_the_model_is_refused() -> None:
     run_ranks(refused_split, 2, timeout=60)
+
+
+def measured(world: World) -> list[float]:
+    """What start-up measured, as the engine's facts have it, and the caller's next random number
+    over the one that it should be."""
+    torch.manual_seed(5)
+    want = torch.rand(1).item()
+    model = tiny_llama()
+    torch.manual_seed(5)
+    engine = engine_on(world, model, {"kv_cache": KV})
+    facts = engine.facts
+    assert facts.alone_bytes_per_s >= facts.bytes_per_s > 0 and facts.flops_per_s > 0
+    assert facts.layer_weights == facts.stored_weights < facts.weights
+    return [torch.rand(1).item() / want, facts.layer_s, facts.hop_s]
+
+
+def test_rates_are_measured_and_leave_the_callers_draws_alone() -> None:
+    for rank, (draw, layer, hop) in enumerate(run_ranks(measured, 3, timeout=120)):
+        assert draw == 1.0
+        assert 0 < layer < 1 and 0 <= hop < 5, "seconds"
+        assert rank < 2 or hop == 0, "the ring is of two"

@@ -23,6 +23,7 @@ from ds_cp.sampling_params import SamplingParams
 from ds_cp.scheduler.build import build_scheduler
 from ds_cp.trace.chrome import TraceFile
 from ds_cp.trace.summary import read_trace, summarize
+from ds_cp.trace.writing import Writing
 from ds_cp.worker.step_context import StepContext
 from ds_cp.worker.tracing import trace_steps
 from tests.helpers.engines import engine_on, tiny_llama
@@ -197,26 +198,27 @@ def test_what_found_no_room_is_said(tmp_path: Path) -> None:
 
 
 def hurried(world: World, file: str, left: Path) -> bool:
-    """Rank 0 writes for as long as another rank is there; whether all of them left meanwhile."""
+    """Rank 0 writes for as long as another rank is there; whether all of them left meanwhile, and
+    whether who looks sees it work."""
     engine = engine_on(world, tiny_llama(), config("tree", world.size))
     worker = engine._worker
     worker.tracing = trace_steps(worker, file, 1000)
     engine.generate([[5] * 75], SamplingParams(max_tokens=2, temperature=0.0))
-    found, whole = True, TraceFile.rank
+    found, whole, seen = True, TraceFile.rank, Writing(file, 60.0)
 
     def slow(self: TraceFile, *rest: Any) -> int:
         nonlocal found
         end = time.monotonic() + 30
         while len(list(left.iterdir())) < world.size - 1 and time.monotonic() < end:
             time.sleep(0.01)
-        found = found and len(list(left.iterdir())) == world.size - 1
+        found = found and len(list(left.iterdir())) == world.size - 1 and seen.goes_on()
         return whole(self, *rest)
 
     TraceFile.rank = slow  # type: ignore[method-assign]
     worker.tracing.write()
     if world.rank != 0:
         (left / str(world.rank)).touch()
-    return found
+    return found and not (world.rank == 0 and seen.goes_on())
 
 
 def test_no_rank_waits_while_the_file_is_written(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ cluster.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import msgspec
@@ -200,6 +200,9 @@ class Cluster:
         self.items: list[dict[int, Item]] = []  # of every step, by request number
         self.owned: list[list[int]] = []  # of every step, tokens computed by each rank
         self.flying: deque[Outcome] = deque()
+        self.before: deque[list[list[int | None]]] = deque()  # memories before each flying step
+        self.again: set[int] = set()  # requests that ranks have forgotten, and begin again
+        self.poison: set[int] = set()  # requests whose steps kill the worker of rank 0
         self.seconds: Callable[[StepPlan], float] = lambda plan: 0.0
         self._answers: dict[str, list[Life]] = {}
         self._asked = 0
@@ -214,13 +217,14 @@ class Cluster:
         *,
         priority: int = 0,
         salt: str = "",
+        client: str = "",
     ) -> list[Request]:
         """Queue a request; all its answers."""
         params = params or SamplingParams(max_tokens=3)
         if params.seed is None:
             params = replace(params, seed=SEED)
         self._asked += 1
-        options = RequestOptions(priority=priority, cache_salt=salt)
+        options = RequestOptions(priority=priority, cache_salt=salt, client=client)
         self.core.check(prompt, params)
         answers = self.core.add(f"r{self._asked}", prompt, params, options)
         for request in answers:
@@ -259,6 +263,34 @@ class Cluster:
     def cached(self) -> list[int]:
         return [self.scheduler.allocator.num_cached(rank) for rank in range(len(self.blocks))]
 
+    # --- ranks die
+
+    def die(self, lost: Collection[int], is_done: Callable[[], bool]) -> None:
+        """The workers of ``lost`` are new and empty, and all have met again. Of what the steps in
+        flight write, ``is_done`` says slot by slot whether it was; their tokens are lost."""
+        for life in self.lives.values():
+            request = life.request
+            if life.reason is None and not life.aborted:
+                del life.tokens[request.num_tokens :], life.contents[request.num_tokens :]
+            life.gap = life.most_decodes = 0
+        if self.before:
+            for memory, old in zip((*self.memory, *self.host), self.before[0], strict=True):
+                for slot, content in enumerate(old):
+                    if memory[slot] != content and not is_done():
+                        memory[slot] = content
+        for rank in lost:
+            self.memory[rank] = [None] * len(self.memory[rank])
+            if self.host:
+                self.host[rank] = [None] * len(self.host[rank])
+        self.flying.clear()
+        self.before.clear()
+        self.ranks = SimulatedRanks(range(len(self.blocks)), self.block_size)
+        for delta in self.core.recover(lost):
+            self._receive(delta)
+        self.scheduler.check_integrity()
+        self.again = {request.number for request in self.scheduler.running}
+        self.held, self.first_prompt = 0, None
+
     # --- steps
 
     def step(self) -> StepPlan | None:
@@ -292,13 +324,22 @@ class Cluster:
             if self.lives[number].request.table is None:
                 self.lives[number].gap = self.lives[number].most_decodes = 0
         if plan is not None:
+            started = {begin.request for begin in plan.begins} - self.again
+            self.again -= {begin.request for begin in plan.begins}
             if gone:
-                assert not plan.begins, "a request started on blocks freed in the same step"
-            self._check_fairness(plan, due, prompts)
+                assert not started, "a request started on blocks freed in the same step"
+            self._check_fairness(plan, due, prompts, started)
+            computed = {chunk.request for chunk in plan.chunks}
+            if self.poison & computed.union(*(decodes.requests for decodes in plan.decodes)):
+                self._steps += 1
+                self.die([0], lambda: True)
+                return plan
+            self.before.append([list(memory) for memory in (*self.memory, *self.host)])
             outcome = self._execute(plan)
             self.flying.append(replace_seconds(outcome, self.seconds(plan)))
         if self.flying and (plan is None or len(self.flying) >= self.depth):
             self._apply(self.flying.popleft())
+            self.before.popleft()
             scheduler.check_integrity()
         return plan
 
@@ -357,15 +398,23 @@ class Cluster:
         """All that were not aborted; how many these are."""
         lives = [life for life in self.lives.values() if not life.aborted]
         for life in lives:
+            if life.request.number in self.poison and life.reason == "error":
+                assert life.received == life.request.output
+                continue
             self.check_output(life.request)
         return len(lives)
 
     # --- what every plan must satisfy
 
     def _check_fairness(
-        self, plan: StepPlan, due: Sequence[Request], prompts: Sequence[Request]
+        self, plan: StepPlan, due: Sequence[Request], prompts: Sequence[Request], started: set[int]
     ) -> None:
         """Decodes get their tokens, the first prompt gets on, requests start in order."""
+        if self.scheduler._inquest.suspects:  # they run alone
+            for life in self.lives.values():
+                life.gap = life.most_decodes = 0
+            self.held = 0
+            return
         decoding = {number for decodes in plan.decodes for number in decodes.requests}
         # A quarter of the budget, at least one token, is for prompts.
         share = max(self.budget - max(self.budget // 4, 1), 1)
@@ -382,17 +431,17 @@ class Cluster:
             self.first_prompt, self.held = first, 0
         if prompts and prompts[0].table is not None and self.budget > 1:
             urgent = any(
-                self.lives[begin.request].request.priority < prompts[0].priority
-                for begin in plan.begins
+                self.lives[number].request.priority < prompts[0].priority for number in started
             )
             served = {chunk.request for chunk in plan.chunks}
             served |= {n for t in plan.transfers if on_host(t.source) for n in t.requests}
-            waits = not urgent and prompts[0].number not in served
+            told = not self.again & {request.number for request in self.scheduler.running}
+            waits = told and not urgent and prompts[0].number not in served
             self.held = self.held + 1 if waits else 0
             assert self.held <= self.patience, "the first prompt starves"
-        if plan.begins and len(self.scheduler.waiting):
+        if started and len(self.scheduler.waiting):
             first = self.scheduler.waiting.first()
-            last = max(self.lives[begin.request].request.order for begin in plan.begins)
+            last = max(self.lives[number].request.order for number in started)
             assert first is not None and last < first.order, "overtaken"
         assert len(self.scheduler.running) <= self.scheduler.limits.max_num_seqs
 
@@ -434,7 +483,8 @@ class Cluster:
             for work in works
         ]
         assert all(view == views[0] for view in views), "ranks disagree"
-        running = {r.number: r for r in self.scheduler.running}
+        untold = {request.number for request in self.scheduler._forgotten.requests}
+        running = {r.number: r for r in self.scheduler.running if r.number not in untold}
         for state in self.ranks.states:
             assert state.sequences.keys() == running.keys()
             for number, request in running.items():

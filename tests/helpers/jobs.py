@@ -84,12 +84,7 @@ class Job:
 
     def processes(self) -> list[psutil.Process]:
         """The live processes of the job, wherever they hang in the process tree."""
-        found = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error, OSError):
-                if process.environ().get(MARK) == self._mark:
-                    found.append(process)
-        return found
+        return marked(self._mark)
 
     def matching(self, text: str, rank: int | None = None) -> list[psutil.Process]:
         """Processes with ``text`` in their command line, of one rank where that is asked."""
@@ -146,6 +141,16 @@ class Job:
         self.process.kill()
         self.process.wait(60)
         shutil.rmtree(self._temporary, ignore_errors=True)
+
+
+def marked(mark: str) -> list[psutil.Process]:
+    """The live processes that were started with this mark in their environment."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.environ().get(MARK) == mark:
+                found.append(process)
+    return found
 
 
 def busy() -> float:

@@ -44,9 +44,7 @@ def run_ranks(
     device = device or TEST_DEVICE
     context: Any = mp.get_context("spawn" if device.startswith("cuda") else "forkserver")
     if device == "cpu":
-        context.set_forkserver_preload(
-            ["deepspeed", "pytest", "tests.helpers.ranks", "tests.helpers.engines"]
-        )
+        context.set_forkserver_preload(["tests.helpers.preloaded"])
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
     hosts = list(hosts) if hosts else ["localhost"] * size
@@ -73,6 +71,24 @@ def run_ranks(
             if child.is_alive():
                 child.kill()
                 child.join()
+
+
+def run_ranks_briefly(
+    fn: Callable[..., Any], size: int, limit: float, *args: Any, **settings: Any
+) -> tuple[float, list[Any]]:
+    """``run_ranks`` of ``fn(world, limit, *args)``, where ranks wait ``limit`` seconds for each
+    other, which their start has to fit in: on a machine that is too busy for it, again with four
+    times as long, twice. The limit that was kept, and the results."""
+    for more in (1, 4, 16):
+        try:
+            limit_s = limit * more
+            return limit_s, run_ranks(
+                fn, size, limit_s, *args, timeout=120.0 * more, comm_timeout=limit_s, **settings
+            )
+        except RankError as err:
+            if more == 16 or "CommError" not in str(err):
+                raise
+    raise AssertionError
 
 
 def _gather(pipes: list[Connection], timeout: float) -> list[Any]:

@@ -29,7 +29,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_tiny_model(folder: Path) -> Path:
+def make_tiny_model(folder: Path, positions: int = POSITIONS) -> Path:
     """Write config, fp32 safetensors and tokenizer into ``folder``."""
     tokenizer = _tokenizer()
     torch.manual_seed(20)
@@ -40,7 +40,7 @@ def make_tiny_model(folder: Path) -> Path:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=POSITIONS,
+        max_position_embeddings=positions,
         initializer_range=0.2,  # the default's logits are so level that rounding would decide
         bos_token_id=None,
         eos_token_id=EOS,

@@ -1,11 +1,12 @@
 """Everything that a user can get wrong at a start: one line with the cause and the way out, code 2.
 
-Mistakes that can be seen without torch are refused before it is imported, so within seconds.
+Mistakes that can be seen without torch are refused before it is imported, so within a moment.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
 import sys
@@ -18,9 +19,20 @@ import pytest
 from transformers import MambaConfig, MambaForCausalLM
 
 from tests.helpers.jobs import END_S, ROOT, START_S, Job, command, ds_cp, free_port
+from tests.helpers.warm_cli import Ended, WarmCli, warm_cli
 from tests.launch.conftest import Start, Write
 
-BEFORE_TORCH_S = 4.0
+# Of every process of a job: it notes who looks for torch, which is before torch is imported.
+NOTE_TORCH = """
+import os, sys
+
+class Note:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            open(os.environ["NOTE_TORCH"], "a").close()
+
+sys.meta_path.insert(0, Note())
+"""
 
 
 @dataclass(frozen=True)
@@ -244,6 +256,8 @@ SEEN_WHILE_LOADING = {
     ),
 }
 
+STARTED = ("no attention", "nccl without CUDA")  # of those, in a process of their own as well
+
 WITH_RANKS = {
     "budgets of wrong length": Case(
         lambda b: b.generate("--ranks", "2", kv_cache=KV | {"tokens_per_rank": [64, 64, 64]}),
@@ -271,11 +285,16 @@ def refused(job: Job, limit_s: float, says: tuple[str, ...]) -> None:
     assert job.wait(limit_s) == 2, job.story()
     job.gone(END_S)
     assert job.out == "", job.story()
+    one_line(job, says)
+
+
+def one_line(job: Job | Ended, says: tuple[str, ...]) -> None:
+    """Nothing but one of our lines on stderr."""
     errors(job, 1, says)
     assert job.err.count("\n") == 1, job.story()
 
 
-def errors(job: Job, count: int, says: tuple[str, ...]) -> None:
+def errors(job: Job | Ended, count: int, says: tuple[str, ...]) -> None:
     """That many of our lines among what launchers print, each with the words."""
     lines = [line for line in job.err.splitlines() if line.startswith("ds_cp: error: ")]
     assert len(lines) == count and "Traceback" not in job.err, job.story()
@@ -284,17 +303,47 @@ def errors(job: Job, count: int, says: tuple[str, ...]) -> None:
         assert not missing, f"not said: {missing}{job.story()}"
 
 
+@pytest.fixture
+def noted(tmp_path: Path) -> tuple[Path, dict[str, str]]:
+    """A file that is there once a process has looked for torch, and the environment for that."""
+    folder = tmp_path / "noting"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(NOTE_TORCH)
+    file = tmp_path / "torch"
+    return file, {"NOTE_TORCH": str(file), "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
+
+
 @pytest.mark.parametrize("name", SEEN_AT_ONCE)
-def test_seen_at_once(name: str, bed: Bed, start: Start) -> None:
-    case = SEEN_AT_ONCE[name]
-    job = start([*ds_cp(), *case.args(bed)], case.env)
-    refused(job, BEFORE_TORCH_S, case.says)
+def test_seen_at_once(
+    name: str, bed: Bed, start: Start, noted: tuple[Path, dict[str, str]]
+) -> None:
+    case, (torch, env) = SEEN_AT_ONCE[name], noted
+    refused(start([*ds_cp(), *case.args(bed)], case.env | env), START_S, case.says)
+    assert not torch.exists()
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmCli]:
+    with warm_cli(tmp_path_factory.mktemp("warm")) as found:
+        yield found
 
 
 @pytest.mark.parametrize("name", SEEN_WHILE_LOADING)
-def test_seen_while_loading(name: str, bed: Bed, start: Start) -> None:
+def test_seen_while_loading(name: str, bed: Bed, warm: WarmCli) -> None:
+    """All that a start says by itself; with what its imports might say: ``STARTED``."""
     case = SEEN_WHILE_LOADING[name]
-    refused(start([*ds_cp(), *case.args(bed)], case.env), START_S, case.says)
+    ended = warm.run(case.args(bed), case.env)
+    assert ended.code == 2 and ended.out == "" and not ended.left, ended.story()
+    one_line(ended, case.says)
+
+
+@pytest.mark.parametrize("name", STARTED)
+def test_started_to_be_refused(
+    name: str, bed: Bed, start: Start, noted: tuple[Path, dict[str, str]]
+) -> None:
+    case, (torch, env) = SEEN_WHILE_LOADING[name], noted
+    refused(start([*ds_cp(), *case.args(bed)], case.env | env), START_S, case.says)
+    assert torch.exists(), "it would be seen"
 
 
 @pytest.mark.parametrize("name", WITH_RANKS)

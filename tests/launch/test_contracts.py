@@ -32,7 +32,7 @@ START_S = 120.0  # for the imports, on a busy machine
 # Reads cases, one JSON line each, and answers one line a rank. ``agent``: the port on which this
 # host's torchrun keeps its store, as torch's elastic agent does (on every address).
 HOST = """
-import json, os, socket, sys, traceback
+import gc, json, os, socket, sys, traceback
 import torch, deepspeed.comm
 from torch.distributed import TCPStore
 from ds_cp.config import load_config
@@ -63,6 +63,7 @@ def rank(case, env):
     os._exit(0)
 
 torch.set_num_threads(1)
+gc.freeze()  # else a collection in a rank copies every page
 say(ready=socket.gethostname())
 for line in sys.stdin:
     case = json.loads(line)

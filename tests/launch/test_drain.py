@@ -32,6 +32,7 @@ from tests.launch.test_launchers import Stream
 KV = {"tokens_per_rank": 4096, "block_size": 16}  # room for all at once on one rank
 WIDTH = 15  # requests in flight
 LONG_ENOUGH = 60  # tokens of each, a second or more on two cores
+ENDS = {"max_restarts": 0}  # the first death ends the job
 DRAIN_S = 25.0  # server.drain_timeout_s
 
 
@@ -76,9 +77,11 @@ def code_of(stream: Stream) -> str:
     return str(json.loads(events[-1])["error"]["code"])
 
 
-def begin(start: Start, config: Write, launcher: str, ranks: int = 2) -> tuple[Job, str]:
+def begin(
+    start: Start, config: Write, launcher: str, ranks: int = 2, **sections: Any
+) -> tuple[Job, str]:
     # One thread: two that spin in each of two ranks take many times as long on a busy machine.
-    args = ["--config", config(kv_cache=KV, threads_per_rank=1)]
+    args = ["--config", config(kv_cache=KV, threads_per_rank=1, **sections)]
     job = start(command(launcher, "serve", 1 if launcher == "python" else ranks, args))
     return job, job.ready()
 
@@ -182,8 +185,8 @@ def test_sigterm_with_requests_in_flight(launcher: str, start: Start, config: Wr
 
 @pytest.mark.parametrize("launcher", ["ds-cp", "deepspeed", "mpirun"])
 def test_a_killed_worker_is_named_first(launcher: str, start: Start, config: Write) -> None:
-    """Of another rank; by ds-cp during a drain."""
-    job, url = begin(start, config, launcher)
+    """Of another rank; by ds-cp during a drain. Where none is replaced."""
+    job, url = begin(start, config, launcher, fault_tolerance=ENDS)
     codes = flood(url, tokens=400)
     if launcher == "ds-cp":
         drains(job)
@@ -244,7 +247,12 @@ def test_a_dead_worker_ends_a_server_that_can_say_nothing(
     read, write = os.pipe()
     file = tmp_path / "full.py"
     file.write_text(FULL)
-    argv = command("ds-cp", "serve", 2, ["--config", config(kv_cache=KV, threads_per_rank=1)])
+    argv = command(
+        "ds-cp",
+        "serve",
+        2,
+        ["--config", config(kv_cache=KV, threads_per_rank=1, fault_tolerance=ENDS)],
+    )
     try:
         filled = " ".join([sys.executable, str(file), *argv])
         job = start(["bash", "-c", f"exec 2>/proc/{os.getpid()}/fd/{write}; exec {filled}"])

@@ -8,6 +8,7 @@ import threading
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -95,9 +96,9 @@ class Stream:
         return bool(events) and "error" in json.loads(events[-1])
 
 
-def serving(start: Start, config: Write, launcher: str) -> tuple[Job, str]:
+def serving(start: Start, config: Write, launcher: str, **sections: Any) -> tuple[Job, str]:
     """A server that has answered one request."""
-    job = begin(start, config, launcher)
+    job = begin(start, config, launcher, **sections)
     url = job.ready()
     answer = post(f"{url}/v1/completions", {"model": "tiny", "prompt": "Hi", "max_tokens": 3})
     assert answer["usage"]["completion_tokens"] <= 3 and answer["choices"], job.story()
@@ -113,8 +114,8 @@ def loading(start: Start, config: Write, launcher: str) -> Job:
     return job
 
 
-def begin(start: Start, config: Write, launcher: str) -> Job:
-    file = config(kv_cache=SERVER_KV)
+def begin(start: Start, config: Write, launcher: str, **sections: Any) -> Job:
+    file = config(kv_cache=SERVER_KV, **sections)
     return start(command(launcher, "serve", 1 if launcher == "python" else 2, ["--config", file]))
 
 
@@ -168,8 +169,9 @@ def test_sigkill_to_the_launcher_while_serving(start: Start, config: Write) -> N
 
 
 def test_sigkill_to_a_worker(start: Start, config: Write) -> None:
-    """Of the only rank, during a drain; test_drain has those of other ranks."""
-    job, url = serving(start, config, "python")
+    """Of the only rank, during a drain, where none is replaced; test_drain has those of other
+    ranks."""
+    job, url = serving(start, config, "python", fault_tolerance={"max_restarts": 0})
     stream = Stream(url)
     (worker,) = job.matching("serve.worker_process", 0)
     job.process.terminate()

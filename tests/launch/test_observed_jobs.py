@@ -37,6 +37,25 @@ def test_generate_with_a_trace(
     assert summary.ranks == 2 and summary.about["left_out_steps"] == 0
 
 
+def test_batch_with_a_trace(start: Start, config: Write, tmp_path: Path) -> None:
+    """Written when the ranks leave, of a request that needs both."""
+    file = config(kv_cache={"tokens_per_rank": 128, "block_size": 16})
+    body = {"prompt": [5] * 150, "max_tokens": 4, "ignore_eos": True}
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body}
+    (tmp_path / "in.jsonl").write_text(json.dumps(line))
+    trace = tmp_path / "t.json"
+    args = [str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"), "--config", file,
+            "--trace", str(trace)]  # fmt: skip
+    job = start(command("ds-cp", "batch", 2, args))
+    assert job.wait(START_S) == 0, job.story()
+    job.gone(END_S)
+    assert job.err.count("ds_cp: trace of ") == 1 and str(trace) in job.err, job.story()
+    summary = summarize(read_trace(str(trace)))
+    assert summary.ranks == 2 and summary.about["steps"] == 4
+    assert summary.modes.keys() == {"ring pass-KV", "tree"}, job.story()
+    assert all(mode.under_way > 0 for mode in summary.modes.values())
+
+
 def test_serve_with_a_trace_and_a_log_of_objects(
     start: Start, config: Write, tmp_path: Path
 ) -> None:

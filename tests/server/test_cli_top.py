@@ -202,6 +202,8 @@ def test_failures_are_counted_and_shown(served: Running, capfd: Any) -> None:
         (["--output-len", "-1"], "--output-len is -1"), (["--warmup", "-1"], "--warmup is -1"),
         (["--url", "nowhere"], "--url is nowhere"), (["--model", "x"], "HTTP 404"),
         (["--input-len", "100000000"], "--input-len is"),
+        (["--input-len", "100000", "--concurrency", "4096"], "are 409600000 words at once"),
+        (["--requests", "1000000", "--output-len", "100"], "the times of 100000000 tokens"),
     ],
 )  # fmt: skip
 def test_wrong_flags_of_bench_serve(

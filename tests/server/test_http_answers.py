@@ -133,7 +133,7 @@ def test_what_waits_for_a_slow_reader_is_charged(launch: Any, tokenizer: Any) ->
     ask = {"messages": [{"role": "user", "content": "x"}]}
     body = ask | {"n": 8, "stream": True, "logprobs": True, "top_logprobs": 20}
     count = 8 * (1_000_000 // (8 * 21))  # as many as log-probabilities are allowed
-    with httpx.stream("POST", server.url + CHAT, json=body, timeout=30) as reply:
+    with httpx.stream("POST", server.url + CHAT, json=body, timeout=30, verify=False) as reply:
         assert reply.status_code == 200
         assert wait_for(lambda: taken[0] == count, 20)
         refused = server.post(CHAT, ask | {"max_tokens": 1})
@@ -413,3 +413,26 @@ def test_salts_differ_by_key_and_by_salt(launch: Any) -> None:
     with pytest.raises(openai.AuthenticationError):
         server.client("key-x").completions.create(model=MODEL, prompt=[5])
     assert len(server.engine.options) == 16
+
+
+def test_who_shares_the_engine_is_a_key_or_an_address(launch: Any, served: Running) -> None:
+    """On every route: the same key is the same client, whatever its salt or connection."""
+    bodies: dict[str, dict[str, Any]] = {
+        "/v1/completions": {"prompt": [5], "max_tokens": 1},
+        "/v1/chat/completions": {"messages": HELLO, "max_tokens": 1, "cache_salt": "mine"},
+        "/v1/responses": {"input": "hello", "max_output_tokens": 1},
+        "/v1/messages": {"messages": HELLO, "max_tokens": 1},
+    }
+    server = launch(api_key=("key-a", "key-b"))
+    found: dict[str, set[str]] = {}
+    for key in ("key-a", "key-b"):
+        for path, body in bodies.items():
+            headers = {"Authorization": f"Bearer {key}"}
+            reply = httpx.post(server.url + path, json=body | {"model": MODEL}, headers=headers)
+            assert reply.status_code == 200, reply.text
+            found.setdefault(key, set()).add(server.engine.options[-1].client)
+    assert all(len(clients) == 1 for clients in found.values())
+    assert found["key-a"] != found["key-b"] and "key-a" not in str(found["key-a"])
+    for path, body in bodies.items():
+        assert served.post(path, body).status_code == 200
+        assert served.engine.options[-1].client == "host 127.0.0.1"

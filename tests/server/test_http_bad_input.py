@@ -164,7 +164,9 @@ def test_bad_fields(served: Running) -> None:
     for path, body, param, part in FIELDS:
         text = json.dumps(body)  # also lone surrogates, as \\ud800
         headers = {"Content-Type": "application/json"}
-        reply = httpx.post(served.url + path, content=text, headers=headers, timeout=20)
+        reply = httpx.post(
+            served.url + path, content=text, headers=headers, timeout=20, verify=False
+        )
         shown = text[:100]
         assert reply.status_code == 400, (shown, reply.text)
         error = error_of(reply, 400)
@@ -204,7 +206,9 @@ def test_prompt_too_long_has_the_code(served: Running) -> None:
 def test_malformed_bodies(served: Running, content: bytes, part: str) -> None:
     headers = {"Content-Type": "application/json"}
     for path in (C, CHAT, "/tokenize"):
-        reply = httpx.post(served.url + path, content=content, headers=headers, timeout=20)
+        reply = httpx.post(
+            served.url + path, content=content, headers=headers, timeout=20, verify=False
+        )
         if path == C or part != "temperature":
             assert part in error_of(reply, 400)["message"]
 
@@ -221,7 +225,9 @@ def test_a_repeated_key_is_named(served: Running) -> None:
         (C, '{"prompt": "x", "\\ud800": 1, "\\ud800": 2}', " "),
         (C, '{"prompt": "x", "' + "k" * 500 + '": 1, "' + "k" * 500 + '": 1}', "k" * 100),
     ):
-        reply = httpx.post(served.url + path, content=content, headers=headers, timeout=20)
+        reply = httpx.post(
+            served.url + path, content=content, headers=headers, timeout=20, verify=False
+        )
         error = error_of(reply, 400)
         assert error["param"] == key and error["code"] == "invalid_json"
         assert "is given twice" in error["message"] and len(error["message"]) < 200
@@ -230,7 +236,10 @@ def test_a_repeated_key_is_named(served: Running) -> None:
 
 def test_other_content_type(served: Running) -> None:
     reply = httpx.post(
-        served.url + C, content=b'{"prompt": "x"}', headers={"Content-Type": "text/plain"}
+        served.url + C,
+        content=b'{"prompt": "x"}',
+        headers={"Content-Type": "text/plain"},
+        verify=False,
     )
     assert "application/json" in error_of(reply, 415)["message"]
 

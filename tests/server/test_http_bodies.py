@@ -35,7 +35,9 @@ HEADER = "x-ds-cp-warning"
 
 def send(served: Running, path: str, text: str) -> httpx.Response:
     headers = {"Content-Type": "application/json"}
-    return httpx.post(served.url + path, content=text, headers=headers, timeout=PATIENCE_S)
+    return httpx.post(
+        served.url + path, content=text, headers=headers, timeout=PATIENCE_S, verify=False
+    )
 
 
 @pytest.mark.parametrize(("path", "body"), ROUTES)

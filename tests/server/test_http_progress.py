@@ -40,6 +40,33 @@ def test_a_prompt_on_its_way(served: Running, route: str) -> None:
     assert not any("prompt_progress" in chunk for chunk in chunks_of(served, route))
 
 
+def progress_of(chunks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [chunk["prompt_progress"] for chunk in chunks if "prompt_progress" in chunk]
+
+
+@pytest.mark.parametrize("route", BODIES)
+def test_the_last_event_of_a_prompt_says_that_it_is_read(served: Running, route: str) -> None:
+    """Whatever the last look has found; and where there was none, for all was cached."""
+    served.engine.steps_of_prompt = [PromptProgress(100, 20, done, done / 100) for done in (20, 52)]
+    told = progress_of(chunks_of(served, route, return_progress=True))
+    assert [one["processed"] for one in told] == [20, 52, 100]
+    assert told[-1]["cache"] == 20 and told[-1]["time_ms"] >= 520
+    served.engine.cached = 3
+    chunks = chunks_of(served, route, return_progress=True)
+    whole = served.post(route, BODIES[route]).json()["usage"]["prompt_tokens"]
+    [told_once] = progress_of(chunks)
+    assert told_once.pop("time_ms") >= 0
+    assert told_once == {"total": whole, "cache": 3, "processed": whole}
+    at = next(i for i, chunk in enumerate(chunks) if "prompt_progress" in chunk)
+    assert at < min(i for i, chunk in enumerate(chunks) if chunk["choices"] and text_of(chunk))
+
+
+def test_prompts_are_read_one_after_the_other(served: Running) -> None:
+    fields = {"prompt": [[5] * 10, [6] * 20], "return_progress": True}
+    told = progress_of(chunks_of(served, "/v1/completions", **fields))
+    assert [(one["processed"], one["total"]) for one in told] in ([(10, 10), (20, 20)], [(10, 10)])
+
+
 def text_of(chunk: dict[str, Any]) -> str:
     choice = chunk["choices"][0]
     return str(choice.get("text") or choice.get("delta", {}).get("content") or "")

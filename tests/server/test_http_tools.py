@@ -7,7 +7,9 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.helpers import chat_templates as templates
 from tests.helpers.speaking import Speaking
@@ -67,8 +69,45 @@ def ask(server: Running, stream: bool = False, **fields: Any) -> list[Any]:
 
 _EXTRA = (
     "chat_template_kwargs", "include_reasoning", "return_token_ids", "continue_final_message",
-    "add_generation_prompt", "ignore_eos",
+    "add_generation_prompt", "ignore_eos", "guided_regex",
 )  # fmt: skip
+
+
+def test_what_answers_hold_is_counted(speaking: Any) -> None:
+    cut, wrong = ONE[: ONE.index("Oslo")], ONE.replace('{"city"', '{"city" "Oslo"')
+    server = speaking(THOUGHT + ONE + TWO, wrong, cut, "no call")
+    tokens = 0
+    for stream in (False, True):
+        ask(server, stream, n=4)
+        tokens += thought(server, n=4)
+    found = counted(server)
+    times = 2 + 2  # both ways, and once more for their tokens of reasoning
+    assert found["tool_calls_total complete"] == 2 * times
+    assert found["tool_calls_total not_json"] == found["tool_calls_total unfinished"] == times
+    assert found["reasoning_tokens_total"] == 2 * tokens > 0
+    assert found["parser_failures_total"] == found["grammar_answers_total length"] == 0
+    ask(server, tool_choice="required", max_tokens=3)
+    found = counted(server)
+    assert found["grammar_answers_total length"] == 1 and found["grammar_answers_total stop"] == 0
+
+
+def counted(server: Running) -> dict[str, float]:
+    """The counters of what answers hold, by name and outcome."""
+    names = ("tool_calls", "reasoning_tokens", "grammar_answers", "parser_failures")
+    return {
+        f"{sample.name.removeprefix('ds_cp:')} {sample.labels.get('outcome', '')}".strip():
+        sample.value
+        for family in text_string_to_metric_families(server.get("/metrics").text)
+        if family.name in [f"ds_cp:{name}" for name in names]
+        for sample in family.samples
+    }  # fmt: skip
+
+
+def thought(server: Running, **fields: Any) -> int:
+    """Tokens of reasoning that an answer says it has."""
+    body = {"messages": HELLO, "tools": TOOLS, **fields}
+    usage = server.post(CHAT, body).json()["usage"]
+    return int(usage["completion_tokens_details"]["reasoning_tokens"])
 
 
 def calls_of(answer: Any) -> list[tuple[str, Any]]:
@@ -222,6 +261,12 @@ def test_a_call_that_must_come_is_enforced(speaking: Any, choice: Any) -> None:
     assert wish.structural_tag["at_least"] == 1 and wish.thought.end == "</think>"
     names = [one["begin"] for one in wish.structural_tag["structures"]]
     assert len(names) == (2 if choice == "required" else 1) and "time" in names[-1]
+    # A format is of the text of an answer, and this one has none; a guide is of all of it.
+    (answer,) = ask(server, tool_choice=choice, response_format={"type": "json_object"})
+    assert calls_of(answer) == BOTH[1:]
+    assert server.engine.seen[-1][1].structured_outputs == wish
+    with pytest.raises(openai.BadRequestError, match="guided_regex what it is; send one"):
+        ask(server, tool_choice=choice, guided_regex="a")
     (answer,) = ask(server, tool_choice="none")
     assert answer[0].tool_calls is None and TWO in answer[0].content
     assert "weather?" in server.engine.prompt() and '"weather"' not in server.engine.prompt()

@@ -32,7 +32,13 @@ Launch = Callable[..., Running]
 
 
 def client_of(server: Running, key: str = "none") -> Any:
-    return anthropic.Anthropic(base_url=server.url, api_key=key, max_retries=0, timeout=20.0)
+    return anthropic.Anthropic(
+        base_url=server.url,
+        api_key=key,
+        max_retries=0,
+        timeout=20.0,
+        http_client=anthropic.DefaultHttpxClient(verify=False),
+    )
 
 
 def error_of(reply: httpx.Response, status: int, kind: str) -> str:
@@ -59,6 +65,7 @@ def test_a_whole_message(spoken: Launch) -> None:
         None,
     )
     assert message.id.startswith("msg_") and message.model == "fake-model" and message._request_id
+    assert server.engine.options[-1].http_id == message._request_id  # as its line in the log has it
     prompt = len(server.engine.seen[0][0])
     usage = message.usage
     assert (usage.input_tokens, usage.cache_read_input_tokens) == (prompt - 2, 2)
@@ -135,10 +142,35 @@ def test_a_call_can_be_forced(spoken: Launch, choice: Any) -> None:
     server = spoken(CALL)
     message = client_of(server).messages.create(**HELLO, tools=[TOOL], tool_choice=choice)
     assert message.content[0].type == "tool_use"
-    assert server.engine.seen[-1][1].structured_outputs is not None
+    wish = server.engine.seen[-1][1].structured_outputs
+    assert wish.structural_tag["at_least"] == 1
+    config = {"format": {"type": "json_schema", "schema": {"type": "object"}}}
+    client_of(server).messages.create(
+        **HELLO, tools=[TOOL], tool_choice=choice, output_config=config
+    )
+    assert server.engine.seen[-1][1].structured_outputs == wish
     client_of(server).messages.create(**HELLO, tools=[TOOL], tool_choice={"type": "none"})
     assert server.engine.seen[-1][1].structured_outputs is None
     assert "weather" not in server.engine.prompts[-1]
+
+
+def test_the_clients_tool_runner_goes_on_without_a_thread(spoken: Launch) -> None:
+    """It wants the server to hold the conversation, and would send the result of a call alone."""
+    server = spoken(CALL)
+
+    @anthropic.beta_tool
+    def weather(city: str) -> str:
+        """Weather of a city."""
+        return f"Rain in {city}."
+
+    runner = client_of(server).beta.messages.tool_runner(**HELLO, tools=[weather], max_iterations=2)
+    assert [message.stop_reason for message in runner] == ["tool_use", "tool_use"]
+    assert "<|user|>hi" in server.engine.prompts[-1]
+    assert "Rain in Bonn." in server.engine.prompts[-1]
+    refused = httpx.post(f"{server.url}/v1/messages", json=HELLO | {"thread": {"type": "create"}})
+    assert refused.status_code == 400
+    details = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
+    assert refused.json()["error"]["details"] == details
 
 
 def test_why_it_stops(spoken: Launch) -> None:
@@ -217,13 +249,18 @@ def test_errors_have_the_shape_of_the_protocol(spoken: Launch) -> None:
         text = error_of(server.post(path, HELLO | {"messages": []}), 400, "invalid_request_error")
         assert "messages" in text
         error_of(server.post(path, HELLO | {"model": "claude"}), 404, "not_found_error")
-        reply = httpx.post(server.url + path, content=b"{", headers={"content-type": "text/plain"})
+        reply = httpx.post(
+            server.url + path, content=b"{", headers={"content-type": "text/plain"}, verify=False
+        )
         error_of(reply, 415, "invalid_request_error")
         reply = httpx.post(
-            server.url + path, content=b"{", headers={"content-type": "application/json"}
+            server.url + path,
+            content=b"{",
+            headers={"content-type": "application/json"},
+            verify=False,
         )
         error_of(reply, 400, "invalid_request_error")
-        error_of(httpx.get(server.url + path), 405, "invalid_request_error")
+        error_of(httpx.get(server.url + path, verify=False), 405, "invalid_request_error")
     error_of(server.post("/v1/messages/batches", {}), 404, "not_found_error")
     result = {"type": "tool_result", "tool_use_id": "t9", "content": "x"}
     messages = [{"role": "user", "content": [result]}]

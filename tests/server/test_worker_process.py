@@ -55,16 +55,16 @@ def test_a_failed_step_is_reported_by_its_cause(tmp_path: Path, mode: str, faili
             }  # fmt: skip
             job = detect({name: str(value) for name, value in place.items()}, timeout_s=60)
             workers.append(stack.enter_context(worker_child(config, job)))
-        channels = [channel for _, channel in workers]
+        channels = [worker.channel for worker in workers]
         for channel in channels:
             assert isinstance(received(channel, START_S), Ready)
         for plan in (Idle(), one_token(1, 40, mode, failing)):
-            channels[0].send(plan)
+            channels[0].send_plan(plan, 0)
             assert isinstance(received(channels[0], START_S), Result)
-        channels[0].send(one_token(2, NOT_A_TOKEN, mode, failing))
+        channels[0].send_plan(one_token(2, NOT_A_TOKEN, mode, failing), 0)
         began = time.monotonic()
         host = job.host
-        for rank, (process, channel) in enumerate(workers):
+        for rank, (process, channel, _) in enumerate(workers):
             failed = received(channel, AT_ONCE_S)
             assert isinstance(failed, Failed) and failed.exit_code == 1
             assert failed.message.startswith(f"rank {failing} on {host}: IndexError: "), rank
@@ -87,7 +87,7 @@ def test_a_worker_that_is_killed_while_it_loads_leaves_no_files(
     }  # fmt: skip
     job = detect({name: str(value) for name, value in place.items()}, timeout_s=60)
     limit = time.monotonic() + START_S
-    with worker_child(load_config({"model": str(model)}), job) as (process, _):
+    with worker_child(load_config({"model": str(model)}), job) as (process, _, _):
         while not list(folder.rglob("config.json")):
             assert process.poll() is None and time.monotonic() < limit
             process.send_signal(signal.SIGCONT)

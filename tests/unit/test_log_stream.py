@@ -224,3 +224,37 @@ def test_every_line_as_an_object() -> None:
     assert failed["message"] == "request x failed"
     assert "ZeroDivisionError" in failed["traceback"]
     assert (odd["level"], odd["message"]) == ("warning", "of %d")
+
+
+# What Python takes apart at the very end may still write, as asyncio does of a task that is lost.
+AT_THE_END = """
+import sys
+from ds_cp.log_stream import take_over
+
+take_over("stderr")
+
+class Late:
+    stream = sys.stderr  # as a handler of logging holds it
+
+    def __del__(self):
+        self.stream.write("a last word\\n")
+
+stays = sys.modules["stays"] = Late()
+"""
+
+
+def test_a_word_from_the_very_end_does_not_hold_up_the_process() -> None:
+    """A thread that is started then never begins, and who starts it waits for that for ever."""
+    run = [sys.executable, "-c", AT_THE_END]
+    done = subprocess.run(run, capture_output=True, timeout=60)
+    assert done.returncode == 0 and done.stderr == b"a last word\n", done
+
+
+def test_a_word_from_the_very_end_waits_for_no_reader(pipe: Pipe) -> None:
+    os.set_blocking(pipe[1], False)
+    with pytest.raises(BlockingIOError):
+        while True:
+            os.write(pipe[1], b"x" * 4096)
+    os.set_blocking(pipe[1], True)
+    process = subprocess.Popen([sys.executable, "-c", AT_THE_END], stderr=pipe[1])
+    assert process.wait(60) == 0

@@ -1,7 +1,8 @@
 """What the scripts of the clients share. It runs in their environments: the standard library alone.
 
-``python SCRIPT BASE_URL MODEL KEY PROXY_URL`` prints one JSON object as its last line: the versions
-of the packages, and for every check of ``NAMES`` its result. Results are
+``python SCRIPT BASE_URL MODEL KEY PROXY_URL [NAME ...]`` prints one JSON object as its last line:
+the versions of the packages, and for every check of ``NAMES``, or for those named, its result.
+Results are
 
 - ``ok``;
 - ``none``: this client has nothing of the kind;
@@ -48,9 +49,18 @@ NAMES = (
     "leaving mid-stream",
     "embeddings (not served)",
     "tools",
+    "tools in a stream",
+    "agent loop",
     "JSON output",
     "JSON by a schema",
+    "JSON by a schema in a stream",
     "structured answer by prompt",
+    "response",
+    "response in a stream",
+    "response with tools",
+    "response by a schema",
+    "message",
+    "tokens counted",
 )
 CHECK_S = 120  # seconds of one check, on a busy machine
 LONG = "word " * 3000  # more tokens than the server's model length
@@ -70,6 +80,7 @@ TOOL: dict[str, Any] = {
         },
     },
 }
+ASK_WEATHER = "What is the weather in Oslo in the next 2 days?"
 ASK_JSON = "Describe Ann, who is 30, in JSON with her name, age and mood."
 
 
@@ -82,7 +93,9 @@ class Checks:
 
     def __init__(self, *packages: str) -> None:
         self.base, self.model, self.key, self.proxy = sys.argv[1:5]
+        self.chosen = sys.argv[5:] or NAMES
         self.packages = packages
+        self.declared: set[str] = set()
         self.results: dict[str, dict[str, str]] = {}
 
     @property
@@ -100,10 +113,13 @@ class Checks:
             return int(json.load(answer)["count"])
 
     def check(self, name: str, *given: str) -> Callable[[Callable[..., Any]], None]:
-        """Run the decorated function with what is ``given``, now. It returns a remark or None."""
-        assert name in NAMES, name
+        """Run the decorated function with what is ``given``, now, if the check is chosen. It
+        returns a remark or None."""
+        self._declare(name)
 
         def run(body: Callable[..., Any]) -> None:
+            if name not in self.chosen:
+                return
             began = time.monotonic()
             signal.signal(signal.SIGALRM, _late)
             signal.alarm(CHECK_S)
@@ -128,14 +144,18 @@ class Checks:
     def absent(self, *names: str, why: str) -> None:
         """Say that the client has nothing of these kinds."""
         for name in names:
-            assert name in NAMES, name
+            self._declare(name)
             self.results[name] = {"result": "none", "detail": why}
 
+    def rest_absent(self, why: str) -> None:
+        """Say of every check that was not declared that the client has nothing of its kind."""
+        self.absent(*(name for name in NAMES if name not in self.declared), why=why)
+
     def finish(self) -> None:
-        """Print the results. Every name must have one."""
-        missing = [name for name in NAMES if name not in self.results]
+        """Print the results. Every name must have been declared."""
+        missing = [name for name in NAMES if name not in self.declared]
         assert not missing, missing
-        rows = [{"check": name} | self.results[name] for name in NAMES]
+        rows = [{"check": name} | self.results[name] for name in NAMES if name in self.chosen]
         print(json.dumps({"versions": {p: _version(p) for p in self.packages}, "rows": rows}))
 
     def idle(self, within_s: float = 5.0) -> None:
@@ -149,6 +169,10 @@ class Checks:
         """Assert that a request runs now."""
         assert self._running(), "no request runs"
 
+    def _declare(self, name: str) -> None:
+        assert name in NAMES and name not in self.declared, name
+        self.declared.add(name)
+
     def _running(self) -> int:
         request = urllib.request.Request(
             self.base + "/metrics", headers={"Authorization": f"Bearer {self.key}"}
@@ -158,6 +182,11 @@ class Checks:
                 if line.startswith("ds_cp:num_requests_running"):
                     return int(float(line.rsplit(" ", 1)[1]))
         raise AssertionError("no metric of running requests")
+
+
+def weather(city: str, days: int) -> str:
+    """What ``TOOL`` answers."""
+    return f"Rain in {city} for {days} day(s)."
 
 
 def is_call(name: str, arguments: str) -> None:

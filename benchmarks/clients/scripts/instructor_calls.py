@@ -7,7 +7,7 @@ from typing import Any
 
 import instructor
 import openai
-from checks import LONG, NAMES, Checks, chain, raises
+from checks import LONG, Checks, chain, raises
 from pydantic import BaseModel, Field
 
 checks = Checks("instructor", "openai")
@@ -20,7 +20,7 @@ class Person(BaseModel):
     age: int
 
 
-class Known(BaseModel):
+class Known(BaseModel, extra="forbid"):
     name: str = Field(max_length=12)
     age: int = Field(ge=0, le=150)
 
@@ -145,11 +145,30 @@ for status in ("429", "503"):
         assert checks.count(label) == 2
 
 
+def known(mode: Any, messages: Any = (USER,)) -> str:
+    found = create(client(mode=mode), messages, response_model=Known, max_tokens=300)
+    assert isinstance(found, Known), found
+    return repr(found)
+
+
+def partly(mode: Any) -> str:
+    """Partial answers of a stream, of which the last one is whole."""
+    fields: dict[str, Any] = {"model": checks.model, "max_tokens": 300, "temperature": 0}
+    over = client(mode=mode).chat.completions
+    parts = list(over.create_partial(messages=[USER], response_model=Known, **fields))
+    Known.model_validate(parts[-1].model_dump())
+    assert len(parts) > 2, parts
+    return f"{len(parts)} partial answers"
+
+
 @checks.check("tools")
 def _() -> Any:
-    found = create(client(mode=instructor.Mode.TOOLS), response_model=Known, max_tokens=200)
-    assert isinstance(found, Known), found
-    return f"{found!r}"
+    return known(instructor.Mode.TOOLS)
+
+
+@checks.check("tools in a stream")
+def _() -> Any:
+    return partly(instructor.Mode.TOOLS)
 
 
 @checks.check("JSON output")
@@ -164,12 +183,23 @@ def _() -> Any:
 
 @checks.check("JSON by a schema")
 def _() -> Any:
-    over = client(mode=instructor.Mode.JSON_SCHEMA)
-    found = create(over, response_model=Known, max_tokens=200)
+    return known(instructor.Mode.JSON_SCHEMA)
+
+
+@checks.check("JSON by a schema in a stream")
+def _() -> Any:
+    return partly(instructor.Mode.JSON_SCHEMA)
+
+
+@checks.check("response with tools")
+def _() -> Any:
+    over = client(mode=instructor.Mode.RESPONSES_TOOLS)
+    found = over.responses.create(
+        model=checks.model, input=ASK, response_model=Known, max_output_tokens=300, max_retries=0
+    )
     assert isinstance(found, Known), found
     return f"{found!r}"
 
 
-rest = [name for name in NAMES if name not in checks.results]
-checks.absent(*rest, why="instructor hands this to the openai client, which has its own column")
+checks.rest_absent("instructor hands this to the openai client, which has its own column")
 checks.finish()

@@ -1,20 +1,37 @@
-"""LangChain's client, langchain-openai."""
+"""LangChain's client, langchain-openai, and agents of langchain over it."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from typing import Any, Literal
+from functools import reduce
+from operator import add
+from typing import Any
 
 import openai
-from checks import ASK_JSON, LONG, STORY, TOOL, Checks, is_call, is_object, raises
+from checks import (
+    ASK_JSON,
+    ASK_WEATHER,
+    LONG,
+    STORY,
+    TOOL,
+    Checks,
+    is_call,
+    is_object,
+    raises,
+    weather,
+)
+from langchain.agents import create_agent
+from langchain.agents.middleware import wrap_model_call
 from langchain_core.exceptions import ContextOverflowError
-from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
+from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.prompts import ChatPromptTemplate
+from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI, OpenAI, OpenAIEmbeddings
+from person import Person
 from pydantic import BaseModel, Field
 
-checks = Checks("langchain-openai", "langchain-core", "openai")
+checks = Checks("langchain-openai", "langchain", "langchain-core", "openai")
 HELLO = "Say hello."
 LOOP = asyncio.new_event_loop()  # one for all: the client keeps its connections
 
@@ -33,9 +50,6 @@ def text(answer: Any) -> str:
 
 def endless(**fields: Any) -> Any:
     return chat(extra_body={"ignore_eos": True}, **fields)
-
-
-checks.absent("models listed", why="the client has no list of models")
 
 
 @checks.check("plain chat")
@@ -204,12 +218,72 @@ def _() -> Any:
     return raises(openai.NotFoundError, lambda: made.embed_query("a"), "/v1/embeddings")
 
 
+FORCED: dict[str, Any] = {"tool_choice": "any", "parallel_tool_calls": False}
+
+
 @checks.check("tools")
 def _() -> Any:
-    made = chat(max_tokens=100).bind_tools([TOOL], tool_choice="any", parallel_tool_calls=False)
-    (call,) = made.invoke(HELLO).tool_calls
-    is_call(call["name"], json.dumps(call["args"]))
+    for choice in ("any", TOOL["function"]["name"]):
+        made = chat(max_tokens=300).bind_tools([TOOL], **FORCED | {"tool_choice": choice})
+        (call,) = made.invoke(ASK_WEATHER).tool_calls
+        is_call(call["name"], json.dumps(call["args"]))
     return f"{call['name']}({call['args']})"
+
+
+@checks.check("tools in a stream")
+def _() -> Any:
+    made = chat(max_tokens=300).bind_tools([TOOL], **FORCED)
+    chunks = list(made.stream(ASK_WEATHER))
+    whole = reduce(add, chunks)
+    (call,) = whole.tool_calls
+    is_call(call["name"], json.dumps(call["args"]))
+    assert sum(bool(chunk.tool_call_chunks) for chunk in chunks) > 1, chunks
+    assert call["args"] == made.invoke(ASK_WEATHER).tool_calls[0]["args"]
+    return f"{len(chunks)} chunks"
+
+
+class Place(BaseModel, extra="forbid"):
+    city: str = Field(max_length=20)
+    days: int = Field(ge=1, le=9)
+
+
+@wrap_model_call
+def one_call_at_least(request: Any, handler: Any) -> Any:
+    """A small model calls if it must, and might call for ever, or add arguments for ever."""
+    results = sum(isinstance(message, ToolMessage) for message in request.messages)
+    choice = ("any", "auto", "none")[min(results, 2)]
+    settings = request.model_settings | {"parallel_tool_calls": False, "strict": True}
+    return handler(request.override(tool_choice=choice, model_settings=settings))
+
+
+def agent(**fields: Any) -> Any:
+    @tool(args_schema=Place)
+    def get_weather(city: str, days: int) -> str:
+        """The weather of a city in the next days."""
+        return weather(city, days)
+
+    over = chat(max_tokens=300, **fields)
+    return create_agent(over, tools=[get_weather], middleware=[one_call_at_least])
+
+
+def ran(messages: Any) -> str:
+    """Assert that an agent called its tool and then answered."""
+    kinds = [message.type for message in messages]
+    assert kinds[:4] == ["human", "ai", "tool", "ai"] and kinds[-1] == "ai", kinds
+    assert messages[2].content.startswith("Rain in "), messages[2]
+    assert messages[-1].text and not messages[-1].tool_calls, messages[-1]
+    return f"create_agent: {', '.join(kinds)}"
+
+
+@checks.check("agent loop")
+def _() -> Any:
+    asked = {"messages": [HumanMessage(ASK_WEATHER)]}
+    found = ran(agent().invoke(asked)["messages"])
+    streamed = list(agent().stream(asked, stream_mode=["messages", "values"]))
+    ran([value for mode, value in streamed if mode == "values"][-1]["messages"])
+    tokens = [value for mode, value in streamed if mode == "messages"]
+    assert len(tokens) > 4, tokens
+    return found
 
 
 @checks.check("JSON output")
@@ -218,19 +292,54 @@ def _() -> Any:
     is_object(text(answer), answer.response_metadata["finish_reason"])
 
 
-class Person(BaseModel):
-    name: str = Field(max_length=12)
-    age: int = Field(ge=0, le=150)
-    mood: Literal["good", "bad"]
+def typed(method: str, **fields: Any) -> Any:
+    return chat(max_tokens=300, **fields).with_structured_output(Person, method=method)
 
 
 @checks.check("JSON by a schema")
 def _() -> Any:
-    over = chat(max_tokens=200).with_structured_output(Person, method="json_schema")
-    found = over.invoke(ASK_JSON)
+    for method in ("json_schema", "function_calling"):
+        found = typed(method).invoke(ASK_JSON)
+        assert isinstance(found, Person), found
+    return repr(found)
+
+
+@checks.check("JSON by a schema in a stream")
+def _() -> Any:
+    found = list(typed("json_schema").stream(ASK_JSON))
+    assert isinstance(found[-1], Person), found
+    return f"{len(found)} chunks"
+
+
+def respond(**fields: Any) -> Any:
+    return chat(use_responses_api=True, **fields)
+
+
+@checks.check("response")
+def _() -> Any:
+    answer = respond().invoke(HELLO)
+    assert answer.text and answer.id.startswith("resp_"), answer
+    assert answer.text == text(chat().invoke(HELLO))
+
+
+@checks.check("response in a stream")
+def _() -> Any:
+    chunks = list(respond().stream(HELLO))
+    assert reduce(add, chunks).text == respond().invoke(HELLO).text and len(chunks) > 2, chunks
+
+
+@checks.check("response with tools")
+def _() -> Any:
+    asked = {"messages": [HumanMessage(ASK_WEATHER)]}
+    return ran(agent(use_responses_api=True).invoke(asked)["messages"])
+
+
+@checks.check("response by a schema")
+def _() -> Any:
+    found = typed("json_schema", use_responses_api=True).invoke(ASK_JSON)
     assert isinstance(found, Person), found
     return repr(found)
 
 
-checks.absent("structured answer by prompt", why="no such mode in this client")
+checks.rest_absent("no such thing in this client")
 checks.finish()

@@ -11,12 +11,25 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from checks import ASK_JSON, LONG, STORY, AbsentError, Checks, is_object, raises
+from checks import (
+    ASK_JSON,
+    ASK_WEATHER,
+    LONG,
+    STORY,
+    TOOL,
+    AbsentError,
+    Checks,
+    is_call,
+    is_object,
+    raises,
+    weather,
+)
 
 checks = Checks("llm", "openai")
 HELLO = "Say hello."
 FOLDER = Path(tempfile.mkdtemp())
 os.environ["LLM_USER_PATH"] = str(FOLDER)
+os.environ["LLM_LOAD_PLUGINS"] = ""  # of all that is installed, the client itself
 BASES = {
     "plain": checks.url,
     "recorded": checks.through("llm-chat"),
@@ -38,10 +51,12 @@ def _entry(name: str, base: str, model: str, **more: str) -> str:
     + _entry("missing", checks.url, "gpt-nope")
     + _entry("text", checks.url, checks.model, completion="true")
     + _entry("tools", checks.url, checks.model, supports_tools="true")
+    + _entry("responses", checks.url, checks.model, responses="true")
     + _entry("schemas", checks.url, checks.model, supports_schema="true")
 )
 
 import llm  # noqa: E402  (it reads the folder above)
+from llm.default_plugins.openai_models import Chat  # noqa: E402
 
 
 def ask(prompt: str = HELLO, model: str = "plain", stream: bool = False, **options: Any) -> Any:
@@ -220,16 +235,68 @@ def _() -> Any:
 checks.absent("embeddings (not served)", why="the client embeds with OpenAI's own models only")
 
 
+def get_weather(city: str, days: int) -> str:
+    """The weather of a city in the next days."""
+    return weather(city[:20], min(max(days, 1), 9))
+
+
+class OneCall(Chat):
+    """A model of a plugin, which must call until there is a result: a small one might not."""
+
+    def build_kwargs(self, prompt: Any, stream: bool) -> dict[str, Any]:
+        choice = "none" if prompt.tool_results else "required"
+        fields: dict[str, Any] = super().build_kwargs(prompt, stream)
+        return fields | {"tool_choice": choice, "parallel_tool_calls": False}
+
+
+def calling() -> Any:
+    fields: dict[str, Any] = {"model_id": "calling", "model_name": checks.model}
+    return OneCall(api_base=checks.url, supports_tools=True, **fields)
+
+
+CITY = llm.Tool(
+    name="get_weather",
+    description=get_weather.__doc__,
+    input_schema=TOOL["function"]["parameters"],
+    implementation=get_weather,
+)
+
+
+def chained(stream: bool) -> Any:
+    options = {"max_tokens": 300, "temperature": 0}
+    more: dict[str, Any] = {"key": checks.key, "options": options, "stream": stream}
+    return calling().chain(ASK_WEATHER, tools=[CITY], **more)
+
+
 @checks.check("tools")
 def _() -> Any:
-    def now() -> str:
-        """The time."""
-        return ""
+    options: dict[str, Any] = {"max_tokens": 300, "temperature": 0}
+    response = calling().prompt(ASK_WEATHER, tools=[CITY], key=checks.key, stream=False, **options)
+    (call,) = response.tool_calls()
+    is_call(call.name, json.dumps(call.arguments))
+    free = ask(model="tools", tools=[get_weather])
+    assert free.text() or free.tool_calls(), free.response_json
+    return f"{call.name}({call.arguments})"
 
-    response = ask(model="tools", tools=[now])
-    said, calls = response.text(), response.tool_calls()
-    assert said or calls, response.response_json
-    return "the client asks for no call; this model " + ("called" if calls else "answered in words")
+
+@checks.check("tools in a stream")
+def _() -> Any:
+    options: dict[str, Any] = {"max_tokens": 300, "temperature": 0}
+    response = calling().prompt(ASK_WEATHER, tools=[CITY], key=checks.key, stream=True, **options)
+    list(response)
+    (call,) = response.tool_calls()
+    is_call(call.name, json.dumps(call.arguments))
+
+
+@checks.check("agent loop")
+def _() -> Any:
+    for stream in (False, True):
+        said = [
+            (response.text(), response.tool_calls()) for response in chained(stream).responses()
+        ]
+        (_, calls), (answer, more) = said
+        assert calls and answer and not more, said
+    return "chain(), whole and streamed"
 
 
 @checks.check("JSON output")
@@ -238,16 +305,36 @@ def _() -> Any:
     is_object(answer, "length")  # the client does not say why it ended
 
 
-@checks.check("JSON by a schema")
-def _() -> Any:
+def typed(stream: bool) -> Any:
     schema = llm.schema_dsl("age int, mood")
     schema["properties"]["age"] |= {"minimum": 0, "maximum": 150}
     schema["properties"]["mood"] |= {"maxLength": 12}
-    response = ask(ASK_JSON, model="schemas", schema=schema, max_tokens=200)
+    response = ask(ASK_JSON, model="schemas", stream=stream, schema=schema, max_tokens=300)
     found = json.loads(text(response))
     assert sorted(found) == ["age", "mood"] and 0 <= found["age"] <= 150, found
     return repr(found)
 
 
-checks.absent("structured answer by prompt", why="no such mode in this client")
+@checks.check("JSON by a schema")
+def _() -> Any:
+    return typed(stream=False)
+
+
+@checks.check("JSON by a schema in a stream")
+def _() -> Any:
+    return typed(stream=True)
+
+
+@checks.check("response")
+def _() -> Any:
+    assert text(ask(model="responses")) == text(ask())
+
+
+@checks.check("response in a stream")
+def _() -> Any:
+    chunks = list(ask(model="responses", stream=True))
+    assert "".join(chunks) == text(ask()) and len(chunks) > 1, chunks
+
+
+checks.rest_absent("no such thing in this client")
 checks.finish()

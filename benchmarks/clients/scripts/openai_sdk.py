@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any, Literal
+from typing import Any
 
 import openai
-from checks import ASK_JSON, LONG, STORY, TOOL, Checks, is_call, is_object, raises
-from pydantic import BaseModel, Field
+import openai_calls
+from checks import LONG, STORY, Checks, raises
 
 checks = Checks("openai")
 client = openai.OpenAI(base_url=checks.url, api_key=checks.key, max_retries=0, timeout=110)
@@ -242,46 +242,7 @@ def _() -> Any:
     )
 
 
-@checks.check("tools")
-def _() -> Any:
-    fields: Any = {"tools": [TOOL], "tool_choice": "required", "max_tokens": 100}
-    fields |= {"parallel_tool_calls": False}
-    (call,) = chat(**fields).choices[0].message.tool_calls
-    is_call(call.function.name, call.function.arguments)
-    pieces = [
-        piece.function.arguments
-        for chunk in chat(stream=True, **fields)
-        for choice in chunk.choices
-        for piece in choice.delta.tool_calls or []
-    ]
-    assert "".join(pieces) == call.function.arguments and len(pieces) > 1, pieces
-    return f"{call.function.name}({call.function.arguments})"
-
-
-@checks.check("JSON output")
-def _() -> Any:
-    asked = [{"role": "user", "content": ASK_JSON}]
-    answer = chat(asked, response_format={"type": "json_object"}, max_tokens=60)
-    is_object(text(answer), answer.choices[0].finish_reason)
-
-
-class Person(BaseModel):
-    name: str = Field(max_length=12)
-    age: int = Field(ge=0, le=150)
-    mood: Literal["good", "bad"]
-
-
-@checks.check("JSON by a schema")
-def _() -> Any:
-    fields: Any = {"model": checks.model, "messages": [{"role": "user", "content": ASK_JSON}]}
-    fields |= {"response_format": Person, "max_tokens": 200, "temperature": 0}
-    found = client.chat.completions.parse(**fields).choices[0].message.parsed
-    assert isinstance(found, Person), found
-    with client.chat.completions.stream(**fields) as stream:
-        again = stream.get_final_completion().choices[0].message.parsed
-    assert again == found, again
-    return f"parse() and stream(): {found!r}"
-
-
+openai_calls.declare(checks, client)
 checks.absent("structured answer by prompt", why="no such mode in this client")
+checks.absent("message", "tokens counted", why="of Anthropic's protocol")
 checks.finish()

@@ -20,7 +20,7 @@ from ds_cp.api.chat.request import ChatRequest, FieldNames
 from ds_cp.api.chat.start import Conversation, start_chat
 from ds_cp.api.context import AppContext, request_options, sampling_params
 from ds_cp.api.requests.chat_body import ChatCompletionRequest, TokenizeRequest
-from ds_cp.outputs import Delta, PromptProgress, TokenLogprob
+from ds_cp.outputs import PromptProgress, TokenLogprob
 from ds_cp.parsing.definitions import read_choice
 from ds_cp.sampling_params import RequestOptions, SamplingParams
 
@@ -89,22 +89,12 @@ class _ChatAnswer(ChatAnswer):
         arrival: float,
     ) -> None:
         super().__init__(context, conversation)
-        self._timings = Timings(arrival) if body.timings_per_token else None
+        self.timings = Timings(arrival) if body.timings_per_token else None
+        self.shows_progress = bool(body.return_progress)
         self._envelope = envelope
         self._body = body
         self._top = (body.top_logprobs or 0) if body.logprobs else None
         self._reasons = body.include_reasoning is not False
-
-    def take(self, prompt: int, delta: Delta) -> Delta:
-        """As ``Answer`` says; the times too."""
-        if self._timings is not None:
-            self._timings.take(delta)
-        return super().take(prompt, delta)
-
-    @property
-    def shows_progress(self) -> bool:
-        """If the client asked for it."""
-        return bool(self._body.return_progress)
 
     def of_progress(self, progress: PromptProgress) -> Json:
         """A chunk without choices, as llama.cpp's clients read it."""
@@ -128,7 +118,7 @@ class _ChatAnswer(ChatAnswer):
         fields |= prompt_logprobs(prompt, self.context.texts, self._body.prompt_logprobs)
         if self._body.return_token_ids:
             fields["prompt_token_ids"] = json_integers(prompt.ids)
-        fields |= {"usage": self._usage()} | self._times()
+        fields |= {"usage": self._usage()} | self.times()
         return json_object(self._envelope.head(KIND) | fields)
 
     def opening(self) -> Iterator[Json]:
@@ -163,7 +153,7 @@ class _ChatAnswer(ChatAnswer):
         """The token counts, if the client asked for them."""
         if not self._body.include_usage:
             return []
-        fields = {"choices": [], "usage": self._usage()} | self._times()
+        fields = {"choices": [], "usage": self._usage()} | self.times()
         return [self._envelope.head(CHUNK) | fields]
 
     def _delta(self, event: Event) -> Json:
@@ -200,16 +190,10 @@ class _ChatAnswer(ChatAnswer):
 
     def _chunk(self, index: int, delta: Json) -> Json:
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
-        chunk = self._envelope.head(CHUNK) | {"choices": [choice]} | self._times()
+        chunk = self._envelope.head(CHUNK) | {"choices": [choice]} | self.times()
         if not self._body.include_usage:
             return chunk
         return chunk | {"usage": self._usage() if self._body.continuous_usage else None}
-
-    def _times(self) -> Json:
-        if self._timings is None:
-            return {}
-        usage = self.usage
-        return {"timings": self._timings.shown(usage.prompt, usage.cached, usage.completion)}
 
     def _usage(self) -> Json:
         details = {"reasoning_tokens": self.usage.reasoning}

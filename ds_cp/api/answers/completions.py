@@ -103,7 +103,8 @@ class _CompletionAnswer(Answer):
         arrival: float,
     ) -> None:
         super().__init__(context, prompts, params)
-        self._timings = Timings(arrival) if body.timings_per_token else None
+        self.timings = Timings(arrival) if body.timings_per_token else None
+        self.shows_progress = bool(body.return_progress)
         self.envelope = Envelope("cmpl", context.model_name(body.model))
         self._body = body
         self._choices = [_Choice(p) for p in range(len(prompts)) for _ in range(self.n)]
@@ -119,17 +120,6 @@ class _CompletionAnswer(Answer):
         for index, item in enumerate(self._body.prompt):
             text = item if isinstance(item, str) else await self.context.codec.decode(item)
             self._echoes[index] = text
-
-    def take(self, prompt: int, delta: Delta) -> Delta:
-        """As ``Answer`` says; the times too."""
-        if self._timings is not None:
-            self._timings.take(delta)
-        return super().take(prompt, delta)
-
-    @property
-    def shows_progress(self) -> bool:
-        """If the client asked for it."""
-        return bool(self._body.return_progress)
 
     def of_progress(self, progress: PromptProgress) -> Json:
         """A chunk without choices; of several prompts, the first one that is not read."""
@@ -161,7 +151,7 @@ class _CompletionAnswer(Answer):
         """The choices, each with the log-probabilities of its prompt where asked for."""
         choices = json_array(map(self._finished, range(len(self._choices))))
         fields = {"choices": choices, "usage": usage_of(self.prompts, self.completion_tokens)}
-        return json_object(self.envelope.head("text_completion") | fields | self._times())
+        return json_object(self.envelope.head("text_completion") | fields | self.times())
 
     def opening(self) -> Iterator[Json]:
         """The prompts, with ``echo``, unless their log-probabilities come first."""
@@ -247,20 +237,12 @@ class _CompletionAnswer(Answer):
         return self._envelop([fields])
 
     def _envelop(self, choices: list[Json], usage: Json | None = None) -> Json:
-        chunk = self.envelope.head("text_completion") | {"choices": choices} | self._times()
+        chunk = self.envelope.head("text_completion") | {"choices": choices} | self.times()
         if not self._body.include_usage:
             return chunk
         if self._body.continuous_usage:
             usage = usage or usage_of(self.prompts, self.completion_tokens)
         return chunk | {"usage": usage}
-
-    def _times(self) -> Json:
-        if self._timings is None:
-            return {}
-        usage = usage_of(self.prompts, self.completion_tokens)
-        cached = usage["prompt_tokens_details"]["cached_tokens"]
-        times = self._timings.shown(usage["prompt_tokens"], cached, self.completion_tokens)
-        return {"timings": times}
 
     def _choice(self, index: int, text: Any, block: Any, last: Delta | None) -> Json:
         ended = ending() if last is None else ending(last.finish_reason, last.stop_reason)

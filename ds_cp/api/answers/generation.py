@@ -109,13 +109,20 @@ class Generation:
         """Whether a prompt waits for its first token."""
         return not all(future.done() for future in self._answered)
 
-    def progress(self) -> PromptProgress | None:
-        """How far the first prompt that waits for its first token has come; None where none is on
-        its way."""
-        for future, job in zip(self._answered, self._jobs, strict=True):
+    def progress(self) -> tuple[int, PromptProgress] | None:
+        """How far the first prompt that waits for its first token has come, and the index of its
+        job; None where none is on its way."""
+        for index, (future, job) in enumerate(zip(self._answered, self._jobs, strict=True)):
             if not future.done():
-                return self._engine.progress(job.request_id)
+                known = self._engine.progress(job.request_id)
+                return None if known is None else (index, known)
         return None
+
+    def read_prompt(self, index: int, first: Delta) -> PromptProgress:
+        """The progress of a prompt that has been read, as its ``first`` delta says. The time of one
+        that no look at its progress found on its way has the queue in it."""
+        total = len(self._jobs[index].prompt_token_ids)
+        return PromptProgress(total, first.cached_tokens or 0, total, monotonic() - self._arrival)
 
     @property
     def finished(self) -> bool:

@@ -18,6 +18,7 @@ from ds_cp.api.answers.budget import Held, held_by
 from ds_cp.api.answers.generation import Generation, unless_disconnected
 from ds_cp.api.answers.paced import PacedJson
 from ds_cp.api.answers.sse import OPENAI, EventStream, Framing, stream_events
+from ds_cp.api.answers.timings import Timings
 from ds_cp.api.context import AppContext, request_id_of
 from ds_cp.api.errors import ApiError
 from ds_cp.grammar.constraint import StructuredOutputsParams
@@ -52,6 +53,8 @@ class Answer(ABC):
         self.n = params.n
         self.prompts = [Prompt(ids) for ids in prompts]
         self.completion_tokens = 0
+        self.timings: Timings | None = None  # of the request, where the client asks for them
+        self.shows_progress = False  # whether ``of_progress`` has events
         self._params = params
 
     # --- what the subclasses say
@@ -88,11 +91,6 @@ class Answer(ABC):
         """The event that says how far the prompt has come; None unless the client asked for it."""
         return None
 
-    @property
-    def shows_progress(self) -> bool:
-        """Whether ``of_progress`` has events."""
-        return False
-
     # --- what they share
 
     def take(self, prompt: int, delta: Delta) -> Delta:
@@ -100,6 +98,11 @@ class Answer(ABC):
 
         Raises ``ApiError`` 500 when the engine failed, or left out the prompt's log-probabilities.
         """
+        if self.timings is not None:
+            self.timings.take(delta)
+        if delta.finish_reason is not None:
+            constrained = self._params.structured_outputs is not None
+            self.context.metrics.answers.ended(delta, constrained)
         if delta.finish_reason == "error":
             raise engine_failure(self._params.structured_outputs if delta.stop_reason else None)
         state = self.prompts[prompt]
@@ -111,6 +114,14 @@ class Answer(ABC):
         delta = self.shown(delta)
         self.completion_tokens += len(delta.token_ids)
         return delta
+
+    def times(self) -> Json:
+        """``timings`` of the prompts and answers so far, where the client asks for them."""
+        if self.timings is None:
+            return {}
+        prompts = sum(len(prompt.ids) for prompt in self.prompts)
+        cached = sum(prompt.cached_tokens for prompt in self.prompts)
+        return {"timings": self.timings.shown(prompts, cached, self.completion_tokens)}
 
     async def collect(self, generation: Generation, held: Held) -> bool:
         """Take all deltas of a whole answer; true. Closes the generation on every way out."""

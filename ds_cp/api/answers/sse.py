@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass
+from itertools import chain
 from time import monotonic
 from typing import Any, Protocol
 
@@ -16,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from ds_cp.api.answers.generation import Generation, unless_disconnected
 from ds_cp.api.answers.paced import Turns
+from ds_cp.api.answers.prompts import PromptEvents
 from ds_cp.api.errors import ApiError, from_engine, internal_error, shutting_down
 from ds_cp.api.transport.deadline import within
 from ds_cp.errors import DsCpError
@@ -23,6 +25,7 @@ from ds_cp.outputs import Delta, PromptProgress
 
 logger = logging.getLogger("ds_cp.api")
 
+END = b"\n\n"  # of an event
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"  # a comment, which clients ignore
 PROGRESS_S = 0.25  # seconds between looks at a prompt's progress
@@ -37,10 +40,11 @@ def event(data: Any) -> bytes:
 
 @dataclass(frozen=True)
 class Framing:
-    """How a protocol writes its events: one from what its answer makes, the one of an error, what
-    ends every stream, and what it says while nothing comes."""
+    """How a protocol writes its events: one from what its answer makes, whole or in pieces, of
+    which the last one alone ends with ``END``; the one of an error, what ends every stream, and
+    what it says while nothing comes."""
 
-    event: Callable[[Any], bytes]
+    event: Callable[[Any], bytes | Iterator[bytes]]
     error: Callable[[ApiError], bytes]
     last: bytes
     keep_alive: bytes = KEEP_ALIVE
@@ -62,32 +66,32 @@ async def stream_events(
     progress: Callable[[PromptProgress], Any] | None = None,
 ) -> AsyncIterator[bytes]:
     """The events of a stream, up to the last one of its ``framing``; an error becomes an event.
-    ``progress`` makes those that say how far the prompt has come, until its first token.
+    ``progress`` makes those that say how far the prompt has come, up to all of it.
 
     Many chunks at once, such as those of a long prompt, are made as the client reads them and a few
     a turn of the event loop.
     """
     try:
-        paced = turns.pace(map(framing.event, opening))
-        while (data := await paced.next()) is not None:
+        written = _Written(opening, framing, turns)
+        while (data := await written.next()) is not None:
             yield data
-        told, due = -1, monotonic() + keep_alive_s
+        prompts, due = PromptEvents(generation, progress), monotonic() + keep_alive_s
         while not generation.finished:
-            asks = progress is not None and generation.reads_prompts
-            known = generation.progress() if asks else None
-            if progress is not None and known is not None and known.processed != told:
-                told, due = known.processed, monotonic() + keep_alive_s
-                yield framing.event(progress(known))
+            written = _Written(prompts.now(), framing, turns)
+            while (data := await written.next()) is not None:
+                due = monotonic() + keep_alive_s
+                yield data
             wait_s = max(0.0, due - monotonic())
-            item = await generation.next(min(wait_s, PROGRESS_S) if asks else wait_s)
+            item = await generation.next(min(wait_s, PROGRESS_S) if prompts.asks else wait_s)
             if item is None:
                 if monotonic() >= due - _CLOSE_S:
                     due = monotonic() + keep_alive_s
                     yield framing.keep_alive
                 continue
-            paced = turns.pace(map(framing.event, chunks_of(*item)))
             said = False
-            while (data := await paced.next()) is not None:
+            chunks = chain(prompts.before(*item), chunks_of(*item))
+            written = _Written(chunks, framing, turns)
+            while (data := await written.next()) is not None:
                 said = True
                 yield data
             if not said and monotonic() >= due:  # tokens come of which the client sees nothing
@@ -95,11 +99,38 @@ async def stream_events(
                 yield framing.keep_alive
             if said:
                 due = monotonic() + keep_alive_s
-        for chunk in closing():
-            yield framing.event(chunk)
+        written = _Written(closing(), framing, turns)
+        while (data := await written.next()) is not None:
+            yield data
     except Exception as err:
         yield framing.error(stream_error(err, request_id))
     yield framing.last
+
+
+class _Written:
+    """Events of these chunks, several at once, but none in part: what may end a stream early begins
+    at the beginning of an event. One of many megabytes is made in many turns of the loop."""
+
+    def __init__(self, chunks: Iterable[Any], framing: Framing, turns: Turns) -> None:
+        self._paced = turns.pace(_pieces(chunks, framing))
+
+    async def next(self) -> bytes | None:
+        """The next ones, None at the end. Raises what making them raises."""
+        whole = bytearray()
+        while (data := await self._paced.next()) is not None:
+            whole += data
+            if whole.endswith(END):
+                return bytes(whole)
+        return None
+
+
+def _pieces(chunks: Iterable[Any], framing: Framing) -> Iterator[bytes]:
+    for chunk in chunks:
+        made = framing.event(chunk)
+        if isinstance(made, bytes):
+            yield made
+        else:
+            yield from made
 
 
 def stream_error(err: Exception, request_id: str) -> ApiError:

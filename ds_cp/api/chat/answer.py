@@ -108,4 +108,16 @@ class ChatAnswer(Answer):
         return Usage(len(prompt.ids), self.completion_tokens, prompt.cached_tokens, thought)
 
     def _read(self, delta: Delta) -> Step:
-        return self._conversation.readers[delta.index].read(delta)
+        """The step of a delta; what its answer holds back then is charged to the request."""
+        reader, metrics = self._conversation.readers[delta.index], self.context.metrics.answers
+        before, thought, failed = reader.held_bytes, reader.reasoning_tokens, reader.failed
+        step = reader.read(delta)
+        metrics.read(step.events, reader.reasoning_tokens - thought)
+        if reader.failed and not failed:
+            metrics.parser_failed()
+        more = reader.held_bytes - before
+        if more > 0:
+            self._conversation.held.spend(more)
+        elif more < 0:
+            self._conversation.held.unspend(-more)
+        return step

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
-from ds_cp.api.chat.request import ChatRequest, Turn
+from ds_cp.api.chat.request import ChatRequest, Part, Turn
 from ds_cp.api.chat.style import ChatStyle
 from ds_cp.parsing.definitions import Tool
 from ds_cp.parsing.ids import id_for_template
@@ -33,10 +34,13 @@ def template_input(
     """The chat for a template that makes ``shape`` of tools. What it cannot write, tools or earlier
     calls and results, is said in plain text."""
     tools = offered(chat)
+    turns = chat.turns
+    if chat.moves_system and not shape.late_system:
+        turns = said_by_users(turns)
     if shape.offers and shape.history:
-        messages = native(chat.turns, style, shape)
+        messages = native(turns, style, shape)
     else:
-        pairs = [(_plain(turn, style), turn.calls) for turn in chat.turns]
+        pairs = [(_plain(turn, style), turn.calls) for turn in turns]
         messages = without_tools(pairs, () if shape.offers else tools, shape.system)
     return TemplateInput(
         messages,
@@ -55,6 +59,23 @@ def offered(chat: ChatRequest) -> list[Tool]:
     if chat.choice.mode == "required":
         return list(chat.tools)
     return [tool for tool in chat.tools if tool.name in chat.choice.names]
+
+
+def said_by_users(turns: Sequence[Turn]) -> list[Turn]:
+    """The turns, what the system says behind others as the user's: in one turn with what the user
+    says beside it, since templates that want the system first mostly want turns to alternate."""
+    begun = next((i for i, turn in enumerate(turns) if turn.role != "system"), len(turns))
+    found = list(turns[:begun])
+    for spoken, group in groupby(turns[begun:], lambda turn: turn.role in ("system", "user")):
+        run = list(group)
+        if spoken and any(turn.role == "system" for turn in run):
+            parts: list[Part] = []
+            for turn in run:
+                said = turn.content
+                parts += [{"type": "text", "text": said}] if isinstance(said, str) else said
+            run = [Turn(role="user", content=parts)]
+        found += run
+    return found
 
 
 def native(turns: Sequence[Turn], style: ChatStyle, shape: ToolShape) -> list[Message]:

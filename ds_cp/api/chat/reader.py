@@ -21,6 +21,7 @@ from ds_cp.outputs import Delta
 from ds_cp.parsing.calls import MAX_HELD
 from ds_cp.parsing.chain import Plain
 from ds_cp.parsing.events import Parser, joined
+from ds_cp.parsing.held import BYTES, HeldText
 
 logger = logging.getLogger("ds_cp.api")
 BROKEN = "the parser of this model's answers failed"
@@ -43,12 +44,19 @@ class AnswerReader:
         self._plain = isinstance(parser, Plain)
         marks = sorted(marks, key=len, reverse=True)
         self._marks = re.compile("|".join(map(re.escape, marks))) if marks else None
-        self._unread = ""  # fed since something came of it
+        self._unread = HeldText(MAX_HELD)  # fed since something came of it
         self._open: int | None = None  # the call that has not ended
         self._called = False
         self._cut = False  # the last call that ended is not complete
         self._pending = 0  # tokens since something came of them
         self.reasoning_tokens = 0
+        self.failed = False  # the parser has
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of memory that text takes of which nothing has come: the parser may have it, and it
+        is kept beside for the case that the parser fails."""
+        return 2 * BYTES * self._unread.chars
 
     def read(self, delta: Delta) -> Step:
         """What a delta adds."""
@@ -86,7 +94,10 @@ class AnswerReader:
             found = self._parser.feed(text)
         except Exception:
             return self._give_up(text)
-        self._unread = "" if found else (self._unread + text)[-MAX_HELD:]
+        if found:
+            self._unread.clear()
+        else:
+            self._unread.append(text)
         return self._noted(found)
 
     def _finish(self) -> list[Event]:
@@ -94,14 +105,15 @@ class AnswerReader:
             found = self._noted(self._parser.finish())
         except Exception:
             found = self._give_up("")
+        self._unread.clear()
         if self._open is not None:
             found += self._noted([CallEnd(self._open, False, BROKEN)])
         return found
 
     def _give_up(self, text: str) -> list[Event]:
         logger.exception("%s; the rest of the answer is content", BROKEN)
-        self._parser, text = Plain(), self._unread + text
-        self._unread = ""
+        self.failed = True
+        self._parser, text = Plain(), self._unread.take() + text
         found: list[Event] = []
         if self._open is not None:
             found = self._noted([CallEnd(self._open, False, BROKEN)])

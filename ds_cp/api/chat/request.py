@@ -32,6 +32,17 @@ class Turn:
     answers: str = ""
 
 
+def first_unasked(turns: Sequence[Turn]) -> int | None:
+    """The index of the first result of a call that no earlier turn makes; None where every result
+    has its call. A call may be left unanswered, since clients cut conversations."""
+    asked: set[str] = set()
+    for index, turn in enumerate(turns):
+        asked.update(call.id for call in turn.calls)
+        if turn.role == "tool" and turn.answers not in asked:
+            return index
+    return None
+
+
 @dataclass(frozen=True, kw_only=True)
 class FieldNames:
     """What the protocol calls the fields that errors name."""
@@ -53,6 +64,8 @@ class ChatRequest:
     ``template_kwargs``: the client's, over those of the config. ``effort``: of reasoning; None
     where the client does not say. ``continue_final``: the answer goes on with the last turn, an
     assistant's, and is not a new one. ``clamp``: ``max_tokens`` is lowered to what fits.
+    ``moves_system``: what the system says behind other turns may be said by the user, where the
+    template takes no such turn; else the template's refusal is told.
     """
 
     turns: Sequence[Turn]
@@ -66,4 +79,5 @@ class ChatRequest:
     continue_final: bool = False
     stream: bool = False
     clamp: bool = False
+    moves_system: bool = False
     names: FieldNames = field(default_factory=FieldNames)

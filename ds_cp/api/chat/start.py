@@ -8,7 +8,7 @@ from typing import Any
 
 from starlette.requests import Request
 
-from ds_cp.api.answers.budget import ID_BYTES, held_by
+from ds_cp.api.answers.budget import ID_BYTES, Held, held_by
 from ds_cp.api.answers.generation import Generation
 from ds_cp.api.chat.prompt import template_input
 from ds_cp.api.chat.reader import AnswerReader
@@ -27,30 +27,39 @@ from ds_cp.parsing.thinking import TAIL_CHARS
 from ds_cp.sampling_params import SamplingParams
 from ds_cp.templates.messages import ToolShape
 
+Rendered = tuple[str, list[int]]  # a prompt, as text and as token ids
+
 
 @dataclass(frozen=True)
 class Conversation:
-    """A chat that runs. ``readers``: one for each of its ``n`` answers."""
+    """A chat that runs. ``readers``: one for each of its ``n`` answers. ``held``: the memory of its
+    request."""
 
     chat: ChatRequest
     params: SamplingParams
     prompt_ids: list[int]
     generation: Generation
     readers: list[AnswerReader]
+    held: Held
 
 
 async def start_chat(
-    context: AppContext, chat: ChatRequest, request: Request, answer_id: str, arrival: float
+    context: AppContext,
+    chat: ChatRequest,
+    request: Request,
+    answer_id: str,
+    arrival: float,
+    rendered: Rendered | None = None,
 ) -> Conversation:
-    """Render a chat and hand it to the engine. ``arrival``: of the HTTP request, in seconds of
-    ``time.monotonic()``.
+    """Render a chat, unless it is ``rendered``, and hand it to the engine. ``arrival``: of the HTTP
+    request, in seconds of ``time.monotonic()``.
 
     Raises ``ApiError`` and ``RequestError`` with the client's field for what cannot be rendered, is
     too long, or the engine refuses; what it reads of the chat is charged to the request's memory.
     """
     style = context.styles.now()
     shape = await context.codec.tool_shape()
-    text, ids = await render(context, chat)
+    text, ids = rendered or await render(context, chat)
     plan = plan_answer(chat, style, shape, text)
     held = held_by(request.scope)
     held.take(ID_BYTES * len(ids))
@@ -72,10 +81,10 @@ async def start_chat(
         AnswerReader(plan.parser(), marks, lambda token: context.texts.piece(token)[0], index)
         for index in range(plan.params.n)
     ]
-    return Conversation(chat, plan.params, ids, generation, readers)
+    return Conversation(chat, plan.params, ids, generation, readers, held)
 
 
-async def render(context: AppContext, chat: ChatRequest) -> tuple[str, list[int]]:
+async def render(context: AppContext, chat: ChatRequest) -> Rendered:
     """The prompt of a chat, as text and as token ids. Raises ``ApiError`` with the client's
     field."""
     style = context.styles.now()
@@ -115,7 +124,8 @@ def plan_answer(chat: ChatRequest, style: ChatStyle, shape: ToolShape, prompt: s
     if may_call and (tool or chat.choice.mode == "required"):
         forced = call_grammar(tool or PLAIN, chat.tools, chat.choice)
     reads = forced.tool if forced else tool if may_call else None
-    own = chat.params.structured_outputs
+    # A format is of the text of an answer. Where it must be a call, it has none.
+    own = None if chat.choice.mode == "required" else chat.params.structured_outputs
     end = _end_of_prompt(chat, reasoning, prompt)
     before = opening(reasoning, end, chat.continue_final)
     thought = Thought(before.end, before.begin, before.optional)

@@ -9,7 +9,7 @@ from ds_cp.api.requests.foreign_fields import Unsupported
 HARMLESS: dict[str, frozenset[str]] = {
     "body": frozenset(
         "metadata cache_control service_tier speed inference_geo diagnostics user_profile_id "
-        "workspace_id betas".split()
+        "workspace_id betas billing_policy fallbacks fallback_credit_token".split()
     ),
     "text": frozenset({"cache_control", "citations"}),
     "thinking": frozenset({"signature", "cache_control"}),
@@ -24,8 +24,9 @@ HARMLESS: dict[str, frozenset[str]] = {
 }  # fmt: skip
 BODY: dict[str, Unsupported] = {
     "container": Unsupported((), "this server runs no code"),
+    "compaction": Unsupported((), "an input is never summarized"),
+    "thread": Unsupported((), "no conversation is held between requests; send all its messages"),
     "mcp_servers": Unsupported((), "this server makes no outbound connection"),
-    "context_management": Unsupported(({"edits": []},), "an input is never edited"),
     "output_format": Unsupported((), "say output_config.format"),
     "stop": Unsupported((), "say stop_sequences", names=("stop_sequences",)),
     "max_completion_tokens": Unsupported((), "say max_tokens", names=("max_tokens",)),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Iterable, Iterator
 from io import StringIO
 from typing import Any
@@ -15,8 +17,8 @@ from ds_cp.api.chat.events import (
     Event,
     Reasoning,
 )
-from ds_cp.parsing.history import as_object
-from ds_cp.parsing.json_reader import JsonReader
+from ds_cp.parsing.history import RAW, as_object
+from ds_cp.parsing.json_reader import NUMBER, JsonReader
 
 Json = dict[str, Any]
 
@@ -75,10 +77,10 @@ class Output:
             case "thinking":
                 block |= {"thinking": text, "signature": SIGNATURE}
                 yield self._delta({"type": "signature_delta", "signature": SIGNATURE})
-            case _:  # arguments that are no object, or were cut, are one with a text
-                block["input"] = as_object(text or "{}")
-                if text and not self._input.sent:
-                    yield self._of_input(json.dumps(block["input"], ensure_ascii=False))
+            case _:
+                block["input"], rest = self._input.end(text)
+                if rest:
+                    yield self._of_input(rest)
         yield {"type": "content_block_stop", "index": len(self.blocks) - 1}
 
     def _begin(self, block: Json) -> Iterator[Json]:
@@ -98,15 +100,37 @@ class Output:
         return {"type": "content_block_delta", "index": len(self.blocks) - 1, "delta": delta}
 
 
+class _Strict(JsonReader):
+    """JSON that every client can read and that can be written again: no number is infinite."""
+
+    max_depth = 128  # the anthropic client's reader takes 200
+
+    def _admits(self, word: str) -> bool:
+        number = NUMBER.fullmatch(word) is not None
+        return math.isfinite(float(word)) if number else super()._admits(word)
+
+
+# Text whose escapes are whole; half a surrogate pair is none.
+_WHOLE = re.compile(
+    r"""(?:[^\\]+|\\["\\/bfnrt]|\\u(?![dD][89a-fA-F])[0-9a-fA-F]{4}"""
+    r"""|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2})*"""
+)
+_MAX_ESCAPE = 11  # characters of one that is not whole
+
+
 class _Input:
     """The arguments of one call as they come. A client reads the JSON that it has after each delta,
     and its stream ends with an exception where that is no JSON: what a model writes wrong is not
-    sent, nor what follows."""
+    sent, nor what follows. At the end the object is closed, and has the whole text of the arguments
+    as its last member, ``RAW``, so that a client can tell it from a call that may run; so has the
+    input of a whole answer. Arguments that do not begin as an object are ``RAW`` alone."""
 
     def __init__(self) -> None:
-        self._reader = JsonReader()
+        self._reader = _Strict()
         self._begun = False
-        self.sent = False  # whether anything was
+        self._sent = False  # whether anything was
+        self._escape = ""  # an escape that is not whole
+        self._word = ""  # a number or literal that has not ended
 
     def take(self, text: str) -> str:
         """What can be sent of ``text``."""
@@ -115,9 +139,28 @@ class _Input:
             if not text.startswith("{"):  # nothing yet, or no object: all is sent at the end
                 self._begun = bool(text)
                 return ""
-            self._begun = self.sent = True
-        if not self.sent:
+            self._begun = self._sent = True
+        if not self._sent or len(self._escape) > _MAX_ESCAPE:
             return ""
-        sound: list[str] = []
-        self._reader.push(text, 0, sound)
-        return "".join(sound)
+        text = self._escape + text
+        found = _WHOLE.match(text)
+        end = found.end() if found else 0
+        whole, self._escape = text[:end], text[end:]
+        out = [self._word]
+        self._reader.push(whole, 0, out)
+        sound = "".join(out)
+        end = len(sound) - self._reader.loose
+        self._word = sound[end:]
+        return sound[:end]
+
+    def end(self, text: str) -> tuple[Json, str]:
+        """The input, and what is to be sent of it. ``text``: all of the arguments."""
+        if self._sent and self._reader.done:
+            return as_object(_Input().take(text)), ""
+        if not self._sent:
+            alone = as_object(text or "{}")
+            return alone, json.dumps(alone, ensure_ascii=False) if text else ""
+        raw = json.dumps(text, ensure_ascii=False)
+        rest = self._reader.closing(f'"{RAW}": {raw}')
+        found = as_object(_Input().take(text) + rest)
+        return found | {RAW: text}, rest

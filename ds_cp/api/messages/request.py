@@ -11,10 +11,10 @@ from pydantic import Field, PrivateAttr, ValidationInfo, field_validator, model_
 from ds_cp.api.chat.request import Effort, Part, Turn
 from ds_cp.api.errors import FieldError, shown
 from ds_cp.api.messages.blocks import read_messages, read_system, with_system
+from ds_cp.api.messages.edits import read_edits, without_thinking
 from ds_cp.api.messages.fields import BODY, HARMLESS
 from ds_cp.api.requests.client_tools import (
     check_depth,
-    check_one_wish,
     in_place,
     read_client_tools,
 )
@@ -79,6 +79,9 @@ class CountRequest(CommonRequest):
     tool_choice: AnthropicChoice | None = None
     thinking: ThinkingConfig | None = None
     output_config: OutputConfig | None = None
+    context_management: int | None = Field(
+        None, description="edits of type clear_thinking_20251015: turns whose thinking stays"
+    )
 
     _constraint: StructuredOutputsParams | None = PrivateAttr(None)
     _choice: ToolChoice = PrivateAttr(ToolChoice("none"))
@@ -112,6 +115,13 @@ class CountRequest(CommonRequest):
             return None
         return read_client_tools(value, as_function, notes, "input_schema")
 
+    @field_validator(
+        "context_management", mode="plain", json_schema_input_type=dict[str, Any] | None
+    )
+    @classmethod
+    def _edits(cls, value: Any, info: ValidationInfo) -> int | None:
+        return read_edits(value, notes_of(info))
+
     @model_validator(mode="after")
     def _read_choice(self) -> CountRequest:
         choice = self.tool_choice
@@ -134,13 +144,14 @@ class CountRequest(CommonRequest):
     def _read_format(self) -> CountRequest:
         wish = self.output_config.format if self.output_config else None
         self._constraint = _constraint(wish)
-        check_one_wish(self._choice, self._constraint)
         return self
 
     @property
     def turns(self) -> list[Turn]:
-        """The whole conversation."""
-        return with_system(self.system or [], self.messages)
+        """The whole conversation, as it is edited."""
+        return with_system(
+            self.system or [], without_thinking(self.messages, self.context_management)
+        )
 
     @property
     def constraint(self) -> StructuredOutputsParams | None:

@@ -14,12 +14,12 @@ from ds_cp.api.answers.named_events import new_id
 from ds_cp.api.answers.respond import respond
 from ds_cp.api.chat.request import ChatRequest, FieldNames
 from ds_cp.api.chat.start import render, start_chat
-from ds_cp.api.context import AppContext, key_digest_of, request_id_of
+from ds_cp.api.context import AppContext, request_id_of, request_options
 from ds_cp.api.error_shapes import MESSAGES_PATH
 from ds_cp.api.messages.answer import MessageAnswer
 from ds_cp.api.messages.request import CountRequest, MessagesRequest
 from ds_cp.api.openapi import MESSAGE_ANSWERS, MESSAGE_ERRORS
-from ds_cp.api.requests.turns import check_answers, options_of
+from ds_cp.api.requests.turns import check_answers
 from ds_cp.sampling_params import SamplingParams
 
 _NAMES = FieldNames(effort="thinking")
@@ -68,7 +68,7 @@ def _chat_of(body: CountRequest, params: SamplingParams, request: Request) -> Ch
     return ChatRequest(
         turns=turns,
         params=params,
-        options=options_of(body, key_digest_of(request)),
+        options=request_options(body, request),
         tools=body.tools or (),
         choice=body.choice,
         template_kwargs=body.chat_template_kwargs or {},
@@ -77,5 +77,6 @@ def _chat_of(body: CountRequest, params: SamplingParams, request: Request) -> Ch
         add_generation_prompt=not continues,
         stream=bool(body.stream),
         clamp=True,
+        moves_system=True,
         names=_NAMES,
     )

@@ -9,6 +9,7 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from ds_cp.api.chat.request import NO_TOOLS, Effort, Turn
 from ds_cp.api.errors import FieldError
+from ds_cp.api.requests.engine_fields import MAX_MODEL_CHARS
 from ds_cp.api.requests.foreign_fields import BOTH, CHAT_ONLY, TOKENIZE, Unsupported, is_nothing
 from ds_cp.api.requests.messages import (
     MAX_MESSAGES,
@@ -17,7 +18,7 @@ from ds_cp.api.requests.messages import (
     plain_text,
     turns_of,
 )
-from ds_cp.api.requests.protocol import MAX_MODEL_CHARS, SamplingRequest
+from ds_cp.api.requests.protocol import SamplingRequest
 from ds_cp.api.requests.strict_model import StrictModel
 from ds_cp.parsing.definitions import (
     MAX_TOOLS,
@@ -176,8 +177,9 @@ class ChatCompletionRequest(SamplingRequest, TemplateFields):
         self._read_conversation(self.messages)
         with in_fields():
             self._choice = read_choice(self.tool_choice, self.functions, self.parallel_tool_calls)
-        if self._choice.mode == "required" and self.constraint is not None:
-            asked = self.constraint.asked_as
+        asked = self.constraint.asked_as if self.constraint else None
+        # A response_format is of the text of an answer, and a call has none.
+        if self._choice.mode == "required" and asked not in (None, "response_format"):
             raise FieldError(
                 f"tool_choice says that the answer is a call and {asked} what it is; send one",
                 asked,
@@ -219,6 +221,6 @@ class TokenizeRequest(TemplateFields):
         if (self.prompt is None) == (self.messages is None):
             raise FieldError("send either prompt or messages", "prompt")
         if self.prompt is not None:
-            plain_text(self.prompt, "prompt")
+            plain_text(self.prompt, "prompt", "prompt")
         self._read_conversation(self.messages or [])
         return self

@@ -9,12 +9,10 @@ from ds_cp.api.errors import FieldError
 from ds_cp.api.requests.chat_body import check_values
 from ds_cp.api.requests.strict_model import Notes
 from ds_cp.errors import RequestError
-from ds_cp.grammar.constraint import StructuredOutputsParams
 from ds_cp.parsing.definitions import (
     MAX_SCHEMA_NODES,
     MAX_TOOLS,
     Tool,
-    ToolChoice,
     count_values,
     read_tools,
 )
@@ -70,12 +68,3 @@ def check_depth(value: Any, name: str, param: str) -> None:
         raise FieldError(str(err), param or None) from None
     if count > MAX_SCHEMA_NODES:
         raise FieldError(f"{name} has more than {MAX_SCHEMA_NODES} values", param or None)
-
-
-def check_one_wish(choice: ToolChoice, constraint: StructuredOutputsParams | None) -> None:
-    """``FieldError`` where the answer must be a call, and something else as well."""
-    if choice.mode == "required" and constraint is not None:
-        asked = constraint.asked_as
-        raise FieldError(
-            f"tool_choice says that the answer is a call and {asked} what it is; send one", asked
-        )

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -82,7 +83,9 @@ def constraint_of(given: Mapping[str, Any]) -> StructuredOutputsParams | None:
         try:
             wish = _wish(field, value)
         except RequestError as err:
-            message = str(err) if field == FIELD else str(err).replace(f"{FIELD}.", f"{field}: ")
+            message = str(err)
+            if field != FIELD:
+                message = re.sub(rf"\b{FIELD}(\.|: )", f"{field}: ", message)
             raise FieldError(message, field) from None
         if wish is not None:
             found.append(replace(wish, asked_as=field))

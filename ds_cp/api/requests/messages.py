@@ -8,13 +8,14 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, PrivateAttr, ValidationInfo, field_validator, model_validator
 
-from ds_cp.api.chat.request import Role, Turn
+from ds_cp.api.chat.request import Role, Turn, first_unasked
 from ds_cp.api.errors import FieldError, shown
 from ds_cp.api.requests.foreign_fields import HARMLESS, MESSAGE, Unsupported, is_nothing
 from ds_cp.api.requests.strict_model import Notes, StrictModel, notes_of, sift, too_long
 from ds_cp.errors import RequestError
-from ds_cp.parsing.definitions import MAX_TOOLS
-from ds_cp.parsing.history import EarlierCall, check_results, read_calls, read_id
+from ds_cp.parsing.calls import MAX_CALLS
+from ds_cp.parsing.history import EarlierCall, read_calls, read_id
+from ds_cp.text import show
 
 MAX_MESSAGES = 10_000  # messages of one request
 MAX_PARTS = 1_000  # parts of one message
@@ -40,7 +41,7 @@ class ChatMessage(StrictModel):
     content: str | list[Part]
     name: str | None = Field(None, max_length=MAX_PARTICIPANT_CHARS)
     tool_calls: list[Any] | None = Field(
-        None, max_length=MAX_TOOLS, description="calls of functions: id, and function with its name"
+        None, max_length=MAX_CALLS, description="calls of functions: id, and function with its name"
     )
     tool_call_id: str | None = Field(None, description="the id of the call that this answers")
     reasoning_content: str | None = None
@@ -123,8 +124,12 @@ class ChatMessage(StrictModel):
 def turns_of(messages: Sequence[ChatMessage]) -> list[Turn]:
     """The turns of a conversation. Raises ``FieldError`` for a result that answers no call."""
     turns = [message.turn() for message in messages]
-    with in_fields():
-        check_results([(turn.role, turn.calls, turn.answers) for turn in turns])
+    if (index := first_unasked(turns)) is not None:
+        raise FieldError(
+            f"messages[{index}].tool_call_id: no earlier message calls a tool with the id "
+            f"{show(turns[index].answers)}",
+            f"messages[{index}].tool_call_id",
+        )
     return turns
 
 

@@ -22,6 +22,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ds_cp.api.errors import FieldError, shown
 from ds_cp.api.requests.constraints import ConstrainedRequest
+from ds_cp.api.requests.engine_fields import MAX_MODEL_CHARS, EngineFields
 from ds_cp.api.requests.foreign_fields import (
     BOTH,
     COMPLETION_ONLY,
@@ -31,12 +32,11 @@ from ds_cp.api.requests.foreign_fields import (
 )
 from ds_cp.api.requests.messages import plain_text
 from ds_cp.api.requests.strict_model import StrictModel
-from ds_cp.sampling_params import MAX_LOGIT_BIAS, MAX_N, MAX_SALT_CHARS, MAX_STOPS
+from ds_cp.sampling_params import MAX_LOGIT_BIAS, MAX_N, MAX_STOPS
 
 MAX_PROMPTS = 64  # prompts of one request
 MAX_CHOICES = 128  # answers to one request: prompts times n
 MAX_IDS = 1 << 24  # token ids of one list; a longer list is longer than any model
-MAX_MODEL_CHARS = 1024  # characters of a model's name
 
 
 class StreamOptions(StrictModel):
@@ -50,24 +50,14 @@ class StreamOptions(StrictModel):
     continuous_usage_stats: bool | None = None
 
 
-class SamplingRequest(ConstrainedRequest):
+class SamplingRequest(EngineFields, ConstrainedRequest):
     """The fields that both kinds of completion share; null means the default."""
 
     harmless: ClassVar[frozenset[str]] = HARMLESS["body"]
 
-    model: str | None = Field(None, max_length=MAX_MODEL_CHARS)
-    stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(None, description="new tokens at most")
     min_tokens: int | None = Field(None, description="new tokens before an end is allowed")
-    temperature: float | None = Field(None, description="0 is greedy; 0 to 2, default 1")
-    top_p: float | None = Field(None, description="0 to 1, default 1; 0 is greedy")
-    top_k: int | None = Field(None, description="0 or -1 keeps every token")
-    min_p: float | None = None
-    presence_penalty: float | None = Field(None, description="-2 to 2, default 0")
-    frequency_penalty: float | None = Field(None, description="-2 to 2, default 0")
-    repetition_penalty: float | None = Field(None, description="1 is none; above 0")
-    seed: int | None = None
     n: int | None = Field(None, description=f"answers per prompt, 1 to {MAX_N}")
     stop: list[str] | None = Field(None, description="a string or a list of strings")
     stop_token_ids: list[int] | None = Field(None, max_length=MAX_LOGIT_BIAS, fail_fast=True)
@@ -75,8 +65,6 @@ class SamplingRequest(ConstrainedRequest):
     logit_bias: dict[str, float] | None = Field(None, description="token id (string) -> bias")
     skip_special_tokens: bool | None = None
     prompt_logprobs: int | None = Field(None, description="of this many tokens per prompt token")
-    priority: int | None = Field(None, description="lower numbers are served first; default 0")
-    cache_salt: str | None = Field(None, description="keeps cached prefixes apart")
     return_progress: bool | None = Field(
         None, description="events with prompt_progress while the prompt is read; in streams"
     )
@@ -86,13 +74,6 @@ class SamplingRequest(ConstrainedRequest):
     return_token_ids: bool | None = Field(
         None, description="also the token ids of the prompt and of the answer"
     )
-
-    @field_validator("cache_salt")
-    @classmethod
-    def _cache_salt(cls, value: str | None) -> str | None:
-        if value is not None and len(value) > MAX_SALT_CHARS:
-            raise FieldError(f"cache_salt has {len(value)} characters; at most {MAX_SALT_CHARS}")
-        return value if value is None else plain_text(value, "cache_salt")
 
     @field_validator("stop", mode="plain", json_schema_input_type=str | list[str] | None)
     @classmethod

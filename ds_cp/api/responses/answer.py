@@ -8,7 +8,7 @@ from typing import Any
 
 from ds_cp.api.answers.budget import Held
 from ds_cp.api.answers.logprobs import CHAT_ENTRY_BYTES, chat_entries
-from ds_cp.api.answers.named_events import CHAR_BYTES, named_event
+from ds_cp.api.answers.named_events import CHAR_BYTES, named_event, named_pieces
 from ds_cp.api.answers.respond import engine_failure
 from ds_cp.api.answers.sse import Framing
 from ds_cp.api.chat.answer import ChatAnswer
@@ -18,10 +18,16 @@ from ds_cp.api.context import AppContext
 from ds_cp.api.errors import ApiError
 from ds_cp.api.responses.output import Output
 from ds_cp.api.responses.request import ResponseRequest
-from ds_cp.api.responses.resource import failed, finished, in_pieces
+from ds_cp.api.responses.resource import Pieces, failed, finished, in_pieces
 from ds_cp.outputs import Delta
 
 Json = dict[str, Any]
+# Events that may have all log-probabilities of an answer in them.
+_LARGE = frozenset(
+    f"response.{name}"
+    for name in ("output_text.done", "content_part.done", "output_item.done", "completed",
+                 "incomplete")
+)  # fmt: skip
 
 
 class ResponseAnswer(ChatAnswer):
@@ -39,7 +45,8 @@ class ResponseAnswer(ChatAnswer):
     ) -> None:
         super().__init__(context, conversation)
         self.response = response
-        self.framing = Framing(named_event, self._error_event, b"")
+        self.framing = Framing(self._event, self._error_event, b"")
+        self._pieces = Pieces(held.spend)
         self._top = (body.top_logprobs or 0) if body.wants_logprobs else None
         self._output = Output(seal=body.wants_sealed)
         self._done = done
@@ -103,10 +110,16 @@ class ResponseAnswer(ChatAnswer):
     def _numbered(self, event: Json) -> Json:
         return event | {"sequence_number": next(self._numbers)}
 
+    def _event(self, event: Json) -> bytes | Iterator[bytes]:
+        if event["type"] in _LARGE:
+            return named_pieces(event["type"], self._pieces.of_event(event))
+        return named_event(event)
+
     def _error_event(self, error: ApiError) -> bytes:
         """What a stream ends with that has begun and fails."""
-        event = {"type": "response.failed", "response": self.failure(error)}
-        return named_event(self._numbered(event))
+        event: Json = {"type": "response.failed", "response": self.failure(error)}
+        pieces = self._pieces.of_event(self._numbered(event))
+        return b"".join(named_pieces(event["type"], pieces))
 
 
 def _kept_bytes(delta: Delta) -> int:

@@ -8,12 +8,12 @@ from ds_cp.api.chat.request import ChatRequest, FieldNames
 from ds_cp.api.errors import ApiError
 from ds_cp.api.requests.json_weight import MAX_MEMBERS
 from ds_cp.api.requests.messages import MAX_MESSAGES
-from ds_cp.api.requests.turns import check_answers, options_of
+from ds_cp.api.requests.turns import check_answers
 from ds_cp.api.responses.items import Item
 from ds_cp.api.responses.request import ResponseInput
 from ds_cp.api.responses.store import ResponseStore, Said
 from ds_cp.api.responses.turns import turns_of
-from ds_cp.sampling_params import SamplingParams
+from ds_cp.sampling_params import RequestOptions, SamplingParams
 
 NAMES = FieldNames(
     messages="input",
@@ -86,7 +86,7 @@ def chat_of(
     before: Said | None,
     items: Sequence[Item],
     params: SamplingParams,
-    owner: str | None,
+    options: RequestOptions,
 ) -> ChatRequest:
     """The request as a chat. ``items``: its own. Raises ``ApiError`` 400 for the result of a call
     that nobody made, and for a conversation of too many items."""
@@ -97,12 +97,13 @@ def chat_of(
     return ChatRequest(
         turns=turns,
         params=params,
-        options=options_of(body, owner),
+        options=options,
         tools=body.tools or (),
         choice=body.choice,
         template_kwargs=body.chat_template_kwargs or {},
         effort=body.reasoning.effort if body.reasoning else None,
         stream=bool(body.stream),
+        moves_system=True,
         names=NAMES,
     )
 

@@ -12,7 +12,6 @@ from ds_cp.api.errors import FieldError, shown
 from ds_cp.api.requests.chat_body import check_values
 from ds_cp.api.requests.client_tools import (
     check_depth,
-    check_one_wish,
     in_place,
     read_client_tools,
 )
@@ -101,7 +100,7 @@ class ResponseInput(CommonRequest):
     text: TextConfig | None = None
     reasoning: ReasoningConfig | None = None
     truncation: Literal["auto", "disabled"] | None = Field(
-        None, description="an input that is too long is refused, whichever"
+        None, description="auto: the beginning of an input that is too long is left out"
     )
 
     _constraint: StructuredOutputsParams | None = PrivateAttr(None)
@@ -164,7 +163,6 @@ class ResponseInput(CommonRequest):
     @model_validator(mode="after")
     def _read_format(self) -> ResponseInput:
         self._constraint = _constraint(self.text.format if self.text else None)
-        check_one_wish(self._choice, self._constraint)
         return self
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from time import time
 from typing import Any
 
@@ -99,19 +99,67 @@ def cancelled(response: Json) -> Json:
 
 def in_pieces(response: Json) -> Iterator[bytes]:
     """The response as JSON in pieces, however long its texts and log-probabilities are."""
-    return json_object(response | {"output": json_array(map(_item, response["output"]))})
+    return Pieces().of_response(response)
 
 
-def _item(item: Item) -> Iterator[bytes]:
-    if item["type"] != "message":
-        return json_object(item)
-    return json_object(item | {"content": json_array(map(_part, item["content"]))})
+class Pieces:
+    """Responses and their parts as JSON in pieces.
 
+    ``keep``: log-probabilities of a text are encoded once, however often they are written; called
+    with the bytes that this takes then. Of one that ends they are written four times.
+    """
 
-def _part(part: Json) -> Iterator[bytes]:
-    entries = part["logprobs"]
-    slices = (items_of(entries[i : i + _SLICE]) for i in range(0, len(entries), _SLICE))
-    return json_object(part | {"text": json_text(part["text"]), "logprobs": json_array(slices)})
+    def __init__(self, keep: Callable[[int], None] | None = None) -> None:
+        self._keep = keep
+        # By the id of a list: the list, so that no other one gets its id, and its items.
+        self._kept: dict[int, tuple[Any, list[bytes]]] = {}
+
+    def of_response(self, response: Json) -> Iterator[bytes]:
+        """The whole response."""
+        return json_object(response | {"output": json_array(map(self._item, response["output"]))})
+
+    def of_event(self, event: Json) -> Iterator[bytes]:
+        """An event that has a response, an item, a part or log-probabilities in it."""
+        fields = dict(event)
+        if "response" in event:
+            fields["response"] = self.of_response(event["response"])
+        elif "item" in event:
+            fields["item"] = self._item(event["item"])
+        elif "logprobs" in event.get("part", {}):
+            fields["part"] = self._part(event["part"])
+        elif "logprobs" in event:
+            fields["logprobs"] = self._entries(event["logprobs"])
+            if "text" in event:
+                fields["text"] = json_text(event["text"])
+        return json_object(fields)
+
+    def _item(self, item: Item) -> Iterator[bytes]:
+        if item["type"] != "message":
+            return json_object(item)
+        return json_object(item | {"content": json_array(map(self._part, item["content"]))})
+
+    def _part(self, part: Json) -> Iterator[bytes]:
+        entries = self._entries(part["logprobs"])
+        return json_object(part | {"text": json_text(part["text"]), "logprobs": entries})
+
+    def _entries(self, entries: list[Any]) -> Iterator[bytes]:
+        slices = (items_of(entries[i : i + _SLICE]) for i in range(0, len(entries), _SLICE))
+        if self._keep is None or len(entries) <= _SLICE:
+            return json_array(slices)
+        return json_array(self._once(entries, slices))
+
+    def _once(self, entries: list[Any], slices: Iterator[bytes]) -> Iterator[bytes]:
+        assert self._keep is not None
+        known = self._kept.get(id(entries))
+        if known is not None:
+            yield from known[1]
+            return
+        found: list[bytes] = []
+        for piece in slices:
+            self._keep(len(piece))
+            found.append(piece)
+            yield piece
+        self._kept[id(entries)] = entries, found
 
 
 def usage_of(usage: Usage) -> Json:

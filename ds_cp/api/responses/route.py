@@ -16,8 +16,8 @@ from ds_cp.api.answers.budget import held_by
 from ds_cp.api.answers.named_events import new_id
 from ds_cp.api.answers.paced import PacedJson
 from ds_cp.api.answers.respond import respond
-from ds_cp.api.chat.start import render, start_chat
-from ds_cp.api.context import AppContext, key_digest_of, request_id_of
+from ds_cp.api.chat.start import Rendered, render, start_chat
+from ds_cp.api.context import AppContext, key_digest_of, request_id_of, request_options
 from ds_cp.api.errors import ApiError
 from ds_cp.api.openapi import RESPONSE_ANSWERS
 from ds_cp.api.responses.answer import ResponseAnswer
@@ -26,6 +26,7 @@ from ds_cp.api.responses.conversation import SAMPLING_NAMES, chat_of, own_items,
 from ds_cp.api.responses.request import ResponseInput, ResponseRequest
 from ds_cp.api.responses.resource import in_pieces, new_response
 from ds_cp.api.responses.store import Kept, ResponseStore, Said
+from ds_cp.api.responses.truncation import fitted
 
 MAX_ID_CHARS = 128  # characters of an id in a path
 MAX_PAGE = 100  # items of one page
@@ -55,8 +56,9 @@ def response_routes(context: AppContext, json_route: type[APIRoute]) -> APIRoute
         context.check(body.model)
         owner = key_digest_of(request)
         params = body.sampling(SAMPLING_NAMES)
+        options = request_options(body, request)
         before = said_before(store, body, owner)
-        chat = chat_of(body, before, own_items(store, body, owner), params, owner)
+        chat = chat_of(body, before, own_items(store, body, owner), params, options)
         _, ids = await render(context, chat)
         return {"object": "response.input_tokens", "input_tokens": len(ids)}
 
@@ -124,7 +126,7 @@ async def _create(
     )
     before = said_before(store, body, owner)
     items = own_items(store, body, owner)
-    chat = chat_of(body, before, items, params, owner)
+    chat = chat_of(body, before, items, params, request_options(body, request))
     response = new_response(body, new_id("resp"), context.model_name(body.model))
 
     def kept_with(response: Json) -> Kept:
@@ -138,7 +140,11 @@ async def _create(
     if body.background:  # its memory is not the request's, which ends first
         held = request.scope["state"]["held"] = held.moved()
     try:
-        conversation = await start_chat(context, chat, request, response["id"], arrival)
+        rendered: Rendered | None = None
+        if body.truncation == "auto":
+            earlier = before.conversation() if before is not None else []
+            chat, rendered = await fitted(context, chat, body.instructions, [*earlier, *items])
+        conversation = await start_chat(context, chat, request, response["id"], arrival, rendered)
         answer = ResponseAnswer(context, body, conversation, response, done, held)
         generation = conversation.generation
         if not body.background:

@@ -1,11 +1,12 @@
 """Responses that are kept, so that a later request can go on from them: bounded in number and in
-bytes, the oldest go first."""
+bytes. Where room is needed, it is made by the key that holds most: its oldest responses go. So
+each of k keys always has a k-th of the store, and one alone may have all of it."""
 
 from __future__ import annotations
 
 import asyncio
 import sys
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,6 +61,14 @@ class Kept:
     task: asyncio.Task[None] | None = field(default=None, repr=False)
 
 
+@dataclass
+class _Share:
+    """What one key has of the store: its responses, the oldest first, and their bytes."""
+
+    names: OrderedDict[str, None] = field(default_factory=OrderedDict)
+    size: int = 0
+
+
 class ResponseStore:
     """At most ``max_responses`` responses of ``max_bytes`` together; for the event loop alone."""
 
@@ -69,6 +78,7 @@ class ResponseStore:
         self._kept: OrderedDict[str, Kept] = OrderedDict()  # the oldest first
         # Each as often as it is kept: a later response may have it again.
         self._items: dict[tuple[str | None, str], list[Item]] = {}
+        self._shares: defaultdict[str | None, _Share] = defaultdict(_Share)  # by owner
         self.size = 0  # bytes
 
     def __len__(self) -> int:
@@ -99,8 +109,9 @@ class ResponseStore:
         return found[0] if found else None
 
     def keep(self, kept: Kept) -> bool:
-        """Keep a response, in the place of an earlier state of the same one; drop the oldest that
-        do not run until it fits. False where it is too large for that, and is not kept."""
+        """Keep a response, in the place of an earlier state of the same one; drop those that do
+        not run until it fits: the oldest of the owner that has most. False where it is too large
+        for that, beside what others have a right to, and is not kept."""
         response_id = kept.body["id"]
         self.drop(response_id)
         kept.size = size_of(kept.body, self._max_bytes, kept.body.get("output", ()))
@@ -110,10 +121,13 @@ class ResponseStore:
             kept.said.size = size_of(kept.said.items, self._max_bytes, kept.said.items)
             kept.said.whole = kept.said.size + (before.whole if before is not None else 0)
         need = kept.size + kept.said.whole
-        if self._max == 0 or need > self._max_bytes:
+        owner = kept.said.owner
+        others = sum(min(one.size, need) for key, one in self._shares.items() if key != owner)
+        if self._max == 0 or need + others > self._max_bytes:
             return False
         self._kept[response_id] = kept
-        self.size += kept.size
+        self._shares[owner].names[response_id] = None
+        self._grow(owner, kept.size)
         self._hold(kept.said)
         self._make_room()
         return response_id in self._kept
@@ -122,8 +136,12 @@ class ResponseStore:
         """Forget a response, if it is kept."""
         kept = self._kept.pop(response_id, None)
         if kept is not None:
-            self.size -= kept.size
+            owner = kept.said.owner
+            del self._shares[owner].names[response_id]
+            self._grow(owner, -kept.size)
             self._release(kept.said)
+            if not self._shares[owner].names:
+                del self._shares[owner]
 
     async def close(self) -> None:
         """Cancel what runs in the background, and wait ``CLOSE_S`` seconds for its end."""
@@ -134,12 +152,20 @@ class ResponseStore:
             await asyncio.wait(tasks, timeout=CLOSE_S)
 
     def _make_room(self) -> None:
-        while len(self._kept) > self._max or self.size > self._max_bytes:
-            done = (name for name, kept in self._kept.items() if kept.task is None)
-            oldest = next(done, None)
+        while (many := len(self._kept) > self._max) or self.size > self._max_bytes:
+            shares = self._shares.values()
+            by_most = sorted(shares, key=lambda one: -len(one.names) if many else -one.size)
+            oldest = next(filter(None, map(self._oldest_done, by_most)), None)
             if oldest is None:
                 return
             self.drop(oldest)
+
+    def _oldest_done(self, share: _Share) -> str | None:
+        return next((name for name in share.names if self._kept[name].task is None), None)
+
+    def _grow(self, owner: str | None, size: int) -> None:
+        self.size += size
+        self._shares[owner].size += size
 
     def _hold(self, said: Said) -> None:
         node: Said | None = said
@@ -147,7 +173,7 @@ class ResponseStore:
             node.holders += 1
             if node.holders > 1:
                 return
-            self.size += node.size
+            self._grow(node.owner, node.size)
             for item in node.items:
                 self._items.setdefault((node.owner, item["id"]), []).append(item)
             node = node.before
@@ -158,7 +184,7 @@ class ResponseStore:
             node.holders -= 1
             if node.holders:
                 return
-            self.size -= node.size
+            self._grow(node.owner, -node.size)
             for item in node.items:
                 same = self._items[node.owner, item["id"]]
                 same.pop()

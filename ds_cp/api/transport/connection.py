@@ -47,7 +47,7 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
     """uvicorn's protocol over a parser in C, with what both leave open.
 
     Heads, bodies and unread answers have deadlines; what arrives is read ``READ_BYTES`` at a time
-    and bounded by ``Bounds``; what is not HTTP/1.1 is answered in OpenAI's shape.
+    and bounded by ``Bounds``; what is not HTTP/1.1 is answered as ``RefusedError`` says.
     """
 
     flow: Flow
@@ -287,7 +287,8 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         if self.transport.is_closing():
             return
         if self._refusal is not None:
-            self.transport.write(self._refusal.answer())
+            target = self.url if self._part else b""  # of the request that is refused
+            self.transport.write(self._refusal.answer(target))
         self.transport.write_eof()
         self.flow.resume_reading()
         self._set_timer(_LINGER_S, self._on_lingered)

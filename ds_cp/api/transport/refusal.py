@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Mapping
 from http import HTTPStatus
 
+from ds_cp.api.error_shapes import is_messages_path, messages_error
 from ds_cp.api.errors import error_type
 
 
@@ -19,20 +20,23 @@ class RefusedError(Exception):
         self.message = message
         self.headers = dict(headers or {})
 
-    def answer(self) -> bytes:
-        """The whole answer in OpenAI's shape, with an id of its own."""
-        detail = {
-            "message": self.message,
-            "type": error_type(self.status),
-            "param": None,
-            "code": None,
-        }
-        body = json.dumps({"error": detail}).encode()
+    def answer(self, target: bytes = b"") -> bytes:
+        """The whole answer with an id of its own, in OpenAI's shape, or in Anthropic's where the
+        request's ``target``, as far as it was read, is of that protocol."""
+        request_id = uuid.uuid4().hex
+        named = {"x-request-id": request_id}
+        if is_messages_path(target.partition(b"?")[0].decode("latin-1")):
+            content = messages_error(self.status, self.message, request_id)
+            named["request-id"] = request_id
+        else:
+            about = {"message": self.message, "type": error_type(self.status)}
+            content = {"error": about | {"param": None, "code": None}}
+        body = json.dumps(content).encode()
         headers = {
             "content-type": "application/json",
             "content-length": str(len(body)),
             "connection": "close",
-            "x-request-id": uuid.uuid4().hex,
+            **named,
             **self.headers,
         }
         lines = [f"HTTP/1.1 {self.status} {HTTPStatus(self.status).phrase}"]

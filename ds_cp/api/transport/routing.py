@@ -3,8 +3,9 @@ slash at its end that does not count."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
+from fastapi.routing import APIRoute
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -43,6 +44,15 @@ class Routing:
                 await Response(headers={"Allow": allow})(scope, receive, send)
                 return
         await self.app(scope, receive, send)
+
+
+def flat(routes: Iterable[BaseRoute]) -> Iterator[APIRoute]:
+    """The routes, those of routers that are included in place of these."""
+    for route in routes:
+        if isinstance(route, APIRoute):
+            yield route
+        elif (inner := getattr(route, "original_router", None)) is not None:
+            yield from flat(inner.routes)
 
 
 def allowed_methods(routes: Sequence[BaseRoute], path: str) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from ds_cp.cli.job import find_job, job_config, start_ranks, starts_ranks
 from ds_cp.cli.output import own_stdout, say
 from ds_cp.errors import RequestError
 from ds_cp.outputs import RequestOutput
+from ds_cp.process import importing
 from ds_cp.sampling_params import SamplingParams
 
 MAX_TOKENS, MAX_REQUESTS = 1 << 24, 1 << 16
@@ -97,7 +98,8 @@ def _measure(
     params = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True)
     found: dict[str, list[float]] = {}
     with ended_by_ctrl_c(), own_stdout():
-        from ds_cp.engine.llm import init_inference
+        with importing():
+            from ds_cp.engine.llm import init_inference
 
         engine = init_inference(config.model, config, job=job, env=env)
         try:

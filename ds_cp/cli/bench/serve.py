@@ -22,6 +22,10 @@ from ds_cp.text import shorten
 
 MAX_REQUESTS, MAX_WORDS, MAX_TOKENS = 1 << 20, 1 << 22, 1 << 22
 MAX_AT_ONCE = 4096  # requests in flight; those of an open loop that come later wait
+# Words of the prompts in flight, which have about 20 bytes each here while they are sent.
+MAX_WORDS_AT_ONCE = 1 << 26
+MAX_TIMES = 1 << 25  # tokens of all answers, whose times are kept in about 100 bytes each
+THREAD_WORDS = 2048  # words of a prompt above which the streams go on while it is made
 CONCURRENCY = 4
 MAX_KINDS = 5  # different failures that are shown
 WORDS = ("time", "river", "stone", "light", "house", "number", "water", "garden", "paper", "road",
@@ -83,7 +87,7 @@ def _load(args: argparse.Namespace) -> Load:
     if args.rate is not None and not (math.isfinite(args.rate) and 0 < args.rate <= 1e5):
         raise LaunchError(f"--rate is {args.rate:g}; it must be above 0, at most 100000 a second")
     given = CONCURRENCY if args.concurrency is None else args.concurrency
-    return Load(
+    load = Load(
         requests=within("--requests", args.requests, 1, MAX_REQUESTS),
         words=within("--input-len", args.input_len, 1, MAX_WORDS),
         new_tokens=within("--output-len", args.output_len, 1, MAX_TOKENS),
@@ -93,42 +97,71 @@ def _load(args: argparse.Namespace) -> Load:
         ignore_eos=not args.no_ignore_eos,
         warmup=within("--warmup", args.warmup, 0, MAX_REQUESTS),
     )
+    if (words := load.words * load.concurrency) > MAX_WORDS_AT_ONCE and load.rate is None:
+        raise LaunchError(
+            f"--concurrency {load.concurrency} prompts of --input-len {load.words} are {words} "
+            f"words at once; at most {MAX_WORDS_AT_ONCE} are kept in memory"
+        )
+    if (times := load.requests * load.new_tokens) > MAX_TIMES:
+        raise LaunchError(
+            f"--requests {load.requests} of --output-len {load.new_tokens} have the times of "
+            f"{times} tokens; at most {MAX_TIMES} are kept in memory"
+        )
+    return load
 
 
 async def _run(server: Server, model: str | None, load: Load) -> tuple[str, Outcome]:
-    most = MAX_AT_ONCE if load.rate is not None else load.concurrency
+    most = load.concurrency
+    if load.rate is not None:
+        most = max(1, min(MAX_AT_ONCE, MAX_WORDS_AT_ONCE // load.words))
     async with server.client(connections=most) as client:
         name = model or (await first_model(server, client))[0]
-        bodies = [_body(name, load, n) for n in range(load.requests + load.warmup)]
+        bodies = _Bodies(name, load)
         if load.warmup:  # what is wrong with all requests is raised here
-            warm = await _closed(server, client, bodies[: load.warmup], load.concurrency)
+            warm = await _closed(server, client, bodies, load.warmup, min(most, load.concurrency))
             if not warm.answers:
                 raise ServerError(f"every request before those that count failed: "
                                   f"{_kinds(warm.failures)[0]}")  # fmt: skip
-        rest = bodies[load.warmup :]
         if load.rate is None:
-            return name, await _closed(server, client, rest, load.concurrency)
-        return name, await _open(server, client, rest, load.rate, random.Random(load.seed))
+            return name, await _closed(server, client, bodies, load.requests, load.concurrency)
+        draw = random.Random(load.seed)
+        return name, await _open(server, client, bodies, load.requests, load.rate, draw, most)
 
 
-def _body(model: str, load: Load, number: int) -> dict[str, Any]:
-    draw = random.Random(f"{load.seed} {number}")
-    words = [f"{draw.randrange(1 << 40):x}", *draw.choices(WORDS, k=load.words - 1)]
-    body: dict[str, Any] = {"model": model, "prompt": " ".join(words), "temperature": 0.0,
-                            "max_tokens": load.new_tokens}  # fmt: skip
-    return body | ({"ignore_eos": True} if load.ignore_eos else {})
+class _Bodies:
+    """The requests' bodies, each made when it is asked for: the same ones by the seed."""
+
+    def __init__(self, model: str, load: Load) -> None:
+        self._model = model
+        self._load = load
+        self._next = 0
+
+    async def next(self) -> dict[str, Any]:
+        """The next one."""
+        self._next += 1
+        if self._load.words > THREAD_WORDS:
+            return await asyncio.to_thread(self._make, self._next)
+        return self._make(self._next)
+
+    def _make(self, number: int) -> dict[str, Any]:
+        load = self._load
+        draw = random.Random(f"{load.seed} {number}")
+        words = [f"{draw.randrange(1 << 40):x}", *draw.choices(WORDS, k=load.words - 1)]
+        body: dict[str, Any] = {"model": self._model, "prompt": " ".join(words),
+                                "temperature": 0.0, "max_tokens": load.new_tokens}  # fmt: skip
+        return body | ({"ignore_eos": True} if load.ignore_eos else {})
 
 
 async def _closed(
-    server: Server, client: httpx.AsyncClient, bodies: list[dict[str, Any]], at_once: int
+    server: Server, client: httpx.AsyncClient, bodies: _Bodies, count: int, at_once: int
 ) -> Outcome:
-    """``at_once`` requests in flight, until all were answered."""
+    """``at_once`` requests in flight, until ``count`` were answered."""
     outcome = Outcome()
-    rest = iter(bodies)
+    rest = iter(range(count))
 
     async def one_after_the_other() -> None:
-        for body in rest:
-            await _one(server, client, body, outcome)
+        for _ in rest:
+            await _one(server, client, await bodies.next(), outcome)
 
     began = time.perf_counter()
     await _all([asyncio.create_task(one_after_the_other()) for _ in range(at_once)])
@@ -137,21 +170,34 @@ async def _closed(
 
 
 async def _open(
-    server: Server, client: httpx.AsyncClient, bodies: list[dict[str, Any]], rate: float,
-    draw: random.Random,
+    server: Server, client: httpx.AsyncClient, bodies: _Bodies, count: int, rate: float,
+    draw: random.Random, at_once: int,
 ) -> Outcome:  # fmt: skip
-    """Requests at the times of a Poisson process."""
+    """``count`` requests at the times of a Poisson process; later where ``at_once`` are in
+    flight."""
     outcome = Outcome()
-    tasks = []
+    tasks: set[asyncio.Task[None]] = set()
+    free = asyncio.Semaphore(at_once)
+
+    def ended(task: asyncio.Task[None]) -> None:
+        free.release()
+        if not task.cancelled() and task.exception() is None:  # else ``_all`` raises it
+            tasks.discard(task)
+
     began = due = time.perf_counter()
     try:
-        for body in bodies:
+        for _ in range(count):
             due += draw.expovariate(rate)
+            await free.acquire()
+            body = await bodies.next()
             await asyncio.sleep(max(0.0, due - time.perf_counter()))
             outcome.late.append(max(0.0, time.perf_counter() - due))
-            tasks.append(asyncio.create_task(_one(server, client, body, outcome)))
+            task = asyncio.create_task(_one(server, client, body, outcome))
+            tasks.add(task)
+            task.add_done_callback(ended)
+            del body  # the task has it, and gives it up with its end
     finally:
-        await _all(tasks)
+        await _all(list(tasks))
     outcome.seconds = time.perf_counter() - began
     return outcome
 

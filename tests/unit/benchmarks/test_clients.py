@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks.clients.__main__ import told
 from benchmarks.clients.proxy import Proxy
 from benchmarks.clients.report import BEGIN, END, page, write
+from benchmarks.clients.run import told
 
 EVENTS = [b'data: {"n": %d}\n\n' % n for n in range(9)]
 
@@ -97,19 +97,24 @@ def test_a_stream_ends_with_an_error_event(proxy: Proxy) -> None:
     assert [json.loads(event) for event in events[:3]] == [{"n": 0}, {"n": 1}, {"n": 2}]
     assert len(events) == 5 and events[-1] == b"[DONE]"
     assert json.loads(events[-2])["error"]["code"] == "engine_dead"
+    lines = post(f"{proxy.url}/t/c/events3/v1/messages?x=1", {"stream": True}).splitlines()
+    assert lines[-3] == b"event: error" and len(lines) == 9
+    assert json.loads(lines[-2][6:])["error"]["type"] == "overloaded_error"
 
 
 def result(name: str, *rows: tuple[str, str]) -> dict[str, Any]:
     listed = [{"check": check, "result": found, "detail": "a | b"} for check, found in rows]
     sent = {"method": "POST", "path": "/v1/x", "fields": ["a", "b"], "headers": []}
-    return {"name": name, "version": "1", "rows": listed, "sent": [sent]}
+    taken = "2026-01-02, commit c"
+    return {"name": name, "version": "1", "rows": listed, "sent": [sent], "taken": taken}
 
 
 def test_the_page_has_a_column_a_client_and_says_what_failed(tmp_path: Path) -> None:
     first = result("one", ("chat", "ok"), ("tools", "ok"))
     second = result("two", ("chat", "failed"), ("tools", "none"))
-    facts = {"date": "2026-01-02", "commit": "c", "model": "m", "machine": "2 cores"}
+    facts = {"model": "m", "ranks": 4, "machine": "2 cores"}
     text = page([first, second], facts)
+    assert text.startswith("Taken 2026-01-02, commit c; m on 4 ranks, 2 cores.")
     assert "| chat | ok | **failed** |" in text and "| tools | ok | - |" in text
     assert "- two, chat: failed: `a / b`" in text and "- one, " not in text
     assert "| one | POST /v1/x | `a`, `b` |" in text

@@ -89,6 +89,16 @@ def test_command_answers_all(bench: Bench) -> None:
     assert (job.rank, job.world_size) == (0, 1)
 
 
+def test_a_trace_is_asked_for(bench: Bench) -> None:
+    bench.input.write_text(line("a"))
+    raw = json.loads(bench.config.read_text()) | {"trace": {"file": str(bench.folder / "t.json")}}
+    bench.config.write_text(json.dumps(raw))
+    assert bench.run() == 0
+    assert bench.run("--trace", str(bench.folder / "u.json")) == 0
+    files = [config.trace.file for config, _ in bench.opened]
+    assert files == [str(bench.folder / name) for name in ("t.json", "u.json")]
+
+
 def test_command_again_does_what_is_left(bench: Bench) -> None:
     bench.input.write_text("\n".join(line(f"{i}", [i]) for i in range(9)))
     assert bench.run() == 0
@@ -292,6 +302,10 @@ def test_unusable_files_are_refused_at_once(bench: Bench) -> None:
     assert "is IN itself" in refused(good, good)
     assert "there is no folder" in refused(good, folder / "none" / "out")
     assert "name a file" in refused(good, "-", "--json")
+    assert "there is no folder" in refused(good, "-", "--trace", str(folder / "none" / "t"))
+    (folder / "link").symlink_to(good)
+    for trace in (good, folder / "link", bench.output):
+        assert "is IN or OUT" in refused(good, bench.output, "--trace", str(trace))
     for wrong in ("0", "4097", "-1", "x", "9" * 5000, "²"):
         assert "--concurrency is" in refused(good, "-", f"--concurrency={wrong}")
     bench.output.write_text("my notes\n")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import random
 import subprocess
 import sys
 import types
+import weakref
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -17,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ds_cp.cli import main as cli
+from ds_cp.cli.bench import serve
 from ds_cp.cli.bench.report import Figure, number, percentile
 from ds_cp.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from tests.helpers.terminal import variables
@@ -162,6 +166,57 @@ def test_wrong_flags(engine: Engine, config: str, capfd: Any, argv: str, part: s
     out, err = capfd.readouterr()
     assert out == "" and part in err.splitlines()[-1]
     assert err.splitlines()[-1].startswith("ds_cp: error: ")
+
+
+# --- serve
+
+
+class Body(dict[str, Any]):
+    """One that can be watched."""
+
+
+@pytest.mark.parametrize("loop", ["closed", "open"])
+@pytest.mark.parametrize("words", [3, serve.THREAD_WORDS + 1])
+def test_bodies_are_made_as_they_are_sent(loop: str, words: int, monkeypatch: Any) -> None:
+    """So many as are in flight are in memory, whatever the number of requests; and the same ones
+    whatever the loop."""
+    prompts: list[str] = []
+    alive = peak = 0
+
+    def gone() -> None:
+        nonlocal alive
+        alive -= 1
+
+    make = serve._Bodies._make
+
+    def watched(self: Any, number: int) -> Body:
+        nonlocal alive, peak
+        body = Body(make(self, number))
+        weakref.finalize(body, gone)
+        alive += 1
+        peak = max(peak, alive)
+        return body
+
+    async def one(server: Any, client: Any, body: Body, outcome: Any) -> None:
+        prompts.append(body["prompt"])
+        for _ in range(5):
+            await asyncio.sleep(0)
+
+    monkeypatch.setattr(serve._Bodies, "_make", watched)
+    monkeypatch.setattr(serve, "_one", one)
+    nothing: Any = None
+    count, at_once, rate = 60, 4, 1e5 if loop == "open" else None
+    bodies = serve._Bodies("m", serve.Load(count, words, 1, at_once, rate, 7, True, 0))
+    if rate is None:
+        asyncio.run(serve._closed(nothing, nothing, bodies, count, at_once))
+    else:
+        draw = random.Random(7)
+        found = asyncio.run(serve._open(nothing, nothing, bodies, count, rate, draw, at_once))
+        assert len(found.late) == count
+    assert peak <= 2 * at_once and alive == 0  # a thread may still hold the last that it made
+    again = serve._Bodies("m", serve.Load(count, words, 1, 1, None, 7, True, 0))
+    assert sorted(prompts) == sorted(make(again, n)["prompt"] for n in range(1, count + 1))
+    assert all(len(prompt.split()) == words for prompt in prompts)
 
 
 # --- for real

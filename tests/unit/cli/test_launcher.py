@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,35 @@ def test_deaf_ranks_are_killed_after_the_grace(tmp_path: Path) -> None:
     process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 137
     assert all_gone(pids, GONE_S)
+
+
+def test_a_rank_that_gets_on_has_more_than_the_grace(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As long as it does, and no longer; a second signal ends that."""
+    asked = 0
+
+    def works() -> bool:
+        nonlocal asked
+        asked += 1
+        if asked == 3 and hurried:
+            os.kill(os.getpid(), signal.SIGINT)
+        return asked < 10 or hurried
+
+    def stop() -> None:
+        pids_in(tmp_path, 1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(launcher, "HURRY_GRACE_S", 0.1)
+    monkeypatch.setattr("ds_cp.process.SAME_S", 0.0)
+    command = [sys.executable, "-c", textwrap.dedent(DEAF + waiting(tmp_path))]
+    for hurried in (False, True):
+        asked = 0
+        for file in tmp_path.glob("rank*"):
+            file.unlink()
+        threading.Thread(target=stop).start()
+        assert launcher.spawn(command, 1, {**os.environ}, grace_s=0.1, works=works) == 130
+        assert asked == (3 if hurried else 10)
 
 
 def test_second_signal_hurries_and_a_third_kills(tmp_path: Path) -> None:

@@ -74,6 +74,10 @@ DEFAULTS = {
     "server.write_timeout_s": 60,
     "server.tokenize_timeout_s": 30,
     "server.keep_alive_s": 5,
+    "fault_tolerance.max_restarts": 3,
+    "fault_tolerance.hang_s": 30,
+    "fault_tolerance.spare_after_s": None,
+    "fault_tolerance.spare_model": False,
     "trace.file": None,
     "trace.max_events": 100_000,
 }

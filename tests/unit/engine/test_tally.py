@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ds_cp.engine.tally import Tally
 from ds_cp.engine.wire_model import WireModel
@@ -57,6 +59,26 @@ def test_bytes_in_windows() -> None:
     assert MODEL.of_decode("ring", "kv", table("001122", 22)) == {
         "ring_pass_kv": (2 * 2 * 24 + 4 * 12) * 96
     }  # fmt: skip
+
+
+@given(st.data())
+def test_a_decode_is_a_chunk_of_one_token(data: st.DataObject) -> None:
+    """While the sequence grows and its blocks move; a decode is counted by a shorter way."""
+    windows = data.draw(st.sampled_from([(), ((1, 2),), ((5, 1), (9, 2)), ((12, 3), (1000, 3))]))
+    model = WireModel(6, windows, 96, 40, 56, 4)
+    ranks = st.integers(0, 3)
+    homes = table("".join(map(str, data.draw(st.lists(ranks, min_size=1, max_size=9)))), 0)
+    homes.num_tokens = len(homes.homes) * 4 - data.draw(st.integers(0, 3))
+    for step in range(8):
+        newest = ((homes.last_rank, ((homes.num_tokens - 1, 1),)),)
+        for mode, ring_pass in (("tree", "auto"), ("ring", "q"), ("ring", "kv")):
+            chunk = Chunk(1, mode, ring_pass, newest, (), True)
+            assert model.of_decode(mode, ring_pass, homes) == model.of_chunk(chunk, homes)
+        if data.draw(st.booleans()):
+            at = data.draw(st.integers(0, len(homes.homes) - 1))
+            homes.replace(at, (data.draw(ranks), 100 + step))
+        fresh = [(data.draw(ranks), 200 + step)] * (homes.open_slots == 0)
+        homes.append(fresh, 1)
 
 
 def test_ranks_and_skew() -> None:

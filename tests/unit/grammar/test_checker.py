@@ -123,8 +123,10 @@ def test_waiting_for_others_ends_in_time(checker: GrammarChecker) -> None:
     for _ in range(module.AT_ONCE):
         checker._slots.acquire()
     try:
-        with pytest.raises(GrammarBusyError, match="2 at a time"):
+        with pytest.raises(GrammarBusyError, match=r"^structured_outputs: .* 2 at a time"):
             checker.check(regex("waits"), timeout_s=0.05)
+        with pytest.raises(GrammarBusyError, match="^guided_regex: "):
+            checker.check(replace(regex("waits"), asked_as="guided_regex"), timeout_s=0.05)
     finally:
         for _ in range(module.AT_ONCE):
             checker._slots.release()

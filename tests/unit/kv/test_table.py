@@ -42,6 +42,8 @@ def check(table: SequenceTable, homes: list[Home], tokens: int, ranks: int) -> N
     assert table.width == len(table.span)
     assert table.last_rank == (homes[-1][0] if homes else -1)
     assert [table.slot(p) for p in range(tokens)] == places
+    for index in range(len(homes) + 1):
+        assert table.ranks_from(index) == len({rank for rank, _ in homes[index:]})
     for rank in range(ranks):
         assert table.num_blocks(rank) == sum(r == rank for r, _ in homes)
         there = [home for home in homes[-NEAR:] if home[0] == rank]

@@ -20,7 +20,6 @@ from ds_cp.parsing.history import (
     RAW,
     EarlierCall,
     as_object,
-    check_results,
     read_calls,
 )
 from ds_cp.parsing.ids import KIMI, MISTRAL, OPENAI, id_for_template, new_ids
@@ -181,15 +180,6 @@ def test_a_bad_earlier_call_is_refused_by_its_field(value: Any, param: str) -> N
     with pytest.raises(RequestError) as caught:
         read_calls(value, "m")
     assert caught.value.param == param and param in str(caught.value)
-
-
-def test_a_result_needs_its_call() -> None:
-    asked = [EarlierCall("c1", "f", "{}"), EarlierCall("c2", "f", "{}")]
-    messages = [("user", [], None), ("assistant", asked, None), ("tool", [], "c2")]
-    assert check_results(messages) == {"c1": "f", "c2": "f"}
-    with pytest.raises(RequestError) as caught:
-        check_results([("tool", [], "c1"), ("assistant", asked, None)])
-    assert caught.value.param == "messages[0].tool_call_id"
 
 
 def test_ids_are_of_their_family() -> None:

@@ -232,9 +232,55 @@ def test_who_waits_for_plans_that_do_not_count_starts_again() -> None:
     assert waits.restored_step == step and host.recover((), step, running) == [waits]
     while waits.restoring:
         cluster.step()
-    assert host.recover((), cluster.scheduler._steps, running) == []
-    assert host.recover((), waits.restored_step - 1, running) == [waits]
+    assert waits.num_keyed, "it computes in the step in which the last of it comes back"
+    assert host.recover((), waits.restored_step - 1, running) == [], "it is rewound"
     host.recover((0,), step, ())
+    assert cluster.tier.num_used(0) == 0
+    cluster.settle()
+    cluster.check_outputs()
+
+
+@pytest.mark.parametrize("done", [True, False])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_death_while_blocks_come_back(done: bool, depth: int) -> None:
+    """The host of a rank that lives has what was there before the steps that nobody reported."""
+    cluster = Cluster([12, 12], 4, mode=("local", "auto"), depth=depth,
+                      host=HostRules((12, 12), beside=1, alone=1))  # fmt: skip
+    cluster.scheduler.drain(1)
+    run(cluster, prompt(40, 1))
+    run(cluster, prompt(44, 2))
+    cluster.scheduler.reopen(1)
+    waits = cluster.add(prompt(33, 1), greedy(2))
+    for _ in range(4):
+        cluster.step()
+    assert waits.restoring and (waits.table is not None)
+    cluster.die([1], lambda: done)
+    assert waits.table is None, "it starts again"
+    plans = cluster.settle()
+    assert len(restores(plans)) == 8 and cluster.lives[waits.number].cached_tokens == 32
+    cluster.check_outputs()
+
+
+def test_the_host_of_a_lost_rank_is_empty() -> None:
+    cluster = Cluster([6, 6], 4, host=HostRules((6, 6)))
+    for first in (1, 2, 3, 4):
+        run(cluster, prompt(20, first))
+    used = [cluster.tier.num_used(rank) for rank in (0, 1)]
+    rank = used.index(max(used))
+    cluster.die([rank], lambda: True)
+    assert cluster.tier.num_used(rank) == 0 and cluster.tier.num_used(1 - rank) == used[1 - rank]
+    for first in (1, 2, 3, 4):
+        run(cluster, prompt(20, first))
+    cluster.check_outputs()
+
+
+def test_what_a_step_that_nobody_reported_copied_there_is_forgotten() -> None:
+    cluster = Cluster([6], 4, depth=2, host=HostRules((6,)))
+    run(cluster, prompt(20, 1))
+    cluster.add(prompt(20, 2), greedy(4))
+    plan = cluster.step()
+    assert plan is not None and len(spills([plan])) == 4 == cluster.tier.num_used(0)
+    cluster.die([], lambda: False)
     assert cluster.tier.num_used(0) == 0
     cluster.settle()
     cluster.check_outputs()

@@ -60,7 +60,7 @@ def test_no_begin_is_larger_than_reckoned(
     planner = PrefillPlanner.__new__(PrefillPlanner)
     planner._limits = limits
     request = Request(2**40, "x", (vocab - 1,) * length, params, 9, -(2**63))
-    sampling = planner._sampling(request)
+    sampling = planner.sampling(request)
     homes = tuple((2**16 - 1, 2**32 - 1) for _ in range(length // size))
     begin = Begin(request.number, request.prompt, length, homes, length // size * size, sampling)
     assert len(msgspec.msgpack.encode(begin)) <= limits.begin_bytes(length, size, params)

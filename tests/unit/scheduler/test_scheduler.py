@@ -1231,7 +1231,7 @@ def clusters(draw: st.DrawFn) -> Cluster:
 
 
 @given(clusters(), st.data())
-@settings(max_examples=150, derandomize=True)
+@settings(max_examples=150)
 def test_a_request_alone_reaches_the_full_capacity(cluster: Cluster, data: st.DataObject) -> None:
     """Whatever is cached from before, and whatever the placement."""
     blocks = [max(cluster.blocks)] if cluster.mode[0] == "local" else cluster.blocks

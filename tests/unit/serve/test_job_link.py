@@ -13,7 +13,8 @@ import psutil
 import pytest
 
 from ds_cp.serve import job_link
-from ds_cp.serve.job_link import FollowingLink, LeadingLink, Lost, link_name
+from ds_cp.serve.job_link import Died, End, FollowingLink, LeadingLink, Lost, link_name
+from ds_cp.serve.orders import Leave, Left, Loaded, Meet, Met
 from ds_cp.topology.job import Job
 from ds_cp.topology.launcher_process import LauncherProcess
 
@@ -69,6 +70,32 @@ def test_a_lost_worker_is_reported_with_its_cause() -> None:
     both = run(work)
     assert both.lost == [(2, lost)]
     assert both.stopping == [(2, "SIGTERM", False)] and not both.gone
+
+
+def test_what_rank_0_asks_and_hears_of_a_worker() -> None:
+    """In order; the good-bye of rank 0 is told, since workers may wait for what it asks."""
+    asks = [Leave(0), Meet(1), End("it did not leave within 10 s")]
+    says = [Died("the worker of rank 2 was ended by SIGKILL"), Loaded(), Met(1), Left(1, "x" * 500)]
+    asked: list[object] = []
+    said: list[tuple[int, object]] = []
+
+    async def work(both: Both) -> None:
+        both.following.on_asked = asked.append
+        both.following.on_bye = lambda: asked.append("bye")
+        both.leading.on_said = lambda *args: said.append(args)
+        assert both.following.is_open
+        for ask in asks:
+            both.leading.ask(2, ask)  # type: ignore[arg-type]
+            both.leading.ask(1, ask)  # type: ignore[arg-type]  # it is not there
+        for one in says:
+            both.following.say(one)  # type: ignore[arg-type]
+        await both.until(lambda: len(asked) == len(asks) and len(said) == len(says))
+        await both.leading.close()
+        await both.until(lambda: not both.following.is_open)
+
+    both = run(work)
+    assert asked == [*asks, "bye"] and said == [(2, one) for one in says]
+    assert not both.gone and not both.lost
 
 
 @pytest.mark.parametrize("who", ["following", "leading"])

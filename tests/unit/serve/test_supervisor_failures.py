@@ -16,8 +16,10 @@ from ds_cp.serve import supervisor as supervisor_module
 from ds_cp.serve.channel import Failed, Ready
 from ds_cp.serve.job_link import Lost
 from ds_cp.serve.supervisor import _Supervisor
+from ds_cp.serve.worker_child import Child, until_end
 from ds_cp.topology.job import Job
 
+NO_CHANNEL: Any = None
 JOB = Job(0, 2, 0, 2, None, "here", "torchrun", "127.0.0.1", 0)
 
 
@@ -87,7 +89,8 @@ def test_a_worker_that_left_is_asked_why(
         process.wait()
         if reports:
             asyncio.get_running_loop().call_later(0.3, one._on_death, "it", 2, True, False)
-        await one._watch(process)
+        one._seat._child = Child(process, NO_CHANNEL, None)
+        await one._watch()
         return int(one._exit_code)
 
     code, said = asyncio.run(work()), capsys.readouterr().err
@@ -153,3 +156,27 @@ def test_another_rank_in_a_drain_fails_by_a_known_cause_alone(known: bool) -> No
     one._stop.set()
     asyncio.run(one._follow(Worker(READY, Failed(3, "rank 1: bad", known))))
     assert link.told == [Lost("rank 1: bad", 3)] * known and one._exit_code == 3 * known
+
+
+def test_a_worker_that_gets_on_has_more_than_its_time() -> None:
+    """As long as it does, or until it ends."""
+
+    async def work(looks: int, ends_at: int) -> tuple[int, bool]:
+        asked = 0
+        over = asyncio.Event()
+
+        def works() -> bool:
+            nonlocal asked
+            asked += 1
+            if asked == ends_at:
+                over.set()
+            return asked < looks
+
+        watch = asyncio.create_task(over.wait())
+        await until_end(watch, 0.01, works)  # type: ignore[arg-type]
+        ended = watch.done()
+        watch.cancel()
+        return asked, ended
+
+    assert asyncio.run(work(5, 0)) == (5, False)
+    assert asyncio.run(work(10, 3)) == (3, True)

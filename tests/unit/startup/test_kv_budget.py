@@ -140,3 +140,14 @@ def test_a_block_that_is_opened_holds_nothing_of_before(packed: bool) -> None:
     pool.open(torch.tensor([], dtype=torch.int64))
     held = pool.get_blocks(range(4))
     assert not held[[0, 2]].any() and bool(held[[1, 3]].isnan().all())
+
+
+def test_kv_that_the_job_counts_on_needs_nothing_free(free: int) -> None:
+    """A new worker has what the one before it had, which may hold it still, and claims it late."""
+    world = world_of(["a"])
+    grid = resolve_grid(world.topology, "auto", 1)
+    config = load_config({"kv_cache": {"tokens_per_rank": 4096}}, {"model": "m"})
+    with pytest.raises(ConfigError, match="bytes are free"):
+        decide_budget(config, world, grid, 0, MIB, 4096)
+    found = decide_budget(config, world, grid, 0, MIB, 4096, promised=True)
+    assert (found.tokens, found.lazy) == (4096, True)

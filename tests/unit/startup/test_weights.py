@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers as hf
 
-from ds_cp.startup.weights import active_weights
+from ds_cp.startup.weights import active_weights, count_weights
 from tests.helpers.engines import tiny_llama
 
 V, H, L = 64, 32, 3  # vocabulary, hidden size, layers
@@ -67,3 +67,18 @@ def test_of_experts_those_that_are_picked(make: Any) -> None:
     with torch.device("meta"):
         model, want = make()
     assert active_weights(model) == want < sum(p.numel() for p in model.parameters())
+
+
+def test_layers_and_head_apart() -> None:
+    """Embeddings are looked up; one that is the head as well counts as that."""
+    with torch.device("meta"):
+        model, active = mixtral()
+        tied = hf.LlamaForCausalLM(
+            hf.LlamaConfig(**SIZES | {"tie_word_embeddings": True}, intermediate_size=48)
+        )
+    found = count_weights(model)
+    experts = L * 6 * 3 * H * 48
+    assert (found.active, found.layers, found.head) == (active, active - 2 * V * H, V * H)
+    assert found.stored == found.layers + experts
+    found = count_weights(tied)
+    assert found.head == V * H and found.layers == found.stored == found.active - V * H

@@ -36,13 +36,14 @@ def learned(template: str) -> ToolShape:
         (templates.NULL_CONTENT, ToolShape(True, True, True, True)),
         (templates.CHATML, ToolShape()),
         (templates.QWEN, ToolShape(offers=True)),
-        (templates.GEMMA, ToolShape()),
+        (templates.GEMMA, ToolShape(late_system=False)),
         (LOOP + "{{ m.content }}" + CALLS + "{{ c.function.arguments }}" + END,
          ToolShape(False, True, True)),  # an object would be printed as Python has it
         (LOOP + "{{ m.content }}" + CALLS + "{{ ' ' + c.function.arguments }}" + END,
          ToolShape(False, True, True)),
-        (LOOP + CALLS + "{{ c.function.arguments | tojson }}" + END, ToolShape()),
-        ("{{ raise_exception('never') }}", ToolShape()),
+        (LOOP + CALLS + "{{ c.function.arguments | tojson }}" + END,
+         ToolShape(late_system=False)),  # it writes no text at all
+        ("{{ raise_exception('never') }}", ToolShape(late_system=False)),
     ],
 )  # fmt: skip
 def test_the_first_way_that_keeps_everything(template: str, shape: ToolShape) -> None:

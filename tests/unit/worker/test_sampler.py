@@ -673,7 +673,8 @@ def test_any_rows_together(seed: int, count: int, vocab: int, spread: float, equ
     logits = some_logits(seed, count * vocab, spread).view(count, vocab)
     if equals:
         logits = logits.round()
-    logits[torch.rand(count, vocab) < 0.2] = -math.inf
+    chance = torch.Generator().manual_seed(seed)
+    logits[torch.rand(count, vocab, generator=chance) < 0.2] = -math.inf
     if rng.random() < 0.3:
         logits[rng.randrange(count), rng.randrange(vocab)] = rng.choice([math.nan, math.inf])
     rows = []

@@ -357,6 +357,36 @@ def test_reasoning_goes_back_by_the_name_that_the_template_has() -> None:
         assert message["content"] == "I look" and ("thinking" in message) == kept
 
 
+LATE = (
+    Turn(role="system", content="s"),
+    Turn(role="user", content="u"),
+    Turn(role="system", content=[{"type": "text", "text": "l1"}, {"type": "text", "text": "l2"}]),
+    Turn(role="assistant", content="a"),
+    Turn(role="system", content="l3"),
+    Turn(role="user", content="w"),
+    Turn(role="user", content="x"),
+)
+
+
+def test_what_the_system_says_late_is_said_by_the_user_where_it_must_be() -> None:
+    request = replace(chat(None, ()), turns=LATE)
+    first = ToolShape(True, True, late_system=False)
+    for asked, shape in (
+        (request, first),  # chat completions: the template's own word
+        (replace(request, moves_system=True), KNOWS),
+    ):
+        found = template_input(asked, style("hermes"), shape, {})
+        assert [m["role"] for m in found.messages] == [turn.role for turn in LATE]
+    for shape in (first, ToolShape(late_system=False)):
+        found = template_input(replace(request, moves_system=True), style("hermes"), shape, {})
+        assert [(m["role"], m["content"]) for m in found.messages] == [
+            ("system", "s"),
+            ("user", [{"type": "text", "text": text} for text in ("u", "l1", "l2")]),
+            ("assistant", "a"),
+            ("user", [{"type": "text", "text": text} for text in ("l3", "w", "x")]),
+        ]
+
+
 def test_history_for_templates_that_know_none() -> None:
     request = replace(chat("auto"), turns=HISTORY)
     found = template_input(request, style("json"), PLAIN, {})

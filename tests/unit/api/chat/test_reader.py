@@ -146,3 +146,15 @@ def test_reasoning_that_comes_again_is_counted() -> None:
     found = said([one.read(delta) for delta in deltas(tokens, [4])])
     assert found.reasoning.replace("\n", "") == "abd" and found.content == "ce"
     assert one.reasoning_tokens == 4 + 3
+
+
+def test_what_is_held_is_charged_until_it_comes() -> None:
+    tokens = ['{"name": "get_time", "arguments": "', *["abcd"] * 500, '"}', " and more"]
+    one = reader(make_parser("json", None, TOOLS), tokens=tokens)
+    sizes = []
+    for delta in deltas(tokens, range(1, len(tokens))):
+        one.read(delta)
+        sizes.append(one.held_bytes)
+    growing = sizes[: len(tokens) - 2]
+    assert growing == sorted(growing) and growing[-1] == 8 * sum(map(len, tokens[:-2]))
+    assert set(sizes[len(tokens) - 2 :]) == {0}

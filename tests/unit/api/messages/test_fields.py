@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from anthropic import types
-from anthropic.types import message_count_tokens_params, message_create_params
+from anthropic.types import beta, message_count_tokens_params, message_create_params
 from pydantic import BaseModel
 
 from ds_cp.api.errors import ApiError
@@ -61,6 +61,16 @@ PLACES: dict[str, tuple[set[str], type[BaseModel], frozenset[str], dict[str, Any
         fields_of(
             message_create_params.MessageCreateParamsNonStreaming,
             message_create_params.MessageCreateParamsStreaming,
+        ),
+        MessagesRequest,
+        HARMLESS["body"],
+        BODY,
+        lambda field: field,
+    ),
+    "beta body": (  # what agents send with ?beta=true
+        fields_of(
+            beta.message_create_params.MessageCreateParamsNonStreaming,
+            beta.message_create_params.MessageCreateParamsStreaming,
         ),
         MessagesRequest,
         HARMLESS["body"],

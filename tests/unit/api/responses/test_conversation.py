@@ -16,7 +16,7 @@ from ds_cp.api.responses.items import Item, text_item
 from ds_cp.api.responses.request import ResponseInput
 from ds_cp.api.responses.store import Kept, ResponseStore, Said
 from ds_cp.api.responses.turns import turns_of
-from ds_cp.sampling_params import SamplingParams
+from ds_cp.sampling_params import RequestOptions, SamplingParams
 
 
 def store_of(*turns: list[Item]) -> ResponseStore:
@@ -33,7 +33,7 @@ def chat(store: ResponseStore, value: Any, previous: str | None = None) -> ChatR
     body = ResponseInput.model_validate({"input": value, "previous_response_id": previous})
     before = said_before(store, body, None)
     items = own_items(store, body, None)
-    return chat_of(body, before, items, SamplingParams(), None)
+    return chat_of(body, before, items, SamplingParams(), RequestOptions())
 
 
 def refused(store: ResponseStore, value: Any, previous: str | None = None) -> ApiError:

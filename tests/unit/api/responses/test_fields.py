@@ -208,7 +208,7 @@ def test_tool_choice(choice: Any, mode: str, names: tuple[str, ...], single: boo
         ({"text": {"format": {"type": "text", "description": "\ud800"}}}, "text.format"),
         ({"text": {"format": {"type": "text", "schema": {"maximum": math.inf}}}}, "text.format"),
         ({"tools": [FUNCTION], "tool_choice": "required",
-          "text": {"format": {"type": "json_object"}}}, "text.format"),
+          "text": {"format": {"type": "json"}}}, "text.format"),
         ({"chat_template_kwargs": {"x": "\ud800"}}, "chat_template_kwargs.x"),
         ({"text": {"format": {"type": "xml"}}}, "text.format"),
         ({"text": {"format": {"type": "json_schema", "name": "n"}}}, "text.format"),

@@ -23,6 +23,8 @@ from ds_cp.api.chat.events import (
     Usage,
 )
 from ds_cp.api.errors import ApiError
+from ds_cp.api.responses import resource
+from ds_cp.api.responses.answer import _LARGE
 from ds_cp.api.responses.items import unsealed
 from ds_cp.api.responses.output import Output
 from ds_cp.api.responses.request import ResponseRequest
@@ -241,3 +243,33 @@ def test_a_response_is_written_in_pieces() -> None:
     assert json.loads(b"".join(pieces)) == response
     assert len(response["output"][1]["content"][0]["logprobs"]) == 500
     assert max(map(len, pieces)) < 100_000
+
+
+def test_closing_events_encode_log_probabilities_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And are what they are in one piece."""
+    entries = [{"token": f"t{i}", "logprob": -0.5, "bytes": [i % 256], "top_logprobs": []}
+               for i in range(1000)]  # fmt: skip
+    output = Output()
+    events = [*output.take([Content("x" * 20_000)], entries), *output.finish("stop")]
+    response = new_response(BODY, "resp_1", "m")
+    whole = finished(response, output.items, "stop", Usage(3, 5, 1, 2))
+    events.append({"type": "response.completed", "response": whole})
+    encoded: list[int] = []
+    inner = resource.items_of
+
+    def counting(values: Any) -> bytes:
+        encoded.append(len(values))
+        return inner(values)
+
+    monkeypatch.setattr(resource, "items_of", counting)
+    kept: list[int] = []
+    pieces = resource.Pieces(kept.append)
+    large = [event for event in events if event["type"] in _LARGE]
+    assert len(large) == 4
+    for event in large:
+        found = list(pieces.of_event(event))
+        assert json.loads(b"".join(found)) == event
+        assert max(map(len, found)) < 20_000
+    assert sum(encoded) == 1000 and sum(kept) > 1000 * 40
+    for event in events:
+        assert json.loads(b"".join(resource.Pieces().of_event(event))) == event

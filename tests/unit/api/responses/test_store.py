@@ -81,6 +81,42 @@ def test_what_runs_stays() -> None:
     asyncio.run(check())
 
 
+def test_a_key_makes_room_for_itself() -> None:
+    store = ResponseStore(4, 1 << 20)
+    own = kept("mine", owner="k")
+    assert store.keep(own)
+    for number in range(9):
+        assert store.keep(kept(f"r{number}", owner="l"))
+    assert store.find("mine", "k") is own and len(store) == 4
+    assert [store.get(f"r{n}", "l") is not None for n in range(9)] == [False] * 6 + [True] * 3
+    later = [kept(f"k{number}", owner="k") for number in range(3)]
+    assert all(map(store.keep, later))  # until both have as many
+    assert [store.get(e.body["id"], "k") is not None for e in (own, *later)] == [False] * 2 + [
+        True
+    ] * 2
+    assert store.get("r7", "l") and store.get("r8", "l")
+
+
+def test_the_bytes_of_a_key_are_no_others() -> None:
+    store = ResponseStore(99, 20_000)
+    small = kept("small", "x" * 2000, owner="k")
+    assert store.keep(small)
+    for number in range(20):
+        assert store.keep(kept(f"r{number}", "x" * 2000, owner="l"))
+    before = len(store)
+    assert store.find("small", "k") is small and before > 3
+    assert not store.keep(kept("large", "x" * 16_000, owner="l"))  # not beside the other's
+    assert len(store) == before and store.size <= 20_000
+    half = kept("half", "x" * 2500, owner="k")
+    assert store.keep(half) and store.find("small", "k") is small  # the other had more
+    for name in [f"r{n}" for n in range(20)]:
+        store.drop(name)
+    assert store.keep(kept("all", "x" * 14_000, owner="k"))  # alone, a key has all of it
+    for name in ("small", "half", "all"):
+        store.drop(name)
+    assert store.size == 0 and not store._shares
+
+
 class StoreMachine(RuleBasedStateMachine):
     """Against a plain list: the newest that fit are kept, and each conversation is whole."""
 

@@ -1,0 +1,270 @@
+"""Three supervisors in one process, over their real link, with workers that are played."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from ds_cp.config import load_config
+from ds_cp.serve import generations, mending
+from ds_cp.serve.job_link import FollowingLink, LeadingLink, Lost
+from ds_cp.serve.mending import Mending
+from ds_cp.serve.orders import Leave, Left, Loaded, Met, Order, Word
+from ds_cp.topology.job import Job
+
+RANKS = 3
+LIMIT_S = 60.0
+
+
+@dataclass
+class Room:
+    """Where workers meet: who has come, by generation. ``is_open``: whether a meeting comes about
+    when all are there."""
+
+    here: dict[int, dict[int, Played]] = field(default_factory=dict)
+    is_open: bool = True
+
+    def enter(self, generation: int, worker: Played) -> None:
+        self.here.setdefault(generation, {})[worker.rank] = worker
+        self.look()
+
+    def look(self) -> None:
+        for generation, workers in self.here.items():
+            if self.is_open and len(workers) == RANKS:
+                for worker in workers.values():
+                    worker.generation = generation
+                    worker.says(Met(generation))
+                workers.clear()
+
+    def leave(self, worker: Played) -> None:
+        for workers in self.here.values():
+            workers.pop(worker.rank, None)
+
+
+class Played:
+    """A supervisor's seat and the worker in it: ``lives`` counts those before this one."""
+
+    outlives = can_replace = True
+
+    def __init__(self, rank: int, room: Room) -> None:
+        self.rank = rank
+        self.room = room
+        self.on_word: Callable[[Word], None] = lambda word: None
+        self.on_death: Callable[[], None] = lambda: None
+        self.generation: int | None = 0
+        self.lives = 0
+        self.still = False
+        self.dead = False
+        self.why = ""
+        self.channel = self.process = self  # type: ignore[assignment]
+
+    def poll(self) -> int | None:
+        return -9 if self.dead else None
+
+    def kill(self) -> None:
+        self.dead, self.generation, self.still = True, None, False
+        self.room.leave(self)
+        asyncio.get_running_loop().call_soon(self.on_death)
+
+    def end(self, why: str) -> None:
+        self.why = why
+        self.kill()
+
+    def replace(self) -> None:
+        self.dead = False
+        self.lives += 1
+        asyncio.get_running_loop().call_later(0.02, self.says, Loaded(), self.lives)
+
+    def says(self, word: Word, life: int | None = None) -> None:
+        if not self.dead and life in (None, self.lives):
+            asyncio.get_running_loop().call_soon(self.on_word, word)
+
+    def tell(self, order: Order) -> None:
+        if self.still or self.dead:
+            return
+        if isinstance(order, Leave):
+            self.leave(order.generation)
+        else:
+            self.room.enter(order.generation, self)
+
+    def leave(self, generation: int) -> None:
+        self.generation = None
+        self.room.leave(self)
+        self.says(Left(generation, "a peer is gone"))
+
+
+class Whole:
+    """What ``Mending`` asks of its supervisor."""
+
+    def __init__(self) -> None:
+        self.mends = True
+        self.given_up: list[str] = []
+        self.ended = False
+
+    def give_up(self, why: str) -> None:
+        self.given_up.append(why)
+        self.mends = False
+
+    def end_worker(self) -> None:
+        self.ended = True
+
+
+class Link:
+    """Rank 0's way to its worker."""
+
+    steps_done = 0
+
+    def replace(self, channel: Any) -> None:
+        pass
+
+
+class Three:
+    def __init__(self, **tolerance: Any) -> None:
+        self.room = Room()
+        self.seats = [Played(rank, self.room) for rank in range(RANKS)]
+        self.wholes = [Whole() for _ in range(RANKS)]
+        self.worker = Link()
+        config = load_config({"model": "none", "fault_tolerance": tolerance})
+        nobody: Callable[..., None] = lambda *args: None  # noqa: E731
+        self.leading = LeadingLink(RANKS, nobody, nobody, nobody)
+        self.following = [FollowingLink(rank, LIMIT_S, nobody) for rank in range(1, RANKS)]
+        links = [self.leading, *self.following]
+        self.mendings = []
+        for rank, (seat, link, whole) in enumerate(
+            zip(self.seats, links, self.wholes, strict=True)
+        ):
+            job = Job(rank, RANKS, rank, RANKS, None, "here", "torchrun", "127.0.0.1", 0)
+            one = Mending(config, job, seat, link, whole)  # type: ignore[arg-type]
+            self.mendings.append(one)
+            seat.on_death = self._watcher(rank)
+        self.mendings[0].worker = self.worker  # type: ignore[assignment]
+
+    def _watcher(self, rank: int) -> Callable[[], None]:
+        def see() -> None:
+            if self.wholes[rank].mends:
+                self.mendings[rank].died(f"the worker of rank {rank} was ended")
+
+        return see
+
+    def run(self, work: Callable[[Three], Awaitable[None]]) -> None:
+        async def main() -> None:
+            name = f"\0ds_cp-test/mending/{os.getpid()}/{time.monotonic_ns()}"
+            await self.leading.open(name)
+            for link in self.following:
+                await link.open(name)
+            await self.until(lambda: all(link.is_open for link in self.following))
+            await asyncio.wait_for(work(self), LIMIT_S)
+            for link in self.following:
+                await link.close()
+            await self.leading.close()
+
+        asyncio.run(main())
+
+    async def until(self, done: Callable[[], bool]) -> None:
+        end = time.monotonic() + LIMIT_S
+        while not done():
+            states = self.mendings[0]._generations.states
+            assert time.monotonic() < end, (states, [seat.generation for seat in self.seats])
+            await asyncio.sleep(0.005)
+
+    async def met(self, generation: int) -> None:
+        """All ranks are in that generation, and rank 0 knows."""
+        found = self.mendings[0]._generations
+        await self.until(lambda: found.is_whole and found.generation == generation)
+        assert [seat.generation for seat in self.seats] == [generation] * RANKS
+        self.worker.steps_done += 1
+
+    @property
+    def lives(self) -> list[int]:
+        return [seat.lives for seat in self.seats]
+
+
+def test_each_may_die(capsys: pytest.CaptureFixture[str]) -> None:
+    async def work(three: Three) -> None:
+        for number, rank in enumerate((1, 0, 2, 0), 1):
+            three.seats[rank].kill()
+            await three.met(number)
+        assert three.lives == [2, 1, 1], "a survivor was not kept"
+
+    three = Three()
+    three.run(work)
+    said = capsys.readouterr().err
+    assert "the worker of rank 1 was ended; another worker takes its place" in said
+    assert said.count("all ranks have met again") == 4 and "(generation 4, " in said
+    assert not any(whole.given_up or whole.ended for whole in three.wholes)
+
+
+def test_several_die_and_die_again_on_the_way() -> None:
+    async def work(three: Three) -> None:
+        three.room.is_open = False
+        three.seats[1].kill()
+        three.seats[2].kill()
+        await three.until(lambda: len(three.room.here.get(1, ())) == RANKS)
+        three.seats[0].kill()  # while all try to meet
+        three.room.is_open = True
+        await three.met(2)
+        assert three.lives == [1, 1, 1]
+
+    Three().run(work)
+
+
+def test_an_exchange_fails_and_nobody_has_died() -> None:
+    async def work(three: Three) -> None:
+        three.seats[2].leave(0)
+        await three.met(1)
+        assert three.lives == [0, 0, 0]
+
+    Three().run(work)
+
+
+def test_who_does_not_leave_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generations, "LEAVE_S", 0.3)
+    monkeypatch.setattr(mending, "TICK_S", 0.05)
+
+    async def work(three: Three) -> None:
+        three.seats[1].still = True
+        three.seats[2].kill()
+        await three.met(1)
+        assert three.lives == [0, 1, 1]
+        assert three.seats[1].why == "did not leave within 0.3 s"
+
+    Three().run(work)
+
+
+def test_deaths_in_a_row_end_the_job() -> None:
+    """The others, who wait for a meeting, end with rank 0's supervisor."""
+
+    async def work(three: Three) -> None:
+        three.seats[1].kill()
+        await three.until(lambda: three.lives == [0, 1, 0])
+        three.seats[1].kill()
+        await three.until(lambda: bool(three.wholes[0].given_up))
+        assert (
+            three.wholes[0]
+            .given_up[0]
+            .startswith("the worker of rank 1 was ended, after 1 interruption in a row")
+        )
+        await three.until(lambda: three.seats[2].generation is None)
+        await three.leading.close()
+        await three.until(lambda: three.wholes[2].ended)
+
+    Three(max_restarts=1).run(work)
+
+
+def test_a_death_when_none_is_replaced_any_more() -> None:
+    """Rank 0 serves no more, or not yet: the cause ends the job."""
+
+    async def work(three: Three) -> None:
+        three.wholes[0].mends = False
+        three.seats[2].kill()
+        await three.until(lambda: bool(three.wholes[0].given_up))
+        assert three.wholes[0].given_up == ["the worker of rank 2 was ended"]
+        await three.following[0].report(Lost("the link is as good as before"))
+
+    Three().run(work)
