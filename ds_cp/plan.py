@@ -184,12 +184,14 @@ ATTENTION_SCHEMES = (
 
 class RankTimes(msgspec.Struct, frozen=True, array_like=True):
     """One rank's part of a step: seconds that it worked on it, and of these waited for other ranks;
-    bytes that it sent under each of ``ATTENTION_SCHEMES``."""
+    bytes that it sent under each of ``ATTENTION_SCHEMES``; blocks that its host memory could not
+    copy since its worker began."""
 
     rank: int
     seconds: float
     waited: float
     sent: tuple[int, ...]
+    host_failed: int = 0
 
 
 class Outcome(msgspec.Struct, frozen=True, array_like=True, tag="outcome"):

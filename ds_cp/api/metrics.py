@@ -304,6 +304,11 @@ def _rank_counters(stats: EngineStats, name: str) -> Iterable[Metric]:
         ("rank_steps", "Steps in which a rank had work.", stats.rank_steps),
         ("rank_step_seconds", "Seconds of the steps in which a rank had work.", stats.rank_seconds),
         ("rank_wait_seconds", "Of these, waiting for other ranks.", stats.rank_waits),
+        (
+            "host_blocks_failed",
+            "KV blocks that a rank's host memory could not copy; after one it is used no more.",
+            stats.host_blocks_failed,
+        ),
     ):
         family = CounterMetricFamily(f"ds_cp:{key}", text, labels=("model_name", "rank"))
         for rank, value in enumerate(values):

@@ -180,6 +180,7 @@ class EngineCore:
         """What a step's tokens add: one delta for each answer that is still live."""
         self.scheduler.observe_step(outcome.step, outcome.seconds)
         self.tally.step(outcome)
+        self.scheduler.block_manager.host.observe(outcome.ranks)
         for scored in outcome.scored:
             self._record_scores(scored)
         deltas = []
@@ -297,11 +298,8 @@ class EngineCore:
         return ends
 
     def check_integrity(self) -> None:
-        """Check the KV ledger: free + cached + used blocks are all there are, and every reference
-        has a holder. Linear in blocks (0.1 s for 100,000), so for idle moments.
-
-        Raises ``IntegrityError`` with what differs.
-        """
+        """Raise ``IntegrityError`` unless free + cached + used blocks are all there are, and every
+        reference has a holder. Linear in blocks (0.1 s for 100,000), so for idle moments."""
         try:
             self.scheduler.check_integrity()
         except AssertionError as err:
@@ -314,15 +312,16 @@ class EngineCore:
         scheduler, tally = self.scheduler, self.tally
         allocator, host = scheduler.allocator, scheduler.block_manager.host
         ranks = range(len(allocator.blocks_per_rank))
-        slots = host.tier.slots_per_rank if any(host.tier.slots_per_rank) else ()
+        slots = ranks if host.is_on else ()
         return EngineStats(
             num_requests_running=len(scheduler.running),
             num_requests_waiting=len(scheduler.waiting),
             kv_blocks_used=tuple(allocator.num_used(r) for r in ranks),
             kv_blocks_cached=tuple(allocator.num_cached(r) for r in ranks),
             kv_blocks_total=allocator.blocks_per_rank,
-            host_blocks_used=tuple(host.tier.num_used(r) for r in range(len(slots))),
-            host_blocks_total=slots,
+            host_blocks_used=tuple(host.tier.num_used(r) for r in slots),
+            host_blocks_total=tuple(host.tier.num_usable(r) for r in slots),
+            host_blocks_failed=tuple(host.failed[r] for r in slots),
             host_blocks_spilled=host.tier.spilled,
             host_blocks_restored=host.restored,
             prefix_cache_host_hits=host.hits,

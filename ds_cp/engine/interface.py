@@ -38,7 +38,8 @@ class EngineStats:
     kv_blocks_cached: tuple[int, ...] = ()  # unreferenced, kept for their prefix
     kv_blocks_total: tuple[int, ...] = ()
     host_blocks_used: tuple[int, ...] = ()  # in host memory, one per rank; () for none anywhere
-    host_blocks_total: tuple[int, ...] = ()
+    host_blocks_total: tuple[int, ...] = ()  # a rank whose host memory failed has no free ones
+    host_blocks_failed: tuple[int, ...] = ()  # that could not be copied there or back
     host_blocks_spilled: int = 0  # copies of blocks to host memory
     host_blocks_restored: int = 0  # and back
     prefix_cache_host_hits: int = 0  # prompt tokens found there

@@ -21,6 +21,7 @@ class HostStore(Protocol):
     """Slots of one block's bytes each. Content is that of whole blocks in all layers."""
 
     num_slots: int
+    num_failed: int  # copies of a block that failed, so that its content is lost
 
     def save(self, blocks: Sequence[int], slots: Sequence[int]) -> None:
         """Copy blocks of the pool into slots, before anything that is asked of the device later."""
@@ -53,7 +54,8 @@ class FileStore:
     Raises ``OSError`` when there is no such room. A disk that fails later says so once, and costs
     the requests that want what it lost, not the job: their blocks are filled with NaN, which ends
     them with an error and takes the blocks out of the prefix cache, as any logits do that are not
-    finite.
+    finite. What comes back from a disk other than it went there is lost too: a sum is kept of each
+    slot there. In memory there is none, as there is none of the pool.
     """
 
     def __init__(self, pool: KVPool, num_slots: int, folder: str | None = None) -> None:
@@ -61,7 +63,8 @@ class FileStore:
         self._pool = pool
         self._nbytes = pool.block_elements * pool.dtype.itemsize
         self._lost: set[int] = set()  # slots whose last write failed
-        self._has_failed = False
+        self._sums: dict[int, int] | None = None if folder is None else {}  # of slots on a disk
+        self.num_failed = 0
         self._fd = _unnamed_file(folder)
         try:
             size = num_slots * self._nbytes
@@ -74,8 +77,11 @@ class FileStore:
     def save(self, blocks: Sequence[int], slots: Sequence[int]) -> None:
         """As ``HostStore``."""
         for block, slot in zip(blocks, slots, strict=True):
-            if self._whole(os.pwrite, _bytes(self._pool.block(block)), slot):
+            row = self._pool.block(block)
+            if self._whole(os.pwrite, _bytes(row), slot):
                 self._lost.discard(slot)
+                if self._sums is not None:
+                    self._sums[slot] = _sum(row)
             else:
                 self._lost.add(slot)
 
@@ -94,6 +100,9 @@ class FileStore:
     def _fill(self, row: torch.Tensor, slot: int) -> None:
         """``row`` becomes what the slot holds, NaN where that is lost."""
         if slot in self._lost or not self._whole(_pread, _bytes(row), slot):
+            row.fill_(float("nan"))
+        elif self._sums is not None and self._sums.get(slot) != _sum(row):
+            self._failed(slot, "it is not what was written there")
             row.fill_(float("nan"))
 
     def settle(self) -> None:
@@ -115,15 +124,18 @@ class FileStore:
                     raise OSError(f"the file ends before slot {slot} does")
                 done += count
         except OSError as err:
-            if not self._has_failed:
-                self._has_failed = True
-                say(
-                    f"warning: host memory cannot move block {slot} of {self.num_slots} "
-                    f"({self._nbytes} bytes): {err}; requests whose beginning it has lost end with "
-                    "an error; set another kv_cache.host_folder and start again"
-                )
+            self._failed(slot, str(err))
             return False
         return True
+
+    def _failed(self, slot: int, why: str) -> None:
+        self.num_failed += 1
+        if self.num_failed == 1:
+            say(
+                f"warning: host memory cannot move block {slot} of {self.num_slots} "
+                f"({self._nbytes} bytes): {why}; requests whose beginning it has lost end with an "
+                "error, and it is used no more; set another kv_cache.host_folder and start again"
+            )
 
 
 class _Move(Protocol):
@@ -139,6 +151,15 @@ def _pread(fd: int, view: memoryview, offset: int) -> int:
 def _bytes(row: torch.Tensor) -> memoryview:
     """The memory of one contiguous row."""
     return row.view(torch.uint8).numpy().data
+
+
+def _sum(row: torch.Tensor) -> int:
+    """The sum of a row's words of 8 bytes, modulo 2^64: another one for any word that differs, and
+    most likely for several."""
+    content = row.view(torch.uint8)
+    whole = content.numel() // 8 * 8
+    words = content[:whole].view(torch.int64).sum() if whole else torch.zeros((), dtype=torch.int64)
+    return int(words + content[whole:].sum(dtype=torch.int64))
 
 
 def _unnamed_file(folder: str | None) -> int:
@@ -160,6 +181,7 @@ class PinnedStore:
 
     def __init__(self, pool: KVPool, num_slots: int) -> None:
         self.num_slots = num_slots
+        self.num_failed = 0
         self._pool = pool
         # Exactly as large as it has to be: torch's own allocator of such memory rounds up to the
         # next power of two.

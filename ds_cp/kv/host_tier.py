@@ -20,6 +20,7 @@ class HostTier:
 
     A key that is here is not in the allocator: the caller drops it when the device has it again.
     ``spilled``: contents that were to be copied here; ``lost``: kept ones that were given away.
+    ``retired``: ranks whose host memory has failed, which get nothing more to keep.
     ``step``: of the plan in the making, set by the caller, so that ``rewind`` knows what it did.
     """
 
@@ -30,6 +31,7 @@ class HostTier:
         self.spilled = 0
         self.lost = 0
         self.step = 0
+        self.retired: set[int] = set()
         self._changed: dict[Home, int] = {}  # kept place -> step that last kept or copied it
         # The lowest slot last, to be taken first; kept places by key, least recently used first.
         self._free = [list(range(n - 1, -1, -1)) for n in self.slots_per_rank]
@@ -69,6 +71,8 @@ class HostTier:
 
     def _take(self, rank: int) -> Home | None:
         """A slot: a free one, else the least recently used that nobody waits for."""
+        if rank in self.retired:
+            return None
         if self._free[rank]:
             return host_place(rank, self._free[rank].pop())
         place = next((p for p in self._kept[rank] if p not in self._leases), None)
@@ -127,6 +131,15 @@ class HostTier:
         for key in keys:
             self.drop(key)
         return len(keys)
+
+    def retire(self, rank: int) -> None:
+        """Keep nothing on ``rank`` any more: its host memory has failed."""
+        self.retired.add(rank)
+        self.empty_rank(rank)
+
+    def num_usable(self, rank: int) -> int:
+        """Slots of ``rank`` that hold something or may."""
+        return self.num_used(rank) if rank in self.retired else self.slots_per_rank[rank]
 
     def clear(self) -> int:
         """Forget everything; how many slots that were."""

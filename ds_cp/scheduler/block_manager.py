@@ -37,8 +37,9 @@ class BlockManager:
         seats: Seats | None = None,
         host: HostRules | None = None,
     ) -> None:
-        self.allocator = BlockAllocator(blocks_per_rank, block_size, self._evicted)
         self.host = HostMoves(host or HostRules(), len(blocks_per_rank), block_size)
+        evicted = self._evicted if self.host.is_on else None
+        self.allocator = BlockAllocator(blocks_per_rank, block_size, evicted)
         self.prefix = PrefixIndex(self.allocator, self.host.tier)
         self.closed: set[int] = set()
         self.queries = 0  # prompt tokens looked up in the prefix index

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from ds_cp.cost import CostModel
 from ds_cp.kv.host_tier import HostTier
 from ds_cp.layout import Home, on_host
-from ds_cp.plan import Transfer
+from ds_cp.plan import RankTimes, Transfer
 from ds_cp.scheduler.draft import Draft
 from ds_cp.scheduler.request import Request
 
@@ -44,6 +44,9 @@ class HostMoves:
         self._rules = rules
         self._back: Counter[int] = Counter()  # blocks that come back in this plan, by source rank
         self._size = block_size
+        self.is_on = any(self.tier.slots_per_rank)
+        self.failed = [0] * num_ranks  # blocks of each rank that could not be copied
+        self._told = [0] * num_ranks  # the same, since its worker began
         self._pays = rules.cost is None or rules.cost.copy_pays(
             block_size, max(rules.max_model_len - block_size, 0), 2
         )
@@ -52,6 +55,11 @@ class HostMoves:
         """Start a new plan."""
         self.tier.step = draft.step
         self._back.clear()
+
+    def end(self, draft: Draft) -> None:
+        """Nothing else is entered in the plan: add the copies of what its blocks hold."""
+        if self.tier.num_due:
+            draft.transfers += self.spills(draft.new_blocks)
 
     def keep(self, key: bytes, block: Home) -> None:
         """The device gives ``block`` away: keep its content, unless even at the end of the longest
@@ -115,6 +123,14 @@ class HostMoves:
         self.restored += len(moves)
         return not request.restoring
 
+    def observe(self, ranks: Iterable[RankTimes]) -> None:
+        """A step has ended. A rank whose host memory could not copy a block uses it no more."""
+        for rank, failed in ((r.rank, r.host_failed) for r in ranks if r.host_failed):
+            if failed > self._told[rank]:
+                self.failed[rank] += failed - self._told[rank]
+                self._told[rank] = failed
+                self.tier.retire(rank)
+
     def recover(
         self, lost: Collection[int], reported: int, running: Iterable[Request]
     ) -> list[Request]:
@@ -124,6 +140,8 @@ class HostMoves:
         they have to start again."""
         for rank in lost:
             self.tier.empty_rank(rank)
+            self.tier.retired.discard(rank)
+            self._told[rank] = 0
         self.tier.rewind(reported)
         return [
             r for r in running

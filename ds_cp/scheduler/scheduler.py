@@ -216,7 +216,7 @@ class Scheduler:
             draft.allow_prompts()
             # A preempted request must not get back, in the same step, the blocks that it freed.
             self._prefill.add(draft, may_start=self.num_preemptions == before)
-        draft.transfers += self.block_manager.host.spills(draft.new_blocks)
+        self.block_manager.host.end(draft)
         if draft.is_empty:
             return None
         self._steps = draft.step

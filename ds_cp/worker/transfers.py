@@ -22,13 +22,15 @@ class BlockMover:
     def __init__(self, group: Group, pool: KVPool, store: HostStore | None) -> None:
         self._group = group
         self._pool = pool
-        self._store = store
+        self.store = store
 
     def move(self, plan: StepPlan) -> None:
         """Carry out the transfers of a plan. What comes back from the host for a request that does
         not compute in this step may arrive while it runs."""
-        if self._store is not None:
-            self._store.settle()
+        if self.store is not None:
+            self.store.settle()
+        if not plan.transfers:
+            return
         computing = {chunk.request for chunk in plan.chunks}
         for batch in _batches(plan.transfers):
             self._move(batch, computing)
@@ -36,7 +38,12 @@ class BlockMover:
     @property
     def num_slots(self) -> int:
         """Blocks that the rank's host memory holds."""
-        return self._store.num_slots if self._store is not None else 0
+        return self.store.num_slots if self.store is not None else 0
+
+    @property
+    def num_failed(self) -> int:
+        """Blocks that could not be copied to host memory or back, since this process began."""
+        return self.store.num_failed if self.store is not None else 0
 
     def enter(self, group: Group) -> None:
         """Go on among other ranks; blocks and slots stay."""
@@ -44,8 +51,8 @@ class BlockMover:
 
     def close(self) -> None:
         """Give host memory back."""
-        if self._store is not None:
-            self._store.close()
+        if self.store is not None:
+            self.store.close()
 
     def _move(self, batch: Sequence[Transfer], computing: set[int]) -> None:
         me, pool = self._group.rank, self._pool
@@ -83,20 +90,20 @@ class BlockMover:
 
     def _host(self, copies: Sequence[tuple[int, int]], to_host: bool, later: bool) -> None:
         """Copies from my blocks to my slots, or back."""
-        assert self._store is not None, "a host place without host memory"
+        assert self.store is not None, "a host place without host memory"
         sources, targets = [source for source, _ in copies], [target for _, target in copies]
         if to_host:
-            self._store.save(sources, list(map(host_slot, targets)))
+            self.store.save(sources, list(map(host_slot, targets)))
         else:
-            self._store.load(list(map(host_slot, sources)), targets, later)
+            self.store.load(list(map(host_slot, sources)), targets, later)
 
     def _content(self, numbers: Sequence[int]) -> torch.Tensor:
         """My blocks and slots of these numbers, in their order."""
         if min(numbers) >= 0:
             return self._pool.get_blocks(numbers)
-        assert self._store is not None, "a host place without host memory"
+        assert self.store is not None, "a host place without host memory"
         if max(numbers) < 0:
-            return self._store.read(list(map(host_slot, numbers)))
+            return self.store.read(list(map(host_slot, numbers)))
         return torch.cat([self._content([number]) for number in numbers])
 
 

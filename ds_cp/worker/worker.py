@@ -232,9 +232,9 @@ class Worker:
         """The times of a step up to now."""
         now = self._so_far()
         sent = tuple(b - a for a, b in zip(before.sent, now.sent, strict=True))
-        seconds = self.clock() - began
-        model_seconds = now.model_seconds - before.model_seconds
-        return Times(seconds, model_seconds, now.waited - before.waited, sent)
+        seconds, model_seconds = self.clock() - began, now.model_seconds - before.model_seconds
+        waited = now.waited - before.waited
+        return Times(seconds, model_seconds, waited, sent, self.mover.num_failed)
 
     def _forward(self, step: StepContext, kind: Kind | None) -> torch.Tensor:
         """Logits ``[rows wanted, V]`` of the flat batch ``[1, T]``."""

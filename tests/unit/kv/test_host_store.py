@@ -61,6 +61,7 @@ def test_what_a_failing_file_lost_is_nan_and_it_says_so_once(
     before = pool.get_blocks(range(6)).clone()
     store = FileStore(pool, 3, str(tmp_path))
     store.save([3, 4, 5], [0, 1, 2])
+    assert store.num_failed == 0
     os.ftruncate(store._fd, store._nbytes)
     store.load([0, 2], [1, 2])
     after = pool.get_blocks(range(6))
@@ -74,9 +75,31 @@ def test_what_a_failing_file_lost_is_nan_and_it_says_so_once(
     assert bool(pool.get_blocks([5]).isnan().all())
     store.save([0], [0])
     assert torch.equal(store.read([0])[0], before[0]), "it works again"
+    assert store.num_failed == 3, "slot 2, slot 1, the write; slot 0 was known to be lost"
     store.close()
     said = capfd.readouterr().err.splitlines()
     assert len(said) == 1 and "cannot move block 2 of 3" in said[0] and "host_folder" in said[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("at", [0, 1001, -1], ids=["first", "middle", "last"])
+def test_a_changed_byte_on_a_disk_is_found(
+    dtype: torch.dtype, at: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pool = pool_of(dtype)
+    before = pool.get_blocks(range(6)).clone()
+    store = FileStore(pool, 3, str(tmp_path))
+    store.save([3, 4, 5], [0, 1, 2])
+    place = store._nbytes + at % store._nbytes  # in slot 1
+    [old] = os.pread(store._fd, 1, place)
+    os.pwrite(store._fd, bytes([old ^ 4]), place)
+    store.load([0, 1, 2], [0, 1, 2])
+    after = pool.get_blocks(range(3))
+    assert torch.equal(after[[0, 2]], before[[3, 5]]) and bool(after[1].isnan().all())
+    assert store.num_failed == 1 and "not what was written" in capfd.readouterr().err
+    store.save([5], [1])
+    assert torch.equal(store.read([1])[0], before[5])
+    store.close()
 
 
 def test_no_room_and_no_folder_are_known_at_once(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from ds_cp.cost import CostModel
 from ds_cp.layout import on_host
-from ds_cp.plan import StepPlan, Transfer
+from ds_cp.plan import ATTENTION_SCHEMES, Outcome, RankTimes, StepPlan, Transfer
 from ds_cp.sampling_params import SamplingParams
 from ds_cp.scheduler.host_moves import HostRules
 from ds_cp.scheduler.request import Request
@@ -283,6 +283,38 @@ def test_what_a_step_that_nobody_reported_copied_there_is_forgotten() -> None:
     cluster.die([], lambda: False)
     assert cluster.tier.num_used(0) == 0
     cluster.settle()
+    cluster.check_outputs()
+
+
+def test_a_rank_whose_host_memory_fails_uses_it_no_more() -> None:
+    cluster = Cluster([6, 6], 4, host=HostRules((6, 6)))
+    host, core = cluster.scheduler.block_manager.host, cluster.core
+
+    def run_all() -> None:
+        for first in (1, 3, 5):
+            cluster.add(prompt(20, first), greedy(2))
+            cluster.add(prompt(20, first + 1), greedy(2))
+            cluster.settle()
+
+    def report(failed: int) -> None:
+        sent = (0,) * len(ATTENTION_SCHEMES)
+        core.apply(Outcome(ranks=(RankTimes(0, 0, 0, sent, failed), RankTimes(1, 0, 0, sent))))
+
+    run_all()
+    assert cluster.tier.num_used(0) and cluster.tier.num_used(1)
+    report(2)
+    assert host.failed == [2, 0] and cluster.tier.num_used(0) == 0
+    run_all()
+    assert cluster.tier.num_used(0) == 0 < cluster.tier.num_used(1)
+    stats = core.stats()
+    assert stats.host_blocks_total == (0, 6) and stats.host_blocks_failed == (2, 0)
+    report(2)
+    assert host.failed == [2, 0], "told before"
+    cluster.die([0], lambda: True)
+    run_all()
+    assert cluster.tier.num_used(0), "its new worker has another file"
+    report(1)
+    assert host.failed == [3, 0] and cluster.tier.num_used(0) == 0
     cluster.check_outputs()
 
 
