@@ -98,7 +98,8 @@ class KvCache(Section):
     host_folder: Annotated[str, Field(min_length=1, max_length=4096)] | None = Field(
         default=None,
         description="folder in which each rank on CPU has that room as a file without a name, on a "
-        "disk instead of in memory; null: in memory",
+        "disk instead of in memory; what comes back from it other than it was written is not used; "
+        "null: in memory",
     )
 
     @model_validator(mode="after")

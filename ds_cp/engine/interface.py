@@ -130,7 +130,8 @@ class EngineInterface(Protocol):
         ...
 
     def drain(self, rank: int) -> None:
-        """Begin to move everything off a rank, live, and place nothing there; it is done when
+        """Begin to move everything off a rank, live, and place nothing there; prefixes that nothing
+        runs with are forgotten, those in its host memory too. It is done when
         ``stats().ranks_draining`` does not have the rank any more. ``RequestError`` when there is
         no such rank; ``CapacityError`` when no other rank is open, or those that are cannot hold
         what runs."""
