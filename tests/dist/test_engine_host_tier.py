@@ -137,8 +137,10 @@ def test_tokens_are_the_same_with_host_memory_as_without(tmp_path: Path) -> None
 def preempt(world: World) -> None:
     """Two requests that outgrow a rank: the younger one makes room, and goes on with what the host
     has of it."""
-    model, prompts = tiny_llama(initializer_range=0.2), [make_prompt(24, seed=n) for n in (1, 2)]
-    engine = engine_on(world, model, config(host_memory_per_rank="256KiB"))
+    prompts = [make_prompt(24, seed=n) for n in (1, 2)]
+    engine = engine_on(
+        world, tiny_llama(initializer_range=0.2), config(host_memory_per_rank="256KiB")
+    )
     always_back(engine)
     core = engine._core
     assert core is not None
@@ -162,7 +164,8 @@ def preempt(world: World) -> None:
         for _, runs in chunk.owners for _, n in runs
     )  # fmt: skip
     assert restored and computed - 24 <= SIZE + 2, "its last block, and what was in flight"
-    assert tokens_of(found) == [hf_greedy(model, prompt, 24) for prompt in prompts]
+    alone = tiny_llama(initializer_range=0.2)
+    assert tokens_of(found) == [hf_greedy(alone, prompt, 24) for prompt in prompts]
     core.check_integrity()
     engine._worker.mover.close()
 
