@@ -22,21 +22,22 @@ from ds_cp.scheduler.request import Request
 class Flight(NamedTuple):
     """A step that was planned and is not known to have ended: its decodes, the most work of a rank
     on prompts, the blocks that it writes, each with the first place that it writes there, and the
-    requests that it computes. What it writes on the host ``HostMoves`` knows."""
+    requests that it computes, each with the number of its tokens that are computed then. What it
+    writes on the host ``HostMoves`` knows."""
 
     decodes: int = 0
     work: float = 0.0
     written: tuple[tuple[Home, int], ...] = ()
-    requests: tuple[int, ...] = ()
+    reached: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def of(cls, draft: Draft) -> Flight:
         """The step that was drafted."""
         copies = [(t.target, 0) for t in draft.transfers if not on_host(t.target)]
-        written, requests = (*draft.written, *copies), tuple(draft.requests())
+        written, reached = (*draft.written, *copies), tuple(draft.reached.items())
         if draft.restores:  # the pacer learns nothing of a step that also copies from the host
-            return cls(written=written, requests=requests)
-        return cls(draft.num_decodes, draft.largest_work, written, requests)
+            return cls(written=written, reached=reached)
+        return cls(draft.num_decodes, draft.largest_work, written, reached)
 
 
 class Recovery:
