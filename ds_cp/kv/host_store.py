@@ -20,8 +20,15 @@ NAME = "ds_cp_kv"  # of the memory, in /proc/PID/maps
 class HostStore(Protocol):
     """Slots of one block's bytes each. Content is that of whole blocks in all layers."""
 
-    num_slots: int
-    num_failed: int  # copies of a block that failed, so that its content is lost
+    @property
+    def num_slots(self) -> int:
+        """Blocks that it holds."""
+        ...
+
+    @property
+    def num_failed(self) -> int:
+        """Copies of a block that failed, so that its content is lost."""
+        ...
 
     def save(self, blocks: Sequence[int], slots: Sequence[int]) -> None:
         """Copy blocks of the pool into slots, before anything that is asked of the device later."""
