@@ -69,11 +69,12 @@ class Interrupted(msgspec.Struct, frozen=True, tag="interrupted"):
 
 
 class Resumed(msgspec.Struct, frozen=True, tag="resumed"):
-    """All ranks have met in this generation. ``born``: of each, the first generation of its
-    process, before which it held no KV."""
+    """All ranks have met in this generation, but for those that are ``away``. ``born``: of each,
+    the first generation of its process, before which it held no KV."""
 
     generation: int
     born: tuple[int, ...]
+    away: tuple[int, ...] = ()
 
 
 FromWorker = Ready | Failed | Result | Interrupted | Resumed
