@@ -38,6 +38,7 @@ class EngineStats:
     kv_blocks_total: tuple[int, ...] = ()
     ranks_drained: tuple[int, ...] = ()  # closed ranks: they take no new KV
     ranks_draining: tuple[int, ...] = ()  # closed ranks that are not empty yet
+    ranks_away: tuple[int, ...] = ()  # closed ranks whose supervisor is gone
     prefix_cache_queries: int = 0  # prompt tokens looked up
     prefix_cache_hits: int = 0  # prompt tokens found
     blocks_moved: int = 0  # by drain and rebalance
@@ -64,7 +65,10 @@ class EngineStats:
     grammar_failures: int = 0  # of these, ended because it allowed no token or passed its bounds
 
     def rank_state(self, rank: int) -> str:
-        """ "open", "draining" (closed, and not empty yet) or "drained" (closed and empty)."""
+        """ "open", "draining" (closed, and not empty yet), "drained" (closed and empty) or "away"
+        (its supervisor is gone)."""
+        if rank in self.ranks_away:
+            return "away"
         if rank in self.ranks_draining:
             return "draining"
         return "drained" if rank in self.ranks_drained else "open"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ds_cp.kv.blocks import BlockAllocator
@@ -33,8 +33,8 @@ class Offer:
 class BlockManager:
     """The blocks of all ranks, and the rules by which requests get them.
 
-    ``closed``: ranks that are being drained, where nothing new is placed. ``order``: ranks, nearest
-    next.
+    ``closed``: ranks where nothing new is placed, since they are ``drained`` by an operator or
+    ``away``. ``order``: ranks, nearest next.
     """
 
     def __init__(
@@ -50,6 +50,8 @@ class BlockManager:
         self.allocator = BlockAllocator(blocks_per_rank, block_size)
         self.prefix = PrefixIndex(self.allocator)
         self.closed: set[int] = set()
+        self.drained: set[int] = set()
+        self.away: frozenset[int] = frozenset()
         self.queries = 0  # prompt tokens looked up in the prefix index
         self.hits = 0
         self._placement = placement
@@ -58,6 +60,22 @@ class BlockManager:
         self._seats = seats
         self._caching = prefix_caching
         self.num_ranks = len(blocks_per_rank)
+
+    def drain(self, rank: int) -> None:
+        """Place nothing new on ``rank``."""
+        self.drained.add(rank)
+        self.closed.add(rank)
+
+    def reopen(self, rank: int) -> None:
+        """Place blocks on ``rank`` again, as soon as it is here."""
+        self.drained.discard(rank)
+        if rank not in self.away:
+            self.closed.discard(rank)
+
+    def set_away(self, away: Collection[int]) -> None:
+        """These ranks, and no others, are away."""
+        self.away = frozenset(away)
+        self.closed = self.drained | self.away
 
     @property
     def open_blocks(self) -> list[int]:
