@@ -140,5 +140,5 @@ class Orders:
     def _leave(self) -> None:
         if self._abandon is not None:
             abandon, self._abandon = self._abandon, None
-            os.write(self._waking, b"!")
             abandon()
+            os.write(self._waking, b"!")
