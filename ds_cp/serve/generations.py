@@ -91,6 +91,11 @@ class Generations:
         return all(state is State.IN or state in _ABSENT for state in self.states)
 
     @property
+    def is_settled(self) -> bool:
+        """Whether nothing has to happen in time."""
+        return self.is_whole and State.RETURNING not in self.states
+
+    @property
     def absent(self) -> tuple[int, ...]:
         """Ranks without which the others go on."""
         return tuple(rank for rank, state in enumerate(self.states) if state in _ABSENT)

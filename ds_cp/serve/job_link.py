@@ -21,19 +21,22 @@ from collections.abc import Callable
 
 import msgspec
 
+from ds_cp.facts import Facts
 from ds_cp.serve.orders import Order, Word
 from ds_cp.topology.job import Job
 
 RETRY_S = 0.1  # seconds between tries to reach rank 0's supervisor, which may start later
 REPORT_S = 2.0  # seconds that a report waits for rank 0 to have it
-_LINE = 4096  # bytes of a message, at most
+_LINE = 32 * 1024  # bytes of a message, at most
 
 
 class Hello(msgspec.Struct, frozen=True, tag="hello"):
-    """A supervisor's first message; both sides send it."""
+    """A supervisor's first message; both sides send it. ``mark``: a digest of its config and
+    version."""
 
     rank: int
     pid: int
+    mark: str = ""
 
 
 class Lost(msgspec.Struct, frozen=True, tag="lost"):
@@ -64,6 +67,23 @@ class End(msgspec.Struct, frozen=True, tag="end"):
     why: str
 
 
+class Starting(msgspec.Struct, frozen=True, tag="starting"):
+    """The job starts: all ranks are to join."""
+
+
+class Running(msgspec.Struct, frozen=True, tag="running"):
+    """The job runs, without the receiver's worker, which is to load alone and say so. ``facts``: of
+    the start."""
+
+    facts: Facts
+
+
+class Unwanted(msgspec.Struct, frozen=True, tag="unwanted"):
+    """The job runs, and the receiver cannot be a part of it."""
+
+    why: str
+
+
 class Noted(msgspec.Struct, frozen=True, tag="noted"):
     """Rank 0 has a ``Lost``."""
 
@@ -73,7 +93,7 @@ class Bye(msgspec.Struct, frozen=True, tag="bye"):
 
 
 Said = Died | Word  # to rank 0, on its worker
-Asked = End | Order  # by rank 0
+Asked = End | Starting | Running | Unwanted | Order  # by rank 0
 Message = Hello | Lost | Stopping | Noted | Bye | Said | Asked
 
 
@@ -123,7 +143,8 @@ class _Peer:
 class LeadingLink:
     """Rank 0's side. Each function gets the rank: ``on_lost`` with what it reported, ``on_gone``
     with the process id of a supervisor that ended without a good-bye, ``on_stopping`` with the
-    reason and whether to hurry, ``on_said`` with what its worker does. They run in the event loop.
+    reason and whether to hurry, ``on_said`` with what its worker does. ``on_here`` gets the first
+    message of a supervisor that is here, and may ``ask`` it. They run in the event loop.
     """
 
     def __init__(
@@ -138,6 +159,7 @@ class LeadingLink:
         self._on_gone = on_gone
         self._on_stopping = on_stopping
         self.on_said: Callable[[int, Said], None] = lambda rank, said: None
+        self.on_here: Callable[[Hello], None] = lambda hello: None
         self._peers: dict[int, _Peer] = {}  # by rank
         self._closed = False
         self._server: asyncio.AbstractServer | None = None
@@ -178,6 +200,7 @@ class LeadingLink:
             return
         peer.send(Hello(0, os.getpid()))
         self._peers[hello.rank] = peer
+        self.on_here(hello)
         try:
             while not isinstance(message := await peer.receive(), Bye):
                 if isinstance(message, Lost):
@@ -188,12 +211,12 @@ class LeadingLink:
                 elif isinstance(message, Said):
                     self.on_said(hello.rank, message)
                 elif message is None:
-                    if not self._closed:
-                        self._on_gone(hello.rank, hello.pid)
-                    return
+                    break
         finally:
             del self._peers[hello.rank]
             peer.close()
+        if message is None and not self._closed:
+            self._on_gone(hello.rank, hello.pid)
 
     def _expects(self, rank: int) -> bool:
         return 0 < rank < self._world_size and rank not in self._peers
@@ -202,7 +225,7 @@ class LeadingLink:
 class FollowingLink:
     """Another rank's side. ``on_gone`` gets 0 and the process id of rank 0's supervisor when that
     ends without a good-bye. ``patience_s``: seconds that rank 0 may start later. ``on_asked`` gets
-    what rank 0 asks, ``on_bye`` is called when it ends as it should."""
+    what rank 0 asks, ``on_bye`` is called when it ends as it should. ``mark``: see ``Hello``."""
 
     def __init__(
         self,
@@ -210,6 +233,7 @@ class FollowingLink:
         patience_s: float,
         on_gone: Callable[[int, int], None],
     ) -> None:
+        self.mark = ""
         self.on_asked: Callable[[Asked], None] = lambda asked: None
         self.on_bye: Callable[[], None] = lambda: None
         self._rank = rank
@@ -270,20 +294,11 @@ class FollowingLink:
 
     async def _run(self, name: str) -> None:
         end = time.monotonic() + self._patience_s
-        while True:
-            try:
-                reader, writer = await asyncio.open_unix_connection(name, limit=_LINE)
-                break
-            except OSError:
-                if time.monotonic() >= end:
-                    return
+        while (found := await self._reach(name)) is None:
+            if time.monotonic() >= end:
+                return
             await asyncio.sleep(RETRY_S)
-        peer = _Peer(reader, writer)
-        peer.send(Hello(self._rank, os.getpid()))
-        hello = await peer.receive() if peer.is_ours else None
-        if not isinstance(hello, Hello):
-            peer.close()
-            return
+        peer, hello = found
         self._peer = peer
         self._connected.set()
         while not isinstance(message := await peer.receive(), Bye):
@@ -295,3 +310,17 @@ class FollowingLink:
                 self._on_gone(0, hello.pid)
                 return
         self.on_bye()
+
+    async def _reach(self, name: str) -> tuple[_Peer, Hello] | None:
+        """One try. Rank 0's may still count on the supervisor of this rank that was before."""
+        try:
+            reader, writer = await asyncio.open_unix_connection(name, limit=_LINE)
+        except OSError:
+            return None
+        peer = _Peer(reader, writer)
+        peer.send(Hello(self._rank, os.getpid(), self.mark))
+        hello = await peer.receive() if peer.is_ours else None
+        if isinstance(hello, Hello):
+            return peer, hello
+        peer.close()
+        return None

@@ -97,6 +97,7 @@ class _Supervisor:
         nearest = self._launchers[0].identity if self._launchers else ""
         if name := link_name(self._job, nearest):
             await link.open(name)
+            self._loaded = await self._mending.joins(self._stop)
         with self._seat:
             watch = asyncio.create_task(self._watch())
             watch.add_done_callback(self._on_watched)
@@ -172,15 +173,12 @@ class _Supervisor:
                     self._exit_code = message.exit_code
                     # While they load, the ranks agree on what rank 0 is to say.
                     if known and self._loaded:
-                        await self._following.report(Lost(self._named(message), message.exit_code))
+                        await self._following.report(
+                            Lost(message.named(self._job), message.exit_code)
+                        )
                     await self._following.until_end(HEAD_START_S)
         except EngineDeadError:
             pass  # the worker has ended; _watch reports the exit code
-
-    def _named(self, failed: Failed) -> str:
-        if failed.message.startswith("rank "):
-            return failed.message
-        return f"rank {self._job.rank} on {self._job.host}: {failed.message}"
 
     # --- a stop that is asked for
 
@@ -250,7 +248,9 @@ class _Supervisor:
         """Another rank's supervisor has been killed. ds-cp as launcher says so, but not once it was
         signalled; of rank 0's, one rank does."""
         says = self._job.rank <= 1 and (self._job.launcher != "ds-cp" or self._stop.is_set())
-        self._fail(f"the supervisor of rank {rank} (process {pid}) was killed", 1, says)
+        cause = f"the supervisor of rank {rank} (process {pid}) was killed"
+        if not self._mending.gone(rank, cause):
+            self._fail(cause, 1, says)
 
     def _fail(self, message: str, exit_code: int, says: bool = True) -> None:
         if self._may_fail:

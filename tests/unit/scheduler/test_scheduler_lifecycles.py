@@ -48,7 +48,7 @@ RATES = CostModel(
 LONGEST = 39  # tokens of one request, so that a life is short whatever the pools
 EVENTS = (
     *["ask"] * 6, *["step"] * 12, *["abort"] * 2, "end one", "spoil", "drain", "reopen", "level",
-    "die", "poison", "away", "back",
+    "die", "poison", "away", *["back"] * 3,
 )  # fmt: skip
 
 
@@ -111,7 +111,7 @@ class Session:
         elif event == "die":
             self.die()
         elif event in ("away", "back"):
-            self.meet(rank, event == "back")
+            self.meet(event == "back")
         elif event == "poison" and live and pick(0, 9) == 0:
             cluster.strikes = STRIKES[pick(0, 2)]
             cluster.poison.add(live[pick(0, len(live) - 1)].number)
@@ -183,12 +183,14 @@ class Session:
         self.seen["died with steps in flight"] += bool(lost and cluster.flying)
         cluster.die(lost, lambda: bool(pick(0, 1)))
 
-    def meet(self, rank: int, back: bool) -> None:
+    def meet(self, back: bool) -> None:
         """A rank other than 0 goes away, or comes back, by a new worker or by the one that it
         had."""
         cluster, pick = self.cluster, self.pick
-        if not rank or (rank in cluster.away) != back:
+        ranks = [r for r in range(1, len(cluster.blocks)) if (r in cluster.away) == back]
+        if not ranks:
             return
+        rank = ranks[pick(0, len(ranks) - 1)]
         lost = [rank] if not back or pick(0, 1) else []
         if pick(0, 3) == 0:
             lost.append(pick(0, len(cluster.blocks) - 1))  # another one dies meanwhile
