@@ -264,6 +264,8 @@ class Mending:
         """The supervisor of a rank is here."""
         assert isinstance(self._link, LeadingLink)
         facts, found = self._seat.facts, self._generations
+        if self._min_ranks is None:
+            return  # nobody asks
         if facts is None:
             self._link.ask(hello.rank, Starting())
         elif hello.rank not in found.absent:

@@ -22,6 +22,13 @@ def supervisor_of(job: Job, rank: int) -> psutil.Process:
     return found
 
 
+def admitted(job: Job, url: str) -> Stream | None:
+    """A stream that needs all ranks, once the engine knows that they are here."""
+    stream = Stream(url, ALL)
+    job.until("tokens", lambda: stream.count >= 5 or stream.is_over, 60)
+    return None if stream.errors else stream
+
+
 def test_a_killed_supervisor_costs_no_token(start: Start, config: Write) -> None:
     file = config(kv_cache=KV, threads_per_rank=1, fault_tolerance={"min_ranks": 2})
     job = start(command("ds-cp", "serve", 3, ["--config", file]))
@@ -41,14 +48,14 @@ def test_a_killed_supervisor_costs_no_token(start: Start, config: Write) -> None
     assert "the job goes on with 2 of 3 ranks, without rank 2: KV for 320 tokens" in job.err
     assert "rank 2 was ended by SIGKILL (out of memory?); it is started again" in job.err
     # One that needs all is told so; it fits again later.
-    stream = Stream(url, ALL)
-    begun(job, [stream], 5)
+    stream = job.until("room", lambda: admitted(job, url), MEND_S)
     supervisor_of(job, 1).kill()
     job.until("its refusal", lambda: stream.is_over, 60)
     [error] = stream.errors
     assert "rank 1 is away" in str(error) and "hold 320" in str(error), error
     job.until("its return", lambda: "all ranks have met again (generation 6" in job.err, 2 * MEND_S)
-    assert Stream(url, ALL).end() == large, job.story()
+    stream = job.until("room", lambda: admitted(job, url), MEND_S)
+    assert stream.end() == large, job.story()
     job.process.terminate()
     job.gone(30)
     assert job.process.returncode == 0, job.story()
