@@ -225,7 +225,8 @@ class LeadingLink:
 class FollowingLink:
     """Another rank's side. ``on_gone`` gets 0 and the process id of rank 0's supervisor when that
     ends without a good-bye. ``patience_s``: seconds that rank 0 may start later. ``on_asked`` gets
-    what rank 0 asks, ``on_bye`` is called when it ends as it should. ``mark``: see ``Hello``."""
+    what rank 0 asks, ``on_bye`` is called when it ends as it should. ``mark``: see
+    ``Hello``; "" where the job never goes on without this rank."""
 
     def __init__(
         self,
@@ -294,11 +295,15 @@ class FollowingLink:
 
     async def _run(self, name: str) -> None:
         end = time.monotonic() + self._patience_s
-        while (found := await self._reach(name)) is None:
-            if time.monotonic() >= end:
-                return
-            await asyncio.sleep(RETRY_S)
-        peer, hello = found
+        hello: Hello | None = None
+        while hello is None:
+            if (peer := await self._reach(name)) is not None:
+                hello = await self._greet(peer)
+            if hello is None:
+                if time.monotonic() >= end or (peer is not None and not self.mark):
+                    return
+                await asyncio.sleep(RETRY_S)
+        assert peer is not None
         self._peer = peer
         self._connected.set()
         while not isinstance(message := await peer.receive(), Bye):
@@ -311,16 +316,18 @@ class FollowingLink:
                 return
         self.on_bye()
 
-    async def _reach(self, name: str) -> tuple[_Peer, Hello] | None:
-        """One try. Rank 0's may still count on the supervisor of this rank that was before."""
+    async def _reach(self, name: str) -> _Peer | None:
         try:
-            reader, writer = await asyncio.open_unix_connection(name, limit=_LINE)
+            return _Peer(*await asyncio.open_unix_connection(name, limit=_LINE))
         except OSError:
             return None
-        peer = _Peer(reader, writer)
+
+    async def _greet(self, peer: _Peer) -> Hello | None:
+        """None where this rank is not expected: with ``mark`` it tries again, since rank 0's may
+        still count on the supervisor of this rank that was before."""
         peer.send(Hello(self._rank, os.getpid(), self.mark))
         hello = await peer.receive() if peer.is_ours else None
         if isinstance(hello, Hello):
-            return peer, hello
+            return hello
         peer.close()
         return None

@@ -108,7 +108,7 @@ class Mending:
         self._min_ranks = config.fault_tolerance.min_ranks
         self._mark = mark_of(config)
         self._patience_s = config.comm.timeout_s
-        if isinstance(link, FollowingLink):
+        if isinstance(link, FollowingLink) and self._min_ranks is not None:
             link.mark = self._mark
         self._standing: asyncio.Future[Facts | None] | None = None  # see ``joins``
         self._hang_s = config.fault_tolerance.hang_s
