@@ -121,8 +121,12 @@ class Channel:
 
     def receive(self, kind: Any) -> Any:
         """The next message, decoded as ``kind``. Raises ``EngineDeadError`` when the other process
-        has ended, or the frame is longer than ``LIMIT``."""
-        return msgspec.msgpack.decode(self.receive_bytes(), type=kind)
+        has ended, or the frame is longer than ``LIMIT`` or no such message."""
+        raw = self.receive_bytes()
+        try:
+            return msgspec.msgpack.decode(raw, type=kind)
+        except msgspec.MsgspecError as err:
+            raise EngineDeadError(f"the process on the other side makes no sense ({err})") from err
 
     def receive_bytes(self) -> bytes:
         """The next message as it was sent, to be decoded elsewhere. ``EngineDeadError`` as in
