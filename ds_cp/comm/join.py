@@ -13,10 +13,12 @@ import msgspec
 import torch
 
 from ds_cp.comm import process_group
+from ds_cp.comm.job_store import JobStore, open_job_store
 from ds_cp.comm.process_group import DistError
 from ds_cp.comm.shared_memory import Neighbours, Process
 from ds_cp.comm.world import Backend, World
 from ds_cp.errors import CommError, ConfigError, LaunchError
+from ds_cp.link.knock import Port
 from ds_cp.topology.hosts import Topology, name_hosts
 from ds_cp.topology.net import host_key, listening_address
 
@@ -30,12 +32,14 @@ class Rendezvous:
     ``listen_fd`` is rank 0's listening socket (bound by the launch code, loopback for one-host
     jobs); the other ranks, and rank 0 of a job whose store exists already (torchrun), are clients.
     ``generation``: which meeting of these ranks it is; the keys of one are apart from the next.
+    ``own``: the ranks of several hosts meet on a port of our own, which knows who is of the job.
     """
 
     host: str
     port: int
     listen_fd: int | None = None
     generation: int = 0
+    own: Port | None = None
 
 
 class Hello(msgspec.Struct, array_like=True):
@@ -106,11 +110,21 @@ def join(
         raw = left.raw_store if left is not None and keeps else None
         listen_fd = rendezvous.listen_fd if rank == 0 else None
         arrive_s = timeout_s if arrive_s is None else arrive_s
-        if raw is None:
+        if raw is None and rendezvous.own is not None:
+            raw = open_job_store(rendezvous.own, listen_fd, timeout_s, arrive_s)
+        elif raw is None:
             raw = process_group.open_store(rendezvous.host, rendezvous.port, listen_fd, arrive_s)
+        if isinstance(raw, JobStore):
+            raw.given_up = given_up  # so that torch, too, waits no more for who has died
         store = process_group.prefixed(raw, f"gen{rendezvous.generation}")
         hello = _hello(host, digest, device, born)
-        hellos = _introduce(rank, members, hello, store, arrive_s, given_up)
+
+        def off() -> bool:
+            if isinstance(raw, JobStore) and raw.misfit:
+                raise ConfigError(raw.misfit)
+            return given_up()
+
+        hellos = _introduce(rank, members, hello, store, arrive_s, off)
         names = list(hosts or _names(hellos, began))
         try:
             _check_configs(hellos)
@@ -144,6 +158,10 @@ def join(
         world.raw_store, world.is_store = raw, keeps or listen_fd is not None
         world.generation = rendezvous.generation
         world.born = tuple(hellos[r].born if r in hellos else -1 for r in range(world_size))
+        if isinstance(raw, JobStore):
+            raw.given_up = lambda: False
+            if rank == 0:  # no rank reads those any more
+                raw.forget(process_group.prefix_of(f"gen{rendezvous.generation - 2}") + "/")
         world.notes = [*notes, *_notes_of_all(world)]
     except BaseException as err:
         if several:

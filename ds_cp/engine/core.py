@@ -285,8 +285,8 @@ class EngineCore:
     ) -> tuple[list[Delta], list[tuple[str, CapacityError]]]:
         """Go on after all ranks have met again but those of ``away``: those of ``lost``, cp ranks,
         hold nothing, no rank knows a request, and no step is under way. Returns the ends of
-        requests that are at fault, since their steps have ended workers again and again, and the
-        ids of those that can never end on the ranks that are here, with why."""
+        requests whose steps have ended workers again and again, and the ids of those that can never
+        end on the ranks that are here, with why."""
         self._empty_plans = 0
         ends: list[Delta] = []
         refused: dict[str, CapacityError] = {}
@@ -322,6 +322,7 @@ class EngineCore:
         return EngineStats(
             num_requests_running=len(scheduler.running),
             num_requests_waiting=len(scheduler.waiting),
+            num_interruptions=scheduler.num_interruptions,
             kv_blocks_used=tuple(allocator.num_used(r) for r in ranks),
             kv_blocks_cached=tuple(allocator.num_cached(r) for r in ranks),
             kv_blocks_total=allocator.blocks_per_rank,

@@ -17,20 +17,9 @@ from ds_cp.config import Config
 from ds_cp.facts import Facts
 from ds_cp.log_stream import say
 from ds_cp.serve.generations import Action, Generations, GiveUp, Kill
-from ds_cp.serve.job_link import (
-    Asked,
-    Died,
-    End,
-    FollowingLink,
-    Hello,
-    LeadingLink,
-    Running,
-    Said,
-    Starting,
-    Unwanted,
-    link_name,
-)
-from ds_cp.serve.orders import Left, Loaded, Met, Word
+from ds_cp.serve.job_link import FollowingLink, LeadingLink, has_link
+from ds_cp.serve.job_words import Asked, Died, End, Gone, Hello, Running, Said, Starting, Unwanted
+from ds_cp.serve.orders import Leave, Left, Loaded, Met, Word
 from ds_cp.serve.seat import Seat
 from ds_cp.topology.hosts import rank_text
 from ds_cp.topology.job import Job
@@ -50,7 +39,7 @@ def can_mend(config: Config, job: Job) -> bool:
     return (
         config.fault_tolerance.max_restarts > 0
         and config.tensor_parallel.tp_size == 1
-        and (job.world_size == 1 or link_name(job) is not None)
+        and (job.world_size == 1 or has_link(job))
     )
 
 
@@ -94,17 +83,21 @@ class Mending:
         self._supervisor = supervisor
         self.worker: ProcessLink | None = None  # as rank 0's engine reaches it
         self._is_out = False  # the worker is in no group, and waits for a meeting
+        self._is_away = False  # rank 0 cannot be reached
+        self._generation = 0  # that the worker of this rank is in
         seat.on_word = self._on_word
         if isinstance(link, LeadingLink):
             link.on_said, link.on_here = self._on_said, self._on_here
         else:
             link.on_asked, link.on_bye = self._on_asked, self._on_bye
+            link.on_away, link.on_back = self._on_away, self._on_back
         self._generations = Generations(
             job.world_size,
             config.fault_tolerance.max_restarts,
             max(LOAD_S, config.comm.timeout_s),
             config.fault_tolerance.min_ranks,
         )
+        self._limits = config.fault_tolerance
         self._min_ranks = config.fault_tolerance.min_ranks
         self._mark = mark_of(config)
         self._patience_s = config.comm.timeout_s
@@ -138,6 +131,8 @@ class Mending:
         without a rank; up to ``stop``."""
         if self._min_ranks is None or isinstance(self._link, LeadingLink):
             return False
+        if not has_link(self._job):
+            return False
         self._standing = asyncio.get_running_loop().create_future()
         stopped = asyncio.create_task(stop.wait())
         first = asyncio.FIRST_COMPLETED
@@ -162,10 +157,22 @@ class Mending:
     def _on_word(self, word: Word) -> None:
         """The worker of this rank says something."""
         self._is_out = isinstance(word, Left)
+        if isinstance(word, Met):
+            self._generation = word.generation
         if self._job.rank == 0 or self._supervisor.mends:
             self._hear(word)
-        else:
+        elif not self._is_away:
             self.end_if_out()
+
+    def _on_away(self, gone: Gone) -> None:
+        """Rank 0 cannot be reached: the worker leaves, and keeps what it has."""
+        say(f"warning: {gone.describe(0, self._limits)}; this rank tries to reach it again")
+        self._is_away = True
+        self._seat.tell(Leave(self._generation))
+
+    def _on_back(self) -> None:
+        """Rank 0 is reached again, which then says how it has gone on."""
+        self._is_away = False
 
     def _on_bye(self) -> None:
         """Rank 0's supervisor has ended the job, and the workers with it."""
@@ -189,6 +196,8 @@ class Mending:
         if isinstance(asked, Starting | Running):
             if self._standing is not None and not self._standing.done():
                 self._standing.set_result(asked.facts if isinstance(asked, Running) else None)
+            elif self._is_out:
+                self._hear(Left(self._generation, "rank 0 was out of reach"))
         elif isinstance(asked, Unwanted):
             self._supervisor.give_up(asked.why)
             if self._standing is not None and not self._standing.done():
@@ -249,6 +258,8 @@ class Mending:
         here."""
         if self._min_ranks is None or not self._supervisor.mends:
             return False
+        if isinstance(self._link, FollowingLink):
+            return False
         found, was_whole = self._generations, self._generations.is_whole
         was_absent = rank in found.absent
         actions = found.gone(rank, cause, self._steps, time.monotonic())
@@ -270,7 +281,7 @@ class Mending:
             self._link.ask(hello.rank, Starting())
         elif hello.rank not in found.absent:
             self._link.ask(hello.rank, Unwanted(f"rank {hello.rank} is a part of the job already"))
-        elif hello.mark != self._mark:
+        elif not hello.host and hello.mark != self._mark:
             self._link.ask(hello.rank, Unwanted(
                 f"the job goes on without rank {hello.rank}, but with another config or version of "
                 "ds_cp: start it with the same file, options and version"

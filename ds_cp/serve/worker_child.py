@@ -84,7 +84,7 @@ def _started(config: Config, job: Job, folder: str, outlives: bool, waits: bool)
     fields = {
         name: getattr(job, name)
         for name in ("rank", "world_size", "local_rank", "local_world_size", "hosts", "host",
-                     "launcher", "store_host", "store_port", "store_shared", "interface")
+                     "launcher", "store_host", "store_port", "store_shared", "interface", "secret")
     }  # fmt: skip
     try:
         channel.send(
