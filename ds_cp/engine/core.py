@@ -284,9 +284,8 @@ class EngineCore:
         self, lost: Collection[int], away: Collection[int] = ()
     ) -> tuple[list[Delta], list[tuple[str, CapacityError]]]:
         """Go on after all ranks have met again but those of ``away``: those of ``lost``, cp ranks,
-        hold nothing, no rank knows a request, and no step is under way. Returns the ends of
-        requests whose steps have ended workers again and again, and the ids of those that can never
-        end on the ranks that are here, with why."""
+        hold nothing, no rank knows a request, and no step is under way. Returns the ends of those
+        that have ended workers again and again, and who can never end here now, with why."""
         self._empty_plans = 0
         ends: list[Delta] = []
         refused: dict[str, CapacityError] = {}
