@@ -324,7 +324,7 @@ class EngineCore:
             num_interruptions=scheduler.num_interruptions,
             kv_blocks_used=tuple(allocator.num_used(r) for r in ranks),
             kv_blocks_cached=tuple(allocator.num_cached(r) for r in ranks),
-            kv_blocks_total=allocator.blocks_per_rank,
+            kv_blocks_total=scheduler.block_manager.blocks_here,
             ranks_drained=tuple(sorted(scheduler.block_manager.closed)),
             ranks_away=tuple(sorted(scheduler.block_manager.away)),
             ranks_draining=scheduler.ranks_draining,

@@ -35,7 +35,7 @@ class EngineStats:
     num_requests_waiting: int = 0
     kv_blocks_used: tuple[int, ...] = ()  # one per rank
     kv_blocks_cached: tuple[int, ...] = ()  # unreferenced, kept for their prefix
-    kv_blocks_total: tuple[int, ...] = ()
+    kv_blocks_total: tuple[int, ...] = ()  # 0 for a rank that is away
     ranks_drained: tuple[int, ...] = ()  # closed ranks: they take no new KV
     ranks_draining: tuple[int, ...] = ()  # closed ranks that are not empty yet
     ranks_away: tuple[int, ...] = ()  # closed ranks whose supervisor is gone

@@ -52,8 +52,7 @@ class BlockManager:
         self.closed: set[int] = set()
         self.drained: set[int] = set()
         self.away: frozenset[int] = frozenset()
-        self.queries = 0  # prompt tokens looked up in the prefix index
-        self.hits = 0
+        self.queries = self.hits = 0  # prompt tokens looked up in the prefix index, and found
         self._placement = placement
         self.order = tuple(order)
         self._policy = policy
@@ -78,6 +77,12 @@ class BlockManager:
         self.closed = self.drained | self.away
 
     @property
+    def blocks_here(self) -> tuple[int, ...]:
+        """Capacity of each rank in blocks, 0 for those that are away."""
+        every = enumerate(self.allocator.blocks_per_rank)
+        return tuple(0 if rank in self.away else blocks for rank, blocks in every)
+
+    @property
     def open_blocks(self) -> list[int]:
         """Capacity of each rank in blocks, 0 for closed ones."""
         return [
@@ -88,8 +93,8 @@ class BlockManager:
     @property
     def largest_tokens(self) -> int:
         """The most KV one request can have: all open ranks, or the largest if mode is local."""
-        blocks = self.open_blocks
-        return (max(blocks) if self.only_local else sum(blocks)) * (self.allocator.block_size)
+        most = max if self.only_local else sum
+        return most(self.open_blocks) * self.allocator.block_size
 
     @property
     def only_local(self) -> bool:

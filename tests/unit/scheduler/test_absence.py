@@ -92,7 +92,8 @@ def test_a_drained_rank_that_was_away_stays_drained() -> None:
     cluster = Cluster([8, 8, 8])
     cluster.scheduler.drain(1)
     cluster.die([1, 2], done, {1, 2})
-    assert cluster.core.stats().ranks_away == (1, 2)
+    stats = cluster.core.stats()
+    assert stats.ranks_away == (1, 2) and stats.kv_blocks_total == (8, 0, 0)
     assert [cluster.core.stats().rank_state(rank) for rank in range(3)] == ["open", "away", "away"]
     with pytest.raises(CapacityError):
         cluster.scheduler.drain(0)
