@@ -100,9 +100,12 @@ class Generations:
         """Ranks without which the others go on."""
         return tuple(rank for rank, state in enumerate(self.states) if state in _ABSENT)
 
-    def died(self, rank: int, cause: str, steps: int, now: float) -> list[Action]:
+    def died(
+        self, rank: int, cause: str, steps: int, now: float, is_slow: bool = False
+    ) -> list[Action]:
         """The worker of ``rank`` has ended, by whatever, and another one loads. ``steps``: that the
-        ranks have done so far."""
+        ranks have done so far; ``is_slow``: so slowly that the others go on meanwhile, if they are
+        enough: they meet twice then."""
         if self.states[rank] in _ABSENT:
             if self.states[rank] is State.BACK:
                 self._enter(rank, State.RETURNING, now)
@@ -114,16 +117,22 @@ class Generations:
         self._dead.add(rank)
         if self._is_hopeless:
             return [self._give_up(cause)]
+        if is_slow and self._can_miss(rank):
+            self._enter(rank, State.RETURNING, now)
+            return [*self._interrupt(now), *self._meet(cause, now)]
         self._enter(rank, State.LOADING, now)
         return self._interrupt(now)
+
+    def _can_miss(self, rank: int) -> bool:
+        """Whether the others are enough without it."""
+        return rank != 0 and len(self.states) - len(self.absent) - 1 >= self._min_ranks
 
     def gone(self, rank: int, cause: str, steps: int, now: float) -> list[Action]:
         """The supervisor of ``rank`` is gone, and its worker with it or out of reach."""
         if self.states[rank] in _ABSENT:
             self._enter(rank, State.AWAY, now)
             return []
-        left = len(self.states) - len(self.absent) - 1
-        if rank == 0 or left < self._min_ranks:
+        if not self._can_miss(rank):
             return [GiveUp(cause)]
         if self.is_whole:
             self._begin(steps)

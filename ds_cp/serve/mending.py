@@ -220,7 +220,9 @@ class Mending:
         was_whole, steps = found.is_whole, self._steps
         if isinstance(said, Died):
             say(f"warning: {said.cause}; another worker takes its place, requests go on")
-            actions = found.died(rank, said.cause, steps, now)
+            facts = self._seat.facts
+            is_slow = facts is not None and facts.device != "cpu"
+            actions = found.died(rank, said.cause, steps, now, is_slow)
         elif isinstance(said, Left):
             if was_whole and said.known:
                 say(f"warning: {said.cause}; the ranks meet again, requests go on")

@@ -63,7 +63,8 @@ class Ranks:
             ranks.discard(rank)
         if rank in self.away:
             return
-        self.carry_out(self.coordinator.died(rank, f"rank {rank}", self.steps, self.now))
+        is_slow = self.rng.random() < 0.5
+        self.carry_out(self.coordinator.died(rank, f"rank {rank}", self.steps, self.now, is_slow))
         self.said[rank].append(("loaded",))
 
     def lose(self, rank: int, outlives: bool) -> None:
@@ -237,6 +238,19 @@ def test_the_usual_way_of_a_rank_that_goes() -> None:
     for rank in range(3):
         found.met(rank, 2, 3.2)
     assert found.is_whole and not found.absent and found.in_a_row == 1
+
+
+def test_the_others_go_on_while_a_slow_one_loads() -> None:
+    found = Generations(3, 3, LOAD_S, min_ranks=2)
+    assert found.died(2, "it", 5, 0.0, True) == [Ask(0, Leave(0)), Ask(1, Leave(0))]
+    found.left(0, 0, "", 5, 0.1)
+    assert found.left(1, 0, "", 5, 0.1) == [Ask(0, Meet(1, (2,))), Ask(1, Meet(1, (2,)))]
+    found.met(0, 1, 0.2)
+    found.met(1, 1, 0.2)
+    assert found.died(1, "it", 6, 0.3, True) == [Ask(0, Leave(1))], "all that are left are needed"
+    found.left(0, 1, "", 6, 0.4)
+    assert found.loaded(2, 1.0) == []
+    assert found.loaded(1, 2.0) == [Ask(rank, Meet(2)) for rank in range(3)]
 
 
 def test_too_few_are_left() -> None:
