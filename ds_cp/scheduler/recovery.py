@@ -144,9 +144,10 @@ class Recovery:
                 del reserved[rank]
             surplus -= 1
         ranks = list(dict.fromkeys([*near, *request.table.span, *self._blocks.order]))
-        if self._blocks.only_local:
-            ranks = [*reserved, *request.table.span, *near][:1] or ranks
         room = self._blocks.room()
+        if self._blocks.only_local:
+            whole = [rank for rank in ranks if room[rank] >= need]  # where it was is away
+            ranks = [*reserved, *request.table.span, *near, *whole][:1]
         for rank in ranks:
             if more := min(room[rank], -surplus):
                 beside = request.table.newest_on(rank)
