@@ -144,7 +144,7 @@ class Generations:
     def back(self, rank: int, now: float) -> list[Action]:
         """The supervisor of ``rank``, which was away, is here again: its worker loads, or says that
         it is out."""
-        if self.states[rank] is State.AWAY:
+        if self.states[rank] in _ABSENT:
             self._enter(rank, State.RETURNING, now)
         return []
 

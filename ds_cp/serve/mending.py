@@ -273,6 +273,13 @@ class Mending:
         self._follow_up(actions, was_whole)
         return True
 
+    def goes_on_without(self, rank: int, cause: str) -> bool:
+        """The supervisor of ``rank`` gives up. Whether the others go on without it already."""
+        if rank not in self._generations.absent:
+            return False
+        say(f"warning: {cause}; the job goes on with {self._present}")
+        return True
+
     def _on_here(self, hello: Hello) -> None:
         """The supervisor of a rank is here."""
         assert isinstance(self._link, LeadingLink)

@@ -82,8 +82,8 @@ class _Supervisor:
         self._engine: AsyncEngine | None = None
         self._leading = LeadingLink(job.world_size, self._on_lost, self._on_gone, self._on_stopping)
         self._following = FollowingLink(job.rank, config.comm.timeout_s, self._on_gone)
-        self._link = self._leading if job.rank == 0 else self._following
-        self._place = MeetingPlace(config, job, self._link, self._fail, lambda: self._loaded)
+        link = self._link = self._leading if job.rank == 0 else self._following
+        self._place = MeetingPlace(config, job, link, self._fail, lambda: self._loaded)
         self._seat = Seat(config, self._place.worker_job, can_mend(config, job))
         self._mending = Mending(config, job, self._seat, self._link, self)
 
@@ -240,8 +240,8 @@ class _Supervisor:
 
     def _on_lost(self, rank: int, lost: Lost) -> None:
         """Another rank's supervisor says that its worker has ended."""
-        cause = lost.cause if lost.since is None else noticed(lost.cause, lost.since)
-        self._fail(cause, lost.exit_code)
+        if not self._mending.goes_on_without(rank, cause := noticed(lost.cause, lost.since)):
+            self._fail(cause, lost.exit_code)
 
     def _on_gone(self, rank: int, gone: Gone) -> None:
         """Another rank's supervisor is gone. ds-cp as launcher says so, but not once it was
