@@ -13,6 +13,7 @@ from ds_cp.link.seal import HEAD, MAX_FRAME, Seal, SealError, size_of
 # How a connection has ended: by the other process, since its system does not answer, since it says
 # nothing.
 Ended = Literal["closed", "unreachable", "stalled"]
+LOW_DELAY = 0x10  # the IPv4 type of service that asks for it
 KEEP_IDLE_S = 1  # seconds of silence after which a system asks the other one whether it is there
 
 
@@ -69,11 +70,15 @@ async def read_frame(reader: asyncio.StreamReader, limit: int) -> bytes:
 
 def watch_peer(sock: socket.socket, unheard_s: float | None) -> None:
     """Have the system end a connection whose other system does not answer for ``unheard_s``
-    seconds, whatever the processes on both sides are busy with (Linux; elsewhere: keep-alive)."""
+    seconds, whatever the processes on both sides are busy with (Linux; elsewhere: keep-alive). What
+    it carries goes before bulk, where queues know the difference."""
     with contextlib.suppress(OSError):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     if unheard_s is None:
         return
+    if sock.family == socket.AF_INET:
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, LOW_DELAY)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     options = {
         "TCP_KEEPIDLE": KEEP_IDLE_S,

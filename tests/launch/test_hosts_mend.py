@@ -224,6 +224,56 @@ def test_a_short_loss_of_the_network_is_outlived(serve: Callable[..., Server]) -
     assert not any("warning" in job.err or "error" in job.err for job in server.jobs)
 
 
+# Fills the link to argv[1] for argv[2] seconds, by as many connections as argv[3].
+FLOOD = """
+import socket, sys, threading, time
+end = time.monotonic() + float(sys.argv[2])
+def send():
+    with socket.create_connection((sys.argv[1], 9), 10) as sock:
+        sock.settimeout(2)
+        while time.monotonic() < end:
+            try:
+                sock.send(bytes(1 << 16))
+            except TimeoutError:
+                pass
+threads = [threading.Thread(target=send) for _ in range(int(sys.argv[3]))]
+[t.start() for t in threads]
+[t.join() for t in threads]
+"""
+SINK = """
+import socket, threading
+def drain(sock):
+    while sock.recv(1 << 16):
+        pass
+server = socket.create_server(("", 9))
+print("here", flush=True)
+while True:
+    threading.Thread(target=drain, args=(server.accept()[0],), daemon=True).start()
+"""
+
+
+def test_a_slow_and_full_link_is_no_loss(serve: Callable[..., Server]) -> None:
+    """20 Mbit/s, with a queue of 0.4 s that bulk of others fills both ways."""
+    server = serve()
+    url = server.ready()
+    expected = Stream(url, GREEDY).end()
+    hosts, python = server.hosts, [sys.executable, "-u", "-c"]
+    bucket = ["rate", "20mbit", "burst", "32kbit", "latency", "400ms"]
+    for name in hosts.names:
+        shape = ["tc", "qdisc", "add", "dev", hosts.interface, "root", "tbf", *bucket]
+        done = hosts.run(name, shape)
+        if done.returncode:
+            pytest.skip(f"no token bucket here: {done.stdout}")
+        sink = hosts.popen(name, [*python, SINK])
+        assert sink.stdout is not None and sink.stdout.readline() == "here\n"
+    for name, address in zip(hosts.names, reversed(hosts.addresses), strict=True):
+        hosts.popen(name, [*python, FLOOD, address, "12", "8"])
+    stream = Stream(url, GREEDY)
+    assert stream.end() == expected, server.story()
+    time.sleep(5.0)
+    assert not any("error" in job.err for job in server.jobs), server.story()
+
+
 def test_a_rank_with_another_secret(serve: Callable[..., Server], tmp_path: Path) -> None:
     """It says so, and ends; rank 0 counts it, and goes on waiting for the right one."""
     server = serve(secrets=(SECRET, SECRET, SECRET, "f" * 32), comm={"timeout_s": 60})
