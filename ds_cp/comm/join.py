@@ -114,9 +114,14 @@ def join(
             raw = open_job_store(rendezvous.own, listen_fd, timeout_s, arrive_s)
         elif raw is None:
             raw = process_group.open_store(rendezvous.host, rendezvous.port, listen_fd, arrive_s)
+        # Who keeps torch's store has had its own connection to it from the first meeting on, and
+        # that may have broken since.
+        client: Any = raw
         if isinstance(raw, JobStore):
             raw.given_up = given_up  # so that torch, too, waits no more for who has died
-        store = process_group.prefixed(raw, f"gen{rendezvous.generation}")
+        elif keeps:
+            client = client.clone()
+        store = process_group.prefixed(client, f"gen{rendezvous.generation}")
         hello = _hello(host, digest, device, born)
 
         def off() -> bool:

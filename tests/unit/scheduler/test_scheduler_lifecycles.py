@@ -175,7 +175,8 @@ class Session:
     def die(self) -> None:
         """Some ranks lose their workers, or none when just an exchange failed; all meet again."""
         cluster, pick = self.cluster, self.pick
-        if max(map(cluster.scheduler._inquest.times, cluster.lives), default=0) > 1:
+        records = cluster.scheduler._inquest._records.values()
+        if any(record.times > 1 or record.alone for record in records):
             return  # once more would look like the fault of who runs
         ranks = range(len(cluster.blocks))
         lost = [rank for rank in ranks if pick(0, len(cluster.blocks)) == 0]
