@@ -240,6 +240,7 @@ def _gauges(stats: EngineStats, name: str) -> Iterable[Metric]:
     for state, text in (
         ("drained", "1 when a rank takes no new KV and is empty."),
         ("draining", "1 when a rank takes no new KV and is not empty yet."),
+        ("away", "1 when the job goes on without a rank, whose supervisor is gone."),
     ):
         family = GaugeMetricFamily(f"ds_cp:rank_{state}", text, labels=("model_name", "rank"))
         for rank in range(len(stats.kv_blocks_total)):

@@ -163,6 +163,13 @@ class FaultTolerance(Section):
         "death ends the job, as it does with tp_size above 1",
         json_schema_extra=unit_of("interruptions"),
     )
+    min_ranks: Annotated[int, Field(ge=1, le=MAX_RANKS)] | None = Field(
+        default=None,
+        description="as many ranks have to be left for the job to go on when the supervisor of "
+        "one is gone, with the room of those that are left, until it is started again with the "
+        "same rank and config; rank 0's is the server itself; null: such a loss ends the job",
+        json_schema_extra=unit_of("ranks"),
+    )
     hang_s: Annotated[float, Field(ge=1, le=86400)] | None = Field(
         default=30.0,
         description="time without a sign of life, which a thread of a worker gives whatever that "
@@ -265,6 +272,17 @@ class Config(Section):
             raise ValueError(
                 "attention.deterministic is true, but attention.backend sdpa cuts a prompt where "
                 "its chunks end on device cuda; set attention.backend to triton or to auto"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _ranks_may_go(self) -> Config:
+        tolerance, tp_size = self.fault_tolerance, self.tensor_parallel.tp_size
+        if tolerance.min_ranks is not None and (tolerance.max_restarts == 0 or tp_size > 1):
+            why = "max_restarts 0" if tolerance.max_restarts == 0 else f"tp_size {tp_size}"
+            raise ValueError(
+                f"fault_tolerance.min_ranks is {tolerance.min_ranks}, but with {why} the first "
+                "loss ends the job; leave min_ranks out"
             )
         return self
 

@@ -36,15 +36,16 @@ class EngineStats:
     num_requests_waiting: int = 0
     kv_blocks_used: tuple[int, ...] = ()  # one per rank
     kv_blocks_cached: tuple[int, ...] = ()  # unreferenced, kept for their prefix
-    kv_blocks_total: tuple[int, ...] = ()
+    kv_blocks_total: tuple[int, ...] = ()  # 0 for a rank that is away
     host_blocks_used: tuple[int, ...] = ()  # in host memory, one per rank; () for none anywhere
-    host_blocks_total: tuple[int, ...] = ()  # a rank whose host memory failed has no free ones
+    host_blocks_total: tuple[int, ...] = ()  # as used, where it failed or the rank is away
     host_blocks_failed: tuple[int, ...] = ()  # that could not be copied there or back
     host_blocks_spilled: int = 0  # copies of blocks to host memory
     host_blocks_restored: int = 0  # and back
     prefix_cache_host_hits: int = 0  # prompt tokens found there
     ranks_drained: tuple[int, ...] = ()  # closed ranks: they take no new KV
     ranks_draining: tuple[int, ...] = ()  # closed ranks that are not empty yet
+    ranks_away: tuple[int, ...] = ()  # closed ranks whose supervisor is gone
     prefix_cache_queries: int = 0  # prompt tokens looked up
     prefix_cache_hits: int = 0  # prompt tokens found
     blocks_moved: int = 0  # by drain and rebalance
@@ -72,7 +73,10 @@ class EngineStats:
     grammar_failures: int = 0  # of these, ended because it allowed no token or passed its bounds
 
     def rank_state(self, rank: int) -> str:
-        """ "open", "draining" (closed, and not empty yet) or "drained" (closed and empty)."""
+        """ "open", "draining" (closed, and not empty yet), "drained" (closed and empty) or "away"
+        (its supervisor is gone)."""
+        if rank in self.ranks_away:
+            return "away"
         if rank in self.ranks_draining:
             return "draining"
         return "drained" if rank in self.ranks_drained else "open"

@@ -201,9 +201,8 @@ class AsyncEngine:
 
     def picture(self) -> Picture | None:
         """As ``EngineInterface`` says."""
-        if self._observer is None:
-            return None
-        return self._observer.picture(self._steps.seconds, self._link.sent)
+        seen = self._observer
+        return None if seen is None else seen.picture(self._steps.seconds, self._link.sent)
 
     # --- the end; called in the event loop
 
@@ -317,13 +316,14 @@ class AsyncEngine:
         self._mailboxes.deliver(addressed)
 
     def _recover(self, core: EngineCore, loop: PipelinedLoop) -> None:
-        """The ranks have left: wait until all have met again, and go on from what is certain."""
+        """The ranks have left: wait until they have met again, go on from what is certain."""
         loop.forget()
         self._steps.forget()
         resumed = self._link.resume()
-        lost = [rank for rank, born in enumerate(resumed.born) if born > self._served]
         with self._lock:
-            self._mailboxes.deliver(self._mailboxes.addressed(core.recover(lost)))
+            ends, refused = core.recover(resumed.lost_since(self._served), resumed.away)
+            self._mailboxes.deliver(self._mailboxes.addressed(ends))
+            self._mailboxes.refuse(refused)
         self._served = resumed.generation
 
     def _tell_ended(self, core: EngineCore) -> None:

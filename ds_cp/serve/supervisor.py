@@ -82,8 +82,8 @@ class _Supervisor:
         self._engine: AsyncEngine | None = None
         self._leading = LeadingLink(job.world_size, self._on_lost, self._on_gone, self._on_stopping)
         self._following = FollowingLink(job.rank, config.comm.timeout_s, self._on_gone)
-        self._link = self._leading if job.rank == 0 else self._following
-        self._place = MeetingPlace(config, job, self._link, self._fail, lambda: self._loaded)
+        link = self._link = self._leading if job.rank == 0 else self._following
+        self._place = MeetingPlace(config, job, link, self._fail, lambda: self._loaded)
         self._seat = Seat(config, self._place.worker_job, can_mend(config, job))
         self._mending = Mending(config, job, self._seat, self._link, self)
 
@@ -95,6 +95,7 @@ class _Supervisor:
         for number in SIGNALS:
             loop.add_signal_handler(number, self._on_signal, number)
         await self._place.open(self._launchers[0].identity if self._launchers else "")
+        self._loaded = await self._mending.joins(self._stop)
         with self._seat:
             watch = asyncio.create_task(self._watch())
             watch.add_done_callback(self._on_watched)
@@ -172,15 +173,12 @@ class _Supervisor:
                     self._exit_code = message.exit_code
                     # While they load, the ranks agree on what rank 0 is to say.
                     if known and self._loaded:
-                        await self._following.report(Lost(self._named(message), message.exit_code))
+                        await self._following.report(
+                            Lost(message.named(self._job), message.exit_code)
+                        )
                     await self._following.until_end(HEAD_START_S)
         except EngineDeadError:
             pass  # the worker has ended; _watch reports the exit code
-
-    def _named(self, failed: Failed) -> str:
-        if failed.message.startswith("rank "):
-            return failed.message
-        return f"rank {self._job.rank} on {self._job.host}: {failed.message}"
 
     # --- a stop that is asked for
 
@@ -242,8 +240,8 @@ class _Supervisor:
 
     def _on_lost(self, rank: int, lost: Lost) -> None:
         """Another rank's supervisor says that its worker has ended."""
-        cause = lost.cause if lost.since is None else noticed(lost.cause, lost.since)
-        self._fail(cause, lost.exit_code)
+        if not self._mending.goes_on_without(rank, cause := noticed(lost.cause, lost.since)):
+            self._fail(cause, lost.exit_code)
 
     def _on_gone(self, rank: int, gone: Gone) -> None:
         """Another rank's supervisor is gone. ds-cp as launcher says so, but not once it was
@@ -251,7 +249,9 @@ class _Supervisor:
         first = self._job.rank <= 1 or self._job.local_rank == 0
         says = first and (self._job.launcher != "ds-cp" or self._stop.is_set())
         self._leave_s = min(self._leave_s, ORPHAN_S if rank == 0 else math.inf)
-        self._fail(gone.describe(rank, self._config.fault_tolerance), 1, says)
+        cause = gone.describe(rank, self._config.fault_tolerance)
+        if not self._mending.gone(rank, cause):
+            self._fail(cause, 1, says)
 
     def _fail(self, message: str, exit_code: int, says: bool = True) -> None:
         if self._may_fail:

@@ -154,9 +154,11 @@ def describe_end(code: int) -> str:
     return name + why.get(name, "")
 
 
-def noticed(cause: str, since: float) -> str:
+def noticed(cause: str, since: float | None) -> str:
     """A cause with the time that it took to notice; ``since``: when all was well, in
-    ``time.monotonic()``."""
+    ``time.monotonic()``, None when it was said at once."""
+    if since is None:
+        return cause
     return f"{cause} (noticed within {max(0.1, time.monotonic() - since):.1f} s)"
 
 
