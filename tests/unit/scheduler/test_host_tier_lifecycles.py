@@ -21,7 +21,7 @@ from tests.unit.scheduler.test_scheduler_lifecycles import RATES, Session
 KINDS = tuple(itertools.product(PLACEMENTS, MODES))
 OFTEN = (
     *["ask"] * 12, *["step"] * 24, *["abort"] * 2, "end one", "spoil", "drain", *["reopen"] * 3,
-    "level", "forget", *["die"] * 2, "poison",
+    "level", "forget", *["die"] * 2, "poison", "away", *["back"] * 3,
 )  # fmt: skip
 LIVES_OF_A_KIND = 70
 assert len(KINDS) * LIVES_OF_A_KIND >= 1_000
