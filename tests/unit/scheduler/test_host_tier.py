@@ -286,6 +286,20 @@ def test_what_a_step_that_nobody_reported_copied_there_is_forgotten() -> None:
     cluster.check_outputs()
 
 
+def test_what_was_kept_before_and_copied_by_such_a_step_is_forgotten_too() -> None:
+    cluster = Cluster([8], 4, budget=4, depth=2, host=HostRules((8,)))
+    run(cluster, prompt(28, 1))
+    other = cluster.add(prompt(28, 2), greedy(2))
+    for _ in range(4):
+        cluster.step()
+    assert cluster.tier.num_used(0) == 6 and len(cluster.flying) == 1
+    cluster.die([], lambda: False)
+    assert cluster.tier.num_used(0) == 5, "one was to be copied in the step that nobody reported"
+    cluster.abort(other)
+    run(cluster, prompt(28, 1))
+    cluster.check_outputs()
+
+
 def test_a_rank_whose_host_memory_fails_uses_it_no_more() -> None:
     cluster = Cluster([6, 6], 4, host=HostRules((6, 6)))
     host, core = cluster.scheduler.block_manager.host, cluster.core
