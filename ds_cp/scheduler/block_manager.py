@@ -38,9 +38,9 @@ class BlockManager:
         host: HostRules | None = None,
     ) -> None:
         self.host = HostMoves(host or HostRules(), len(blocks_per_rank), block_size)
-        evicted = self._evicted if self.host.is_on else None
+        evicted, tier = (self._evicted, self.host.tier) if self.host.is_on else (None, None)
         self.allocator = BlockAllocator(blocks_per_rank, block_size, evicted)
-        self.prefix = PrefixIndex(self.allocator, self.host.tier)
+        self.prefix = PrefixIndex(self.allocator, tier)
         self.closed: set[int] = set()
         self.drained: set[int] = set()
         self.away: frozenset[int] = frozenset()

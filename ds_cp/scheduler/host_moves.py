@@ -71,6 +71,8 @@ class HostMoves:
         """``found``, the homes of a request's first blocks, up to its first one on the host if what
         follows from there costs less to compute. On several ranks both go side by side, so that one
         rank's times compare."""
+        if not self.is_on:
+            return found
         cost, size = self._rules.cost, self._size
         first = next((i for i, home in enumerate(found) if on_host(home)), None)
         if first is None or cost is None:

@@ -14,10 +14,10 @@ class PrefixIndex:
 
     A block is entered under its key (``PrefixKeys``); a second copy of it on another rank under
     that key with the rank's number. ``copies``: second copies that were ever entered. A block that
-    the device gave away may be found on the host, under its key.
+    the device gave away may be found on the host, under its key (``tier``; None without one).
     """
 
-    def __init__(self, allocator: BlockAllocator, tier: HostTier) -> None:
+    def __init__(self, allocator: BlockAllocator, tier: HostTier | None) -> None:
         self._tier = tier
         self.copies = 0
         self.skipped_fresh = False  # a lookup ended at a block that this step computes
@@ -42,7 +42,7 @@ class PrefixIndex:
             first = self._allocator.find(names[index])
             self._fresh.add(home)
             if first is None:
-                if self._allocator.put(names[index], home):
+                if self._allocator.put(names[index], home) and self._tier is not None:
                     self._tier.drop(names[index])
             elif first[0] != rank:  # a second copy, for requests that stay on this rank
                 self.copies += self._allocator.put(_on_rank(names[index], rank), home)
@@ -62,7 +62,8 @@ class PrefixIndex:
                 elif home in self._fresh:
                     self.skipped_fresh = True
                     break
-            home = self._tier.find(name) if home is None else home
+            if home is None and self._tier is not None:
+                home = self._tier.find(name)
             if home is None:
                 break
             found.append(home)
