@@ -15,7 +15,6 @@ import asyncio
 import math
 import signal
 import socket
-import subprocess
 import time
 from functools import partial
 from typing import TYPE_CHECKING
@@ -27,6 +26,7 @@ from ds_cp.model.source import ModelSource, find_model
 from ds_cp.process import StopSignals, settle_heap
 from ds_cp.serve.announce import Announce, print_ready
 from ds_cp.serve.channel import Channel, Failed, FromWorker, Ready
+from ds_cp.serve.detached import WorkerProcess
 from ds_cp.serve.job_link import FollowingLink, LeadingLink, Lost, link_name
 from ds_cp.serve.mending import Mending, can_mend
 from ds_cp.serve.preparations import bind_http, load_tokenizer, note_launchers, watch_files
@@ -294,7 +294,7 @@ class _Supervisor:
             since = await self._seat.until_end(self._look)
             if process.returncode >= 0 or not self.mends:
                 break
-            self._mending.died(noticed(self._seat.cause(process), since))
+            await self._mending.died(noticed(self._seat.cause(process), since))
         await self._report_end(process, since)
 
     # --- what this process watches
@@ -309,7 +309,7 @@ class _Supervisor:
             self._leaving = True
             self._seat.process.kill()
 
-    async def _report_end(self, process: subprocess.Popen[bytes], since: float) -> None:
+    async def _report_end(self, process: WorkerProcess, since: float) -> None:
         """The worker has ended, and so does the job."""
         if process.returncode > 0:  # it left by itself, and has said why unless it crashed
             await self._hear(FIRST_WORD_S if self._job.rank == 0 else LAST_WORD_S)
