@@ -130,7 +130,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """The whole harness; raises ``AssertionError`` where a promise is not kept."""
     rng = random.Random(args.seed)
     config = {
-        "model": str(make_tiny_model(folder / "model")),
+        "model": args.model or str(make_tiny_model(folder / "model")),
         "dtype": "fp32",
         "threads_per_rank": 1,
         "kv_cache": {"tokens_per_rank": args.tokens, "block_size": 16},
@@ -146,7 +146,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     file.write_text(json.dumps(config))
     job = Job(command("ds-cp", "serve", args.ranks, ["--config", str(file)]), folder)
     try:
-        return measure(job, args, rng)
+        return (measure_pauses if args.pauses else measure)(job, args, rng)
     finally:
         job.close()
 
@@ -192,18 +192,60 @@ def measure(job: Job, args: argparse.Namespace, rng: random.Random) -> dict[str,
     }
 
 
+def measure_pauses(job: Job, args: argparse.Namespace, rng: random.Random) -> dict[str, Any]:
+    """``--pauses`` kills of a worker of the server, each while one stream runs a rank, and one that
+    spans ranks: seconds until the death was known, and the longest pause of each stream since."""
+    url = job.ready()
+    harness = Harness(job, url, args.ranks, rng)
+    span = {"prompt": [100 + n % 5000 for n in range(args.span)], "max_tokens": 24 + args.pauses}
+    bodies = [{"prompt": f"Number {rank}", "max_tokens": 600, "temperature": 0}
+              for rank in range(args.ranks)]  # fmt: skip
+    known, local, spanning, prefill = [], [], [], []
+    for number in range(args.pauses):
+        asked = time.monotonic()
+        streams = [Stream(url, span | {"temperature": 0})]
+        job.until("the span", lambda: streams[0].count > 0, MEND_S)  # noqa: B023
+        prefill.append(streams[0].times[0] - asked)
+        streams += [Stream(url, body) for body in bodies]
+        job.until("tokens", lambda: all(one.count > 2 for one in streams), MEND_S)  # noqa: B023
+        assert not any(one.is_over for one in streams), "a stream was over before the fault"
+        fault = Fault("kill", time.monotonic(), streams)
+        list(harness.workers().values())[rng.randrange(args.ranks)].kill()
+        while job.err.count("; another worker takes its place") <= number:
+            time.sleep(0.001)
+        known.append(time.monotonic() - fault.at)
+        streams[0].end()
+        first, *others = fault.pauses()
+        spanning.append(first)
+        local += others
+        for stream in streams[1:]:
+            stream.close()
+    return {
+        **common.machine(),
+        "commit": common.commit(),
+        "command": common.command("faults", sys.argv[1:]),
+        "known_s": quantiles(known),
+        "local_pause_s": quantiles(local),
+        "spanning_pause_s": quantiles(spanning),
+        "prefill_s": quantiles(prefill),
+        "met_again_s": quantiles([float(found[1]) for found in MET.findall(job.err)]),
+    }
+
+
+def quantiles(values: list[float]) -> list[float] | None:
+    """Median, 99th percentile and worst."""
+    values = sorted(values)
+    if not values:
+        return None
+    return [round(values[int(share * (len(values) - 1))], 3) for share in (0.5, 0.99, 1.0)]
+
+
 def summary(faults: list[Fault], kind: str) -> dict[str, Any]:
     """Of the faults of one kind: medians and the worst, in seconds."""
     some = [fault for fault in faults if fault.kind == kind]
-    mended = sorted(fault.mended for fault in some if fault.mended is not None)
-    pauses = sorted(pause for fault in some for pause in fault.pauses())
-
-    def three(values: list[float]) -> list[float] | None:
-        if not values:
-            return None
-        return [round(values[int(share * (len(values) - 1))], 2) for share in (0.5, 0.99, 1.0)]
-
-    return {"faults": len(some), "mended_s": three(mended), "pause_s": three(pauses)}
+    mended = [fault.mended for fault in some if fault.mended is not None]
+    pauses = [pause for fault in some for pause in fault.pauses()]
+    return {"faults": len(some), "mended_s": quantiles(mended), "pause_s": quantiles(pauses)}
 
 
 def state(job: Job, url: str) -> dict[str, Any]:
@@ -242,13 +284,16 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=1024, help="KV tokens of a rank")
     parser.add_argument("--hang_s", type=float, default=5.0)
     parser.add_argument("--spare", action="store_true", help="processes wait with the model loaded")
+    parser.add_argument("--pauses", type=int, default=0, help="kills whose pauses are measured")
+    parser.add_argument("--span", type=int, default=4000, help="tokens of the prompt that spans")
+    parser.add_argument("--model", help="a folder; default: the tiny model")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         result = run(args, Path(folder))
     common.finish(result, args.out)
-    return int(bool(result["lost_or_wrong"] or result["left_behind"]))
+    return int(bool(result.get("lost_or_wrong") or result.get("left_behind")))
 
 
 if __name__ == "__main__":

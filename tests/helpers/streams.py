@@ -27,6 +27,7 @@ class Stream:
             json.dumps(whole).encode(),
             {"Content-Type": "application/json"},
         )
+        self._closed = False
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
 
@@ -34,6 +35,8 @@ class Stream:
         try:
             with urllib.request.urlopen(self._request, timeout=LIMIT_S) as answer:
                 for line in answer:
+                    if self._closed:
+                        return
                     if line.startswith(b"data: {"):
                         self._take(json.loads(line[6:]))
         except (OSError, http.client.HTTPException) as err:
@@ -67,6 +70,11 @@ class Stream:
     def is_over(self) -> bool:
         """Whether nothing more comes."""
         return not self._thread.is_alive()
+
+    def close(self) -> None:
+        """Hang up at the next event."""
+        self._closed = True
+        self._thread.join(LIMIT_S)
 
     def end(self) -> dict[int, dict[str, Any]]:
         """Wait for its end; all its answers, whole."""

@@ -18,6 +18,7 @@ from ds_cp.errors import ModelError
 from ds_cp.facts import Facts
 from ds_cp.serve import seat as seat_module
 from ds_cp.serve.channel import Channel
+from ds_cp.serve.forking import Forks
 from ds_cp.serve.orders import Loaded, Order, Ping, Pong, Word
 from ds_cp.serve.seat import Seat
 from ds_cp.topology.job import Job
@@ -61,10 +62,13 @@ class Played:
         self.fails = False
         monkeypatch.setattr(seat_module, "worker_child", self._child)
         config = load_config({"model": "none", "fault_tolerance": tolerance})
+        monkeypatch.setattr(seat_module, "can_fork_servers", lambda: False)
         self.seat = Seat(config, JOB, True)
 
     @contextmanager
-    def _child(self, config: Any, job: Job, outlives: bool, waits: bool) -> Iterator[Any]:
+    def _child(
+        self, config: Any, job: Job, outlives: bool, waits: bool, forks: Forks | None
+    ) -> Iterator[Any]:
         if self.fails:
             raise ModelError("no space left")
         child = Child(len(self.children), waits, self.log)
@@ -92,7 +96,7 @@ class Played:
 def test_without_a_spare_one(monkeypatch: pytest.MonkeyPatch) -> None:
     async def work(one: Played) -> None:
         first = one.seat.channel
-        one.seat.replace()
+        await one.seat.replace()
         assert one.seat.channel is not first and one.seat.process is one.children[1]
 
     log = Played(monkeypatch, spare_after_s=None).run(work)
@@ -111,7 +115,7 @@ def test_the_spare_one_takes_the_place(
     async def work(one: Played) -> None:
         await one.until("start 1")
         assert ("take 1" in one.log) == early
-        one.seat.replace()
+        await one.seat.replace()
         assert one.seat.process is one.children[1] and one.log.count("take 1") == 1
         await one.until("start 2")  # the next one to wait
 
@@ -125,7 +129,7 @@ def test_a_spare_one_that_has_died(monkeypatch: pytest.MonkeyPatch) -> None:
     async def work(one: Played) -> None:
         await one.until("start 1")
         one.children[1].dead = True
-        one.seat.replace()
+        await one.seat.replace()
         assert one.seat.process is one.children[2]
 
     log = Played(monkeypatch, spare_after_s=0).run(work)
@@ -145,7 +149,7 @@ def test_none_can_be_started_to_wait(
             said == "ds_cp: warning: no worker waits to take another one's place: no space left\n"
         )
         with pytest.raises(ModelError):
-            one.seat.replace()
+            await one.seat.replace()
 
     Played(monkeypatch, spare_after_s=0).run(work)
 
@@ -158,7 +162,7 @@ def test_words_of_the_dead_are_not_heard(monkeypatch: pytest.MonkeyPatch) -> Non
         one.children[0].its_orders.send(Loaded())
         while not heard:
             await asyncio.sleep(0.005)
-        one.seat.replace()
+        await one.seat.replace()
         one.children[0].its_orders.send(Loaded())
         one.children[1].its_orders.send(Loaded())
         while len(heard) < 2:
@@ -195,7 +199,7 @@ def test_a_sign_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
         assert one.seat.cause(one.seat.process) == (
             "the worker of rank 1 gave no sign of life for 0.2 s and was ended"
         )
-        one.seat.replace()
+        await one.seat.replace()
         now = time.monotonic()
         while time.monotonic() < now + 0.5:  # it loads, and hears nobody yet
             one.seat.check(0.2)
@@ -206,7 +210,7 @@ def test_a_sign_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
             one.seat.check(0.2)
             await asyncio.sleep(0.005)
         assert "no sign of life" in one.seat.cause(one.seat.process)
-        one.seat.replace()
+        await one.seat.replace()
         assert "was ended by SIGKILL" in one.seat.cause(one.seat.process)
 
     asked: list[object] = []
