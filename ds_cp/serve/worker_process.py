@@ -16,6 +16,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ds_cp.errors import CommError, DsCpError, OutputError
@@ -70,7 +71,7 @@ def _run(channel: Channel, work: Callable[[], None]) -> NoReturn:
 def _work(channel: Channel, spec: WorkerSpec) -> None:
     from ds_cp.config import Config
     from ds_cp.serve.orders import Loaded, Orders
-    from ds_cp.serve.worker_life import WorkerLife
+    from ds_cp.serve.worker_life import WorkerLife, end_deaf
     from ds_cp.topology.job import Job
 
     with importing(for_good=True):
@@ -101,7 +102,9 @@ def _work(channel: Channel, spec: WorkerSpec) -> None:
         sock.close()
     listener = socket.socket(fileno=spec.listen_fd) if spec.listen_fd >= 0 else None
     job = replace(job, store_socket=listener)
-    orders = Orders(socket.socket(fileno=spec.orders_fd)) if spec.orders_fd >= 0 else None
+    orders = None
+    if spec.orders_fd >= 0:
+        orders = Orders(socket.socket(fileno=spec.orders_fd), partial(end_deaf, job.rank))
     if take is not None:
         assert orders is not None
         worker, facts = build_alone(job, config, take.facts, preloaded), take.facts
@@ -126,14 +129,14 @@ def _leave_server(
     """Fork the server of this rank, which has its supervisor at the other end of ``sock``."""
     from ds_cp.serve.fork_server import ForkServer, Seated
     from ds_cp.serve.orders import Loaded, Orders
-    from ds_cp.serve.worker_life import WorkerLife
+    from ds_cp.serve.worker_life import WorkerLife, end_deaf
 
     def begin(seated: Seated) -> NoReturn:
         channel = Channel(seated.channel)
 
         def work() -> None:
             tempfile.tempdir = seated.folder
-            orders = Orders(seated.orders)
+            orders = Orders(seated.orders, partial(end_deaf, job.rank))
             worker = seated.worker
             life = WorkerLife(channel, orders, seated.job, config, seated.facts, worker)
             orders.tell(Loaded())
