@@ -97,7 +97,8 @@ class Preloaded:
         self._loaded: Loaded | None = None
         self._prepared: Prepared | None = None
         self._failure: Exception | None = None
-        torch.set_num_threads(threads)
+        if torch.get_num_threads() != threads:  # to set it starts threads that do not end
+            torch.set_num_threads(threads)
         world = World(
             0, Topology.from_hosts([job.host]), torch.device("cpu"), config.comm.timeout_s,
             joined=False, threads=threads,
