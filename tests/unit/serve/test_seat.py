@@ -8,13 +8,14 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from ds_cp.config import load_config
-from ds_cp.errors import ModelError
+from ds_cp.errors import EngineDeadError, ModelError
 from ds_cp.facts import Facts
 from ds_cp.serve import seat as seat_module
 from ds_cp.serve.channel import Channel
@@ -50,11 +51,36 @@ class Child:
         self.dead = True
 
 
+class Server:
+    """A fork server that is played."""
+
+    def __init__(self, played: Played, on_end: Callable[[], None]) -> None:
+        self.on_end = on_end
+        self.is_open, self.is_serving, self.gives = True, True, True
+        self.facts: Facts | None = None
+        played.servers.append(self)
+        played.log.append("server")
+
+    def settle(self, facts: Facts) -> None:
+        self.facts = facts
+
+    def close(self) -> None:
+        self.is_open = self.is_serving = False
+
+    def end(self) -> None:
+        self.close()
+        self.on_end()
+
+
 class Played:
     """A seat in which workers are played, in the order in which they were started."""
 
     def __init__(
-        self, monkeypatch: pytest.MonkeyPatch, facts: Facts = FACTS, **tolerance: Any
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        facts: Facts = FACTS,
+        serves: bool = False,
+        **tolerance: Any,
     ) -> None:
         self.log: list[str] = []
         self.children: list[Child] = []
@@ -62,7 +88,10 @@ class Played:
         self.fails = False
         monkeypatch.setattr(seat_module, "worker_child", self._child)
         config = load_config({"model": "none", "fault_tolerance": tolerance})
-        monkeypatch.setattr(seat_module, "can_fork_servers", lambda: False)
+        self.servers: list[Server] = []
+        monkeypatch.setattr(seat_module, "can_fork_servers", lambda: serves)
+        monkeypatch.setattr(seat_module, "Forks", partial(Server, self))
+        monkeypatch.setattr(seat_module, "forked_child", self._forked)
         self.seat = Seat(config, JOB, True)
 
     @contextmanager
@@ -74,6 +103,18 @@ class Played:
         child = Child(len(self.children), waits, self.log)
         self.children.append(child)
         self.log.append(f"start {child.number}")
+        yield child
+        self.log.append(f"end {child.number}")
+
+    @contextmanager
+    def _forked(self, job: Job, forks: Server) -> Iterator[Any]:
+        if not forks.gives:
+            forks.is_open = forks.is_serving = False
+            raise EngineDeadError("it has 3 threads")
+        assert forks.facts == self.facts
+        child = Child(len(self.children), True, self.log)
+        self.children.append(child)
+        self.log.append(f"fork {child.number}")
         yield child
         self.log.append(f"end {child.number}")
 
@@ -152,6 +193,35 @@ def test_none_can_be_started_to_wait(
             await one.seat.replace()
 
     Played(monkeypatch, spare_after_s=0).run(work)
+
+
+def test_workers_are_forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as there is a server; else a new process is started, which has one of its own."""
+
+    async def work(one: Played) -> None:
+        await one.seat.replace()
+        await one.seat.replace()
+        assert one.seat.process is one.children[2]
+        one.servers[0].gives = False
+        await one.seat.replace()
+        assert one.servers[1].facts == one.facts
+        await one.seat.replace()
+
+    log = Played(monkeypatch, serves=True, spare_after_s=None).run(work)
+    assert log == ["server", "start 0", "end 0", "fork 1", "end 1", "fork 2", "end 2", "server",
+                   "start 3", "take 3", "end 3", "fork 4", "end 4"]  # fmt: skip
+
+
+def test_one_waits_once_there_is_no_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work(one: Played) -> None:
+        await one.seat.replace()
+        assert "fork 1" in one.log and len(one.children) == 2
+        one.servers[0].end()
+        await one.until("start 2")
+        await one.seat.replace()
+        assert one.seat.process is one.children[2] and "take 2" in one.log
+
+    Played(monkeypatch, serves=True, spare_after_s=0).run(work)
 
 
 def test_words_of_the_dead_are_not_heard(monkeypatch: pytest.MonkeyPatch) -> None:
