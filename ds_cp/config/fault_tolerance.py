@@ -42,16 +42,14 @@ class FaultTolerance(Section):
     )
     spare_after_s: Annotated[float, Field(ge=0, le=86400)] | None = Field(
         default=None,
-        description="time after the start from which a process that has its libraries loaded, and "
-        "no model, waits beside each worker to take its place, where none can be forked as on CPU "
-        "under Linux, so that a death costs the loading of the model alone; it takes some 300 MiB "
-        "of memory, a part of it shared; null: none waits, and a death costs the start of a "
-        "process too, some seconds",
+        description="where none can be forked, as one is on CPU under Linux: time after which a "
+        "process with its libraries loaded, and no model, waits beside each worker to take its "
+        "place; it takes some 300 MiB, and a death costs the loading of the model alone; null: "
+        "none waits, and a death costs the start of a process too, some seconds",
         json_schema_extra=unit_of("seconds"),
     )
     spare_model: bool = Field(
         default=False,
         description="whether the process that waits has its model loaded too, on CPU: a death "
-        "costs a fraction of a second then, and weights take their memory twice (which a forked "
-        "worker needs not)",
+        "costs a fraction of a second then, and weights take their memory twice",
     )
