@@ -92,7 +92,8 @@ class Forks:
             socket.send_fds(self._ours, [message], fds)
             answer = self._answers.get(timeout=FORK_S)
         except (OSError, queue.Empty) as err:
-            self._give_up(f"it did not answer within {FORK_S:g} s")
+            late = isinstance(err, queue.Empty)
+            self._give_up(f"it did not answer within {FORK_S:g} s" if late else "it has ended")
             raise EngineDeadError(f"the fork server {self.why}") from err
         finally:
             adopt(False)
