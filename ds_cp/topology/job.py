@@ -39,7 +39,7 @@ class Job:
     local_world_size: int | None
     hosts: tuple[str, ...] | None
     host: str
-    launcher: str  # python, deepspeed, torchrun, slurm, mpi, ds-cp
+    launcher: str  # python, deepspeed, torchrun, slurm, mpi, ds-cp, kubernetes
     store_host: str
     store_port: int
     store_shared: bool = False
@@ -65,9 +65,10 @@ def detect(
 
     ``hosts``: ``auto`` asks MPI when mpirun started us and the launcher's environment otherwise;
     ``mpi`` and ``env`` ask that one alone. Of the environment, ``RANK`` / ``WORLD_SIZE``
-    (deepspeed, torchrun, ds-cp) come before Slurm's step and mpirun's own variables; with none of
-    them it is a job of one rank. ``interface``: a network interface's name, or ``auto``.
-    ``timeout_s`` bounds the wait for the other ranks where MPI is asked (see ``mpi.session``).
+    (deepspeed, torchrun, ds-cp, an Indexed Job) come before Slurm's step and mpirun's own; with
+    none of them it is a job of one rank. ``interface``: a network interface's name, or ``auto``.
+    ``timeout_s`` bounds the wait for the other ranks where MPI is asked (see ``mpi.session``), and
+    for the name of rank 0's pod, which Kubernetes knows once that has an address.
 
     Raises ``TopologyError`` when the sources disagree or a value makes no sense, ``LaunchError``
     when the store cannot listen.
@@ -83,6 +84,8 @@ def detect(
         return _from_mpi(env, interface, timeout_s)
     if "RANK" in env or "WORLD_SIZE" in env:
         place = environment.from_rank_variables(env)
+        if place.launcher == "kubernetes" and place.rank != 0:
+            net.await_name(place.store_host, timeout_s)
     elif environment.in_slurm_step(env):
         place = environment.from_slurm(env)
     elif hosts == "env" and mpi.launched_by_mpi(env):

@@ -1,1 +1,1 @@
-"""Real launchers and real faults over two hosts; long, and apart from `make test`: `make clusters`."""
+"""Real launchers and real faults over two hosts. Long, and apart from the other tests."""

@@ -19,7 +19,9 @@ from tests.launch.conftest import config, expected, tiny
 __all__ = ["config", "expected", "pair", "tiny"]
 
 HOW = "as root: make clusters"
-KV = {"tokens_per_rank": 160, "block_size": 16}  # so that LONG and its answer need several ranks
+# So that LONG and its answer need all four ranks, or both of two.
+KV = {"tokens_per_rank": 160, "block_size": 16, "placement": "round_robin"}
+KV_OF_TWO = KV | {"tokens_per_rank": 304}
 GREEDY: dict[str, Any] = {"prompt": LONG, "max_tokens": 300, "temperature": 0}
 
 

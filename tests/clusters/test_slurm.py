@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.clusters.conftest import GREEDY, HOW, KV, begun, port_of
+from tests.clusters.conftest import GREEDY, HOW, KV, KV_OF_TWO, begun, port_of
 from tests.helpers import slurm as slurm_tools
 from tests.helpers.jobs import ROOT, START_S, Job, busy, json_lines
 from tests.helpers.netns import NamespaceError
@@ -73,7 +73,7 @@ def test_generate(
 
 
 def test_scancel_with_term_lets_requests_finish(slurm: Slurm, config: Write, folder: Path) -> None:
-    file = config(kv_cache=KV | {"tokens_per_rank": 512}, threads_per_rank=1)
+    file = config(kv_cache=KV_OF_TWO, threads_per_rank=1)
     job = srun(slurm, folder, 2, 1, ["launch/serve.py", "--config", file])
     with slurm.pair.door("nodea", port_of(job)) as url:
         expected = Stream(url, GREEDY).end()
@@ -88,7 +88,7 @@ def test_scancel_with_term_lets_requests_finish(slurm: Slurm, config: Write, fol
 def test_a_killed_worker_is_replaced_on_one_node(slurm: Slurm, config: Write, folder: Path) -> None:
     """Then the job is cancelled, which leaves KillWait seconds to its requests."""
     tolerance = {"spare_after_s": None}
-    file = config(kv_cache=KV | {"tokens_per_rank": 304}, fault_tolerance=tolerance,
+    file = config(kv_cache=KV_OF_TWO, fault_tolerance=tolerance,
                   threads_per_rank=1)  # fmt: skip
     job = srun(slurm, folder, 1, 2, ["launch/serve.py", "--config", file])
     with slurm.pair.door("nodea", port_of(job)) as url:
@@ -106,7 +106,7 @@ def test_a_killed_worker_is_replaced_on_one_node(slurm: Slurm, config: Write, fo
 
 def test_a_killed_task_is_named(slurm: Slurm, config: Write, folder: Path) -> None:
     """srun names the task, ds_cp the rank, and nothing is left on the other node."""
-    file = config(kv_cache=KV, comm={"timeout_s": 20}, threads_per_rank=1)
+    file = config(kv_cache=KV_OF_TWO, comm={"timeout_s": 20}, threads_per_rank=1)
     job = srun(slurm, folder, 2, 1, ["launch/serve.py", "--config", file])
     with slurm.pair.door("nodea", port_of(job)) as url:
         stream = begun(job, Stream(url, GREEDY))

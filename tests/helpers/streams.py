@@ -14,9 +14,9 @@ LIMIT_S = 300.0  # for a stream to end, on a busy machine
 
 class Stream:
     """Text and tokens by answer. ``times``: of its events, in ``time.monotonic()``; ``errors``:
-    what it met. ``ignore_eos`` unless ``body`` says otherwise."""
+    what it met. ``ignore_eos`` unless ``body`` says otherwise. ``key``: the server's."""
 
-    def __init__(self, url: str, body: dict[str, Any]) -> None:
+    def __init__(self, url: str, body: dict[str, Any], key: str = "") -> None:
         self.body = body
         self.answers: dict[int, dict[str, Any]] = {}
         self.errors: list[Any] = []
@@ -25,7 +25,7 @@ class Stream:
         self._request = urllib.request.Request(
             f"{url}/v1/completions",
             json.dumps(whole).encode(),
-            {"Content-Type": "application/json"},
+            {"Content-Type": "application/json", "Authorization": f"Bearer {key}"},
         )
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()

@@ -146,6 +146,15 @@ class HostPair:
         self._kill_all(host)
 
     @contextmanager
+    def restored(self, host: str) -> Iterator[None]:
+        """After the block a lost host is up again, empty."""
+        try:
+            yield
+        finally:
+            self._kill_all(host)
+            self._run(host, "replace", "root", "pfifo")
+
+    @contextmanager
     def partition(self) -> Iterator[None]:
         """No packet passes between the hosts within the block; nothing tells them so."""
         with self._shaped("pfifo", "limit", "0"):
