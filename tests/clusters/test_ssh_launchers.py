@@ -48,7 +48,8 @@ def launch(hosts: HostPair, launcher: str, folder: Path, words: list[str]) -> Jo
         argv = [program, "--hostfile", str(hostfile), *address, *words]
     else:
         pytest.importorskip("mpi4py", reason="mpi4py is not installed: pip install ds_cp[mpi]")
-        root = ["--allow-run-as-root", "--oversubscribe"]  # of this machine, not of a cluster
+        # Of this machine, not of a cluster: all is one checkout, and root's.
+        root = ["--allow-run-as-root", "--oversubscribe", "-x", "PYTHONPATH"]
         size = ["-np", "4", "--hostfile", str(hostfile), "--bind-to", "none"]
         argv = [program, *root, *size, sys.executable, *words]
     return hosts.start(hosts.hosts.names[0], argv, folder)

@@ -152,7 +152,7 @@ class HostPair:
             yield
         finally:
             self._kill_all(host)
-            self._run(host, "replace", "root", "pfifo")
+            self._shape(host, "pfifo", "limit", "1000")
 
     @contextmanager
     def partition(self) -> Iterator[None]:
