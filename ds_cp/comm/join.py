@@ -251,6 +251,7 @@ def _notes_of_all(world: World) -> list[str]:
     if world.rank in leaders:
         world.store.set(f"notes/{world.rank}", "\n".join(world.notes))
     said = [world.store.get(f"notes/{leader}").decode() for leader in leaders]
+    world.everybody.barrier()  # rank 0, whose end is the store's, may leave at once
     return [line for text in said for line in text.splitlines()]
 
 

@@ -189,6 +189,8 @@ class World:
         if self._joined:
             for group in self._groups:
                 group.close()
+            for far in self._far:  # also those that shared memory stands in for
+                far.close()
             process_group.leave()
             if self._neighbours is not None:
                 self._neighbours.close()

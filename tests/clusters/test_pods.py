@@ -132,8 +132,8 @@ def test_the_stateful_set_serves_and_drains(
     key = json.loads((folder / "config.json").read_text())["server"]["api_key"]
     with pods.door("ds-cp-0", 8000, address) as url:
         body = GREEDY | {"model": "qwen3-8b"}
-        expected = Stream(url, body, key).end()
-        stream = begun(jobs[0], Stream(url, body, key))
+        expected = Stream(url, body, key=key).end()
+        stream = begun(jobs[0], Stream(url, body, key=key))
         for name in pods.hosts.names:
             pods.signal(name, "torchrun", signal.SIGTERM)
         assert stream.end() == expected, jobs[0].story()
