@@ -28,10 +28,11 @@ class Stream:
         self.errors: list[Any] = []
         self.times: list[float] = []
         whole = {"model": "tiny", "stream": True, "ignore_eos": True, **body, **fields}
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._request = urllib.request.Request(
             f"{url}/v1/completions",
             json.dumps(whole).encode(),
-            {"Content-Type": "application/json", "Authorization": f"Bearer {key}"},
+            {"Content-Type": "application/json"} | headers,
         )
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
