@@ -151,7 +151,6 @@ def test_sbatch_ends_before_its_time_is_up(
     assert "2 hosts: nodea ranks 0-1, nodeb ranks 2-3" in text
     with slurm.pair.door("nodea", int(port)) as url:
         assert Stream(url, GREEDY).end()
-    slurm.run(["scontrol", "update", f"JobId={job}", "TimeLimit=+2"])
     slurm.run(["scontrol", "update", f"JobId={job}", "TimeLimit=3"])
     until(STOPPING, 120)
     slurm.until_idle(END_S)
