@@ -173,14 +173,15 @@ class _Supervisor:
                     # While they load, the ranks agree on what rank 0 is to say.
                     if known and self._loaded:
                         await self._following.report(Lost(self._named(message), message.exit_code))
+                    elif self._loaded and not self._job.one_host and self._job.local_rank == 0:
+                        say(f"error: {self._named(message)}")  # no other process of this host does
                     await self._following.until_end(HEAD_START_S)
         except EngineDeadError:
             pass  # the worker has ended; _watch reports the exit code
 
     def _named(self, failed: Failed) -> str:
-        if failed.message.startswith("rank "):
-            return failed.message
-        return f"rank {self._job.rank} on {self._job.host}: {failed.message}"
+        known = failed.message.startswith("rank ")
+        return ("" if known else f"rank {self._job.rank} on {self._job.host}: ") + failed.message
 
     # --- a stop that is asked for
 
