@@ -22,7 +22,7 @@ from tests.clusters.conftest import GREEDY, HOW, KV_OF_TWO, begun
 from tests.helpers.jobs import BIN, ROOT, START_S, Job, clean_environment
 from tests.helpers.netns import NamespaceError
 from tests.helpers.streams import Stream
-from tests.helpers.tiny import NEW, PROMPTS
+from tests.helpers.tiny import LONG, NEW, PROMPTS
 from tests.helpers.two_hosts import HostPair, host_pair
 from tests.launch.conftest import Write
 
@@ -145,8 +145,10 @@ def test_the_stateful_set_serves_and_drains(
 def test_the_indexed_job_answers_its_file(
     pods: HostPair, config: Write, tmp_path: Path, tiny: Path, expected: list[list[int]]
 ) -> None:
-    """The second pod is up before the name of the first is known."""
-    folder = with_model(configure(config, tmp_path, kv_cache=KV_OF_TWO), tiny)
+    """The second pod is up before the name of the first is known. One prompt needs both."""
+    assert len(LONG) > 128  # tokens of one rank
+    kv = KV_OF_TWO | {"tokens_per_rank": 128}
+    folder = with_model(configure(config, tmp_path, kv_cache=kv), tiny)
     lines = [
         {
             "custom_id": str(at),
@@ -171,7 +173,7 @@ def test_the_indexed_job_answers_its_file(
         job.until("its end", lambda job=job: job.process.poll() is not None, START_S)
     story = jobs[0].story() + jobs[1].story()
     assert [job.process.returncode for job in jobs] == [0, 0], story
-    assert "2 hosts: ds-cp-0 rank 0, ds-cp-1 rank 1" in jobs[1].err, story
+    assert "batch: 3 answered, 0 refused, 0 broken" in jobs[1].err, story
     pods.until_empty(END_S)
     answers = {}
     for line in (folder / "answers.jsonl").read_text().splitlines():
