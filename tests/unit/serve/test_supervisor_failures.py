@@ -148,6 +148,22 @@ def test_a_known_cause_of_another_rank_is_told_to_rank_0(
     assert link.told == told and one._exit_code == 3
 
 
+@pytest.mark.parametrize("local_rank", [0, 1])
+@pytest.mark.parametrize("loads", [False, True])
+@pytest.mark.parametrize("known", [False, True])
+def test_one_rank_of_another_host_says_that_a_peer_is_lost(
+    local_rank: int, loads: bool, known: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rank 0 may be what is lost. A cause that is known has reached it, and is said there."""
+    one = supervisor(2 + local_rank)
+    job = replace(one._job, local_rank=local_rank, world_size=4, local_world_size=2)
+    one._job, one._following = job, Link()
+    messages = [Failed(3, "bad", known)] if loads else [READY, Failed(3, "bad", known)]
+    asyncio.run(one._follow(Worker(*messages)))
+    says = not loads and not known and local_rank == 0
+    assert capsys.readouterr().err == "ds_cp: error: rank 2 on here: bad\n" * says
+
+
 @pytest.mark.parametrize("known", [False, True])
 def test_another_rank_in_a_drain_fails_by_a_known_cause_alone(known: bool) -> None:
     one, link = supervisor(1), Link()
