@@ -9,7 +9,6 @@ each no block, process, descriptor or file in shared memory may be left. The las
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import sys
@@ -25,11 +24,10 @@ from benchmarks.faults.kinds import KINDS, Effect, Kind
 from benchmarks.faults.life import Life, Outcome, left_in_shared_memory
 from benchmarks.faults.load import Tally
 from benchmarks.faults.outside import SmallDisk
+from benchmarks.faults.server import INJECTED, configure
 from benchmarks.faults.table import table
 from tests.helpers.jobs import ROOT, Job, command
-from tests.helpers.tiny import make_tiny_model
 
-INJECTED = ROOT / "benchmarks" / "faults" / "injected"
 LIFE = 40  # faults that one server gets, at most
 
 
@@ -61,23 +59,6 @@ def lives(cards: list[Any]) -> Iterator[list[Any]]:
 def is_last(kind: Kind, phase: str) -> bool:
     """Whether the server ends with it."""
     return kind.effect is Effect.ENDS or phase in ("start", "drain")
-
-
-def configure(folder: Path, disk: SmallDisk | None, args: argparse.Namespace) -> Path:
-    """Write the server's config."""
-    config: dict[str, Any] = {
-        "model": str(make_tiny_model(folder / "model")),
-        "dtype": "fp32",
-        "threads_per_rank": 1,
-        "kv_cache": {"tokens_per_rank": args.tokens, "block_size": 16},
-        "server": {"port": 0, "served_model_name": "tiny"},
-        "fault_tolerance": {"hang_s": args.hang_s, "max_restarts": 5},
-    }
-    if disk is not None:
-        config["trace"] = {"file": str(disk.folder / "trace.json")}
-    file = folder / "config.json"
-    file.write_text(json.dumps(config))
-    return file
 
 
 def run(args: argparse.Namespace, folder: Path, disk: SmallDisk | None) -> dict[str, Any]:

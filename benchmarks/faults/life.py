@@ -99,8 +99,17 @@ class Life:
         return outcome
 
     def end(self) -> str:
-        """A quiet end: what was left behind, "" where nothing was."""
+        """A quiet end: what was left behind or went wrong, "" where nothing was."""
+        try:
+            return self._end()
+        except AssertionError as err:
+            return str(err)[:8000]
+
+    def _end(self) -> str:
         assert self._load is not None
+        if self._job.process.poll() is not None:
+            self._load.dies = True
+            return f"the server has ended{self._job.story()}"
         self._load.close()
         limit = time.monotonic() + SETTLE_S
         while (left := self._left()) and time.monotonic() < limit:

@@ -100,8 +100,9 @@ class Load:
     def _run(self) -> None:
         while not self._ends:
             if self._goes_on.is_set():
-                while len(self.streams) < self._flight and not self.dies:
-                    self.ask(self._rng.choice(BODIES))
+                for _ in range(self._flight - len(self.streams)):
+                    if not self.dies:
+                        self.ask(self._rng.choice(BODIES))
             self._count()
             time.sleep(0.01)
 

@@ -35,9 +35,10 @@ class EngineStats:
     num_requests_waiting: int = 0
     kv_blocks_used: tuple[int, ...] = ()  # one per rank
     kv_blocks_cached: tuple[int, ...] = ()  # unreferenced, kept for their prefix
-    kv_blocks_total: tuple[int, ...] = ()
+    kv_blocks_total: tuple[int, ...] = ()  # 0 for a rank that is away
     ranks_drained: tuple[int, ...] = ()  # closed ranks: they take no new KV
     ranks_draining: tuple[int, ...] = ()  # closed ranks that are not empty yet
+    ranks_away: tuple[int, ...] = ()  # closed ranks whose supervisor is gone
     prefix_cache_queries: int = 0  # prompt tokens looked up
     prefix_cache_hits: int = 0  # prompt tokens found
     blocks_moved: int = 0  # by drain and rebalance
@@ -46,6 +47,7 @@ class EngineStats:
     prefill_tokens: int = 0  # prompt tokens that steps computed: without what was cached
     num_preemptions: int = 0
     num_interruptions: int = 0  # times that the ranks met again
+    num_strangers: int = 0  # connections to the ranks' port that were dropped
     steps: int = 0
     step_seconds: float = 0.0
     step_age_seconds: float = 0.0  # of the step that runs now; 0 between steps
@@ -64,7 +66,10 @@ class EngineStats:
     grammar_failures: int = 0  # of these, ended because it allowed no token or passed its bounds
 
     def rank_state(self, rank: int) -> str:
-        """ "open", "draining" (closed, and not empty yet) or "drained" (closed and empty)."""
+        """ "open", "draining" (closed, and not empty yet), "drained" (closed and empty) or "away"
+        (its supervisor is gone)."""
+        if rank in self.ranks_away:
+            return "away"
         if rank in self.ranks_draining:
             return "draining"
         return "drained" if rank in self.ranks_drained else "open"

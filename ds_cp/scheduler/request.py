@@ -129,6 +129,7 @@ class Request:
     ranks_used: set[int] = field(default_factory=set)  # up to its last stop
     last_token_time: float | None = None
     num_preemptions: int = 0
+    granted: int = 0  # ``max_tokens`` when it was admitted, where ranks that went away cut that
     why_span: SpanReason | None = None  # of the ranks that it has now
     why_mode: ModeReason | None = None  # of its newest step
 
@@ -147,6 +148,11 @@ class Request:
     def num_tokens(self) -> int:
         """Known tokens, of prompt and output."""
         return len(self.prompt) + len(self.output)
+
+    @property
+    def max_need(self) -> int:
+        """Tokens whose KV it may need: the last one drawn needs none."""
+        return len(self.prompt) + self.max_tokens - 1
 
     @property
     def num_computed(self) -> int:

@@ -18,12 +18,13 @@ from ds_cp.errors import QueueFullError
 from ds_cp.grammar.vocabulary import Vocabulary
 from ds_cp.plan import StepPlan
 from ds_cp.sampling_params import RequestOptions, SamplingParams
+from ds_cp.scheduler.absence import fit_again
 from ds_cp.scheduler.admission import Limits, check_request, fit_max_tokens
 from ds_cp.scheduler.block_manager import BlockManager
 from ds_cp.scheduler.decode import DecodePlanner
 from ds_cp.scheduler.draft import Draft
 from ds_cp.scheduler.fairness import ANSWER, Turns
-from ds_cp.scheduler.forgotten import Forgotten
+from ds_cp.scheduler.forgotten import Forgotten, unreported
 from ds_cp.scheduler.inquest import Inquest
 from ds_cp.scheduler.migration import Migration
 from ds_cp.scheduler.mode_policy import ModePolicy, Seats
@@ -84,7 +85,7 @@ class Scheduler:
         self._forgotten = Forgotten(limits, block_size, self._prefill.sampling)
         self._vocabulary: Vocabulary | None = None  # that the ranks are to have
         self._vocabulary_sent = False
-        self._last_use: dict[int, int] = {}  # closed rank -> the last step that may use its blocks
+        self._last_use: dict[int, int] = {}  # closed rank -> last step that may use its blocks
 
     # --- requests come and go
 
@@ -180,8 +181,7 @@ class Scheduler:
         self._last_use[rank] = self._steps
 
     def is_drained(self, rank: int) -> bool:
-        """Whether ``rank`` is closed and holds nothing any more, by the ledger: the step that moves
-        its last block may still run."""
+        """Whether ``rank`` is closed and holds nothing, by the ledger: its last move may run."""
         return rank in self.block_manager.closed and not self.allocator.num_used(rank)
 
     @property
@@ -233,7 +233,7 @@ class Scheduler:
         if self._pacer is not None:
             self._pacer.plan(draft.num_decodes, draft.largest_work)
         self._looking_back.update((r.number, r) for r in draft.looking_back)
-        plan = draft.plan(self._ended, self._unreported())
+        plan = draft.plan(self._ended, unreported(self._looking_back.values()))
         self._ended = []
         self._vocabulary_sent = self._vocabulary is not None
         return plan
@@ -266,26 +266,25 @@ class Scheduler:
             self.finish(request, "length")
         return request.finish_reason
 
-    def _unreported(self) -> list[tuple[int, int, int]]:
-        """Output tokens that the ranks do not know yet and penalties count."""
-        news = []
-        for request in self._looking_back.values():
-            if request.table is not None:
-                for index in range(request.num_notified, len(request.output)):
-                    news.append((request.number, index, request.output[index]))
-                request.num_notified = len(request.output)
-        return news
-
     # --- ranks that were lost
 
-    def recover(self, lost: Collection[int]) -> list[Request]:
+    def recover(
+        self, lost: Collection[int], away: Collection[int] = ()
+    ) -> tuple[list[Request], list[Request]]:
         """All ranks have forgotten their requests, and ``lost`` what they stored; no step is under
         way. What was planned and not reported counts as not done: running requests are computed
-        again from there on. Returns those that are ended instead, as their steps end workers."""
+        again from there on, on ranks that are not ``away``. Returns those that are ended instead:
+        whose steps end workers, and which do not fit on the ranks that are here."""
         alive = {request.number for request in (*self.running, *self.waiting)}
-        found = self._inquest.interrupted(self._in_flight.values(), alive)
-        guilty = [r for r in (*self.running, *self.waiting) if r.number == found]
-        for request in guilty:
+        guilty: list[Request] = []
+        beyond: list[Request] = []
+        if self.block_manager.away == frozenset(away):
+            found = self._inquest.interrupted(self._in_flight.values(), alive)
+            guilty = [r for r in (*self.running, *self.waiting) if r.number == found]
+        else:  # ranks have come or gone, which is no request's fault
+            self.block_manager.set_away(away)
+            beyond = fit_again(self.block_manager, [*self.running, *self.waiting])
+        for request in (*guilty, *beyond):
             self.finish(request, "error")
         recovery = Recovery(self.block_manager, self.migration, lost, self._in_flight.values())
         self.num_interruptions += 1
@@ -299,7 +298,7 @@ class Scheduler:
         self._forgotten.requests = deque(self.running)
         self._ended = []
         self._vocabulary_sent = False
-        return guilty
+        return guilty, beyond
 
     # --- preemption, moving
 

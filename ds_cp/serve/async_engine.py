@@ -86,7 +86,7 @@ class AsyncEngine:
         self._worked = False  # since the ledger was last checked
         self._served = 0  # the generation of ranks that the core knows
         self._steps = TimedLink(link)
-        self._stall_s = config.server.stall_s
+        self.num_strangers = 0  # who came to the ranks' port, and was not of the job
         self._templates = TemplateProcesses()
         self._checks = GrammarChecks()
         self._listeners: list[Callable[[EndedRequest], None]] = []
@@ -105,7 +105,7 @@ class AsyncEngine:
         """As ``EngineInterface`` says."""
         if self._refusing and not self._failed:
             return "stopping"
-        if self._state == "ready" and self._steps.age_s > self._stall_s:
+        if self._state == "ready" and self._steps.age_s > self._config.server.stall_s:
             return "stalled"
         return self._state
 
@@ -192,7 +192,7 @@ class AsyncEngine:
                 return EngineStats()
             return replace(
                 self._core.stats(),
-                num_interruptions=self._core.scheduler.num_interruptions,
+                num_strangers=self.num_strangers,
                 step_seconds=self._steps.seconds,
                 step_age_seconds=0.0 if self._state == "dead" else self._steps.age_s,
                 comm_bytes={scheme: sent[0] for scheme, sent in self._link.sent.items()},
@@ -201,9 +201,8 @@ class AsyncEngine:
 
     def picture(self) -> Picture | None:
         """As ``EngineInterface`` says."""
-        if self._observer is None:
-            return None
-        return self._observer.picture(self._steps.seconds, self._link.sent)
+        seen = self._observer
+        return None if seen is None else seen.picture(self._steps.seconds, self._link.sent)
 
     # --- the end; called in the event loop
 
@@ -317,13 +316,14 @@ class AsyncEngine:
         self._mailboxes.deliver(addressed)
 
     def _recover(self, core: EngineCore, loop: PipelinedLoop) -> None:
-        """The ranks have left: wait until all have met again, and go on from what is certain."""
+        """The ranks have left: wait until they have met again, go on from what is certain."""
         loop.forget()
         self._steps.forget()
         resumed = self._link.resume()
-        lost = [rank for rank, born in enumerate(resumed.born) if born > self._served]
         with self._lock:
-            self._mailboxes.deliver(self._mailboxes.addressed(core.recover(lost)))
+            ends, refused = core.recover(resumed.lost_since(self._served), resumed.away)
+            self._mailboxes.deliver(self._mailboxes.addressed(ends))
+            self._mailboxes.refuse(refused)
         self._served = resumed.generation
 
     def _tell_ended(self, core: EngineCore) -> None:

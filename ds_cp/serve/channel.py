@@ -11,6 +11,7 @@ import msgspec
 from ds_cp.errors import EngineDeadError
 from ds_cp.facts import Facts
 from ds_cp.plan import MAX_PLAN_BYTES, Outcome, Plan, encode_plan
+from ds_cp.topology.job import Job
 
 GENERATION_BYTES = 4  # before a plan
 LIMIT = MAX_PLAN_BYTES + GENERATION_BYTES  # bytes of the largest frame
@@ -53,6 +54,12 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     message: str
     cause_known: bool = True
 
+    def named(self, job: Job) -> str:
+        """The message, with the rank."""
+        if self.message.startswith("rank "):
+            return self.message
+        return f"rank {job.rank} on {job.host}: {self.message}"
+
 
 class Result(msgspec.Struct, frozen=True, tag="result"):
     """The outcome of one plan, and what this rank has sent so far: (bytes, exchanges) by scheme."""
@@ -70,11 +77,16 @@ class Interrupted(msgspec.Struct, frozen=True, tag="interrupted"):
 
 
 class Resumed(msgspec.Struct, frozen=True, tag="resumed"):
-    """All ranks have met in this generation. ``born``: of each, the first generation of its
-    process, before which it held no KV."""
+    """All ranks have met in this generation, but for those that are ``away``. ``born``: of each,
+    the first generation of its process, before which it held no KV."""
 
     generation: int
     born: tuple[int, ...]
+    away: tuple[int, ...] = ()
+
+    def lost_since(self, generation: int) -> list[int]:
+        """Ranks that hold nothing of what they held in an earlier generation."""
+        return [rank for rank, born in enumerate(self.born) if born > generation]
 
 
 FromWorker = Ready | Failed | Result | Interrupted | Resumed

@@ -211,6 +211,8 @@ class Cluster:
         self.flying: deque[Outcome] = deque()
         self.before: deque[list[list[int | None]]] = deque()  # memories before each flying step
         self.again: set[int] = set()  # requests that ranks have forgotten, and begin again
+        self.away: set[int] = set()  # ranks without which the others have met
+        self.refused = 0  # answers that were ended since they did not fit on the others
         self.poison: set[int] = set()  # requests whose steps kill the worker of rank 0, where
         self.strikes: Callable[[StepPlan, int], bool] = in_every_step  # says so
         self.seconds: Callable[[StepPlan], float] = lambda plan: 0.0
@@ -275,9 +277,15 @@ class Cluster:
 
     # --- ranks die
 
-    def die(self, lost: Collection[int], is_done: Callable[[], bool]) -> None:
-        """The workers of ``lost`` are new and empty, and all have met again. Of what the steps in
-        flight write, ``is_done`` says slot by slot whether it was; their tokens are lost."""
+    def die(
+        self,
+        lost: Collection[int],
+        is_done: Callable[[], bool],
+        away: Collection[int] | None = None,
+    ) -> None:
+        """The workers of ``lost`` are new and empty, and all have met again, but those of ``away``,
+        where that is given. Of what the steps in flight write, ``is_done`` says slot by slot
+        whether it was; their tokens are lost."""
         for life in self.lives.values():
             request = life.request
             if life.reason is None and not life.aborted:
@@ -293,8 +301,15 @@ class Cluster:
         self.flying.clear()
         self.before.clear()
         self.ranks = SimulatedRanks(range(len(self.blocks)), self.block_size)
-        for delta in self.core.recover(lost):
+        self.away = self.away if away is None else set(away)
+        ends, refused = self.core.recover(lost, self.away)
+        for delta in ends:
             self._receive(delta)
+        for request_id, err in refused:
+            assert self.away and err.need > err.largest == self.scheduler.largest_tokens
+            for life in self._answers[request_id]:
+                life.aborted = life.aborted or life.reason is None
+                self.refused += life.aborted
         self.scheduler.check_integrity()
         self.again = {request.number for request in self.scheduler.running}
         self.held, self.first_prompt = 0, None
@@ -315,6 +330,10 @@ class Cluster:
         used = self.used()
         plan = self.core.plan()
         scheduler.check_integrity()
+        for rank in self.away:
+            assert not self.used()[rank] and not self.cached()[rank], (
+                "blocks on a rank that is away"
+            )
         for rank in scheduler.block_manager.closed:
             # A request that must be local grows where it is, until there is room to move it whole.
             taken = 0
@@ -520,6 +539,7 @@ class Cluster:
 
         for transfer in transfers:
             assert transfer.source != transfer.target
+            assert not self.away & {transfer.source[0], transfer.target[0]}
             if transfer.source in written or transfer.target in written:
                 run()
             batch.append(transfer)
@@ -559,6 +579,7 @@ class Cluster:
                     owned[rank] += 1
         for rank, count in enumerate(owned):
             assert count <= self.budget, f"rank {rank} computes {count} of {self.budget} tokens"
+            assert not count or rank not in self.away, f"rank {rank} is away and computes"
         self.owned.append(owned)
         for (number, position), token in sorted(tokens.items()):
             life = self.lives[number]

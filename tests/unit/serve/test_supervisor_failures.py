@@ -14,7 +14,7 @@ from ds_cp.config import load_config
 from ds_cp.errors import EngineDeadError
 from ds_cp.serve import supervisor as supervisor_module
 from ds_cp.serve.channel import Failed, Ready
-from ds_cp.serve.job_link import Lost
+from ds_cp.serve.job_words import Gone, Lost
 from ds_cp.serve.supervisor import _Supervisor
 from ds_cp.serve.worker_child import Child, until_end
 from ds_cp.topology.job import Job
@@ -44,7 +44,7 @@ def test_what_fails_the_job(state: str, what: str, capsys: pytest.CaptureFixture
             if what == "lost":
                 one._on_lost(1, Lost("it", 3))
             elif what == "gone":
-                one._on_gone(1, 17)
+                one._on_gone(1, Gone(17))
             else:
                 one._on_death("it", 3, True, False)
 
@@ -68,7 +68,7 @@ def test_a_killed_supervisor_is_said_once(capsys: pytest.CaptureFixture[str]) ->
         if stops:
             one._begin_stop("SIGTERM", False)
         capsys.readouterr()
-        one._on_gone(1, 17)
+        one._on_gone(1, Gone(17))
         assert one._exit_code == 1
         return capsys.readouterr().err
 
@@ -146,22 +146,6 @@ def test_a_known_cause_of_another_rank_is_told_to_rank_0(
     one._following = link
     asyncio.run(one._follow(Worker(*messages)))
     assert link.told == told and one._exit_code == 3
-
-
-@pytest.mark.parametrize("local_rank", [0, 1])
-@pytest.mark.parametrize("loads", [False, True])
-@pytest.mark.parametrize("known", [False, True])
-def test_one_rank_of_another_host_says_that_a_peer_is_lost(
-    local_rank: int, loads: bool, known: bool, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Rank 0 may be what is lost. A cause that is known has reached it, and is said there."""
-    one = supervisor(2 + local_rank)
-    job = replace(one._job, local_rank=local_rank, world_size=4, local_world_size=2)
-    one._job, one._following = job, Link()
-    messages = [Failed(3, "bad", known)] if loads else [READY, Failed(3, "bad", known)]
-    asyncio.run(one._follow(Worker(*messages)))
-    says = not loads and not known and local_rank == 0
-    assert capsys.readouterr().err == "ds_cp: error: rank 2 on here: bad\n" * says
 
 
 @pytest.mark.parametrize("known", [False, True])
