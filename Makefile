@@ -14,11 +14,12 @@ PEERS ?=
 BROWSER ?=
 CONFORMANCE ?=
 FAULTS ?=
+CLUSTERS ?=
 # deepspeed starts the "python" it was installed for, and mpirun the one on the PATH
 WITH_VENV := PATH="$(CURDIR)/$(BIN):$$PATH" VIRTUAL_ENV="$(CURDIR)/$(VENV)"
 
 .PHONY: help install model serve generate test unit checks format bench bench-peers agents clients fuzz attacks \
-	browser conformance faults clean
+	browser conformance faults clusters clean
 
 help:
 	@echo "make serve      four ranks serve a small model at http://127.0.0.1:8000"
@@ -29,6 +30,8 @@ help:
 	@echo "make clients    clients of OpenAI's protocol against the server; installs each by itself"
 	@echo "make fuzz       20,000 generated requests; make attacks: attacks beside honest streams"
 	@echo "make faults     requests in flight while workers are killed; FAULTS='--ranks 4 --faults 20'"
+	@echo "make clusters   two hosts: Slurm, ssh hostfiles, pods, lost hosts, a cut network; as root, under ten"
+	@echo "                minutes; what a machine lacks is skipped with its reason; CLUSTERS='-k slurm'"
 	@echo "make agents     Claude Code, Codex, opencode and others, unmodified, against four ranks"
 	@echo "make browser    the page in a real Chromium"
 	@echo "make conformance  what is checked with software of others and is longer, under 25 minutes;"
@@ -101,6 +104,9 @@ attacks: install model
 
 faults: install
 	$(WITH_VENV) $(BIN)/python -m benchmarks.faults $(FAULTS)
+
+clusters: install
+	$(WITH_VENV) $(BIN)/python -m pytest -q -rs tests/clusters $(CLUSTERS)
 
 browser: install
 	$(WITH_VENV) $(BIN)/python -m tests.browser $(BROWSER)

@@ -56,8 +56,9 @@ def _run(channel: Channel, work: Callable[[], None]) -> NoReturn:
     try:
         work()
     except DsCpError as err:
-        _report(channel, Failed(err.exit_code, str(err), not isinstance(err, CommError)))
-        if err.__cause__ is not None and not isinstance(err.__cause__, DsCpError):
+        is_lost_peer = isinstance(err, CommError)  # whose message has the library's words
+        _report(channel, Failed(err.exit_code, str(err), not is_lost_peer))
+        if not (is_lost_peer or err.__cause__ is None or isinstance(err.__cause__, DsCpError)):
             traceback.print_exception(err.__cause__)  # raised on this rank
         leave_process(err.exit_code)
     except BaseException as err:
