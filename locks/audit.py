@@ -1,4 +1,4 @@
-"""What is known against the locked packages, and what bandit says of the code. `make audit` runs it.
+"""What is known against the locked packages, and what bandit says of the code (`make audit`).
 
 pip-audit asks PyPI's JSON pages, which some mirrors do not have: a package that could not be asked
 about counts as not audited, never as clean. Exit code 0: nothing found, everything looked at; 1:

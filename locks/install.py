@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -24,7 +23,7 @@ QUICK = ("--no-compile", "--no-build-isolation", "--no-deps")
 TORCH = {"cpu": "torch-cpu.txt", "cuda": "torch.txt"}
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """What is to be installed is not what was tested; the words for the user."""
 
 
@@ -46,20 +45,23 @@ def torch_version() -> str:
 
 def found_torch() -> tuple[str, str]:
     """Version and sha256 of the build of torch that pip would take here, which is not installed.
-    Raises ``Refused`` when pip finds none."""
+    Raises ``RefusedError`` when pip finds none."""
     asked = ["--dry-run", "--ignore-installed", "--no-deps", "--report", "-"]
     done = subprocess.run(
         [*PIP, *asked, f"torch=={torch_version()}"], stdout=subprocess.PIPE, text=True, check=False
     )
     if done.returncode:
-        raise Refused(f"pip finds no torch {torch_version()} for this Python; its words are above")
+        raise RefusedError(
+            f"pip finds no torch {torch_version()} for this Python; its words are above"
+        )
     (found,) = json.loads(done.stdout)["install"]
     return found["metadata"]["version"], found["download_info"]["archive_info"]["hashes"]["sha256"]
 
 
 def torch_commands(build: str) -> list[list[str]]:
     """The commands that install torch. ``build``: ``cpu``, ``cuda``, ``auto`` (the one that pip
-    would take here) or ``any`` (that one, unchecked). Raises ``Refused`` for one without a hash."""
+    would take here) or ``any`` (that one, unchecked). Raises ``RefusedError`` for one whose hash
+    is not known."""
     if build in TORCH:
         return [locked(TORCH[build])]
     version = torch_version()
@@ -68,7 +70,7 @@ def torch_commands(build: str) -> list[list[str]]:
     found, sha256 = found_torch()
     name = TORCH["cuda" if found == version else "cpu"]
     if f"sha256:{sha256}" not in (HERE / name).read_text():
-        raise Refused(
+        raise RefusedError(
             f"pip would install torch {found} with sha256 {sha256}, which locks/{name} does not "
             "list: compare it with what its publisher says and add it there, or install it "
             "unchecked with make install TORCH=any"
@@ -94,15 +96,16 @@ def main(argv: Sequence[str]) -> int:
     if sys.prefix == sys.base_prefix:
         print("ds_cp: locks/install.py wants a virtual environment", file=sys.stderr)
         return 2
+    quiet = {**os.environ, "PYTHONWARNINGS": "ignore"}  # what setuptools says of editable installs
     try:
         todo = iter([locked("tools.txt")]) if args.only else commands(args.torch)
         for command in todo:
-            done = subprocess.run(command, check=False)
+            done = subprocess.run(command, env=quiet, check=False)
             if done.returncode:
                 said = " ".join(command[command.index("--quiet") + 1 :])
                 print(f"ds_cp: error: pip install {said} failed, see above", file=sys.stderr)
                 return done.returncode
-    except Refused as err:
+    except RefusedError as err:
         print(f"ds_cp: error: {err}", file=sys.stderr)
         return 2
     return 0

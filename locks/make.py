@@ -4,8 +4,8 @@ files, for every Python from 3.11 and every kind of machine. `make lock` runs th
     python locks/make.py [--upgrade]      # needs uv; the versions of before are kept where they fit
 
 ``packages.txt`` is what setup.py and constraints.txt ask for, torch apart: which build of torch a
-machine wants is its own matter (``torch.txt`` as PyPI has it, with CUDA's libraries; ``torch-cpu.txt``
-by hand, since no index here lists those builds).
+machine wants is its own matter. ``torch.txt`` is PyPI's, with CUDA's libraries; ``torch-cpu.txt``,
+of builds that are not there, is kept by hand.
 """
 
 from __future__ import annotations
