@@ -133,13 +133,19 @@ def network(processes: list[psutil.Process]) -> tuple[set[int], list[str]]:
     for process in processes:
         for one in process.net_connections("inet"):
             ends = [end for end in (one.laddr, one.raddr) if end]
-            if any(not ipaddress.ip_address(end.ip).is_loopback for end in ends):
+            if not all(is_loopback(end.ip) for end in ends):
                 beyond.append(f"{process.pid} {one}")
             elif one.status == psutil.CONN_LISTEN:
                 ports.add(one.laddr.port)
             elif one.status == psutil.CONN_NONE:
                 beyond.append(f"{process.pid} {one}")
     return ports, beyond
+
+
+def is_loopback(ip: str) -> bool:
+    address = ipaddress.ip_address(ip)
+    mapped = getattr(address, "ipv4_mapped", None)  # IPv4 by a socket of IPv6
+    return (mapped or address).is_loopback
 
 
 def said(text: dict[str, Any]) -> str:
@@ -168,7 +174,8 @@ def stranger(job: Job, names: set[str], ports: set[int], files: list[str]) -> li
 def test_what_a_server_makes_is_its_users_alone(
     start: Start, config: Write, tmp_path: Path
 ) -> None:
-    """With a umask that hides nothing. Two ranks, all kinds of work: a chat, a grammar, a trace."""
+    """With a umask that hides nothing. Two ranks, and the processes that render templates and
+    compile grammars."""
     file = config(kv_cache=KV, threads_per_rank=1)
     serve = command("ds-cp", "serve", 2, ["--config", file])
     job = start(["bash", "-c", 'umask 000; exec "$@"', "bash", *serve])
