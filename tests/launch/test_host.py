@@ -181,7 +181,9 @@ def test_what_a_server_makes_is_its_users_alone(
     job = start(["bash", "-c", 'umask 000; exec "$@"', "bash", *serve])
     url = job.ready()
     before = said(post(f"{url}/v1/completions", BODY))
-    spelled = said(post(f"{url}/v1/completions", BODY | {"guided_regex": "[0-9]{3}"}))
+    spelled = said(
+        post(f"{url}/v1/completions", BODY | {"guided_regex": "[0-9]{3}", "ignore_eos": False})
+    )
     assert re.fullmatch("[0-9]{1,3}", spelled), spelled
     processes = job.processes()
     assert len([p for p in processes if "worker_process" in " ".join(p.cmdline())]) >= 2

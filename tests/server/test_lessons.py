@@ -35,13 +35,9 @@ def test_every_route_wants_the_key(launch: Launch, tokenizer: Any) -> None:
     asked = 0
     for route in flat(app.router.routes):
         path = re.sub(r"{[^}]*}", "1", route.path)
-        for method in sorted((route.methods or set()) - {"HEAD", "OPTIONS"}):
-            if path in HEALTH_PATHS | page_paths():
-                continue
-            body = {"json": {}} if method == "POST" else {}
-            reply = server.post(path, **body) if method == "POST" else None
-            reply = reply or (server.get(path) if method == "GET" else None)
-            if reply is not None:
+        for method in {"GET", "POST"} & (route.methods or set()):
+            if path not in HEALTH_PATHS | page_paths():
+                reply = server.get(path) if method == "GET" else server.post(path, {})
                 assert reply.status_code == 401, (method, path, reply.text)
                 asked += 1
     assert asked >= 15
@@ -150,7 +146,7 @@ def test_addresses_in_bodies_are_never_asked(shared: Running) -> None:
         for path, body in WISHES:
             reply = shared.post(path, body)
             assert reply.status_code in (200, 400), (body, reply.text)
-            assert reply.status_code == 400 or "$id" in str(body), (body, reply.text)
+            assert reply.status_code == 400 or "schema" in str(body), (body, reply.text)
     assert seen == []
 
 
