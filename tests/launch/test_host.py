@@ -28,7 +28,10 @@ STRANGER = r"""
 import json, os, socket, sys
 wanted = json.load(sys.stdin)
 got = []
-assert os.geteuid() == wanted["uid"], os.geteuid()
+os.chdir("/")  # as another user from here on, for good: who may not even read this Python
+os.setgroups([])
+os.setgid(wanted["uid"])
+os.setuid(wanted["uid"])
 for path in wanted["files"]:
     for flags in (os.O_RDONLY, os.O_WRONLY):
         try:
@@ -159,11 +162,9 @@ def stranger(job: Job, names: set[str], ports: set[int], files: list[str]) -> li
         "uid": NOBODY, "names": sorted(names), "ports": sorted(ports), "files": files,
         "pids": [process.pid for process in job.processes()],
     }  # fmt: skip
-    python = os.path.realpath(sys.executable)
     done = subprocess.run(
-        [python, "-I", "-S", "-c", STRANGER], input=json.dumps(wanted), user=NOBODY, group=NOBODY,
-        extra_groups=[], cwd="/", env={"PATH": os.defpath}, capture_output=True, text=True,
-        timeout=300,
+        [sys.executable, "-I", "-S", "-c", STRANGER], input=json.dumps(wanted),
+        capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     got: list[Any] = json.loads(done.stdout)
