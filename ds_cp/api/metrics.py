@@ -247,6 +247,12 @@ def _counters(stats: EngineStats, name: str) -> Iterable[Metric]:
             "Times that the ranks met again, after a worker had died or stood still.",
             stats.num_interruptions,
         ),
+        (
+            "num_strangers",
+            "Connections to the port on which ranks of several hosts meet that were dropped: they "
+            "did not know the job's secret.",
+            stats.num_strangers,
+        ),
         ("prefix_cache_queries", "Prompt tokens looked up.", stats.prefix_cache_queries),
         ("prefix_cache_hits", "Prompt tokens found in the cache.", stats.prefix_cache_hits),
         ("blocks_moved", "KV blocks moved between ranks.", stats.blocks_moved),

@@ -97,6 +97,8 @@ def find_job(config: Config, env: Mapping[str, str]) -> Job:
         hosts=config.comm.hosts,
         interface=config.comm.interface,
         timeout_s=config.comm.timeout_s,
+        port=config.comm.port,
+        secret_file=config.comm.secret_file,
     )
     sizes = (config.context_parallel.size, config.tensor_parallel.tp_size)
     if job.hosts is not None:

@@ -13,10 +13,12 @@ import msgspec
 import torch
 
 from ds_cp.comm import process_group
+from ds_cp.comm.job_store import JobStore, open_job_store
 from ds_cp.comm.process_group import DistError
 from ds_cp.comm.shared_memory import Neighbours, Process
 from ds_cp.comm.world import Backend, World
 from ds_cp.errors import CommError, ConfigError, LaunchError
+from ds_cp.link.knock import Port
 from ds_cp.topology.hosts import Topology, name_hosts
 from ds_cp.topology.net import host_key, listening_address
 
@@ -30,12 +32,14 @@ class Rendezvous:
     ``listen_fd`` is rank 0's listening socket (bound by the launch code, loopback for one-host
     jobs); the other ranks, and rank 0 of a job whose store exists already (torchrun), are clients.
     ``generation``: which meeting of these ranks it is; the keys of one are apart from the next.
+    ``own``: the ranks of several hosts meet on a port of our own, which knows who is of the job.
     """
 
     host: str
     port: int
     listen_fd: int | None = None
     generation: int = 0
+    own: Port | None = None
 
 
 class Hello(msgspec.Struct, array_like=True):
@@ -100,11 +104,26 @@ def join(
         raw = left.raw_store if left is not None and keeps else None
         listen_fd = rendezvous.listen_fd if rank == 0 else None
         arrive_s = timeout_s if arrive_s is None else arrive_s
-        if raw is None:
+        if raw is None and rendezvous.own is not None:
+            raw = open_job_store(rendezvous.own, listen_fd, timeout_s, arrive_s)
+        elif raw is None:
             raw = process_group.open_store(rendezvous.host, rendezvous.port, listen_fd, arrive_s)
-        store = process_group.prefixed(raw, f"gen{rendezvous.generation}")
+        # Who keeps torch's store has had its own connection to it from the first meeting on, and
+        # that may have broken since.
+        client: Any = raw
+        if isinstance(raw, JobStore):
+            raw.given_up = given_up  # so that torch, too, waits no more for who has died
+        elif keeps:
+            client = client.clone()
+        store = process_group.prefixed(client, f"gen{rendezvous.generation}")
         hello = _hello(host, digest, device, born)
-        hellos = _introduce(rank, world_size, hello, store, arrive_s, given_up)
+
+        def off() -> bool:
+            if isinstance(raw, JobStore) and raw.misfit:
+                raise ConfigError(raw.misfit)
+            return given_up()
+
+        hellos = _introduce(rank, world_size, hello, store, arrive_s, off)
         names = list(hosts or _names(hellos))
         try:
             _check_configs(hellos)
@@ -133,6 +152,10 @@ def join(
         )  # fmt: skip
         world.raw_store, world.is_store = raw, keeps or listen_fd is not None
         world.generation, world.born = rendezvous.generation, tuple(one.born for one in hellos)
+        if isinstance(raw, JobStore):
+            raw.given_up = lambda: False
+            if rank == 0:  # no rank reads those any more
+                raw.forget(process_group.prefix_of(f"gen{rendezvous.generation - 2}") + "/")
         world.notes = [*notes, *_notes_of_all(world)]
     except BaseException as err:
         if world_size > 1:
@@ -251,6 +274,7 @@ def _notes_of_all(world: World) -> list[str]:
     if world.rank in leaders:
         world.store.set(f"notes/{world.rank}", "\n".join(world.notes))
     said = [world.store.get(f"notes/{leader}").decode() for leader in leaders]
+    world.everybody.barrier()  # rank 0, whose end is the store's, may leave at once
     return [line for text in said for line in text.splitlines()]
 
 

@@ -26,6 +26,7 @@ else:
     from torch.distributed import PrefixStore, Store, TCPStore
 
 DistError = torch_dist.DistError
+TorchStore = Store  # what torch takes for one
 
 
 class ProcessGroup:
@@ -165,7 +166,12 @@ def open_store(host: str, port: int, listen_fd: int | None, timeout_s: float) ->
 
 def prefixed(store: Store, prefix: str) -> Store:
     """The part of a store that one meeting of the ranks uses."""
-    return PrefixStore(f"ds_cp/{prefix}", store)
+    return PrefixStore(prefix_of(prefix), store)
+
+
+def prefix_of(prefix: str) -> str:
+    """How the keys of that part begin, up to a slash."""
+    return f"ds_cp/{prefix}"
 
 
 def abort_nccl() -> None:

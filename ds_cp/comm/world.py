@@ -14,6 +14,7 @@ from ds_cp.comm import process_group
 from ds_cp.comm.device import mark_here, wait_until
 from ds_cp.comm.group import Group
 from ds_cp.comm.ledger import Ledger, Waits
+from ds_cp.comm.listeners import close_listeners
 from ds_cp.comm.local_work import LocalWork
 from ds_cp.comm.process_group import DistError, ProcessGroup
 from ds_cp.comm.shared_memory import Neighbours, SharedMemory
@@ -170,6 +171,12 @@ class World:
         if self._joined and self.backend == "nccl":
             process_group.abort_nccl()
 
+    def close_listeners(self, keep: int | None) -> None:
+        """All groups are made: nobody connects to this process any more, but to the port ``keep``.
+        For a process in which nothing else listens."""
+        if self._joined:
+            close_listeners(keep)
+
     def before_leaving(self, work: Callable[[], None]) -> None:
         """``work``, a method of an object that may end before, is called when this world is
         left, and no more than once: it gives up what must not outlive the connections."""
@@ -189,6 +196,8 @@ class World:
         if self._joined:
             for group in self._groups:
                 group.close()
+            for far in self._far:  # also those that shared memory stands in for
+                far.close()
             process_group.leave()
             if self._neighbours is not None:
                 self._neighbours.close()

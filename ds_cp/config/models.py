@@ -188,6 +188,18 @@ class Comm(Section):
         description="where host names come from; auto: MPI under mpirun, else the launcher's "
         "environment",
     )
+    port: Annotated[int, Field(ge=1, le=65535)] | Literal["auto"] = Field(
+        default="auto",
+        description="port on rank 0's host on which the ranks of several hosts meet; auto: the "
+        "launcher's MASTER_PORT, under torchrun, which has a store there, the next one, under "
+        "mpirun any free one",
+    )
+    secret_file: Annotated[str, Field(min_length=1, max_length=4096)] | None = Field(
+        default=None,
+        description="file that only its owner may read, alike on all hosts, with the secret by "
+        "which ranks of several hosts know each other; the environment variable DS_CP_JOB_SECRET "
+        "comes before it; mpirun needs neither",
+    )
 
 
 class FaultTolerance(Section):
@@ -198,13 +210,20 @@ class FaultTolerance(Section):
         description="interruptions in a row, without a step done between them, that the job "
         "outlives: a worker that dies is replaced, the ranks meet again, and requests go on; from "
         "3 on, a request whose steps end workers is found and ended before the job; 0: the first "
-        "death ends the job, as it does on several hosts and with tp_size above 1",
+        "death ends the job, as it does with tp_size above 1",
         json_schema_extra=unit_of("interruptions"),
     )
     hang_s: Annotated[float, Field(ge=1, le=86400)] | None = Field(
         default=30.0,
         description="time without a sign of life, which a thread of a worker gives whatever that "
         "does, after which the worker is taken for dead, ended and replaced; null: for ever",
+        json_schema_extra=unit_of("seconds"),
+    )
+    host_timeout_s: Annotated[float, Field(ge=0.5, le=86400)] = Field(
+        default=1.2,
+        description="time in which the system of another host has to answer, else that host, or "
+        "the network to it, is taken for lost; a busy or stopped process does not count, its "
+        "system answers",
         json_schema_extra=unit_of("seconds"),
     )
     spare_after_s: Annotated[float, Field(ge=0, le=86400)] | None = Field(

@@ -317,6 +317,7 @@ class EngineCore:
         return EngineStats(
             num_requests_running=len(scheduler.running),
             num_requests_waiting=len(scheduler.waiting),
+            num_interruptions=scheduler.num_interruptions,
             kv_blocks_used=tuple(allocator.num_used(r) for r in ranks),
             kv_blocks_cached=tuple(allocator.num_cached(r) for r in ranks),
             kv_blocks_total=allocator.blocks_per_rank,

@@ -46,6 +46,7 @@ class EngineStats:
     prefill_tokens: int = 0  # prompt tokens that steps computed: without what was cached
     num_preemptions: int = 0
     num_interruptions: int = 0  # times that the ranks met again
+    num_strangers: int = 0  # connections to the ranks' port that were dropped
     steps: int = 0
     step_seconds: float = 0.0
     step_age_seconds: float = 0.0  # of the step that runs now; 0 between steps

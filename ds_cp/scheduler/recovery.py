@@ -22,19 +22,19 @@ from ds_cp.scheduler.request import Request
 class Flight(NamedTuple):
     """A step that was planned and is not known to have ended: its decodes, the most work of a rank
     on prompts, the blocks that it writes, each with the first place that it writes there, and the
-    requests that it computes."""
+    requests that it computes, each with the number of its tokens that are computed then."""
 
     decodes: int = 0
     work: float = 0.0
     written: tuple[tuple[Home, int], ...] = ()
-    requests: tuple[int, ...] = ()
+    reached: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def of(cls, draft: Draft) -> Flight:
         """The step that was drafted."""
         copies = [(transfer.target, 0) for transfer in draft.transfers]
         written = (*draft.written, *copies)
-        return cls(draft.num_decodes, draft.largest_work, written, tuple(draft.requests()))
+        return cls(draft.num_decodes, draft.largest_work, written, tuple(draft.reached.items()))
 
 
 class Recovery:

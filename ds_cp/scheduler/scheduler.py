@@ -32,6 +32,7 @@ from ds_cp.scheduler.prefill import PrefillPlanner
 from ds_cp.scheduler.queue import WaitingQueue
 from ds_cp.scheduler.recovery import Flight, Recovery
 from ds_cp.scheduler.request import Request
+from ds_cp.scheduler.seclusion import Seclusion
 
 
 class Scheduler:
@@ -65,8 +66,14 @@ class Scheduler:
             limits, self.block_manager, policy, self.running, self.waiting, self._preempt_for
         )
         self._turns = Turns()
+        self._inquest = Inquest()
+        suspects = self._inquest.suspects
         self._prefill = PrefillPlanner(
-            limits, self.block_manager, policy, layout, self.running, self.waiting, self._turns
+            limits, self.block_manager, policy, layout, self.running, self.waiting, self._turns,
+            suspects,
+        )  # fmt: skip
+        self._seclusion = Seclusion(
+            suspects, self.running, self.waiting, self._decode, self._prefill
         )
         self._pacer = pacer
         self._numbers = 0
@@ -75,7 +82,6 @@ class Scheduler:
         self._looking_back: dict[int, Request] = {}  # whose draws depend on earlier tokens
         self._in_flight: dict[int, Flight] = {}  # by step
         self._forgotten = Forgotten(limits, block_size, self._prefill.sampling)
-        self._inquest = Inquest()
         self._vocabulary: Vocabulary | None = None  # that the ranks are to have
         self._vocabulary_sent = False
         self._last_use: dict[int, int] = {}  # closed rank -> the last step that may use its blocks
@@ -154,6 +160,7 @@ class Scheduler:
                 self.waiting.push(heirs[0])
         request.siblings = []
         self._looking_back.pop(request.number, None)
+        self._inquest.forget(request.number)
         request.finish_reason, request.stop_reason = reason, stop_reason
         request.finished_time = time.time()
 
@@ -214,7 +221,7 @@ class Scheduler:
                 self._last_use[rank] = draft.step
         if self.migration.is_moving:
             self._move(draft)
-        if self._forgotten.begin(draft) and not self._runs_suspect(draft):
+        if self._forgotten.begin(draft) and not self._seclusion.plan(draft, bool(self._in_flight)):
             self._decode.add(draft)
             draft.allow_prompts()
             # A preempted request must not get back, in the same step, the blocks that it freed.
@@ -277,7 +284,8 @@ class Scheduler:
         again from there on. Returns those that are ended instead, as their steps end workers."""
         alive = {request.number for request in (*self.running, *self.waiting)}
         found = self._inquest.interrupted(self._in_flight.values(), alive)
-        for request in (guilty := [r for r in self.running if r.number == found]):
+        guilty = [r for r in (*self.running, *self.waiting) if r.number == found]
+        for request in guilty:
             self.finish(request, "error")
         recovery = Recovery(self.block_manager, self.migration, lost, self._in_flight.values())
         self.num_interruptions += 1
@@ -292,19 +300,6 @@ class Scheduler:
         self._ended = []
         self._vocabulary_sent = False
         return guilty
-
-    def _runs_suspect(self, draft: Draft) -> bool:
-        """Whether the step is for a suspect alone, or nobody while another's is under way."""
-        if not self._inquest.suspects or self._in_flight:
-            return bool(self._inquest.suspects)
-        draft.allow_prompts()
-        for request in self.running:
-            if request.number in self._inquest.suspects:
-                self._prefill.advance_alone(request, draft)
-                if draft.has_prompts:
-                    return True
-        self._inquest.suspects.clear()  # those that are left have ended, or wait
-        return False
 
     # --- preemption, moving
 

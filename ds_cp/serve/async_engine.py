@@ -86,7 +86,7 @@ class AsyncEngine:
         self._worked = False  # since the ledger was last checked
         self._served = 0  # the generation of ranks that the core knows
         self._steps = TimedLink(link)
-        self._stall_s = config.server.stall_s
+        self.num_strangers = 0  # who came to the ranks' port, and was not of the job
         self._templates = TemplateProcesses()
         self._checks = GrammarChecks()
         self._listeners: list[Callable[[EndedRequest], None]] = []
@@ -105,7 +105,7 @@ class AsyncEngine:
         """As ``EngineInterface`` says."""
         if self._refusing and not self._failed:
             return "stopping"
-        if self._state == "ready" and self._steps.age_s > self._stall_s:
+        if self._state == "ready" and self._steps.age_s > self._config.server.stall_s:
             return "stalled"
         return self._state
 
@@ -192,7 +192,7 @@ class AsyncEngine:
                 return EngineStats()
             return replace(
                 self._core.stats(),
-                num_interruptions=self._core.scheduler.num_interruptions,
+                num_strangers=self.num_strangers,
                 step_seconds=self._steps.seconds,
                 step_age_seconds=0.0 if self._state == "dead" else self._steps.age_s,
                 comm_bytes={scheme: sent[0] for scheme, sent in self._link.sent.items()},

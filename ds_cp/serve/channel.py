@@ -12,7 +12,8 @@ from ds_cp.errors import EngineDeadError
 from ds_cp.facts import Facts
 from ds_cp.plan import MAX_PLAN_BYTES, Outcome, Plan, encode_plan
 
-LIMIT = MAX_PLAN_BYTES + 4  # bytes of the largest frame
+GENERATION_BYTES = 4  # before a plan
+LIMIT = MAX_PLAN_BYTES + GENERATION_BYTES  # bytes of the largest frame
 
 
 class WorkerSpec(msgspec.Struct, frozen=True):
@@ -99,17 +100,21 @@ class Channel:
 
     def send_plan(self, plan: Plan, generation: int) -> None:
         """Send a plan for the ranks as they met in ``generation``. Raises as ``send``."""
-        self._send_raw(generation.to_bytes(4, "little") + encode_plan(plan))
+        self._send_raw(generation.to_bytes(GENERATION_BYTES, "little") + encode_plan(plan))
 
     def receive_plan(self) -> tuple[bytes, int]:
         """The next plan as it was encoded, and its generation. Raises as ``receive``."""
         raw = self.receive_bytes()
-        return raw[4:], int.from_bytes(raw[:4], "little")
+        return raw[GENERATION_BYTES:], int.from_bytes(raw[:GENERATION_BYTES], "little")
 
     def receive(self, kind: Any) -> Any:
         """The next message, decoded as ``kind``. Raises ``EngineDeadError`` when the other process
-        has ended, or the frame is longer than ``LIMIT``."""
-        return msgspec.msgpack.decode(self.receive_bytes(), type=kind)
+        has ended, or the frame is longer than ``LIMIT`` or no such message."""
+        raw = self.receive_bytes()
+        try:
+            return msgspec.msgpack.decode(raw, type=kind)
+        except msgspec.MsgspecError as err:
+            raise EngineDeadError(f"the process on the other side makes no sense ({err})") from err
 
     def receive_bytes(self) -> bytes:
         """The next message as it was sent, to be decoded elsewhere. ``EngineDeadError`` as in

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Protocol
 from ds_cp.config import Config
 from ds_cp.log_stream import say
 from ds_cp.serve.generations import Action, Generations, GiveUp, Kill
-from ds_cp.serve.job_link import Asked, Died, End, FollowingLink, LeadingLink, Said, link_name
+from ds_cp.serve.job_link import FollowingLink, LeadingLink, has_link
+from ds_cp.serve.job_words import Asked, Died, End, Said
 from ds_cp.serve.orders import Left, Loaded, Met, Word
 from ds_cp.serve.seat import Seat
 from ds_cp.topology.job import Job
@@ -32,7 +33,7 @@ def can_mend(config: Config, job: Job) -> bool:
     return (
         config.fault_tolerance.max_restarts > 0
         and config.tensor_parallel.tp_size == 1
-        and (job.world_size == 1 or link_name(job) is not None)
+        and (job.world_size == 1 or has_link(job))
     )
 
 

@@ -65,10 +65,12 @@ MAX_CAUSE = 500  # characters of a cause, at most
 
 
 class Orders:
-    """The worker's end."""
+    """The worker's end. ``on_deaf`` is called, in another thread, once nothing can be heard any
+    more: the supervisor is gone, or what it says makes no sense."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, on_deaf: Callable[[], None] = lambda: None) -> None:
         self._channel = Channel(sock)
+        self._on_deaf = on_deaf
         self._lock = threading.Lock()
         self._speaks = threading.Lock()
         self._generation = 0  # that this worker is in, and
@@ -134,9 +136,10 @@ class Orders:
                     self._told = order.generation
                     if self._told >= self._generation:
                         self._leave()
+        self._on_deaf()
 
     def _leave(self) -> None:
         if self._abandon is not None:
             abandon, self._abandon = self._abandon, None
-            os.write(self._waking, b"!")
             abandon()
+            os.write(self._waking, b"!")

@@ -9,6 +9,7 @@ import torch
 from ds_cp.comm.wire import Rendezvous, World, join
 from ds_cp.config import Config
 from ds_cp.errors import ConfigError
+from ds_cp.startup.own_port import config_digest, own_port
 from ds_cp.topology.job import Job
 
 
@@ -36,12 +37,18 @@ def join_job(
     world = join(
         job.rank,
         job.world_size,
-        Rendezvous(job.store_host, job.store_port, listen_fd, generation),
+        Rendezvous(
+            job.store_host,
+            job.store_port,
+            listen_fd,
+            generation,
+            own_port(job, config, "store") if job.by_port else None,
+        ),
         host=job.host,
         hosts=job.hosts,
         device=device,
         timeout_s=config.comm.timeout_s,
-        digest=config.model_dump_json(exclude={"server"}),
+        digest=config_digest(config),
         backend=config.comm.backend,
         shared_memory=config.comm.shared_memory,
         threads=None if config.threads_per_rank == "auto" else config.threads_per_rank,

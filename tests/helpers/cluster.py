@@ -138,6 +138,21 @@ class SimulatedRanks:
         return [state.apply(received) for state in self.states]
 
 
+def in_every_step(plan: StepPlan, number: int) -> bool:
+    """A request that ends workers whenever it is computed; the next two, only then."""
+    return True
+
+
+def in_its_last_chunk(plan: StepPlan, number: int) -> bool:
+    """When its prompt, or what it is computed again, is complete."""
+    return any(chunk.request == number and chunk.samples for chunk in plan.chunks)
+
+
+def in_its_decodes(plan: StepPlan, number: int) -> bool:
+    """When it draws a token after another one."""
+    return any(number in decodes.requests for decodes in plan.decodes)
+
+
 class Cluster:
     """Executes plans, checking all that every plan must satisfy.
 
@@ -196,7 +211,8 @@ class Cluster:
         self.flying: deque[Outcome] = deque()
         self.before: deque[list[list[int | None]]] = deque()  # memories before each flying step
         self.again: set[int] = set()  # requests that ranks have forgotten, and begin again
-        self.poison: set[int] = set()  # requests whose steps kill the worker of rank 0
+        self.poison: set[int] = set()  # requests whose steps kill the worker of rank 0, where
+        self.strikes: Callable[[StepPlan, int], bool] = in_every_step  # says so
         self.seconds: Callable[[StepPlan], float] = lambda plan: 0.0
         self._answers: dict[str, list[Life]] = {}
         self._asked = 0
@@ -322,7 +338,8 @@ class Cluster:
                 assert not started, "a request started on blocks freed in the same step"
             self._check_fairness(plan, due, prompts, started)
             computed = {chunk.request for chunk in plan.chunks}
-            if self.poison & computed.union(*(decodes.requests for decodes in plan.decodes)):
+            computed = computed.union(*(decodes.requests for decodes in plan.decodes))
+            if any(self.strikes(plan, number) for number in self.poison & computed):
                 self._steps += 1
                 self.die([0], lambda: True)
                 return plan

@@ -133,15 +133,15 @@ def test_the_ranks_are_told_in_several_plans(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_an_interruption_on_the_way_back() -> None:
-    cluster = Cluster([6, 6], depth=2)
+    cluster = Cluster([26, 26], depth=2)
     for first in (1, 2):
-        cluster.add(prompt(14, first), sampled(8))
+        cluster.add(prompt(14, first), sampled(90))
     steps(cluster, 3)
     for lost in ([0], [1]), ([0, 1], []), ([], [1]):
         for ranks in lost:
             cluster.die(ranks, not_done)
             cluster.step()
-        for _ in range(3):  # else those that run would be at fault
+        for _ in range(24):  # else those that run would be at fault
             cluster.step()
     cluster.settle()
     assert cluster.check_outputs() == 2

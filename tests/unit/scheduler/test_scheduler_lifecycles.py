@@ -26,7 +26,16 @@ from ds_cp.sampling_params import SamplingParams
 from ds_cp.scheduler.mode_policy import Seats
 from ds_cp.scheduler.pacing import ChunkPacer
 from ds_cp.scheduler.request import Request
-from tests.helpers.cluster import EOS, MODES, PLACEMENTS, Cluster, prompt
+from tests.helpers.cluster import (
+    EOS,
+    MODES,
+    PLACEMENTS,
+    Cluster,
+    in_every_step,
+    in_its_decodes,
+    in_its_last_chunk,
+    prompt,
+)
 
 KINDS = tuple(itertools.product(PLACEMENTS, MODES, (1, 2)))
 LIVES_OF_A_KIND = 400
@@ -41,6 +50,9 @@ EVENTS = (
     *["ask"] * 6, *["step"] * 12, *["abort"] * 2, "end one", "spoil", "drain", "reopen", "level",
     "die", "poison",
 )  # fmt: skip
+
+
+STRIKES = (in_every_step, in_its_last_chunk, in_its_decodes)
 
 
 class Session:
@@ -99,6 +111,7 @@ class Session:
         elif event == "die":
             self.die()
         elif event == "poison" and live and pick(0, 9) == 0:
+            cluster.strikes = STRIKES[pick(0, 2)]
             cluster.poison.add(live[pick(0, len(live) - 1)].number)
         scheduler.check_integrity()
 
@@ -160,7 +173,7 @@ class Session:
     def die(self) -> None:
         """Some ranks lose their workers, or none when just an exchange failed; all meet again."""
         cluster, pick = self.cluster, self.pick
-        if max(cluster.scheduler._inquest._times.values(), default=0) > 1:
+        if max(map(cluster.scheduler._inquest.times, cluster.lives), default=0) > 1:
             return  # once more would look like the fault of who runs
         ranks = range(len(cluster.blocks))
         lost = [rank for rank in ranks if pick(0, len(cluster.blocks)) == 0]

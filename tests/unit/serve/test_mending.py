@@ -13,7 +13,8 @@ import pytest
 
 from ds_cp.config import load_config
 from ds_cp.serve import generations, mending
-from ds_cp.serve.job_link import FollowingLink, LeadingLink, Lost
+from ds_cp.serve.job_link import FollowingLink, LeadingLink
+from ds_cp.serve.job_words import Lost
 from ds_cp.serve.mending import Mending
 from ds_cp.serve.orders import Leave, Left, Loaded, Met, Order, Word
 from ds_cp.topology.job import Job
