@@ -116,7 +116,11 @@ class Pieces:
 
     def of_response(self, response: Json) -> Iterator[bytes]:
         """The whole response."""
-        return json_object(response | {"output": json_array(map(self._item, response["output"]))})
+        return json_object(response | {"output": self.of_items(response["output"])})
+
+    def of_items(self, items: Sequence[Item]) -> Iterator[bytes]:
+        """Items as a list."""
+        return json_array(map(self._item, items))
 
     def of_event(self, event: Json) -> Iterator[bytes]:
         """An event that has a response, an item, a part or log-probabilities in it."""
