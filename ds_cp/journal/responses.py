@@ -37,4 +37,5 @@ _decode = msgspec.msgpack.Decoder(Record).decode
 
 def decode_record(data: bytes) -> Record:
     """The record. Raises ``ValueError``."""
-    return _decode(data)
+    record: Record = _decode(data)
+    return record
