@@ -19,8 +19,8 @@ _FRAME_BYTES = 256 << 10  # bytes of operations in a frame of a rewritten file, 
 
 
 class Change(NamedTuple):
-    """An operation that is to be written. ``data``: what it holds, or what makes it, called when it
-    is written; ``size``: its bytes, about, where it is not made yet."""
+    """An operation that is to be written. ``data``: what it holds, or what makes it, called by the
+    writer's thread; ``size``: its bytes, about, where it is not made yet."""
 
     kind: Kind
     key: str

@@ -138,7 +138,8 @@ class Writer:
         return True
 
     def _write(self, groups: Sequence[Sequence[Change]]) -> None:
-        kept = [fitting for changes in groups if (fitting := self._fitting(changes))]
+        made = [ready for changes in groups if (ready := self._made(changes))]
+        kept = [fitting for changes in made if (fitting := self._fitting(changes))]
         began = time.monotonic()
         before = self._file.size
         count = self._file.append(kept)
@@ -157,6 +158,18 @@ class Writer:
                 sync_seconds=stats.sync_seconds + seconds * (count > 0),
                 size=self._file.size,
             )
+
+    def _made(self, changes: Sequence[Change]) -> Sequence[Change]:
+        """A group with its bytes; without them, a fault of ds_cp, it is lost alone."""
+        try:
+            return [
+                c if isinstance(c.data, bytes) else Change(c.kind, c.key, c.data()) for c in changes
+            ]
+        except Exception as err:
+            say(f"warning: {changes[0].key} is not in the journal ({type(err).__name__}: {err})")
+            with self._lock:
+                self._lose(changes)
+            return []
 
     def _fitting(self, changes: Sequence[Change]) -> Sequence[Change]:
         """Of a group what can be written: nothing is added to a key that lost something."""

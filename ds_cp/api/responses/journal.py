@@ -96,7 +96,7 @@ def restore(store: ResponseStore, journal: Journal) -> list[Kept]:
             records[key] = decode_record(data)
         except ValueError:  # of a version that wrote other records
             continue
-    saids = _saids({k: r for k, r in records.items() if isinstance(r, SaidRecord)})
+    saids = _saids(store, {k: r for k, r in records.items() if isinstance(r, SaidRecord)})
     for key, record in records.items():
         if isinstance(record, ResponseRecord) and record.said in saids:
             kept = _kept(record, saids[record.said])
@@ -139,7 +139,7 @@ def _response(body: Mapping[str, Any], said: Said, inputs: int, asked: Asked | N
     )  # fmt: skip
 
 
-def _saids(records: Mapping[str, SaidRecord]) -> dict[str, Said]:
+def _saids(store: ResponseStore, records: Mapping[str, SaidRecord]) -> dict[str, Said]:
     """By name; without those whose beginning is lost."""
     found: dict[str, Said] = {}
     for key in records:
@@ -154,6 +154,7 @@ def _saids(records: Mapping[str, SaidRecord]) -> dict[str, Said]:
         for name in reversed(chain):
             record = records[SAID + name]
             before = found[name] = Said(json.loads(record.items), before, record.owner, name=name)
+            store.measure(before)
     return found
 
 

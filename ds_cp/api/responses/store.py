@@ -89,6 +89,11 @@ class StoreLog:
     def put(self, kept: Kept) -> None:
         """A response is kept, or in another state."""
 
+    def measure(self, said: Said) -> None:
+        """Set the sizes of what a response adds; those of what was before are known."""
+        said.size = size_of(said.items, self._max_bytes, said.items)
+        said.whole = said.size + (said.before.whole if said.before is not None else 0)
+
     def drop(self, response_id: str) -> None:
         """It is not kept any more."""
 
@@ -161,9 +166,7 @@ class ResponseStore:
         kept.size = size_of(kept.body, self._max_bytes, kept.body.get("output", ()))
         kept.size += OBJECT_BYTES
         if not kept.said.holders:
-            before = kept.said.before
-            kept.said.size = size_of(kept.said.items, self._max_bytes, kept.said.items)
-            kept.said.whole = kept.said.size + (before.whole if before is not None else 0)
+            self.measure(kept.said)
         need = kept.size + kept.said.whole
         owner = kept.said.owner
         others = sum(min(one.size, need) for key, one in self._shares.items() if key != owner)
@@ -176,6 +179,11 @@ class ResponseStore:
         self.log.put(kept)
         self._make_room()
         return response_id in self._kept
+
+    def measure(self, said: Said) -> None:
+        """Set the sizes of what a response adds; those of what was before are known."""
+        said.size = size_of(said.items, self._max_bytes, said.items)
+        said.whole = said.size + (said.before.whole if said.before is not None else 0)
 
     def drop(self, response_id: str) -> None:
         """Forget a response, if it is kept."""

@@ -162,3 +162,15 @@ def test_the_file_stays_small(tmp_path: Path) -> None:
     assert journal.synced() and journal.held() == {"kept": b"k!"}
     assert journal.place.file.stat().st_size < 1 << 20
     journal.writer.close()
+
+
+def test_what_cannot_be_encoded_is_lost_alone(tmp_path: Path, said: list[str]) -> None:
+    def fail() -> bytes:
+        raise KeyError("x")
+
+    journal = Journal(tmp_path)
+    journal.writer.submit([put("a"), Change(Kind.PUT, "b", fail)])
+    journal.writer.submit([put("c")])
+    assert journal.synced() and journal.held() == {"c": b"0"}
+    assert len(said) == 1 and journal.writer.stats().working
+    journal.writer.close()
