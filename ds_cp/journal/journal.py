@@ -15,7 +15,7 @@ from ds_cp.journal.format import Header, Kind, NotAJournalError
 from ds_cp.journal.place import FIELD, Place
 from ds_cp.journal.replay import Replay
 from ds_cp.journal.requests import PREFIX, RequestJournal
-from ds_cp.journal.responses import RESPONSE
+from ds_cp.journal.responses import BACKGROUND, RESPONSE
 from ds_cp.journal.stats import JournalStats
 from ds_cp.journal.writer import Writer
 
@@ -39,6 +39,7 @@ class Journal:
         self._writer: Writer | None = None
         self._lock = threading.Lock()  # guards these two
         self._early: list[Sequence[Change]] = []  # submitted before ``start``
+        self._stored = 0  # responses
         self._place = Place(path)
         try:
             self._found = self._read()
@@ -53,6 +54,7 @@ class Journal:
         requests = {key: data for key, data in kept.items() if key.startswith(PREFIX)}
         self.requests = RequestJournal(self.submit, requests)
         self.stored = {key: data for key, data in kept.items() if key not in requests}
+        self._stored = sum(key.startswith(RESPONSE) for key in self.stored)
         for entry in entries.values():
             entry.data = []  # these have it now
 
@@ -134,7 +136,12 @@ class Journal:
         )
 
     def _lines(self, file: JournalFile) -> list[str]:
-        lines = [f"journal: {self._place.file}, {file.size} bytes, {file.keys} entries"]
+        groups = self.requests.groups
+        running = sum(group.startswith(BACKGROUND) for group in groups)
+        lines = [
+            f"journal: {self._place.file} ({file.size} bytes): {self._stored} stored responses, "
+            f"{running} of them go on, {len(groups) - running} lines of batches in the middle"
+        ]
         if self._found is not None:
             lines += [f"journal: {note}" for note in self._found.notes()]
             self._found = None

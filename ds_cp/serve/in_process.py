@@ -12,6 +12,7 @@ from ds_cp.api.app import create_app
 from ds_cp.config import Config
 from ds_cp.errors import DsCpError
 from ds_cp.journal.journal import open_journal
+from ds_cp.log_stream import say
 from ds_cp.model.loading import load_tokenizer
 from ds_cp.model.source import find_model
 from ds_cp.serve.channel import Ready
@@ -74,6 +75,8 @@ async def open_app(config: Config, job: Job) -> AsyncIterator[Any]:
     engine.start()
     try:
         await ready
+        for line in engine.journal_lines:
+            say(line)
         app = create_app(engine, config.server)
         app.state.journal = journal  # what a batch keeps of its lines
         app.state.deaths = deaths  # what has ended the engine, if anything has

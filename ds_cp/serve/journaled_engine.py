@@ -38,12 +38,14 @@ class JournaledEngine(AsyncEngine):
         paced: bool = True,
     ) -> None:
         self.journal = journal
+        self.journal_lines: list[str] = []  # of its start, for the operator
         self._loop = loop
         self._flush_at: asyncio.TimerHandle | None = None
 
         def ready(found: Ready) -> None:
-            lines = journal.start(found.facts.fingerprint) if journal is not None else []
-            on_ready(Ready(found.facts, (*found.summary, *lines)))
+            if journal is not None:
+                self.journal_lines = journal.start(found.facts.fingerprint)
+            on_ready(Ready(found.facts, (*found.summary, *self.journal_lines)))
 
         super().__init__(config, model_name, link, loop, load_tokenizer, ready, on_death, paced)
 

@@ -47,9 +47,10 @@ async def run(
     except asyncio.CancelledError:
         ended(store, kept, cancelled(kept.body))
         raise
-    except EngineDeadError as err:  # a restart may go on with it, so it has not ended for the log
-        kept.task = None
-        kept.body = answer.failure(stream_error(err, request_id))
+    except EngineDeadError as err:
+        if not store.log.lasts:
+            ended(store, kept, answer.failure(stream_error(err, request_id)))
+        kept.task = None  # else it has not ended: a restart goes on with it
     except Exception as err:
         ended(store, kept, answer.failure(stream_error(err, request_id)))
     finally:

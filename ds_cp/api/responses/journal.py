@@ -33,6 +33,8 @@ SYNC_S = 1.0  # seconds that an answer which promises something waits for the di
 class StoreJournal(StoreLog):
     """Writes what it is told. Responses are encoded by the journal's thread: they may be large."""
 
+    lasts = True
+
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
         self._changes: list[Change] = []

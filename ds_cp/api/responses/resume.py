@@ -119,10 +119,11 @@ class Resumption:
             )  # fmt: skip
         except ApiError as err:
             held.release()
-            if err.status_code == 503:
-                self._context.check_ready()
-                return False
-            raise
+            if err.status_code != 503:
+                raise
+            if (state := self._context.engine.state) in ("stopping", "dead"):
+                raise EngineDeadError(f"the engine is {state}") from None
+            return False
         except BaseException:
             held.release()
             raise

@@ -84,7 +84,9 @@ class _Share:
 
 class StoreLog:
     """Is told of every change of a store; this one forgets it. ``commit`` ends what belongs
-    together."""
+    together; ``lasts``: whether a restart has it again."""
+
+    lasts = False
 
     def put(self, kept: Kept) -> None:
         """A response is kept, or in another state."""
