@@ -185,7 +185,11 @@ class _Lead:
                 self._deaths = getattr(app.state, "deaths", [])
                 journal = getattr(app.state, "journal", None)
                 target = self._args.output  # answers on stdout begin anew each time
-                lasting = journal is not None and target != STDOUT
+                lines = (
+                    None
+                    if journal is None or target == STDOUT
+                    else (ResumableLines(journal, target))
+                )
                 try:
                     return await run_batch(
                         app,
@@ -197,7 +201,7 @@ class _Lead:
                         headers=keys,
                         stop=stop,
                         on_progress=on_progress,
-                        resumable=ResumableLines(journal, target) if lasting else None,
+                        resumable=lines,
                     )
                 finally:
                     running = False

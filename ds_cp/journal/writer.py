@@ -15,7 +15,7 @@ from ds_cp.journal.format import MAX_FRAME, Kind
 from ds_cp.journal.stats import JournalStats
 from ds_cp.log_stream import say
 
-GATHER_S = 0.02  # seconds that a change waits for others to be synced with
+GATHER_S = 0.008  # seconds that a change waits for others to be synced with
 MOST_BYTES = 1 << 20  # bytes of changes that do not wait
 QUEUE_BYTES = 128 << 20  # bytes of changes that wait while a disk is slow
 RETRY_S = 5.0  # seconds between tries to write again

@@ -18,7 +18,7 @@ from ds_cp.serve.async_engine import AsyncEngine
 from ds_cp.serve.channel import Ready
 from ds_cp.serve.worker_link import WorkerLink
 
-FLUSH_S = 0.03  # seconds for which tokens are gathered before they go to the journal's thread
+FLUSH_S = 0.04  # seconds for which tokens are gathered before they go to the journal's thread
 
 
 class JournaledEngine(AsyncEngine):

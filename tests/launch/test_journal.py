@@ -6,19 +6,19 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import time
 import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from ds_cp.journal.file import read_journal
 from ds_cp.journal.place import Place
 from tests.helpers.jobs import Job, command
 from tests.launch.conftest import Start, Write
 
+KILLS = 3  # of a batch
 ANSWER_S = 60.0  # for all answers, on a machine that does nothing else
 KV = {"tokens_per_rank": 16384, "block_size": 16}
 GREEDY = {"input": "Hello", "max_output_tokens": 380, "temperature": 0}
@@ -76,6 +76,14 @@ def number(url: str, name: str) -> float:
     return float(next(line for line in lines if line.startswith(name)).split()[-1])
 
 
+def began_again(url: str, names: list[str]) -> bool:
+    """Whether nothing is left that has not gone on: it runs, or is over."""
+    running = [asked(url, f"/v1/responses/{name}")[1]["status"] for name in names].count(
+        "in_progress"
+    )
+    return number(url, "ds_cp:num_requests_running") >= running
+
+
 def test_a_killed_server_owes_nothing(start: Start, config: Write, tmp_path: Path) -> None:
     """SIGKILL of the process with the HTTP front, twice; then the same command again."""
     file = config(
@@ -92,29 +100,30 @@ def test_a_killed_server_owes_nothing(start: Start, config: Write, tmp_path: Pat
                     temperature=0)  # fmt: skip
     gone = created(url, input="forget", max_output_tokens=5)["id"]
     assert asked(url, f"/v1/responses/{gone}", method="DELETE")[0] == 200
-    names = []
+    names, resumed = [], 0.0
     for times in range(2):
-        names += [created(url, background=True, **body)["id"] for body in BODIES * 2]
-        time.sleep(random.random())  # any moment is as good as another
+        names += [created(url, background=True, **body)["id"] for body in BODIES * 3]
+        time.sleep(random.random() / 5)  # any moment is as good as another
         job.process.kill()
         job.gone(30)
         job = start(argv)
         url = job.ready()
-        assert "journal: " in job.out, job.story()
         for known in (first, later):
             assert asked(url, f"/v1/responses/{known['id']}") == (200, known)
         assert asked(url, f"/v1/responses/{gone}")[0] == 404
         again = created(url, input="more", previous_response_id=first["id"], temperature=0,
                         max_output_tokens=9)  # fmt: skip
         assert told(again) == told(later)
+        job.until("the rest to go on", lambda: began_again(url, names), 30)  # noqa: B023
+        resumed += number(url, "ds_cp:journal_resumed_requests_total")
         if times == 0:  # what is over by now is so after the next kill
             over = {reply["id"]: told(reply) for reply in polled(job, url, names[:4])}
     replies = polled(job, url, names)
-    assert [told(reply) for reply in replies] == expected * 4, job.story()
+    assert [told(reply) for reply in replies] == expected * 6, job.story()
     assert {name: told(r) for name, r in zip(names, replies, strict=True) if name in over} == over
     assert number(url, "ds_cp:journal_working") == 1
     assert number(url, "ds_cp:journal_lost_records_total") == 0
-    print("resumed", number(url, "ds_cp:journal_resumed_requests_total"))
+    assert resumed > 0, "every answer was over before its server was killed"
     # A second server on the same directory, and one of another config.
     other = start(argv)
     assert other.wait(60) == 2 and "is in use by another ds-cp" in other.err
@@ -163,8 +172,7 @@ def lines_of(path: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("kills", [3])
-def test_a_killed_batch_goes_on(kills: int, start: Start, config: Write, tmp_path: Path) -> None:
+def test_a_killed_batch_goes_on(start: Start, config: Write, tmp_path: Path) -> None:
     source = tmp_path / "in.jsonl"
     lines = []
     for n in range(24):
@@ -190,7 +198,8 @@ def test_a_killed_batch_goes_on(kills: int, start: Start, config: Write, tmp_pat
     expected = lines_of(tmp_path / "once.jsonl")
     assert len(expected) == len(lines)
     target, kept = tmp_path / "out.jsonl", {"journal_dir": str(tmp_path / "kept")}
-    for _ in range(kills):
+    resumed = []
+    for _ in range(KILLS):
         job = run(target, **kept)
         had = target.stat().st_size if target.exists() else 0
 
@@ -207,9 +216,12 @@ def test_a_killed_batch_goes_on(kills: int, start: Start, config: Write, tmp_pat
         time.sleep(random.random() / 4)
         job.process.kill()
         job.gone(30)
+        resumed += re.findall(r"(\d+) lines of batches in the middle", job.err)
     job = run(target, **kept)
     assert job.wait(120) == 0, job.story()
     assert lines_of(target) == expected
+    resumed += re.findall(r"(\d+) lines of batches in the middle", job.err)
+    assert any(map(int, resumed)), "every line was over before its batch was killed"
     # Nothing of it is needed any more.
     found = read_journal(Place(kept["journal_dir"]))
     assert found is not None and found.entries == {}
