@@ -29,13 +29,20 @@ class Begun(msgspec.Struct, tag="begun", frozen=True):
     seed: int
 
 
+class Piece(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
+    """A delta: its token, -1 for none, its text and its log-probability."""
+
+    id: int
+    text: str = ""
+    logprob: _Logprob | None = None
+
+
 class Tokens(msgspec.Struct, tag="tokens", frozen=True, omit_defaults=True):
-    """What came to one answer. The rest as ``Delta`` has it."""
+    """What came to one answer, delta by delta: usage and parsers depend on where one ends. The
+    rest as ``Delta`` has it."""
 
     index: int
-    ids: tuple[int, ...]
-    text: str = ""
-    logprobs: tuple[_Logprob, ...] | None = None
+    pieces: tuple[Piece, ...]
     cached: int | None = None
     finish: str | None = None
     stop: int | str | None = None
@@ -50,20 +57,20 @@ _decode = msgspec.msgpack.Decoder(_Record).decode
 class _Answer:
     """What is known of an answer."""
 
-    ids: list[int] = field(default_factory=list)
-    texts: list[str] = field(default_factory=list)
-    logprobs: list[_Logprob] | None = None
+    pieces: list[Piece] = field(default_factory=list)
     cached: int | None = None
     finish: str | None = None
     stop: int | str | None = None
 
     def add(self, got: Tokens) -> None:
-        self.ids += got.ids
-        self.texts.append(got.text)
-        if got.logprobs is not None:
-            self.logprobs = [*(self.logprobs or ()), *got.logprobs]
+        self.pieces += got.pieces
         self.cached = got.cached if self.cached is None else self.cached
         self.finish, self.stop = got.finish, got.stop
+
+    @property
+    def known(self) -> KnownAnswer:
+        ids = tuple(piece.id for piece in self.pieces if piece.id >= 0)
+        return KnownAnswer(ids, self.finish, self.stop)
 
 
 @dataclass(frozen=True)
@@ -124,7 +131,7 @@ class RequestJournal:
                 assert isinstance(got, Tokens)
                 answers[got.index].add(got)
         prompt = array("I", begun.prompt).tolist()
-        known = tuple(KnownAnswer(tuple(a.ids), a.finish, a.stop) for a in answers)
+        known = tuple(answer.known for answer in answers)
         return Resumed(prompt, params, tuple(_deltas(answers)), known)
 
     def begin(self, name: str, prompt: Sequence[int], params: SamplingParams) -> SamplingParams:
@@ -177,30 +184,41 @@ def _plain(params: SamplingParams) -> bytes:
 
 
 def _tokens(index: int, deltas: Sequence[Delta]) -> Tokens:
-    scored = [d.logprobs for d in deltas if d.logprobs is not None]
     return Tokens(
         index,
-        tuple(token for d in deltas for token in d.token_ids),
-        "".join(d.text for d in deltas),
-        tuple(_packed(one) for some in scored for one in some) if scored else None,
+        tuple(piece for delta in deltas for piece in _pieces(delta)),
         next((d.cached_tokens for d in deltas if d.cached_tokens is not None), None),
         deltas[-1].finish_reason,
         deltas[-1].stop_reason,
     )
 
 
-def _packed(one: TokenLogprob) -> _Logprob:
-    return one.token_id, one.logprob, one.top, one.text_offset
+def _pieces(delta: Delta) -> Iterator[Piece]:
+    """One for each token; the text is the last one's."""
+    if not delta.token_ids:
+        yield Piece(-1, delta.text)
+        return
+    last = len(delta.token_ids) - 1
+    for n, token in enumerate(delta.token_ids):
+        packed = None
+        if delta.logprobs:
+            one = delta.logprobs[n]
+            packed = (one.token_id, one.logprob, one.top, one.text_offset)
+        yield Piece(token, delta.text if n == last else "", packed)
 
 
 def _deltas(answers: Sequence[_Answer]) -> Iterator[Delta]:
     for index, one in enumerate(answers):
-        if not one.ids and one.finish is None:
-            continue
-        logprobs = (
-            None if one.logprobs is None else tuple(TokenLogprob(*row) for row in one.logprobs)
-        )
-        yield Delta(
-            "", tuple(one.ids), "".join(one.texts), logprobs, one.finish, one.stop, index,
-            one.cached,
-        )  # fmt: skip
+        last = len(one.pieces) - 1
+        for n, piece in enumerate(one.pieces):
+            ends = n == last
+            yield Delta(
+                "",
+                () if piece.id < 0 else (piece.id,),
+                piece.text,
+                None if piece.logprob is None else (TokenLogprob(*piece.logprob),),
+                one.finish if ends else None,
+                one.stop if ends else None,
+                index,
+                one.cached if n == 0 else None,
+            )

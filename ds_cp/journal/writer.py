@@ -42,7 +42,7 @@ class Writer:
         self._spoiled: set[str] = set()  # keys of which a change was lost
         self._owed: dict[str, None] = {}  # keys that are to be dropped from the file
         self._broken = False
-        self._said_full = False
+        self._said_full = self._said_slow = False
         self._rewrite_at = 0.0
         self._closing = False
         self._stats = JournalStats(size=file.size)
@@ -55,8 +55,15 @@ class Writer:
         with self._wake:
             if self._closing:
                 return
-            if self._broken or self._queued + size > QUEUE_BYTES:
+            slow = not self._broken and self._queued + size > QUEUE_BYTES
+            if self._broken or slow:
                 self._lose(changes)
+                if slow and not self._said_slow:
+                    self._said_slow = True
+                    say(
+                        f"warning: {QUEUE_BYTES} bytes wait for the journal's disk, which is too "
+                        "slow; what comes meanwhile will not be resumed"
+                    )
                 return
             self._groups.append(changes)
             self._queued += size
