@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from ds_cp.config.fields import MAX_RANKS, Section, unit_of
+from ds_cp.config.fields import MAX_RANKS, ByteSize, Section, unit_of
 
 
 class FaultTolerance(Section):
@@ -52,4 +52,17 @@ class FaultTolerance(Section):
         default=False,
         description="whether the process that waits has its model loaded too, on CPU: a death "
         "costs a fraction of a second then, and weights take their memory twice",
+    )
+    journal_dir: Annotated[str, Field(min_length=1, max_length=4096)] | None = Field(
+        default=None,
+        description="directory on rank 0's host, made if need be and for this user alone, with the "
+        "journal of what a restart with the same model and config goes on with: stored answers of "
+        "/v1/responses, those that run in the background, and the lines of ds-cp batch that were "
+        "in the middle; other requests end with their connection; null: none is written",
+    )
+    journal_max_bytes: ByteSize = Field(
+        default=1 << 30,
+        description="what the journal may hold; its file may take twice as much until it is "
+        "rewritten; requests beyond are served, and not in it",
+        json_schema_extra=unit_of("bytes"),
     )

@@ -152,6 +152,7 @@ def _build(
         alone_bytes_per_s=alone,
         layer_s=overheads.layer_s,
         hop_s=overheads.hop_s,
+        fingerprint=served.fingerprint,
     )
     worker = Worker(world, cp, tp, decoder, layers, pool, kernel)
     worker.fingerprint = served.fingerprint
