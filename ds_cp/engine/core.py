@@ -16,6 +16,7 @@ from ds_cp.engine.host_counts import host_counts
 from ds_cp.engine.interface import EngineStats
 from ds_cp.engine.picture import MAX_RECENT, EndedPicture
 from ds_cp.engine.request_picture import ended_picture
+from ds_cp.engine.resumed import read_again, resume
 from ds_cp.engine.tally import Tally
 from ds_cp.engine.wire_model import WireModel
 from ds_cp.errors import CapacityError, GrammarBusyError, IntegrityError, RequestError
@@ -76,6 +77,8 @@ class EngineCore:
         if request_id in self._calls:
             raise RequestError(f"a request with id {request_id!r} is already running")
         texts = [self._start_text(prompt, params) for _ in range(params.n)]
+        known = options.known if options else ()
+        read_again(texts, params, known)
         assert bool(grammar) == (params.structured_outputs is not None), "check the grammar first"
         if grammar:
             self.scheduler.tell_vocabulary(self.grammars.vocabulary)
@@ -87,7 +90,10 @@ class EngineCore:
             answer = self._answers[request.number] = Answer(call, request, text)
             call.answers.append(answer)
         self._prompt_tokens += len(prompt)
-        return [answer.request for answer in call.answers]
+        requests = [answer.request for answer in call.answers]
+        for answer in resume(self.scheduler, call, known):
+            self._forget(answer)
+        return requests
 
     def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
         """Raise ``RequestError``, with its field, for a request that is not acceptable. Linear in

@@ -51,13 +51,21 @@ def decide_slots(
 def open_slots(
     config: Config, world: World, pool: KVPool, slots: int, cp_rank: int
 ) -> tuple[HostStore | None, float]:
-    """This rank's ``slots``, None for 0 of them, and the rate of ``host_gb_per_s``. ``ConfigError``
-    when their memory cannot be had."""
+    """``allocate_slots``, and the rate of ``host_gb_per_s``."""
+    store = allocate_slots(config, world, pool, slots, cp_rank)
+    return store, 0.0 if store is None else host_gb_per_s(world, pool, store)
+
+
+def allocate_slots(
+    config: Config, world: World, pool: KVPool, slots: int, cp_rank: int
+) -> HostStore | None:
+    """This rank's ``slots``, None for 0 of them. ``ConfigError`` when their memory cannot be
+    had."""
     if not slots:
-        return None, 0.0
+        return None
     need, folder = slots * pool.block_elements * pool.dtype.itemsize, config.kv_cache.host_folder
     try:
-        store = open_store(pool, slots, folder)
+        return open_store(pool, slots, folder)
     except (OSError, RuntimeError, MemoryError) as err:
         if isinstance(err, RuntimeError) and not is_out_of_memory(err):
             raise
@@ -67,7 +75,6 @@ def open_slots(
                 f"{err}; name a folder with room that this user may write to"
             ) from err
         raise _too_large(need, _free_bytes(world, None), cp_rank, None) from err
-    return store, host_gb_per_s(world, pool, store)
 
 
 def _free_bytes(world: World, folder: str | None) -> int:
