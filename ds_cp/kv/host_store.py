@@ -62,8 +62,9 @@ class FileStore:
     which shares none with the others. Raises ``OSError`` when there is no such room. A disk that
     fails later says so once, and costs the requests that want what it lost, not the job: their
     blocks are filled with NaN, which ends them with an error and takes the blocks out of the prefix
-    cache, as any logits do that are not finite. What comes back from a disk other than it went there is lost too: a sum is kept of each
-    slot there. In memory there is none, as there is none of the pool.
+    cache, as any logits do that are not finite. What comes back from a disk other than it went
+    there is lost too: a sum is kept of each slot there. In memory there is none, as there is none
+    of the pool.
     """
 
     def __init__(
