@@ -121,8 +121,8 @@ class Resumption:
             held.release()
             if err.status_code != 503:
                 raise
-            if (state := self._context.engine.state) in ("stopping", "dead"):
-                raise EngineDeadError(f"the engine is {state}") from None
+            if (now := self._context.engine.state) in ("stopping", "dead"):
+                raise EngineDeadError(f"the engine is {now}") from None
             return False
         except BaseException:
             held.release()

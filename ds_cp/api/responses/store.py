@@ -91,11 +91,6 @@ class StoreLog:
     def put(self, kept: Kept) -> None:
         """A response is kept, or in another state."""
 
-    def measure(self, said: Said) -> None:
-        """Set the sizes of what a response adds; those of what was before are known."""
-        said.size = size_of(said.items, self._max_bytes, said.items)
-        said.whole = said.size + (said.before.whole if said.before is not None else 0)
-
     def drop(self, response_id: str) -> None:
         """It is not kept any more."""
 
