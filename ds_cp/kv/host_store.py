@@ -58,24 +58,34 @@ class FileStore:
     process. On a disk all of it is allocated at once, so that a full one is known at start; memory
     is taken as slots are first written.
 
-    Raises ``OSError`` when there is no such room. A disk that fails later says so once, and costs
-    the requests that want what it lost, not the job: their blocks are filled with NaN, which ends
-    them with an error and takes the blocks out of the prefix cache, as any logits do that are not
-    finite. What comes back from a disk other than it went there is lost too: a sum is kept of each
-    slot there. In memory there is none, as there is none of the pool.
+    ``later``: the file is made when it is first used, by whatever process has been forked by then,
+    which shares none with the others. Raises ``OSError`` when there is no such room. A disk that
+    fails later says so once, and costs the requests that want what it lost, not the job: their
+    blocks are filled with NaN, which ends them with an error and takes the blocks out of the prefix
+    cache, as any logits do that are not finite. What comes back from a disk other than it went
+    there is lost too: a sum is kept of each slot there. In memory there is none, as there is none
+    of the pool.
     """
 
-    def __init__(self, pool: KVPool, num_slots: int, folder: str | None = None) -> None:
+    def __init__(
+        self, pool: KVPool, num_slots: int, folder: str | None = None, later: bool = False
+    ) -> None:
         self.num_slots = num_slots
+        self._folder = folder
         self._pool = pool
         self._nbytes = pool.block_elements * pool.dtype.itemsize
         self._lost: set[int] = set()  # slots whose last write failed
         self._sums: dict[int, int] | None = None if folder is None else {}  # of slots on a disk
         self.num_failed = 0
-        self._fd = _unnamed_file(folder)
+        self._fd = -1
+        if not later:
+            self._open()
+
+    def _open(self) -> None:
+        self._fd = _unnamed_file(self._folder)
         try:
-            size = num_slots * self._nbytes
-            if folder is not None and size:
+            size = self.num_slots * self._nbytes
+            if self._folder is not None and size:
                 os.posix_fallocate(self._fd, 0, size)
         except BaseException:
             self.close()
@@ -125,6 +135,8 @@ class FileStore:
         """Move all bytes of ``view``, of which the system may do fewer at once; whether it did."""
         done = 0
         try:
+            if self._fd < 0:
+                self._open()
             while done < self._nbytes:
                 count = move(self._fd, view[done:], slot * self._nbytes + done)
                 if not count:
@@ -251,9 +263,9 @@ class PinnedStore:
         self._stream.wait_stream(torch.cuda.current_stream(self._pool.device))
 
 
-def open_store(pool: KVPool, num_slots: int, folder: str | None) -> HostStore:
+def open_store(pool: KVPool, num_slots: int, folder: str | None, later: bool = False) -> HostStore:
     """The store for a pool's device. Raises ``OSError`` or ``RuntimeError`` when its memory cannot
     be had."""
     if pool.device.type == "cuda":
         return PinnedStore(pool, num_slots)
-    return FileStore(pool, num_slots, folder)
+    return FileStore(pool, num_slots, folder, later)

@@ -70,7 +70,8 @@ def build_unchecked(job: Job, config: Config, facts: Facts, preloaded: Preloaded
     budget = KVBudget(facts.blocks_per_rank[job.rank] * size, "as agreed", lazy=True)
     pool = allocate_pool(budget, layers, size, kernel.packed, decoder.dtype, world, 0)
     slots = facts.host_blocks_per_rank[job.rank] if facts.host_blocks_per_rank else 0
-    store = allocate_slots(config, world, pool, slots, job.rank)
+    # Made by the worker that is forked: the server's would be that of all.
+    store = allocate_slots(config, world, pool, slots, job.rank, later=True)
     worker = Worker(world, world.everybody, world.everybody, decoder, layers, pool, kernel, store)
     worker.fingerprint = loaded.fingerprint
     return worker

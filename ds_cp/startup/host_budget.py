@@ -57,15 +57,15 @@ def open_slots(
 
 
 def allocate_slots(
-    config: Config, world: World, pool: KVPool, slots: int, cp_rank: int
+    config: Config, world: World, pool: KVPool, slots: int, cp_rank: int, later: bool = False
 ) -> HostStore | None:
-    """This rank's ``slots``, None for 0 of them. ``ConfigError`` when their memory cannot be
-    had."""
+    """This rank's ``slots``, None for 0 of them; ``later``: on the CPU, when they are first used.
+    ``ConfigError`` when their memory cannot be had."""
     if not slots:
         return None
     need, folder = slots * pool.block_elements * pool.dtype.itemsize, config.kv_cache.host_folder
     try:
-        return open_store(pool, slots, folder)
+        return open_store(pool, slots, folder, later)
     except (OSError, RuntimeError, MemoryError) as err:
         if isinstance(err, RuntimeError) and not is_out_of_memory(err):
             raise

@@ -102,6 +102,22 @@ def test_a_changed_byte_on_a_disk_is_found(
     store.close()
 
 
+@pytest.mark.parametrize("in_folder", [False, True])
+def test_a_file_that_is_made_later_is_the_forked_process_own(
+    in_folder: bool, tmp_path: Path
+) -> None:
+    pool = pool_of(torch.float32)
+    before = pool.get_blocks(range(6)).clone()
+    store = FileStore(pool, 3, str(tmp_path) if in_folder else None, later=True)
+    assert store._fd < 0 and store.num_slots == 3
+    store.save([3], [1])
+    assert store._fd >= 0 and torch.equal(store.read([1])[0], before[3])
+    store.close()
+    lost = FileStore(pool, 3, str(tmp_path / "none"), later=True)
+    lost.save([3], [1])
+    assert lost.num_failed == 1 and bool(lost.read([1]).isnan().all())
+
+
 def test_no_room_and_no_folder_are_known_at_once(tmp_path: Path) -> None:
     with pytest.raises(OSError):
         FileStore(pool_of(torch.float32), 1 << 40, str(tmp_path))
