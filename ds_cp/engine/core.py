@@ -12,9 +12,11 @@ from typing import Any
 from ds_cp.engine.blame import log_blame
 from ds_cp.engine.calls import Answer, Call
 from ds_cp.engine.detokenize import Detokenizer, IncrementalDetokenizer
+from ds_cp.engine.host_counts import host_counts
 from ds_cp.engine.interface import EngineStats
 from ds_cp.engine.picture import MAX_RECENT, EndedPicture
 from ds_cp.engine.request_picture import ended_picture
+from ds_cp.engine.resumed import read_again, resume
 from ds_cp.engine.tally import Tally
 from ds_cp.engine.wire_model import WireModel
 from ds_cp.errors import CapacityError, GrammarBusyError, IntegrityError, RequestError
@@ -75,6 +77,8 @@ class EngineCore:
         if request_id in self._calls:
             raise RequestError(f"a request with id {request_id!r} is already running")
         texts = [self._start_text(prompt, params) for _ in range(params.n)]
+        known = options.known if options else ()
+        read_again(texts, params, known)
         assert bool(grammar) == (params.structured_outputs is not None), "check the grammar first"
         if grammar:
             self.scheduler.tell_vocabulary(self.grammars.vocabulary)
@@ -86,7 +90,10 @@ class EngineCore:
             answer = self._answers[request.number] = Answer(call, request, text)
             call.answers.append(answer)
         self._prompt_tokens += len(prompt)
-        return [answer.request for answer in call.answers]
+        requests = [answer.request for answer in call.answers]
+        for answer in resume(self.scheduler, call, known):
+            self._forget(answer)
+        return requests
 
     def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
         """Raise ``RequestError``, with its field, for a request that is not acceptable. Linear in
@@ -181,6 +188,7 @@ class EngineCore:
         """What a step's tokens add: one delta for each answer that is still live."""
         self.scheduler.observe_step(outcome.step, outcome.seconds)
         self.tally.step(outcome)
+        self.scheduler.block_manager.host.observe(outcome.ranks)
         for scored in outcome.scored:
             self._record_scores(scored)
         deltas = []
@@ -301,11 +309,8 @@ class EngineCore:
         return ends, list(refused.items())
 
     def check_integrity(self) -> None:
-        """Check the KV ledger: free + cached + used blocks are all there are, and every reference
-        has a holder. Linear in blocks (0.1 s for 100,000), so for idle moments.
-
-        Raises ``IntegrityError`` with what differs.
-        """
+        """Raise ``IntegrityError`` unless free + cached + used blocks are all there are, and every
+        reference has a holder. Linear in blocks (0.1 s for 100,000), so for idle moments."""
         try:
             self.scheduler.check_integrity()
         except AssertionError as err:
@@ -325,6 +330,7 @@ class EngineCore:
             kv_blocks_used=tuple(allocator.num_used(r) for r in ranks),
             kv_blocks_cached=tuple(allocator.num_cached(r) for r in ranks),
             kv_blocks_total=scheduler.block_manager.blocks_here,
+            **host_counts(scheduler.block_manager.host, scheduler.block_manager.away),
             ranks_drained=tuple(sorted(scheduler.block_manager.closed)),
             ranks_away=tuple(sorted(scheduler.block_manager.away)),
             ranks_draining=scheduler.ranks_draining,

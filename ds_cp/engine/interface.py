@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ds_cp.engine.picture import Picture
+from ds_cp.journal.stats import JournalStats
 from ds_cp.outputs import Delta, EndedRequest, PromptProgress
 from ds_cp.sampling_params import RequestOptions, SamplingParams
 from ds_cp.templates.chat import ChatTemplate
@@ -25,6 +26,7 @@ class EngineInfo:
     hosts: int
     dtype: str
     created: int  # seconds since the epoch
+    host_capacity_tokens: int = 0  # whose KV host memory keeps, beside that
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,12 @@ class EngineStats:
     kv_blocks_used: tuple[int, ...] = ()  # one per rank
     kv_blocks_cached: tuple[int, ...] = ()  # unreferenced, kept for their prefix
     kv_blocks_total: tuple[int, ...] = ()  # 0 for a rank that is away
+    host_blocks_used: tuple[int, ...] = ()  # in host memory, one per rank; () for none anywhere
+    host_blocks_total: tuple[int, ...] = ()  # as used, where it failed or the rank is away
+    host_blocks_failed: tuple[int, ...] = ()  # that could not be copied there or back
+    host_blocks_spilled: int = 0  # copies of blocks to host memory
+    host_blocks_restored: int = 0  # and back
+    prefix_cache_host_hits: int = 0  # prompt tokens found there
     ranks_drained: tuple[int, ...] = ()  # closed ranks: they take no new KV
     ranks_draining: tuple[int, ...] = ()  # closed ranks that are not empty yet
     ranks_away: tuple[int, ...] = ()  # closed ranks whose supervisor is gone
@@ -64,6 +72,7 @@ class EngineStats:
     predicted_bytes: dict[str, int] = field(default_factory=dict)  # the same by the formulas
     grammar_requests: int = 0  # answers under a grammar
     grammar_failures: int = 0  # of these, ended because it allowed no token or passed its bounds
+    journal: JournalStats | None = None  # None where there is no journal
 
     def rank_state(self, rank: int) -> str:
         """ "open", "draining" (closed, and not empty yet), "drained" (closed and empty) or "away"
@@ -128,7 +137,8 @@ class EngineInterface(Protocol):
         ...
 
     def drain(self, rank: int) -> None:
-        """Begin to move everything off a rank, live, and place nothing there; it is done when
+        """Begin to move everything off a rank, live, and place nothing there; prefixes that nothing
+        runs with are forgotten, those in its host memory too. It is done when
         ``stats().ranks_draining`` does not have the rank any more. ``RequestError`` when there is
         no such rank; ``CapacityError`` when no other rank is open, or those that are cannot hold
         what runs."""

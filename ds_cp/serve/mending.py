@@ -114,14 +114,14 @@ class Mending:
         heard = self._job.world_size == 1 or self._link.is_open
         return self._seat.can_replace and heard
 
-    def died(self, cause: str) -> None:
+    async def died(self, cause: str) -> None:
         """The worker of this rank has ended by no wish of anyone. Another one is started, unless
         the job is given up. Raises as ``Seat.replace``."""
         self._is_out = False
         self._hear(Died(cause))  # first, so that the others leave meanwhile
         if not self._supervisor.mends:
             return
-        self._seat.replace()
+        await self._seat.replace()
         if self.worker is not None:
             self.worker.replace(self._seat.channel)
 

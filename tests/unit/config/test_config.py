@@ -39,6 +39,8 @@ DEFAULTS = {
     "kv_cache.tokens_per_rank": "auto",
     "kv_cache.placement": "fill_then_spill",
     "kv_cache.prefix_caching": True,
+    "kv_cache.host_memory_per_rank": 0,
+    "kv_cache.host_folder": None,
     "scheduler.max_num_seqs": 64,
     "scheduler.max_num_batched_tokens": "auto",
     "scheduler.decode_slowdown": 2.0,
@@ -81,6 +83,8 @@ DEFAULTS = {
     "fault_tolerance.host_timeout_s": 1.2,
     "fault_tolerance.spare_after_s": None,
     "fault_tolerance.spare_model": False,
+    "fault_tolerance.journal_dir": None,
+    "fault_tolerance.journal_max_bytes": 1 << 30,
     "trace.file": None,
     "trace.max_events": 100_000,
 }
