@@ -14,7 +14,7 @@ from ds_cp.comm import process_group
 from ds_cp.comm.device import mark_here, wait_until
 from ds_cp.comm.group import Group
 from ds_cp.comm.ledger import Ledger, Waits
-from ds_cp.comm.listeners import close_listeners
+from ds_cp.comm.listeners import close_listeners, cut_connections
 from ds_cp.comm.local_work import LocalWork
 from ds_cp.comm.process_group import DistError, ProcessGroup
 from ds_cp.comm.shared_memory import Neighbours, SharedMemory
@@ -72,6 +72,7 @@ class World:
         self.agreed: BaseException | None = None  # an error that all ranks raise, and go on
         self.notes: list[str] = []
         self._joined = joined
+        self._is_all = False  # that this process does over a network
         self._neighbours = neighbours
         self._near: list[SharedMemory] = []
         self._far: list[ProcessGroup] = []
@@ -180,10 +181,13 @@ class World:
             near.close()
         if self._joined and self.backend == "nccl":
             process_group.abort_nccl()
+        if self._joined and self._is_all and self.raw_store is not None:
+            cut_connections(self.raw_store.port)
 
     def close_listeners(self, keep: int | None) -> None:
         """All groups are made: nobody connects to this process any more, but to the port ``keep``.
-        For a process in which nothing else listens."""
+        For a process in which nothing else listens, or connects."""
+        self._is_all = True
         if self._joined:
             close_listeners(keep)
 

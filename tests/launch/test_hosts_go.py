@@ -25,7 +25,7 @@ WAIT_S = 60.0
 
 
 def test_the_network_is_lost_and_comes_back(serve: Callable[..., Server]) -> None:
-    """The workers beyond it keep what they have loaded; no stream notices."""
+    """All workers keep what they have loaded; no stream notices but by a pause."""
     server = serve(fault_tolerance={"min_ranks": 2})
     url = server.ready()
     bodies = [SPANS, SEEDED]
