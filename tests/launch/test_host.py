@@ -211,7 +211,7 @@ def test_what_a_server_makes_is_its_users_alone(
         got = stranger(job, abstract, ports, files)
         assert got == [], job.story()
     assert said(post(f"{url}/v1/completions", BODY)) == before
-    assert job.process.poll() is None and "error" not in job.err, job.story()
+    assert job.process.poll() is None and "ds_cp: error" not in job.err, job.story()
     job.process.terminate()
     job.gone(2 * END_S)
     assert job.process.returncode == 0, job.story()
