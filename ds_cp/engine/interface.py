@@ -70,6 +70,16 @@ class EngineStats:
         return "drained" if rank in self.ranks_drained else "open"
 
 
+@dataclass(frozen=True)
+class EngineHealth:
+    """What load balancers ask. ``is_overloaded``: a request was refused for want of room lately;
+    ``ranks_closed``: ranks that take no KV, so that the capacity is smaller."""
+
+    state: str
+    is_overloaded: bool = False
+    ranks_closed: tuple[int, ...] = ()
+
+
 class EngineInterface(Protocol):
     """What the server needs. ``generate`` raises ``RequestError`` (``CapacityError``),
     ``QueueFullError`` or ``EngineDeadError`` before its first delta; closing the iterator
@@ -86,8 +96,19 @@ class EngineInterface(Protocol):
 
     @property
     def state(self) -> str:
-        """ "starting"; "ready"; "stalled" while one step takes longer than ``server.stall_s``;
-        "stopping" once the server is being stopped; "dead"."""
+        """ "starting"; "ready"; "recovering" while the ranks meet again after a worker has died, or
+        a step has failed on one, for which requests wait; "stalled" while one step takes longer
+        than ``server.stall_s``; "stopping" once the server is being stopped; "dead"."""
+        ...
+
+    @property
+    def health(self) -> EngineHealth:
+        """The state, and what goes with it. Waits for nothing."""
+        ...
+
+    def check_room(self, options: RequestOptions, answers: int = 1) -> None:
+        """Raise ``QueueFullError`` where ``generate`` would, whatever the prompt, for so many
+        answers: before it is rendered and tokenized."""
         ...
 
     def generate(

@@ -129,6 +129,7 @@ class Request:
     ranks_used: set[int] = field(default_factory=set)  # up to its last stop
     last_token_time: float | None = None
     num_preemptions: int = 0
+    expected_wait_s: float = 0.0  # until it begins, as the forecast was without its correction
     why_span: SpanReason | None = None  # of the ranks that it has now
     why_mode: ModeReason | None = None  # of its newest step
 
@@ -158,6 +159,17 @@ class Request:
         """Blocks that it holds beside those of its table."""
         held = [(rank, block) for rank, blocks in self.reserved.items() for block in blocks]
         return [*held, *(target for _, target in self.moving.values())]
+
+    def end_by(self, token: int, ends: Sequence[int]) -> tuple[str | None, int | None]:
+        """Why the newest token, ``token``, is the last one, and the one that stopped it, if it did;
+        ``ends``: the model's own end tokens."""
+        params, length = self.params, len(self.output)
+        if length > params.min_tokens:  # that many come before an end, as in vLLM
+            if params.stop_token_ids and token in params.stop_token_ids:
+                return "stop", token
+            if token in ends and not params.ignore_eos:
+                return "stop", None
+        return ("length" if length >= self.max_tokens else None), None
 
     def metrics(self) -> RequestMetrics:
         """Times and modes so far."""

@@ -143,6 +143,7 @@ class _Supervisor:
         engine = AsyncEngine(
             self._config, source.name, worker, loop,
             partial(load_tokenizer, source), on_ready, on_death,
+            is_mending=lambda: self._mending.is_mending,
         )  # fmt: skip
         self._engine = engine
         engine.start()

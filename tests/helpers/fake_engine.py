@@ -12,9 +12,9 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from ds_cp.engine.interface import EngineInfo, EngineStats
+from ds_cp.engine.interface import EngineHealth, EngineInfo, EngineStats
 from ds_cp.engine.picture import Picture
-from ds_cp.errors import CapacityError, RequestError
+from ds_cp.errors import CapacityError, QueueFullError, RequestError
 from ds_cp.outputs import Delta, EndedRequest, PackedLogprobs, PromptProgress, TokenLogprob
 from ds_cp.sampling_params import RequestOptions, SamplingParams
 from ds_cp.scheduler.admission import Limits, check_request
@@ -120,6 +120,8 @@ class FakeEngine:
         self.delay_s = 0.0
         self.eager_s: float | None = None
         self.refuse: Exception | None = None
+        self.refuses_early = False  # by ``check_room``
+        self.overloaded = False
         self.break_after: tuple[int, Exception] | None = None
         self.open_tokens: int | None = None
         self.end: str | None = None
@@ -139,6 +141,14 @@ class FakeEngine:
         info = self.info
         limits = Limits(info.max_model_len, 64, 8192, 1000, info.vocab_size, ())
         check_request(limits, prompt_token_ids, params)
+
+    @property
+    def health(self) -> EngineHealth:
+        return EngineHealth(self.state, self.overloaded, tuple(sorted(self.drained)))
+
+    def check_room(self, options: RequestOptions, answers: int = 1) -> None:
+        if isinstance(self.refuse, QueueFullError) and self.refuses_early:
+            raise self.refuse
 
     async def generate(
         self,

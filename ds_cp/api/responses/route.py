@@ -142,6 +142,7 @@ async def _create(
     try:
         rendered: Rendered | None = None
         if body.truncation == "auto":
+            context.engine.check_room(chat.options)
             earlier = before.conversation() if before is not None else []
             chat, rendered = await fitted(context, chat, body.instructions, [*earlier, *items])
         conversation = await start_chat(context, chat, request, response["id"], arrival, rendered)
