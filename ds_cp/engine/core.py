@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import secrets
 import time
@@ -10,7 +9,7 @@ from collections import deque
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from ds_cp.engine.calls import Answer, Call
+from ds_cp.engine.calls import Answer, Call, given_up
 from ds_cp.engine.detokenize import Detokenizer, IncrementalDetokenizer
 from ds_cp.engine.interface import EngineStats
 from ds_cp.engine.picture import MAX_RECENT, EndedPicture
@@ -21,7 +20,14 @@ from ds_cp.errors import GrammarBusyError, IntegrityError, RequestError
 from ds_cp.grammar.checker import GrammarChecker
 from ds_cp.grammar.constraint import FIELD
 from ds_cp.kv.table import SequenceTable
-from ds_cp.outputs import Delta, PackedLogprobs, PromptProgress, TokenLogprob, pack_logprob
+from ds_cp.outputs import (
+    STEPS_FAIL,
+    Delta,
+    PackedLogprobs,
+    PromptProgress,
+    TokenLogprob,
+    pack_logprob,
+)
 from ds_cp.plan import NO_GRAMMAR, Chunk, Decodes, Outcome, Sampled, Scored, StepPlan
 from ds_cp.sampling_params import RequestOptions, SamplingParams
 from ds_cp.scheduler.request import Request
@@ -254,7 +260,8 @@ class EngineCore:
         return added + text.flush(may_stop) if reason is not None else added
 
     def _fail(self, answer: Answer, field: str | None = None) -> Delta:
-        """End one answer with ``error``. ``field``: of the request, where that is at fault."""
+        """End one answer with ``error``. ``field``: of the request, where that is at fault, or
+        ``STEPS_FAIL``."""
         request = answer.request
         self.scheduler.finish(request, "error")
         request.finish_reason, request.stop_reason = "error", field  # also where it had ended
@@ -279,21 +286,16 @@ class EngineCore:
         if not answer.call.answers:
             del self._calls[answer.call.request_id]
 
-    def recover(self, lost: Collection[int]) -> list[Delta]:
+    def recover(self, lost: Collection[int], cause: str = "") -> list[Delta]:
         """Go on after all ranks have met again: those of ``lost``, cp ranks, hold nothing, no rank
         knows a request, and no step is under way. Returns the ends of requests that are at fault:
-        their steps have ended workers again and again."""
+        their steps have failed, or ended workers, again and again. ``cause``: of the last time."""
         self._empty_plans = 0
         ends = []
         for request in self.scheduler.recover(lost):
-            prompt = hashlib.sha256(",".join(map(str, request.prompt)).encode()).hexdigest()
-            logger.error(
-                "request %s is ended: its steps have ended workers three times in a row "
-                "(%d prompt tokens, their sha256 begins with %s, %d tokens given)",
-                request.request_id, len(request.prompt), prompt[:16], len(request.output),
-            )  # fmt: skip
+            logger.error(given_up(request, cause))
             if (answer := self._answers.get(request.number)) is not None:
-                ends.append(self._fail(answer))
+                ends.append(self._fail(answer, STEPS_FAIL))
         return ends
 
     def check_integrity(self) -> None:

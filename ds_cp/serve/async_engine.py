@@ -285,8 +285,8 @@ class AsyncEngine:
         while not self._stopping:
             try:
                 self._turn(core, loop, idle_s)
-            except InterruptedStepsError:
-                self._recover(core, loop)
+            except InterruptedStepsError as err:
+                self._recover(core, loop, str(err))
         self._standing.is_dead = True
         loop.settle()
         self._link.leave()
@@ -314,7 +314,7 @@ class AsyncEngine:
             self._tell_ended(core)
         self._mailboxes.deliver(addressed)
 
-    def _recover(self, core: EngineCore, loop: PipelinedLoop) -> None:
+    def _recover(self, core: EngineCore, loop: PipelinedLoop, cause: str) -> None:
         """The ranks have left: wait until all have met again, and go on from what is certain."""
         loop.forget()
         self._steps.forget()
@@ -322,7 +322,7 @@ class AsyncEngine:
         resumed = self._link.resume()
         lost = [rank for rank, born in enumerate(resumed.born) if born > self._served]
         with self._lock:
-            self._mailboxes.deliver(self._mailboxes.addressed(core.recover(lost)))
+            self._mailboxes.deliver(self._mailboxes.addressed(core.recover(lost, cause)))
         self._served = resumed.generation
         self._standing.is_interrupted = False
 

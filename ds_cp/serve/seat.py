@@ -16,6 +16,7 @@ from ds_cp.errors import DsCpError, EngineDeadError
 from ds_cp.facts import Facts
 from ds_cp.log_stream import say
 from ds_cp.serve.channel import Channel
+from ds_cp.serve.oom_kills import OomKills
 from ds_cp.serve.orders import Order, Ping, Pong, Word
 from ds_cp.serve.worker_child import Child, describe_end, ended, worker_child
 from ds_cp.topology.job import Job
@@ -42,6 +43,7 @@ class Seat:
         self._spare: tuple[contextlib.ExitStack, Child] | None = None
         self._timer: asyncio.TimerHandle | None = None  # until there is a spare one
         self._facts: Facts | None = None  # of the start
+        self._kills = OomKills()
         self._why = ""  # this process has ended the worker
         self._hears = False  # the worker can be asked for signs of life
         # In time.monotonic(): the last ``check``, the last ping, the first one without an answer.
@@ -130,7 +132,7 @@ class Seat:
         """How a worker of this rank, which has ended, did."""
         if self._why:
             return f"the worker of rank {self._job.rank} {self._why} and was ended"
-        how = describe_end(process.returncode)
+        how = describe_end(process.returncode, self._kills.is_new())
         return f"the worker of rank {self._job.rank} was ended by {how}"
 
     async def each(

@@ -84,8 +84,8 @@ class FakeEngine:
 
     ``delay_s`` comes before every token, ``first_delay_s`` before the first; ``eager_s`` is the
     delay of requests with ``ignore_eos``, so that an attack can be quicker. ``refuse`` is raised
-    before the first delta, ``break_after`` (n, error) after n tokens. ``end`` replaces the last
-    finish reason. ``open_tokens`` are what an answer without ``max_tokens`` has, else as many as
+    before the first delta (``refuses_early``: by ``check_room``), ``break_after`` (n, error) after
+    n tokens. ``end`` replaces the last finish reason, with ``end_cause`` as its cause. ``open_tokens`` are what an answer without ``max_tokens`` has, else as many as
     fit. ``short`` gives answers (by index) that stop after that many tokens; in each step the
     answers come in their order, or ``backwards``. ``cached`` is how many tokens of every prompt
     were in the prefix cache. ``drained`` ranks cannot all be drained, and hold ``blocks`` (by rank)
@@ -122,6 +122,7 @@ class FakeEngine:
         self.refuse: Exception | None = None
         self.refuses_early = False  # by ``check_room``
         self.overloaded = False
+        self.end_cause: str | None = None  # the ``stop_reason`` that goes with ``end``
         self.break_after: tuple[int, Exception] | None = None
         self.open_tokens: int | None = None
         self.end: str | None = None
@@ -224,7 +225,8 @@ class FakeEngine:
         for stop in params.stop:
             if stop in text:
                 return Delta(request_id, (token_id,), "", logprobs, "stop", stop)
-        return Delta(request_id, (token_id,), text, logprobs, reason)
+        cause = self.end_cause if last else None
+        return Delta(request_id, (token_id,), text, logprobs, reason, cause)
 
     def _tell(
         self, last: Delta, prompt: list[int], options: RequestOptions, index: int, new: int

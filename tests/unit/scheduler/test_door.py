@@ -144,7 +144,8 @@ def test_predicted_waits_are_those_that_come(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_correction_is_learnt(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks for two requests where there are eight seats: what the model cannot know beforehand."""
+    """What the model does not know, such as blocks for two requests where there are seats for
+    eight."""
     forecast = Forecast(8, 1, [])
     for _ in range(60):
         forecast.began(1.0, 3.0)

@@ -50,6 +50,21 @@ def test_nobody_in_flight_is_nobodys_fault() -> None:
     assert not inquest.suspects
 
 
+def test_who_is_alone_twice_is_found_at_the_second_time() -> None:
+    inquest = Inquest()
+    assert inquest.interrupted(flights((1,), (1,)), ALIVE) is None
+    inquest.done(flights((2,))[0])
+    assert inquest.interrupted(flights((1,)), ALIVE) == 1
+
+
+def test_one_time_in_company_and_one_alone_prove_nothing() -> None:
+    inquest = Inquest()
+    assert inquest.interrupted(flights((1, 2)), ALIVE) is None
+    assert inquest.interrupted(flights((1,)), ALIVE) is None
+    assert inquest.suspects == {1}
+    assert inquest.interrupted(flights((1,)), ALIVE) == 1
+
+
 def test_who_has_ended_is_forgotten() -> None:
     inquest = Inquest()
     for _ in range(2):
