@@ -46,6 +46,8 @@ class EngineStats:
     prefill_tokens: int = 0  # prompt tokens that steps computed: without what was cached
     num_preemptions: int = 0
     num_interruptions: int = 0  # times that the ranks met again
+    num_refused: int = 0  # requests for which there was no place, or too long a wait
+    queue_wait_seconds: float = 0.0  # predicted, of a new client's request that came now
     steps: int = 0
     step_seconds: float = 0.0
     step_age_seconds: float = 0.0  # of the step that runs now; 0 between steps

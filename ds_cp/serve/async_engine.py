@@ -197,7 +197,6 @@ class AsyncEngine:
                 return EngineStats()
             return replace(
                 self._core.stats(),
-                num_interruptions=self._core.scheduler.num_interruptions,
                 step_seconds=self._steps.seconds,
                 step_age_seconds=0.0 if self._standing.is_dead else self._steps.age_s,
                 comm_bytes={scheme: sent[0] for scheme, sent in self._link.sent.items()},

@@ -85,8 +85,9 @@ class FakeEngine:
     ``delay_s`` comes before every token, ``first_delay_s`` before the first; ``eager_s`` is the
     delay of requests with ``ignore_eos``, so that an attack can be quicker. ``refuse`` is raised
     before the first delta (``refuses_early``: by ``check_room``), ``break_after`` (n, error) after
-    n tokens. ``end`` replaces the last finish reason, with ``end_cause`` as its cause. ``open_tokens`` are what an answer without ``max_tokens`` has, else as many as
-    fit. ``short`` gives answers (by index) that stop after that many tokens; in each step the
+    n tokens. ``end`` replaces the last finish reason, with ``end_cause`` as its cause.
+    ``open_tokens`` are what an answer without ``max_tokens`` has, else as many as fit. ``short``
+    gives answers (by index) that stop after that many tokens; in each step the
     answers come in their order, or ``backwards``. ``cached`` is how many tokens of every prompt
     were in the prefix cache. ``drained`` ranks cannot all be drained, and hold ``blocks`` (by rank)
     until a test takes them away; ``moving`` is what a rebalance says,
