@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from typing import Any
 
 import pytest
 
+from ds_cp.engine.interface import EngineHealth
 from ds_cp.errors import EngineDeadError
 from ds_cp.plan import Outcome, Sampled, StepPlan
 from ds_cp.sampling_params import SamplingParams
@@ -135,3 +137,25 @@ def test_the_request_that_ends_workers_is_told() -> None:
     served = Served(rank)
     served.run(work)
     assert reasons == ["error"] and rank.generation == 3 and not served.died
+
+
+def test_it_says_that_it_recovers_and_takes_requests_meanwhile() -> None:
+    going = threading.Event()
+
+    class Slow(Counting):
+        def resume(self) -> Resumed:
+            assert going.wait(60)
+            return super().resume()
+
+    async def work(engine: AsyncEngine) -> None:
+        asked = [asyncio.create_task(ask(engine, "a", 12))]
+        await until(lambda: engine.state == "recovering")
+        assert engine.health == EngineHealth("recovering")
+        asked.append(asyncio.create_task(ask(engine, "b", 12)))
+        await asyncio.sleep(0)
+        assert not any(one.done() for one in asked)
+        going.set()
+        assert await asyncio.gather(*asked) == [list(range(10, 22))] * 2
+        assert engine.state == "ready" and engine.stats().num_interruptions == 1
+
+    Served(Slow({4}, True)).run(work)
