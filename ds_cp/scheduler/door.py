@@ -51,7 +51,7 @@ class Door:
     def wait_s(self, options: RequestOptions, answers: int = 1) -> float:
         """Predicted seconds until a new request begins."""
         ahead, has_room = self._ahead(options)
-        return self.forecast.wait_s(ahead, answers, has_room)
+        return self.forecast.wait_s(options, ahead, answers, has_room)
 
     def enter(self, options: RequestOptions, answers: int = 1) -> float:
         """Let a request in, whatever its prompt. Returns what ``forecast.began`` wants to know of
@@ -62,7 +62,7 @@ class Door:
             raise self._refusal(QueueFullError, f"{length} requests are waiting, the limit of "
                                 "scheduler.max_queue", 0.0)  # fmt: skip
         ahead, has_room = self._ahead(options)
-        raw_s = self.forecast.raw_s(ahead, answers, has_room)
+        raw_s = self.forecast.raw_s(options, ahead, answers, has_room)
         wait_s, bound = raw_s * self.forecast.correction, self._limits.max_queue_wait_s
         if bound is not None and wait_s > bound:
             said = f"{wait_s:.3g} s would pass until this request begins, above the limit "

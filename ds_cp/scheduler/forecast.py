@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ds_cp.cost import CostModel
+from ds_cp.sampling_params import RequestOptions
 from ds_cp.scheduler.backlog import Load
 from ds_cp.scheduler.fairness import ANSWER
 from ds_cp.scheduler.pacing import ChunkPacer
@@ -67,7 +68,8 @@ class Forecast:
         self._known = False  # these, of what runs:
         self._left: list[float] = []  # tokens that answers which run still have, sorted
         self._decodes = 0
-        self._work = 0.0  # on prompts that run
+        # Prompts that run: their clients and the work that is left, by priority.
+        self._prompts: dict[int, dict[str, float]] = {}
 
     @property
     def correction(self) -> float:
@@ -83,12 +85,16 @@ class Forecast:
             work = self._pacer.work(request.num_tokens, request.num_tokens, 0)
         return Load(answers, math.ceil(work), math.ceil(answers * tokens))
 
-    def wait_s(self, ahead: Load, answers: int, has_room: bool = True) -> float:
+    def wait_s(
+        self, options: RequestOptions, ahead: Load, answers: int, has_room: bool = True
+    ) -> float:
         """Predicted seconds until a request of so many ``answers`` begins, with ``ahead`` of it.
         ``has_room``: whether the next one in the queue waits for no blocks, but a seat."""
-        return self.correction * self.raw_s(ahead, answers, has_room)
+        return self.correction * self.raw_s(options, ahead, answers, has_room)
 
-    def raw_s(self, ahead: Load, answers: int, has_room: bool = True) -> float:
+    def raw_s(
+        self, options: RequestOptions, ahead: Load, answers: int, has_room: bool = True
+    ) -> float:
         """The same without the correction."""
         self._look()
         taken = len(self._left)
@@ -96,11 +102,24 @@ class Forecast:
         decodes = min(seats, max(self._decodes, taken + ahead.seats))
         need = taken + ahead.seats + answers - seats  # answers that end before it begins
         steps = self._steps_until(need, ahead, seats - taken) if need > 0 else 0.0
-        prompts = (self._work + ahead.work) / self._ranks
+        prompts = (self._prompts_before(options) + ahead.work) / self._ranks
         return max(
             steps * self._step_s(decodes) + prompts * self._prompt_s(0),
             prompts * self._prompt_s(decodes),
         )
+
+    def _prompts_before(self, options: RequestOptions) -> float:
+        """Work on prompts that run which is done before a new request begins: of its client, whose
+        requests go one after the other, and what others do meanwhile, as clients have equal parts
+        of a step."""
+        own = others = 0.0
+        clients = {options.client}
+        for priority, works in self._prompts.items():
+            if priority <= options.priority:
+                clients.update(works)
+                own += works.get(options.client, 0.0)
+                others += sum(works.values()) - works.get(options.client, 0.0)
+        return own + min(others, own * (len(clients) - 1))
 
     def _steps_until(self, ends: int, ahead: Load, free: int) -> float:
         """Steps until so many answers have ended, of those that run and of those that wait, which
@@ -157,7 +176,7 @@ class Forecast:
         if self._known:
             return
         self._known = True
-        self._left, self._decodes, self._work = [], 0, 0.0
+        self._left, self._decodes, self._prompts = [], 0, {}
         for request in self._running:
             mean = self._answer_tokens(request.max_tokens)
             done = len(request.output)
@@ -167,7 +186,9 @@ class Forecast:
             self._left += [max(rest, 1.0)] * self.load_of(request).seats
             if request.prefilling:
                 past, new = request.num_computed, request.num_tokens - request.num_computed
-                self._work += new if self._pacer is None else self._pacer.work(new, new, past)
+                work = float(new) if self._pacer is None else self._pacer.work(new, new, past)
+                works = self._prompts.setdefault(request.priority, {})
+                works[request.client] = works.get(request.client, 0.0) + work
             else:
                 self._decodes += 1
         self._left.sort()

@@ -195,6 +195,21 @@ def test_a_heavy_client_does_not_refuse_a_light_one(monkeypatch: pytest.MonkeyPa
         machine.ask("heavy")
 
 
+def test_a_long_prompt_of_another_client_is_no_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients share each step; those of one client go one after the other."""
+    machine = Machine(monkeypatch, 5.0, blocks=8000)
+    machine.warm()
+    machine.ask("one", prompt=60_000)
+    machine.step()
+    with pytest.raises(LongWaitError):
+        machine.ask("one")
+    request = machine.ask("two")
+    machine.step()
+    assert request.first_scheduled_time is not None
+    with pytest.raises(LongWaitError):
+        machine.ask("one")
+
+
 def test_the_queue_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever has less than an equal part of a full queue is let in, up to twice its length."""
     machine = Machine(monkeypatch, max_queue=8)
