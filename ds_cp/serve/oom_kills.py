@@ -33,16 +33,19 @@ class OomKills:
 
 
 def _file(groups: Path, mount: Path) -> Path | None:
-    """Where the kernel counts: version 2 of control groups, or version 1. A container may see its
-    group as the root."""
-    found = []
+    """Where the kernel counts, by version 2 of control groups or by version 1."""
     with contextlib.suppress(OSError, ValueError):
         for line in groups.read_text().splitlines():
             _, kinds, path = line.split(":", 2)
-            where = path.lstrip("/")
-            if not kinds:
-                found += [mount / where / "memory.events", mount / "memory.events"]
-            elif "memory" in kinds.split(","):
-                old = mount / "memory"
-                found += [old / where / "memory.oom_control", old / "memory.oom_control"]
-    return next((file for file in found if file.is_file()), None)
+            root, name = mount, "memory.events"
+            if kinds:
+                root, name = mount / "memory", "memory.oom_control"
+            if kinds and "memory" not in kinds.split(","):
+                continue
+            parts = [part for part in path.split("/") if part]
+            # A container sees a group of the host as the root, so the path begins anywhere.
+            for begin in range(len(parts) + 1):
+                file = root.joinpath(*parts[begin:]) / name
+                if file.is_file():
+                    return file
+    return None
