@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = ("raise_once", "no_memory", "nan", "kill")
-IN_A_ROW = 6  # that many equal tokens are a fault's mark
+IN_A_ROW = 3  # that many equal tokens are a fault's mark; a chunk has 4 at least
 
 # Waits for the module of the worker, and puts itself around its forward call.
 SITECUSTOMIZE = """
@@ -89,4 +89,4 @@ def faulty_environment(folder: Path) -> dict[str, str]:
 
 def prompt_of(kind: str) -> list[int]:
     """A prompt of token ids whose steps have this fault."""
-    return [KINDS.index(kind) + 1] * IN_A_ROW + [70, 71, 72]
+    return [KINDS.index(kind) + 1] * 12 + [70, 71, 72]
