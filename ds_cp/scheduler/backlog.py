@@ -44,8 +44,11 @@ class Backlog:
             return
         part = self._parts[at]
         part.insert(bisect_left(part, order, key=_order_of), (order, load))
-        half = len(part) // 2
-        self._put(at, 1, [part[:half], part[half:]] if len(part) > MOST else [part])
+        self._sums[at] = self._sums[at].plus(load)
+        self._lasts[at] = part[-1][0]
+        if len(part) > MOST:
+            half = len(part) // 2
+            self._put(at, 1, [part[:half], part[half:]])
 
     def remove(self, order: Order) -> None:
         """Take the load of this ``order`` away. KeyError when there is none."""
@@ -54,8 +57,12 @@ class Backlog:
         place = bisect_left(part, order, key=_order_of)
         if place == len(part) or part[place][0] != order:
             raise KeyError(order)
-        del part[place]
-        self._put(at, 1, [part] if part else [])
+        _, load = part.pop(place)
+        if not part:
+            self._put(at, 1, [])
+            return
+        self._sums[at] = self._sums[at].plus(load, -1)
+        self._lasts[at] = part[-1][0]
 
     def before(self, order: Order) -> Load:
         """The sum of the loads that come before ``order``."""
