@@ -74,9 +74,9 @@ class Door:
 
     def began(self, request: Request) -> None:
         """A request has its first token."""
-        started = request.first_scheduled_time
-        if started is not None and not request.num_preemptions and not request.index:
-            self.forecast.began(request.expected_wait_s, max(0.0, started - request.arrival_time))
+        started, expected_s = request.first_scheduled_time, request.expected_wait_s
+        if started is not None and expected_s is not None and not request.num_preemptions:
+            self.forecast.began(expected_s, max(0.0, started - request.arrival_time))
 
     def _ahead(self, options: RequestOptions) -> tuple[Load, bool]:
         first = self._waiting.first()

@@ -129,7 +129,8 @@ class Request:
     ranks_used: set[int] = field(default_factory=set)  # up to its last stop
     last_token_time: float | None = None
     num_preemptions: int = 0
-    expected_wait_s: float = 0.0  # until it begins, as the forecast was without its correction
+    # Until it begins, as the forecast was without its correction; None: not to be learnt from.
+    expected_wait_s: float | None = None
     why_span: SpanReason | None = None  # of the ranks that it has now
     why_mode: ModeReason | None = None  # of its newest step
 

@@ -284,7 +284,7 @@ class Scheduler:
         self._in_flight.clear()
         recovery.forget_prefixes()
         for request in self.waiting:  # those that were preempted with a draw under way
-            request.in_flight = 0
+            request.in_flight, request.expected_wait_s = 0, None
         for request in list(self.running):
             if not recovery.rewind(request):
                 self._preempt(request)
