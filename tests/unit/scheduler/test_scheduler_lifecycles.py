@@ -160,7 +160,8 @@ class Session:
     def die(self) -> None:
         """Some ranks lose their workers, or none when just an exchange failed; all meet again."""
         cluster, pick = self.cluster, self.pick
-        if max(cluster.scheduler._inquest._times.values(), default=0) > 1:
+        inquest = cluster.scheduler._inquest
+        if max(inquest._times.values(), default=0) > 1 or any(inquest._alone.values()):
             return  # once more would look like the fault of who runs
         ranks = range(len(cluster.blocks))
         lost = [rank for rank in ranks if pick(0, len(cluster.blocks)) == 0]
