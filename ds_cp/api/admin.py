@@ -37,7 +37,7 @@ def rank_routes(context: AppContext) -> APIRouter:
 
     @router.get("/ranks")
     async def ranks() -> dict[str, Any]:
-        """The state of every rank ("open", "draining" or "drained") and its KV blocks."""
+        """The state of every rank ("open", "draining", "drained" or "away") and its KV blocks."""
         context.check_ready()
         return {"ranks": _table(context.engine.stats())}
 

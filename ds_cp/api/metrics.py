@@ -235,6 +235,7 @@ def _gauges(stats: EngineStats, name: str) -> Iterable[Metric]:
     for state, text in (
         ("drained", "1 when a rank takes no new KV and is empty."),
         ("draining", "1 when a rank takes no new KV and is not empty yet."),
+        ("away", "1 when the job goes on without a rank, whose supervisor is gone."),
     ):
         family = GaugeMetricFamily(f"ds_cp:rank_{state}", text, labels=("model_name", "rank"))
         for rank in range(len(stats.kv_blocks_total)):
@@ -256,6 +257,12 @@ def _counters(stats: EngineStats, name: str) -> Iterable[Metric]:
             "num_requests_refused",
             "Requests for which there was no place in the queue, or too long a wait.",
             stats.num_refused,
+        ),
+        (
+            "num_strangers",
+            "Connections to the port on which ranks of several hosts meet that were dropped: they "
+            "did not know the job's secret.",
+            stats.num_strangers,
         ),
         ("prefix_cache_queries", "Prompt tokens looked up.", stats.prefix_cache_queries),
         ("prefix_cache_hits", "Prompt tokens found in the cache.", stats.prefix_cache_hits),

@@ -121,11 +121,11 @@ def model_card(context: AppContext, name: str) -> dict[str, Any]:
 
 
 def _health(context: AppContext, well: Collection[str]) -> Response:
-    """``overloaded`` and ``ranks_closed`` are there when they say something."""
+    """``overloaded`` and ``ranks_away`` are there when they say something."""
     health = context.engine.health
     body: dict[str, Any] = {"status": health.state}
     if health.is_overloaded:
         body["overloaded"] = True
-    if health.ranks_closed:
-        body["ranks_closed"] = list(health.ranks_closed)
+    if health.ranks_away:
+        body["ranks_away"] = list(health.ranks_away)
     return JSONResponse(body, status_code=200 if health.state in well else 503)

@@ -26,12 +26,14 @@ else:
     from torch.distributed import PrefixStore, Store, TCPStore
 
 DistError = torch_dist.DistError
+TorchStore = Store  # what torch takes for one
 
 
 class ProcessGroup:
     """Carries messages by a process group of torch, through deepspeed.comm. See ``Transport``.
 
-    ``ranks``: world ranks of the members; ``handle``: the process group.
+    ``ranks``: of each member the rank in torch's world, -1 for one that is away; ``handle``: the
+    process group.
     """
 
     def __init__(self, ranks: Sequence[int], handle: object, timeout_s: float) -> None:
@@ -117,14 +119,15 @@ class ProcessGroup:
 
 
 def everybody(ranks: Sequence[int], timeout_s: float) -> ProcessGroup:
-    """The group of all ranks that joined."""
+    """The group of all ranks that joined; ``ranks`` as in ``ProcessGroup``."""
     return ProcessGroup(ranks, torch_dist.group.WORLD, timeout_s)
 
 
 def new_group(ranks: Sequence[int], timeout_s: float) -> ProcessGroup:
-    """A new group; every rank of the job calls it, members or not. deepspeed.comm.new_group takes
+    """A new group; every rank that joined calls it, members or not. deepspeed.comm.new_group takes
     no timeout, and torch's default is 30 minutes whatever the world's own limit is."""
-    handle = torch_dist.new_group(list(ranks), timeout=timedelta(seconds=timeout_s))
+    here = [rank for rank in ranks if rank >= 0]
+    handle = torch_dist.new_group(here, timeout=timedelta(seconds=timeout_s))
     return ProcessGroup(ranks, handle, timeout_s)
 
 
@@ -165,7 +168,12 @@ def open_store(host: str, port: int, listen_fd: int | None, timeout_s: float) ->
 
 def prefixed(store: Store, prefix: str) -> Store:
     """The part of a store that one meeting of the ranks uses."""
-    return PrefixStore(f"ds_cp/{prefix}", store)
+    return PrefixStore(prefix_of(prefix), store)
+
+
+def prefix_of(prefix: str) -> str:
+    """How the keys of that part begin, up to a slash."""
+    return f"ds_cp/{prefix}"
 
 
 def abort_nccl() -> None:

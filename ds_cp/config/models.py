@@ -196,6 +196,18 @@ class Comm(Section):
         description="where host names come from; auto: MPI under mpirun, else the launcher's "
         "environment",
     )
+    port: Annotated[int, Field(ge=1, le=65535)] | Literal["auto"] = Field(
+        default="auto",
+        description="port on rank 0's host on which the ranks of several hosts meet; auto: the "
+        "launcher's MASTER_PORT, under torchrun, which has a store there, the next one, under "
+        "mpirun any free one",
+    )
+    secret_file: Annotated[str, Field(min_length=1, max_length=4096)] | None = Field(
+        default=None,
+        description="file that only its owner may read, alike on all hosts, with the secret by "
+        "which ranks of several hosts know each other; the environment variable DS_CP_JOB_SECRET "
+        "comes before it; mpirun needs neither",
+    )
 
 
 class FaultTolerance(Section):
@@ -206,13 +218,27 @@ class FaultTolerance(Section):
         description="interruptions in a row, without a step done between them, that the job "
         "outlives: a worker that dies is replaced, the ranks meet again, and requests go on; from "
         "3 on, a request whose steps end workers is found and ended before the job; 0: the first "
-        "death ends the job, as it does on several hosts and with tp_size above 1",
+        "death ends the job, as it does with tp_size above 1",
         json_schema_extra=unit_of("interruptions"),
+    )
+    min_ranks: Annotated[int, Field(ge=1, le=MAX_RANKS)] | None = Field(
+        default=None,
+        description="as many ranks have to be left for the job to go on when the supervisor of "
+        "one is gone, with the room of those that are left, until it is started again with the "
+        "same rank and config; rank 0's is the server itself; null: such a loss ends the job",
+        json_schema_extra=unit_of("ranks"),
     )
     hang_s: Annotated[float, Field(ge=1, le=86400)] | None = Field(
         default=30.0,
         description="time without a sign of life, which a thread of a worker gives whatever that "
         "does, after which the worker is taken for dead, ended and replaced; null: for ever",
+        json_schema_extra=unit_of("seconds"),
+    )
+    host_timeout_s: Annotated[float, Field(ge=0.5, le=86400)] = Field(
+        default=1.2,
+        description="time in which the system of another host has to answer, else that host, or "
+        "the network to it, is taken for lost; a busy or stopped process does not count, its "
+        "system answers",
         json_schema_extra=unit_of("seconds"),
     )
     spare_after_s: Annotated[float, Field(ge=0, le=86400)] | None = Field(
@@ -304,6 +330,17 @@ class Config(Section):
             raise ValueError(
                 "attention.deterministic is true, but attention.backend sdpa cuts a prompt where "
                 "its chunks end on device cuda; set attention.backend to triton or to auto"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _ranks_may_go(self) -> Config:
+        tolerance, tp_size = self.fault_tolerance, self.tensor_parallel.tp_size
+        if tolerance.min_ranks is not None and (tolerance.max_restarts == 0 or tp_size > 1):
+            why = "max_restarts 0" if tolerance.max_restarts == 0 else f"tp_size {tp_size}"
+            raise ValueError(
+                f"fault_tolerance.min_ranks is {tolerance.min_ranks}, but with {why} the first "
+                "loss ends the job; leave min_ranks out"
             )
         return self
 

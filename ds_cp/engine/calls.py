@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ds_cp.engine.detokenize import IncrementalDetokenizer
-from ds_cp.outputs import prompt_digest
 from ds_cp.scheduler.request import Request
 
 
@@ -27,13 +26,3 @@ class Answer:
     call: Call
     request: Request
     text: IncrementalDetokenizer | None
-
-
-def given_up(request: Request, cause: str) -> str:
-    """What the log has of a request whose steps stop the ranks; ``cause``: of the last time."""
-    return (
-        f"request {request.request_id} is ended: its steps have failed or ended workers time and "
-        f"again{f', the last time: {cause}' if cause else ''} ({len(request.prompt)} prompt "
-        f"tokens, their sha256 begins with {prompt_digest(request.prompt)}, "
-        f"{len(request.output)} tokens given)"
-    )

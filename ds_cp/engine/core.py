@@ -9,27 +9,22 @@ from collections import deque
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from ds_cp.engine.calls import Answer, Call, given_up
+from ds_cp.engine.blame import log_blame
+from ds_cp.engine.calls import Answer, Call
 from ds_cp.engine.detokenize import Detokenizer, IncrementalDetokenizer
 from ds_cp.engine.interface import EngineStats
 from ds_cp.engine.picture import MAX_RECENT, EndedPicture
 from ds_cp.engine.request_picture import ended_picture
 from ds_cp.engine.tally import Tally
 from ds_cp.engine.wire_model import WireModel
-from ds_cp.errors import GrammarBusyError, IntegrityError, RequestError
+from ds_cp.errors import CapacityError, GrammarBusyError, IntegrityError, RequestError
 from ds_cp.grammar.checker import GrammarChecker
 from ds_cp.grammar.constraint import FIELD
 from ds_cp.kv.table import SequenceTable
-from ds_cp.outputs import (
-    STEPS_FAIL,
-    Delta,
-    PackedLogprobs,
-    PromptProgress,
-    TokenLogprob,
-    pack_logprob,
-)
+from ds_cp.outputs import Delta, PackedLogprobs, PromptProgress, TokenLogprob, pack_logprob
 from ds_cp.plan import NO_GRAMMAR, Chunk, Decodes, Outcome, Sampled, Scored, StepPlan
 from ds_cp.sampling_params import RequestOptions, SamplingParams
+from ds_cp.scheduler.absence import refusal
 from ds_cp.scheduler.request import Request
 from ds_cp.scheduler.scheduler import Scheduler
 
@@ -260,8 +255,7 @@ class EngineCore:
         return added + text.flush(may_stop) if reason is not None else added
 
     def _fail(self, answer: Answer, field: str | None = None) -> Delta:
-        """End one answer with ``error``. ``field``: of the request, where that is at fault, or
-        ``STEPS_FAIL``."""
+        """End one answer with ``error``. ``field``: of the request, or what is at fault."""
         request = answer.request
         self.scheduler.finish(request, "error")
         request.finish_reason, request.stop_reason = "error", field  # also where it had ended
@@ -286,17 +280,23 @@ class EngineCore:
         if not answer.call.answers:
             del self._calls[answer.call.request_id]
 
-    def recover(self, lost: Collection[int], cause: str = "") -> list[Delta]:
-        """Go on after all ranks have met again: those of ``lost``, cp ranks, hold nothing, no rank
-        knows a request, and no step is under way. Returns the ends of requests that are at fault:
-        their steps have failed, or ended workers, again and again. ``cause``: of the last time."""
+    def recover(
+        self, lost: Collection[int], away: Collection[int] = (), cause: str = ""
+    ) -> tuple[list[Delta], list[tuple[str, CapacityError]]]:
+        """Go on after all ranks have met again but those of ``away``: those of ``lost``, cp ranks,
+        hold nothing, no rank knows a request, and no step is under way. Returns the ends of those
+        at fault, by ``cause`` the last time, and who can never end here now, with why."""
         self._empty_plans = 0
-        ends = []
-        for request in self.scheduler.recover(lost):
-            logger.error(given_up(request, cause))
+        ends, refused = list[Delta](), dict[str, CapacityError]()
+        guilty, beyond = self.scheduler.recover(lost, away)
+        for request in beyond:
+            if request.request_id not in refused:
+                refused[request.request_id] = refusal(self.scheduler.block_manager, request)
+                self.abort(request.request_id)
+        for request in guilty:
             if (answer := self._answers.get(request.number)) is not None:
-                ends.append(self._fail(answer, STEPS_FAIL))
-        return ends
+                ends.append(self._fail(answer, log_blame(request, cause)))
+        return ends, list(refused.items())
 
     def check_integrity(self) -> None:
         """Check the KV ledger: free + cached + used blocks are all there are, and every reference
@@ -319,10 +319,12 @@ class EngineCore:
         return EngineStats(
             num_requests_running=len(scheduler.running),
             num_requests_waiting=len(scheduler.waiting),
+            num_interruptions=scheduler.num_interruptions,
             kv_blocks_used=tuple(allocator.num_used(r) for r in ranks),
             kv_blocks_cached=tuple(allocator.num_cached(r) for r in ranks),
-            kv_blocks_total=allocator.blocks_per_rank,
+            kv_blocks_total=scheduler.block_manager.blocks_here,
             ranks_drained=tuple(sorted(scheduler.block_manager.closed)),
+            ranks_away=tuple(sorted(scheduler.block_manager.away)),
             ranks_draining=scheduler.ranks_draining,
             prefix_cache_queries=scheduler.block_manager.queries,
             prefix_cache_hits=scheduler.block_manager.hits,
@@ -331,7 +333,6 @@ class EngineCore:
             generation_tokens=self._generation_tokens,
             prefill_tokens=tally.prefill_tokens,
             num_preemptions=scheduler.num_preemptions,
-            num_interruptions=scheduler.num_interruptions,
             num_refused=scheduler.door.num_refused,
             queue_wait_seconds=scheduler.door.wait_s(RequestOptions()),
             steps=self._steps,

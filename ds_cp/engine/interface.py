@@ -35,9 +35,10 @@ class EngineStats:
     num_requests_waiting: int = 0
     kv_blocks_used: tuple[int, ...] = ()  # one per rank
     kv_blocks_cached: tuple[int, ...] = ()  # unreferenced, kept for their prefix
-    kv_blocks_total: tuple[int, ...] = ()
+    kv_blocks_total: tuple[int, ...] = ()  # 0 for a rank that is away
     ranks_drained: tuple[int, ...] = ()  # closed ranks: they take no new KV
     ranks_draining: tuple[int, ...] = ()  # closed ranks that are not empty yet
+    ranks_away: tuple[int, ...] = ()  # closed ranks whose supervisor is gone
     prefix_cache_queries: int = 0  # prompt tokens looked up
     prefix_cache_hits: int = 0  # prompt tokens found
     blocks_moved: int = 0  # by drain and rebalance
@@ -48,6 +49,7 @@ class EngineStats:
     num_interruptions: int = 0  # times that the ranks met again
     num_refused: int = 0  # requests for which there was no place, or too long a wait
     queue_wait_seconds: float = 0.0  # predicted, of a new client's request that came now
+    num_strangers: int = 0  # connections to the ranks' port that were dropped
     steps: int = 0
     step_seconds: float = 0.0
     step_age_seconds: float = 0.0  # of the step that runs now; 0 between steps
@@ -66,7 +68,10 @@ class EngineStats:
     grammar_failures: int = 0  # of these, ended because it allowed no token or passed its bounds
 
     def rank_state(self, rank: int) -> str:
-        """ "open", "draining" (closed, and not empty yet) or "drained" (closed and empty)."""
+        """ "open", "draining" (closed, and not empty yet), "drained" (closed and empty) or "away"
+        (its supervisor is gone)."""
+        if rank in self.ranks_away:
+            return "away"
         if rank in self.ranks_draining:
             return "draining"
         return "drained" if rank in self.ranks_drained else "open"
@@ -75,11 +80,11 @@ class EngineStats:
 @dataclass(frozen=True)
 class EngineHealth:
     """What load balancers ask. ``is_overloaded``: a request was refused for want of room lately;
-    ``ranks_closed``: ranks that take no KV, so that the capacity is smaller."""
+    ``ranks_away``: ranks without which the job goes on, so that the capacity is smaller."""
 
     state: str
     is_overloaded: bool = False
-    ranks_closed: tuple[int, ...] = ()
+    ranks_away: tuple[int, ...] = ()
 
 
 class EngineInterface(Protocol):

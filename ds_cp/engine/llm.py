@@ -67,7 +67,8 @@ def init_inference(
     config = _with_model(config, model)
     if job is None:
         job = detect(os.environ if env is None else env, hosts=config.comm.hosts,
-                     interface=config.comm.interface, timeout_s=config.comm.timeout_s)  # fmt: skip
+                     interface=config.comm.interface, timeout_s=config.comm.timeout_s,
+                     port=config.comm.port, secret_file=config.comm.secret_file)  # fmt: skip
     for variable, value in socket_environment(job).items():
         os.environ.setdefault(variable, value)
     borrowed = Borrowed(model)

@@ -20,7 +20,8 @@ RESERVED = 1000  # added to a request's place in the list: blocks for the rest o
 
 @dataclass(frozen=True)
 class RankPicture:
-    """One context-parallel rank and its KV pool. ``state``: "open", "draining" or "drained".
+    """One context-parallel rank and its KV pool. ``state``: "open", "draining", "drained" or
+    "away".
 
     ``used``, ``cached`` and ``total`` are blocks, exact. ``cells``: the pool in the order of its
     block numbers, run-length coded as (what, how many cells); what: the place of a request in

@@ -42,11 +42,14 @@ class DecodePlanner:
         self._waiting = waiting
         self._preempt_for = preempt_for
 
-    def add(self, draft: Draft) -> None:
-        """One token of every request that is due, or of those whose turn it is."""
+    def add(self, draft: Draft, only: Request | None = None) -> None:
+        """One token of every request that is due, or of those whose turn it is; or ``only`` of
+        one."""
         size, left, decodes = self._allocator.block_size, draft.left, draft.decodes
         written = draft.written
         for request in self._due(draft.step):
+            if only is not None and request is not only:
+                continue
             table = request.table
             if table is None:  # preempted a moment ago, for an older one
                 continue
@@ -64,6 +67,7 @@ class DecodePlanner:
             written.append((home, (table.num_tokens - 1) % size))
             left[home[0]] -= 1
             request.in_flight += 1
+            draft.reached[request.number] = table.num_tokens
 
     def _due(self, step: int) -> list[Request]:
         """Requests whose next token is due: all of them, or when a rank's budget is too small for

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import msgspec
 
@@ -43,6 +43,7 @@ class Draft:
         self.grown: list[tuple[int, Home]] = []
         # (block, first place in it) of what is written; targets of transfers apart.
         self.written: list[tuple[Home, int]] = []
+        self.reached: dict[int, int] = {}  # request -> its tokens that are computed afterwards
         self.begins: list[Begin] = []
         # At most, of the begins and the vocabulary as msgpack.
         self.begin_bytes = 0 if vocabulary is None else vocabulary.size
@@ -62,12 +63,6 @@ class Draft:
     def has_prompts(self) -> bool:
         """Whether the step computes prompt tokens."""
         return bool(self._chunks)
-
-    def requests(self) -> Iterator[int]:
-        """The requests that the step computes."""
-        yield from (chunk.request for chunk in self._chunks)
-        for numbers in self.decodes.values():
-            yield from numbers
 
     @property
     def num_decodes(self) -> int:
@@ -121,6 +116,7 @@ class Draft:
     def chunk(self, cut: Cut, past: int) -> None:
         """Enter a chunk that comes after ``past`` stored tokens, and charge the ranks for it."""
         self._chunks.append(cut.chunk)
+        self.reached[cut.chunk.request] = past + sum(cut.owned)
         for rank, count in enumerate(cut.owned):
             self.pairs[rank] += cut.pairs[rank]
             self.left[rank] -= count

@@ -2,52 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 
 from ds_cp.scheduler.recovery import Flight
 
-ALONE = 2  # interruptions in which a request was alone in flight: it is at fault
-SUSPECT, GUILTY = 2, 3  # interruptions in company, and with one more in which it was alone
+SUSPECT = 2  # interruptions in which a request was in flight
+ALONE = 2  # in which it was alone, after which it is at fault
+ROW = 3  # without a step done between them; who is alone in the last is at fault
+PROVEN = 2  # tokens that a request has to come further than it was before it is trusted again
+
+
+@dataclass
+class _Record:
+    """``times``: interruptions that a request was in flight in, ``alone`` in so many of them;
+    ``reach``: how many of its tokens would have been computed after the last of these."""
+
+    times: int = 0
+    alone: int = 0
+    reach: int = 0
 
 
 class Inquest:
     """Finds the request whose steps end workers.
 
-    With no step of its own done between them: who is alone in flight in ``ALONE`` interruptions is
-    at fault. In company nobody can tell whose step it was: whoever was in flight in ``SUSPECT`` of
-    them is suspect, and suspects run one at a time, before anyone else does. Who gets through a
-    step is free; who is alone in flight in the last of ``GUILTY`` interruptions is at fault.
-    Workers that are ended by somebody else, faster than a step is done, look the same.
+    In company nobody can tell whose step it was: whoever was in flight in ``SUSPECT``
+    interruptions, and has not come past the point where it was then, is suspect. Suspects run one
+    at a time, before anyone else does. Who comes past that point is free; who is alone in ``ALONE``
+    interruptions before it does is at fault, or in the last of ``ROW`` in which nobody got on.
+    Workers that are ended by somebody else, faster than a request gets on, look the same.
+
+    ``suspects``: always the same set.
     """
 
     def __init__(self) -> None:
         self.suspects: set[int] = set()
-        # Interruptions since its last step, of each request: all, and those in which it was alone.
-        self._times: dict[int, int] = {}
-        self._alone: dict[int, int] = {}
+        self._records: dict[int, _Record] = {}
+        self._row = 0  # interruptions since the last step that was done
 
-    def interrupted(self, flights: Iterable[Flight], alive: Container[int]) -> int | None:
+    def interrupted(self, flights: Iterable[Flight], alive: Collection[int]) -> int | None:
         """The request that is at fault, if that is known now. ``alive``: those that have not
         ended."""
-        requests = {number for flight in flights for number in flight.requests}
-        for number in requests:
-            self._times[number] = self._times.get(number, 0) + 1
-        self._times = {n: times for n, times in self._times.items() if n in alive}
-        self.suspects = {n for n, times in self._times.items() if times >= SUSPECT}
-        if len(requests) == 1:
-            (number,) = requests
-            self._alone[number] = self._alone.get(number, 0) + 1
-            self._alone = {n: times for n, times in self._alone.items() if n in self._times}
-            guilty = self._alone.get(number, 0) >= ALONE or self._times.get(number, 0) >= GUILTY
-            if guilty and number in self._times:
-                self.suspects.discard(number)
-                return number
+        reached: dict[int, int] = {}
+        for flight in flights:
+            for number, position in flight.reached:
+                reached[number] = max(position, reached.get(number, 0))
+        for number, position in reached.items():
+            record = self._records.setdefault(number, _Record())
+            record.times += 1
+            record.reach = max(record.reach, position)
+        self._row += 1
+        self._records = {n: record for n, record in self._records.items() if n in alive}
+        self.suspects.clear()
+        self.suspects.update(n for n, one in self._records.items() if one.times >= SUSPECT)
+        if len(reached) == 1:
+            (number,) = reached
+            if (own := self._records.get(number)) is not None:
+                own.alone += 1
+                if own.alone >= ALONE or (own.times >= ROW and self._row >= ROW):
+                    self.forget(number)
+                    return number
         return None
 
     def done(self, flight: Flight) -> None:
         """A step has ended."""
-        if self._times:
-            self.suspects.difference_update(flight.requests)
-            for number in flight.requests:
-                self._times.pop(number, None)
-                self._alone.pop(number, None)
+        self._row = 0
+        for number, position in flight.reached if self._records else ():
+            record = self._records.get(number)
+            if record is not None and position >= record.reach + PROVEN:
+                self.forget(number)
+
+    def forget(self, number: int) -> None:
+        """A request has ended, or come further than it was."""
+        self._records.pop(number, None)
+        self.suspects.discard(number)

@@ -51,12 +51,12 @@ class Migration:
         """
         blocks = self._blocks
         self._check(rank)
-        if rank in blocks.closed:
+        if rank in blocks.drained:
             return
-        blocks.closed.add(rank)
+        blocks.drain(rank)
         largest = blocks.largest_tokens
         if not largest:  # also when nothing runs: every request to come would be refused
-            blocks.closed.discard(rank)
+            blocks.reopen(rank)
             way_out = "reopen another one first" if blocks.num_ranks > 1 else "stop the job instead"
             raise CapacityError(
                 f"rank {rank} cannot be drained: it is the last open one, without it there is room "
@@ -64,9 +64,9 @@ class Migration:
                 need=1, have=0, largest=0, param="rank",
             )  # fmt: skip
         for request in live:
-            need = len(request.prompt) + request.max_tokens - 1
+            need = request.max_need
             if need > largest:
-                blocks.closed.discard(rank)
+                blocks.reopen(rank)
                 raise CapacityError(
                     f"rank {rank} cannot be drained now: "
                     f"request {request.request_id} may need KV for {need} tokens "
@@ -78,7 +78,7 @@ class Migration:
     def reopen(self, rank: int) -> None:
         """Let ``rank`` hold new blocks again; what has not moved away yet stays."""
         self._check(rank)
-        self._blocks.closed.discard(rank)
+        self._blocks.reopen(rank)
         for request in self._moving:
             staying = [i for i, (source, _) in request.moving.items() if source[0] == rank]
             self._blocks.allocator.release([request.moving.pop(i)[1] for i in staying])
@@ -162,14 +162,14 @@ class Migration:
     @property
     def is_moving(self) -> bool:
         """Whether there may be something to move."""
-        return bool(self._blocks.closed or self._wishes or self._moving)
+        return bool(self._blocks.drained or self._wishes or self._moving)
 
     def transfers(self, running: Sequence[Request]) -> tuple[list[Transfer], bool]:
         """The next few moves, entered in tables and allocator, and whether one is stuck for want
         of room."""
         moves: list[Transfer] = []
         self._carry(running, moves)
-        for rank in self._blocks.closed:
+        for rank in self._blocks.drained:
             for request in running:
                 if len(moves) >= MOVES_PER_STEP:
                     return moves, False

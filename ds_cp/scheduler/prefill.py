@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from bisect import insort
+from collections.abc import Collection
 
 from ds_cp.kv.table import SequenceTable
 from ds_cp.plan import Sampling
@@ -24,7 +25,7 @@ class PrefillPlanner:
     """Enters starts and chunks into a draft. ``running`` and ``waiting`` are the scheduler's own.
 
     ``layout``: how a chunk's tokens are dealt out to ranks, as in ``ds_cp.layout.assign``;
-    ``turns``: learns which requests were served.
+    ``turns``: learns which requests were served; ``suspects``: requests that start in no company.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class PrefillPlanner:
         running: list[Request],
         waiting: WaitingQueue,
         turns: Turns,
+        suspects: Collection[int] = (),
     ) -> None:
         self._limits = limits
         self._blocks = blocks
@@ -45,6 +47,7 @@ class PrefillPlanner:
         self._running = running
         self._waiting = waiting
         self._turns = turns
+        self._suspects = suspects
         self._shares: tuple[Shares, Shares] | None = None  # of this step's tokens, and of its work
 
     def add(self, draft: Draft, may_start: bool) -> None:
@@ -102,6 +105,12 @@ class PrefillPlanner:
         """The next chunk of a prompt in a step that nobody else shares."""
         self._shares = None
         self._advance(request, draft)
+
+    def start_alone(self, request: Request, draft: Draft) -> None:
+        """Start the first that waits, if there is room, in a step that nobody else shares."""
+        self._shares = None
+        if 1 + len(request.siblings) <= self._seats():
+            self._start(request, draft, self._load(), busy=True)
 
     def _share(
         self, draft: Draft, prompts: list[Request], may_start: bool
@@ -170,34 +179,41 @@ class PrefillPlanner:
         seats = self._seats()
         load: list[int] | None = None
         while max(draft.left) > 0 and (request := self._waiting.first()) is not None:
-            if above is not None and request.priority >= above:
+            if above is not None and request.priority >= above or request.number in self._suspects:
                 return
             load = self._load() if load is None else load
             # Decodes want every rank a moment each step, and the pacer sees to them. A prompt that
             # spans takes of each rank what they leave; on one rank the others would idle meanwhile.
             prompts = draft.has_prompts or any(r.prefilling for r in self._running)
             busy = len(self._waiting) > 1 or prompts
-            if 1 + len(request.siblings) > seats or request.in_flight:
+            need = 1 + len(request.siblings)  # these may start, and leave it, as it does
+            if need > seats or request.in_flight:
                 return
-            size = self._limits.begin_bytes(
-                request.num_tokens, self._allocator.block_size, request.params
-            )
-            if draft.begin_bytes and draft.begin_bytes + size > BEGIN_BYTES:
+            if not self._start(request, draft, load, busy):
                 return
-            copies = self._blocks.start(request, load, busy)
-            if copies is None:
-                return
-            draft.begin_bytes += size
-            draft.transfers += copies
-            self._waiting.remove(request)
-            insort(self._running, request, key=lambda r: r.order)
-            seats -= 1 + len(request.siblings)
-            request.prefilling = True
-            request.first_scheduled_time = request.first_scheduled_time or time.time()
-            request.num_notified = len(request.output)
-            draft.begin(request, self.sampling(request))
-            self._add_load(request, load)
-            self._advance(request, draft)
+            seats -= need
+
+    def _start(self, request: Request, draft: Draft, load: list[int], busy: bool) -> bool:
+        """Its first chunk; False when there is no room for it, or none in the plan."""
+        size = self._limits.begin_bytes(
+            request.num_tokens, self._allocator.block_size, request.params
+        )
+        if draft.begin_bytes and draft.begin_bytes + size > BEGIN_BYTES:
+            return False
+        copies = self._blocks.start(request, load, busy)
+        if copies is None:
+            return False
+        draft.begin_bytes += size
+        draft.transfers += copies
+        self._waiting.remove(request)
+        insort(self._running, request, key=lambda r: r.order)
+        request.prefilling = True
+        request.first_scheduled_time = request.first_scheduled_time or time.time()
+        request.num_notified = len(request.output)
+        draft.begin(request, self.sampling(request))
+        self._add_load(request, load)
+        self._advance(request, draft)
+        return True
 
     def _load(self) -> list[int]:
         """The work that waits on each rank, in prompt tokens."""

@@ -131,6 +131,7 @@ class Request:
     num_preemptions: int = 0
     # Until it begins, as the forecast was without its correction; None: not to be learnt from.
     expected_wait_s: float | None = None
+    granted: int = 0  # ``max_tokens`` when it was admitted, where ranks that went away cut that
     why_span: SpanReason | None = None  # of the ranks that it has now
     why_mode: ModeReason | None = None  # of its newest step
 
@@ -149,6 +150,11 @@ class Request:
     def num_tokens(self) -> int:
         """Known tokens, of prompt and output."""
         return len(self.prompt) + len(self.output)
+
+    @property
+    def max_need(self) -> int:
+        """Tokens whose KV it may need: the last one drawn needs none."""
+        return len(self.prompt) + self.max_tokens - 1
 
     @property
     def num_computed(self) -> int:

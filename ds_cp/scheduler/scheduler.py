@@ -17,6 +17,7 @@ from collections.abc import Collection, Sequence
 from ds_cp.grammar.vocabulary import Vocabulary
 from ds_cp.plan import StepPlan
 from ds_cp.sampling_params import RequestOptions, SamplingParams
+from ds_cp.scheduler.absence import fit_again
 from ds_cp.scheduler.admission import Limits, check_request, fit_max_tokens
 from ds_cp.scheduler.block_manager import BlockManager
 from ds_cp.scheduler.decode import DecodePlanner
@@ -24,7 +25,7 @@ from ds_cp.scheduler.door import Door
 from ds_cp.scheduler.draft import Draft
 from ds_cp.scheduler.fairness import ANSWER, Turns
 from ds_cp.scheduler.forecast import Forecast, Rates
-from ds_cp.scheduler.forgotten import Forgotten
+from ds_cp.scheduler.forgotten import Forgotten, unreported
 from ds_cp.scheduler.inquest import Inquest
 from ds_cp.scheduler.migration import Migration
 from ds_cp.scheduler.mode_policy import ModePolicy, Seats
@@ -33,6 +34,7 @@ from ds_cp.scheduler.prefill import PrefillPlanner
 from ds_cp.scheduler.queue import WaitingQueue
 from ds_cp.scheduler.recovery import Flight, Recovery
 from ds_cp.scheduler.request import Request
+from ds_cp.scheduler.seclusion import Seclusion
 
 
 class Scheduler:
@@ -69,8 +71,14 @@ class Scheduler:
         )
         self._turns = Turns()
         self.door = Door(limits, self.waiting, self._turns, forecast)
+        self._inquest = Inquest()
+        suspects = self._inquest.suspects
         self._prefill = PrefillPlanner(
-            limits, self.block_manager, policy, layout, self.running, self.waiting, self._turns
+            limits, self.block_manager, policy, layout, self.running, self.waiting, self._turns,
+            suspects,
+        )  # fmt: skip
+        self._seclusion = Seclusion(
+            suspects, self.running, self.waiting, self._decode, self._prefill
         )
         self._pacer = pacer
         self._numbers = 0
@@ -79,10 +87,9 @@ class Scheduler:
         self._looking_back: dict[int, Request] = {}  # whose draws depend on earlier tokens
         self._in_flight: dict[int, Flight] = {}  # by step
         self._forgotten = Forgotten(limits, block_size, self._prefill.sampling)
-        self._inquest = Inquest()
         self._vocabulary: Vocabulary | None = None  # that the ranks are to have
         self._vocabulary_sent = False
-        self._last_use: dict[int, int] = {}  # closed rank -> the last step that may use its blocks
+        self._last_use: dict[int, int] = {}  # closed rank -> last step that may use its blocks
 
     # --- requests come and go
 
@@ -155,6 +162,7 @@ class Scheduler:
                 self.waiting.push(heirs[0])
         request.siblings = []
         self._looking_back.pop(request.number, None)
+        self._inquest.forget(request.number)
         request.finish_reason, request.stop_reason = reason, stop_reason
         request.finished_time = time.time()
 
@@ -174,8 +182,7 @@ class Scheduler:
         self._last_use[rank] = self._steps
 
     def is_drained(self, rank: int) -> bool:
-        """Whether ``rank`` is closed and holds nothing any more, by the ledger: the step that moves
-        its last block may still run."""
+        """Whether ``rank`` is closed and holds nothing, by the ledger: its last move may run."""
         return rank in self.block_manager.closed and not self.allocator.num_used(rank)
 
     @property
@@ -215,7 +222,7 @@ class Scheduler:
                 self._last_use[rank] = draft.step
         if self.migration.is_moving:
             self._move(draft)
-        if self._forgotten.begin(draft) and not self._runs_suspect(draft):
+        if self._forgotten.begin(draft) and not self._seclusion.plan(draft, bool(self._in_flight)):
             self._decode.add(draft)
             draft.allow_prompts()
             # A preempted request must not get back, in the same step, the blocks that it freed.
@@ -228,7 +235,7 @@ class Scheduler:
         if self._pacer is not None:
             self._pacer.plan(draft.num_decodes, draft.largest_work)
         self._looking_back.update((r.number, r) for r in draft.looking_back)
-        plan = draft.plan(self._ended, self._unreported())
+        plan = draft.plan(self._ended, unreported(self._looking_back.values()))
         self._ended = []
         self._vocabulary_sent = self._vocabulary is not None
         return plan
@@ -259,25 +266,25 @@ class Scheduler:
             self.door.forecast.ended(length)
         return request.finish_reason
 
-    def _unreported(self) -> list[tuple[int, int, int]]:
-        """Output tokens that the ranks do not know yet and penalties count."""
-        news = []
-        for request in self._looking_back.values():
-            if request.table is not None:
-                for index in range(request.num_notified, len(request.output)):
-                    news.append((request.number, index, request.output[index]))
-                request.num_notified = len(request.output)
-        return news
-
     # --- ranks that were lost
 
-    def recover(self, lost: Collection[int]) -> list[Request]:
+    def recover(
+        self, lost: Collection[int], away: Collection[int] = ()
+    ) -> tuple[list[Request], list[Request]]:
         """All ranks have forgotten their requests, and ``lost`` what they stored; no step is under
         way. What was planned and not reported counts as not done: running requests are computed
-        again from there on. Returns those that are ended instead, as their steps end workers."""
+        again from there on, on ranks that are not ``away``. Returns those that are ended instead:
+        whose steps end workers, and which do not fit on the ranks that are here."""
         alive = {request.number for request in (*self.running, *self.waiting)}
-        found = self._inquest.interrupted(self._in_flight.values(), alive)
-        for request in (guilty := [r for r in self.running if r.number == found]):
+        guilty: list[Request] = []
+        beyond: list[Request] = []
+        if self.block_manager.away == frozenset(away):
+            found = self._inquest.interrupted(self._in_flight.values(), alive)
+            guilty = [r for r in (*self.running, *self.waiting) if r.number == found]
+        else:  # ranks have come or gone, which is no request's fault
+            self.block_manager.set_away(away)
+            beyond = fit_again(self.block_manager, [*self.running, *self.waiting])
+        for request in (*guilty, *beyond):
             self.finish(request, "error")
         recovery = Recovery(self.block_manager, self.migration, lost, self._in_flight.values())
         self.num_interruptions += 1
@@ -291,20 +298,7 @@ class Scheduler:
         self._forgotten.requests = deque(self.running)
         self._ended = []
         self._vocabulary_sent = False
-        return guilty
-
-    def _runs_suspect(self, draft: Draft) -> bool:
-        """Whether the step is for a suspect alone, or nobody while another's is under way."""
-        if not self._inquest.suspects or self._in_flight:
-            return bool(self._inquest.suspects)
-        draft.allow_prompts()
-        for request in self.running:
-            if request.number in self._inquest.suspects:
-                self._prefill.advance_alone(request, draft)
-                if draft.has_prompts:
-                    return True
-        self._inquest.suspects.clear()  # those that are left have ended, or wait
-        return False
+        return guilty, beyond
 
     # --- preemption, moving
 

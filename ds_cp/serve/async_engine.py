@@ -84,6 +84,7 @@ class AsyncEngine:
         self._worked = False  # since the ledger was last checked
         self._served = 0  # the generation of ranks that the core knows
         self._steps = TimedLink(link)
+        self.num_strangers = 0  # who came to the ranks' port, and was not of the job
         self._templates = TemplateProcesses()
         self._checks = GrammarChecks()
         self._listeners: list[Callable[[EndedRequest], None]] = []
@@ -108,8 +109,8 @@ class AsyncEngine:
         state, core = self.state, self._core
         if core is None:
             return EngineHealth(state)
-        closed = frozenset(core.scheduler.block_manager.closed)
-        return EngineHealth(state, core.scheduler.door.is_overloaded, tuple(sorted(closed)))
+        away = tuple(sorted(core.scheduler.block_manager.away))
+        return EngineHealth(state, core.scheduler.door.is_overloaded, away)
 
     def check(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
         """Raise ``RequestError`` for a request that is not acceptable. Takes no lock."""
@@ -197,6 +198,7 @@ class AsyncEngine:
                 return EngineStats()
             return replace(
                 self._core.stats(),
+                num_strangers=self.num_strangers,
                 step_seconds=self._steps.seconds,
                 step_age_seconds=0.0 if self._standing.is_dead else self._steps.age_s,
                 comm_bytes={scheme: sent[0] for scheme, sent in self._link.sent.items()},
@@ -205,9 +207,8 @@ class AsyncEngine:
 
     def picture(self) -> Picture | None:
         """As ``EngineInterface`` says."""
-        if self._observer is None:
-            return None
-        return self._observer.picture(self._steps.seconds, self._link.sent)
+        seen = self._observer
+        return None if seen is None else seen.picture(self._steps.seconds, self._link.sent)
 
     # --- the end; called in the event loop
 
@@ -263,8 +264,7 @@ class AsyncEngine:
             self._die(EngineDeadError(f"{type(err).__name__}: {err}"), 1)
 
     def _become_ready(self) -> None:
-        got = self._config, self._link, self._load_tokenizer, self._templates, self._paced
-        loaded = load(*got)
+        loaded = load(self._config, self._link, self._load_tokenizer, self._templates, self._paced)
         ready, scheduler = loaded.ready, loaded.scheduler
         with self._lock:
             self._core = EngineCore(scheduler, loaded.tokenizer, WireModel.of(ready.facts))
@@ -314,14 +314,15 @@ class AsyncEngine:
         self._mailboxes.deliver(addressed)
 
     def _recover(self, core: EngineCore, loop: PipelinedLoop, cause: str) -> None:
-        """The ranks have left: wait until all have met again, and go on from what is certain."""
+        """The ranks have left: wait until they have met again, go on from what is certain."""
         loop.forget()
         self._steps.forget()
         self._standing.is_interrupted = True
         resumed = self._link.resume()
-        lost = [rank for rank, born in enumerate(resumed.born) if born > self._served]
         with self._lock:
-            self._mailboxes.deliver(self._mailboxes.addressed(core.recover(lost, cause)))
+            ends, refused = core.recover(resumed.lost_since(self._served), resumed.away, cause)
+            self._mailboxes.deliver(self._mailboxes.addressed(ends))
+            self._mailboxes.refuse(refused)
         self._served = resumed.generation
         self._standing.is_interrupted = False
 

@@ -11,8 +11,10 @@ import msgspec
 from ds_cp.errors import EngineDeadError
 from ds_cp.facts import Facts
 from ds_cp.plan import MAX_PLAN_BYTES, Outcome, Plan, encode_plan
+from ds_cp.topology.job import Job
 
-LIMIT = MAX_PLAN_BYTES + 4  # bytes of the largest frame
+GENERATION_BYTES = 4  # before a plan
+LIMIT = MAX_PLAN_BYTES + GENERATION_BYTES  # bytes of the largest frame
 
 
 class WorkerSpec(msgspec.Struct, frozen=True):
@@ -52,6 +54,12 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     message: str
     cause_known: bool = True
 
+    def named(self, job: Job) -> str:
+        """The message, with the rank."""
+        if self.message.startswith("rank "):
+            return self.message
+        return f"rank {job.rank} on {job.host}: {self.message}"
+
 
 class Result(msgspec.Struct, frozen=True, tag="result"):
     """The outcome of one plan, and what this rank has sent so far: (bytes, exchanges) by scheme."""
@@ -69,11 +77,16 @@ class Interrupted(msgspec.Struct, frozen=True, tag="interrupted"):
 
 
 class Resumed(msgspec.Struct, frozen=True, tag="resumed"):
-    """All ranks have met in this generation. ``born``: of each, the first generation of its
-    process, before which it held no KV."""
+    """All ranks have met in this generation, but for those that are ``away``. ``born``: of each,
+    the first generation of its process, before which it held no KV."""
 
     generation: int
     born: tuple[int, ...]
+    away: tuple[int, ...] = ()
+
+    def lost_since(self, generation: int) -> list[int]:
+        """Ranks that hold nothing of what they held in an earlier generation."""
+        return [rank for rank, born in enumerate(self.born) if born > generation]
 
 
 FromWorker = Ready | Failed | Result | Interrupted | Resumed
@@ -99,17 +112,21 @@ class Channel:
 
     def send_plan(self, plan: Plan, generation: int) -> None:
         """Send a plan for the ranks as they met in ``generation``. Raises as ``send``."""
-        self._send_raw(generation.to_bytes(4, "little") + encode_plan(plan))
+        self._send_raw(generation.to_bytes(GENERATION_BYTES, "little") + encode_plan(plan))
 
     def receive_plan(self) -> tuple[bytes, int]:
         """The next plan as it was encoded, and its generation. Raises as ``receive``."""
         raw = self.receive_bytes()
-        return raw[4:], int.from_bytes(raw[:4], "little")
+        return raw[GENERATION_BYTES:], int.from_bytes(raw[:GENERATION_BYTES], "little")
 
     def receive(self, kind: Any) -> Any:
         """The next message, decoded as ``kind``. Raises ``EngineDeadError`` when the other process
-        has ended, or the frame is longer than ``LIMIT``."""
-        return msgspec.msgpack.decode(self.receive_bytes(), type=kind)
+        has ended, or the frame is longer than ``LIMIT`` or no such message."""
+        raw = self.receive_bytes()
+        try:
+            return msgspec.msgpack.decode(raw, type=kind)
+        except msgspec.MsgspecError as err:
+            raise EngineDeadError(f"the process on the other side makes no sense ({err})") from err
 
     def receive_bytes(self) -> bytes:
         """The next message as it was sent, to be decoded elsewhere. ``EngineDeadError`` as in

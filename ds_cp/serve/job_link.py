@@ -1,11 +1,12 @@
-"""Between the supervisors of a job on one host: what ends on one rank is known to rank 0 at once.
+"""Between the supervisors of a job: what ends on one rank is known to rank 0 at once.
 
 A killed worker says nothing; its peers learn of it by a lost connection, and of the cause never.
 Its supervisor, which is its parent, knows both within a moment and tells rank 0's. A connection
-that ends without a good-bye is a supervisor that was killed. The socket is a local one, whose peers
-the kernel names: only processes of the same user are heard, and of each rank only one. Its name
-says which process launched the job, so that what a failed start left behind does not find the next
-job on the same port. Lines of JSON, bounded.
+that ends without a good-bye is a supervisor that was killed; where another host does not answer,
+the host or the network to it is lost. On one host the socket is a local one, whose peers the kernel
+names: only processes of the same user are heard, and of each rank only one. Its name says which
+process launched the job, so that what a failed start left behind does not find the next job on the
+same port. Between hosts it is rank 0's port (``ds_cp.link``). Messages are JSON, bounded.
 """
 
 from __future__ import annotations
@@ -13,68 +14,35 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import socket
-import struct
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from dataclasses import replace
 
 import msgspec
 
-from ds_cp.serve.orders import Order, Word
+from ds_cp.errors import DsCpError
+from ds_cp.link.knock import Port, knock_async
+from ds_cp.serve.job_words import (
+    Asked,
+    Bye,
+    Gone,
+    Hello,
+    LocalPeer,
+    Lost,
+    Noted,
+    Peer,
+    Said,
+    Stopping,
+    beat,
+    receive,
+    send,
+)
 from ds_cp.topology.job import Job
 
 RETRY_S = 0.1  # seconds between tries to reach rank 0's supervisor, which may start later
 REPORT_S = 2.0  # seconds that a report waits for rank 0 to have it
-_LINE = 4096  # bytes of a message, at most
-
-
-class Hello(msgspec.Struct, frozen=True, tag="hello"):
-    """A supervisor's first message; both sides send it."""
-
-    rank: int
-    pid: int
-
-
-class Lost(msgspec.Struct, frozen=True, tag="lost"):
-    """The sender's worker has ended by no wish of anyone; the job's exit code. ``since``: it lived
-    at that ``time.monotonic()``, which is one clock on one host; None when it said the cause."""
-
-    cause: str
-    exit_code: int = 1
-    since: float | None = None
-
-
-class Stopping(msgspec.Struct, frozen=True, tag="stopping"):
-    """The sender was asked to end. ``hurry``: without waiting for requests."""
-
-    reason: str
-    hurry: bool
-
-
-class Died(msgspec.Struct, frozen=True, tag="died"):
-    """The sender's worker has ended by no wish of anyone, and another one loads."""
-
-    cause: str
-
-
-class End(msgspec.Struct, frozen=True, tag="end"):
-    """The receiver is to kill its worker, which will be replaced as after any death."""
-
-    why: str
-
-
-class Noted(msgspec.Struct, frozen=True, tag="noted"):
-    """Rank 0 has a ``Lost``."""
-
-
-class Bye(msgspec.Struct, frozen=True, tag="bye"):
-    """The sender ends as it should."""
-
-
-Said = Died | Word  # to rank 0, on its worker
-Asked = End | Order  # by rank 0
-Message = Hello | Lost | Stopping | Noted | Bye | Said | Asked
+_LINE = 32 * 1024  # bytes of a message, at most
 
 
 def link_name(job: Job, launched_by: str = "") -> str | None:
@@ -86,51 +54,23 @@ def link_name(job: Job, launched_by: str = "") -> str | None:
     return f"\0ds_cp/{os.getuid()}/{job.store_port}/{launched_by}"
 
 
-class _Peer:
-    """One connection."""
-
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._reader = reader
-        self._writer = writer
-
-    @property
-    def is_ours(self) -> bool:
-        """Whether a process of this user is on the other side."""
-        sock = self._writer.get_extra_info("socket")
-        found = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-        return bool(struct.unpack("3i", found)[1] == os.getuid())
-
-    def send(self, message: Message) -> None:
-        """Send one message; nothing happens when the other side is gone."""
-        with contextlib.suppress(OSError, RuntimeError):
-            self._writer.write(msgspec.json.encode(message) + b"\n")
-
-    async def receive(self) -> Message | None:
-        """The next message; None at the end, and for what is no message."""
-        try:
-            line = await self._reader.readuntil(b"\n")
-            message: Message = msgspec.json.decode(line, type=Message)
-            return message
-        except (OSError, EOFError, asyncio.LimitOverrunError, msgspec.MsgspecError):
-            return None
-
-    def close(self) -> None:
-        """End the connection; what was sent still arrives."""
-        with contextlib.suppress(OSError, RuntimeError):
-            self._writer.close()
+def has_link(job: Job) -> bool:
+    """Whether the supervisors of this job hear of each other: on one host, or by rank 0's port."""
+    return job.by_port or link_name(job) is not None
 
 
 class LeadingLink:
     """Rank 0's side. Each function gets the rank: ``on_lost`` with what it reported, ``on_gone``
-    with the process id of a supervisor that ended without a good-bye, ``on_stopping`` with the
-    reason and whether to hurry, ``on_said`` with what its worker does. They run in the event loop.
+    for a supervisor that ended without a good-bye, ``on_stopping`` with the reason and whether to
+    hurry, ``on_said`` with what its worker does. ``on_here`` gets the first message of a supervisor
+    that is here, for the first time or again, and may ``ask`` it. They run in the event loop.
     """
 
     def __init__(
         self,
         world_size: int,
         on_lost: Callable[[int, Lost], None],
-        on_gone: Callable[[int, int], None],
+        on_gone: Callable[[int, Gone], None],
         on_stopping: Callable[[int, str, bool], None],
     ) -> None:
         self._world_size = world_size
@@ -138,91 +78,129 @@ class LeadingLink:
         self._on_gone = on_gone
         self._on_stopping = on_stopping
         self.on_said: Callable[[int, Said], None] = lambda rank, said: None
-        self._peers: dict[int, _Peer] = {}  # by rank
+        self.on_here: Callable[[Hello], None] = lambda hello: None
+        self._peers: dict[int, Peer] = {}  # by rank
         self._closed = False
         self._server: asyncio.AbstractServer | None = None
+        self._beating: asyncio.Task[None] | None = None
 
     async def open(self, name: str) -> None:
-        """Listen. Where the name is taken, there is no link."""
+        """Listen on this host. Where the name is taken, there is no link."""
         with contextlib.suppress(OSError):
             self._server = await asyncio.start_unix_server(self._attend, name, limit=_LINE)
+
+    def open_to_hosts(self, hang_s: float | None) -> None:
+        """Others come by rank 0's port, and whoever lets them in calls ``listen``. ``hang_s``: as
+        in ``beat``."""
+        self._beating = asyncio.create_task(beat(self._peers.values, hang_s))
 
     @property
     def is_open(self) -> bool:
         """Whether other supervisors can reach this one."""
-        return self._server is not None
+        return self._server is not None or self._beating is not None
+
+    @property
+    def present(self) -> frozenset[int]:
+        """The ranks whose supervisors are connected."""
+        return frozenset(self._peers)
 
     def ask(self, rank: int, asked: Asked) -> None:
         """Ask another rank's supervisor; nothing happens when that is gone, which ends the job."""
         if rank in self._peers:
-            self._peers[rank].send(asked)
+            send(self._peers[rank], asked)
 
     async def close(self) -> None:
         """Say good-bye to all."""
         self._closed = True
         for peer in self._peers.values():
-            peer.send(Bye())
+            send(peer, Bye())
             peer.close()
         if self._server is not None:
             self._server.close()
+        if self._beating is not None:
+            self._beating.cancel()
 
     async def _attend(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         # At the end of the loop; Python 3.11 would log the cancellation of such a task.
         with contextlib.suppress(asyncio.CancelledError):
-            await self._listen(_Peer(reader, writer))
+            peer = LocalPeer(reader, writer)
+            hello = await receive(peer) if peer.is_ours else None
+            if isinstance(hello, Hello) and not self.why_not(hello.rank):
+                send(peer, Hello(0, os.getpid()))
+                await self.listen(hello, peer)
+            else:
+                peer.close()
 
-    async def _listen(self, peer: _Peer) -> None:
-        hello = await peer.receive() if peer.is_ours else None
-        if not isinstance(hello, Hello) or not self._expects(hello.rank):
-            peer.close()
-            return
-        peer.send(Hello(0, os.getpid()))
-        self._peers[hello.rank] = peer
+    async def listen(self, hello: Hello, peer: Peer) -> None:
+        """Hear what another rank's supervisor says, to its end."""
+        rank = hello.rank
+        self._peers[rank] = peer
+        self.on_here(hello)
         try:
-            while not isinstance(message := await peer.receive(), Bye):
+            while not isinstance(message := await receive(peer), Bye):
                 if isinstance(message, Lost):
-                    peer.send(Noted())
-                    self._on_lost(hello.rank, message)
+                    send(peer, Noted())
+                    since = None if hello.host else message.since  # another clock
+                    self._on_lost(rank, msgspec.structs.replace(message, since=since))
                 elif isinstance(message, Stopping):
-                    self._on_stopping(hello.rank, message.reason, message.hurry)
+                    self._on_stopping(rank, message.reason, message.hurry)
                 elif isinstance(message, Said):
-                    self.on_said(hello.rank, message)
+                    self.on_said(rank, message)
                 elif message is None:
-                    if not self._closed:
-                        self._on_gone(hello.rank, hello.pid)
-                    return
+                    break
         finally:
-            del self._peers[hello.rank]
+            del self._peers[rank]
             peer.close()
+        if message is None and not self._closed:
+            self._on_gone(rank, Gone(hello.pid, hello.host, peer.ended))
 
-    def _expects(self, rank: int) -> bool:
-        return 0 < rank < self._world_size and rank not in self._peers
+    def why_not(self, rank: int) -> str:
+        """Why the supervisor of ``rank`` is not heard, "" where it is."""
+        if rank in self._peers:
+            return f"rank {rank} is here already: two jobs, or two launches of one, meet here"
+        return "" if 0 < rank < self._world_size else f"there is no rank {rank} to come"
 
 
 class FollowingLink:
-    """Another rank's side. ``on_gone`` gets 0 and the process id of rank 0's supervisor when that
-    ends without a good-bye. ``patience_s``: seconds that rank 0 may start later. ``on_asked`` gets
-    what rank 0 asks, ``on_bye`` is called when it ends as it should."""
+    """Another rank's side. ``on_gone`` gets 0 and who rank 0's supervisor was when that ends
+    without a good-bye. ``patience_s``: seconds that rank 0 may start later. ``on_asked`` gets
+    what rank 0 asks, ``on_bye`` is called when it ends as it should, ``on_refused`` with the reason
+    when it does not let this rank in. ``mark``: see ``Hello``; "" where the job never goes on
+    without this rank."""
 
     def __init__(
         self,
         rank: int,
         patience_s: float,
-        on_gone: Callable[[int, int], None],
+        on_gone: Callable[[int, Gone], None],
     ) -> None:
         self.on_asked: Callable[[Asked], None] = lambda asked: None
         self.on_bye: Callable[[], None] = lambda: None
+        self.on_away: Callable[[Gone], None] = lambda gone: None
+        self.on_back: Callable[[], None] = lambda: None
+        self.on_refused: Callable[[DsCpError], None] = lambda err: None
+        self.mark = ""
         self._rank = rank
         self._patience_s = patience_s
         self._on_gone = on_gone
-        self._peer: _Peer | None = None
+        self._peer: Peer | None = None
         self._connected = asyncio.Event()
         self._noted = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._beating: asyncio.Task[None] | None = None
+        self._returns_s = 0.0
 
     async def open(self, name: str) -> None:
-        """Begin to reach rank 0's supervisor."""
-        self._task = asyncio.create_task(self._run(name))
+        """Begin to reach rank 0's supervisor on this host."""
+        self._task = asyncio.create_task(self._run(self._reach(name)))
+
+    async def open_to_host(self, port: Port, hang_s: float | None, returns_s: float = 0.0) -> None:
+        """Begin to reach it on another host. ``hang_s``: as in ``beat``. Where that host cannot be
+        reached any more, this side calls ``on_away``, and tries for ``returns_s`` seconds; then it
+        calls ``on_back``, or ``on_gone``."""
+        self._returns_s = returns_s
+        self._beating = asyncio.create_task(beat(self._connections, hang_s))
+        self._task = asyncio.create_task(self._run(self._reach_host(port), port))
 
     async def report(self, lost: Lost) -> bool:
         """Tell rank 0 that this rank's worker is lost. Whether it has heard."""
@@ -234,7 +212,7 @@ class FollowingLink:
     async def _report(self, lost: Lost) -> None:
         await self._connected.wait()
         assert self._peer is not None
-        self._peer.send(lost)
+        send(self._peer, lost)
         await self._noted.wait()
 
     async def until_end(self, seconds: float) -> None:
@@ -252,46 +230,90 @@ class FollowingLink:
     def say(self, said: Said) -> None:
         """Tell rank 0 what this rank's worker does."""
         if self._peer is not None:
-            self._peer.send(said)
+            send(self._peer, said)
 
     def stopping(self, reason: str, hurry: bool) -> None:
         """Tell rank 0 that this rank was asked to end."""
         if self._peer is not None:
-            self._peer.send(Stopping(reason, hurry))
+            send(self._peer, Stopping(reason, hurry))
 
     async def close(self) -> None:
         """Say good-bye."""
         if self._peer is not None:
-            self._peer.send(Bye())
+            send(self._peer, Bye())
             self._peer.close()
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        tasks = [task for task in (self._task, self._beating) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _run(self, name: str) -> None:
-        end = time.monotonic() + self._patience_s
-        while True:
-            try:
-                reader, writer = await asyncio.open_unix_connection(name, limit=_LINE)
-                break
-            except OSError:
-                if time.monotonic() >= end:
-                    return
-            await asyncio.sleep(RETRY_S)
-        peer = _Peer(reader, writer)
-        peer.send(Hello(self._rank, os.getpid()))
-        hello = await peer.receive() if peer.is_ours else None
-        if not isinstance(hello, Hello):
-            peer.close()
-            return
-        self._peer = peer
-        self._connected.set()
-        while not isinstance(message := await peer.receive(), Bye):
+    async def _run(
+        self, reaching: Coroutine[None, None, tuple[Peer, Gone] | None], port: Port | None = None
+    ) -> None:
+        reached = await reaching
+        while reached is not None:
+            self._peer, gone = reached
+            self._connected.set()
+            said_bye = await self._hear(self._peer)
+            self._connected.clear()
+            self._peer.close()
+            if said_bye:
+                self.on_bye()
+                return
+            gone = msgspec.structs.replace(gone, how=self._peer.ended)
+            reached = None
+            if port is not None and gone.how == "unreachable" and self._returns_s > 0:
+                self.on_away(gone)
+                reached = await self._come_back(port)
+            if reached is None:
+                self._on_gone(0, gone)
+            else:
+                self.on_back()
+
+    async def _hear(self, peer: Peer) -> bool:
+        """Hear rank 0 to its end. Whether it said good-bye."""
+        while not isinstance(message := await receive(peer), Bye):
             if isinstance(message, Noted):
                 self._noted.set()
             elif isinstance(message, Asked):
                 self.on_asked(message)
             elif message is None:
-                self._on_gone(0, hello.pid)
-                return
-        self.on_bye()
+                return False
+        return True
+
+    async def _come_back(self, port: Port) -> tuple[Peer, Gone] | None:
+        """Reach rank 0 again, which may not know yet that this one was gone."""
+        end = time.monotonic() + self._returns_s
+        while (left := end - time.monotonic()) > 0:
+            with contextlib.suppress(DsCpError):
+                peer, verdict = await knock_async(replace(port, timeout_s=left))
+                return peer, Gone(verdict.pid, verdict.host)
+            await asyncio.sleep(RETRY_S)
+        return None
+
+    async def _reach(self, name: str) -> tuple[Peer, Gone] | None:
+        end = time.monotonic() + self._patience_s
+        while True:
+            with contextlib.suppress(OSError):
+                peer = LocalPeer(*await asyncio.open_unix_connection(name, limit=_LINE))
+                send(peer, Hello(self._rank, os.getpid(), mark=self.mark))
+                hello = await receive(peer) if peer.is_ours else None
+                if isinstance(hello, Hello):
+                    return peer, Gone(hello.pid)
+                peer.close()
+                if not self.mark:  # else rank 0's may still count on who was here before
+                    return None
+            if time.monotonic() >= end:
+                return None
+            await asyncio.sleep(RETRY_S)
+
+    async def _reach_host(self, port: Port) -> tuple[Peer, Gone] | None:
+        try:
+            peer, verdict = await knock_async(port)
+        except DsCpError as err:
+            self.on_refused(err)
+            return None
+        return peer, Gone(verdict.pid, verdict.host)
+
+    def _connections(self) -> list[Peer]:
+        return [self._peer] if self._peer is not None and self._connected.is_set() else []

@@ -27,9 +27,11 @@ class Leave(msgspec.Struct, frozen=True, tag="leave"):
 
 
 class Meet(msgspec.Struct, frozen=True, tag="meet"):
-    """Join the other ranks, who are all asked to, in this generation."""
+    """Join the other ranks, who are all asked to, in this generation. ``away``: ranks that are
+    not."""
 
     generation: int
+    away: tuple[int, ...] = ()
 
 
 class Ping(msgspec.Struct, frozen=True, tag="ping"):
@@ -65,16 +67,18 @@ MAX_CAUSE = 500  # characters of a cause, at most
 
 
 class Orders:
-    """The worker's end."""
+    """The worker's end. ``on_deaf`` is called, in another thread, once nothing can be heard any
+    more: the supervisor is gone, or what it says makes no sense."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, on_deaf: Callable[[], None] = lambda: None) -> None:
         self._channel = Channel(sock)
+        self._on_deaf = on_deaf
         self._lock = threading.Lock()
         self._speaks = threading.Lock()
         self._generation = 0  # that this worker is in, and
         self._abandon: Callable[[], None] | None = None  # what makes it leave that
         self._told = -1  # the last generation that it was told to leave
-        self._meetings: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._meetings: queue.SimpleQueue[Meet] = queue.SimpleQueue()
         self._wake, self._waking = os.pipe()  # readable once it is to leave
         os.set_blocking(self._wake, False)
         self._polled: select.poll | None = None  # the socket of ``wait_for``, and ``_wake``
@@ -96,8 +100,8 @@ class Orders:
             if self._told >= generation:
                 self._leave()
 
-    def next_meeting(self) -> int:
-        """Wait to be told to meet the others; in which generation. For a worker that has left."""
+    def next_meeting(self) -> Meet:
+        """Wait to be told to meet the others. For a worker that has left."""
         with self._lock:
             self._abandon = None
         return self._meetings.get()
@@ -128,15 +132,16 @@ class Orders:
                     self.tell(Pong())
                     continue
                 if isinstance(order, Meet):
-                    self._meetings.put(order.generation)
+                    self._meetings.put(order)
                     continue
                 with self._lock:
                     self._told = order.generation
                     if self._told >= self._generation:
                         self._leave()
+        self._on_deaf()
 
     def _leave(self) -> None:
         if self._abandon is not None:
             abandon, self._abandon = self._abandon, None
-            os.write(self._waking, b"!")
             abandon()
+            os.write(self._waking, b"!")

@@ -52,7 +52,10 @@ class Seat:
         self._unanswered: float | None = None
 
     def __enter__(self) -> Seat:
-        self._stack, self._child = self._start(waits=False)
+        returns = self._facts is not None
+        self._stack, self._child = self._start(waits=returns)
+        if returns:
+            self._take(self._child)
         self._listen(self._child)
         return self
 
@@ -75,6 +78,16 @@ class Seat:
         a while another one waits to take its place."""
         self._facts, self._hears = facts, True
         self._order_spare()
+
+    def joins(self, facts: Facts) -> None:
+        """Before the first worker is started: the job runs already, with these facts, and that one
+        is to load alone."""
+        self._facts = facts
+
+    @property
+    def facts(self) -> Facts | None:
+        """Of the start, once the job has started."""
+        return self._facts
 
     @property
     def can_replace(self) -> bool:

@@ -1,10 +1,9 @@
 """The process that a launcher starts on every rank: it owns the worker and outlives its launcher.
 
-Rank 0's supervisor also runs the HTTP application and the engine. On one host, a stop that is asked
-for, by a signal to any rank or by the end of the launcher, becomes rank 0's: it drains its requests
-and sends the stop plan to all workers; the other supervisors wait for their worker to end and kill
-it when it does not. A failure on any rank becomes rank 0's too, which names it before anything else
-is said, also during a drain. Those of several hosts do not know of each other.
+Rank 0's supervisor also runs the HTTP application and the engine. A stop that is asked for, by a
+signal to any rank or by the end of the launcher, becomes rank 0's: it drains its requests and sends
+the stop plan to all workers; the other supervisors wait for their worker to end and kill it when it
+does not. A failure on any rank becomes rank 0's too, which names it first, also during a drain.
 
 What decides how this process ends is set before a word is written.
 """
@@ -27,7 +26,9 @@ from ds_cp.model.source import ModelSource, find_model
 from ds_cp.process import StopSignals, settle_heap
 from ds_cp.serve.announce import Announce, print_ready
 from ds_cp.serve.channel import Channel, Failed, FromWorker, Ready
-from ds_cp.serve.job_link import FollowingLink, LeadingLink, Lost, link_name
+from ds_cp.serve.job_link import FollowingLink, LeadingLink
+from ds_cp.serve.job_words import ORPHAN_S, Gone, Lost
+from ds_cp.serve.meeting_place import MeetingPlace
 from ds_cp.serve.mending import Mending, can_mend
 from ds_cp.serve.preparations import bind_http, load_tokenizer, note_launchers, watch_files
 from ds_cp.serve.seat import Seat
@@ -81,10 +82,10 @@ class _Supervisor:
         self._engine: AsyncEngine | None = None
         self._leading = LeadingLink(job.world_size, self._on_lost, self._on_gone, self._on_stopping)
         self._following = FollowingLink(job.rank, config.comm.timeout_s, self._on_gone)
-        self._seat = Seat(config, job, can_mend(config, job))
-        self._mending = Mending(
-            config, job, self._seat, self._leading if job.rank == 0 else self._following, self
-        )
+        link = self._link = self._leading if job.rank == 0 else self._following
+        self._place = MeetingPlace(config, job, link, self._fail, lambda: self._loaded)
+        self._seat = Seat(config, self._place.worker_job, can_mend(config, job))
+        self._mending = Mending(config, job, self._seat, self._link, self)
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
@@ -93,10 +94,8 @@ class _Supervisor:
         files = watch_files(self._config, self._job)  # as they are before the worker reads them
         for number in SIGNALS:
             loop.add_signal_handler(number, self._on_signal, number)
-        link = self._leading if leads else self._following
-        nearest = self._launchers[0].identity if self._launchers else ""
-        if name := link_name(self._job, nearest):
-            await link.open(name)
+        await self._place.open(self._launchers[0].identity if self._launchers else "")
+        self._loaded = await self._mending.joins(self._stop)
         with self._seat:
             watch = asyncio.create_task(self._watch())
             watch.add_done_callback(self._on_watched)
@@ -111,7 +110,8 @@ class _Supervisor:
                     await until_end(watch, self._leave_s, self._trace.goes_on)
             finally:
                 watch.cancel()
-                await link.close()
+                await self._link.close()
+                self._place.close()
         return self._exit_code
 
     # --- rank 0: the HTTP application
@@ -141,11 +141,11 @@ class _Supervisor:
 
         self._mending.worker = worker = ProcessLink(self._seat.channel, self._seat.outlives)
         engine = AsyncEngine(
-            self._config, source.name, worker, loop,
-            partial(load_tokenizer, source), on_ready, on_death,
-            is_mending=lambda: self._mending.is_mending,
+            self._config, source.name, worker, loop, partial(load_tokenizer, source),
+            on_ready, on_death, is_mending=lambda: self._mending.is_mending,
         )  # fmt: skip
         self._engine = engine
+        self._place.on_strangers = partial(setattr, engine, "num_strangers")
         engine.start()
         app = create_app(engine, server, log_requests=True)
         await serve_until(app, listeners, server, self._stop, self._hurry)
@@ -173,23 +173,19 @@ class _Supervisor:
                     self._exit_code = message.exit_code
                     # While they load, the ranks agree on what rank 0 is to say.
                     if known and self._loaded:
-                        await self._following.report(Lost(self._named(message), message.exit_code))
+                        await self._following.report(
+                            Lost(message.named(self._job), message.exit_code)
+                        )
                     await self._following.until_end(HEAD_START_S)
         except EngineDeadError:
             pass  # the worker has ended; _watch reports the exit code
-
-    def _named(self, failed: Failed) -> str:
-        if failed.message.startswith("rank "):
-            return failed.message
-        return f"rank {self._job.rank} on {self._job.host}: {failed.message}"
 
     # --- a stop that is asked for
 
     def _on_signal(self, number: int) -> None:
         self._signals.take(number)
         # mpirun kills a quarter of a second after its SIGTERM.
-        again = self._signals.count > 1
-        hurry = number == signal.SIGINT or again or self._job.launcher == "mpi"
+        hurry = number == signal.SIGINT or self._signals.count > 1 or self._job.launcher == "mpi"
         self._begin_stop(signal.Signals(number).name, hurry)
 
     def _on_stopping(self, rank: int, reason: str, hurry: bool) -> None:
@@ -244,14 +240,18 @@ class _Supervisor:
 
     def _on_lost(self, rank: int, lost: Lost) -> None:
         """Another rank's supervisor says that its worker has ended."""
-        cause = lost.cause if lost.since is None else noticed(lost.cause, lost.since)
-        self._fail(cause, lost.exit_code)
+        if not self._mending.goes_on_without(rank, cause := noticed(lost.cause, lost.since)):
+            self._fail(cause, lost.exit_code)
 
-    def _on_gone(self, rank: int, pid: int) -> None:
-        """Another rank's supervisor has been killed. ds-cp as launcher says so, but not once it was
-        signalled; of rank 0's, one rank does."""
-        says = self._job.rank <= 1 and (self._job.launcher != "ds-cp" or self._stop.is_set())
-        self._fail(f"the supervisor of rank {rank} (process {pid}) was killed", 1, says)
+    def _on_gone(self, rank: int, gone: Gone) -> None:
+        """Another rank's supervisor is gone. ds-cp as launcher says so, but not once it was
+        signalled; of rank 0's, one rank of a host does."""
+        first = self._job.rank <= 1 or self._job.local_rank == 0
+        says = first and (self._job.launcher != "ds-cp" or self._stop.is_set())
+        self._leave_s = min(self._leave_s, ORPHAN_S if rank == 0 else math.inf)
+        cause = gone.describe(rank, self._config.fault_tolerance)
+        if not self._mending.gone(rank, cause):
+            self._fail(cause, 1, says)
 
     def _fail(self, message: str, exit_code: int, says: bool = True) -> None:
         if self._may_fail:

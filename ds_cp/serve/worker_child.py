@@ -69,6 +69,7 @@ def _started(config: Config, job: Job, folder: str, outlives: bool, waits: bool)
                 **socket_environment(job),
                 **os.environ,
                 "OMP_NUM_THREADS": str(threads),
+                "TORCH_GLOO_LAZY_INIT": "0",  # peers connect when groups are made, and no later
                 "PYTHONPATH": _python_path(os.environ),
             },
             stdin=subprocess.DEVNULL,
@@ -84,7 +85,7 @@ def _started(config: Config, job: Job, folder: str, outlives: bool, waits: bool)
     fields = {
         name: getattr(job, name)
         for name in ("rank", "world_size", "local_rank", "local_world_size", "hosts", "host",
-                     "launcher", "store_host", "store_port", "store_shared", "interface")
+                     "launcher", "store_host", "store_port", "store_shared", "interface", "secret")
     }  # fmt: skip
     try:
         channel.send(
@@ -156,9 +157,11 @@ def describe_end(code: int, for_memory: bool = False) -> str:
     return name + why.get(name, "")
 
 
-def noticed(cause: str, since: float) -> str:
+def noticed(cause: str, since: float | None) -> str:
     """A cause with the time that it took to notice; ``since``: when all was well, in
-    ``time.monotonic()``."""
+    ``time.monotonic()``, None when it was said at once."""
+    if since is None:
+        return cause
     return f"{cause} (noticed within {max(0.1, time.monotonic() - since):.1f} s)"
 
 

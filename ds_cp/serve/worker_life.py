@@ -4,22 +4,42 @@ KV."""
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
+import time
 import traceback
 from functools import partial
 from typing import TYPE_CHECKING
 
 from ds_cp.config import Config
-from ds_cp.errors import CommError, DsCpError, RankFailedError
+from ds_cp.errors import CommError, DsCpError, EngineDeadError, RankFailedError
 from ds_cp.facts import Facts
-from ds_cp.log_stream import drain_streams
+from ds_cp.log_stream import drain_streams, say
 from ds_cp.serve.channel import Channel, Interrupted, Result, Resumed
 from ds_cp.serve.orders import MAX_CAUSE, Left, Met, Orders
 from ds_cp.topology.job import Job
+from ds_cp.topology.net import listening_address
 
 if TYPE_CHECKING:
     from ds_cp.worker.worker import Worker
+
+
+ENDS_S = 0.2  # seconds in which the end of a supervisor ends its worker
+
+
+def end_deaf(rank: int) -> None:
+    """This worker of ``rank`` does not hear its supervisor any more: it ends. If that one lives,
+    another worker takes the place."""
+    time.sleep(ENDS_S)
+    say(f"warning: the worker of rank {rank} does not hear its supervisor any more and ends")
+    end_at_once()
+
+
+def end_at_once() -> None:
+    """As if killed, so that another worker takes this one's place."""
+    drain_streams()
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 class WorkerLife:
@@ -41,6 +61,7 @@ class WorkerLife:
     def begin(self) -> None:
         """The worker has started together with all others."""
         self._born = 0
+        self._close_doors()
         if self._orders is not None:
             self._orders.attend(0, self._worker.world.abandon)
 
@@ -55,7 +76,18 @@ class WorkerLife:
                 if self._orders is None:
                     raise
                 self._say_left(err)
+            except EngineDeadError:
+                if self._orders is None:
+                    raise
+                end_deaf(self._job.rank)
             self.meet()
+
+    def _close_doors(self) -> None:
+        """All peers have come: nobody else is to connect to this process, but to the store."""
+        at = self._job.store_socket
+        self._worker.world.close_listeners(
+            None if at is None else listening_address(at.fileno())[1]
+        )
 
     def _serve(self) -> None:
         if self._job.rank == 0:
@@ -87,11 +119,12 @@ class WorkerLife:
             traceback.print_exception(err.__cause__)
         # A call of a library that does not come back; a device that an error has made useless.
         if not world.has_left or (is_mine and world.device.type == "cuda"):
-            drain_streams()
-            os.kill(os.getpid(), signal.SIGKILL)  # another worker takes this one's place
+            end_at_once()
         if self._job.rank == 0:
             self._channel.send(Interrupted(self._generation, cause))
         self._orders.tell(Left(self._generation, cause, known))
+        err.__traceback__ = None
+        gc.collect()  # connections hang on what refers to itself: errors, their frames, groups
 
     def meet(self) -> None:
         """Wait to be called, and join the others. Raises what ends the job."""
@@ -100,22 +133,24 @@ class WorkerLife:
         orders = self._orders
         assert orders is not None
         while True:
-            generation = orders.next_meeting()
+            meeting = orders.next_meeting()
+            generation = meeting.generation
             born = generation if self._born is None else self._born
             try:
                 if orders.is_off(generation):
                     raise CommError("a rank is gone again")
                 meet_again(
                     self._job, self._config, self._worker, self._facts, generation, born,
-                    partial(orders.is_off, generation),
+                    partial(orders.is_off, generation), meeting.away,
                 )  # fmt: skip
             except CommError as err:
                 orders.tell(Left(generation, str(err)[:MAX_CAUSE]))
                 continue
             self._generation, self._born = generation, born
+            self._close_doors()
             world = self._worker.world
             orders.attend(generation, world.abandon)
             orders.tell(Met(generation))
             if self._job.rank == 0:
-                self._channel.send(Resumed(generation, world.born))
+                self._channel.send(Resumed(generation, world.born, meeting.away))
             return

@@ -14,6 +14,7 @@ import socket
 import sys
 import tempfile
 import traceback
+from functools import partial
 from typing import Any, NoReturn
 
 from ds_cp.errors import CommError, DsCpError, OutputError
@@ -51,7 +52,7 @@ def main(argv: list[str]) -> NoReturn:
 def _work(channel: Channel, spec: WorkerSpec) -> None:
     from ds_cp.config import Config
     from ds_cp.serve.orders import Loaded, Orders
-    from ds_cp.serve.worker_life import WorkerLife
+    from ds_cp.serve.worker_life import WorkerLife, end_deaf
     from ds_cp.topology.job import Job
 
     with importing(for_good=True):
@@ -66,7 +67,9 @@ def _work(channel: Channel, spec: WorkerSpec) -> None:
         fields["hosts"] = tuple(fields["hosts"])
     listener = socket.socket(fileno=spec.listen_fd) if spec.listen_fd >= 0 else None
     job = Job(**fields, store_socket=listener)
-    orders = Orders(socket.socket(fileno=spec.orders_fd)) if spec.orders_fd >= 0 else None
+    orders = None
+    if spec.orders_fd >= 0:
+        orders = Orders(socket.socket(fileno=spec.orders_fd), partial(end_deaf, job.rank))
     if spec.waits:
         assert orders is not None
         prepare(config)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from ds_cp.comm.wire import Rendezvous, World, join
 from ds_cp.config import Config
 from ds_cp.errors import ConfigError
+from ds_cp.startup.own_port import config_digest, own_port
 from ds_cp.topology.job import Job
 
 
@@ -20,6 +21,8 @@ def join_job(
     left: World | None = None,
     arrive_s: float | None = None,
     given_up: Callable[[], bool] = lambda: False,
+    members: Sequence[int] | None = None,
+    began: Sequence[str] | None = None,
 ) -> tuple[World, int]:
     """Join the other ranks. Returns the world and this rank's number of CPU threads. What follows
     ``config`` is for later meetings, as in ``comm.join``.
@@ -36,12 +39,18 @@ def join_job(
     world = join(
         job.rank,
         job.world_size,
-        Rendezvous(job.store_host, job.store_port, listen_fd, generation),
+        Rendezvous(
+            job.store_host,
+            job.store_port,
+            listen_fd,
+            generation,
+            own_port(job, config, "store") if job.by_port else None,
+        ),
         host=job.host,
         hosts=job.hosts,
         device=device,
         timeout_s=config.comm.timeout_s,
-        digest=config.model_dump_json(exclude={"server"}),
+        digest=config_digest(config),
         backend=config.comm.backend,
         shared_memory=config.comm.shared_memory,
         threads=None if config.threads_per_rank == "auto" else config.threads_per_rank,
@@ -49,6 +58,8 @@ def join_job(
         born=born,
         left=left,
         given_up=given_up,
+        members=members,
+        began=began,
     )
     torch.set_num_threads(world.threads)
     return world, world.threads

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import secrets
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from ds_cp.errors import LaunchError, TopologyError
 from ds_cp.topology import environment, mpi, net
 from ds_cp.topology.environment import Place, peek_rank
+from ds_cp.topology.meeting import interface_of, meeting, named_address, own_ip
 from ds_cp.topology.net import LOOPBACK, Address
+from ds_cp.topology.secret import find_secret
 
 __all__ = ["Job", "detect", "open_store_socket", "peek_rank"]
 
@@ -45,6 +49,7 @@ class Job:
     store_shared: bool = False
     interface: str | None = None
     store_socket: socket.socket | None = field(default=None, compare=False, repr=False)
+    secret: bytes = field(default=b"", compare=False, repr=False)  # of the job, empty for none
 
     @property
     def one_host(self) -> bool:
@@ -53,6 +58,12 @@ class Job:
             return len(set(self.hosts)) == 1
         return self.local_world_size == self.world_size
 
+    @property
+    def by_port(self) -> bool:
+        """Whether rank 0's port is one of our own (``link.door``), since hosts meet there; ranks of
+        one host use torch's store, on loopback, or their launcher's."""
+        return self.world_size > 1 and not self.one_host
+
 
 def detect(
     env: Mapping[str, str],
@@ -60,6 +71,8 @@ def detect(
     hosts: str = "auto",
     interface: str = "auto",
     timeout_s: float = 120.0,
+    port: int | Literal["auto"] = "auto",
+    secret_file: str | None = None,
 ) -> Job:
     """The job that this process is a rank of. Rank 0 comes back with its store's socket open.
 
@@ -68,19 +81,22 @@ def detect(
     (deepspeed, torchrun, ds-cp) come before Slurm's step and mpirun's own variables; with none of
     them it is a job of one rank. ``interface``: a network interface's name, or ``auto``.
     ``timeout_s`` bounds the wait for the other ranks where MPI is asked (see ``mpi.session``).
+    ``port``: rank 0's, where several hosts are to meet on another one than the launcher's;
+    ``secret_file``: see ``find_secret``. Under MPI, where no rank has a secret, rank 0 makes one.
 
     Raises ``TopologyError`` when the sources disagree or a value makes no sense, ``LaunchError``
-    when the store cannot listen.
+    when the store cannot listen, or the secret is none.
     """
+    secret, wanted = find_secret(env, secret_file), None if port == "auto" else port
     if hosts not in ("auto", "mpi", "env"):
         raise TopologyError(f"comm.hosts must be auto, mpi or env (got {hosts!r})")
     if hosts == "mpi":
-        return _from_mpi(env, interface, timeout_s)
+        return _from_mpi(env, interface, timeout_s, wanted, secret)
     by_rank = environment.launcher_by_rank(env) is not None
     if hosts == "auto" and not by_rank and mpi.launched_by_mpirun(env):
         # Before MPI starts: it would wait for ranks that are not there.
         _check_sizes(environment.mpirun_size(env), env)
-        return _from_mpi(env, interface, timeout_s)
+        return _from_mpi(env, interface, timeout_s, wanted, secret)
     if "RANK" in env or "WORLD_SIZE" in env:
         place = environment.from_rank_variables(env)
     elif environment.in_slurm_step(env):
@@ -89,7 +105,16 @@ def detect(
         place = environment.from_mpirun_variables(env)
     else:
         place = Place(0, 1, 0, 1, "python")
-    return _complete(place, interface)
+    return replace(_complete(_at_port(place, wanted), interface), secret=secret)
+
+
+def _at_port(place: Place, port: int | None) -> Place:
+    """The place, of several hosts on a port of their own: a launcher's store lets in everybody."""
+    if place.local_size == place.size:
+        return place
+    if place.store_shared:
+        return replace(place, store_shared=False, store_port=port or place.store_port + 1)
+    return place if port is None else replace(place, store_port=port)
 
 
 def open_store_socket(job: Job, *, port: int | None = None) -> socket.socket:
@@ -101,8 +126,8 @@ def open_store_socket(job: Job, *, port: int | None = None) -> socket.socket:
     ip = LOOPBACK
     if not job.one_host:
         addresses = net.local_addresses()
-        named = _named(job.interface or "auto", addresses, job.host)
-        ip = _own_ip(job.store_host, named, addresses, job.host)
+        named = named_address(job.interface or "auto", addresses, job.host)
+        ip = own_ip(job.store_host, named, addresses, job.host)
     way_out = _OTHER_PORT.get(job.launcher, _ANY_OTHER_PORT)
     return net.listen(ip, job.store_port if port is None else port, way_out)
 
@@ -110,7 +135,9 @@ def open_store_socket(job: Job, *, port: int | None = None) -> socket.socket:
 # --- MPI
 
 
-def _from_mpi(env: Mapping[str, str], interface: str, timeout_s: float) -> Job:
+def _from_mpi(
+    env: Mapping[str, str], interface: str, timeout_s: float, wanted: int | None, secret: bytes
+) -> Job:
     """Ask MPI. Every rank enters every exchange, and errors travel in them, so that all ranks
     raise the same one and none waits for a rank that has left."""
     with mpi.session(timeout_s) as session:
@@ -121,6 +148,7 @@ def _from_mpi(env: Mapping[str, str], interface: str, timeout_s: float) -> Job:
             addresses = net.local_addresses()
             port = _check_mpi_rank(facts, env, interface, addresses, host)
             mine = {"addresses": [[a.interface, a.ip, a.prefix] for a in addresses]}
+            mine["secret"] = bool(secret)
         except TopologyError as err:
             mine = {"error": str(err)}
         everyone = [json.loads(text) for text in session.gather(json.dumps(mine))]
@@ -141,8 +169,11 @@ def _from_mpi(env: Mapping[str, str], interface: str, timeout_s: float) -> Job:
                         if facts.hosts[rank] != host
                     ]
                     ip = _mpi_store_ip(env, interface, addresses, others, host)
+                    port = port if wanted is None else wanted
                 sock = net.listen(ip, port, _ANY_OTHER_PORT)
                 store = {"ip": ip, "port": sock.getsockname()[1]}
+                if not (one_host or any(entry.get("secret") for entry in everyone)):
+                    store["secret"] = secrets.token_hex(32)  # travels by MPI's own connections
             except (LaunchError, TopologyError) as err:
                 store = {"error": str(err)}
         store = json.loads(session.broadcast(json.dumps(store)))
@@ -158,8 +189,9 @@ def _from_mpi(env: Mapping[str, str], interface: str, timeout_s: float) -> Job:
         launcher="mpi",
         store_host=str(store["ip"]),
         store_port=int(str(store["port"])),
-        interface=_interface(interface, one_host, str(store["ip"]), addresses, host),
+        interface=interface_of(interface, one_host, str(store["ip"]), addresses, host),
         store_socket=sock,
+        secret=str(store["secret"]).encode() if "secret" in store else secret,
     )
 
 
@@ -208,10 +240,10 @@ def _mpi_store_ip(
     others: list[list[Address]],
     host: str,
 ) -> str:
-    named = _named(interface, mine, host)
+    named = named_address(interface, mine, host)
     asked = env.get("MASTER_ADDR", "").strip()
     if asked and not all(map(net.is_loopback, net.resolve(asked))):
-        return _own_ip(asked, named, mine, host)
+        return own_ip(asked, named, mine, host)
     found = named or net.shared_address(mine, others)
     if found is None:
         raise LaunchError(
@@ -229,7 +261,7 @@ def _complete(place: Place, interface: str) -> Job:
     host = socket.gethostname()
     one_host = place.local_size == place.size
     addresses = net.local_addresses()
-    store_host, way = _meeting(place, one_host, interface, addresses, host)
+    store_host, way = meeting(place, one_host, interface, addresses, host)
     job = Job(
         rank=place.rank,
         world_size=place.size,
@@ -247,86 +279,3 @@ def _complete(place: Place, interface: str) -> Job:
         return job
     sock = open_store_socket(job)
     return replace(job, store_port=sock.getsockname()[1], store_socket=sock)
-
-
-def _meeting(
-    place: Place, one_host: bool, chosen: str, addresses: tuple[Address, ...], host: str
-) -> tuple[str, str | None]:
-    """The store's host as this rank connects to it, and the interface of the job's traffic.
-
-    On rank 0's own host its name may lead to a loopback address (Debian and Ubuntu give the host's
-    name 127.0.1.1), where rank 0 does not listen. Each rank there finds the address that rank 0
-    listens on by the same steps as rank 0. The ranks of other hosts connect to the name.
-    """
-    store_host = place.store_host
-    if one_host:
-        if not (place.store_shared and _resolves(store_host)):
-            store_host = LOOPBACK
-        return store_host, _interface(chosen, one_host, store_host, addresses, host)
-    named = _named(chosen, addresses, host)
-    ips = () if _is_own_name(store_host, host) else net.resolve(store_host)
-    if ips and not any(map(net.is_loopback, ips)):
-        return store_host, _interface(chosen, one_host, ips[0], addresses, host)
-    own = _own_ip(store_host, named, addresses, host, place.peers)
-    if not (place.store_shared and ips):  # torchrun's store listens on every address
-        store_host = own
-    if net.is_loopback(own):
-        return store_host, net.loopback_interface(addresses)
-    return store_host, _interface(chosen, one_host, own, addresses, host)
-
-
-def _named(chosen: str, addresses: tuple[Address, ...], host: str) -> Address | None:
-    """The first address of the interface that ``comm.interface`` names; ``None`` for auto."""
-    return None if chosen == "auto" else net.address_of(chosen, addresses, host)
-
-
-def _interface(
-    chosen: str, one_host: bool, store_ip: str, addresses: tuple[Address, ...], host: str
-) -> str | None:
-    named = _named(chosen, addresses, host)
-    if named is not None:
-        return named.interface
-    if one_host:
-        return net.loopback_interface(addresses)
-    towards = net.route_to(store_ip, addresses) or net.outward_address(addresses)
-    return None if towards is None else towards.interface
-
-
-def _own_ip(
-    store_host: str,
-    named: Address | None,
-    addresses: tuple[Address, ...],
-    host: str,
-    peers: tuple[str, ...] = (),
-) -> str:
-    """The address of this host on which rank 0 listens, for ranks that connect to ``store_host``.
-
-    Where that leads to loopback: the first address of the interface ``named`` in the config, or the
-    outward one (see ``net.outward_address``); 127.0.0.1 on a host that has no other.
-    """
-    ips = () if _is_own_name(store_host, host) else net.resolve(store_host)
-    outward = [a for a in addresses if not a.is_loopback]
-    for ip in ips:
-        if any(a.ip == ip for a in outward) or ip.startswith("fe80:"):
-            return ip
-    if not ips or any(map(net.is_loopback, ips)):
-        found = named or net.outward_address(addresses, peers)
-        return LOOPBACK if found is None else found.ip
-    there = ", ".join(f"{a.interface} {a.ip}" for a in outward) or "none"
-    raise LaunchError(
-        f"rank 0 runs on host {host}, but the store's host {store_host} ({ips[0]}) "
-        f"is not an address that it shows to others (there: {there}): "
-        f"set MASTER_ADDR to one of those"
-    )
-
-
-def _is_own_name(name: str, host: str) -> bool:
-    """Whether ``name`` is this host's, and leads nowhere: this host need not know itself."""
-    return name.partition(".")[0] == host.partition(".")[0] and not _resolves(name)
-
-
-def _resolves(name: str) -> bool:
-    try:
-        return bool(net.resolve(name))
-    except LaunchError:
-        return False

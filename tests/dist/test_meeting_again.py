@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import socket
 import threading
 
 import pytest
@@ -119,3 +122,38 @@ def waits_in_vain(world: World) -> float:
 
 def test_a_meeting_is_given_up() -> None:
     assert 1.0 < run_ranks(waits_in_vain, 2)[0] < 100
+
+
+def meet_after_a_broken_connection(world: World) -> list[float]:
+    """Every connection of rank 0 is shut from outside, those to its own store among them."""
+    sums = []
+    for generation in (1, 2):
+        if world.rank == 0:
+            for fd in connected():
+                with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as sock:
+                    sock.shutdown(socket.SHUT_RDWR)  # some went with others
+        with pytest.raises(CommError), failing(world):
+            world.everybody.exchange([], [(1 - world.rank, torch.empty(8))], "test").wait()
+        world = again(world, generation, shared_memory=False)
+        total = torch.full((4,), 1.0 + world.rank)
+        world.everybody.all_reduce(total, "test_sum")
+        sums.append(float(total[0]))
+    world.leave()
+    return sums
+
+
+def connected() -> list[int]:
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
+                continue
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(name))) as sock:
+            if sock.family in (socket.AF_INET, socket.AF_INET6):
+                sock.getpeername()
+                found.append(int(name))
+    return found
+
+
+def test_broken_connections_do_not_keep_ranks_apart() -> None:
+    assert run_ranks(meet_after_a_broken_connection, 2, shared_memory=False) == [[3.0, 3.0]] * 2

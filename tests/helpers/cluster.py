@@ -138,6 +138,21 @@ class SimulatedRanks:
         return [state.apply(received) for state in self.states]
 
 
+def in_every_step(plan: StepPlan, number: int) -> bool:
+    """A request that ends workers whenever it is computed; the next two, only then."""
+    return True
+
+
+def in_its_last_chunk(plan: StepPlan, number: int) -> bool:
+    """When its prompt, or what it is computed again, is complete."""
+    return any(chunk.request == number and chunk.samples for chunk in plan.chunks)
+
+
+def in_its_decodes(plan: StepPlan, number: int) -> bool:
+    """When it draws a token after another one."""
+    return any(number in decodes.requests for decodes in plan.decodes)
+
+
 class Cluster:
     """Executes plans, checking all that every plan must satisfy.
 
@@ -196,7 +211,10 @@ class Cluster:
         self.flying: deque[Outcome] = deque()
         self.before: deque[list[list[int | None]]] = deque()  # memories before each flying step
         self.again: set[int] = set()  # requests that ranks have forgotten, and begin again
-        self.poison: set[int] = set()  # requests whose steps kill the worker of rank 0
+        self.away: set[int] = set()  # ranks without which the others have met
+        self.refused = 0  # answers that were ended since they did not fit on the others
+        self.poison: set[int] = set()  # requests whose steps kill the worker of rank 0, where
+        self.strikes: Callable[[StepPlan, int], bool] = in_every_step  # says so
         self.seconds: Callable[[StepPlan], float] = lambda plan: 0.0
         self._answers: dict[str, list[Life]] = {}
         self._asked = 0
@@ -259,9 +277,15 @@ class Cluster:
 
     # --- ranks die
 
-    def die(self, lost: Collection[int], is_done: Callable[[], bool]) -> None:
-        """The workers of ``lost`` are new and empty, and all have met again. Of what the steps in
-        flight write, ``is_done`` says slot by slot whether it was; their tokens are lost."""
+    def die(
+        self,
+        lost: Collection[int],
+        is_done: Callable[[], bool],
+        away: Collection[int] | None = None,
+    ) -> None:
+        """The workers of ``lost`` are new and empty, and all have met again, but those of ``away``,
+        where that is given. Of what the steps in flight write, ``is_done`` says slot by slot
+        whether it was; their tokens are lost."""
         for life in self.lives.values():
             request = life.request
             if life.reason is None and not life.aborted:
@@ -277,8 +301,15 @@ class Cluster:
         self.flying.clear()
         self.before.clear()
         self.ranks = SimulatedRanks(range(len(self.blocks)), self.block_size)
-        for delta in self.core.recover(lost):
+        self.away = self.away if away is None else set(away)
+        ends, refused = self.core.recover(lost, self.away)
+        for delta in ends:
             self._receive(delta)
+        for request_id, err in refused:
+            assert self.away and err.need > err.largest == self.scheduler.largest_tokens
+            for life in self._answers[request_id]:
+                life.aborted = life.aborted or life.reason is None
+                self.refused += life.aborted
         self.scheduler.check_integrity()
         self.again = {request.number for request in self.scheduler.running}
         self.held, self.first_prompt = 0, None
@@ -299,6 +330,10 @@ class Cluster:
         used = self.used()
         plan = self.core.plan()
         scheduler.check_integrity()
+        for rank in self.away:
+            assert not self.used()[rank] and not self.cached()[rank], (
+                "blocks on a rank that is away"
+            )
         for rank in scheduler.block_manager.closed:
             # A request that must be local grows where it is, until there is room to move it whole.
             taken = 0
@@ -322,7 +357,8 @@ class Cluster:
                 assert not started, "a request started on blocks freed in the same step"
             self._check_fairness(plan, due, prompts, started)
             computed = {chunk.request for chunk in plan.chunks}
-            if self.poison & computed.union(*(decodes.requests for decodes in plan.decodes)):
+            computed = computed.union(*(decodes.requests for decodes in plan.decodes))
+            if any(self.strikes(plan, number) for number in self.poison & computed):
                 self._steps += 1
                 self.die([0], lambda: True)
                 return plan
@@ -503,6 +539,7 @@ class Cluster:
 
         for transfer in transfers:
             assert transfer.source != transfer.target
+            assert not self.away & {transfer.source[0], transfer.target[0]}
             if transfer.source in written or transfer.target in written:
                 run()
             batch.append(transfer)
@@ -542,6 +579,7 @@ class Cluster:
                     owned[rank] += 1
         for rank, count in enumerate(owned):
             assert count <= self.budget, f"rank {rank} computes {count} of {self.budget} tokens"
+            assert not count or rank not in self.away, f"rank {rank} is away and computes"
         self.owned.append(owned)
         for (number, position), token in sorted(tokens.items()):
             life = self.lives[number]

@@ -122,7 +122,7 @@ class FakeEngine:
         self.eager_s: float | None = None
         self.refuse: Exception | None = None
         self.refuses_early = False  # by ``check_room``
-        self.overloaded = False
+        self.overloaded, self.away = False, tuple[int, ...]()  # as /health says
         self.end_cause: str | None = None  # the ``stop_reason`` that goes with ``end``
         self.break_after: tuple[int, Exception] | None = None
         self.open_tokens: int | None = None
@@ -146,7 +146,7 @@ class FakeEngine:
 
     @property
     def health(self) -> EngineHealth:
-        return EngineHealth(self.state, self.overloaded, tuple(sorted(self.drained)))
+        return EngineHealth(self.state, self.overloaded, self.away)
 
     def check_room(self, options: RequestOptions, answers: int = 1) -> None:
         if isinstance(self.refuse, QueueFullError) and self.refuses_early:

@@ -13,21 +13,28 @@ whatever happens, nothing started here stays behind.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil  # type: ignore[import-untyped]
+
 INTERFACE = "veth0"
 PREFIX = 24  # bits of the network of ``ADDRESSES``
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 ADDRESSES_V6 = ("fd77::1", "fd77::2")
+_NET = 0x40000000  # CLONE_NEWNET
 BRIDGE = ("docker0", "172.17.0.1/16")  # the same on both hosts
 
 # First process of the PID namespace. It ends when our end of its stdin closes, also when we are
@@ -263,7 +270,62 @@ def _expect(process: subprocess.Popen[str], text: str | None = None) -> str:
 
 
 def _only_child(pid: int) -> int:
-    import psutil  # type: ignore[import-untyped]
-
     (child,) = psutil.Process(pid).children()
     return int(child.pid)
+
+
+class Relay:
+    """Has a server that listens on one host reached from here: ``url`` leads to ``port`` of its
+    loopback. Its sockets there are made by a thread that has entered that host's network."""
+
+    def __init__(self, hosts: Hosts, host: str, port: int) -> None:
+        self._target = port
+        self._namespace = f"/proc/{_outer_pid(hosts, host)}/ns/net"
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Take no more connections."""
+        self._listener.close()
+
+    def _run(self) -> None:
+        libc = ctypes.CDLL(None, use_errno=True)
+        with open(self._namespace, encoding="ascii") as namespace:
+            if libc.setns(namespace.fileno(), _NET) != 0:
+                raise OSError(ctypes.get_errno(), "setns")
+        while True:
+            try:
+                near, _ = self._listener.accept()
+                far = socket.create_connection(("127.0.0.1", self._target), 10)
+                far.settimeout(None)
+            except OSError:
+                if self._listener.fileno() < 0:
+                    return
+                near.close()
+                continue
+            for one, other in ((near, far), (far, near)):
+                threading.Thread(target=_pump, args=(one, other), daemon=True).start()
+
+
+def _pump(one: socket.socket, other: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while data := one.recv(1 << 16):
+            other.sendall(data)
+    with contextlib.suppress(OSError):
+        other.shutdown(socket.SHUT_WR)
+
+
+def _outer_pid(hosts: Hosts, host: str) -> int:
+    """The process id, as seen from here, of a host's first process."""
+    wanted = hosts.host_pids[hosts.names.index(host)]
+    for process in psutil.process_iter():
+        with contextlib.suppress(OSError, psutil.Error):
+            text = Path(f"/proc/{process.pid}/status").read_text("ascii", errors="replace")
+            line = next(line for line in text.splitlines() if line.startswith("NSpid:"))
+            inner = [int(word) for word in line.split()[1:]]
+            init = os.stat(f"/proc/{hosts.init_pid}/ns/pid").st_ino
+            if inner[-1] == wanted and os.stat(f"/proc/{process.pid}/ns/pid").st_ino == init:
+                return int(process.pid)
+    raise NamespaceError(f"no first process of {host}")

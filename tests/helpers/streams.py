@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
+import os
+import socket
 import threading
 import time
 import urllib.request
@@ -16,12 +19,15 @@ class Stream:
     """Text and tokens by answer. ``times``: of its events, in ``time.monotonic()``; ``errors``:
     what it met. ``ignore_eos`` unless ``body`` says otherwise."""
 
-    def __init__(self, url: str, body: dict[str, Any]) -> None:
+    def __init__(self, url: str, body: dict[str, Any], **fields: Any) -> None:
+        """``fields``: of this request beside ``body``."""
         self.body = body
+        self.gives_up = False  # the client has left
+        self._sock: socket.socket | None = None
         self.answers: dict[int, dict[str, Any]] = {}
         self.errors: list[Any] = []
         self.times: list[float] = []
-        whole = {"model": "tiny", "stream": True, "ignore_eos": True, **body}
+        whole = {"model": "tiny", "stream": True, "ignore_eos": True, **body, **fields}
         self._request = urllib.request.Request(
             f"{url}/v1/completions",
             json.dumps(whole).encode(),
@@ -33,11 +39,22 @@ class Stream:
     def _read(self) -> None:
         try:
             with urllib.request.urlopen(self._request, timeout=LIMIT_S) as answer:
+                self._sock = socket.socket(fileno=os.dup(answer.fileno()))
                 for line in answer:
                     if line.startswith(b"data: {"):
                         self._take(json.loads(line[6:]))
         except (OSError, http.client.HTTPException) as err:
             self.errors.append(err)
+        finally:
+            if self._sock is not None:
+                self._sock.close()
+
+    def leave(self) -> None:
+        """The client goes away without a word."""
+        self.gives_up = True
+        if self._sock is not None:
+            with contextlib.suppress(OSError):
+                self._sock.shutdown(socket.SHUT_RDWR)
 
     def _take(self, event: dict[str, Any]) -> None:
         if "error" in event:

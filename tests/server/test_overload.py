@@ -44,12 +44,12 @@ def test_health_and_ready_in_each_state(
 def test_overloaded_and_smaller_is_still_well(launch: Any, tokenizer: Any) -> None:
     engine = FakeEngine(tokenizer)
     server = launch(engine)
-    engine.overloaded, engine.drained = True, {1}
+    engine.overloaded, engine.away = True, (1,)
     assert engine.health == EngineHealth("ready", True, (1,))
     for path in ("/health", "/ready"):
         reply = server.get(path)
         assert reply.status_code == 200
-        assert reply.json() == {"status": "ready", "overloaded": True, "ranks_closed": [1]}
+        assert reply.json() == {"status": "ready", "overloaded": True, "ranks_away": [1]}
 
 
 @pytest.mark.parametrize("path", PROTOCOLS)

@@ -25,7 +25,8 @@ from tests.helpers.cluster import Cluster, greedy, prompt, sampled
 
 
 def test_every_channel_carries_what_the_scheduler_may_plan() -> None:
-    assert BEGIN_BYTES < MAX_PLAN_BYTES == Control.LIMIT == channel.LIMIT
+    assert BEGIN_BYTES < MAX_PLAN_BYTES == Control.LIMIT
+    assert channel.LIMIT == MAX_PLAN_BYTES + channel.GENERATION_BYTES
 
 
 @pytest.mark.parametrize(("vocab", "least"), [(128, 50e6), (50_000, 18e6), (200_000, 11e6)])

@@ -133,15 +133,15 @@ def test_the_ranks_are_told_in_several_plans(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_an_interruption_on_the_way_back() -> None:
-    cluster = Cluster([6, 6], depth=2)
+    cluster = Cluster([26, 26], depth=2)
     for first in (1, 2):
-        cluster.add(prompt(14, first), sampled(8))
+        cluster.add(prompt(14, first), sampled(90))
     steps(cluster, 3)
     for lost in ([0], [1]), ([0, 1], []), ([], [1]):
         for ranks in lost:
             cluster.die(ranks, not_done)
             cluster.step()
-        for _ in range(3):  # else those that run would be at fault
+        for _ in range(24):  # else those that run would be at fault
             cluster.step()
     cluster.settle()
     assert cluster.check_outputs() == 2
@@ -177,7 +177,7 @@ def test_who_ends_workers_is_found_and_ended(company: int, depth: int) -> None:
     assert life.reason == "error" and len(life.received) >= given
     assert cluster.check_outputs() == company + 1
     assert all(request.finish_reason in ("length", "stop") for request in others)
-    assert cluster.scheduler.num_interruptions == (3 if company else 2)
+    assert cluster.scheduler.num_interruptions == (4 if company else 2)
     assert not cluster.scheduler._inquest.suspects
 
 

@@ -26,7 +26,16 @@ from ds_cp.sampling_params import SamplingParams
 from ds_cp.scheduler.mode_policy import Seats
 from ds_cp.scheduler.pacing import ChunkPacer
 from ds_cp.scheduler.request import Request
-from tests.helpers.cluster import EOS, MODES, PLACEMENTS, Cluster, prompt
+from tests.helpers.cluster import (
+    EOS,
+    MODES,
+    PLACEMENTS,
+    Cluster,
+    in_every_step,
+    in_its_decodes,
+    in_its_last_chunk,
+    prompt,
+)
 
 KINDS = tuple(itertools.product(PLACEMENTS, MODES, (1, 2)))
 LIVES_OF_A_KIND = 400
@@ -39,8 +48,11 @@ RATES = CostModel(
 LONGEST = 39  # tokens of one request, so that a life is short whatever the pools
 EVENTS = (
     *["ask"] * 6, *["step"] * 12, *["abort"] * 2, "end one", "spoil", "drain", "reopen", "level",
-    "die", "poison",
+    "die", "poison", "away", *["back"] * 3,
 )  # fmt: skip
+
+
+STRIKES = (in_every_step, in_its_last_chunk, in_its_decodes)
 
 
 class Session:
@@ -98,7 +110,10 @@ class Session:
             self.seen["moves wished for"] += scheduler.rebalance()
         elif event == "die":
             self.die()
+        elif event in ("away", "back"):
+            self.meet(event == "back")
         elif event == "poison" and live and pick(0, 9) == 0:
+            cluster.strikes = STRIKES[pick(0, 2)]
             cluster.poison.add(live[pick(0, len(live) - 1)].number)
         scheduler.check_integrity()
 
@@ -160,14 +175,28 @@ class Session:
     def die(self) -> None:
         """Some ranks lose their workers, or none when just an exchange failed; all meet again."""
         cluster, pick = self.cluster, self.pick
-        inquest = cluster.scheduler._inquest
-        if max(inquest._times.values(), default=0) > 1 or any(inquest._alone.values()):
+        records = cluster.scheduler._inquest._records.values()
+        if any(record.times > 1 or record.alone for record in records):
             return  # once more would look like the fault of who runs
         ranks = range(len(cluster.blocks))
         lost = [rank for rank in ranks if pick(0, len(cluster.blocks)) == 0]
         self.seen["died"] += bool(lost and cluster.scheduler.running)
         self.seen["died with steps in flight"] += bool(lost and cluster.flying)
         cluster.die(lost, lambda: bool(pick(0, 1)))
+
+    def meet(self, back: bool) -> None:
+        """A rank other than 0 goes away, or comes back, by a new worker or by the one that it
+        had."""
+        cluster, pick = self.cluster, self.pick
+        ranks = [r for r in range(1, len(cluster.blocks)) if (r in cluster.away) == back]
+        if not ranks:
+            return
+        rank = ranks[pick(0, len(ranks) - 1)]
+        lost = [rank] if not back or pick(0, 1) else []
+        if pick(0, 3) == 0:
+            lost.append(pick(0, len(cluster.blocks) - 1))  # another one dies meanwhile
+        self.seen["back" if back else "away"] += 1
+        cluster.die(lost, lambda: bool(pick(0, 1)), cluster.away ^ {rank})
 
     def drain(self, rank: int) -> None:
         scheduler = self.cluster.scheduler
@@ -192,6 +221,7 @@ class Session:
         for rank in closed:
             assert cluster.scheduler.is_drained(rank) and not cluster.cached()[rank]
         self.seen["preempted"] += cluster.scheduler.num_preemptions
+        self.seen["refused"] += cluster.refused
         self.seen["moved"] += cluster.scheduler.migration.num_moved
         self.seen["hits"] += cluster.scheduler.block_manager.hits
         self.seen["forked"] += sum(len(plan.forks) for plan in plans)
@@ -226,7 +256,7 @@ def test_random_lives(placement: str, mode: tuple[str, str], depth: int) -> None
         ended += here
         seen += happened
     everything = {"asked", "aborted", "drained", "preempted", "moved", "hits", "forked",
-                  "length", "stop", "error", "died"}  # fmt: skip
+                  "length", "stop", "error", "died", "away", "back"}  # fmt: skip
     assert everything <= {what for what, count in seen.items() if count}, f"too tame: {seen}"
 
 
@@ -264,7 +294,9 @@ class Lives(RuleBasedStateMachine):
     def part(self, data: st.DataObject, event: str) -> None:
         self._do(data, event)
 
-    @rule(data=st.data(), event=st.sampled_from(["drain", "reopen", "level", "die"]))
+    @rule(
+        data=st.data(), event=st.sampled_from(["drain", "reopen", "level", "die", "away", "back"])
+    )
     def rearrange(self, data: st.DataObject, event: str) -> None:
         self._do(data, event)
 

@@ -8,12 +8,18 @@ import socket
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
-from ds_cp.serve import job_link
-from ds_cp.serve.job_link import Died, End, FollowingLink, LeadingLink, Lost, link_name
+from ds_cp.link.door import Door
+from ds_cp.link.knock import Port
+from ds_cp.link.peer import SealedPeer
+from ds_cp.link.seal import Claim
+from ds_cp.serve import job_link, job_words
+from ds_cp.serve.job_link import FollowingLink, LeadingLink, has_link, link_name
+from ds_cp.serve.job_words import Died, End, Gone, Hello, Lost
 from ds_cp.serve.orders import Leave, Left, Loaded, Meet, Met
 from ds_cp.topology.job import Job
 from ds_cp.topology.launcher_process import LauncherProcess
@@ -26,7 +32,7 @@ class Both:
         self.name = name
         self.lost: list[tuple[int, Lost]] = []
         self.stopping: list[tuple[int, str, bool]] = []
-        self.gone: list[tuple[int, int]] = []
+        self.gone: list[tuple[int, Gone]] = []
         self.leading = LeadingLink(
             3,
             lambda *args: self.lost.append(args),
@@ -107,7 +113,7 @@ def test_an_end_without_a_good_bye_is_a_death(who: str) -> None:
         await both.until(lambda: bool(both.lost or both.gone))
 
     both = run(work)
-    assert (2 if who == "following" else 0, os.getpid()) in both.gone and not both.lost
+    assert (2 if who == "following" else 0, Gone(os.getpid())) in both.gone and not both.lost
 
 
 @pytest.mark.parametrize("rank", [-1, 0, 2, 3])
@@ -203,4 +209,173 @@ def test_who_has_a_link() -> None:
     assert one.startswith("1.") and one != other
     assert len({name, link_name(job(2, 2, None), one), link_name(job(2, 2, None), other)}) == 3
     assert link_name(job(1, 1, ("a",))) is None
-    assert link_name(job(4, 2, None)) is None and link_name(job(2, 1, ("a", "b"))) is None
+    for several in (job(4, 2, None), job(2, 1, ("a", "b"))):
+        assert link_name(several) is None and has_link(several)
+    assert not has_link(job(1, 1, ("a",))) and has_link(job(2, 2, None))
+
+
+SECRET = b"0123456789abcdef"
+
+
+class Hosts:
+    """Rank 0's link and that of rank 1, by a port, and what happened in order."""
+
+    def __init__(self) -> None:
+        self.sock = socket.create_server(("127.0.0.1", 0))
+        self.happened: list[object] = []
+        self.leading = LeadingLink(
+            2,
+            lambda *args: self.happened.append(args),
+            lambda *args: self.happened.append(args),
+            lambda *args: self.happened.append(args),
+        )
+        self.leading.on_said = lambda *args: self.happened.append(args)
+        self.leading.on_here = self.happened.append  # type: ignore[assignment]
+        self.following = FollowingLink(1, 10.0, lambda *args: self.happened.append(args))
+        self.following.on_refused = self.happened.append  # type: ignore[assignment]
+        self.door = Door(self.sock, SECRET, self.claim(0), 30.0)
+        self.door.on_control = self._on_control
+        self.door.expects = self.leading.why_not
+
+    def claim(self, rank: int) -> Claim:
+        return Claim("control", rank, 2, f"host{rank}", 100 + rank, "1.0", "mark")
+
+    async def _on_control(self, claim: Claim, peer: SealedPeer) -> None:
+        await self.leading.listen(Hello(claim.rank, claim.pid, claim.host), peer)
+
+    async def open(self, hang_s: float | None = None, returns_s: float = 0.0) -> None:
+        await self.door.open()
+        self.leading.open_to_hosts(hang_s)
+        number = self.sock.getsockname()[1]
+        port = Port("127.0.0.1", number, SECRET, self.claim(1), 60.0, 30.0)
+        await self.following.open_to_host(port, hang_s, returns_s)
+        await self.until(lambda: self.following.is_open)
+
+    async def until(self, done: Callable[[], bool]) -> None:
+        async def poll() -> None:
+            while not done():
+                await asyncio.sleep(0.005)
+
+        await asyncio.wait_for(poll(), 60)
+
+    async def close(self) -> None:
+        await self.following.close()
+        await self.leading.close()
+        self.door.close()
+
+
+HERE = Hello(1, 101, "host1")
+
+
+def between_hosts(work: Callable[[Hosts], Awaitable[None]]) -> list[object]:
+    hosts = Hosts()
+
+    async def main() -> None:
+        await asyncio.wait_for(work(hosts), 120)
+        await hosts.close()
+
+    asyncio.run(main())
+    return hosts.happened
+
+
+def test_supervisors_of_two_hosts_hear_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same words as on one host, and a second supervisor of a rank is refused."""
+    monkeypatch.setattr(job_words, "BEAT_S", 0.01)
+    asked: list[object] = []
+
+    async def work(hosts: Hosts) -> None:
+        await hosts.open()
+        hosts.following.on_asked = asked.append
+        hosts.following.on_bye = lambda: asked.append("bye")
+        assert hosts.leading.present == {1}
+        hosts.leading.ask(1, Meet(3))
+        hosts.following.say(Met(3))
+        await hosts.until(lambda: bool(asked) and len(hosts.happened) == 2)
+        assert await hosts.following.report(Lost("it has ended", since=12.5))
+        other = FollowingLink(1, 10.0, lambda *args: None)
+        other.on_refused = hosts.happened.append  # type: ignore[assignment]
+        number = hosts.sock.getsockname()[1]
+        await other.open_to_host(Port("127.0.0.1", number, SECRET, hosts.claim(1), 60.0), None)
+        await hosts.until(lambda: len(hosts.happened) == 4)
+        await hosts.leading.close()
+        await hosts.until(lambda: not hosts.following.is_open)
+        await other.close()
+
+    here, met, lost, refused = between_hosts(work)
+    assert (here, met, lost) == (HERE, (1, Met(3)), (1, Lost("it has ended")))
+    assert "rank 1 is here already" in str(refused)
+    assert asked == [Meet(3), "bye"]
+
+
+@pytest.mark.parametrize("who", ["following", "leading"])
+def test_a_killed_supervisor_of_another_host(who: str) -> None:
+    async def work(hosts: Hosts) -> None:
+        await hosts.open()
+        peer = hosts.following._peer if who == "following" else hosts.leading._peers[1]
+        assert peer is not None
+        peer.abort()  # type: ignore[attr-defined]  # as the system does
+        await hosts.until(lambda: len(hosts.happened) == 3)
+
+    happened = between_hosts(work)
+    assert (1, Gone(101, "host1")) in happened and (0, Gone(os.getpid(), "host0")) in happened
+
+
+def test_a_supervisor_that_stands_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its system goes on to answer for it."""
+    monkeypatch.setattr(job_words, "BEAT_S", 0.05)
+    monkeypatch.setattr(job_words, "GAP_S", 60.0)
+
+    async def work(hosts: Hosts) -> None:
+        await hosts.open(hang_s=0.5)
+        assert hosts.following._beating is not None
+        hosts.following._beating.cancel()
+        await hosts.until(lambda: len(hosts.happened) >= 2)
+
+    happened = between_hosts(work)
+    assert (1, Gone(101, "host1", "stalled")) in happened
+
+
+def test_a_host_that_comes_back() -> None:
+    """Whoever cannot reach rank 0's host tries for a while, and is let in again."""
+
+    async def work(hosts: Hosts) -> None:
+        hosts.following.on_away = hosts.happened.append  # type: ignore[assignment]
+        hosts.following.on_back = lambda: hosts.happened.append("back")
+        await hosts.open(returns_s=60.0)
+        for peer in (hosts.following._peer, hosts.leading._peers[1]):
+            assert peer is not None
+            peer.ended = "unreachable"
+            peer.abort()  # type: ignore[attr-defined]
+        await hosts.until(lambda: "back" in hosts.happened)
+        hosts.following.say(Loaded())
+        await hosts.until(lambda: (1, Loaded()) in hosts.happened)
+
+    happened = between_hosts(work)
+    assert happened[0] == HERE and happened.count(HERE) == 2
+    assert (1, Gone(101, "host1", "unreachable")) in happened
+    assert Gone(os.getpid(), "host0", "unreachable") in happened
+
+
+def test_time_in_which_this_process_did_not_run_is_not_held_against_others() -> None:
+    class Silent:
+        heard = 0.0
+        ended = "closed"
+        given_up = False
+
+        def send(self, payload: bytes) -> None:
+            pass
+
+        def give_up(self) -> None:
+            self.given_up = True
+
+    async def main() -> None:
+        peer: Any = Silent()
+        peer.heard = time.monotonic()
+        task = asyncio.create_task(job_words.beat(lambda: [peer], 0.6))
+        await asyncio.sleep(0.05)
+        time.sleep(1.5)  # it stands, and so does everything in it
+        await asyncio.sleep(0.05)
+        assert not peer.given_up
+        task.cancel()
+
+    asyncio.run(main())

@@ -14,7 +14,7 @@ from ds_cp.config import load_config
 from ds_cp.errors import EngineDeadError
 from ds_cp.serve import supervisor as supervisor_module
 from ds_cp.serve.channel import Failed, Ready
-from ds_cp.serve.job_link import Lost
+from ds_cp.serve.job_words import Gone, Lost
 from ds_cp.serve.supervisor import _Supervisor
 from ds_cp.serve.worker_child import Child, until_end
 from ds_cp.topology.job import Job
@@ -44,7 +44,7 @@ def test_what_fails_the_job(state: str, what: str, capsys: pytest.CaptureFixture
             if what == "lost":
                 one._on_lost(1, Lost("it", 3))
             elif what == "gone":
-                one._on_gone(1, 17)
+                one._on_gone(1, Gone(17))
             else:
                 one._on_death("it", 3, True, False)
 
@@ -68,7 +68,7 @@ def test_a_killed_supervisor_is_said_once(capsys: pytest.CaptureFixture[str]) ->
         if stops:
             one._begin_stop("SIGTERM", False)
         capsys.readouterr()
-        one._on_gone(1, 17)
+        one._on_gone(1, Gone(17))
         assert one._exit_code == 1
         return capsys.readouterr().err
 

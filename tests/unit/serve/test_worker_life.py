@@ -37,6 +37,9 @@ class World:
     def abandon(self) -> None:
         self.abandoned.set()
 
+    def close_listeners(self, keep: int | None) -> None:
+        assert keep is None
+
     def schemes(self) -> dict[str, Any]:
         return {}
 

@@ -110,6 +110,18 @@ def test_torchrun_shares_its_store() -> None:
         assert job.hosts == (HOST, HOST)
 
 
+def test_several_hosts_meet_on_a_port_of_our_own() -> None:
+    """torchrun's store lets in everybody; ours is on the next port, or the one that is named."""
+    for options, port in (({}, 29512), ({"port": 30111}, 30111)):
+        env = torchrun_env(3, 4, 2, MASTER_ADDR="192.0.2.7", DS_CP_JOB_SECRET="s" * 16)
+        with detected(env, **options) as job:
+            assert job.by_port and not job.store_shared and job.secret == b"s" * 16
+            assert (job.store_host, job.store_port) == ("192.0.2.7", port)
+            assert "ssss" not in repr(job)
+    with detected(torchrun_env(1, 2, 2), port=30111) as job:  # one host
+        assert not job.by_port and job.store_port == 29511
+
+
 def test_torchrun_without_its_store() -> None:
     env = torchrun_env(0, 2, 2, TORCHELASTIC_USE_AGENT_STORE="False", MASTER_PORT=str(free_port()))
     with detected(env) as job:
