@@ -29,7 +29,6 @@ from tests.helpers.tiny import make_tiny_model
 TOKENS = 60  # of an answer
 SEATS, QUEUE = 8, 32
 RETURNING = 20  # of the requests that are refused, one in so many comes again
-PATIENCE_S = 120.0
 ROUND_S = 0.02  # seconds between looks at how many are due
 
 
@@ -108,8 +107,9 @@ async def closed(port: int, clients: int, seconds: float) -> float:
     return len(seen.answers) / (time.monotonic() - began)
 
 
-async def burst(port: int, rate: float, seconds: float) -> tuple[Seen, float]:
-    """``rate`` requests a second; what became of them, and the answers a second meanwhile."""
+async def burst(port: int, rate: float, seconds: float, patience_s: float) -> tuple[Seen, float]:
+    """``rate`` requests a second; what became of them, ``patience_s`` after the last, and the
+    answers a second meanwhile."""
     seen, began, tasks = Seen(), time.monotonic(), set[asyncio.Task[None]]()
     count = 0
     while (now := time.monotonic() - began) < seconds:
@@ -118,7 +118,7 @@ async def burst(port: int, rate: float, seconds: float) -> tuple[Seen, float]:
             count += 1
         await asyncio.sleep(ROUND_S)
     done = sum(at < began + seconds for at in seen.answers)
-    await asyncio.wait(tasks, timeout=PATIENCE_S)
+    await asyncio.wait(tasks, timeout=patience_s)
     return seen, done / seconds
 
 
@@ -130,7 +130,7 @@ def memory(job: Job) -> int:
     return int(psutil.Process(parent.pid).memory_info().rss)
 
 
-def measure(times: float, seconds: float) -> dict[str, Any]:
+def measure(times: float, seconds: float, patience_s: float) -> dict[str, Any]:
     """The whole run."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -148,7 +148,7 @@ def measure(times: float, seconds: float) -> dict[str, Any]:
             asyncio.run(closed(port, SEATS, seconds / 2))  # until it knows its speed
             before = memory(job)
             peak = asyncio.run(closed(port, 2 * SEATS, seconds))
-            seen, meanwhile = asyncio.run(burst(port, times * peak, seconds))
+            seen, meanwhile = asyncio.run(burst(port, times * peak, seconds, patience_s))
             after = memory(job)
         finally:
             job.close()
@@ -174,9 +174,10 @@ def main(argv: list[str]) -> int:
     arguments = common.parser(__doc__)
     arguments.add_argument("--times", type=float, default=50.0, help="load over the peak")
     arguments.add_argument("--seconds", type=float, default=10.0, help="of each part")
+    arguments.add_argument("--patience", type=float, default=120.0, help="seconds for the last")
     arguments.add_argument("--out", type=Path)
     given: argparse.Namespace = arguments.parse_args(argv)
-    result = measure(given.times, given.seconds)
+    result = measure(given.times, given.seconds, given.patience)
     common.finish(
         {"command": common.command("burst", argv), "commit": common.commit()}
         | common.machine() | result,
