@@ -10,6 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import choose_encoder
 
 from ds_cp.api.answer_metrics import AnswerMetrics
+from ds_cp.api.journal_metrics import journal_families
 from ds_cp.api.media_types import Offer, choose
 from ds_cp.engine.interface import EngineInterface, EngineStats
 from ds_cp.outputs import EndedRequest
@@ -187,6 +188,7 @@ class EngineCollector:
         yield from _gauges(stats, name)
         yield from _counters(stats, name)
         yield from _rank_counters(stats, name)
+        yield from journal_families(stats.journal, name)
         yield _http_answers(self._answers, name)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from ds_cp.cli.trace import check_trace_file
 from ds_cp.config import Config, load_config, looks_like_path
 from ds_cp.config.fields import MAX_RANKS
 from ds_cp.errors import ConfigError, LaunchError, ModelError, TopologyError
+from ds_cp.log_stream import say
 from ds_cp.model.source import find_model
 from ds_cp.topology import Job, Topology, detect, peek_rank, resolve_grid
 from ds_cp.topology.mpi import launched_by_mpi
@@ -41,6 +44,17 @@ def job_config(
             raise ModelError(f"no model at {config.model} (from {Path.cwd()}); {hint}")
         find_model(config.model)
     return config
+
+
+def look_at_key(file: str | None, config: Config) -> None:
+    """Say so where other users of this host can read the config and with it the server's key."""
+    if file is not None and config.server.api_key is not None:
+        mode = stat.S_IMODE(os.stat(file).st_mode)
+        if mode & 0o044:
+            say(
+                f"note: {file} holds server.api_key, and its mode {mode:03o} lets other users "
+                f"read it; chmod 600 {file}"
+            )
 
 
 def check_address(config: Config) -> None:

@@ -184,6 +184,15 @@ def abort_nccl() -> None:
             handle.abort()
 
 
+def import_libraries() -> None:
+    """Import DeepSpeed as ``start`` wants it, ahead of that."""
+    logging.getLogger("DeepSpeed").addFilter(_worth_showing)  # the same one once
+    import deepspeed.comm  # noqa: F401
+    from deepspeed.ops import __compatible_ops__
+
+    __compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def start(
     rank: int, size: int, store: Store, device: torch.device, nccl: bool, timeout_s: float
 ) -> None:
@@ -192,11 +201,9 @@ def start(
     The shared-memory op is marked as not available first: its compilation takes 60 to 100 s, needs
     a compiler, and once loaded it ignores the group argument of an all-reduce.
     """
-    logging.getLogger("DeepSpeed").addFilter(_worth_showing)
+    import_libraries()
     import deepspeed.comm as ds_comm
-    from deepspeed.ops import __compatible_ops__
 
-    __compatible_ops__["deepspeed_shm_comm"] = False
     limit = timedelta(seconds=timeout_s)
     torch_dist.init_process_group(
         "cpu:gloo,cuda:nccl" if nccl else "gloo", store=store, rank=rank, world_size=size,

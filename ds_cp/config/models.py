@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from ds_cp.config.fault_tolerance import FaultTolerance
 from ds_cp.config.fields import (
     MAX_RANKS,
     MAX_TOKENS,
@@ -207,52 +208,6 @@ class Comm(Section):
         description="file that only its owner may read, alike on all hosts, with the secret by "
         "which ranks of several hosts know each other; the environment variable DS_CP_JOB_SECRET "
         "comes before it; mpirun needs neither",
-    )
-
-
-class FaultTolerance(Section):
-    """What happens when the worker of a rank dies, or a step fails on one."""
-
-    max_restarts: Annotated[int, Field(ge=0, le=1000)] = Field(
-        default=3,
-        description="interruptions in a row, without a step done between them, that the job "
-        "outlives: a worker that dies is replaced, the ranks meet again, and requests go on; from "
-        "3 on, a request whose steps end workers is found and ended before the job; 0: the first "
-        "death ends the job, as it does with tp_size above 1",
-        json_schema_extra=unit_of("interruptions"),
-    )
-    min_ranks: Annotated[int, Field(ge=1, le=MAX_RANKS)] | None = Field(
-        default=None,
-        description="as many ranks have to be left for the job to go on when the supervisor of "
-        "one is gone, with the room of those that are left, until it is started again with the "
-        "same rank and config; rank 0's is the server itself; null: such a loss ends the job",
-        json_schema_extra=unit_of("ranks"),
-    )
-    hang_s: Annotated[float, Field(ge=1, le=86400)] | None = Field(
-        default=30.0,
-        description="time without a sign of life, which a thread of a worker gives whatever that "
-        "does, after which the worker is taken for dead, ended and replaced; null: for ever",
-        json_schema_extra=unit_of("seconds"),
-    )
-    host_timeout_s: Annotated[float, Field(ge=0.5, le=86400)] = Field(
-        default=1.2,
-        description="time in which the system of another host has to answer, else that host, or "
-        "the network to it, is taken for lost; a busy or stopped process does not count, its "
-        "system answers",
-        json_schema_extra=unit_of("seconds"),
-    )
-    spare_after_s: Annotated[float, Field(ge=0, le=86400)] | None = Field(
-        default=None,
-        description="time after the start from which a process that has its libraries loaded, and "
-        "no model, waits beside each worker to take its place, so that a death costs the loading "
-        "of the model alone; it takes some 300 MiB of memory, a part of it shared; null: none "
-        "waits, and a death costs the start of a process too, some seconds",
-        json_schema_extra=unit_of("seconds"),
-    )
-    spare_model: bool = Field(
-        default=False,
-        description="whether the process that waits has its model loaded too, on CPU: a death "
-        "costs a fraction of a second then, and weights take their memory twice",
     )
 
 

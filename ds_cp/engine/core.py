@@ -11,10 +11,11 @@ from typing import Any
 
 from ds_cp.engine.blame import log_blame
 from ds_cp.engine.calls import Answer, Call
-from ds_cp.engine.detokenize import Detokenizer, IncrementalDetokenizer
+from ds_cp.engine.detokenize import Detokenizer, IncrementalDetokenizer, start_text
 from ds_cp.engine.interface import EngineStats
 from ds_cp.engine.picture import MAX_RECENT, EndedPicture
 from ds_cp.engine.request_picture import ended_picture
+from ds_cp.engine.resumed import read_again, resume
 from ds_cp.engine.tally import Tally
 from ds_cp.engine.wire_model import WireModel
 from ds_cp.errors import CapacityError, GrammarBusyError, IntegrityError, RequestError
@@ -74,7 +75,9 @@ class EngineCore:
         """
         if request_id in self._calls:
             raise RequestError(f"a request with id {request_id!r} is already running")
-        texts = [self._start_text(prompt, params) for _ in range(params.n)]
+        texts = [start_text(self._detokenizer, prompt, params) for _ in range(params.n)]
+        known = options.known if options else ()
+        read_again(texts, params, known)
         assert bool(grammar) == (params.structured_outputs is not None), "check the grammar first"
         if grammar:
             self.scheduler.tell_vocabulary(self.grammars.vocabulary)
@@ -86,7 +89,10 @@ class EngineCore:
             answer = self._answers[request.number] = Answer(call, request, text)
             call.answers.append(answer)
         self._prompt_tokens += len(prompt)
-        return [answer.request for answer in call.answers]
+        requests = [answer.request for answer in call.answers]
+        for answer in resume(self.scheduler, call, known):
+            self._forget(answer)
+        return requests
 
     def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
         """Raise ``RequestError``, with its field, for a request that is not acceptable. Linear in
@@ -108,20 +114,6 @@ class EngineCore:
             return self.grammars.check(params.structured_outputs)
         except GrammarBusyError as err:
             raise RequestError(str(err), FIELD) from err
-
-    def _start_text(
-        self, prompt: Sequence[int], params: SamplingParams
-    ) -> IncrementalDetokenizer | None:
-        if self._detokenizer is None:
-            return None
-        try:
-            return self._detokenizer.start(
-                prompt, params.stop, params.skip_special_tokens, params.kept_special_tokens
-            )
-        except Exception as err:  # whatever a tokenizer raises concerns this request alone
-            raise RequestError(
-                f"the tokenizer cannot decode the prompt ({type(err).__name__}: {err})", "prompt"
-            ) from err
 
     def abort(self, request_id: str) -> bool:
         """End a request, all its answers, and free its blocks; False when there is no such request
@@ -299,11 +291,8 @@ class EngineCore:
         return ends, list(refused.items())
 
     def check_integrity(self) -> None:
-        """Check the KV ledger: free + cached + used blocks are all there are, and every reference
-        has a holder. Linear in blocks (0.1 s for 100,000), so for idle moments.
-
-        Raises ``IntegrityError`` with what differs.
-        """
+        """Raise ``IntegrityError`` unless free + cached + used blocks are all there are, and every
+        reference has a holder. Linear in blocks (0.1 s for 100,000), so for idle moments."""
         try:
             self.scheduler.check_integrity()
         except AssertionError as err:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ds_cp.engine.picture import Picture
+from ds_cp.journal.stats import JournalStats
 from ds_cp.outputs import Delta, EndedRequest, PromptProgress
 from ds_cp.sampling_params import RequestOptions, SamplingParams
 from ds_cp.templates.chat import ChatTemplate
@@ -66,6 +67,7 @@ class EngineStats:
     predicted_bytes: dict[str, int] = field(default_factory=dict)  # the same by the formulas
     grammar_requests: int = 0  # answers under a grammar
     grammar_failures: int = 0  # of these, ended because it allowed no token or passed its bounds
+    journal: JournalStats | None = None  # None where there is no journal
 
     def rank_state(self, rank: int) -> str:
         """ "open", "draining" (closed, and not empty yet), "drained" (closed and empty) or "away"

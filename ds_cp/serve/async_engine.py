@@ -142,7 +142,7 @@ class AsyncEngine:
             self._ready_core().add(request_id, prompt, params, options, grammar)
             self._mailboxes.open(request_id, mailbox)
             self._wake.notify()
-        unfinished = params.n
+        unfinished = params.n - (options.num_ended if options is not None else 0)
         try:
             while unfinished:
                 delta = await mailbox.get()

@@ -22,7 +22,8 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     ``listen_fd``: the inherited descriptor of rank 0's store socket, or -1; ``folder``: for the
     worker's temporary files, removed by the supervisor however the worker ends; ``orders_fd``: the
     inherited socket for orders (``serve.orders``), or -1 where the loss of a peer ends the worker;
-    ``waits``: a ``Take`` comes when it is to take the place of one that has died."""
+    ``waits``: a ``Take`` comes when it is to take the place of one that has died; ``forks_fd``: the
+    inherited socket of the fork server that it is to leave behind, or -1."""
 
     config: dict[str, Any]
     job: dict[str, Any]
@@ -31,6 +32,7 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     folder: str
     orders_fd: int = -1
     waits: bool = False
+    forks_fd: int = -1
 
 
 class Take(msgspec.Struct, frozen=True):

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import msgspec
 
-from ds_cp.config.models import FaultTolerance
+from ds_cp.config.fault_tolerance import FaultTolerance
 from ds_cp.facts import Facts
 from ds_cp.link.peer import Ended
 from ds_cp.serve.orders import Order, Word

@@ -119,14 +119,14 @@ class Mending:
         """On rank 0: whether ranks have yet to meet again."""
         return not self._generations.is_whole
 
-    def died(self, cause: str) -> None:
+    async def died(self, cause: str) -> None:
         """The worker of this rank has ended by no wish of anyone. Another one is started, unless
         the job is given up. Raises as ``Seat.replace``."""
         self._is_out = False
         self._hear(Died(cause))  # first, so that the others leave meanwhile
         if not self._supervisor.mends:
             return
-        self._seat.replace()
+        await self._seat.replace()
         if self.worker is not None:
             self.worker.replace(self._seat.channel)
 

@@ -13,8 +13,6 @@ from __future__ import annotations
 import asyncio
 import math
 import signal
-import socket
-import subprocess
 import time
 from functools import partial
 from typing import TYPE_CHECKING
@@ -22,15 +20,15 @@ from typing import TYPE_CHECKING
 from ds_cp.config import Config
 from ds_cp.errors import DsCpError, EngineDeadError
 from ds_cp.log_stream import say
-from ds_cp.model.source import ModelSource, find_model
 from ds_cp.process import StopSignals, settle_heap
 from ds_cp.serve.announce import Announce, print_ready
 from ds_cp.serve.channel import Channel, Failed, FromWorker, Ready
+from ds_cp.serve.detached import WorkerProcess
 from ds_cp.serve.job_link import FollowingLink, LeadingLink
 from ds_cp.serve.job_words import ORPHAN_S, Gone, Lost
 from ds_cp.serve.meeting_place import MeetingPlace
 from ds_cp.serve.mending import Mending, can_mend
-from ds_cp.serve.preparations import bind_http, load_tokenizer, note_launchers, watch_files
+from ds_cp.serve.preparations import Front, load_tokenizer, note_launchers, open_front, watch_files
 from ds_cp.serve.seat import Seat
 from ds_cp.serve.worker_child import SIGNALS, noticed, until_end
 from ds_cp.topology.job import Job
@@ -90,7 +88,7 @@ class _Supervisor:
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
         leads = self._job.rank == 0
-        found = (find_model(self._config.model), bind_http(self._config)) if leads else None
+        found = open_front(self._config) if leads else None
         files = watch_files(self._config, self._job)  # as they are before the worker reads them
         for number in SIGNALS:
             loop.add_signal_handler(number, self._on_signal, number)
@@ -103,7 +101,7 @@ class _Supervisor:
                 files.start()
             try:
                 if found is not None:
-                    await self._serve_http(*found)
+                    await self._serve_http(found)
                 else:
                     await self._seat.each(self._follow, watch)
                 if not (self._failed and leads):
@@ -116,13 +114,14 @@ class _Supervisor:
 
     # --- rank 0: the HTTP application
 
-    async def _serve_http(self, source: ModelSource, listeners: list[socket.socket]) -> None:
+    async def _serve_http(self, front: Front) -> None:
         from ds_cp.api.app import create_app
         from ds_cp.api.transport.listen import urls
         from ds_cp.api.transport.server import serve_until
-        from ds_cp.serve.async_engine import AsyncEngine
+        from ds_cp.serve.journaled_engine import JournaledEngine
         from ds_cp.serve.worker_link import ProcessLink, WorkerFailedError, WorkerLostError
 
+        source, listeners, journal = front
         server = self._config.server
         loop = asyncio.get_running_loop()
         addresses = urls(listeners)
@@ -140,14 +139,13 @@ class _Supervisor:
             loop.call_soon_threadsafe(self._on_death, str(err), exit_code, known, lost)
 
         self._mending.worker = worker = ProcessLink(self._seat.channel, self._seat.outlives)
-        engine = AsyncEngine(
-            self._config, source.name, worker, loop, partial(load_tokenizer, source),
+        self._engine = engine = JournaledEngine(
+            journal, self._config, source.name, worker, loop, partial(load_tokenizer, source),
             on_ready, on_death, is_mending=lambda: self._mending.is_mending,
         )  # fmt: skip
-        self._engine = engine
         self._place.on_strangers = partial(setattr, engine, "num_strangers")
         engine.start()
-        app = create_app(engine, server, log_requests=True)
+        app = create_app(engine, server, log_requests=True, journal=journal)
         await serve_until(app, listeners, server, self._stop, self._hurry)
         end = time.monotonic() + CAUSE_S
         while self._pending is not None and not self._may_fail and time.monotonic() < end:
@@ -295,7 +293,7 @@ class _Supervisor:
             since = await self._seat.until_end(self._look)
             if process.returncode >= 0 or not self.mends:
                 break
-            self._mending.died(noticed(self._seat.cause(process), since))
+            await self._mending.died(noticed(self._seat.cause(process), since))
         await self._report_end(process, since)
 
     # --- what this process watches
@@ -310,7 +308,7 @@ class _Supervisor:
             self._leaving = True
             self._seat.process.kill()
 
-    async def _report_end(self, process: subprocess.Popen[bytes], since: float) -> None:
+    async def _report_end(self, process: WorkerProcess, since: float) -> None:
         """The worker has ended, and so does the job."""
         if process.returncode > 0:  # it left by itself, and has said why unless it crashed
             await self._hear(FIRST_WORD_S if self._job.rank == 0 else LAST_WORD_S)

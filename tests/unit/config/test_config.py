@@ -82,6 +82,8 @@ DEFAULTS = {
     "fault_tolerance.host_timeout_s": 1.2,
     "fault_tolerance.spare_after_s": None,
     "fault_tolerance.spare_model": False,
+    "fault_tolerance.journal_dir": None,
+    "fault_tolerance.journal_max_bytes": 1 << 30,
     "trace.file": None,
     "trace.max_events": 100_000,
 }

@@ -88,7 +88,7 @@ class Played:
         self.facts = facts
         self.generation = None
 
-    def replace(self) -> None:
+    async def replace(self) -> None:
         self.dead = False
         self.lives += 1
         asyncio.get_running_loop().call_later(0.02, self.says, Loaded(), self.lives)
@@ -150,6 +150,7 @@ class Three:
         self.following = [FollowingLink(rank, LIMIT_S, nobody) for rank in range(1, RANKS)]
         links = [self.leading, *self.following]
         self.mendings = []
+        self.deaths: list[asyncio.Future[None]] = []
         for rank, (seat, link, whole) in enumerate(
             zip(self.seats, links, self.wholes, strict=True)
         ):
@@ -188,7 +189,8 @@ class Three:
     def _watcher(self, rank: int) -> Callable[[], None]:
         def see() -> None:
             if self.wholes[rank].mends:
-                self.mendings[rank].died(f"the worker of rank {rank} was ended")
+                cause = f"the worker of rank {rank} was ended"
+                self.deaths.append(asyncio.ensure_future(self.mendings[rank].died(cause)))
 
         return see
 
