@@ -40,6 +40,7 @@ class _SampleEngine:
         schemes = dict.fromkeys(ATTENTION_SCHEMES, 1)
         return EngineStats(
             kv_blocks_used=(1,), kv_blocks_cached=(1,), kv_blocks_total=(4,),
+            host_blocks_used=(1,), host_blocks_total=(4,),
             finished={"stop": 1}, mode_counts={"local": 1}, comm_bytes={"plan": 1},
             comm_exchanges={"plan": 1}, rank_steps=(1,), rank_seconds=(1.0,), rank_waits=(0.5,),
             attention_bytes=schemes, predicted_bytes=schemes, journal=JournalStats(),

@@ -234,6 +234,16 @@ def _gauges(stats: EngineStats, name: str) -> Iterable[Metric]:
         blocks.add_metric((name, str(rank), "cached"), cached)
         blocks.add_metric((name, str(rank), "free"), every - busy - cached)
     yield blocks
+    slots = GaugeMetricFamily(
+        "ds_cp:host_blocks",
+        "Blocks that host memory holds, by rank and state; none without host memory.",
+        labels=("model_name", "rank", "state"),
+    )
+    both = zip(stats.host_blocks_used, stats.host_blocks_total, strict=True)
+    for rank, (busy, every) in enumerate(both):
+        slots.add_metric((name, str(rank), "used"), busy)
+        slots.add_metric((name, str(rank), "free"), every - busy)
+    yield slots
     for state, text in (
         ("drained", "1 when a rank takes no new KV and is empty."),
         ("draining", "1 when a rank takes no new KV and is not empty yet."),
@@ -268,7 +278,14 @@ def _counters(stats: EngineStats, name: str) -> Iterable[Metric]:
         ),
         ("prefix_cache_queries", "Prompt tokens looked up.", stats.prefix_cache_queries),
         ("prefix_cache_hits", "Prompt tokens found in the cache.", stats.prefix_cache_hits),
+        (
+            "prefix_cache_host_hits",
+            "Of the prompt tokens found, those found in host memory.",
+            stats.prefix_cache_host_hits,
+        ),
         ("blocks_moved", "KV blocks moved between ranks.", stats.blocks_moved),
+        ("host_blocks_spilled", "KV blocks copied to host memory.", stats.host_blocks_spilled),
+        ("host_blocks_restored", "KV blocks back from host memory.", stats.host_blocks_restored),
         ("engine_steps", "Steps of the engine.", stats.steps),
         ("engine_step_seconds", "Seconds spent in steps.", stats.step_seconds),
         (
@@ -306,6 +323,11 @@ def _rank_counters(stats: EngineStats, name: str) -> Iterable[Metric]:
         ("rank_steps", "Steps in which a rank had work.", stats.rank_steps),
         ("rank_step_seconds", "Seconds of the steps in which a rank had work.", stats.rank_seconds),
         ("rank_wait_seconds", "Of these, waiting for other ranks.", stats.rank_waits),
+        (
+            "host_blocks_failed",
+            "KV blocks that a rank's host memory could not copy; after one it is used no more.",
+            stats.host_blocks_failed,
+        ),
     ):
         family = CounterMetricFamily(f"ds_cp:{key}", text, labels=("model_name", "rank"))
         for rank, value in enumerate(values):

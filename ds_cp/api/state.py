@@ -81,6 +81,7 @@ def state_routes(context: AppContext) -> APIRouter:
             "max_model_len": info.max_model_len,
             "vocab_size": info.vocab_size,
             "kv_capacity_tokens": info.kv_capacity_tokens,
+            "host_capacity_tokens": info.host_capacity_tokens,
             "largest_request_tokens": info.largest_request_tokens,
             "ranks": info.ranks,
             "hosts": info.hosts,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -11,12 +11,11 @@ from ds_cp.config.fields import (
     MAX_RANKS,
     MAX_TOKENS,
     Auto,
-    MemoryBudget,
     Section,
-    TokenBudget,
     Tokens,
     unit_of,
 )
+from ds_cp.config.kv_cache import KvCache
 from ds_cp.config.server import Server
 
 
@@ -55,55 +54,6 @@ class TensorParallel(Section):
         description="ranks that share a layer's heads; these are neighbouring ranks of one host",
         json_schema_extra=unit_of("ranks"),
     )
-
-
-class KvCache(Section):
-    """Room for keys and values. Give bytes or tokens, not both."""
-
-    block_size: Annotated[int, Field(ge=1, le=4096)] = Field(
-        default=64,
-        description="tokens of one request in one block",
-        json_schema_extra=unit_of("tokens"),
-    )
-    memory_per_rank: MemoryBudget = Field(
-        default="auto",
-        description='KV memory of a rank: "512MiB", "1.5GB" or bytes, or a list with one for each '
-        "context-parallel rank; auto: from tokens_per_rank, else 85 % of the free memory of a CUDA "
-        "device, or on CPU 40 % of the host's free memory shared by its ranks, but no more than "
-        "max_num_seqs requests of max_model_len tokens can use",
-        json_schema_extra=unit_of("bytes"),
-    )
-    tokens_per_rank: TokenBudget = Field(
-        default="auto",
-        description="tokens whose KV a rank holds, or a list with one number for each "
-        "context-parallel rank; auto: from memory_per_rank",
-        json_schema_extra=unit_of("tokens"),
-    )
-    placement: Literal["fill_then_spill", "round_robin", "balanced"] = Field(
-        default="fill_then_spill", description="which rank a request's next block is placed on"
-    )
-    prefix_caching: bool = Field(
-        default=True,
-        description="keep the KV of finished requests, while there is room, for prompts that begin "
-        "the same way",
-    )
-
-    @model_validator(mode="after")
-    def _one_budget(self) -> KvCache:
-        if self.memory_per_rank != "auto" and self.tokens_per_rank != "auto":
-            raise ValueError(
-                "kv_cache.memory_per_rank and kv_cache.tokens_per_rank are both set; "
-                "keep one and leave the other out"
-            )
-        budget = self.tokens_per_rank
-        least: Any = min(budget) if isinstance(budget, tuple) else budget
-        if isinstance(least, int) and least < self.block_size:
-            raise ValueError(
-                f"kv_cache.tokens_per_rank is {least}, "
-                f"less than one block of {self.block_size} tokens; "
-                "raise it or lower kv_cache.block_size"
-            )
-        return self
 
 
 class Scheduler(Section):
@@ -302,7 +252,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _one_budget_per_rank(self) -> Config:
         size = self.context_parallel.size
-        for name in ("memory_per_rank", "tokens_per_rank"):
+        for name in ("memory_per_rank", "tokens_per_rank", "host_memory_per_rank"):
             budget = getattr(self.kv_cache, name)
             if isinstance(budget, tuple) and isinstance(size, int) and len(budget) != size:
                 raise ValueError(

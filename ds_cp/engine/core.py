@@ -12,6 +12,7 @@ from typing import Any
 from ds_cp.engine.blame import log_blame
 from ds_cp.engine.calls import Answer, Call
 from ds_cp.engine.detokenize import Detokenizer, IncrementalDetokenizer, start_text
+from ds_cp.engine.host_counts import host_counts
 from ds_cp.engine.interface import EngineStats
 from ds_cp.engine.picture import MAX_RECENT, EndedPicture
 from ds_cp.engine.request_picture import ended_picture
@@ -173,6 +174,7 @@ class EngineCore:
         """What a step's tokens add: one delta for each answer that is still live."""
         self.scheduler.observe_step(outcome.step, outcome.seconds)
         self.tally.step(outcome)
+        self.scheduler.block_manager.host.observe(outcome.ranks)
         for scored in outcome.scored:
             self._record_scores(scored)
         deltas = []
@@ -312,6 +314,7 @@ class EngineCore:
             kv_blocks_used=tuple(allocator.num_used(r) for r in ranks),
             kv_blocks_cached=tuple(allocator.num_cached(r) for r in ranks),
             kv_blocks_total=scheduler.block_manager.blocks_here,
+            **host_counts(scheduler.block_manager.host, scheduler.block_manager.away),
             ranks_drained=tuple(sorted(scheduler.block_manager.closed)),
             ranks_away=tuple(sorted(scheduler.block_manager.away)),
             ranks_draining=scheduler.ranks_draining,

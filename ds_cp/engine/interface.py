@@ -26,6 +26,7 @@ class EngineInfo:
     hosts: int
     dtype: str
     created: int  # seconds since the epoch
+    host_capacity_tokens: int = 0  # whose KV host memory keeps, beside that
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,12 @@ class EngineStats:
     kv_blocks_used: tuple[int, ...] = ()  # one per rank
     kv_blocks_cached: tuple[int, ...] = ()  # unreferenced, kept for their prefix
     kv_blocks_total: tuple[int, ...] = ()  # 0 for a rank that is away
+    host_blocks_used: tuple[int, ...] = ()  # in host memory, one per rank; () for none anywhere
+    host_blocks_total: tuple[int, ...] = ()  # as used, where it failed or the rank is away
+    host_blocks_failed: tuple[int, ...] = ()  # that could not be copied there or back
+    host_blocks_spilled: int = 0  # copies of blocks to host memory
+    host_blocks_restored: int = 0  # and back
+    prefix_cache_host_hits: int = 0  # prompt tokens found there
     ranks_drained: tuple[int, ...] = ()  # closed ranks: they take no new KV
     ranks_draining: tuple[int, ...] = ()  # closed ranks that are not empty yet
     ranks_away: tuple[int, ...] = ()  # closed ranks whose supervisor is gone
@@ -153,7 +160,8 @@ class EngineInterface(Protocol):
         ...
 
     def drain(self, rank: int) -> None:
-        """Begin to move everything off a rank, live, and place nothing there; it is done when
+        """Begin to move everything off a rank, live, and place nothing there; prefixes that nothing
+        runs with are forgotten, those in its host memory too. It is done when
         ``stats().ranks_draining`` does not have the rank any more. ``RequestError`` when there is
         no such rank; ``CapacityError`` when no other rank is open, or those that are cannot hold
         what runs."""

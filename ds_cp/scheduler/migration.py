@@ -74,6 +74,7 @@ class Migration:
                     need=need, have=largest, largest=largest,
                 )  # fmt: skip
         blocks.allocator.drop_cached(rank)
+        blocks.host.tier.empty_rank(rank)
 
     def reopen(self, rank: int) -> None:
         """Let ``rank`` hold new blocks again; what has not moved away yet stays."""
@@ -194,7 +195,7 @@ class Migration:
                     return
                 source, target = request.moving.pop(index)
                 if table.homes[index] == source and target[0] not in blocks.closed:
-                    moves.append(self._move(request, index, target, running))
+                    moves += self._move(request, index, target, running)
                 else:  # it was copied on write, or moved with another request that shares it
                     blocks.allocator.release([target])
             self._moving.popleft()
@@ -309,7 +310,7 @@ class Migration:
 
     def _move(
         self, request: Request, index: int, target: Home, running: Sequence[Request]
-    ) -> Transfer:
+    ) -> list[Transfer]:
         """Block ``index`` of a request, and of all that share it, is at ``target`` from now on.
         Where all must be local, the others keep theirs: the rest of them is there."""
         assert request.table is not None
@@ -330,7 +331,7 @@ class Migration:
             holder.table.replace(index, target)
             holder.decode_key, holder.why_span = None, SpanReason.MOVED
         self.num_moved += 1
-        return Transfer(tuple(r.number for r in holders), index, source, target)
+        return self._blocks.host.copies(tuple(r.number for r in holders), index, source, target)
 
     def forget(self, request: Request) -> None:
         """The request has left its blocks."""

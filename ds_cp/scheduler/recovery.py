@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 from ds_cp.kv.table import SequenceTable
-from ds_cp.layout import Home
+from ds_cp.layout import Home, on_host
 from ds_cp.scheduler.block_manager import BlockManager
 from ds_cp.scheduler.draft import Draft
 from ds_cp.scheduler.migration import Migration
@@ -23,7 +23,8 @@ from ds_cp.scheduler.request import Request
 class Flight(NamedTuple):
     """A step that was planned and is not known to have ended: its decodes, the most work of a rank
     on prompts, the blocks that it writes, each with the first place that it writes there, and the
-    requests that it computes, each with the number of its tokens that are computed then."""
+    requests that it computes, each with the number of its tokens that are computed then. What it
+    writes on the host ``HostMoves`` knows."""
 
     decodes: int = 0
     work: float = 0.0
@@ -33,9 +34,11 @@ class Flight(NamedTuple):
     @classmethod
     def of(cls, draft: Draft) -> Flight:
         """The step that was drafted."""
-        copies = [(transfer.target, 0) for transfer in draft.transfers]
-        written = (*draft.written, *copies)
-        return cls(draft.num_decodes, draft.largest_work, written, tuple(draft.reached.items()))
+        copies = [(t.target, 0) for t in draft.transfers if not on_host(t.target)]
+        written, reached = (*draft.written, *copies), tuple(draft.reached.items())
+        if draft.restores:  # the pacer learns nothing of a step that also copies from the host
+            return cls(written=written, reached=reached)
+        return cls(draft.num_decodes, draft.largest_work, written, reached)
 
 
 class Recovery:

@@ -86,9 +86,10 @@ class Request:
 
     While it runs: ``table``, where its KV is; ``reserved``, blocks per rank for the rest of the
     prompt; ``moving``, for the index of each block that is to move, (its home, its next home, which
-    is reserved); ``workers``, the ranks that compute it; ``in_flight``, tokens that are being drawn
-    and whose values rank 0 does not know yet; ``shares_tail``, whether another request may hold its
-    last block too, so that it must be copied before it is written.
+    is reserved); ``restoring``, for the index of each block whose content has yet to come back from
+    the host, its place there; ``workers``, the ranks that compute it; ``in_flight``, tokens that
+    are being drawn and whose values rank 0 does not know yet; ``shares_tail``, whether another
+    request may hold its last block too, so that it must be copied before it is written.
     """
 
     number: int
@@ -108,6 +109,8 @@ class Request:
     table: SequenceTable | None = None
     reserved: dict[int, list[int]] = field(default_factory=dict)
     moving: dict[int, tuple[Home, Home]] = field(default_factory=dict)
+    restoring: dict[int, Home] = field(default_factory=dict)
+    restored_step: int = 0  # the last one in which blocks came back for it
     workers: tuple[int, ...] = ()
     prefilling: bool = True
     in_flight: int = 0

@@ -1,11 +1,10 @@
 """Decides which requests run in the next step, and where every token goes. No torch.
 
 First come first served within a priority and a client; clients of one priority have equal shares
-(``fairness``). Each step carries a token of every decoding request
-and, in what the budget of each rank leaves, the next chunks of prompts. It never waits for a
-token's value: a draw that is under way counts as a token, so the next step can be planned while one
-runs. When no rank has a block left, the youngest request of the lowest priority is preempted: its
-blocks are freed and it is computed again later, with the same tokens.
+(``fairness``). Each step carries a token of every decoding request and, in what the budget of each
+rank leaves, the next chunks of prompts. It never waits for a token's value: a draw that is under
+way counts as a token, so the next step can be planned while one runs. When no rank has a block
+left, the youngest request of the lowest priority is preempted, to be computed again later.
 """
 
 from __future__ import annotations
@@ -23,9 +22,11 @@ from ds_cp.scheduler.block_manager import BlockManager
 from ds_cp.scheduler.decode import DecodePlanner
 from ds_cp.scheduler.door import Door
 from ds_cp.scheduler.draft import Draft
+from ds_cp.scheduler.draining import Draining
 from ds_cp.scheduler.fairness import ANSWER, Turns
 from ds_cp.scheduler.forecast import Forecast, Rates
 from ds_cp.scheduler.forgotten import Forgotten, unreported
+from ds_cp.scheduler.host_moves import HostRules
 from ds_cp.scheduler.inquest import Inquest
 from ds_cp.scheduler.migration import Migration
 from ds_cp.scheduler.mode_policy import ModePolicy, Seats
@@ -54,6 +55,7 @@ class Scheduler:
         pacer: ChunkPacer | None = None,
         seats: Seats | None = None,
         rates: Rates = Rates(),  # noqa: B008 (frozen)
+        host: HostRules | None = None,
     ) -> None:
         self.limits = limits
         self.running: list[Request] = []  # in the order of service
@@ -62,7 +64,7 @@ class Scheduler:
         self.num_preemptions = 0
         self.num_interruptions = 0
         self.block_manager = BlockManager(
-            blocks_per_rank, block_size, placement, ring_order, policy, prefix_caching, seats
+            blocks_per_rank, block_size, placement, ring_order, policy, prefix_caching, seats, host
         )
         self.allocator = self.block_manager.allocator
         self.migration = Migration(self.block_manager)
@@ -89,7 +91,7 @@ class Scheduler:
         self._forgotten = Forgotten(limits, block_size, self._prefill.sampling)
         self._vocabulary: Vocabulary | None = None  # that the ranks are to have
         self._vocabulary_sent = False
-        self._last_use: dict[int, int] = {}  # closed rank -> last step that may use its blocks
+        self._draining = Draining(self.block_manager)
 
     # --- requests come and go
 
@@ -179,21 +181,16 @@ class Scheduler:
     def drain(self, rank: int) -> None:
         """Empty ``rank`` while requests go on, and place nothing there; see ``Migration.drain``."""
         self.migration.drain(rank, [*self.running, *self.waiting])
-        self._last_use[rank] = self._steps
+        self._draining.begin(rank, self._steps)
 
     def is_drained(self, rank: int) -> bool:
         """Whether ``rank`` is closed and holds nothing, by the ledger: its last move may run."""
-        return rank in self.block_manager.closed and not self.allocator.num_used(rank)
+        return rank in self.block_manager.closed and self._draining.is_empty(rank)
 
     @property
     def ranks_draining(self) -> tuple[int, ...]:
         """Closed ranks that hold a block, or that a step in flight may still read."""
-        return tuple(
-            rank
-            for rank in sorted(self.block_manager.closed)
-            if not self.is_drained(rank)
-            or any(step <= self._last_use.get(rank, 0) for step in self._in_flight)
-        )
+        return self._draining.ranks(self._in_flight)
 
     def reopen(self, rank: int) -> None:
         """Let a drained rank take KV again."""
@@ -206,6 +203,7 @@ class Scheduler:
     def reset_prefix_cache(self) -> int:
         """Forget every prefix; returns how many unused blocks became free. What runs keeps its
         blocks, and enters those that it has not entered yet."""
+        self.block_manager.host.tier.clear()
         return self.allocator.forget_all()
 
     # --- one step
@@ -217,9 +215,8 @@ class Scheduler:
         draft = Draft(self._steps + 1, budget, self._pacer, vocabulary)
         before = self.num_preemptions
         self.block_manager.prefix.begin_step()
-        for rank in self.block_manager.closed:
-            if self.allocator.num_used(rank):
-                self._last_use[rank] = draft.step
+        self.block_manager.host.begin(draft)
+        self._draining.plan(draft.step)
         if self.migration.is_moving:
             self._move(draft)
         if self._forgotten.begin(draft) and not self._seclusion.plan(draft, bool(self._in_flight)):
@@ -227,6 +224,7 @@ class Scheduler:
             draft.allow_prompts()
             # A preempted request must not get back, in the same step, the blocks that it freed.
             self._prefill.add(draft, may_start=self.num_preemptions == before)
+        self.block_manager.host.end(draft)
         if draft.is_empty:
             return None
         self._steps = draft.step
@@ -286,6 +284,8 @@ class Scheduler:
             beyond = fit_again(self.block_manager, [*self.running, *self.waiting])
         for request in (*guilty, *beyond):
             self.finish(request, "error")
+        reported = min(self._in_flight, default=self._steps + 1) - 1
+        again = self.block_manager.host.recover((*lost, *away), reported, self.running)
         recovery = Recovery(self.block_manager, self.migration, lost, self._in_flight.values())
         self.num_interruptions += 1
         self._in_flight.clear()
@@ -293,7 +293,7 @@ class Scheduler:
         for request in self.waiting:  # those that were preempted with a draw under way
             request.in_flight, request.expected_wait_s = 0, None
         for request in list(self.running):
-            if not recovery.rewind(request):
+            if request in again or not recovery.rewind(request):
                 self._preempt(request)
         self._forgotten.requests = deque(self.running)
         self._ended = []

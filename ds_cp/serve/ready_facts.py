@@ -65,6 +65,7 @@ def info_of(model: str, facts: Facts, scheduler: Scheduler) -> EngineInfo:
         hosts=len(set(facts.hosts)),
         dtype=facts.dtype,
         created=int(time.time()),
+        host_capacity_tokens=sum(facts.host_blocks_per_rank) * facts.block_size,
     )
 
 

@@ -1,7 +1,8 @@
 """A worker that takes the place of one that has died: it loads while the others wait, without them.
 
 What the ranks agreed on when they started is given to it: the kernel, how linear layers compute,
-the blocks of its KV. It meets the others afterwards (``meet``), who compare what it has loaded.
+the blocks of its KV and of its host memory. It meets the others afterwards (``meet``), who compare
+what it has loaded.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from ds_cp.facts import Facts
 from ds_cp.model.linear import is_packed
 from ds_cp.model.source import find_model
 from ds_cp.startup.build import build_worker
+from ds_cp.startup.host_budget import allocate_slots
 from ds_cp.startup.join import choose_device
 from ds_cp.startup.kernel_choice import choose_for_all
 from ds_cp.startup.kv_budget import KVBudget, allocate_pool
@@ -67,7 +69,9 @@ def build_unchecked(job: Job, config: Config, facts: Facts, preloaded: Preloaded
     size = facts.block_size
     budget = KVBudget(facts.blocks_per_rank[job.rank] * size, "as agreed", lazy=True)
     pool = allocate_pool(budget, layers, size, kernel.packed, decoder.dtype, world, 0)
-    worker = Worker(world, world.everybody, world.everybody, decoder, layers, pool, kernel)
+    slots = facts.host_blocks_per_rank[job.rank] if facts.host_blocks_per_rank else 0
+    store = allocate_slots(config, world, pool, slots, job.rank)
+    worker = Worker(world, world.everybody, world.everybody, decoder, layers, pool, kernel, store)
     worker.fingerprint = loaded.fingerprint
     return worker
 
@@ -91,13 +95,18 @@ def as_agreed(config: Config, facts: Facts, rank: int) -> Config:
     if linear == "auto" and facts.device == "cpu":
         linear = "packed" if facts.packed else "torch"
     tokens = facts.blocks_per_rank[rank] * facts.block_size
+    slots = facts.host_blocks_per_rank[rank] if facts.host_blocks_per_rank else 0
+    kv = change(
+        config.kv_cache, tokens_per_rank=tokens, memory_per_rank="auto",
+        host_memory_per_rank=slots * facts.block_size * facts.bytes_per_token,
+    )  # fmt: skip
     changed: Config = change(
         config,
         attention=attention,
         linear_layers=linear,
         max_model_len=facts.max_model_len,
         context_parallel=change(config.context_parallel, size="auto"),
-        kv_cache=change(config.kv_cache, tokens_per_rank=tokens, memory_per_rank="auto"),
+        kv_cache=kv,
         trace=change(config.trace, file=None),
     )
     return changed

@@ -26,6 +26,7 @@ from ds_cp.startup.agreement import gather_blocks, joint_phase, local_phase
 from ds_cp.startup.exactness import Step, compare, served_logits
 from ds_cp.startup.fingerprint import Fingerprint, agree_on_model
 from ds_cp.startup.flops import achieved_flops
+from ds_cp.startup.host_budget import decide_slots, open_slots
 from ds_cp.startup.kernel_choice import choose_for_all
 from ds_cp.startup.kv_budget import allocate_pool, decide_budget
 from ds_cp.startup.layerwise import AttentionRecord
@@ -107,6 +108,12 @@ def _build(
         lambda: allocate_pool(budget, layers, size, kernel.packed, decoder.dtype, world, cp.rank),
     )
     blocks = gather_blocks(world, pool.num_blocks)
+    unclaimed = pool.nbytes if budget.lazy else 0
+    mine = local_phase(
+        world, lambda: decide_slots(config, world, pool, cp.rank, cp.size, unclaimed)
+    )
+    slots = gather_blocks(world, mine)
+    store, host_rate = local_phase(world, lambda: open_slots(config, world, pool, mine, cp.rank))
     flops = local_phase(
         world, lambda: achieved_flops(text.hidden_size, decoder.dtype, world.device)
     )
@@ -153,8 +160,12 @@ def _build(
         layer_s=overheads.layer_s,
         hop_s=overheads.hop_s,
         fingerprint=served.fingerprint,
+        host_blocks_per_rank=tuple(slots[c * tp.size] for c in range(cp.size))
+        if any(slots)
+        else (),
+        host_gb_per_s=host_rate,
     )
-    worker = Worker(world, cp, tp, decoder, layers, pool, kernel)
+    worker = Worker(world, cp, tp, decoder, layers, pool, kernel, store)
     worker.fingerprint = served.fingerprint
     if world.device.type == "cuda" and tp.size == 1:  # sums between ranks are not captured
         longest = -(-served.max_model_len // size)

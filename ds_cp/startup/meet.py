@@ -53,14 +53,19 @@ def meet_again(
         cp = world.group("cp", grid.cp_groups())
         tp = world.group("tp", grid.tp_groups())
         agree_on_model(world, worker.fingerprint)
-        found = gather_blocks(world, worker.pool.num_blocks)
-        blocks = tuple(
-            found[rank] if rank in members else facts.blocks_per_rank[rank // grid.tp_size]
-            for rank in range(0, world.size, grid.tp_size)
-        )
-        if blocks != facts.blocks_per_rank:
-            raise agreed(world, ModelError(
-                f"the ranks began with KV blocks {list(facts.blocks_per_rank)} and met again with "
-                f"{list(blocks)} (this is a fault of ds_cp)"
-            ))  # fmt: skip
+        slots = facts.host_blocks_per_rank or (0,) * cp.size
+        for where, mine, began in (
+            ("", worker.pool.num_blocks, facts.blocks_per_rank),
+            (" in host memory", worker.mover.num_slots, slots),
+        ):
+            found = gather_blocks(world, mine)
+            blocks = tuple(
+                found[rank] if rank in members else began[rank // grid.tp_size]
+                for rank in range(0, world.size, grid.tp_size)
+            )
+            if blocks != began:
+                raise agreed(world, ModelError(
+                    f"the ranks began with KV blocks {list(began)}{where} and met again with "
+                    f"{list(blocks)} (this is a fault of ds_cp)"
+                ))  # fmt: skip
     worker.enter(world, cp, tp)

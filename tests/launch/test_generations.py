@@ -3,6 +3,8 @@ gets undisturbed."""
 
 from __future__ import annotations
 
+import urllib.request
+
 import psutil
 import pytest
 
@@ -56,6 +58,41 @@ def test_a_killed_worker_costs_no_token(
         print(rank, [round(stream.longest, 2) for stream in streams], job.err[-500:])
         assert len(job.matching("serve.fork_server")) == 2, job.story()
     assert worker_of(job, 1 - rank) == survivor, "it was not kept"
+    job.process.terminate()
+    job.gone(30)
+    assert job.process.returncode == 0, job.story()
+
+
+def test_host_memory_beside_a_death(start: Start, config: Write) -> None:
+    """Prompts that take turns in the KV of two ranks, and come back from host memory, before and
+    after a worker is killed among them. The new one has as much host memory, and it is empty."""
+    kv = {**KV, "host_memory_per_rank": "4MiB"}
+    file = config(kv_cache=kv, threads_per_rank=1)
+    job = start(command("ds-cp", "serve", 2, ["--config", file]))
+    url = job.ready()
+    bodies = [{**GREEDY, "max_tokens": 100, "cache_salt": salt} for salt in "abcd"]
+    want = Stream(url, bodies[0]).end()
+
+    def metric(name: str) -> float:
+        with urllib.request.urlopen(f"{url}/metrics", timeout=60) as answer:
+            lines = answer.read().decode().splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith(f"ds_cp:{name}"))
+
+    for body in [*bodies[1:], *bodies]:
+        assert Stream(url, body).end() == want, job.story()
+    spilled = metric("host_blocks_spilled_total")
+    assert spilled > 0
+    for _ in range(2):
+        streams = [Stream(url, body) for body in bodies]
+        begun(job, streams[:1], 5)
+        worker_of(job, 1).kill()
+        assert [stream.end() for stream in streams] == [want] * 4, job.story()
+    for body in [*bodies, *bodies]:
+        assert Stream(url, body).end() == want, job.story()
+    assert metric("host_blocks_spilled_total") > spilled and metric("host_blocks_failed_total") == 0
+    print(
+        "restored", metric("host_blocks_restored_total"), "hits", metric("prefix_cache_host_hits")
+    )
     job.process.terminate()
     job.gone(30)
     assert job.process.returncode == 0, job.story()

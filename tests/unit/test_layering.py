@@ -121,6 +121,7 @@ WITHOUT_TORCH = [
     "kv/__init__.py",
     "kv/blocks.py",
     "kv/free_list.py",
+    "kv/host_tier.py",
     "kv/placement.py",
     "kv/prefix.py",
     "kv/table.py",

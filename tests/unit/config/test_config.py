@@ -39,6 +39,8 @@ DEFAULTS = {
     "kv_cache.tokens_per_rank": "auto",
     "kv_cache.placement": "fill_then_spill",
     "kv_cache.prefix_caching": True,
+    "kv_cache.host_memory_per_rank": 0,
+    "kv_cache.host_folder": None,
     "scheduler.max_num_seqs": 64,
     "scheduler.max_num_batched_tokens": "auto",
     "scheduler.decode_slowdown": 2.0,

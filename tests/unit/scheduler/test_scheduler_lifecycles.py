@@ -23,6 +23,7 @@ from ds_cp.cost import CostModel
 from ds_cp.errors import CapacityError, QueueFullError
 from ds_cp.layout import LAYOUTS
 from ds_cp.sampling_params import SamplingParams
+from ds_cp.scheduler.host_moves import HostRules
 from ds_cp.scheduler.mode_policy import Seats
 from ds_cp.scheduler.pacing import ChunkPacer
 from ds_cp.scheduler.request import Request
@@ -79,9 +80,14 @@ class Session:
             pacer=(None, ChunkPacer(2.0))[pick(0, 1)],
             seats=(None, Seats(tuple("abab"[: len(blocks)]), pick(1, 2)))[pick(0, 1)],
             prefix_caching=pick(0, 5) > 0,
+            host=self.rules(len(blocks)),
         )  # fmt: skip
         self.cluster.seconds = lambda plan: pick(0, 100) / 1000
         self.seen: Counter[str] = Counter()
+
+    def rules(self, ranks: int) -> HostRules | None:
+        """What host memory each rank has: none."""
+        return None
 
     def happen(self, event: str) -> None:
         """One of EVENTS, as far as it is possible now."""

@@ -28,6 +28,8 @@ class Counting(OneRank):
         self.calls = 0
         self.generation = 0
         self.computed: list[int] = []  # tokens that each begin finds stored
+        self.going = threading.Event()
+        self.going.set()
         self._at = at
         self._loses = loses
 
@@ -37,6 +39,7 @@ class Counting(OneRank):
             raise InterruptedStepsError("a rank is gone")
 
     def submit(self, plan: StepPlan) -> None:
+        assert self.going.wait(60)
         self._call()
         super().submit(plan)
 
@@ -64,8 +67,11 @@ def test_streams_go_on(at: set[int], loses: bool) -> None:
     rank = Counting(at, loses)
 
     async def work(engine: AsyncEngine) -> None:
-        answers = await asyncio.gather(*(ask(engine, name, 12) for name in "abc"))
-        assert answers == [list(range(10, 22))] * 3
+        rank.going.clear()
+        asked = [asyncio.create_task(ask(engine, name, 12)) for name in "abc"]
+        await until(lambda: len(engine._mailboxes.all()) == 3)  # alone one would be suspected
+        rank.going.set()
+        assert await asyncio.gather(*asked) == [list(range(10, 22))] * 3
         assert engine.state == "ready"
 
     served = Served(rank)
