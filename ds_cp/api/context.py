@@ -68,10 +68,10 @@ class AppContext:
         return self.model_names()[0] if asked is None else asked
 
     def check_ready(self) -> None:
-        """Raises ``ApiError`` 503 while the engine is starting, stopping or dead. A stalled one
-        may go on: requests wait for it."""
+        """Raises ``ApiError`` 503 while the engine is starting, stopping or dead. Requests wait for
+        a stalled one, which may go on, and for ranks that meet again."""
         state = self.engine.state
-        if state not in ("ready", "stalled"):
+        if state not in ("ready", "recovering", "stalled"):
             raise not_ready(state)
 
     def check(self, model: str | None) -> None:

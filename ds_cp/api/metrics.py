@@ -208,6 +208,11 @@ def _gauges(stats: EngineStats, name: str) -> Iterable[Metric]:
     for key, text, value in (
         ("num_requests_running", "Requests in the running batch.", stats.num_requests_running),
         ("num_requests_waiting", "Requests waiting to be scheduled.", stats.num_requests_waiting),
+        (
+            "queue_wait_seconds",
+            "Predicted wait of a request that came now until it begins.",
+            stats.queue_wait_seconds,
+        ),
         ("engine_step_age_seconds", "Age of the step that runs now.", stats.step_age_seconds),
         ("kv_cache_usage_perc", "KV blocks in use, 1 means all.", used / total if total else 0.0),
         (
@@ -259,6 +264,11 @@ def _counters(stats: EngineStats, name: str) -> Iterable[Metric]:
             "num_interruptions",
             "Times that the ranks met again, after a worker had died or stood still.",
             stats.num_interruptions,
+        ),
+        (
+            "num_requests_refused",
+            "Requests for which there was no place in the queue, or too long a wait.",
+            stats.num_refused,
         ),
         (
             "num_strangers",

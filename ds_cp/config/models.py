@@ -76,8 +76,16 @@ class Scheduler(Section):
     )
     max_queue: Annotated[int, Field(ge=1, le=1 << 20)] = Field(
         default=256,
-        description="requests that may wait; more are refused with HTTP 429",
+        description="requests that may wait; more are refused with HTTP 429, but for clients that "
+        "have less than an equal part of it, up to twice as many",
         json_schema_extra=unit_of("requests"),
+    )
+    max_queue_wait_s: Annotated[float, Field(gt=0, le=86400)] | None = Field(
+        default=600.0,
+        description="longest time that a request may have to wait until it begins, as predicted "
+        "from what runs and waits before it; one that would wait longer is refused with HTTP 429 "
+        "and the time after which to try again; null: no bound",
+        json_schema_extra=unit_of("seconds"),
     )
 
 

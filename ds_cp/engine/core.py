@@ -11,7 +11,7 @@ from typing import Any
 
 from ds_cp.engine.blame import log_blame
 from ds_cp.engine.calls import Answer, Call
-from ds_cp.engine.detokenize import Detokenizer, IncrementalDetokenizer
+from ds_cp.engine.detokenize import Detokenizer, IncrementalDetokenizer, start_text
 from ds_cp.engine.host_counts import host_counts
 from ds_cp.engine.interface import EngineStats
 from ds_cp.engine.picture import MAX_RECENT, EndedPicture
@@ -76,7 +76,7 @@ class EngineCore:
         """
         if request_id in self._calls:
             raise RequestError(f"a request with id {request_id!r} is already running")
-        texts = [self._start_text(prompt, params) for _ in range(params.n)]
+        texts = [start_text(self._detokenizer, prompt, params) for _ in range(params.n)]
         known = options.known if options else ()
         read_again(texts, params, known)
         assert bool(grammar) == (params.structured_outputs is not None), "check the grammar first"
@@ -115,20 +115,6 @@ class EngineCore:
             return self.grammars.check(params.structured_outputs)
         except GrammarBusyError as err:
             raise RequestError(str(err), FIELD) from err
-
-    def _start_text(
-        self, prompt: Sequence[int], params: SamplingParams
-    ) -> IncrementalDetokenizer | None:
-        if self._detokenizer is None:
-            return None
-        try:
-            return self._detokenizer.start(
-                prompt, params.stop, params.skip_special_tokens, params.kept_special_tokens
-            )
-        except Exception as err:  # whatever a tokenizer raises concerns this request alone
-            raise RequestError(
-                f"the tokenizer cannot decode the prompt ({type(err).__name__}: {err})", "prompt"
-            ) from err
 
     def abort(self, request_id: str) -> bool:
         """End a request, all its answers, and free its blocks; False when there is no such request
@@ -263,7 +249,7 @@ class EngineCore:
         return added + text.flush(may_stop) if reason is not None else added
 
     def _fail(self, answer: Answer, field: str | None = None) -> Delta:
-        """End one answer with ``error``. ``field``: of the request, where that is at fault."""
+        """End one answer with ``error``. ``field``: of the request, or what is at fault."""
         request = answer.request
         self.scheduler.finish(request, "error")
         request.finish_reason, request.stop_reason = "error", field  # also where it had ended
@@ -289,23 +275,21 @@ class EngineCore:
             del self._calls[answer.call.request_id]
 
     def recover(
-        self, lost: Collection[int], away: Collection[int] = ()
+        self, lost: Collection[int], away: Collection[int] = (), cause: str = ""
     ) -> tuple[list[Delta], list[tuple[str, CapacityError]]]:
         """Go on after all ranks have met again but those of ``away``: those of ``lost``, cp ranks,
         hold nothing, no rank knows a request, and no step is under way. Returns the ends of those
-        that have ended workers again and again, and who can never end here now, with why."""
+        at fault, by ``cause`` the last time, and who can never end here now, with why."""
         self._empty_plans = 0
-        ends: list[Delta] = []
-        refused: dict[str, CapacityError] = {}
+        ends, refused = list[Delta](), dict[str, CapacityError]()
         guilty, beyond = self.scheduler.recover(lost, away)
         for request in beyond:
             if request.request_id not in refused:
                 refused[request.request_id] = refusal(self.scheduler.block_manager, request)
                 self.abort(request.request_id)
         for request in guilty:
-            log_blame(request)
             if (answer := self._answers.get(request.number)) is not None:
-                ends.append(self._fail(answer))
+                ends.append(self._fail(answer, log_blame(request, cause)))
         return ends, list(refused.items())
 
     def check_integrity(self) -> None:
@@ -341,6 +325,8 @@ class EngineCore:
             generation_tokens=self._generation_tokens,
             prefill_tokens=tally.prefill_tokens,
             num_preemptions=scheduler.num_preemptions,
+            num_refused=scheduler.door.num_refused,
+            queue_wait_seconds=scheduler.door.wait_s(RequestOptions()),
             steps=self._steps,
             finished=dict(self._finished),
             mode_counts=dict(tally.modes),

@@ -55,6 +55,8 @@ class EngineStats:
     prefill_tokens: int = 0  # prompt tokens that steps computed: without what was cached
     num_preemptions: int = 0
     num_interruptions: int = 0  # times that the ranks met again
+    num_refused: int = 0  # requests for which there was no place, or too long a wait
+    queue_wait_seconds: float = 0.0  # predicted, of a new client's request that came now
     num_strangers: int = 0  # connections to the ranks' port that were dropped
     steps: int = 0
     step_seconds: float = 0.0
@@ -84,6 +86,16 @@ class EngineStats:
         return "drained" if rank in self.ranks_drained else "open"
 
 
+@dataclass(frozen=True)
+class EngineHealth:
+    """What load balancers ask. ``is_overloaded``: a request was refused for want of room lately;
+    ``ranks_away``: ranks without which the job goes on, so that the capacity is smaller."""
+
+    state: str
+    is_overloaded: bool = False
+    ranks_away: tuple[int, ...] = ()
+
+
 class EngineInterface(Protocol):
     """What the server needs. ``generate`` raises ``RequestError`` (``CapacityError``),
     ``QueueFullError`` or ``EngineDeadError`` before its first delta; closing the iterator
@@ -100,8 +112,19 @@ class EngineInterface(Protocol):
 
     @property
     def state(self) -> str:
-        """ "starting"; "ready"; "stalled" while one step takes longer than ``server.stall_s``;
-        "stopping" once the server is being stopped; "dead"."""
+        """ "starting"; "ready"; "recovering" while the ranks meet again after a worker has died, or
+        a step has failed on one, for which requests wait; "stalled" while one step takes longer
+        than ``server.stall_s``; "stopping" once the server is being stopped; "dead"."""
+        ...
+
+    @property
+    def health(self) -> EngineHealth:
+        """The state, and what goes with it. Waits for nothing."""
+        ...
+
+    def check_room(self, options: RequestOptions, answers: int = 1) -> None:
+        """Raise ``QueueFullError`` where ``generate`` would, whatever the prompt, for so many
+        answers: before it is rendered and tokenized."""
         ...
 
     def generate(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ds_cp.config import Config
 from ds_cp.cost import CostModel, LayerWindows, attention_share
-from ds_cp.facts import Facts
+from ds_cp.facts import Facts, LinkFacts
 from ds_cp.scheduler.admission import Limits
+from ds_cp.scheduler.forecast import Rates
 from ds_cp.scheduler.host_moves import HostRules
 from ds_cp.scheduler.mode_policy import ModePolicy, Seats
 from ds_cp.scheduler.pacing import ChunkPacer, Tuning
@@ -37,6 +40,7 @@ def build_scheduler(config: Config, facts: Facts, paced: bool = True) -> Schedul
             max_queue=config.scheduler.max_queue,
             vocab_size=facts.vocab_size,
             eos_token_ids=facts.eos_token_ids,
+            max_queue_wait_s=config.scheduler.max_queue_wait_s if paced else None,
         ),
         facts.blocks_per_rank,
         facts.block_size,
@@ -63,6 +67,7 @@ def build_scheduler(config: Config, facts: Facts, paced: bool = True) -> Schedul
             LayerWindows(facts.num_layers, facts.windows),
         ),
         seats=Seats(topology.hosts, max(1, facts.ranks_at_once // facts.tp_size)),
+        rates=first_rates(facts),
         host=host_rules(facts),
     )
 
@@ -78,6 +83,13 @@ def host_rules(facts: Facts) -> HostRules:
         host_cost(facts),
         facts.max_model_len,
     )
+
+
+def first_rates(facts: Facts) -> Rates:
+    """What the cost model says of one rank, which needs no link."""
+    if not facts.flops_per_s:
+        return Rates()
+    return Rates.of(cost_model(replace(facts, links=(LinkFacts("none", 0.0, 1.0),))))
 
 
 def cost_model(facts: Facts) -> CostModel | None:

@@ -132,6 +132,8 @@ class Request:
     ranks_used: set[int] = field(default_factory=set)  # up to its last stop
     last_token_time: float | None = None
     num_preemptions: int = 0
+    # Until it begins, as the forecast was without its correction; None: not to be learnt from.
+    expected_wait_s: float | None = None
     granted: int = 0  # ``max_tokens`` when it was admitted, where ranks that went away cut that
     why_span: SpanReason | None = None  # of the ranks that it has now
     why_mode: ModeReason | None = None  # of its newest step
@@ -167,6 +169,17 @@ class Request:
         """Blocks that it holds beside those of its table."""
         held = [(rank, block) for rank, blocks in self.reserved.items() for block in blocks]
         return [*held, *(target for _, target in self.moving.values())]
+
+    def end_by(self, token: int, ends: Sequence[int]) -> tuple[str | None, int | None]:
+        """Why the newest token, ``token``, is the last one, and the one that stopped it, if it did;
+        ``ends``: the model's own end tokens."""
+        params, length = self.params, len(self.output)
+        if length > params.min_tokens:  # that many come before an end, as in vLLM
+            if params.stop_token_ids and token in params.stop_token_ids:
+                return "stop", token
+            if token in ends and not params.ignore_eos:
+                return "stop", None
+        return ("length" if length >= self.max_tokens else None), None
 
     def metrics(self) -> RequestMetrics:
         """Times and modes so far."""

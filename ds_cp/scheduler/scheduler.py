@@ -13,7 +13,6 @@ import time
 from collections import deque
 from collections.abc import Collection, Sequence
 
-from ds_cp.errors import QueueFullError
 from ds_cp.grammar.vocabulary import Vocabulary
 from ds_cp.plan import StepPlan
 from ds_cp.sampling_params import RequestOptions, SamplingParams
@@ -21,9 +20,11 @@ from ds_cp.scheduler.absence import fit_again
 from ds_cp.scheduler.admission import Limits, check_request, fit_max_tokens
 from ds_cp.scheduler.block_manager import BlockManager
 from ds_cp.scheduler.decode import DecodePlanner
+from ds_cp.scheduler.door import Door
 from ds_cp.scheduler.draft import Draft
 from ds_cp.scheduler.draining import Draining
 from ds_cp.scheduler.fairness import ANSWER, Turns
+from ds_cp.scheduler.forecast import Forecast, Rates
 from ds_cp.scheduler.forgotten import Forgotten, unreported
 from ds_cp.scheduler.host_moves import HostRules
 from ds_cp.scheduler.inquest import Inquest
@@ -53,11 +54,13 @@ class Scheduler:
         prefix_caching: bool = True,
         pacer: ChunkPacer | None = None,
         seats: Seats | None = None,
+        rates: Rates = Rates(),  # noqa: B008 (frozen)
         host: HostRules | None = None,
     ) -> None:
         self.limits = limits
-        self.waiting = WaitingQueue()
         self.running: list[Request] = []  # in the order of service
+        forecast = Forecast(limits.max_num_seqs, len(blocks_per_rank), self.running, pacer, rates)
+        self.waiting = WaitingQueue(forecast.load_of)
         self.num_preemptions = 0
         self.num_interruptions = 0
         self.block_manager = BlockManager(
@@ -69,6 +72,7 @@ class Scheduler:
             limits, self.block_manager, policy, self.running, self.waiting, self._preempt_for
         )
         self._turns = Turns()
+        self.door = Door(limits, self.waiting, self._turns, forecast)
         self._inquest = Inquest()
         suspects = self._inquest.suspects
         self._prefill = PrefillPlanner(
@@ -113,12 +117,8 @@ class Scheduler:
         follow.
         """
         max_tokens = self.fit_max_tokens(len(prompt), params)
-        if len(self.waiting) >= self.limits.max_queue:
-            raise QueueFullError(
-                f"{len(self.waiting)} requests are waiting, the limit of scheduler.max_queue; "
-                "try later"
-            )
         options = options or RequestOptions()
+        expected_s = self.door.enter(options, params.n)
         known, answers = tuple(prompt), []
         cost = len(prompt) + params.n * min(max_tokens, ANSWER)
         turn = self._turns.take(options.client, cost, not self.has_work)
@@ -130,6 +130,7 @@ class Scheduler:
                 grammar, options.client, turn,
             ))  # fmt: skip
         first, first.siblings = answers[0], answers[1:]
+        first.expected_wait_s = expected_s
         self.waiting.push(first)
         return first
 
@@ -227,6 +228,7 @@ class Scheduler:
         if draft.is_empty:
             return None
         self._steps = draft.step
+        self.door.forecast.look_again()
         self._in_flight[draft.step] = Flight.of(draft)
         if self._pacer is not None:
             self._pacer.plan(draft.num_decodes, draft.largest_work)
@@ -249,19 +251,17 @@ class Scheduler:
         apart)."""
         request.in_flight -= 1
         request.output.append(token)
-        params, length = request.params, len(request.output)
+        length = len(request.output)
         request.last_token_time = time.time()
         if length == 1:
             request.first_token_time = request.last_token_time
+            self.door.began(request)
         if request.table is not None and request.num_tokens % self.allocator.block_size <= 1:
             self.block_manager.prefix.enter(request)
-        if length > params.min_tokens:  # that many come before an end, as in vLLM
-            if params.stop_token_ids and token in params.stop_token_ids:
-                self.finish(request, "stop", token)
-            elif token in self.limits.eos_token_ids and not params.ignore_eos:
-                self.finish(request, "stop")
-        if length >= request.max_tokens:
-            self.finish(request, "length")
+        reason, stop = request.end_by(token, self.limits.eos_token_ids)
+        if reason is not None:
+            self.finish(request, reason, stop)
+            self.door.forecast.ended(length)
         return request.finish_reason
 
     # --- ranks that were lost
@@ -291,7 +291,7 @@ class Scheduler:
         self._in_flight.clear()
         recovery.forget_prefixes()
         for request in self.waiting:  # those that were preempted with a draw under way
-            request.in_flight = 0
+            request.in_flight, request.expected_wait_s = 0, None
         for request in list(self.running):
             if request in again or not recovery.rewind(request):
                 self._preempt(request)

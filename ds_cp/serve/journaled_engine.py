@@ -36,6 +36,7 @@ class JournaledEngine(AsyncEngine):
         on_ready: Callable[[Ready], None],
         on_death: Callable[[DsCpError, int], None],
         paced: bool = True,
+        is_mending: Callable[[], bool] = lambda: False,
     ) -> None:
         self.journal = journal
         self.journal_lines: list[str] = []  # of its start, for the operator
@@ -47,7 +48,9 @@ class JournaledEngine(AsyncEngine):
                 self.journal_lines = journal.start(found.facts.fingerprint)
             on_ready(Ready(found.facts, (*found.summary, *self.journal_lines)))
 
-        super().__init__(config, model_name, link, loop, load_tokenizer, ready, on_death, paced)
+        super().__init__(
+            config, model_name, link, loop, load_tokenizer, ready, on_death, paced, is_mending
+        )
 
     def generate(
         self,

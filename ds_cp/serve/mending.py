@@ -114,6 +114,11 @@ class Mending:
         heard = self._job.world_size == 1 or self._link.is_open
         return self._seat.can_replace and heard
 
+    @property
+    def is_mending(self) -> bool:
+        """On rank 0: whether ranks have yet to meet again."""
+        return not self._generations.is_whole
+
     async def died(self, cause: str) -> None:
         """The worker of this rank has ended by no wish of anyone. Another one is started, unless
         the job is given up. Raises as ``Seat.replace``."""

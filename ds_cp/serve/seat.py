@@ -17,6 +17,7 @@ from ds_cp.log_stream import say
 from ds_cp.serve.channel import Channel
 from ds_cp.serve.detached import WorkerProcess, can_fork_servers
 from ds_cp.serve.forking import Forks
+from ds_cp.serve.oom_kills import OomKills
 from ds_cp.serve.orders import Order, Ping, Pong, Word
 from ds_cp.serve.worker_child import Child, describe_end, ended, forked_child, worker_child
 from ds_cp.topology.job import Job
@@ -45,6 +46,7 @@ class Seat:
         self._serves = outlives and config.device != "cuda" and can_fork_servers()
         self._forks: Forks | None = None  # from which another worker is forked
         self._facts: Facts | None = None  # of the start
+        self._kills = OomKills()
         self._is_left = False
         self._why = ""  # this process has ended the worker
         self._hears = False  # the worker can be asked for signs of life
@@ -152,7 +154,7 @@ class Seat:
         """How a worker of this rank, which has ended, did."""
         if self._why:
             return f"the worker of rank {self._job.rank} {self._why} and was ended"
-        how = describe_end(process.returncode)
+        how = describe_end(process.returncode, self._kills.is_new())
         return f"the worker of rank {self._job.rank} was ended by {how}"
 
     async def each(

@@ -140,8 +140,8 @@ class _Supervisor:
 
         self._mending.worker = worker = ProcessLink(self._seat.channel, self._seat.outlives)
         self._engine = engine = JournaledEngine(
-            journal, self._config, source.name, worker, loop,
-            partial(load_tokenizer, source), on_ready, on_death,
+            journal, self._config, source.name, worker, loop, partial(load_tokenizer, source),
+            on_ready, on_death, is_mending=lambda: self._mending.is_mending,
         )  # fmt: skip
         self._place.on_strangers = partial(setattr, engine, "num_strangers")
         engine.start()

@@ -179,14 +179,17 @@ async def until_end(watch: asyncio.Task[None], seconds: float, works: Callable[[
         await asyncio.wait({watch}, timeout=POLL_S)
 
 
-def describe_end(code: int) -> str:
-    """How a child ended, from ``Popen.returncode``: ``SIGSEGV``, ``exit code 1``."""
+def describe_end(code: int, for_memory: bool = False) -> str:
+    """How a child ended, from ``Popen.returncode``: ``SIGSEGV``, ``exit code 1``. ``for_memory``:
+    the kernel says that it has ended a process for memory."""
     if code >= 0:
         return f"exit code {code}"
     try:
         name = signal.Signals(-code).name
     except ValueError:  # a real-time signal
         name = f"signal {-code}"
+    if for_memory and name == "SIGKILL":
+        return f"{name}, by the kernel, as the memory of its control group was full"
     why = {"SIGKILL": " (out of memory?)", "SIGBUS": " (a file of the weights was cut short?)"}
     return name + why.get(name, "")
 

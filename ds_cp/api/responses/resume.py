@@ -58,6 +58,7 @@ async def begin(
     rendered: Rendered | None = None
     if body.truncation == "auto":
         earlier = before.conversation() if before is not None else []
+        context.engine.check_room(chat.options)  # before it is tokenized
         chat, rendered = await fitted(context, chat, body.instructions, [*earlier, *items])
     return await start_chat(context, chat, request, response_id, arrival, rendered)
 

@@ -45,6 +45,7 @@ DEFAULTS = {
     "scheduler.max_num_batched_tokens": "auto",
     "scheduler.decode_slowdown": 2.0,
     "scheduler.max_queue": 256,
+    "scheduler.max_queue_wait_s": 600.0,
     "attention.backend": "auto",
     "attention.deterministic": False,
     "comm.backend": "auto",
