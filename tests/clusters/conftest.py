@@ -14,9 +14,9 @@ from tests.helpers.netns import NamespaceError
 from tests.helpers.streams import Stream
 from tests.helpers.tiny import LONG
 from tests.helpers.two_hosts import HostPair, host_pair
-from tests.launch.conftest import config, expected, tiny
+from tests.launch.conftest import config, expected, start, tiny
 
-__all__ = ["config", "expected", "pair", "tiny"]
+__all__ = ["config", "expected", "pair", "start", "tiny"]
 
 HOW = "as root: make clusters"
 # So that LONG and its answer need all four ranks, or both of two.

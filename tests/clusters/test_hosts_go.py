@@ -5,11 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from tests.helpers.jobs import ROOT
-from tests.helpers.streams import Stream
-from tests.helpers.tiny import LONG
-from tests.launch.conftest import Start, Write
-from tests.launch.test_hosts_mend import (
+from tests.clusters.test_hosts_mend import (
     SECRET,
     SEEDED,
     Server,
@@ -18,6 +14,10 @@ from tests.launch.test_hosts_mend import (
     pytestmark,
     serve,
 )
+from tests.helpers.jobs import ROOT
+from tests.helpers.streams import Stream
+from tests.helpers.tiny import LONG
+from tests.launch.conftest import Start, Write
 
 __all__ = ["hosts", "pytestmark", "serve"]
 SPANS = {"prompt": LONG, "max_tokens": 120, "temperature": 0}  # one host of two ranks holds it
