@@ -57,7 +57,7 @@ def test_a_fault_ends_its_request_or_its_step(start: Start, config: Write, tmp_p
     # A prompt that kills whoever computes it.
     assert ended(disturb("kill"))["code"] == "request_steps_fail"
     killed = [line for line in job.err.splitlines() if "was ended by SIGKILL" in line]
-    assert 2 <= len(killed) <= 4, killed
+    assert 2 <= len(killed) <= 6, killed
     # Alone in flight it is found at the second time.
     assert ended(Stream(url, {"prompt": prompt_of("kill"), **SHORT}))["code"] == (
         "request_steps_fail"
