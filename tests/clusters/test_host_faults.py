@@ -44,6 +44,15 @@ def errors(job: Job) -> list[str]:
     return re.findall(r"^ds_cp: error: (.*)$", job.err, re.MULTILINE)
 
 
+def whole(jobs: list[Job], what: str, stream: Stream, expected: dict[int, dict[str, Any]]) -> None:
+    """The stream ends in time with what is expected."""
+    try:
+        jobs[0].until(what, lambda: stream.is_over, 40)
+        assert stream.end() == expected, what
+    except AssertionError as err:
+        raise AssertionError(f"{what}, after {stream.count} events{story(jobs)}") from err
+
+
 def test_the_network_is_cut_for_a_while_and_is_slow(
     pair: HostPair, config: Write, folder: Path
 ) -> None:
@@ -53,9 +62,9 @@ def test_the_network_is_cut_for_a_while_and_is_slow(
         expected = Stream(url, GREEDY).end()
         stream = begun(jobs[0], Stream(url, GREEDY))
         pair.partition_for(5)
-        assert stream.end() == expected, story(jobs)
+        whole(jobs, "the network was cut for 5 s", stream, expected)
         with pair.slow_link(4):
-            assert Stream(url, GREEDY).end() == expected, story(jobs)
+            whole(jobs, "a slow link", Stream(url, GREEDY), expected)
     assert not any(errors(job) for job in jobs), story(jobs)
     pair.clear()
 
