@@ -130,13 +130,14 @@ class Forks:
             if isinstance(word, Unfit):
                 self.why = self.why or word.why
             if not isinstance(word, Forked):
-                self.is_open = False
+                self.is_open, self.why = False, self.why or "it has ended"
             self._answers.put(word)
             if word is None:
                 break
         if self._server is None:
             adopt(False)
         else:
+            self._server.kill()  # it is of no use any more
             self._server.wait()
         self._ours.close()
         self._on_end()
