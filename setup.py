@@ -40,7 +40,7 @@ TEST = [
     "anthropic>=2.14,<3",
     "llm>=0.36",  # the other clients that tests call have environments of their own
     "jsonschema>=4.20",
-    "schemathesis>=4.32; python_version >= '3.11'",
+    "schemathesis>=4.32",
     "ruff>=0.15",
     "mypy>=1.10",
     "kubernetes-validate>=1.37",  # ships the schemas of Kubernetes
@@ -91,7 +91,7 @@ setup(
     long_description=README.read_text("utf-8") if README.exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     packages=find_packages(include=["ds_cp", "ds_cp.*"]),
     package_data={
         "ds_cp": ["py.typed"],

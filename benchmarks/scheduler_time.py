@@ -35,6 +35,7 @@ from ds_cp.engine.loop import DEPTH
 from ds_cp.plan import StepPlan, decode_plan, encode_plan
 from ds_cp.sampling_params import SamplingParams
 from ds_cp.scheduler.admission import Limits
+from ds_cp.scheduler.host_moves import HostRules
 from ds_cp.scheduler.mode_policy import ModePolicy
 from ds_cp.scheduler.request import Request
 from ds_cp.scheduler.scheduler import Scheduler
@@ -72,7 +73,7 @@ def short(requests: int, blocks: int, ranks: int) -> Load:
 class Bench:
     """One scheduler under one load, stepped and timed."""
 
-    def __init__(self, load: Load, seed: int = 1) -> None:
+    def __init__(self, load: Load, seed: int = 1, host: HostRules | None = None) -> None:
         self.load = load
         self.random = random.Random(seed)
         share = load.blocks // load.ranks
@@ -83,7 +84,7 @@ class Bench:
         )  # fmt: skip
         self.scheduler = Scheduler(
             limits, [share] * load.ranks, load.block_size, "balanced", "zigzag", policy,
-            range(load.ranks), prefix_caching=load.pool == "evicting",
+            range(load.ranks), prefix_caching=load.pool == "evicting", host=host,
         )  # fmt: skip
         self._fill()
         self.state = WorkerState(0, load.block_size)

@@ -86,6 +86,7 @@ class CostModel:
     layer; ``element``: bytes of one element; ``windows``: as in ``LayerWindows``;
     ``in_background``: whether bytes move while a rank computes. Through shared memory they do not:
     the thread that computes copies them, when it posts an exchange and while it waits for it.
+    ``host_bytes_per_s``: of KV between a rank and its host memory, 0 where it has none.
 
     What follows costs nothing where it is left out. ``attention_flops_per_s``: achieved by
     attention (left out: ``flops_per_s``); ``memory_bytes_per_s``: at which a rank reads weights
@@ -110,6 +111,7 @@ class CostModel:
     element: int
     windows: tuple[tuple[int, int], ...] = ()
     in_background: bool = True
+    host_bytes_per_s: float = 0.0
     attention_flops_per_s: float | None = None
     memory_bytes_per_s: float = float("inf")
     alone_bytes_per_s: float | None = None
@@ -142,6 +144,16 @@ class CostModel:
         if ranks == 1:
             return attention
         return attention + self._exchanges_s("tree", ranks, 1, past, attention)
+
+    def host_s(self, tokens: int) -> float:
+        """Seconds in which one rank copies the KV of ``tokens`` to its host memory, or back."""
+        each = 2.0 * self.num_kv_heads * self.head_dim * self.element * self.num_layers
+        return tokens * each / self.host_bytes_per_s if self.host_bytes_per_s else float("inf")
+
+    def copy_pays(self, new: int, past: int, times: int) -> bool:
+        """Whether ``times`` copies of the KV of ``new`` tokens take less than computing them anew
+        after ``past`` stored ones, on one rank."""
+        return times * self.host_s(new) < self.prefill_s(1, new, past)
 
     def forward_s(self, passing: Passing, ranks: int, new: int, past: int) -> float:
         """Seconds of one forward call: ``new`` tokens of one request after ``past`` stored ones,

@@ -88,7 +88,16 @@ class ServerError(DsCpError):
 
 
 class QueueFullError(DsCpError):
-    """The waiting queue is at its bound; try again later (HTTP 429)."""
+    """The waiting queue is at its bound; try again later (HTTP 429): after ``retry_after_s``
+    seconds, by when there should be room."""
+
+    def __init__(self, message: str, retry_after_s: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class LongWaitError(QueueFullError):
+    """A request would wait longer to begin than the config allows; try again later (HTTP 429)."""
 
 
 class GrammarBusyError(DsCpError):
@@ -118,7 +127,9 @@ class IntegrityError(EngineDeadError):
 
 
 # Of errors that torch and Triton raise as RuntimeError.
-_NO_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "[CUDA]: out of memory")
+_NO_MEMORY = (
+    "can't allocate memory", "bad_alloc", "CUDA error: out of memory", "[CUDA]: out of memory",
+)  # fmt: skip
 
 
 def is_out_of_memory(err: BaseException) -> bool:

@@ -58,6 +58,9 @@ class Facts:
     alone_bytes_per_s: float = 0.0  # the same while the others wait
     layer_s: float = 0.0  # seconds of a layer beside its work
     hop_s: float = 0.0  # seconds that a hop of a ring adds to that, the wire's latency and all
+    fingerprint: tuple[str, ...] = ()  # digests of this rank's model, the tokenizer's last
+    host_blocks_per_rank: tuple[int, ...] = ()  # that host memory holds, () for none anywhere
+    host_gb_per_s: float = 0.0  # of KV between rank 0 and its host memory
 
     def with_tokenizer(self, end_tokens: Iterable[int], size: int | None) -> Facts:
         """These facts beside a tokenizer of ``size`` tokens (``None``: not known) that names

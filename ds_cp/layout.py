@@ -20,6 +20,21 @@ Home = tuple[int, int]
 LAYOUTS = ("zigzag", "contiguous")
 
 
+def host_place(rank: int, slot: int) -> Home:
+    """Where a block lies that is kept in ``slot`` (0 and up) of the rank's host memory."""
+    return rank, -1 - slot
+
+
+def on_host(home: Home) -> bool:
+    """Whether ``home`` is a place in host memory, not a block of the pool."""
+    return home[1] < 0
+
+
+def host_slot(number: int) -> int:
+    """The slot that the (negative) number of a host place means."""
+    return -1 - number
+
+
 class Block(NamedTuple):
     """One block of keys: its number in a rank's pages, the position of its first key, and how many
     keys it holds. Key j is at position ``first + j``."""

@@ -98,6 +98,16 @@ class LogStream(io.TextIOBase):
             self._flush_line()
             return self._changed.wait_for(lambda: not self._waiting, seconds)
 
+    def rest(self, seconds: float = LAST_WORDS_S) -> None:
+        """Write what waits, and end the thread, at most in ``seconds``. The next write starts
+        another one."""
+        self.drain(seconds)
+        with self._mine():
+            thread, self._rests = self._thread, True
+            self._changed.notify_all()
+        if thread is not None:
+            thread.join(seconds)
+
     def _mine(self) -> threading.Condition:
         """The lock of this process: after a fork the thread, what waits for it, and perhaps the
         lock are the parent's."""
@@ -113,6 +123,7 @@ class LogStream(io.TextIOBase):
         self._waiting = 0  # bytes in parts, and in the hands of the thread
         self._dropped = 0  # lines
         self._thread: threading.Thread | None = None
+        self._rests = False  # the thread ends when nothing waits
 
     def _flush_line(self) -> None:
         line, self._line = self._line, b""
@@ -140,6 +151,7 @@ class LogStream(io.TextIOBase):
             return
         self._parts.append(data)
         self._waiting += len(data)
+        self._rests = False
         if self._thread is None:
             self._thread = threading.Thread(target=self._write, name="ds_cp log", daemon=True)
             self._thread.start()
@@ -156,7 +168,10 @@ class LogStream(io.TextIOBase):
     def _write(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: bool(self._parts))
+                self._changed.wait_for(lambda: bool(self._parts) or self._rests)
+                if not self._parts:
+                    self._thread = None
+                    return
                 data = b"".join(self._parts)
                 self._parts.clear()
             with contextlib.suppress(OSError):  # closed, or the disk is full: the rest is lost
@@ -256,6 +271,14 @@ def _json_line(line: bytes) -> bytes:
     level = next((level for head, level in _LEVELS.items() if text.startswith(head)), "info")
     plain = {"time": round(time.time(), 3), "level": level, "message": text.removeprefix("ds_cp: ")}
     return json.dumps(plain).encode() + b"\n"
+
+
+def rest_streams() -> None:
+    """Write what stdout and stderr have, where they are a ``LogStream``, and end their threads,
+    which start again with the next write."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, LogStream):
+            stream.rest()
 
 
 def say_object(fields: dict[str, Any]) -> None:

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import overload
+
+STEPS_FAIL = "steps_fail"  # the ``stop_reason`` of an answer that has ended for that
+
+
+def prompt_digest(token_ids: Sequence[int]) -> str:
+    """By which a prompt is named where it must not be shown: the beginning of the sha256 of its
+    token ids, in hex."""
+    return hashlib.sha256(",".join(map(str, token_ids)).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, slots=True)

@@ -107,8 +107,13 @@ class Decodes(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Transfer(msgspec.Struct, frozen=True, array_like=True):
-    """The content of block ``source`` is copied to ``target``, before anything else is written, and
-    from then on ``target`` is block ``index`` of each of ``requests``."""
+    """The content of block ``source`` is copied to ``target``, before the step computes, and from
+    then on ``target`` is block ``index`` of each of ``requests``. Transfers are carried out as if
+    one after the other.
+
+    Either may be a host place (``layout.on_host``): a block is kept in the host memory of its rank,
+    or comes back from there to a block of any rank, for ``requests`` that have that block already.
+    """
 
     requests: tuple[int, ...]
     index: int
@@ -179,12 +184,14 @@ ATTENTION_SCHEMES = (
 
 class RankTimes(msgspec.Struct, frozen=True, array_like=True):
     """One rank's part of a step: seconds that it worked on it, and of these waited for other ranks;
-    bytes that it sent under each of ``ATTENTION_SCHEMES``."""
+    bytes that it sent under each of ``ATTENTION_SCHEMES``; blocks that its host memory could not
+    copy since its worker began."""
 
     rank: int
     seconds: float
     waited: float
     sent: tuple[int, ...]
+    host_failed: int = 0
 
 
 class Outcome(msgspec.Struct, frozen=True, array_like=True, tag="outcome"):

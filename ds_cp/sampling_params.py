@@ -222,13 +222,24 @@ def _shown(value: object) -> str:
     return f"a {type(value).__name__}"
 
 
+@dataclass(frozen=True)
+class KnownAnswer:
+    """One answer as far as it came before a restart; with a ``finish_reason`` it had ended."""
+
+    token_ids: tuple[int, ...] = ()
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class RequestOptions:
     """What a request says besides its prompt and sampling.
 
     ``priority``: lower numbers are served first; of equals the older. ``cache_salt``: requests
     share cached prefixes only with those of the same salt; ``http_id``: of the HTTP request that it
-    is part of, for logs; ``client``: who sends it, clients of one priority have equal shares.
+    is part of, for logs; ``client``: who sends it, clients of one priority have equal shares;
+    ``resumable``: its name in the journal, "" where it is in none; ``known``: its answers, where it
+    goes on after a restart: their tokens count as drawn, and no delta has them again.
     Raises ``RequestError`` naming the field when a value is of another kind or out of range.
     """
 
@@ -236,6 +247,8 @@ class RequestOptions:
     cache_salt: str = ""
     http_id: str = field(default="", compare=False)
     client: str = field(default="", compare=False)
+    resumable: str = field(default="", compare=False)
+    known: tuple[KnownAnswer, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         priority = _integer("priority", self.priority, -(2**31), MAX_INT32)
@@ -244,3 +257,8 @@ class RequestOptions:
             raise RequestError(
                 f"cache_salt must be a string of at most {MAX_SALT_CHARS} characters", "cache_salt"
             )
+
+    @property
+    def num_ended(self) -> int:
+        """Its answers that had ended before a restart."""
+        return sum(one.finish_reason is not None for one in self.known)

@@ -87,6 +87,17 @@ def _kill_two(scene: Scene) -> None:
         worker.kill()
 
 
+def _kill_fork_server(scene: Scene) -> None:
+    """And its worker, so that a new process takes that one's place, with a server of its own."""
+    if servers := scene.job.matching("serve.fork_server"):
+        server = scene.rng.choice(servers)
+        supervisor = server.ppid()
+        server.kill()
+        for worker in scene.workers().values():
+            if worker.ppid() == supervisor:
+                worker.kill()
+
+
 def _abort(scene: Scene) -> None:
     scene.worker().send_signal(signal.SIGSEGV)
 
@@ -193,6 +204,7 @@ KINDS = {
     for kind in (
         Kind("a worker is killed", _kill, RUNNING),
         Kind("two workers are killed", _kill_two, RUNNING),
+        Kind("a fork server and its worker are killed", _kill_fork_server, RUNNING),
         Kind("a worker crashes (SIGSEGV)", _abort, RUNNING),
         Kind("a worker stands still for 1 s", _stop_for(1.0), RUNNING),
         Kind("a worker stands still for ever", _stop, RUNNING),

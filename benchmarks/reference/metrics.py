@@ -9,6 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from benchmarks.reference.tables import table
 from ds_cp.api.metrics import ServerMetrics
 from ds_cp.engine.interface import EngineInterface, EngineStats
+from ds_cp.journal.stats import JournalStats
 from ds_cp.outputs import Delta, EndedRequest
 from ds_cp.plan import ATTENTION_SCHEMES
 
@@ -39,9 +40,10 @@ class _SampleEngine:
         schemes = dict.fromkeys(ATTENTION_SCHEMES, 1)
         return EngineStats(
             kv_blocks_used=(1,), kv_blocks_cached=(1,), kv_blocks_total=(4,),
+            host_blocks_used=(1,), host_blocks_total=(4,), host_blocks_failed=(0,),
             finished={"stop": 1}, mode_counts={"local": 1}, comm_bytes={"plan": 1},
             comm_exchanges={"plan": 1}, rank_steps=(1,), rank_seconds=(1.0,), rank_waits=(0.5,),
-            attention_bytes=schemes, predicted_bytes=schemes,
+            attention_bytes=schemes, predicted_bytes=schemes, journal=JournalStats(),
         )  # fmt: skip
 
 

@@ -37,7 +37,7 @@ def rank_routes(context: AppContext) -> APIRouter:
 
     @router.get("/ranks")
     async def ranks() -> dict[str, Any]:
-        """The state of every rank ("open", "draining" or "drained") and its KV blocks."""
+        """The state of every rank ("open", "draining", "drained" or "away") and its KV blocks."""
         context.check_ready()
         return {"ranks": _table(context.engine.stats())}
 
@@ -49,8 +49,9 @@ def rank_routes(context: AppContext) -> APIRouter:
     )
     async def drain(rank: int) -> dict[str, Any] | JSONResponse:
         """Move everything off a rank, live, and place nothing there. 200 when it is empty; 202
-        while blocks are left to move, which GET /ranks follows. 400 when there is no such rank,
-        when no other rank is open, or when the others cannot hold what runs."""
+        while blocks are left to move, which GET /ranks follows; what was only kept there for later
+        prompts, on the device or in host memory, is forgotten. 400 when there is no such rank, when
+        no other rank is open, or when the others cannot hold what runs."""
         context.check_ready()
         try:
             context.engine.drain(rank)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from prometheus_client import CollectorRegistry, Counter
 
 from ds_cp.api.chat.reader import BROKEN
+from ds_cp.grammar.constraint import FIELD
 from ds_cp.outputs import Delta
 from ds_cp.parsing.calls import UNFINISHED
 from ds_cp.parsing.events import CallEnd, Event
@@ -74,7 +75,7 @@ class AnswerMetrics:
             for outcome in GRAMMAR_OUTCOMES:
                 self._grammars.labels(name, outcome)
         if constrained:
-            at_fault = last.finish_reason == "error" and last.stop_reason is not None
+            at_fault = last.finish_reason == "error" and last.stop_reason == FIELD
             outcome = "grammar" if at_fault else str(last.finish_reason)
             self._grammars.labels(name, outcome).inc()
 

@@ -44,6 +44,7 @@ from ds_cp.api.transport.routing import Routing, allowed_methods, flat
 from ds_cp.config import Server
 from ds_cp.engine.interface import EngineInterface
 from ds_cp.errors import DsCpError
+from ds_cp.journal.journal import Journal
 from ds_cp.log_stream import say
 
 # What every route may answer besides its own, for openapi.json.
@@ -53,9 +54,16 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def create_app(engine: EngineInterface, server: Server, *, log_requests: bool = False) -> FastAPI:
+def create_app(
+    engine: EngineInterface,
+    server: Server,
+    *,
+    log_requests: bool = False,
+    journal: Journal | None = None,
+) -> FastAPI:
     """The ASGI application over ``engine``, with the settings of the config's ``server`` section.
-    ``log_requests``: a line on stderr for each answer that ends.
+    ``log_requests``: a line on stderr for each answer that ends. ``journal``: keeps what is to
+    outlive a restart.
 
     The engine may still be starting: its info and tokenizer are not read before its state is
     "ready". Until then every route but /health answers 503, or without the engine's numbers.
@@ -107,7 +115,7 @@ def create_app(engine: EngineInterface, server: Server, *, log_requests: bool = 
     routers = (
         _completion_routes(context, json_route),
         _text_routes(context, json_route),
-        response_routes(context, json_route),
+        response_routes(context, json_route, budget, journal),
         message_routes(context, json_route),
         state_routes(context),
         rank_routes(context),

@@ -68,10 +68,10 @@ class AppContext:
         return self.model_names()[0] if asked is None else asked
 
     def check_ready(self) -> None:
-        """Raises ``ApiError`` 503 while the engine is starting, stopping or dead. A stalled one
-        may go on: requests wait for it."""
+        """Raises ``ApiError`` 503 while the engine is starting, stopping or dead. Requests wait for
+        a stalled one, which may go on, and for ranks that meet again."""
         state = self.engine.state
-        if state not in ("ready", "stalled"):
+        if state not in ("ready", "recovering", "stalled"):
             raise not_ready(state)
 
     def check(self, model: str | None) -> None:
@@ -127,7 +127,9 @@ class AppContext:
             fitting = self.fit(len(ids), params, prompt_param, max_words or max_param, clamp)
             with in_client_names(names):
                 self.engine.check(ids, fitting)
-            jobs.append(Job(f"{answer_id}-{index}", ids, fitting, options))
+            name = f"{options.resumable}/{index}" if options.resumable else ""
+            own = replace(options, resumable=name)
+            jobs.append(Job(f"{answer_id}-{index}", ids, fitting, own))
         jobs = [self._within_logprobs(job, sum(map(len, prompts)), len(prompts)) for job in jobs]
         new = sum(self._most_new_tokens(job) for job in jobs) * params.n
         self._check_logprobs(sum(map(len, prompts)), new, params, names)
@@ -263,6 +265,7 @@ def request_options(body: EngineFields, request: Request) -> RequestOptions:
         cache_salt=engine_salt(key_digest, body.cache_salt or ""),
         http_id=request_id_of(request),
         client=client_of(request),
+        resumable=request.scope["state"].get("resumable", ""),  # no client can say this
     )
 
 

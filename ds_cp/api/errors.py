@@ -18,13 +18,14 @@ from ds_cp.errors import (
     DsCpError,
     EngineDeadError,
     GrammarBusyError,
+    LongWaitError,
     QueueFullError,
     RequestError,
     StoppingError,
 )
 from ds_cp.text import shorten
 
-# Seconds that a client is asked to wait, whatever was full.
+# Seconds that a client is asked to wait, whatever was full, but for places in the engine's queue.
 RETRY_AFTER: Mapping[str, str] = {"Retry-After": "1"}
 OVERFLOW = "context_length_exceeded"  # the code of what is longer than the model
 MAX_MESSAGE_CHARS = 1000  # characters of a message
@@ -166,7 +167,9 @@ def from_engine(err: DsCpError) -> ApiError | None:
     if isinstance(err, GrammarBusyError):
         return ApiError(503, message, code="grammars_busy", headers=RETRY_AFTER)
     if isinstance(err, QueueFullError):
-        return ApiError(429, message, code="queue_full", headers=RETRY_AFTER)
+        code = "queue_wait_too_long" if isinstance(err, LongWaitError) else "queue_full"
+        retry = {"Retry-After": str(err.retry_after_s)}
+        return ApiError(429, message, code=code, headers=retry)
     if isinstance(err, StoppingError):
         return shutting_down()
     if isinstance(err, EngineDeadError):

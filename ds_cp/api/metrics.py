@@ -10,6 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import choose_encoder
 
 from ds_cp.api.answer_metrics import AnswerMetrics
+from ds_cp.api.journal_metrics import journal_families
 from ds_cp.api.media_types import Offer, choose
 from ds_cp.engine.interface import EngineInterface, EngineStats
 from ds_cp.outputs import EndedRequest
@@ -187,6 +188,7 @@ class EngineCollector:
         yield from _gauges(stats, name)
         yield from _counters(stats, name)
         yield from _rank_counters(stats, name)
+        yield from journal_families(stats.journal, name)
         yield _http_answers(self._answers, name)
 
 
@@ -206,6 +208,11 @@ def _gauges(stats: EngineStats, name: str) -> Iterable[Metric]:
     for key, text, value in (
         ("num_requests_running", "Requests in the running batch.", stats.num_requests_running),
         ("num_requests_waiting", "Requests waiting to be scheduled.", stats.num_requests_waiting),
+        (
+            "queue_wait_seconds",
+            "Predicted wait of a request that came now until it begins.",
+            stats.queue_wait_seconds,
+        ),
         ("engine_step_age_seconds", "Age of the step that runs now.", stats.step_age_seconds),
         ("kv_cache_usage_perc", "KV blocks in use, 1 means all.", used / total if total else 0.0),
         (
@@ -227,9 +234,20 @@ def _gauges(stats: EngineStats, name: str) -> Iterable[Metric]:
         blocks.add_metric((name, str(rank), "cached"), cached)
         blocks.add_metric((name, str(rank), "free"), every - busy - cached)
     yield blocks
+    slots = GaugeMetricFamily(
+        "ds_cp:host_blocks",
+        "Blocks that host memory holds, by rank and state; none without host memory.",
+        labels=("model_name", "rank", "state"),
+    )
+    both = zip(stats.host_blocks_used, stats.host_blocks_total, strict=True)
+    for rank, (busy, every) in enumerate(both):
+        slots.add_metric((name, str(rank), "used"), busy)
+        slots.add_metric((name, str(rank), "free"), every - busy)
+    yield slots
     for state, text in (
         ("drained", "1 when a rank takes no new KV and is empty."),
         ("draining", "1 when a rank takes no new KV and is not empty yet."),
+        ("away", "1 when the job goes on without a rank, whose supervisor is gone."),
     ):
         family = GaugeMetricFamily(f"ds_cp:rank_{state}", text, labels=("model_name", "rank"))
         for rank in range(len(stats.kv_blocks_total)):
@@ -248,6 +266,11 @@ def _counters(stats: EngineStats, name: str) -> Iterable[Metric]:
             stats.num_interruptions,
         ),
         (
+            "num_requests_refused",
+            "Requests for which there was no place in the queue, or too long a wait.",
+            stats.num_refused,
+        ),
+        (
             "num_strangers",
             "Connections to the port on which ranks of several hosts meet that were dropped: they "
             "did not know the job's secret.",
@@ -255,7 +278,14 @@ def _counters(stats: EngineStats, name: str) -> Iterable[Metric]:
         ),
         ("prefix_cache_queries", "Prompt tokens looked up.", stats.prefix_cache_queries),
         ("prefix_cache_hits", "Prompt tokens found in the cache.", stats.prefix_cache_hits),
+        (
+            "prefix_cache_host_hits",
+            "Of the prompt tokens found, those found in host memory.",
+            stats.prefix_cache_host_hits,
+        ),
         ("blocks_moved", "KV blocks moved between ranks.", stats.blocks_moved),
+        ("host_blocks_spilled", "KV blocks copied to host memory.", stats.host_blocks_spilled),
+        ("host_blocks_restored", "KV blocks back from host memory.", stats.host_blocks_restored),
         ("engine_steps", "Steps of the engine.", stats.steps),
         ("engine_step_seconds", "Seconds spent in steps.", stats.step_seconds),
         (
@@ -293,6 +323,11 @@ def _rank_counters(stats: EngineStats, name: str) -> Iterable[Metric]:
         ("rank_steps", "Steps in which a rank had work.", stats.rank_steps),
         ("rank_step_seconds", "Seconds of the steps in which a rank had work.", stats.rank_seconds),
         ("rank_wait_seconds", "Of these, waiting for other ranks.", stats.rank_waits),
+        (
+            "host_blocks_failed",
+            "KV blocks that a rank's host memory could not copy; after one it is used no more.",
+            stats.host_blocks_failed,
+        ),
     ):
         family = CounterMetricFamily(f"ds_cp:{key}", text, labels=("model_name", "rank"))
         for rank, value in enumerate(values):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -46,13 +47,14 @@ def state_routes(context: AppContext) -> APIRouter:
 
     @router.get("/health")
     async def health() -> Response:
-        """200 when ready; 503 while starting, stalled, stopping or dead, which ``status`` says."""
-        return _health(context)
+        """Whether it is alive: 200 when ready, or recovering, when requests wait; 503 while
+        starting, stalled, stopping or dead, which ``status`` says."""
+        return _health(context, ("ready", "recovering"))
 
     @router.get("/ready")
     async def ready() -> Response:
-        """The same, under the name that load balancers ask for."""
-        return _health(context)
+        """Whether to send requests here rather than elsewhere: 200 when ready alone."""
+        return _health(context, ("ready",))
 
     @router.get("/load")
     async def load() -> dict[str, Any]:
@@ -79,6 +81,7 @@ def state_routes(context: AppContext) -> APIRouter:
             "max_model_len": info.max_model_len,
             "vocab_size": info.vocab_size,
             "kv_capacity_tokens": info.kv_capacity_tokens,
+            "host_capacity_tokens": info.host_capacity_tokens,
             "largest_request_tokens": info.largest_request_tokens,
             "ranks": info.ranks,
             "hosts": info.hosts,
@@ -118,6 +121,12 @@ def model_card(context: AppContext, name: str) -> dict[str, Any]:
     }
 
 
-def _health(context: AppContext) -> Response:
-    state = context.engine.state
-    return JSONResponse({"status": state}, status_code=200 if state == "ready" else 503)
+def _health(context: AppContext, well: Collection[str]) -> Response:
+    """``overloaded`` and ``ranks_away`` are there when they say something."""
+    health = context.engine.health
+    body: dict[str, Any] = {"status": health.state}
+    if health.is_overloaded:
+        body["overloaded"] = True
+    if health.ranks_away:
+        body["ranks_away"] = list(health.ranks_away)
+    return JSONResponse(body, status_code=200 if health.state in well else 503)

@@ -27,8 +27,11 @@ class Answer:
     busy: bool
 
 
-async def ask(app: App, url: str, body: bytes, headers: Headers = ()) -> Answer:
-    """POST a JSON body to an ASGI application and wait for the whole answer.
+async def ask(
+    app: App, url: str, body: bytes, headers: Headers = (), resumable: str = ""
+) -> Answer:
+    """POST a JSON body to an ASGI application and wait for the whole answer. ``resumable``: its
+    name in the journal.
 
     Raises what the application raises, and ``ValueError`` when its answer has no end or is not
     JSON.
@@ -52,7 +55,7 @@ async def ask(app: App, url: str, body: bytes, headers: Headers = ()) -> Answer:
         ],
         "client": ("127.0.0.1", 0),
         "server": ("127.0.0.1", 0),
-        "state": {},
+        "state": {"resumable": resumable},
     }
     try:
         await app(scope, exchange.receive, exchange.send)

@@ -17,6 +17,7 @@ from typing import Any
 from ds_cp.api.transport.deadline import within
 from ds_cp.batch.asgi_client import Answer, App, Headers, ask
 from ds_cp.batch.format import BatchRequest, Problem
+from ds_cp.batch.resumable import ResumableLines
 from ds_cp.text import shorten, show
 
 INTERRUPTED = "interrupted"  # ``BatchReport.stopped`` of a run that ``stop`` ended
@@ -71,6 +72,7 @@ async def run_batch(
     stop: asyncio.Event | None = None,
     on_progress: Callable[[BatchReport], None] | None = None,
     pauses_s: tuple[float, ...] = PAUSES_S,
+    resumable: ResumableLines | None = None,
 ) -> BatchReport:
     """Send every request, at most ``concurrency`` at once, and write the answers as they come.
 
@@ -79,11 +81,14 @@ async def run_batch(
     they were refused. ``stop`` ends the run early: requests in flight are cancelled and not
     written. A request that the server is too busy for (429, or 503 with a time to retry) waits for
     others to finish; alone, it is sent again after each of ``pauses_s`` (seconds). A server that
-    has stopped (any other 503) ends the run, and that answer is not written.
+    has stopped (any other 503) ends the run, and that answer is not written. ``resumable``: keeps
+    lines that are in the middle for a later run.
 
     Raises what ``requests`` and ``write`` raise, with the requests in flight cancelled.
     """
-    run = _Run(app, iter(requests), write, on_broken, done or {}, headers, on_progress, pauses_s)
+    run = _Run(
+        app, iter(requests), write, on_broken, done or {}, headers, on_progress, pauses_s, resumable
+    )
     stop = stop or asyncio.Event()
     working = asyncio.create_task(run.work(concurrency))
     stopping = asyncio.create_task(stop.wait())
@@ -119,6 +124,7 @@ class _Run:
         headers: Headers,
         on_progress: Callable[[BatchReport], None] | None,
         pauses_s: tuple[float, ...],
+        resumable: ResumableLines | None,
     ) -> None:
         self._app = app
         self._requests = requests
@@ -128,6 +134,7 @@ class _Run:
         self._headers = headers
         self._on_progress = on_progress
         self._pauses_s = pauses_s
+        self._resumable = resumable
         self._in_app = 0
         self._freed = asyncio.Event()  # the server has room again, or nothing is in flight
         self._retrying = asyncio.Lock()  # one retry at a time, or all would refill the queue
@@ -172,6 +179,7 @@ class _Run:
                 self._count(broken=1, first_broken=shown)
             elif item is not None and item.custom_id in self._done:
                 self._count(skipped=1, skipped_refused=int(self._done[item.custom_id]))
+                self._forget(item)
             else:
                 return item
             await asyncio.sleep(0)  # a million such lines in a row must not hold up the answers
@@ -196,7 +204,8 @@ class _Run:
     async def _ask(self, request: BatchRequest) -> Answer:
         self._in_app += 1
         try:
-            answer = await ask(self._app, request.url, request.body, self._headers)
+            name = self._resumable.name(request) if self._resumable is not None else ""
+            answer = await ask(self._app, request.url, request.body, self._headers, name)
         finally:
             self._in_app -= 1
             if self._in_app == 0:  # a request that waits for others must try by itself
@@ -249,6 +258,11 @@ class _Run:
             "error": error,
         }
         self._write(json.dumps(line).encode() + b"\n")
+        self._forget(request)
+
+    def _forget(self, request: BatchRequest) -> None:
+        if self._resumable is not None:
+            self._resumable.done(request)
 
     def _count(self, **more: Any) -> None:
         report = self.report

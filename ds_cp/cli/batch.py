@@ -18,6 +18,7 @@ from typing import BinaryIO, TextIO
 from ds_cp.batch.asgi_client import Headers
 from ds_cp.batch.files import AnswerFile, ErrorFile, open_answers
 from ds_cp.batch.format import Problem, read_requests
+from ds_cp.batch.resumable import ResumableLines
 from ds_cp.batch.runner import INTERRUPTED, BatchReport, run_batch
 from ds_cp.cli.job import find_job, job_config, start_ranks, starts_ranks
 from ds_cp.cli.output import own_stdout, say, unwritable, writing
@@ -182,6 +183,13 @@ class _Lead:
             async with open_app(self._config, self._job) as app:
                 running = True
                 self._deaths = getattr(app.state, "deaths", [])
+                journal = getattr(app.state, "journal", None)
+                target = self._args.output  # answers on stdout begin anew each time
+                lines = (
+                    None
+                    if journal is None or target == STDOUT
+                    else (ResumableLines(journal, target))
+                )
                 try:
                     return await run_batch(
                         app,
@@ -193,6 +201,7 @@ class _Lead:
                         headers=keys,
                         stop=stop,
                         on_progress=on_progress,
+                        resumable=lines,
                     )
                 finally:
                     running = False

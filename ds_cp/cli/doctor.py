@@ -159,9 +159,9 @@ def _host(env: Mapping[str, str]) -> list[Check]:
 
 
 def _python(env: Mapping[str, str]) -> list[Check]:
-    good = sys.version_info >= (3, 10)
+    good = sys.version_info >= (3, 11)
     found = f"{platform.python_version()} at {sys.executable}"
-    return [Check("python", "ok" if good else "fail", found, "use Python 3.10 or newer")]
+    return [Check("python", "ok" if good else "fail", found, "use Python 3.11 or newer")]
 
 
 def _torch(env: Mapping[str, str]) -> list[Check]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,8 @@ from ds_cp.cli.launcher import LAUNCHER, own_command, spawn
 from ds_cp.cli.trace import check_trace_file
 from ds_cp.config import Config, load_config, looks_like_path
 from ds_cp.config.fields import MAX_RANKS
-from ds_cp.errors import LaunchError, ModelError, TopologyError
+from ds_cp.errors import ConfigError, LaunchError, ModelError, TopologyError
+from ds_cp.log_stream import say
 from ds_cp.model.source import find_model
 from ds_cp.topology import Job, Topology, detect, peek_rank, resolve_grid
 from ds_cp.topology.mpi import launched_by_mpi
@@ -43,6 +46,17 @@ def job_config(
     return config
 
 
+def look_at_key(file: str | None, config: Config) -> None:
+    """Say so where other users of this host can read the config and with it the server's key."""
+    if file is not None and config.server.api_key is not None:
+        mode = stat.S_IMODE(os.stat(file).st_mode)
+        if mode & 0o044:
+            say(
+                f"note: {file} holds server.api_key, and its mode {mode:03o} lets other users "
+                f"read it; chmod 600 {file}"
+            )
+
+
 def check_address(config: Config) -> None:
     """Refuse a server address that cannot be listened on. ``LaunchError`` says why."""
     for listener in bind(config.server.host, config.server.port):
@@ -71,9 +85,23 @@ def start_ranks(
     ``spawn``, without the time to write a trace."""
     topology = Topology(("localhost",) * args.ranks)
     resolve_grid(topology, config.context_parallel.size, config.tensor_parallel.tp_size)
+    check_min_ranks(config, args.ranks)
     trace = Writing(config.trace.file, config.comm.timeout_s + STALLED_S)
     grace_s += 0.0 if config.trace.file is None else STALLED_S  # until it has begun
-    return spawn(own_command(), args.ranks, env, grace_s=grace_s, works=trace.goes_on)
+    return spawn(
+        own_command(), args.ranks, env, grace_s=grace_s, works=trace.goes_on,
+        min_ranks=config.fault_tolerance.min_ranks,
+    )  # fmt: skip
+
+
+def check_min_ranks(config: Config, ranks: int) -> None:
+    """``ConfigError`` when more ranks have to be left than there are."""
+    least = config.fault_tolerance.min_ranks
+    if least is not None and least > ranks:
+        raise ConfigError(
+            f"fault_tolerance.min_ranks is {least}, but the job has {ranks} "
+            f"rank{'s' * (ranks != 1)}: lower it, or start more ranks"
+        )
 
 
 def find_job(config: Config, env: Mapping[str, str]) -> Job:
@@ -86,6 +114,7 @@ def find_job(config: Config, env: Mapping[str, str]) -> Job:
         port=config.comm.port,
         secret_file=config.comm.secret_file,
     )
+    check_min_ranks(config, job.world_size)
     sizes = (config.context_parallel.size, config.tensor_parallel.tp_size)
     if job.hosts is not None:
         resolve_grid(Topology(job.hosts), *sizes)

@@ -26,6 +26,8 @@ FAILURE_GRACE_S = 5.0
 # Seconds after a second signal until SIGKILL. Clients are told meanwhile; what a rank waits for at
 # most, from their end to its last words, is some 7 s together.
 HURRY_GRACE_S = 8.0
+# How often a rank is started again, each time that it has not lived for so many seconds.
+RETRIES, LIVED_S = 3, 60.0
 # Signals that every rank gets as well.
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -39,22 +41,24 @@ def own_command() -> list[str]:
 
 def spawn(
     command: Sequence[str], ranks: int, env: Mapping[str, str], *, grace_s: float,
-    works: Callable[[], bool] = lambda: False,
+    works: Callable[[], bool] = lambda: False, min_ranks: int | None = None,
 ) -> int:  # fmt: skip
     """Run ``command`` on ``ranks`` ranks and wait for all of them; the exit code of the job.
 
     SIGINT, SIGTERM and SIGHUP are passed on to every rank, which then has ``grace_s`` seconds to
     end, and more for as long as ``works()``. A second signal is passed on as SIGINT, which hurries
     them; a third kills them at once (``StopSignals`` counts them). When a rank fails, the others
-    are ended. The kernel kills the ranks when this process dies, and processes that a rank leaves
-    behind in its session are killed with it.
+    are ended; but with ``min_ranks``, as long as so many are left, one other than 0 that was killed
+    is started again, and when that fails the others go on without it. The kernel kills the ranks
+    when this process dies, and processes that a rank leaves behind in its session are killed with
+    it.
 
     ``LaunchError`` when a process cannot be started.
     """
     with _recorded_signals() as received:
-        watch = _Ranks(received, grace_s, works)
+        watch = _Ranks(command, env, received, grace_s, works, min_ranks)
         try:
-            watch.start(command, ranks, env)
+            watch.start(ranks)
             while watch.alive:
                 watch.step()
                 time.sleep(POLL_S)
@@ -64,7 +68,15 @@ def spawn(
 
 
 class _Ranks:
-    def __init__(self, received: list[int], grace_s: float, works: Callable[[], bool]) -> None:
+    def __init__(
+        self, command: Sequence[str], env: Mapping[str, str], received: list[int], grace_s: float,
+        works: Callable[[], bool], min_ranks: int | None,
+    ) -> None:  # fmt: skip
+        self._command = list(command)
+        self._env = dict(env)
+        self._min_ranks = min_ranks
+        self._tries: dict[int, int] = {}  # of ranks that were started again
+        self._began: dict[int, float] = {}  # in time.monotonic(), of each rank's process
         self.alive: dict[int, subprocess.Popen[bytes]] = {}
         self._received = received
         self._handled = 0
@@ -74,31 +86,34 @@ class _Ranks:
         self._kill_at: float | None = None
         self._first_failure: tuple[int, int] | None = None  # rank, return code
 
-    def start(self, command: Sequence[str], ranks: int, env: Mapping[str, str]) -> None:
+    def start(self, ranks: int) -> None:
         port = _free_port()
-        prepare = die_with_parent(os.getpid())
+        place = {
+            "WORLD_SIZE": ranks,
+            "LOCAL_WORLD_SIZE": ranks,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "DS_CP_LAUNCHER": LAUNCHER,
+        }
+        self._env.update({name: str(value) for name, value in place.items()})
         for rank in range(ranks):
-            place = {
-                "RANK": rank,
-                "LOCAL_RANK": rank,
-                "WORLD_SIZE": ranks,
-                "LOCAL_WORLD_SIZE": ranks,
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
-                "DS_CP_LAUNCHER": LAUNCHER,
-            }
-            try:
-                self.alive[rank] = subprocess.Popen(
-                    list(command),
-                    env={**env, **{name: str(value) for name, value in place.items()}},
-                    stdin=subprocess.DEVNULL,
-                    start_new_session=True,
-                    preexec_fn=prepare,
-                )
-            except OSError as err:
-                raise LaunchError(
-                    f"cannot start rank {rank} of {ranks}: {err.strerror or err}"
-                ) from None
+            self._start(rank)
+
+    def _start(self, rank: int) -> None:
+        try:
+            self.alive[rank] = subprocess.Popen(
+                self._command,
+                env={**self._env, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+                preexec_fn=die_with_parent(os.getpid()),
+            )
+        except OSError as err:
+            ranks = self._env["WORLD_SIZE"]
+            raise LaunchError(
+                f"cannot start rank {rank} of {ranks}: {err.strerror or err}"
+            ) from None
+        self._began[rank] = time.monotonic()
 
     def step(self) -> None:
         """Pass on new signals, reap ranks that have ended, kill the rest past the deadline."""
@@ -149,12 +164,35 @@ class _Ranks:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
         code = process.wait()
+        if code != 0 and self._goes_on(rank, code):
+            return
         if code != 0 and self._first_failure is None:
             self._first_failure = (rank, code)
             if self._kill_at is None:
                 self._end(signal.SIGTERM, FAILURE_GRACE_S)
             if code < 0 and not self._received:  # at once: the other ranks' words come later
                 say(f"error: rank {rank} was ended by {_signal_name(-code)}; the job was ended")
+
+    def _goes_on(self, rank: int, code: int) -> bool:
+        """Whether the others go on without a rank that has failed. It is started again, unless
+        that was in vain. One that leaves by itself, and was not started again, says why the job
+        ends."""
+        if self._min_ranks is None or rank == 0 or 0 not in self.alive:
+            return False
+        if self._kill_at is not None or len(self.alive) < self._min_ranks:
+            return False
+        if code > 0 and rank not in self._tries:
+            return False
+        if time.monotonic() - self._began[rank] >= LIVED_S:
+            self._tries[rank] = 0
+        tries = self._tries[rank] = self._tries.get(rank, 0) + 1
+        how = f"was ended by {_signal_name(-code)}" if code < 0 else f"left with exit code {code}"
+        if tries > RETRIES:
+            say(f"warning: rank {rank} {how} {RETRIES} times in a row; it is not started again")
+            return True
+        say(f"warning: rank {rank} {how}; it is started again")
+        self._start(rank)
+        return True
 
 
 @contextlib.contextmanager

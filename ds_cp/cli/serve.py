@@ -5,7 +5,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 
-from ds_cp.cli.job import check_address, find_job, job_config, start_ranks, starts_ranks
+from ds_cp.cli.job import (
+    check_address,
+    find_job,
+    job_config,
+    look_at_key,
+    start_ranks,
+    starts_ranks,
+)
 from ds_cp.cli.output import own_stdout
 from ds_cp.log_stream import take_over, write_json_lines
 from ds_cp.topology.job import peek_rank
@@ -29,6 +36,8 @@ def serve(args: argparse.Namespace, env: Mapping[str, str]) -> int:
         take_over("stdout", "stderr")  # neither may hold up a server
     if config.server.log_format == "json":
         write_json_lines()
+    if job.rank == 0:
+        look_at_key(args.config, config)
     if not args.json:
         return serve_job(config, job)
     from ds_cp.serve.announce import ready_as_json

@@ -41,6 +41,11 @@ def add_plan(verbs: Verbs) -> None:
     parser.add_argument(
         "--tp", type=int, default=1, metavar="N", help="ranks that share each layer; default 1"
     )
+    parser.add_argument(
+        "--host-memory", default="0", metavar="SIZE",
+        help="of each rank's host, for KV that its device has no room to keep, such as 64GiB; "
+        "default 0",
+    )  # fmt: skip
     add_json(parser, "the report")
     parser.add_argument("--png", metavar="FILE", help="draw it too; needs matplotlib")
     parser.set_defaults(verb=_plan)
@@ -49,7 +54,7 @@ def add_plan(verbs: Verbs) -> None:
 def _plan(args: argparse.Namespace, env: Mapping[str, str]) -> int:
     """Print the report. Raises ``ModelError``, ``ConfigError`` and ``OutputError`` of a line."""
     from ds_cp.sizing.device import read_device
-    from ds_cp.sizing.job import Job, parse_context
+    from ds_cp.sizing.job import Job, parse_context, parse_memory
     from ds_cp.sizing.model import read_model
     from ds_cp.sizing.picture import check_picture, draw
     from ds_cp.sizing.report import sizing, text_report
@@ -58,7 +63,8 @@ def _plan(args: argparse.Namespace, env: Mapping[str, str]) -> int:
     model = read_model(args.model)
     dtype = model.dtype if args.dtype == "auto" else args.dtype
     context = parse_context(args.context)
-    job = Job(args.hosts, args.ranks_per_host, context, dtype, args.tp)
+    host = parse_memory(args.host_memory)
+    job = Job(args.hosts, args.ranks_per_host, context, dtype, args.tp, host)
     if args.png is not None:
         check_picture(args.png)
     found = sizing(model, device, job)

@@ -109,6 +109,8 @@ def _ranks(picture: Picture, columns: int) -> list[RenderableType]:
             line = Text(f"  rank {rank.rank:<3} ")
             line.append_text(bar(rank, len(picture.requests), columns))
             line.append(f" {rank.used:,} of {rank.total:,} used, {rank.cached:,} cached")
+            if rank.host_total:
+                line.append(f", {rank.host_used:,} of {rank.host_total:,} on the host")
             if rank.state != "open":
                 line.append(f", {shorten(rank.state, 20)}", style="bold yellow")
             parts.append(line)

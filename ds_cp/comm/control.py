@@ -42,7 +42,7 @@ class Control:
 
     def _give(self, payload: bytes) -> None:
         size = _checked(len(payload))
-        if self._group.size == 1:
+        if len(self._group.present) == 1:
             return
         head = size.to_bytes(8, "little") + payload[: self.FRAME - 8]
         self._frame[: len(head)] = torch.frombuffer(bytearray(head), dtype=torch.uint8)

@@ -103,8 +103,8 @@ def _stay_until_read(world: World, first: _Cause) -> None:
 
 
 def _wait_for_readers(world: World) -> None:
-    if world.size > 1 and world.store is not None:
-        keys = [f"{READ}/{rank}" for rank in range(1, world.size)]
+    if len(world.members) > 1 and world.store is not None:
+        keys = [f"{READ}/{rank}" for rank in world.members if rank]
         world.store.wait(keys, timedelta(seconds=READ_S))
 
 

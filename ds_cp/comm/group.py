@@ -46,10 +46,12 @@ class Group:
     """Some ranks of the job that exchange messages.
 
     ``ranks``: world ranks in group order; ``rank``: this rank's index in it; ``hosts``: host index
-    of every member; ``ring``: the order (of group indices) in which a ring visits the members so
-    that it enters each host once; ``transport``: carries what is on the CPU; ``on_device``: what is
-    on a CUDA device. Both may be exchanged for others, which see every message. A group of one does
-    no call and returns the same types. Raises ``ValueError`` when this rank is not a member.
+    of every member, -1 for one that is away; ``ring``: the order (of group indices) in which a ring
+    visits the members so that it enters each host once; ``transport``: carries what is on the CPU;
+    ``on_device``: what is on a CUDA device. Both may be exchanged for others, which see every
+    message. A group of one does no call and returns the same types. A member that is away keeps its
+    index, and nobody messages it; the first one is here. Raises ``ValueError`` when this rank is
+    not a member.
     """
 
     def __init__(
@@ -63,9 +65,12 @@ class Group:
         self.rank = self.ranks.index(world.rank)
         self.size = len(self.ranks)
         sub = world.topology.subset(self.ranks)
-        self.hosts = tuple(sub.host_index(r) for r in range(self.size))
-        self._is_away = [host != self.hosts[self.rank] for host in self.hosts]
-        self.ring = sub.ring_order()
+        here = set(world.members)
+        self.present = tuple(i for i, r in enumerate(self.ranks) if r in here)
+        self.hosts = tuple(sub.host_index(i) if i in self.present else -1 for i in range(self.size))
+        self._peers = frozenset(self.present)
+        self._is_far = [host != self.hosts[self.rank] for host in self.hosts]
+        self.ring = tuple(i for i in sub.ring_order() if i in self.present)
         self.device = world.device
         self.ledger = world.ledger
         self.waits = world.waits
@@ -120,7 +125,7 @@ class Group:
         for peer, tensor in going:
             size = tensor.nbytes
             nbytes += size
-            if self._is_away[peer]:
+            if self._is_far[peer]:
                 inter += size
         return nbytes, inter
 
@@ -131,7 +136,7 @@ class Group:
             peer, tensor = message
             if not tensor.numel():
                 continue
-            if peer == self.rank or not 0 <= peer < self.size:
+            if peer == self.rank or peer not in self._peers:
                 raise ValueError(f"group {self.name}: rank {self.rank} cannot message rank {peer}")
             if not tensor.is_contiguous():
                 raise ValueError(f"group {self.name}: tensors on the wire must be contiguous")
@@ -150,12 +155,12 @@ class Group:
         temporary, and lost), ``CommError`` when a peer is gone.
         """
         self.local_work.refuse(scheme, self.name)
-        if self.size == 1:
+        if (number := len(self.present)) == 1:
             return
         if not tensor.is_contiguous():
             raise ValueError(f"group {self.name}: all_reduce of a non-contiguous tensor")
-        nbytes = 2 * (self.size - 1) * tensor.numel() * tensor.element_size() // self.size
-        spans_hosts = len(set(self.hosts)) > 1
+        nbytes = 2 * (number - 1) * tensor.numel() * tensor.element_size() // number
+        spans_hosts = len({self.hosts[i] for i in self.present}) > 1
         self.ledger.add(scheme, nbytes, nbytes if spans_hosts else 0)
         self._carrier(tensor).all_reduce(tensor, f"{scheme} in group {self.name}")
 
@@ -163,14 +168,14 @@ class Group:
         """Give member 0's ``tensor`` (same shape everywhere) to all, in place. ``ValueError`` and
         ``CommError`` as in ``all_reduce``."""
         self.local_work.refuse(scheme, self.name)
-        if self.size == 1:
+        if len(self.present) == 1:
             return
         if not tensor.is_contiguous():
             raise ValueError(f"group {self.name}: broadcast of a non-contiguous tensor")
         if self.rank == 0:
             nbytes = tensor.numel() * tensor.element_size()
-            away = sum(host != self.hosts[0] for host in self.hosts)
-            self.ledger.add(scheme, nbytes * (self.size - 1), nbytes * away)
+            far = sum(self._is_far[i] for i in self.present)
+            self.ledger.add(scheme, nbytes * (len(self.present) - 1), nbytes * far)
         self._carrier(tensor).broadcast(tensor, f"{scheme} broadcast in group {self.name}")
 
     def barrier(self) -> None:

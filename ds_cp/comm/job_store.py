@@ -41,6 +41,11 @@ class JobStore(TorchStore):
         self._lock = threading.Lock()
 
     @property
+    def port(self) -> int:
+        """At which it is reached."""
+        return self._port.port
+
+    @property
     def misfit(self) -> str:
         """Why a process of this job could not join, where this process lets them in; or ""."""
         return "" if self._door is None else self._door.misfit

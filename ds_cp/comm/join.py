@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -74,6 +74,8 @@ def join(
     born: int = 0,
     left: World | None = None,
     given_up: Callable[[], bool] = lambda: False,
+    members: Sequence[int] | None = None,
+    began: Sequence[str] | None = None,
 ) -> World:
     """Join the job and learn its hosts.
 
@@ -86,13 +88,17 @@ def join(
     jobs of one rank need no connections, so it may have any number of these. ``arrive_s``: seconds
     to wait for the others here, ``timeout_s`` where not given. In a later generation ``born`` is
     the first one of this process, and ``left`` the world that it was in, if it was in one;
-    ``given_up`` says whether this meeting is not to be any more.
+    ``given_up`` says whether this meeting is not to be any more. ``members``: the ranks that meet,
+    ascending, rank 0 among them, all where not given; ``began``: the host of every rank at the
+    start.
 
     Raises ``CommError`` when not all ranks arrive in time, ``LaunchError`` when the store cannot
     listen or this process is in a job already, ``ConfigError`` when ranks were started differently
     or share a GPU under NCCL.
     """
-    if world_size > 1 and process_group.in_a_job():
+    members = tuple(range(world_size) if members is None else members)
+    several = len(members) > 1
+    if several and process_group.in_a_job():
         raise LaunchError(
             f"rank {rank} of {world_size}: this process has joined a job already, by another "
             "engine or by torch.distributed itself: shut that engine down first "
@@ -123,42 +129,47 @@ def join(
                 raise ConfigError(raw.misfit)
             return given_up()
 
-        hellos = _introduce(rank, world_size, hello, store, arrive_s, off)
-        names = list(hosts or _names(hellos))
+        hellos = _introduce(rank, members, hello, store, arrive_s, off)
+        names = list(hosts or _names(hellos, began))
         try:
             _check_configs(hellos)
-            chosen, notes = agree_on_backend(backend, names, [hello.gpu for hello in hellos])
+            chosen, notes = agree_on_backend(
+                backend, [names[r] for r in members], [hellos[r].gpu for r in members]
+            )
         except ConfigError:
-            _stay_until_read(rank, world_size, store)
+            _stay_until_read(rank, members, store)
             raise
-        if world_size > 1:
-            process_group.start(rank, world_size, store, device, chosen == "nccl", timeout_s)
+        if several:
+            process_group.start(
+                members.index(rank), len(members), store, device, chosen == "nccl", timeout_s
+            )
         topology = Topology.from_hosts(names)
-        near = topology.ranks_on(topology.host_index(rank))
-        processes = [Process(hello.pid, hello.namespace, hello.key) for hello in hellos]
+        near = [r for r in topology.ranks_on(topology.host_index(rank)) if r in hellos]
+        processes = {r: Process(h.pid, h.namespace, h.key) for r, h in hellos.items()}
         here = [hellos[r] for r in near]
         cores, threads = cores_of(here), threads or share_of(hellos[rank], here)
         neighbours = (
             Neighbours(rank, near, processes, store, timeout_s, cores, threads)
-            if shared_memory and world_size > 1
+            if shared_memory and several
             else None
         )
         mine = (hellos[rank].key, hellos[rank].gpu)
         world = World(
-            rank, topology, device, timeout_s, joined=world_size > 1, store=store, backend=chosen,
+            rank, topology, device, timeout_s, joined=several, store=store, backend=chosen,
             neighbours=neighbours,
-            sharing=sum((hello.key, hello.gpu) == mine for hello in hellos) if mine[1] else 1,
-            cores=cores, threads=threads, left=left,
+            sharing=sum((h.key, h.gpu) == mine for h in hellos.values()) if mine[1] else 1,
+            cores=cores, threads=threads, left=left, members=members,
         )  # fmt: skip
         world.raw_store, world.is_store = raw, keeps or listen_fd is not None
-        world.generation, world.born = rendezvous.generation, tuple(one.born for one in hellos)
+        world.generation = rendezvous.generation
+        world.born = tuple(hellos[r].born if r in hellos else -1 for r in range(world_size))
         if isinstance(raw, JobStore):
             raw.given_up = lambda: False
             if rank == 0:  # no rank reads those any more
                 raw.forget(process_group.prefix_of(f"gen{rendezvous.generation - 2}") + "/")
         world.notes = [*notes, *_notes_of_all(world)]
     except BaseException as err:
-        if world_size > 1:
+        if several:
             process_group.leave()  # what was begun: this process may be asked again
         if not isinstance(err, RuntimeError | DistError):
             raise
@@ -218,19 +229,21 @@ def _hello(host: str, digest: str, device: torch.device, born: int) -> Hello:
 
 
 def _introduce(
-    rank: int, size: int, mine: Hello, store: Any, arrive_s: float, given_up: Callable[[], bool]
-) -> list[Hello]:
-    """Publish what this rank says of itself; returns what every rank says, rank 0 first."""
+    rank: int, members: Sequence[int], mine: Hello, store: Any, arrive_s: float,
+    given_up: Callable[[], bool],
+) -> dict[int, Hello]:  # fmt: skip
+    """Publish what this rank says of itself; returns what each of ``members`` says, in order."""
     store.set(f"hello/{rank}", msgspec.json.encode(mine).decode())
-    keys = [f"hello/{r}" for r in range(size)]
+    keys = [f"hello/{r}" for r in members]
     limit, pause_s = time.monotonic() + arrive_s, LEAST_PAUSE_S
     while not store.check(keys):  # a wait with a time limit writes warnings
         if time.monotonic() >= limit or given_up():
-            missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
+            missing = [r for r, key in zip(members, keys, strict=True) if not store.check([key])]
             raise RuntimeError(f"ranks {missing[:8]} did not come")
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, MOST_PAUSE_S)
-    return [msgspec.json.decode(store.get(key), type=Hello) for key in keys]
+    said = [msgspec.json.decode(store.get(key), type=Hello) for key in keys]
+    return dict(zip(members, said, strict=True))
 
 
 def cores_of(hellos: Sequence[Hello]) -> int:
@@ -245,13 +258,22 @@ def share_of(mine: Hello, hellos: Sequence[Hello]) -> int:
     return max(1, len(cores) // max(1, sum(not cores.isdisjoint(h.cores) for h in hellos)))
 
 
-def _names(hellos: Sequence[Hello]) -> list[str]:
-    hosts = [(hello.host, hello.key) for hello in hellos]
-    return list(name_hosts([hosts.index(own) for own in hosts], [hello.host for hello in hellos]))
+def _names(hellos: Mapping[int, Hello], began: Sequence[str] | None) -> list[str]:
+    """A name for the host of each rank: those at the start, if those who are here are spread over
+    hosts as they were then; who is away is where it was."""
+    hosts = [(hello.host, hello.key) for hello in hellos.values()]
+    named = name_hosts([hosts.index(own) for own in hosts], [name for name, _ in hosts])
+    if began is None:
+        return list(named)
+    then = [began[rank] for rank in hellos]
+    if len(set(zip(hosts, then, strict=True))) == len(set(hosts)) == len(set(then)):
+        return list(began)
+    now = dict(zip(hellos, named, strict=True))
+    return [now.get(rank, name) for rank, name in enumerate(began)]
 
 
-def _check_configs(hellos: Sequence[Hello]) -> None:
-    odd = [r for r, hello in enumerate(hellos) if hello.mark != hellos[0].mark]
+def _check_configs(hellos: Mapping[int, Hello]) -> None:
+    odd = [r for r, hello in hellos.items() if hello.mark != hellos[0].mark]
     if odd:
         raise ConfigError(
             f"ranks {odd[:8]} were started with another config than rank 0: "
@@ -259,18 +281,19 @@ def _check_configs(hellos: Sequence[Hello]) -> None:
         )
 
 
-def _stay_until_read(rank: int, size: int, store: Any) -> None:
+def _stay_until_read(rank: int, members: Sequence[int], store: Any) -> None:
     """Rank 0 is the store: it must stay until the other ranks have read what all said."""
     store.set(f"read/{rank}", "")
     if rank == 0:
-        store.wait([f"read/{r}" for r in range(size)])
+        store.wait([f"read/{r}" for r in members])
 
 
 def _notes_of_all(world: World) -> list[str]:
     """What each host says of its shared memory, on every rank, in the order of the hosts."""
-    if world.size == 1:
+    if len(world.members) == 1:
         return []
-    leaders = world.topology.leaders
+    leaders = list({world.topology.host_index(r): r for r in reversed(world.members)}.values())
+    leaders.sort()
     if world.rank in leaders:
         world.store.set(f"notes/{world.rank}", "\n".join(world.notes))
     said = [world.store.get(f"notes/{leader}").decode() for leader in leaders]

@@ -1,4 +1,5 @@
-"""Sockets at which gloo listens for its peers, and goes on to once they have all come."""
+"""Sockets of gloo: those at which it listens for its peers, and goes on to once they have all come,
+and its connections, of which its own abort wakes nobody who waits."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ def close_listeners(keep: int | None = None) -> int:
     connect when they first exchange something.
     """
     closed = 0
-    for fd in _listening():
+    for fd in _inet(listens=True):
         with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as found:
             if found.getsockname()[1] != keep:
                 with socket.socket() as nowhere:
@@ -29,7 +30,21 @@ def close_listeners(keep: int | None = None) -> int:
     return closed
 
 
-def _listening() -> Iterator[int]:
+def cut_connections(keep: int | None) -> int:
+    """End every TCP connection of this process, but those to and from the port ``keep``, the
+    store's; returns how many they were. Whoever waits in gloo for a peer that does not answer, as
+    when the network to it is lost, wakes as if it had left. Linux; elsewhere nothing happens."""
+    cut = 0
+    for fd in _inet(listens=False):
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as found:
+            if keep not in (found.getsockname()[1], found.getpeername()[1]):
+                found.shutdown(socket.SHUT_RDWR)
+                cut += 1
+    return cut
+
+
+def _inet(listens: bool) -> Iterator[int]:
+    """TCP sockets of this process: those that listen, or the others."""
     try:
         numbers = [int(name) for name in os.listdir("/proc/self/fd")]
     except OSError:
@@ -39,7 +54,9 @@ def _listening() -> Iterator[int]:
             continue
         with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as found:
             inet = found.family in (socket.AF_INET, socket.AF_INET6)
-            if inet and found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            if not inet or found.type != socket.SOCK_STREAM:
+                continue
+            if bool(found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)) == listens:
                 yield fd
 
 

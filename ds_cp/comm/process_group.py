@@ -32,7 +32,8 @@ TorchStore = Store  # what torch takes for one
 class ProcessGroup:
     """Carries messages by a process group of torch, through deepspeed.comm. See ``Transport``.
 
-    ``ranks``: world ranks of the members; ``handle``: the process group.
+    ``ranks``: of each member the rank in torch's world, -1 for one that is away; ``handle``: the
+    process group.
     """
 
     def __init__(self, ranks: Sequence[int], handle: object, timeout_s: float) -> None:
@@ -118,14 +119,15 @@ class ProcessGroup:
 
 
 def everybody(ranks: Sequence[int], timeout_s: float) -> ProcessGroup:
-    """The group of all ranks that joined."""
+    """The group of all ranks that joined; ``ranks`` as in ``ProcessGroup``."""
     return ProcessGroup(ranks, torch_dist.group.WORLD, timeout_s)
 
 
 def new_group(ranks: Sequence[int], timeout_s: float) -> ProcessGroup:
-    """A new group; every rank of the job calls it, members or not. deepspeed.comm.new_group takes
+    """A new group; every rank that joined calls it, members or not. deepspeed.comm.new_group takes
     no timeout, and torch's default is 30 minutes whatever the world's own limit is."""
-    handle = torch_dist.new_group(list(ranks), timeout=timedelta(seconds=timeout_s))
+    here = [rank for rank in ranks if rank >= 0]
+    handle = torch_dist.new_group(here, timeout=timedelta(seconds=timeout_s))
     return ProcessGroup(ranks, handle, timeout_s)
 
 
@@ -182,6 +184,15 @@ def abort_nccl() -> None:
             handle.abort()
 
 
+def import_libraries() -> None:
+    """Import DeepSpeed as ``start`` wants it, ahead of that."""
+    logging.getLogger("DeepSpeed").addFilter(_worth_showing)  # the same one once
+    import deepspeed.comm  # noqa: F401
+    from deepspeed.ops import __compatible_ops__
+
+    __compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def start(
     rank: int, size: int, store: Store, device: torch.device, nccl: bool, timeout_s: float
 ) -> None:
@@ -190,11 +201,9 @@ def start(
     The shared-memory op is marked as not available first: its compilation takes 60 to 100 s, needs
     a compiler, and once loaded it ignores the group argument of an all-reduce.
     """
-    logging.getLogger("DeepSpeed").addFilter(_worth_showing)
+    import_libraries()
     import deepspeed.comm as ds_comm
-    from deepspeed.ops import __compatible_ops__
 
-    __compatible_ops__["deepspeed_shm_comm"] = False
     limit = timedelta(seconds=timeout_s)
     torch_dist.init_process_group(
         "cpu:gloo,cuda:nccl" if nccl else "gloo", store=store, rank=rank, world_size=size,

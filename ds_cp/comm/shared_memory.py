@@ -14,7 +14,7 @@ import fcntl
 import os
 import stat
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -82,6 +82,11 @@ class SharedMemory:
         """What starts such an exchange each time it is called."""
         if not self._all:
             sends, recvs = self._seated(sends), self._seated(recvs)
+        return self._between_seats(sends, recvs, what)
+
+    def _between_seats(
+        self, sends: Sequence[Message], recvs: Sequence[Message], what: str
+    ) -> Callable[[], Pending]:
         messages = Messages.of(sends, recvs)
         most = max((tensor.nbytes for _, tensor in sends), default=0)
         long = most > self._channel.ring_bytes  # else ``start`` hands over all that it is given
@@ -125,7 +130,11 @@ class SharedMemory:
 
     def all_reduce(self, tensor: torch.Tensor, what: str) -> None:
         """Sum in the members' order."""
-        sum_in_order(self.exchange, self._me, len(self._seats), tensor, what)
+
+        def exchange(s: Sequence[Message], r: Sequence[Message], what: str) -> Pending:
+            return self._between_seats(s, r, what)()
+
+        sum_in_order(exchange, self._seats[self._me], len(self._seats), tensor, what)
 
     def broadcast(self, tensor: torch.Tensor, what: str) -> None:
         """From member 0 to each of the others."""
@@ -171,18 +180,18 @@ def longest_look(ranks: int, threads: int, cores: int) -> float:
 class Neighbours:
     """Makes channels with the ranks of this host.
 
-    ``ranks``: world ranks of this host; ``processes``: of all ranks; ``store``: what the ranks
+    ``ranks``: world ranks of this host; ``processes``: of these, by rank; ``store``: what the ranks
     share (``set``, ``get``); ``cores``: that these ranks may use; ``threads``: of each rank.
     """
 
     def __init__(
-        self, rank: int, ranks: Sequence[int], processes: Sequence[Process], store: Any,
+        self, rank: int, ranks: Sequence[int], processes: Mapping[int, Process], store: Any,
         timeout_s: float, cores: int, threads: int,
         find: Callable[[], Library | str] = load,
     ) -> None:  # fmt: skip
         self._rank = rank
         self._ranks = tuple(ranks)
-        self._processes = tuple(processes)
+        self._processes = processes
         self._store = store
         self._timeout_s = timeout_s
         self._look_s = longest_look(len(ranks), threads, cores)

@@ -55,8 +55,9 @@ class Near(Transport, Protocol):
 class Routed:
     """Members of several hosts: ``near`` carries what stays on this one, ``far`` the rest.
 
-    ``hosts``: host index of every member; ``rank``: this one's index; ``near`` is None where this
-    host has no such carrier. A broadcast goes to one member of each host, which passes it on.
+    ``hosts``: host index of every member, -1 for one that is away; ``rank``: this one's index;
+    ``near`` is None where this host has no such carrier. A broadcast goes to one member of each
+    host, which passes it on.
     """
 
     def __init__(self, rank: int, hosts: Sequence[int], near: Near | None, far: Transport) -> None:
@@ -94,7 +95,8 @@ class Routed:
 
     def broadcast(self, tensor: torch.Tensor, what: str) -> None:
         """To the first member of each host, and from there inside it."""
-        first = {host: self._hosts.index(host) for host in dict.fromkeys(self._hosts)}
+        hosts = [host for host in dict.fromkeys(self._hosts) if host >= 0]
+        first = {host: self._hosts.index(host) for host in hosts}
         mine = first[self._hosts[self._rank]]
         if self._rank != mine:
             self.exchange([], [(mine, tensor)], what).wait()

@@ -14,7 +14,7 @@ from ds_cp.comm import process_group
 from ds_cp.comm.device import mark_here, wait_until
 from ds_cp.comm.group import Group
 from ds_cp.comm.ledger import Ledger, Waits
-from ds_cp.comm.listeners import close_listeners
+from ds_cp.comm.listeners import close_listeners, cut_connections
 from ds_cp.comm.local_work import LocalWork
 from ds_cp.comm.process_group import DistError, ProcessGroup
 from ds_cp.comm.shared_memory import Neighbours, SharedMemory
@@ -37,18 +37,21 @@ class World:
     ``left``: the world that this process was in before: what it has sent counts on;
     ``notes``: lines for the start-up summary.
 
-    ``generation``: which meeting of the ranks this is; ``born``: of each rank, the first generation
-    that its process was in.
+    ``generation``: which meeting of the ranks this is; ``members``: those that met, ascending, rank
+    0 among them: the others are away, and keep their numbers; ``born``: of each rank, the first
+    generation that its process was in, -1 for those that are away.
     """
 
     def __init__(
         self, rank: int, topology: Topology, device: torch.device, timeout_s: float, joined: bool,
         store: Any = None, backend: Backend = "gloo", neighbours: Neighbours | None = None,
         sharing: int = 1, cores: int | None = None, threads: int | None = None,
-        left: World | None = None,
+        left: World | None = None, members: Sequence[int] | None = None,
     ) -> None:  # fmt: skip
         self.rank = rank
         self.size = topology.size
+        self.members = tuple(range(self.size) if members is None else members)
+        self._places = {member: place for place, member in enumerate(self.members)}
         self.topology = topology
         self.device = device
         self.timeout_s = timeout_s
@@ -69,6 +72,7 @@ class World:
         self.agreed: BaseException | None = None  # an error that all ranks raise, and go on
         self.notes: list[str] = []
         self._joined = joined
+        self._is_all = False  # that this process does over a network
         self._neighbours = neighbours
         self._near: list[SharedMemory] = []
         self._far: list[ProcessGroup] = []
@@ -76,26 +80,33 @@ class World:
         self._before_leaving: list[WeakMethod[Callable[[], None]]] = []
         self._groups: list[Group] = []
         ranks = range(self.size)
-        far = process_group.everybody(ranks, timeout_s) if self.size > 1 else None
+        alone = len(self.members) == 1
+        far = None if alone else process_group.everybody(self._placed(ranks), timeout_s)
         self.everybody = self._with_carriers("world", ranks, far)
 
     def group(self, name: str, members: Sequence[Sequence[int]]) -> Group:
         """Make one group of each list of world ranks and return this rank's.
 
-        Collective: every rank calls it, in the same order, with the same lists. Raises
-        ``ValueError`` unless these are a partition of the ranks, ``CommError`` when a rank does not
-        come.
+        Collective: every rank that is here calls it, in the same order, with the same lists, which
+        name those that are away too. Raises ``ValueError`` unless these are a partition of the
+        ranks, ``CommError`` when a rank does not come.
         """
         flat = sorted(r for ranks in members for r in ranks)
         if flat != list(range(self.size)):
             raise ValueError(f"group {name}: {members} is not a partition of {self.size} ranks")
         mine: Group | None = None
         for ranks in members:
-            far = process_group.new_group(ranks, self.timeout_s) if len(ranks) > 1 else None
+            places = self._placed(ranks)
+            several = sum(place >= 0 for place in places) > 1
+            far = process_group.new_group(places, self.timeout_s) if several else None
             if self.rank in ranks:
                 mine = self._with_carriers(name, ranks, far)
         assert mine is not None
         return mine
+
+    def _placed(self, ranks: Sequence[int]) -> list[int]:
+        """Their places among those that met; -1 for who is away."""
+        return [self._places.get(rank, -1) for rank in ranks]
 
     def _with_carriers(self, name: str, ranks: Sequence[int], far: ProcessGroup | None) -> Group:
         self._made += 1
@@ -103,10 +114,10 @@ class World:
             self._far.append(far)
         here: Transport | None = far
         if far is not None and self._neighbours is not None:
-            hosts = [self.topology.host_index(r) for r in ranks]
+            hosts = [self.topology.host_index(r) if r in self._places else -1 for r in ranks]
             me = list(ranks).index(self.rank)
             near = self._share(ranks, [i for i, host in enumerate(hosts) if host == hosts[me]])
-            if len(set(hosts)) > 1:
+            if len({host for host in hosts if host >= 0}) > 1:
                 here = Routed(me, hosts, near, far)
             elif near is not None:
                 here = near
@@ -145,7 +156,7 @@ class World:
         among it. ``CommError`` when a peer is gone, or after the job's time limit."""
         if self.device.type != "cuda":
             return
-        if self.size == 1:
+        if len(self.members) == 1:
             torch.cuda.synchronize(self.device)
             return
         wait_until(mark_here(self.device), self.timeout_s, self._lost)
@@ -170,10 +181,13 @@ class World:
             near.close()
         if self._joined and self.backend == "nccl":
             process_group.abort_nccl()
+        if self._joined and self._is_all and self.raw_store is not None:
+            cut_connections(self.raw_store.port)
 
     def close_listeners(self, keep: int | None) -> None:
         """All groups are made: nobody connects to this process any more, but to the port ``keep``.
-        For a process in which nothing else listens."""
+        For a process in which nothing else listens, or connects."""
+        self._is_all = True
         if self._joined:
             close_listeners(keep)
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from ds_cp.config.addresses import canonical_host, canonical_origin, split_authority
+from ds_cp.config.kv_cache import KvCache
 from ds_cp.config.load import config_schema, explain, load_config, looks_like_path
 from ds_cp.config.models import (
     Attention,
     Comm,
     Config,
     ContextParallel,
-    KvCache,
     Scheduler,
     TensorParallel,
     Trace,

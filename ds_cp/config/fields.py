@@ -37,16 +37,24 @@ def _sizes(least: int) -> list[dict[str, Any]]:
     ]
 
 
-_SIZE_LIST_SCHEMA = {
-    "type": "array", "items": {"anyOf": _sizes(1)}, "minItems": 1, "maxItems": MAX_RANKS,
-}  # fmt: skip
+def _size_list(least: int) -> dict[str, Any]:
+    items = {"anyOf": _sizes(least)}
+    return {"type": "array", "items": items, "minItems": 1, "maxItems": MAX_RANKS}
+
+
 _OneBudget = Annotated[int, Field(ge=1, le=MAX_MEMORY)]
 MemoryBudget = Annotated[
     Auto
     | _OneBudget
     | Annotated[tuple[_OneBudget, ...], Field(min_length=1, max_length=MAX_RANKS)],
     BeforeValidator(_bytes),
-    WithJsonSchema({"anyOf": [_AUTO_SCHEMA, *_sizes(1), _SIZE_LIST_SCHEMA]}),
+    WithJsonSchema({"anyOf": [_AUTO_SCHEMA, *_sizes(1), _size_list(1)]}),
+]
+_Spare = Annotated[int, Field(ge=0, le=MAX_MEMORY)]
+SpareBudget = Annotated[
+    _Spare | Annotated[tuple[_Spare, ...], Field(min_length=1, max_length=MAX_RANKS)],
+    BeforeValidator(_bytes),
+    WithJsonSchema({"anyOf": [*_sizes(0), _size_list(0)]}),
 ]
 MIN_BUFFERED = 16 << 20  # bytes: some requests must fit
 MemorySize = Annotated[

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from ds_cp.config.fault_tolerance import FaultTolerance
 from ds_cp.config.fields import (
     MAX_RANKS,
     MAX_TOKENS,
     Auto,
-    MemoryBudget,
     Section,
-    TokenBudget,
     Tokens,
     unit_of,
 )
+from ds_cp.config.kv_cache import KvCache
 from ds_cp.config.server import Server
 
 
@@ -56,55 +56,6 @@ class TensorParallel(Section):
     )
 
 
-class KvCache(Section):
-    """Room for keys and values. Give bytes or tokens, not both."""
-
-    block_size: Annotated[int, Field(ge=1, le=4096)] = Field(
-        default=64,
-        description="tokens of one request in one block",
-        json_schema_extra=unit_of("tokens"),
-    )
-    memory_per_rank: MemoryBudget = Field(
-        default="auto",
-        description='KV memory of a rank: "512MiB", "1.5GB" or bytes, or a list with one for each '
-        "context-parallel rank; auto: from tokens_per_rank, else 85 % of the free memory of a CUDA "
-        "device, or on CPU 40 % of the host's free memory shared by its ranks, but no more than "
-        "max_num_seqs requests of max_model_len tokens can use",
-        json_schema_extra=unit_of("bytes"),
-    )
-    tokens_per_rank: TokenBudget = Field(
-        default="auto",
-        description="tokens whose KV a rank holds, or a list with one number for each "
-        "context-parallel rank; auto: from memory_per_rank",
-        json_schema_extra=unit_of("tokens"),
-    )
-    placement: Literal["fill_then_spill", "round_robin", "balanced"] = Field(
-        default="fill_then_spill", description="which rank a request's next block is placed on"
-    )
-    prefix_caching: bool = Field(
-        default=True,
-        description="keep the KV of finished requests, while there is room, for prompts that begin "
-        "the same way",
-    )
-
-    @model_validator(mode="after")
-    def _one_budget(self) -> KvCache:
-        if self.memory_per_rank != "auto" and self.tokens_per_rank != "auto":
-            raise ValueError(
-                "kv_cache.memory_per_rank and kv_cache.tokens_per_rank are both set; "
-                "keep one and leave the other out"
-            )
-        budget = self.tokens_per_rank
-        least: Any = min(budget) if isinstance(budget, tuple) else budget
-        if isinstance(least, int) and least < self.block_size:
-            raise ValueError(
-                f"kv_cache.tokens_per_rank is {least}, "
-                f"less than one block of {self.block_size} tokens; "
-                "raise it or lower kv_cache.block_size"
-            )
-        return self
-
-
 class Scheduler(Section):
     """How many requests run and wait."""
 
@@ -125,8 +76,16 @@ class Scheduler(Section):
     )
     max_queue: Annotated[int, Field(ge=1, le=1 << 20)] = Field(
         default=256,
-        description="requests that may wait; more are refused with HTTP 429",
+        description="requests that may wait; more are refused with HTTP 429, but for clients that "
+        "have less than an equal part of it, up to twice as many",
         json_schema_extra=unit_of("requests"),
+    )
+    max_queue_wait_s: Annotated[float, Field(gt=0, le=86400)] | None = Field(
+        default=600.0,
+        description="longest time that a request may have to wait until it begins, as predicted "
+        "from what runs and waits before it; one that would wait longer is refused with HTTP 429 "
+        "and the time after which to try again; null: no bound",
+        json_schema_extra=unit_of("seconds"),
     )
 
 
@@ -199,45 +158,6 @@ class Comm(Section):
         description="file that only its owner may read, alike on all hosts, with the secret by "
         "which ranks of several hosts know each other; the environment variable DS_CP_JOB_SECRET "
         "comes before it; mpirun needs neither",
-    )
-
-
-class FaultTolerance(Section):
-    """What happens when the worker of a rank dies, or a step fails on one."""
-
-    max_restarts: Annotated[int, Field(ge=0, le=1000)] = Field(
-        default=3,
-        description="interruptions in a row, without a step done between them, that the job "
-        "outlives: a worker that dies is replaced, the ranks meet again, and requests go on; from "
-        "3 on, a request whose steps end workers is found and ended before the job; 0: the first "
-        "death ends the job, as it does with tp_size above 1",
-        json_schema_extra=unit_of("interruptions"),
-    )
-    hang_s: Annotated[float, Field(ge=1, le=86400)] | None = Field(
-        default=30.0,
-        description="time without a sign of life, which a thread of a worker gives whatever that "
-        "does, after which the worker is taken for dead, ended and replaced; null: for ever",
-        json_schema_extra=unit_of("seconds"),
-    )
-    host_timeout_s: Annotated[float, Field(ge=0.5, le=86400)] = Field(
-        default=1.2,
-        description="time in which the system of another host has to answer, else that host, or "
-        "the network to it, is taken for lost; a busy or stopped process does not count, its "
-        "system answers",
-        json_schema_extra=unit_of("seconds"),
-    )
-    spare_after_s: Annotated[float, Field(ge=0, le=86400)] | None = Field(
-        default=None,
-        description="time after the start from which a process that has its libraries loaded, and "
-        "no model, waits beside each worker to take its place, so that a death costs the loading "
-        "of the model alone; it takes some 300 MiB of memory, a part of it shared; null: none "
-        "waits, and a death costs the start of a process too, some seconds",
-        json_schema_extra=unit_of("seconds"),
-    )
-    spare_model: bool = Field(
-        default=False,
-        description="whether the process that waits has its model loaded too, on CPU: a death "
-        "costs a fraction of a second then, and weights take their memory twice",
     )
 
 
@@ -319,9 +239,20 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _ranks_may_go(self) -> Config:
+        tolerance, tp_size = self.fault_tolerance, self.tensor_parallel.tp_size
+        if tolerance.min_ranks is not None and (tolerance.max_restarts == 0 or tp_size > 1):
+            why = "max_restarts 0" if tolerance.max_restarts == 0 else f"tp_size {tp_size}"
+            raise ValueError(
+                f"fault_tolerance.min_ranks is {tolerance.min_ranks}, but with {why} the first "
+                "loss ends the job; leave min_ranks out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _one_budget_per_rank(self) -> Config:
         size = self.context_parallel.size
-        for name in ("memory_per_rank", "tokens_per_rank"):
+        for name in ("memory_per_rank", "tokens_per_rank", "host_memory_per_rank"):
             budget = getattr(self.kv_cache, name)
             if isinstance(budget, tuple) and isinstance(size, int) and len(budget) != size:
                 raise ValueError(

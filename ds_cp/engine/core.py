@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import secrets
 import time
@@ -10,20 +9,24 @@ from collections import deque
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from ds_cp.engine.blame import log_blame
 from ds_cp.engine.calls import Answer, Call
-from ds_cp.engine.detokenize import Detokenizer, IncrementalDetokenizer
+from ds_cp.engine.detokenize import Detokenizer, IncrementalDetokenizer, start_text
+from ds_cp.engine.host_counts import host_counts
 from ds_cp.engine.interface import EngineStats
 from ds_cp.engine.picture import MAX_RECENT, EndedPicture
 from ds_cp.engine.request_picture import ended_picture
+from ds_cp.engine.resumed import read_again, resume
 from ds_cp.engine.tally import Tally
 from ds_cp.engine.wire_model import WireModel
-from ds_cp.errors import GrammarBusyError, IntegrityError, RequestError
+from ds_cp.errors import CapacityError, GrammarBusyError, IntegrityError, RequestError
 from ds_cp.grammar.checker import GrammarChecker
 from ds_cp.grammar.constraint import FIELD
 from ds_cp.kv.table import SequenceTable
 from ds_cp.outputs import Delta, PackedLogprobs, PromptProgress, TokenLogprob, pack_logprob
 from ds_cp.plan import NO_GRAMMAR, Chunk, Decodes, Outcome, Sampled, Scored, StepPlan
 from ds_cp.sampling_params import RequestOptions, SamplingParams
+from ds_cp.scheduler.absence import refusal
 from ds_cp.scheduler.request import Request
 from ds_cp.scheduler.scheduler import Scheduler
 
@@ -73,7 +76,9 @@ class EngineCore:
         """
         if request_id in self._calls:
             raise RequestError(f"a request with id {request_id!r} is already running")
-        texts = [self._start_text(prompt, params) for _ in range(params.n)]
+        texts = [start_text(self._detokenizer, prompt, params) for _ in range(params.n)]
+        known = options.known if options else ()
+        read_again(texts, params, known)
         assert bool(grammar) == (params.structured_outputs is not None), "check the grammar first"
         if grammar:
             self.scheduler.tell_vocabulary(self.grammars.vocabulary)
@@ -85,7 +90,10 @@ class EngineCore:
             answer = self._answers[request.number] = Answer(call, request, text)
             call.answers.append(answer)
         self._prompt_tokens += len(prompt)
-        return [answer.request for answer in call.answers]
+        requests = [answer.request for answer in call.answers]
+        for answer in resume(self.scheduler, call, known):
+            self._forget(answer)
+        return requests
 
     def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
         """Raise ``RequestError``, with its field, for a request that is not acceptable. Linear in
@@ -107,20 +115,6 @@ class EngineCore:
             return self.grammars.check(params.structured_outputs)
         except GrammarBusyError as err:
             raise RequestError(str(err), FIELD) from err
-
-    def _start_text(
-        self, prompt: Sequence[int], params: SamplingParams
-    ) -> IncrementalDetokenizer | None:
-        if self._detokenizer is None:
-            return None
-        try:
-            return self._detokenizer.start(
-                prompt, params.stop, params.skip_special_tokens, params.kept_special_tokens
-            )
-        except Exception as err:  # whatever a tokenizer raises concerns this request alone
-            raise RequestError(
-                f"the tokenizer cannot decode the prompt ({type(err).__name__}: {err})", "prompt"
-            ) from err
 
     def abort(self, request_id: str) -> bool:
         """End a request, all its answers, and free its blocks; False when there is no such request
@@ -180,6 +174,7 @@ class EngineCore:
         """What a step's tokens add: one delta for each answer that is still live."""
         self.scheduler.observe_step(outcome.step, outcome.seconds)
         self.tally.step(outcome)
+        self.scheduler.block_manager.host.observe(outcome.ranks)
         for scored in outcome.scored:
             self._record_scores(scored)
         deltas = []
@@ -254,7 +249,7 @@ class EngineCore:
         return added + text.flush(may_stop) if reason is not None else added
 
     def _fail(self, answer: Answer, field: str | None = None) -> Delta:
-        """End one answer with ``error``. ``field``: of the request, where that is at fault."""
+        """End one answer with ``error``. ``field``: of the request, or what is at fault."""
         request = answer.request
         self.scheduler.finish(request, "error")
         request.finish_reason, request.stop_reason = "error", field  # also where it had ended
@@ -279,29 +274,27 @@ class EngineCore:
         if not answer.call.answers:
             del self._calls[answer.call.request_id]
 
-    def recover(self, lost: Collection[int]) -> list[Delta]:
-        """Go on after all ranks have met again: those of ``lost``, cp ranks, hold nothing, no rank
-        knows a request, and no step is under way. Returns the ends of requests that are at fault:
-        their steps have ended workers again and again."""
+    def recover(
+        self, lost: Collection[int], away: Collection[int] = (), cause: str = ""
+    ) -> tuple[list[Delta], list[tuple[str, CapacityError]]]:
+        """Go on after all ranks have met again but those of ``away``: those of ``lost``, cp ranks,
+        hold nothing, no rank knows a request, and no step is under way. Returns the ends of those
+        at fault, by ``cause`` the last time, and who can never end here now, with why."""
         self._empty_plans = 0
-        ends = []
-        for request in self.scheduler.recover(lost):
-            prompt = hashlib.sha256(",".join(map(str, request.prompt)).encode()).hexdigest()
-            logger.error(
-                "request %s is ended: its steps have ended workers again and again "
-                "(%d prompt tokens, their sha256 begins with %s, %d tokens given)",
-                request.request_id, len(request.prompt), prompt[:16], len(request.output),
-            )  # fmt: skip
+        ends, refused = list[Delta](), dict[str, CapacityError]()
+        guilty, beyond = self.scheduler.recover(lost, away)
+        for request in beyond:
+            if request.request_id not in refused:
+                refused[request.request_id] = refusal(self.scheduler.block_manager, request)
+                self.abort(request.request_id)
+        for request in guilty:
             if (answer := self._answers.get(request.number)) is not None:
-                ends.append(self._fail(answer))
-        return ends
+                ends.append(self._fail(answer, log_blame(request, cause)))
+        return ends, list(refused.items())
 
     def check_integrity(self) -> None:
-        """Check the KV ledger: free + cached + used blocks are all there are, and every reference
-        has a holder. Linear in blocks (0.1 s for 100,000), so for idle moments.
-
-        Raises ``IntegrityError`` with what differs.
-        """
+        """Raise ``IntegrityError`` unless free + cached + used blocks are all there are, and every
+        reference has a holder. Linear in blocks (0.1 s for 100,000), so for idle moments."""
         try:
             self.scheduler.check_integrity()
         except AssertionError as err:
@@ -320,8 +313,10 @@ class EngineCore:
             num_interruptions=scheduler.num_interruptions,
             kv_blocks_used=tuple(allocator.num_used(r) for r in ranks),
             kv_blocks_cached=tuple(allocator.num_cached(r) for r in ranks),
-            kv_blocks_total=allocator.blocks_per_rank,
+            kv_blocks_total=scheduler.block_manager.blocks_here,
+            **host_counts(scheduler.block_manager.host, scheduler.block_manager.away),
             ranks_drained=tuple(sorted(scheduler.block_manager.closed)),
+            ranks_away=tuple(sorted(scheduler.block_manager.away)),
             ranks_draining=scheduler.ranks_draining,
             prefix_cache_queries=scheduler.block_manager.queries,
             prefix_cache_hits=scheduler.block_manager.hits,
@@ -330,6 +325,8 @@ class EngineCore:
             generation_tokens=self._generation_tokens,
             prefill_tokens=tally.prefill_tokens,
             num_preemptions=scheduler.num_preemptions,
+            num_refused=scheduler.door.num_refused,
+            queue_wait_seconds=scheduler.door.wait_s(RequestOptions()),
             steps=self._steps,
             finished=dict(self._finished),
             mode_counts=dict(tally.modes),

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any
 
+from ds_cp.errors import RequestError
+from ds_cp.sampling_params import SamplingParams
+
 REPLACEMENT = "\ufffd"  # what a tokenizer shows for bytes that are not a character yet
 KEPT = 4  # tokens before the next one that are decoded with it; a character spans at most 4
 WINDOW = 8  # tokens that are decoded at once, at most, before the window shrinks to KEPT
@@ -214,3 +217,20 @@ class IncrementalDetokenizer:
         """Length of the longest end of the held text that begins ``stop``."""
         longest = min(len(stop) - 1, len(self._held))
         return next((n for n in range(longest, 0, -1) if self._held.endswith(stop[:n])), 0)
+
+
+def start_text(
+    detokenizer: Detokenizer | None, prompt: Sequence[int], params: SamplingParams
+) -> IncrementalDetokenizer | None:
+    """The text of a new answer, where there is a tokenizer. Raises ``RequestError`` when that does
+    not decode the prompt."""
+    if detokenizer is None:
+        return None
+    try:
+        return detokenizer.start(
+            prompt, params.stop, params.skip_special_tokens, params.kept_special_tokens
+        )
+    except Exception as err:  # whatever a tokenizer raises concerns this request alone
+        raise RequestError(
+            f"the tokenizer cannot decode the prompt ({type(err).__name__}: {err})", "prompt"
+        ) from err

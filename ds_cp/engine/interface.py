@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ds_cp.engine.picture import Picture
+from ds_cp.journal.stats import JournalStats
 from ds_cp.outputs import Delta, EndedRequest, PromptProgress
 from ds_cp.sampling_params import RequestOptions, SamplingParams
 from ds_cp.templates.chat import ChatTemplate
@@ -25,6 +26,7 @@ class EngineInfo:
     hosts: int
     dtype: str
     created: int  # seconds since the epoch
+    host_capacity_tokens: int = 0  # whose KV host memory keeps, beside that
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,16 @@ class EngineStats:
     num_requests_waiting: int = 0
     kv_blocks_used: tuple[int, ...] = ()  # one per rank
     kv_blocks_cached: tuple[int, ...] = ()  # unreferenced, kept for their prefix
-    kv_blocks_total: tuple[int, ...] = ()
+    kv_blocks_total: tuple[int, ...] = ()  # 0 for a rank that is away
+    host_blocks_used: tuple[int, ...] = ()  # in host memory, one per rank; () for none anywhere
+    host_blocks_total: tuple[int, ...] = ()  # as used, where it failed or the rank is away
+    host_blocks_failed: tuple[int, ...] = ()  # that could not be copied there or back
+    host_blocks_spilled: int = 0  # copies of blocks to host memory
+    host_blocks_restored: int = 0  # and back
+    prefix_cache_host_hits: int = 0  # prompt tokens found there
     ranks_drained: tuple[int, ...] = ()  # closed ranks: they take no new KV
     ranks_draining: tuple[int, ...] = ()  # closed ranks that are not empty yet
+    ranks_away: tuple[int, ...] = ()  # closed ranks whose supervisor is gone
     prefix_cache_queries: int = 0  # prompt tokens looked up
     prefix_cache_hits: int = 0  # prompt tokens found
     blocks_moved: int = 0  # by drain and rebalance
@@ -46,6 +55,8 @@ class EngineStats:
     prefill_tokens: int = 0  # prompt tokens that steps computed: without what was cached
     num_preemptions: int = 0
     num_interruptions: int = 0  # times that the ranks met again
+    num_refused: int = 0  # requests for which there was no place, or too long a wait
+    queue_wait_seconds: float = 0.0  # predicted, of a new client's request that came now
     num_strangers: int = 0  # connections to the ranks' port that were dropped
     steps: int = 0
     step_seconds: float = 0.0
@@ -63,12 +74,26 @@ class EngineStats:
     predicted_bytes: dict[str, int] = field(default_factory=dict)  # the same by the formulas
     grammar_requests: int = 0  # answers under a grammar
     grammar_failures: int = 0  # of these, ended because it allowed no token or passed its bounds
+    journal: JournalStats | None = None  # None where there is no journal
 
     def rank_state(self, rank: int) -> str:
-        """ "open", "draining" (closed, and not empty yet) or "drained" (closed and empty)."""
+        """ "open", "draining" (closed, and not empty yet), "drained" (closed and empty) or "away"
+        (its supervisor is gone)."""
+        if rank in self.ranks_away:
+            return "away"
         if rank in self.ranks_draining:
             return "draining"
         return "drained" if rank in self.ranks_drained else "open"
+
+
+@dataclass(frozen=True)
+class EngineHealth:
+    """What load balancers ask. ``is_overloaded``: a request was refused for want of room lately;
+    ``ranks_away``: ranks without which the job goes on, so that the capacity is smaller."""
+
+    state: str
+    is_overloaded: bool = False
+    ranks_away: tuple[int, ...] = ()
 
 
 class EngineInterface(Protocol):
@@ -87,8 +112,19 @@ class EngineInterface(Protocol):
 
     @property
     def state(self) -> str:
-        """ "starting"; "ready"; "stalled" while one step takes longer than ``server.stall_s``;
-        "stopping" once the server is being stopped; "dead"."""
+        """ "starting"; "ready"; "recovering" while the ranks meet again after a worker has died, or
+        a step has failed on one, for which requests wait; "stalled" while one step takes longer
+        than ``server.stall_s``; "stopping" once the server is being stopped; "dead"."""
+        ...
+
+    @property
+    def health(self) -> EngineHealth:
+        """The state, and what goes with it. Waits for nothing."""
+        ...
+
+    def check_room(self, options: RequestOptions, answers: int = 1) -> None:
+        """Raise ``QueueFullError`` where ``generate`` would, whatever the prompt, for so many
+        answers: before it is rendered and tokenized."""
         ...
 
     def generate(
@@ -124,7 +160,8 @@ class EngineInterface(Protocol):
         ...
 
     def drain(self, rank: int) -> None:
-        """Begin to move everything off a rank, live, and place nothing there; it is done when
+        """Begin to move everything off a rank, live, and place nothing there; prefixes that nothing
+        runs with are forgotten, those in its host memory too. It is done when
         ``stats().ranks_draining`` does not have the rank any more. ``RequestError`` when there is
         no such rank; ``CapacityError`` when no other rank is open, or those that are cannot hold
         what runs."""

@@ -41,6 +41,7 @@ class _Look:
     free: list[list[tuple[int, int]]]  # of each rank
     used: tuple[int, ...]
     cached: tuple[int, ...]
+    host: tuple[tuple[int, int], ...]  # of each rank, used and all; () for none anywhere
     states: tuple[str, ...]
     counters: Counters
 
@@ -91,6 +92,7 @@ class Observer:
             rank, self._hosts[rank], look.states[rank], look.used[rank], look.cached[rank], total,
             round(total / count, 2) if count else 0.0,
             draw_pool(total, count, look.free[rank], owners, look.stride),
+            *(look.host[rank] if look.host else (0, 0)),
         )  # fmt: skip
 
     def _look(self, step_seconds: float, sent: dict[str, tuple[int, int]]) -> _Look:
@@ -115,6 +117,7 @@ class Observer:
             free=[allocator.free_runs(rank) for rank in ranks[:MAX_RANKS]],
             used=stats.kv_blocks_used,
             cached=stats.kv_blocks_cached,
+            host=tuple(zip(stats.host_blocks_used, stats.host_blocks_total, strict=True)),
             states=tuple(map(stats.rank_state, ranks)),
             counters=Counters(
                 generation_tokens=stats.generation_tokens,
@@ -123,6 +126,9 @@ class Observer:
                 step_seconds=step_seconds,
                 num_preemptions=stats.num_preemptions,
                 blocks_moved=stats.blocks_moved,
+                host_blocks_spilled=stats.host_blocks_spilled,
+                host_blocks_restored=stats.host_blocks_restored,
+                prefix_cache_host_hits=stats.prefix_cache_host_hits,
                 prefix_cache_queries=stats.prefix_cache_queries,
                 prefix_cache_hits=stats.prefix_cache_hits,
                 mode_counts=stats.mode_counts,

@@ -20,14 +20,16 @@ RESERVED = 1000  # added to a request's place in the list: blocks for the rest o
 
 @dataclass(frozen=True)
 class RankPicture:
-    """One context-parallel rank and its KV pool. ``state``: "open", "draining" or "drained".
+    """One context-parallel rank and its KV pool. ``state``: "open", "draining", "drained" or
+    "away".
 
     ``used``, ``cached`` and ``total`` are blocks, exact. ``cells``: the pool in the order of its
     block numbers, run-length coded as (what, how many cells); what: the place of a request in
     ``Picture.requests`` (plus ``RESERVED``: held for the rest of its prompt), or one of ``FREE``,
     ``CACHED`` (no request, kept for its prefix), ``SHARED`` (several requests) and ``OTHER`` (one
     that is not listed). A cell is one block where the pool is small; else it stands for
-    ``blocks_per_cell`` and shows what most of them are.
+    ``blocks_per_cell`` and shows what most of them are. ``host_used`` of ``host_total`` blocks are
+    kept in the rank's host memory.
     """
 
     rank: int
@@ -38,6 +40,8 @@ class RankPicture:
     total: int
     blocks_per_cell: float
     cells: tuple[tuple[int, int], ...]
+    host_used: int = 0
+    host_total: int = 0
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,9 @@ class Counters:
     step_seconds: float = 0.0
     num_preemptions: int = 0
     blocks_moved: int = 0
+    host_blocks_spilled: int = 0
+    host_blocks_restored: int = 0
+    prefix_cache_host_hits: int = 0
     prefix_cache_queries: int = 0
     prefix_cache_hits: int = 0
     mode_counts: dict[str, int] = field(default_factory=dict)

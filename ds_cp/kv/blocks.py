@@ -4,7 +4,7 @@ the same way. Integers only: a block is ``(rank, rank-local number)``, its home.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from ds_cp.errors import DsCpError
 from ds_cp.kv.free_list import FreeList
@@ -34,14 +34,20 @@ class BlockAllocator:
     A block is *free*, *used* (one reference or more) or *cached* (no reference, but its content is
     known by a key, so that it can be used again; evicted least recently used first when free
     blocks run out). A key names one block. ``evictions`` counts cached blocks that ``allocate``
-    had to give away, ``reuses`` those that came into use again. No operation is linear in the
+    had to give away, and calls ``on_evicted(key, home)`` for each; ``reuses`` those that came into
+    use again. No operation is linear in the
     blocks or free runs of a rank, only in the blocks that it is about.
 
     A rank that does not exist, or a block that is not in the state asked for, is a ValueError that
     names it; nothing is changed then.
     """
 
-    def __init__(self, blocks_per_rank: Sequence[int], block_size: int) -> None:
+    def __init__(
+        self,
+        blocks_per_rank: Sequence[int],
+        block_size: int,
+        on_evicted: Callable[[bytes, Home], None] | None = None,
+    ) -> None:
         if block_size < 1 or any(n < 0 for n in blocks_per_rank):
             raise ValueError(
                 "need block_size >= 1 and blocks_per_rank >= 0, "
@@ -51,6 +57,7 @@ class BlockAllocator:
         self.blocks_per_rank = tuple(blocks_per_rank)
         self.evictions = 0
         self.reuses = 0
+        self._on_evicted = on_evicted
         self._ranks = [_RankBlocks(n) for n in self.blocks_per_rank]
         self._home_of: dict[bytes, Home] = {}
         self._key_of: dict[Home, bytes] = {}
@@ -106,8 +113,11 @@ class BlockAllocator:
         missing = n - blocks.free.num_free
         if missing > 0:
             # Before anything is allocated, so that what was evicted fuses with its free neighbours.
-            self._evict(rank, missing)
+            evicted = self._evict(rank, missing)
             self.evictions += missing
+            if self._on_evicted is not None:
+                for key, home in evicted:
+                    self._on_evicted(key, home)
         taken = blocks.free.take(n, extend_from)
         for block in taken:
             blocks.references[block] = 1
@@ -258,13 +268,16 @@ class BlockAllocator:
             raise ValueError(f"block {block} of rank {rank} is not allocated")
         return have
 
-    def _evict(self, rank: int, n: int) -> None:
-        """Free the ``n`` least recently used cached blocks of ``rank``."""
+    def _evict(self, rank: int, n: int) -> list[tuple[bytes, Home]]:
+        """Free the ``n`` least recently used cached blocks of ``rank``; their keys and homes, in
+        that order."""
         blocks = self._ranks[rank]
         evicted = [blocks.cached.popitem(last=False)[0] for _ in range(n)]
-        for block in evicted:
-            del self._home_of[self._key_of.pop((rank, block))]
+        found = [(self._key_of.pop((rank, block)), (rank, block)) for block in evicted]
+        for key, _ in found:
+            del self._home_of[key]
         blocks.free.give(evicted)
+        return found
 
 
 class _RankBlocks:

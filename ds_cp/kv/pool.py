@@ -45,6 +45,7 @@ class KVPool:
         self.scratch = num_blocks if scratch else None
         self.block_size = block_size
         self.dtype = dtype
+        self.device = device
         shapes = [PageShape.of(spec, block_size, dtype, packed) for spec in layers]
         self.block_elements = sum(shape.stride for shape in shapes)
         rows = num_blocks + scratch
@@ -67,6 +68,10 @@ class KVPool:
         """Blocks (int64) that get their first tokens now, and not all of them: set to zero."""
         if len(blocks):
             self._data.index_fill_(0, blocks, 0)
+
+    def block(self, block: int) -> torch.Tensor:
+        """The memory of one block in all layers, ``[block_elements]``."""
+        return self._data[block]
 
     def get_blocks(self, blocks: Sequence[int]) -> torch.Tensor:
         """A copy of whole blocks in all layers, ``[blocks, block_elements]``."""

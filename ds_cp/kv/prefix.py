@@ -6,6 +6,8 @@ import struct
 from collections.abc import Sequence
 from hashlib import sha256
 
+KEY_BYTES = 32  # of one key
+
 
 class PrefixKeys:
     """The chain of keys of one token sequence: 32 bytes for each whole block.

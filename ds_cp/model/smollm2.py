@@ -54,7 +54,8 @@ def convert(gguf: Path, target: Path) -> None:
     try:
         fresh.save_pretrained(work)
         load_tokenizer(source).save_pretrained(work)
-        work.chmod(0o755)
+        for path in (work, *work.rglob("*")):  # whatever the umask: others may read it, no more
+            path.chmod(0o755 if path.is_dir() else 0o644)
         os.replace(work, target)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)

@@ -110,6 +110,7 @@ def _put(linked: Path, path: Path) -> None:
     beside = path.with_name(f"{LIBRARY}.{os.getpid()}")
     try:
         shutil.copyfile(linked, beside)
+        beside.chmod(0o755)  # whatever the umask: others run what lies here, and may not change it
         beside.replace(path)
     except OSError as err:
         raise BuildError(f"{path} cannot be written: {err.strerror}") from None

@@ -18,7 +18,7 @@ BEGIN_BYTES = MAX_PLAN_BYTES - 8 * 2**20  # bytes of a plan's begins; the rest i
 @dataclass(frozen=True)
 class Limits:
     """``max_model_len`` in tokens; ``max_num_batched_tokens``: tokens that one rank computes in one
-    step."""
+    step; ``max_queue_wait_s``: predicted seconds until a request begins, at most."""
 
     max_model_len: int
     max_num_seqs: int
@@ -26,6 +26,7 @@ class Limits:
     max_queue: int
     vocab_size: int
     eos_token_ids: tuple[int, ...]
+    max_queue_wait_s: float | None = None
 
     def begin_bytes(self, tokens: int, block_size: int, params: SamplingParams) -> int:
         """An upper bound, in bytes of msgpack, of a ``Begin`` of ``tokens`` known tokens."""

@@ -2,39 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 
 from ds_cp.kv.blocks import BlockAllocator
 from ds_cp.kv.placement import place, place_block
 from ds_cp.kv.prefix import PrefixKeys
 from ds_cp.kv.table import SequenceTable
-from ds_cp.layout import Home, split_capped
+from ds_cp.layout import Home, on_host, split_capped
 from ds_cp.plan import Transfer
+from ds_cp.scheduler.host_moves import HostMoves, HostRules
 from ds_cp.scheduler.mode_policy import ModePolicy, Seats
-from ds_cp.scheduler.prefix_index import PrefixIndex
+from ds_cp.scheduler.offer import Offer, on_device, only, ranks_with_room
+from ds_cp.scheduler.prefix_index import PrefixIndex, is_second
 from ds_cp.scheduler.reasons import SpanReason
 from ds_cp.scheduler.request import Refusal, Request
-
-
-@dataclass(frozen=True)
-class Offer:
-    """One way to start a request now. ``found``: cached blocks that hold its first tokens; ``new``:
-    blocks to allocate per rank; ``workers``: the ranks that compute; ``copy_to``: the rank to which
-    found blocks of other ranks are copied, -1 to share them where they are; ``why``: on them."""
-
-    found: list[Home]
-    new: Sequence[int]
-    workers: tuple[int, ...]
-    copy_to: int = -1
-    why: SpanReason = SpanReason.NO_ROOM
 
 
 class BlockManager:
     """The blocks of all ranks, and the rules by which requests get them.
 
-    ``closed``: ranks that are being drained, where nothing new is placed. ``order``: ranks, nearest
-    next.
+    ``closed``: ranks where nothing new is placed, since they are ``drained`` by an operator or
+    ``away``. ``order``: ranks, nearest next.
     """
 
     def __init__(
@@ -46,12 +35,16 @@ class BlockManager:
         policy: ModePolicy,
         prefix_caching: bool,
         seats: Seats | None = None,
+        host: HostRules | None = None,
     ) -> None:
-        self.allocator = BlockAllocator(blocks_per_rank, block_size)
-        self.prefix = PrefixIndex(self.allocator)
+        self.host = HostMoves(host or HostRules(), len(blocks_per_rank), block_size)
+        evicted, tier = (self._evicted, self.host.tier) if self.host.is_on else (None, None)
+        self.allocator = BlockAllocator(blocks_per_rank, block_size, evicted)
+        self.prefix = PrefixIndex(self.allocator, tier)
         self.closed: set[int] = set()
-        self.queries = 0  # prompt tokens looked up in the prefix index
-        self.hits = 0
+        self.drained: set[int] = set()
+        self.away: frozenset[int] = frozenset()
+        self.queries = self.hits = 0  # prompt tokens looked up in the prefix index, and found
         self._placement = placement
         self.order = tuple(order)
         self._policy = policy
@@ -59,19 +52,39 @@ class BlockManager:
         self._caching = prefix_caching
         self.num_ranks = len(blocks_per_rank)
 
+    def drain(self, rank: int) -> None:
+        """Place nothing new on ``rank``."""
+        self.drained.add(rank)
+        self.closed.add(rank)
+
+    def reopen(self, rank: int) -> None:
+        """Place blocks on ``rank`` again, as soon as it is here."""
+        self.drained.discard(rank)
+        if rank not in self.away:
+            self.closed.discard(rank)
+
+    def set_away(self, away: Collection[int]) -> None:
+        """These ranks, and no others, are away."""
+        self.away = frozenset(away)
+        self.closed = self.drained | self.away
+
+    @property
+    def blocks_here(self) -> tuple[int, ...]:
+        """Capacity of each rank in blocks, 0 for those that are away."""
+        every = enumerate(self.allocator.blocks_per_rank)
+        return tuple(0 if rank in self.away else blocks for rank, blocks in every)
+
     @property
     def open_blocks(self) -> list[int]:
         """Capacity of each rank in blocks, 0 for closed ones."""
-        return [
-            0 if rank in self.closed else blocks
-            for rank, blocks in enumerate(self.allocator.blocks_per_rank)
-        ]
+        every = enumerate(self.allocator.blocks_per_rank)
+        return [0 if rank in self.closed else blocks for rank, blocks in every]
 
     @property
     def largest_tokens(self) -> int:
         """The most KV one request can have: all open ranks, or the largest if mode is local."""
-        blocks = self.open_blocks
-        return (max(blocks) if self.only_local else sum(blocks)) * (self.allocator.block_size)
+        most = max if self.only_local else sum
+        return most(self.open_blocks) * self.allocator.block_size
 
     @property
     def only_local(self) -> bool:
@@ -93,6 +106,12 @@ class BlockManager:
         for rank in self.closed:
             room[rank] = 0
         return room
+
+    def _evicted(self, key: bytes, home: Home) -> None:
+        """The allocator gives a cached block away. A second copy is not kept: the first one is
+        somewhere, or was the older."""
+        if home[0] not in self.closed and not is_second(key):
+            self.host.keep(key, home)
 
     # --- a request starts
 
@@ -126,19 +145,24 @@ class BlockManager:
 
     def _take(self, request: Request, offer: Offer) -> list[Transfer]:
         size, found, target = self.allocator.block_size, offer.found, offer.copy_to
-        for home in found:
-            if target < 0 or home[0] == target:
+        far = []
+        for index, home in enumerate(found):
+            if on_host(home):  # before blocks are given away, which want slots
+                self.host.wait_for(request, index, home)
+                far.append(index)
+            elif target in (-1, home[0]):
                 self.allocator.share(home)
-        far = [i for i, home in enumerate(found) if target >= 0 and home[0] != target]
+            else:
+                far.append(index)
         request.reserved = {
-            rank: list(self.allocator.allocate(rank, n + (len(far) if rank == target else 0)))
-            for rank, n in enumerate(offer.new)
-            if n
+            rank: list(self.allocator.allocate(rank, n)) for rank, n in enumerate(offer.new) if n
         }
         homes, copies = list(found), []
         for index in far:  # the first blocks of the run, so that the request's are adjacent
-            homes[index] = (target, request.reserved[target].pop(0))
-            copies.append(Transfer((), index, found[index], homes[index]))
+            homes[index] = self._take_reserved(request, found[index][0] if target < 0 else target)
+            if index not in request.restoring:
+                copies.append(Transfer((), index, found[index], homes[index]))
+        copies = [*self.host.spills(copy.target for copy in copies), *copies]
         request.table = SequenceTable(size, homes, len(homes) * size)
         request.workers = offer.workers
         request.why_span = offer.why
@@ -147,13 +171,29 @@ class BlockManager:
             request.cached_tokens = min(len(found) * size, len(request.prompt))
             self.queries += len(request.prompt)
             self.hits += request.cached_tokens
+            self.host.hits += len(request.restoring) * size
         return copies
+
+    @staticmethod
+    def _take_reserved(request: Request, rank: int) -> Home:
+        """One of its reserved blocks: of ``rank``, or else of the rank that has most of them."""
+        reserved = request.reserved
+        if rank not in reserved:
+            rank = max(reserved, key=lambda r: len(reserved[r]))
+        block = reserved[rank].pop(0)
+        if not reserved[rank]:
+            del reserved[rank]
+        return rank, block
+
+    def _find(self, request: Request, near: int | None = None) -> list[Home]:
+        """What there is of the request's beginning, and is worth having."""
+        return self.host.worth(self.prefix.find(request, near))
 
     def _offers(self, request: Request, load: Sequence[int], busy: bool) -> Iterator[Offer]:
         """Ways to start the request, best first; each fits now."""
         size, tokens = self.allocator.block_size, request.num_tokens
         blocks = -(-tokens // size)
-        found = self.prefix.find(request)
+        found = self._find(request)
         past = len(found) * size
         answer = request.max_tokens - len(request.output)
         most = self.num_ranks - len(self.closed)
@@ -164,8 +204,8 @@ class BlockManager:
             yield from self._local_offers(request, found, blocks, load, width.why)
         if not self.only_local:
             room = self._room_beside(found)
-            need = blocks - len(found)
-            ranks = self._ranks_with_room(room, need, want, {rank for rank, _ in found})
+            need = blocks - on_device(found)
+            ranks = ranks_with_room(self.order, room, need, want, {rank for rank, _ in found})
             if ranks:
                 level = want > 1 and self._policy.may_be_local(tokens)
                 counts = self._spread(need, room, ranks, found, level)
@@ -204,10 +244,10 @@ class BlockManager:
         best = min((load[rank] for rank in open_ranks if rank not in asleep), default=0)
         if len(on) == 1:
             (rank,) = on
-            need = blocks - len(found)
+            need = blocks - on_device(found)
             behind = load[rank] - best > len(found) * self.allocator.block_size or rank in asleep
             if not behind and rank not in self.closed and self._room_beside(found)[rank] >= need:
-                yield Offer(found, self._only(rank, need), (rank,), why=SpanReason.PREFIX)
+                yield Offer(found, only(rank, need, self.num_ranks), (rank,), why=SpanReason.PREFIX)
         by_load = sorted(open_ranks, key=lambda r: (
             r in asleep, load[r], -self.allocator.num_available(r), -self.allocator.num_free(r),
         ))  # fmt: skip
@@ -216,39 +256,20 @@ class BlockManager:
             # Blocks that others use there are all that it can have beside what is free or cached.
             if room[rank] + self.allocator.num_used(rank) < blocks:
                 continue
-            chain = self.prefix.find(request, rank)
-            here = [home for home in chain if home[0] == rank]
-            if self._room_beside(here)[rank] >= blocks - len(here):
-                yield Offer(chain, self._only(rank, blocks - len(chain)), (rank,), rank, why)
-
-    def _only(self, rank: int, blocks: int) -> list[int]:
-        return [blocks if r == rank else 0 for r in range(self.num_ranks)]
+            chain = self._find(request, rank)
+            here = [home for home in chain if home[0] == rank and not on_host(home)]
+            need = blocks - len(here)
+            if self._room_beside(here)[rank] >= need:
+                yield Offer(chain, only(rank, need, self.num_ranks), (rank,), rank, why)
 
     def _room_beside(self, found: Sequence[Home]) -> list[int]:
         """Room of each rank once the found blocks are shared, and so can no longer be evicted."""
         room = self.room()
         for home in found:
-            if home[0] not in self.closed and self.allocator.references(home) == 0:
+            open_block = not on_host(home) and home[0] not in self.closed
+            if open_block and self.allocator.references(home) == 0:
                 room[home[0]] -= 1
         return room
-
-    def _ranks_with_room(
-        self, room: Sequence[int], need: int, want: int, preferred: set[int]
-    ) -> set[int]:
-        """``want`` ranks, or as many more as it takes to hold ``need`` blocks; the preferred, then
-        the roomiest first. Empty when all together have too little."""
-        ranked = sorted(
-            (rank for rank in self.order if room[rank]),
-            key=lambda rank: (rank not in preferred, -room[rank]),
-        )
-        chosen: set[int] = set()
-        have = 0
-        for rank in ranked:
-            if len(chosen) >= want and have >= need:
-                break
-            chosen.add(rank)
-            have += room[rank]
-        return chosen if have >= need else set()
 
     # --- a request grows
 
@@ -312,6 +333,7 @@ class BlockManager:
             if not keep or home[0] in self.closed:
                 self.allocator.forget(home)
         self.allocator.release([*request.held, *reversed(table.homes)])
+        self.host.forget(request)
         request.table, request.reserved, request.moving, request.num_keyed = None, {}, {}, 0
         request.shares_tail = False
 
@@ -325,3 +347,4 @@ class BlockManager:
             for home in own:
                 references[home] = references.get(home, 0) + 1
         self.allocator.check_integrity(references)
+        self.host.check_integrity(running, self.allocator.find)

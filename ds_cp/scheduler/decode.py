@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ds_cp.layout import Home
-from ds_cp.plan import Transfer
 from ds_cp.scheduler.admission import Limits
 from ds_cp.scheduler.block_manager import BlockManager
 from ds_cp.scheduler.draft import Draft
@@ -132,7 +131,7 @@ class DecodePlanner:
                 break  # its other holders were preempted: it is the request's own now
         if home is not None:
             index = len(table.homes) - 1
-            draft.transfers.append(Transfer((request.number,), index, source, home))
+            draft.transfers += self._blocks.host.copies((request.number,), index, source, home)
             self._allocator.release([source])
             table.replace(index, home)
             request.decode_key = None

@@ -40,6 +40,7 @@ class Draft:
         self.rows_left = SCORED_ROWS  # rows of logits that may still score prompt tokens
         self.decodes: dict[tuple[str, str], list[int]] = {}  # (mode, ring pass) -> requests
         self.transfers: list[Transfer] = []
+        self.restores = False  # whether blocks come back from the host, which takes time
         self.grown: list[tuple[int, Home]] = []
         # (block, first place in it) of what is written; targets of transfers apart.
         self.written: list[tuple[Home, int]] = []
@@ -149,6 +150,11 @@ class Draft:
         self.forks.append(Fork(parent.number, child.number, without))
         if sampling.looks_back:
             self.looking_back.append(child)
+
+    @property
+    def new_blocks(self) -> list[Home]:
+        """Blocks that the step computes into first."""
+        return [*(home for _, home in self.grown), *(h for c in self._chunks for h in c.homes)]
 
     # --- the plan
 

@@ -28,12 +28,16 @@ class Turns:
         if idle:
             self._now = max([self._now, *self._ends.values()])
             self._ends.clear()
-        turn = max(self._now, self._ends.get(client, 0))
+        turn = self.next(client)
         self._ends[client] = turn + tokens
         if len(self._ends) > 2 * KEPT:
             most = nlargest(KEPT, self._ends.items(), key=lambda item: item[1])
             self._ends = {client: end for client, end in most if end > self._now}
         return turn
+
+    def next(self, client: str) -> int:
+        """The turn that a new request of ``client`` would get."""
+        return max(self._now, self._ends.get(client, 0))
 
     def serve(self, turn: int) -> None:
         """The prompt of the request with this turn was computed."""

@@ -1,9 +1,9 @@
-"""Requests that run, and that the ranks have forgotten: they are told again. No torch."""
+"""What the ranks are to be told, or told again. No torch."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from ds_cp.plan import Sampling
 from ds_cp.scheduler.admission import BEGIN_BYTES, Limits
@@ -11,8 +11,21 @@ from ds_cp.scheduler.draft import Draft
 from ds_cp.scheduler.request import Request
 
 
+def unreported(looking_back: Iterable[Request]) -> list[tuple[int, int, int]]:
+    """Output tokens that the ranks do not know yet and penalties count, of these requests: (number,
+    index, token). They are told now."""
+    news = []
+    for request in looking_back:
+        if request.table is not None:
+            for index in range(request.num_notified, len(request.output)):
+                news.append((request.number, index, request.output[index]))
+            request.num_notified = len(request.output)
+    return news
+
+
 class Forgotten:
-    """``sampling``: how the ranks choose a request's tokens."""
+    """Requests that run, and that the ranks have forgotten: they are told again. ``sampling``: how
+    the ranks choose a request's tokens."""
 
     def __init__(
         self, limits: Limits, block_size: int, sampling: Callable[[Request], Sampling]

@@ -51,12 +51,12 @@ class Migration:
         """
         blocks = self._blocks
         self._check(rank)
-        if rank in blocks.closed:
+        if rank in blocks.drained:
             return
-        blocks.closed.add(rank)
+        blocks.drain(rank)
         largest = blocks.largest_tokens
         if not largest:  # also when nothing runs: every request to come would be refused
-            blocks.closed.discard(rank)
+            blocks.reopen(rank)
             way_out = "reopen another one first" if blocks.num_ranks > 1 else "stop the job instead"
             raise CapacityError(
                 f"rank {rank} cannot be drained: it is the last open one, without it there is room "
@@ -64,9 +64,9 @@ class Migration:
                 need=1, have=0, largest=0, param="rank",
             )  # fmt: skip
         for request in live:
-            need = len(request.prompt) + request.max_tokens - 1
+            need = request.max_need
             if need > largest:
-                blocks.closed.discard(rank)
+                blocks.reopen(rank)
                 raise CapacityError(
                     f"rank {rank} cannot be drained now: "
                     f"request {request.request_id} may need KV for {need} tokens "
@@ -74,11 +74,12 @@ class Migration:
                     need=need, have=largest, largest=largest,
                 )  # fmt: skip
         blocks.allocator.drop_cached(rank)
+        blocks.host.tier.empty_rank(rank)
 
     def reopen(self, rank: int) -> None:
         """Let ``rank`` hold new blocks again; what has not moved away yet stays."""
         self._check(rank)
-        self._blocks.closed.discard(rank)
+        self._blocks.reopen(rank)
         for request in self._moving:
             staying = [i for i, (source, _) in request.moving.items() if source[0] == rank]
             self._blocks.allocator.release([request.moving.pop(i)[1] for i in staying])
@@ -162,14 +163,14 @@ class Migration:
     @property
     def is_moving(self) -> bool:
         """Whether there may be something to move."""
-        return bool(self._blocks.closed or self._wishes or self._moving)
+        return bool(self._blocks.drained or self._wishes or self._moving)
 
     def transfers(self, running: Sequence[Request]) -> tuple[list[Transfer], bool]:
         """The next few moves, entered in tables and allocator, and whether one is stuck for want
         of room."""
         moves: list[Transfer] = []
         self._carry(running, moves)
-        for rank in self._blocks.closed:
+        for rank in self._blocks.drained:
             for request in running:
                 if len(moves) >= MOVES_PER_STEP:
                     return moves, False
@@ -194,7 +195,7 @@ class Migration:
                     return
                 source, target = request.moving.pop(index)
                 if table.homes[index] == source and target[0] not in blocks.closed:
-                    moves.append(self._move(request, index, target, running))
+                    moves += self._move(request, index, target, running)
                 else:  # it was copied on write, or moved with another request that shares it
                     blocks.allocator.release([target])
             self._moving.popleft()
@@ -309,7 +310,7 @@ class Migration:
 
     def _move(
         self, request: Request, index: int, target: Home, running: Sequence[Request]
-    ) -> Transfer:
+    ) -> list[Transfer]:
         """Block ``index`` of a request, and of all that share it, is at ``target`` from now on.
         Where all must be local, the others keep theirs: the rest of them is there."""
         assert request.table is not None
@@ -330,7 +331,7 @@ class Migration:
             holder.table.replace(index, target)
             holder.decode_key, holder.why_span = None, SpanReason.MOVED
         self.num_moved += 1
-        return Transfer(tuple(r.number for r in holders), index, source, target)
+        return self._blocks.host.copies(tuple(r.number for r in holders), index, source, target)
 
     def forget(self, request: Request) -> None:
         """The request has left its blocks."""

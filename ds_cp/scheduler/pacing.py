@@ -132,6 +132,25 @@ class ChunkPacer:
         """Predicted seconds of a step of ``decodes`` and nothing else."""
         return max(self._quiet.value((1.0, decodes / self.tuning.decodes_unit)), 0.0)
 
+    @property
+    def knows_quiet(self) -> bool:
+        """Whether quiet steps were measured."""
+        return self._quiet.known
+
+    def pace_beside(self, decodes: int) -> float | None:
+        """Seconds per work of prompts beside ``decodes``, as their chunks are bounded; None before
+        any was measured."""
+        pace = self.pace
+        if decodes and self.slowdown is not None and self._added.known:
+            each = max(self._added.weights[1] / self.tuning.work_unit, 0.0)
+            pace = max(each, 1e-9)
+            if self._quiet.known:  # of a chunk as long as is allowed, with the step that it is in
+                worth = max(self._worth(decodes), 1e-9)
+                chunk = max((worth - self._fixed) / pace, self.tuning.least_chunk_tokens)
+                steps = max(worth / max(self._allowed(decodes), 1e-9), 1.0)
+                pace = (worth + steps * self.quiet(decodes)) / chunk
+        return pace
+
     def added(self, work: float) -> float:
         """Predicted seconds that a chunk adds."""
         return max(self._added.value((1.0, work / self.tuning.work_unit)), 0.0) if work else 0.0

@@ -64,7 +64,10 @@ class PrefillPlanner:
             self._start_waiting(draft)
 
     def _advance(self, request: Request, draft: Draft) -> None:
-        """The next chunk of a prompt, in what the budgets and the time leave."""
+        """The next chunk of a prompt, in what the budgets and the time leave, once all of its
+        beginning is there."""
+        if request.restoring and not self._blocks.host.bring_back(request, draft):
+            return
         past = request.num_computed
         most = draft.tokens_in_time(request)
         if self._shares is not None:

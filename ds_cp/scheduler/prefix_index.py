@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from ds_cp.kv.blocks import BlockAllocator
+from ds_cp.kv.host_tier import HostTier
+from ds_cp.kv.prefix import KEY_BYTES
 from ds_cp.layout import Home
 from ds_cp.scheduler.request import Request
 
@@ -11,10 +13,12 @@ class PrefixIndex:
     """Enters what requests compute, and finds it for others that begin the same way.
 
     A block is entered under its key (``PrefixKeys``); a second copy of it on another rank under
-    that key with the rank's number. ``copies``: second copies that were ever entered.
+    that key with the rank's number. ``copies``: second copies that were ever entered. A block that
+    the device gave away may be found on the host, under its key (``tier``; None without one).
     """
 
-    def __init__(self, allocator: BlockAllocator) -> None:
+    def __init__(self, allocator: BlockAllocator, tier: HostTier | None) -> None:
+        self._tier = tier
         self.copies = 0
         self.skipped_fresh = False  # a lookup ended at a block that this step computes
         self._allocator = allocator
@@ -38,15 +42,16 @@ class PrefixIndex:
             first = self._allocator.find(names[index])
             self._fresh.add(home)
             if first is None:
-                self._allocator.put(names[index], home)
+                if self._allocator.put(names[index], home) and self._tier is not None:
+                    self._tier.drop(names[index])
             elif first[0] != rank:  # a second copy, for requests that stay on this rank
                 self.copies += self._allocator.put(_on_rank(names[index], rank), home)
         request.num_keyed = whole
 
     def find(self, request: Request, near: int | None = None) -> list[Home]:
-        """Cached blocks that hold the request's first tokens, from the first on. Prefers copies on
-        rank ``near``; a block of another rank ends the list there if it cannot be copied in this
-        step."""
+        """Cached blocks that hold the request's first tokens, from the first on; places on the host
+        where the device has none. Prefers copies on rank ``near``; a block of another rank ends the
+        list there if it cannot be copied in this step."""
         found: list[Home] = []
         for name in self._keys(request):
             home = self._allocator.find(name)
@@ -57,13 +62,16 @@ class PrefixIndex:
                 elif home in self._fresh:
                     self.skipped_fresh = True
                     break
+            if home is None and self._tier is not None:
+                home = self._tier.find(name)
             if home is None:
                 break
             found.append(home)
         return found
 
     def next_key(self, request: Request) -> bytes | None:
-        """The key of the first block of its prefix that is not found; None when all are."""
+        """The key of the first block of its prefix that no rank has; None when all are there. What
+        is on the host takes a block to come back, and so is no reason to try again."""
         keys = self._keys(request)
         return next((key for key in keys if self._allocator.find(key) is None), None)
 
@@ -74,6 +82,11 @@ class PrefixIndex:
             return []
         most = (request.num_tokens - 1) // self._allocator.block_size
         return request.keys.upto(request.tokens, most)
+
+
+def is_second(name: bytes) -> bool:
+    """Whether a name of the index is that of a second copy."""
+    return len(name) != KEY_BYTES
 
 
 def _on_rank(name: bytes, rank: int) -> bytes:

@@ -4,6 +4,7 @@ What a step in flight writes is *unsure*: nobody has said that it was done. What
 is gone. A request keeps the blocks before the first of these, and the tokens in them; from there
 on it is a prompt again, of all tokens that are known. The blocks that it had for the rest, those
 on a lost rank among them, it gets again: the rank has as many, empty, once its worker is back.
+For those on a rank that is away it gets others, elsewhere.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 from ds_cp.kv.table import SequenceTable
-from ds_cp.layout import Home
+from ds_cp.layout import Home, on_host
 from ds_cp.scheduler.block_manager import BlockManager
 from ds_cp.scheduler.draft import Draft
 from ds_cp.scheduler.migration import Migration
@@ -22,7 +23,8 @@ from ds_cp.scheduler.request import Request
 class Flight(NamedTuple):
     """A step that was planned and is not known to have ended: its decodes, the most work of a rank
     on prompts, the blocks that it writes, each with the first place that it writes there, and the
-    requests that it computes, each with the number of its tokens that are computed then."""
+    requests that it computes, each with the number of its tokens that are computed then. What it
+    writes on the host ``HostMoves`` knows."""
 
     decodes: int = 0
     work: float = 0.0
@@ -32,14 +34,16 @@ class Flight(NamedTuple):
     @classmethod
     def of(cls, draft: Draft) -> Flight:
         """The step that was drafted."""
-        copies = [(transfer.target, 0) for transfer in draft.transfers]
-        written = (*draft.written, *copies)
-        return cls(draft.num_decodes, draft.largest_work, written, tuple(draft.reached.items()))
+        copies = [(t.target, 0) for t in draft.transfers if not on_host(t.target)]
+        written, reached = (*draft.written, *copies), tuple(draft.reached.items())
+        if draft.restores:  # the pacer learns nothing of a step that also copies from the host
+            return cls(written=written, reached=reached)
+        return cls(draft.num_decodes, draft.largest_work, written, reached)
 
 
 class Recovery:
-    """Rewinds requests. ``lost``: ranks whose blocks are empty; ``flights``: steps that were
-    planned and not reported."""
+    """Rewinds requests. ``lost``: ranks whose blocks are empty, beside those that are away, as
+    ``blocks`` says; ``flights``: steps that were planned and not reported."""
 
     def __init__(
         self,
@@ -51,7 +55,7 @@ class Recovery:
         self._blocks = blocks
         self._allocator = blocks.allocator
         self._migration = migration
-        self._lost = lost
+        self._lost = {*lost, *blocks.away}
         self._unsure: dict[Home, int] = {}  # first place whose content is not certain
         self._claimed: set[Home] = set()  # shared blocks that one holder has kept for itself
         for flight in flights:
@@ -79,6 +83,8 @@ class Recovery:
         self._migration.forget(request)
         self._allocator.release([target for _, target in request.moving.values()])
         request.moving = {}
+        for rank in self._blocks.away & request.reserved.keys():
+            self._allocator.release([(rank, block) for block in request.reserved.pop(rank)])
         near = self._reserve_own(request, table.homes[kept:])
         table = request.table = SequenceTable(size, table.homes[:kept], valid)
         request.in_flight, request.prefilling, request.decode_key = 0, True, None
@@ -111,6 +117,9 @@ class Recovery:
         given_up = []
         for home in homes:
             rank, block = home
+            if rank in self._blocks.away:
+                self._allocator.release([home])
+                continue
             shared = self._allocator.references(home) > 1
             if shared and (home in self._claimed or not self._is_gone(home)):
                 self._allocator.release([home])
@@ -138,12 +147,15 @@ class Recovery:
                 del reserved[rank]
             surplus -= 1
         ranks = list(dict.fromkeys([*near, *request.table.span, *self._blocks.order]))
+        room = self._blocks.room()
         if self._blocks.only_local:
-            ranks = [*reserved, *request.table.span, *near][:1] or ranks
-        while surplus < 0:
-            home = self._blocks.block_on(ranks)
-            if home is None:
-                return False
-            reserved.setdefault(home[0], []).append(home[1])
-            surplus += 1
-        return True
+            whole = [rank for rank in ranks if room[rank] >= need]  # where it was is away
+            ranks = [*reserved, *request.table.span, *near, *whole][:1]
+        for rank in ranks:
+            if more := min(room[rank], -surplus):
+                beside = request.table.newest_on(rank)
+                reserved.setdefault(rank, []).extend(
+                    self._blocks.run_on(rank, more, beside, grows=True)
+                )
+                surplus += more
+        return not surplus

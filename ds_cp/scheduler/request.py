@@ -86,9 +86,10 @@ class Request:
 
     While it runs: ``table``, where its KV is; ``reserved``, blocks per rank for the rest of the
     prompt; ``moving``, for the index of each block that is to move, (its home, its next home, which
-    is reserved); ``workers``, the ranks that compute it; ``in_flight``, tokens that are being drawn
-    and whose values rank 0 does not know yet; ``shares_tail``, whether another request may hold its
-    last block too, so that it must be copied before it is written.
+    is reserved); ``restoring``, for the index of each block whose content has yet to come back from
+    the host, its place there; ``workers``, the ranks that compute it; ``in_flight``, tokens that
+    are being drawn and whose values rank 0 does not know yet; ``shares_tail``, whether another
+    request may hold its last block too, so that it must be copied before it is written.
     """
 
     number: int
@@ -108,6 +109,8 @@ class Request:
     table: SequenceTable | None = None
     reserved: dict[int, list[int]] = field(default_factory=dict)
     moving: dict[int, tuple[Home, Home]] = field(default_factory=dict)
+    restoring: dict[int, Home] = field(default_factory=dict)
+    restored_step: int = 0  # the last one in which blocks came back for it
     workers: tuple[int, ...] = ()
     prefilling: bool = True
     in_flight: int = 0
@@ -129,6 +132,9 @@ class Request:
     ranks_used: set[int] = field(default_factory=set)  # up to its last stop
     last_token_time: float | None = None
     num_preemptions: int = 0
+    # Until it begins, as the forecast was without its correction; None: not to be learnt from.
+    expected_wait_s: float | None = None
+    granted: int = 0  # ``max_tokens`` when it was admitted, where ranks that went away cut that
     why_span: SpanReason | None = None  # of the ranks that it has now
     why_mode: ModeReason | None = None  # of its newest step
 
@@ -149,6 +155,11 @@ class Request:
         return len(self.prompt) + len(self.output)
 
     @property
+    def max_need(self) -> int:
+        """Tokens whose KV it may need: the last one drawn needs none."""
+        return len(self.prompt) + self.max_tokens - 1
+
+    @property
     def num_computed(self) -> int:
         """Tokens whose KV is stored, or will be when the steps in flight are done."""
         return self.table.num_tokens if self.table else 0
@@ -158,6 +169,17 @@ class Request:
         """Blocks that it holds beside those of its table."""
         held = [(rank, block) for rank, blocks in self.reserved.items() for block in blocks]
         return [*held, *(target for _, target in self.moving.values())]
+
+    def end_by(self, token: int, ends: Sequence[int]) -> tuple[str | None, int | None]:
+        """Why the newest token, ``token``, is the last one, and the one that stopped it, if it did;
+        ``ends``: the model's own end tokens."""
+        params, length = self.params, len(self.output)
+        if length > params.min_tokens:  # that many come before an end, as in vLLM
+            if params.stop_token_ids and token in params.stop_token_ids:
+                return "stop", token
+            if token in ends and not params.ignore_eos:
+                return "stop", None
+        return ("length" if length >= self.max_tokens else None), None
 
     def metrics(self) -> RequestMetrics:
         """Times and modes so far."""

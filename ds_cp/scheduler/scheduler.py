@@ -1,11 +1,10 @@
 """Decides which requests run in the next step, and where every token goes. No torch.
 
 First come first served within a priority and a client; clients of one priority have equal shares
-(``fairness``). Each step carries a token of every decoding request
-and, in what the budget of each rank leaves, the next chunks of prompts. It never waits for a
-token's value: a draw that is under way counts as a token, so the next step can be planned while one
-runs. When no rank has a block left, the youngest request of the lowest priority is preempted: its
-blocks are freed and it is computed again later, with the same tokens.
+(``fairness``). Each step carries a token of every decoding request and, in what the budget of each
+rank leaves, the next chunks of prompts. It never waits for a token's value: a draw that is under
+way counts as a token, so the next step can be planned while one runs. When no rank has a block
+left, the youngest request of the lowest priority is preempted, to be computed again later.
 """
 
 from __future__ import annotations
@@ -14,16 +13,20 @@ import time
 from collections import deque
 from collections.abc import Collection, Sequence
 
-from ds_cp.errors import QueueFullError
 from ds_cp.grammar.vocabulary import Vocabulary
 from ds_cp.plan import StepPlan
 from ds_cp.sampling_params import RequestOptions, SamplingParams
+from ds_cp.scheduler.absence import fit_again
 from ds_cp.scheduler.admission import Limits, check_request, fit_max_tokens
 from ds_cp.scheduler.block_manager import BlockManager
 from ds_cp.scheduler.decode import DecodePlanner
+from ds_cp.scheduler.door import Door
 from ds_cp.scheduler.draft import Draft
+from ds_cp.scheduler.draining import Draining
 from ds_cp.scheduler.fairness import ANSWER, Turns
-from ds_cp.scheduler.forgotten import Forgotten
+from ds_cp.scheduler.forecast import Forecast, Rates
+from ds_cp.scheduler.forgotten import Forgotten, unreported
+from ds_cp.scheduler.host_moves import HostRules
 from ds_cp.scheduler.inquest import Inquest
 from ds_cp.scheduler.migration import Migration
 from ds_cp.scheduler.mode_policy import ModePolicy, Seats
@@ -51,14 +54,17 @@ class Scheduler:
         prefix_caching: bool = True,
         pacer: ChunkPacer | None = None,
         seats: Seats | None = None,
+        rates: Rates = Rates(),  # noqa: B008 (frozen)
+        host: HostRules | None = None,
     ) -> None:
         self.limits = limits
-        self.waiting = WaitingQueue()
         self.running: list[Request] = []  # in the order of service
+        forecast = Forecast(limits.max_num_seqs, len(blocks_per_rank), self.running, pacer, rates)
+        self.waiting = WaitingQueue(forecast.load_of)
         self.num_preemptions = 0
         self.num_interruptions = 0
         self.block_manager = BlockManager(
-            blocks_per_rank, block_size, placement, ring_order, policy, prefix_caching, seats
+            blocks_per_rank, block_size, placement, ring_order, policy, prefix_caching, seats, host
         )
         self.allocator = self.block_manager.allocator
         self.migration = Migration(self.block_manager)
@@ -66,6 +72,7 @@ class Scheduler:
             limits, self.block_manager, policy, self.running, self.waiting, self._preempt_for
         )
         self._turns = Turns()
+        self.door = Door(limits, self.waiting, self._turns, forecast)
         self._inquest = Inquest()
         suspects = self._inquest.suspects
         self._prefill = PrefillPlanner(
@@ -84,7 +91,7 @@ class Scheduler:
         self._forgotten = Forgotten(limits, block_size, self._prefill.sampling)
         self._vocabulary: Vocabulary | None = None  # that the ranks are to have
         self._vocabulary_sent = False
-        self._last_use: dict[int, int] = {}  # closed rank -> the last step that may use its blocks
+        self._draining = Draining(self.block_manager)
 
     # --- requests come and go
 
@@ -110,12 +117,8 @@ class Scheduler:
         follow.
         """
         max_tokens = self.fit_max_tokens(len(prompt), params)
-        if len(self.waiting) >= self.limits.max_queue:
-            raise QueueFullError(
-                f"{len(self.waiting)} requests are waiting, the limit of scheduler.max_queue; "
-                "try later"
-            )
         options = options or RequestOptions()
+        expected_s = self.door.enter(options, params.n)
         known, answers = tuple(prompt), []
         cost = len(prompt) + params.n * min(max_tokens, ANSWER)
         turn = self._turns.take(options.client, cost, not self.has_work)
@@ -127,6 +130,7 @@ class Scheduler:
                 grammar, options.client, turn,
             ))  # fmt: skip
         first, first.siblings = answers[0], answers[1:]
+        first.expected_wait_s = expected_s
         self.waiting.push(first)
         return first
 
@@ -177,22 +181,16 @@ class Scheduler:
     def drain(self, rank: int) -> None:
         """Empty ``rank`` while requests go on, and place nothing there; see ``Migration.drain``."""
         self.migration.drain(rank, [*self.running, *self.waiting])
-        self._last_use[rank] = self._steps
+        self._draining.begin(rank, self._steps)
 
     def is_drained(self, rank: int) -> bool:
-        """Whether ``rank`` is closed and holds nothing any more, by the ledger: the step that moves
-        its last block may still run."""
-        return rank in self.block_manager.closed and not self.allocator.num_used(rank)
+        """Whether ``rank`` is closed and holds nothing, by the ledger: its last move may run."""
+        return rank in self.block_manager.closed and self._draining.is_empty(rank)
 
     @property
     def ranks_draining(self) -> tuple[int, ...]:
         """Closed ranks that hold a block, or that a step in flight may still read."""
-        return tuple(
-            rank
-            for rank in sorted(self.block_manager.closed)
-            if not self.is_drained(rank)
-            or any(step <= self._last_use.get(rank, 0) for step in self._in_flight)
-        )
+        return self._draining.ranks(self._in_flight)
 
     def reopen(self, rank: int) -> None:
         """Let a drained rank take KV again."""
@@ -205,6 +203,7 @@ class Scheduler:
     def reset_prefix_cache(self) -> int:
         """Forget every prefix; returns how many unused blocks became free. What runs keeps its
         blocks, and enters those that it has not entered yet."""
+        self.block_manager.host.tier.clear()
         return self.allocator.forget_all()
 
     # --- one step
@@ -216,9 +215,8 @@ class Scheduler:
         draft = Draft(self._steps + 1, budget, self._pacer, vocabulary)
         before = self.num_preemptions
         self.block_manager.prefix.begin_step()
-        for rank in self.block_manager.closed:
-            if self.allocator.num_used(rank):
-                self._last_use[rank] = draft.step
+        self.block_manager.host.begin(draft)
+        self._draining.plan(draft.step)
         if self.migration.is_moving:
             self._move(draft)
         if self._forgotten.begin(draft) and not self._seclusion.plan(draft, bool(self._in_flight)):
@@ -226,14 +224,16 @@ class Scheduler:
             draft.allow_prompts()
             # A preempted request must not get back, in the same step, the blocks that it freed.
             self._prefill.add(draft, may_start=self.num_preemptions == before)
+        self.block_manager.host.end(draft)
         if draft.is_empty:
             return None
         self._steps = draft.step
+        self.door.forecast.look_again()
         self._in_flight[draft.step] = Flight.of(draft)
         if self._pacer is not None:
             self._pacer.plan(draft.num_decodes, draft.largest_work)
         self._looking_back.update((r.number, r) for r in draft.looking_back)
-        plan = draft.plan(self._ended, self._unreported())
+        plan = draft.plan(self._ended, unreported(self._looking_back.values()))
         self._ended = []
         self._vocabulary_sent = self._vocabulary is not None
         return plan
@@ -251,55 +251,54 @@ class Scheduler:
         apart)."""
         request.in_flight -= 1
         request.output.append(token)
-        params, length = request.params, len(request.output)
+        length = len(request.output)
         request.last_token_time = time.time()
         if length == 1:
             request.first_token_time = request.last_token_time
+            self.door.began(request)
         if request.table is not None and request.num_tokens % self.allocator.block_size <= 1:
             self.block_manager.prefix.enter(request)
-        if length > params.min_tokens:  # that many come before an end, as in vLLM
-            if params.stop_token_ids and token in params.stop_token_ids:
-                self.finish(request, "stop", token)
-            elif token in self.limits.eos_token_ids and not params.ignore_eos:
-                self.finish(request, "stop")
-        if length >= request.max_tokens:
-            self.finish(request, "length")
+        reason, stop = request.end_by(token, self.limits.eos_token_ids)
+        if reason is not None:
+            self.finish(request, reason, stop)
+            self.door.forecast.ended(length)
         return request.finish_reason
-
-    def _unreported(self) -> list[tuple[int, int, int]]:
-        """Output tokens that the ranks do not know yet and penalties count."""
-        news = []
-        for request in self._looking_back.values():
-            if request.table is not None:
-                for index in range(request.num_notified, len(request.output)):
-                    news.append((request.number, index, request.output[index]))
-                request.num_notified = len(request.output)
-        return news
 
     # --- ranks that were lost
 
-    def recover(self, lost: Collection[int]) -> list[Request]:
+    def recover(
+        self, lost: Collection[int], away: Collection[int] = ()
+    ) -> tuple[list[Request], list[Request]]:
         """All ranks have forgotten their requests, and ``lost`` what they stored; no step is under
         way. What was planned and not reported counts as not done: running requests are computed
-        again from there on. Returns those that are ended instead, as their steps end workers."""
+        again from there on, on ranks that are not ``away``. Returns those that are ended instead:
+        whose steps end workers, and which do not fit on the ranks that are here."""
         alive = {request.number for request in (*self.running, *self.waiting)}
-        found = self._inquest.interrupted(self._in_flight.values(), alive)
-        guilty = [r for r in (*self.running, *self.waiting) if r.number == found]
-        for request in guilty:
+        guilty: list[Request] = []
+        beyond: list[Request] = []
+        if self.block_manager.away == frozenset(away):
+            found = self._inquest.interrupted(self._in_flight.values(), alive)
+            guilty = [r for r in (*self.running, *self.waiting) if r.number == found]
+        else:  # ranks have come or gone, which is no request's fault
+            self.block_manager.set_away(away)
+            beyond = fit_again(self.block_manager, [*self.running, *self.waiting])
+        for request in (*guilty, *beyond):
             self.finish(request, "error")
+        reported = min(self._in_flight, default=self._steps + 1) - 1
+        again = self.block_manager.host.recover((*lost, *away), reported, self.running)
         recovery = Recovery(self.block_manager, self.migration, lost, self._in_flight.values())
         self.num_interruptions += 1
         self._in_flight.clear()
         recovery.forget_prefixes()
         for request in self.waiting:  # those that were preempted with a draw under way
-            request.in_flight = 0
+            request.in_flight, request.expected_wait_s = 0, None
         for request in list(self.running):
-            if not recovery.rewind(request):
+            if request in again or not recovery.rewind(request):
                 self._preempt(request)
         self._forgotten.requests = deque(self.running)
         self._ended = []
         self._vocabulary_sent = False
-        return guilty
+        return guilty, beyond
 
     # --- preemption, moving
 

@@ -47,4 +47,4 @@ class Seclusion:
             self._prefill.advance_alone(own, draft)
         elif first is not None:
             self._prefill.start_alone(first, draft)
-        return draft.has_prompts
+        return draft.has_prompts or draft.restores

@@ -17,25 +17,25 @@ from typing import Any
 
 from ds_cp.config import Config
 from ds_cp.engine.core import EngineCore
-from ds_cp.engine.interface import EngineInfo, EngineStats
+from ds_cp.engine.interface import EngineHealth, EngineInfo, EngineStats
 from ds_cp.engine.loop import PipelinedLoop
 from ds_cp.engine.observer import Observer
 from ds_cp.engine.picture import Picture
 from ds_cp.engine.sign_of_life import idle_seconds
 from ds_cp.engine.wire_model import WireModel
 from ds_cp.errors import DsCpError, EngineDeadError, RequestError, StoppingError
-from ds_cp.model.end_tokens import describe_tokenizer
 from ds_cp.outputs import Delta, EndedRequest, PromptProgress
 from ds_cp.plan import Idle
 from ds_cp.sampling_params import RequestOptions, SamplingParams
-from ds_cp.scheduler.build import build_scheduler, grid_of
+from ds_cp.scheduler.build import grid_of
 from ds_cp.serve.channel import Ready
 from ds_cp.serve.grammar_checks import GrammarChecks
 from ds_cp.serve.mailboxes import Mailbox, Mailboxes
-from ds_cp.serve.ready_facts import chat_notes, info_of
+from ds_cp.serve.ready_facts import info_of, load
+from ds_cp.serve.standing import Standing
 from ds_cp.serve.timed_link import TimedLink
 from ds_cp.serve.worker_link import InterruptedStepsError, WorkerLink
-from ds_cp.templates.chat import LOOK_S, ChatTemplate
+from ds_cp.templates.chat import ChatTemplate
 from ds_cp.templates.processes import TemplateProcesses
 
 
@@ -43,9 +43,9 @@ class AsyncEngine:
     """Implements ``EngineInterface`` over a worker.
 
     ``load_tokenizer`` runs in the engine's thread while the worker starts. ``paced``: clients wait
-    for each token, so prefill is throttled while other requests decode. ``on_ready`` gets the
-    start-up lines; ``on_death`` gets the error that ended the engine and the exit code, and is not
-    called after ``stop`` or ``fail``. Both run in the engine's thread.
+    for each token, so prefill is throttled while other requests decode. ``is_mending``: as in
+    ``Standing``. ``on_ready`` gets the start-up lines; ``on_death`` the error that ended the engine
+    and the exit code, but not after ``stop`` or ``fail``. Both run in the engine's thread.
 
     A deliberate end: ``refuse_new`` while requests may finish, ``cut`` to tell those that have not,
     ``stop``. From ``cut`` on, whatever ends a request is a ``StoppingError``.
@@ -65,6 +65,7 @@ class AsyncEngine:
         on_ready: Callable[[Ready], None],
         on_death: Callable[[DsCpError, int], None],
         paced: bool = True,
+        is_mending: Callable[[], bool] = lambda: False,
     ) -> None:
         self._config = config
         self._model_name = model_name
@@ -73,15 +74,12 @@ class AsyncEngine:
         self._on_ready = on_ready
         self._on_death = on_death
         self._paced = paced
-        self._state = "starting"
         self._core: EngineCore | None = None
         self._observer: Observer | None = None
         self._lock = threading.Lock()  # guards core and mailboxes; not held during a step
         self._wake = threading.Condition(self._lock)
-        self._refusing = False  # new requests, because the server is being stopped
-        self._cut = False  # unfinished requests were told that it stops
+        self._standing = Standing(is_mending, config.server.stall_s)
         self._stopping = False  # the loop of steps ends
-        self._failed = False  # by ``fail``
         self._mailboxes = Mailboxes(loop)
         self._worked = False  # since the ledger was last checked
         self._served = 0  # the generation of ranks that the core knows
@@ -103,15 +101,25 @@ class AsyncEngine:
     @property
     def state(self) -> str:
         """As ``EngineInterface`` says."""
-        if self._refusing and not self._failed:
-            return "stopping"
-        if self._state == "ready" and self._steps.age_s > self._config.server.stall_s:
-            return "stalled"
-        return self._state
+        return self._standing.state(self._steps.age_s)
+
+    @property
+    def health(self) -> EngineHealth:
+        """As ``EngineInterface`` says. Takes no lock."""
+        state, core = self.state, self._core
+        if core is None:
+            return EngineHealth(state)
+        away = tuple(sorted(core.scheduler.block_manager.away))
+        return EngineHealth(state, core.scheduler.door.is_overloaded, away)
 
     def check(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
         """Raise ``RequestError`` for a request that is not acceptable. Takes no lock."""
         self._ready_core().check(prompt_token_ids, params)
+
+    def check_room(self, options: RequestOptions, answers: int = 1) -> None:
+        """As ``EngineInterface`` says."""
+        with self._lock:
+            self._ready_core().scheduler.door.enter(options, answers)
 
     async def generate(
         self,
@@ -134,7 +142,7 @@ class AsyncEngine:
             self._ready_core().add(request_id, prompt, params, options, grammar)
             self._mailboxes.open(request_id, mailbox)
             self._wake.notify()
-        unfinished = params.n
+        unfinished = params.n - (options.num_ended if options is not None else 0)
         try:
             while unfinished:
                 delta = await mailbox.get()
@@ -179,10 +187,8 @@ class AsyncEngine:
             return self._ready_core().scheduler.reset_prefix_cache()
 
     def _ready_core(self) -> EngineCore:
-        if self._refusing and not self._failed:
-            raise StoppingError("the server is stopping")
-        if self._core is None or self._state != "ready":
-            raise EngineDeadError(f"the engine is {self._state}")
+        self._standing.check()
+        assert self._core is not None
         return self._core
 
     def stats(self) -> EngineStats:
@@ -194,35 +200,34 @@ class AsyncEngine:
                 self._core.stats(),
                 num_strangers=self.num_strangers,
                 step_seconds=self._steps.seconds,
-                step_age_seconds=0.0 if self._state == "dead" else self._steps.age_s,
+                step_age_seconds=0.0 if self._standing.is_dead else self._steps.age_s,
                 comm_bytes={scheme: sent[0] for scheme, sent in self._link.sent.items()},
                 comm_exchanges={scheme: sent[1] for scheme, sent in self._link.sent.items()},
             )
 
     def picture(self) -> Picture | None:
         """As ``EngineInterface`` says."""
-        if self._observer is None:
-            return None
-        return self._observer.picture(self._steps.seconds, self._link.sent)
+        seen = self._observer
+        return None if seen is None else seen.picture(self._steps.seconds, self._link.sent)
 
     # --- the end; called in the event loop
 
     def refuse_new(self) -> None:
         """New requests raise ``StoppingError`` from now on; those that were taken go on."""
-        self._refusing = True
+        self._standing.is_refusing = True
 
     def cut(self) -> None:
         """Every unfinished request raises ``StoppingError``, at once, whatever the ranks do."""
-        self._refusing = self._cut = True
+        self._standing.is_refusing = self._standing.is_cut = True
         self._end_requests(StoppingError("the server is stopping; this request was not finished"))
 
     def fail(self, message: str) -> None:
         """A rank has failed, which the worker may notice late: every request raises
         ``EngineDeadError``, at once, also during a drain, unless it was told of the stop."""
-        if self._cut:
+        standing = self._standing
+        if standing.is_cut:
             return
-        self._failed = self._refusing = True
-        self._state = "dead"
+        standing.has_failed = standing.is_refusing = standing.is_dead = True
         self._end_requests(EngineDeadError(message))
 
     def _end_requests(self, err: EngineDeadError) -> None:
@@ -259,24 +264,16 @@ class AsyncEngine:
             self._die(EngineDeadError(f"{type(err).__name__}: {err}"), 1)
 
     def _become_ready(self) -> None:
-        tokenizer = self._load_tokenizer()
-        chat_template = ChatTemplate(tokenizer, self._templates)
-        # While the worker starts, and not so long that a rank gives rank 0 up.
-        look_s = min(LOOK_S, idle_seconds(self._config.comm.timeout_s))
-        odd = chat_notes(chat_template, tokenizer, self._config.server, look_s)
-        ready = self._link.ready()
-        facts = ready.facts.with_tokenizer(*describe_tokenizer(tokenizer))
-        said = facts.notes[len(ready.facts.notes) :]
-        ready = Ready(facts, (*ready.summary, *said, *odd))
-        scheduler = build_scheduler(self._config, facts, self._paced)
+        loaded = load(self._config, self._link, self._load_tokenizer, self._templates, self._paced)
+        ready, scheduler = loaded.ready, loaded.scheduler
         with self._lock:
-            self._core = EngineCore(scheduler, tokenizer, WireModel.of(facts))
-            hosts = grid_of(facts).cp_topology().hosts
+            self._core = EngineCore(scheduler, loaded.tokenizer, WireModel.of(ready.facts))
+            hosts = grid_of(ready.facts).cp_topology().hosts
             self._observer = Observer(self._core, hosts, self._lock)
-            self.tokenizer = tokenizer
-            self.chat_template = chat_template
+            self.tokenizer = loaded.tokenizer
+            self.chat_template = loaded.chat_template
             self.info = info_of(self._model_name, ready.facts, scheduler)
-            self._state = "ready"
+            self._standing.is_loaded = True
         self._on_ready(ready)
 
     def _loop_steps(self) -> None:
@@ -287,9 +284,9 @@ class AsyncEngine:
         while not self._stopping:
             try:
                 self._turn(core, loop, idle_s)
-            except InterruptedStepsError:
-                self._recover(core, loop)
-        self._state = "dead"
+            except InterruptedStepsError as err:
+                self._recover(core, loop, str(err))
+        self._standing.is_dead = True
         loop.settle()
         self._link.leave()
 
@@ -316,15 +313,18 @@ class AsyncEngine:
             self._tell_ended(core)
         self._mailboxes.deliver(addressed)
 
-    def _recover(self, core: EngineCore, loop: PipelinedLoop) -> None:
-        """The ranks have left: wait until all have met again, and go on from what is certain."""
+    def _recover(self, core: EngineCore, loop: PipelinedLoop, cause: str) -> None:
+        """The ranks have left: wait until they have met again, go on from what is certain."""
         loop.forget()
         self._steps.forget()
+        self._standing.is_interrupted = True
         resumed = self._link.resume()
-        lost = [rank for rank, born in enumerate(resumed.born) if born > self._served]
         with self._lock:
-            self._mailboxes.deliver(self._mailboxes.addressed(core.recover(lost)))
+            ends, refused = core.recover(resumed.lost_since(self._served), resumed.away, cause)
+            self._mailboxes.deliver(self._mailboxes.addressed(ends))
+            self._mailboxes.refuse(refused)
         self._served = resumed.generation
+        self._standing.is_interrupted = False
 
     def _tell_ended(self, core: EngineCore) -> None:
         """Tell the listeners, in the event loop. The lock is held."""
@@ -340,11 +340,11 @@ class AsyncEngine:
 
     def _die(self, err: DsCpError, exit_code: int) -> None:
         with self._lock:
-            self._state = "dead"
+            self._standing.is_dead = True
             mailboxes = self._mailboxes.all()
-        if self._failed:
+        if self._standing.has_failed:
             return  # reported already
-        kind = StoppingError if self._cut else EngineDeadError
+        kind = StoppingError if self._standing.is_cut else EngineDeadError
         self._mailboxes.deliver([(mailbox, kind(str(err))) for mailbox in mailboxes])
         if not self._stopping:
             self._on_death(err, exit_code)

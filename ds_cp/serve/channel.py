@@ -11,6 +11,7 @@ import msgspec
 from ds_cp.errors import EngineDeadError
 from ds_cp.facts import Facts
 from ds_cp.plan import MAX_PLAN_BYTES, Outcome, Plan, encode_plan
+from ds_cp.topology.job import Job
 
 GENERATION_BYTES = 4  # before a plan
 LIMIT = MAX_PLAN_BYTES + GENERATION_BYTES  # bytes of the largest frame
@@ -21,7 +22,8 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     ``listen_fd``: the inherited descriptor of rank 0's store socket, or -1; ``folder``: for the
     worker's temporary files, removed by the supervisor however the worker ends; ``orders_fd``: the
     inherited socket for orders (``serve.orders``), or -1 where the loss of a peer ends the worker;
-    ``waits``: a ``Take`` comes when it is to take the place of one that has died."""
+    ``waits``: a ``Take`` comes when it is to take the place of one that has died; ``forks_fd``: the
+    inherited socket of the fork server that it is to leave behind, or -1."""
 
     config: dict[str, Any]
     job: dict[str, Any]
@@ -30,6 +32,7 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     folder: str
     orders_fd: int = -1
     waits: bool = False
+    forks_fd: int = -1
 
 
 class Take(msgspec.Struct, frozen=True):
@@ -53,6 +56,12 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     message: str
     cause_known: bool = True
 
+    def named(self, job: Job) -> str:
+        """The message, with the rank."""
+        if self.message.startswith("rank "):
+            return self.message
+        return f"rank {job.rank} on {job.host}: {self.message}"
+
 
 class Result(msgspec.Struct, frozen=True, tag="result"):
     """The outcome of one plan, and what this rank has sent so far: (bytes, exchanges) by scheme."""
@@ -70,11 +79,16 @@ class Interrupted(msgspec.Struct, frozen=True, tag="interrupted"):
 
 
 class Resumed(msgspec.Struct, frozen=True, tag="resumed"):
-    """All ranks have met in this generation. ``born``: of each, the first generation of its
-    process, before which it held no KV."""
+    """All ranks have met in this generation, but for those that are ``away``. ``born``: of each,
+    the first generation of its process, before which it held no KV."""
 
     generation: int
     born: tuple[int, ...]
+    away: tuple[int, ...] = ()
+
+    def lost_since(self, generation: int) -> list[int]:
+        """Ranks that hold nothing of what they held in an earlier generation."""
+        return [rank for rank, born in enumerate(self.born) if born > generation]
 
 
 FromWorker = Ready | Failed | Result | Interrupted | Resumed

@@ -11,10 +11,12 @@ from typing import Any
 from ds_cp.api.app import create_app
 from ds_cp.config import Config
 from ds_cp.errors import DsCpError
+from ds_cp.journal.journal import open_journal
+from ds_cp.log_stream import say
 from ds_cp.model.loading import load_tokenizer
 from ds_cp.model.source import find_model
-from ds_cp.serve.async_engine import AsyncEngine
 from ds_cp.serve.channel import Ready
+from ds_cp.serve.journaled_engine import JournaledEngine
 from ds_cp.serve.worker_link import Lead, LocalLink, ReadSent, Sent
 from ds_cp.startup.build import build_worker
 from ds_cp.startup.join import join_job
@@ -31,6 +33,7 @@ async def open_app(config: Config, job: Job) -> AsyncIterator[Any]:
     The other ranks call ``follow`` meanwhile. Raises the typed error of a start that fails.
     """
     source = find_model(config.model)
+    journal = open_journal(config)
     on_exit: list[Callable[[], None]] = []
     deaths: list[DsCpError] = []
 
@@ -65,14 +68,17 @@ async def open_app(config: Config, job: Job) -> AsyncIterator[Any]:
 
         loop.call_soon_threadsafe(fail)
 
-    engine = AsyncEngine(
-        config, source.name, LocalLink(build), loop,
+    engine = JournaledEngine(
+        journal, config, source.name, LocalLink(build), loop,
         lambda: load_tokenizer(source), on_ready, on_death, paced=False,
     )  # fmt: skip
     engine.start()
     try:
         await ready
+        for line in engine.journal_lines:
+            say(line)
         app = create_app(engine, config.server)
+        app.state.journal = journal  # what a batch keeps of its lines
         app.state.deaths = deaths  # what has ended the engine, if anything has
         async with app.router.lifespan_context(app):
             yield app

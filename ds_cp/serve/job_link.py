@@ -42,7 +42,7 @@ from ds_cp.topology.job import Job
 
 RETRY_S = 0.1  # seconds between tries to reach rank 0's supervisor, which may start later
 REPORT_S = 2.0  # seconds that a report waits for rank 0 to have it
-_LINE = 4096  # bytes of a message, at most
+_LINE = 32 * 1024  # bytes of a message, at most
 
 
 def link_name(job: Job, launched_by: str = "") -> str | None:
@@ -165,7 +165,8 @@ class FollowingLink:
     """Another rank's side. ``on_gone`` gets 0 and who rank 0's supervisor was when that ends
     without a good-bye. ``patience_s``: seconds that rank 0 may start later. ``on_asked`` gets
     what rank 0 asks, ``on_bye`` is called when it ends as it should, ``on_refused`` with the reason
-    when it does not let this rank in."""
+    when it does not let this rank in. ``mark``: see ``Hello``; "" where the job never goes on
+    without this rank."""
 
     def __init__(
         self,
@@ -178,6 +179,7 @@ class FollowingLink:
         self.on_away: Callable[[Gone], None] = lambda gone: None
         self.on_back: Callable[[], None] = lambda: None
         self.on_refused: Callable[[DsCpError], None] = lambda err: None
+        self.mark = ""
         self._rank = rank
         self._patience_s = patience_s
         self._on_gone = on_gone
@@ -292,20 +294,18 @@ class FollowingLink:
     async def _reach(self, name: str) -> tuple[Peer, Gone] | None:
         end = time.monotonic() + self._patience_s
         while True:
-            try:
-                reader, writer = await asyncio.open_unix_connection(name, limit=_LINE)
-                break
-            except OSError:
-                if time.monotonic() >= end:
+            with contextlib.suppress(OSError):
+                peer = LocalPeer(*await asyncio.open_unix_connection(name, limit=_LINE))
+                send(peer, Hello(self._rank, os.getpid(), mark=self.mark))
+                hello = await receive(peer) if peer.is_ours else None
+                if isinstance(hello, Hello):
+                    return peer, Gone(hello.pid)
+                peer.close()
+                if not self.mark:  # else rank 0's may still count on who was here before
                     return None
+            if time.monotonic() >= end:
+                return None
             await asyncio.sleep(RETRY_S)
-        peer = LocalPeer(reader, writer)
-        send(peer, Hello(self._rank, os.getpid()))
-        hello = await receive(peer) if peer.is_ours else None
-        if not isinstance(hello, Hello):
-            peer.close()
-            return None
-        return peer, Gone(hello.pid)
 
     async def _reach_host(self, port: Port) -> tuple[Peer, Gone] | None:
         try:

@@ -13,7 +13,8 @@ from typing import Protocol
 
 import msgspec
 
-from ds_cp.config.models import FaultTolerance
+from ds_cp.config.fault_tolerance import FaultTolerance
+from ds_cp.facts import Facts
 from ds_cp.link.peer import Ended
 from ds_cp.serve.orders import Order, Word
 
@@ -24,11 +25,13 @@ ORPHAN_S = 1.0  # seconds that a worker has to end once rank 0's supervisor is g
 
 
 class Hello(msgspec.Struct, frozen=True, tag="hello"):
-    """A supervisor's first message; both sides send it. ``host``: "" on one host."""
+    """A supervisor's first message; both sides send it. ``host``: "" on one host; ``mark``: a
+    digest of its config and version there; between hosts these are compared before."""
 
     rank: int
     pid: int
     host: str = ""
+    mark: str = ""
 
 
 class Lost(msgspec.Struct, frozen=True, tag="lost"):
@@ -60,6 +63,23 @@ class End(msgspec.Struct, frozen=True, tag="end"):
     why: str
 
 
+class Starting(msgspec.Struct, frozen=True, tag="starting"):
+    """The job starts: all ranks are to join."""
+
+
+class Running(msgspec.Struct, frozen=True, tag="running"):
+    """The job runs, without the receiver's worker, which is to load alone and say so. ``facts``: of
+    the start."""
+
+    facts: Facts
+
+
+class Unwanted(msgspec.Struct, frozen=True, tag="unwanted"):
+    """The job runs, and the receiver cannot be a part of it."""
+
+    why: str
+
+
 class Noted(msgspec.Struct, frozen=True, tag="noted"):
     """Rank 0 has a ``Lost``."""
 
@@ -73,7 +93,7 @@ class Bye(msgspec.Struct, frozen=True, tag="bye"):
 
 
 Said = Died | Word  # to rank 0, on its worker
-Asked = End | Order  # by rank 0
+Asked = End | Starting | Running | Unwanted | Order  # by rank 0
 Message = Hello | Lost | Stopping | Noted | Beat | Bye | Said | Asked
 
 

@@ -47,6 +47,11 @@ class Mailboxes:
         if items:
             self.call(put)
 
+    def refuse(self, refused: Sequence[tuple[str, DsCpError]]) -> None:
+        """These requests are ended with an error. From another thread than the loop's."""
+        pairs = [(self._open.get(request_id), err) for request_id, err in refused]
+        self.deliver([(mailbox, err) for mailbox, err in pairs if mailbox is not None])
+
     def call(self, work: Callable[[], None]) -> None:
         """Have ``work`` done in the event loop, unless that has closed."""
         with contextlib.suppress(RuntimeError):

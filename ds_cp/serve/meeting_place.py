@@ -60,7 +60,9 @@ class MeetingPlace:
         hang_s = stall_limit(self._config.fault_tolerance)
         if isinstance(self._link, FollowingLink):
             self._link.on_refused = self._on_refused
-            await self._link.open_to_host(port, hang_s)
+            outlives = self._config.fault_tolerance.min_ranks is not None
+            returns_s = self._config.comm.timeout_s if outlives else 0.0
+            await self._link.open_to_host(port, hang_s, returns_s)
             return
         assert self._job.store_socket is not None
         if not port.secret:

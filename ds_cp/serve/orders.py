@@ -27,9 +27,11 @@ class Leave(msgspec.Struct, frozen=True, tag="leave"):
 
 
 class Meet(msgspec.Struct, frozen=True, tag="meet"):
-    """Join the other ranks, who are all asked to, in this generation."""
+    """Join the other ranks, who are all asked to, in this generation. ``away``: ranks that are
+    not."""
 
     generation: int
+    away: tuple[int, ...] = ()
 
 
 class Ping(msgspec.Struct, frozen=True, tag="ping"):
@@ -76,7 +78,7 @@ class Orders:
         self._generation = 0  # that this worker is in, and
         self._abandon: Callable[[], None] | None = None  # what makes it leave that
         self._told = -1  # the last generation that it was told to leave
-        self._meetings: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._meetings: queue.SimpleQueue[Meet] = queue.SimpleQueue()
         self._wake, self._waking = os.pipe()  # readable once it is to leave
         os.set_blocking(self._wake, False)
         self._polled: select.poll | None = None  # the socket of ``wait_for``, and ``_wake``
@@ -98,8 +100,8 @@ class Orders:
             if self._told >= generation:
                 self._leave()
 
-    def next_meeting(self) -> int:
-        """Wait to be told to meet the others; in which generation. For a worker that has left."""
+    def next_meeting(self) -> Meet:
+        """Wait to be told to meet the others. For a worker that has left."""
         with self._lock:
             self._abandon = None
         return self._meetings.get()
@@ -130,7 +132,7 @@ class Orders:
                     self.tell(Pong())
                     continue
                 if isinstance(order, Meet):
-                    self._meetings.put(order.generation)
+                    self._meetings.put(order)
                     continue
                 with self._lock:
                     self._told = order.generation

@@ -9,6 +9,7 @@ from typing import Any
 
 from ds_cp.config import Config
 from ds_cp.errors import ModelError
+from ds_cp.journal.journal import Journal, open_journal
 from ds_cp.log_stream import say
 from ds_cp.model.source import ModelSource, find_model
 from ds_cp.model.watch import FilesWatch, watch_model
@@ -32,6 +33,15 @@ def bind_http(config: Config) -> list[socket.socket]:
     from ds_cp.api.transport.listen import bind
 
     return bind(config.server.host, config.server.port, say)
+
+
+Front = tuple[ModelSource, list[socket.socket], Journal | None]
+
+
+def open_front(config: Config) -> Front:
+    """What rank 0 serves, where, and the journal. Raises ``ModelError``, ``LaunchError``."""
+    source, listeners = find_model(config.model), bind_http(config)
+    return source, listeners, open_journal(config)
 
 
 def note_launchers(job: Job, launchers: Sequence[LauncherProcess]) -> None:

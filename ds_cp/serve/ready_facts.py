@@ -4,14 +4,53 @@ operator on how chats are read."""
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from ds_cp.config import Server
+from ds_cp.config import Config, Server
 from ds_cp.engine.interface import EngineInfo
+from ds_cp.engine.sign_of_life import idle_seconds
 from ds_cp.facts import Facts
+from ds_cp.model.end_tokens import describe_tokenizer
 from ds_cp.parsing.choose import choose
+from ds_cp.scheduler.build import build_scheduler
 from ds_cp.scheduler.scheduler import Scheduler
-from ds_cp.templates.chat import ChatTemplate
+from ds_cp.serve.channel import Ready
+from ds_cp.serve.worker_link import WorkerLink
+from ds_cp.templates.chat import LOOK_S, ChatTemplate
+from ds_cp.templates.processes import TemplateProcesses
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What an engine is made of. ``ready``: what the worker reported, with what the tokenizer
+    adds to it."""
+
+    tokenizer: Any
+    chat_template: ChatTemplate
+    ready: Ready
+    scheduler: Scheduler
+
+
+def load(
+    config: Config,
+    link: WorkerLink,
+    load_tokenizer: Callable[[], Any],
+    templates: TemplateProcesses,
+    paced: bool,
+) -> Loaded:
+    """Load the tokenizer while the worker starts, and wait for that one."""
+    tokenizer = load_tokenizer()
+    chat_template = ChatTemplate(tokenizer, templates)
+    # While the worker starts, and not so long that a rank gives rank 0 up.
+    look_s = min(LOOK_S, idle_seconds(config.comm.timeout_s))
+    odd = chat_notes(chat_template, tokenizer, config.server, look_s)
+    ready = link.ready()
+    facts = ready.facts.with_tokenizer(*describe_tokenizer(tokenizer))
+    said = facts.notes[len(ready.facts.notes) :]
+    ready = Ready(facts, (*ready.summary, *said, *odd))
+    return Loaded(tokenizer, chat_template, ready, build_scheduler(config, facts, paced))
 
 
 def info_of(model: str, facts: Facts, scheduler: Scheduler) -> EngineInfo:
@@ -26,6 +65,7 @@ def info_of(model: str, facts: Facts, scheduler: Scheduler) -> EngineInfo:
         hosts=len(set(facts.hosts)),
         dtype=facts.dtype,
         created=int(time.time()),
+        host_capacity_tokens=sum(facts.host_blocks_per_rank) * facts.block_size,
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import subprocess
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -16,8 +15,11 @@ from ds_cp.errors import DsCpError, EngineDeadError
 from ds_cp.facts import Facts
 from ds_cp.log_stream import say
 from ds_cp.serve.channel import Channel
+from ds_cp.serve.detached import WorkerProcess, can_fork_servers
+from ds_cp.serve.forking import Forks
+from ds_cp.serve.oom_kills import OomKills
 from ds_cp.serve.orders import Order, Ping, Pong, Word
-from ds_cp.serve.worker_child import Child, describe_end, ended, worker_child
+from ds_cp.serve.worker_child import Child, describe_end, ended, forked_child, worker_child
 from ds_cp.topology.job import Job
 
 POLL_S = 0.1  # seconds between looks at the worker, where the kernel does not tell of its end
@@ -41,7 +43,11 @@ class Seat:
         self._child: Child | None = None
         self._spare: tuple[contextlib.ExitStack, Child] | None = None
         self._timer: asyncio.TimerHandle | None = None  # until there is a spare one
+        self._serves = outlives and config.device != "cuda" and can_fork_servers()
+        self._forks: Forks | None = None  # from which another worker is forked
         self._facts: Facts | None = None  # of the start
+        self._kills = OomKills()
+        self._is_left = False
         self._why = ""  # this process has ended the worker
         self._hears = False  # the worker can be asked for signs of life
         # In time.monotonic(): the last ``check``, the last ping, the first one without an answer.
@@ -50,7 +56,10 @@ class Seat:
         self._unanswered: float | None = None
 
     def __enter__(self) -> Seat:
-        self._stack, self._child = self._start(waits=False)
+        returns = self._facts is not None
+        self._stack, self._child = self._start(waits=returns)
+        if returns:
+            self._take(self._child)
         self._listen(self._child)
         return self
 
@@ -60,19 +69,34 @@ class Seat:
         err: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._is_left = True
         if self._timer is not None:
             self._timer.cancel()
         if self._spare is not None:
             stack, spare = self._spare
             spare.process.kill()
             stack.close()
+        if self._forks is not None:
+            self._forks.close()
         self._stack.close()
 
     def loaded(self, facts: Facts) -> None:
         """The job has started, with these facts: from now on the worker can be replaced, and after
         a while another one waits to take its place."""
         self._facts, self._hears = facts, True
+        if self._forks is not None:
+            self._forks.settle(facts)
         self._order_spare()
+
+    def joins(self, facts: Facts) -> None:
+        """Before the first worker is started: the job runs already, with these facts, and that one
+        is to load alone."""
+        self._facts = facts
+
+    @property
+    def facts(self) -> Facts | None:
+        """Of the start, once the job has started."""
+        return self._facts
 
     @property
     def can_replace(self) -> bool:
@@ -80,7 +104,7 @@ class Seat:
         return self.outlives and self._facts is not None
 
     @property
-    def process(self) -> subprocess.Popen[bytes]:
+    def process(self) -> WorkerProcess:
         """The worker that is here now."""
         assert self._child is not None
         return self._child.process
@@ -126,11 +150,11 @@ class Seat:
         if self._unanswered is not None and now - self._unanswered >= hang_s:
             self.end(f"gave no sign of life for {hang_s:g} s")
 
-    def cause(self, process: subprocess.Popen[bytes]) -> str:
+    def cause(self, process: WorkerProcess) -> str:
         """How a worker of this rank, which has ended, did."""
         if self._why:
             return f"the worker of rank {self._job.rank} {self._why} and was ended"
-        how = describe_end(process.returncode)
+        how = describe_end(process.returncode, self._kills.is_new())
         return f"the worker of rank {self._job.rank} was ended by {how}"
 
     async def each(
@@ -144,7 +168,7 @@ class Seat:
             while self.channel is channel and not end.done():
                 await asyncio.sleep(LOOK_S)
 
-    def replace(self) -> None:
+    async def replace(self) -> None:
         """Start another worker, once this one has ended. Raises as ``worker_child``."""
         assert self.can_replace
         self._stack.close()
@@ -152,13 +176,28 @@ class Seat:
             self._spare[0].close()  # it has died too
             self._spare = None
         self._why, self._hears, self._asked, self._unanswered = "", False, None, None
-        preloaded = self._spare is not None and self._preloads
-        self._stack, self._child = self._spare or self._start(waits=True)
-        self._spare = None
-        if not preloaded:
-            self._take(self._child)
+        place = await self._forked()
+        if place is None:
+            preloaded = self._spare is not None and self._preloads
+            place, self._spare = self._spare or self._start(waits=True), None
+            if not preloaded:
+                self._take(place[1])
+        self._stack, self._child = place
         self._listen(self._child)
         self._order_spare()
+
+    async def _forked(self) -> tuple[contextlib.ExitStack, Child] | None:
+        """A worker that the fork server has made, if there is one."""
+        if self._forks is None or not self._forks.is_serving:
+            return None
+        stack = contextlib.ExitStack()
+        making = forked_child(self._job, self._forks)
+        try:
+            child = await asyncio.to_thread(stack.enter_context, making)
+        except EngineDeadError as err:
+            say(f"warning: rank {self._job.rank} starts a new process: {err}")
+            return None
+        return stack, child
 
     @property
     def _preloads(self) -> bool:
@@ -177,10 +216,32 @@ class Seat:
         with contextlib.suppress(EngineDeadError):
             self._child.orders.send(order)
 
-    def _start(self, waits: bool) -> tuple[contextlib.ExitStack, Child]:
+    def _start(self, waits: bool, spare: bool = False) -> tuple[contextlib.ExitStack, Child]:
+        """A new process, which leaves a fork server behind unless it is a spare one."""
         stack = contextlib.ExitStack()
-        child = worker_child(self._config, self._job, self.outlives, waits)
+        forks = self._make_forks() if self._serves and not spare else None
+        child = worker_child(self._config, self._job, self.outlives, waits, forks)
         return stack, stack.enter_context(child)
+
+    def _make_forks(self) -> Forks:
+        """For the server that the next process leaves behind."""
+        loop = asyncio.get_running_loop()
+
+        def on_end() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(self._on_forks_end, forks)
+
+        forks = Forks(on_end)
+        if self._forks is not None:
+            self._forks.close()
+        self._forks = forks
+        if self._facts is not None:
+            forks.settle(self._facts)
+        return forks
+
+    def _on_forks_end(self, forks: Forks) -> None:
+        if forks is self._forks and self._facts is not None and not self._is_left:
+            self._order_spare()
 
     def _order_spare(self) -> None:
         if self._timer is not None:
@@ -192,7 +253,9 @@ class Seat:
     def _make_spare(self) -> None:
         try:
             assert self._spare is None
-            self._spare = self._start(waits=True)
+            if self._forks is not None and self._forks.is_open:
+                return  # which waits already
+            self._spare = self._start(waits=True, spare=True)
             if self._preloads:
                 self._take(self._spare[1])
         except (DsCpError, OSError) as err:

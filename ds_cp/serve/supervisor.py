@@ -13,8 +13,6 @@ from __future__ import annotations
 import asyncio
 import math
 import signal
-import socket
-import subprocess
 import time
 from functools import partial
 from typing import TYPE_CHECKING
@@ -22,15 +20,15 @@ from typing import TYPE_CHECKING
 from ds_cp.config import Config
 from ds_cp.errors import DsCpError, EngineDeadError
 from ds_cp.log_stream import say
-from ds_cp.model.source import ModelSource, find_model
 from ds_cp.process import StopSignals, settle_heap
 from ds_cp.serve.announce import Announce, print_ready
 from ds_cp.serve.channel import Channel, Failed, FromWorker, Ready
+from ds_cp.serve.detached import WorkerProcess
 from ds_cp.serve.job_link import FollowingLink, LeadingLink
 from ds_cp.serve.job_words import ORPHAN_S, Gone, Lost
 from ds_cp.serve.meeting_place import MeetingPlace
 from ds_cp.serve.mending import Mending, can_mend
-from ds_cp.serve.preparations import bind_http, load_tokenizer, note_launchers, watch_files
+from ds_cp.serve.preparations import Front, load_tokenizer, note_launchers, open_front, watch_files
 from ds_cp.serve.seat import Seat
 from ds_cp.serve.worker_child import SIGNALS, noticed, until_end
 from ds_cp.topology.job import Job
@@ -82,19 +80,20 @@ class _Supervisor:
         self._engine: AsyncEngine | None = None
         self._leading = LeadingLink(job.world_size, self._on_lost, self._on_gone, self._on_stopping)
         self._following = FollowingLink(job.rank, config.comm.timeout_s, self._on_gone)
-        self._link = self._leading if job.rank == 0 else self._following
-        self._place = MeetingPlace(config, job, self._link, self._fail, lambda: self._loaded)
+        link = self._link = self._leading if job.rank == 0 else self._following
+        self._place = MeetingPlace(config, job, link, self._fail, lambda: self._loaded)
         self._seat = Seat(config, self._place.worker_job, can_mend(config, job))
         self._mending = Mending(config, job, self._seat, self._link, self)
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
         leads = self._job.rank == 0
-        found = (find_model(self._config.model), bind_http(self._config)) if leads else None
+        found = open_front(self._config) if leads else None
         files = watch_files(self._config, self._job)  # as they are before the worker reads them
         for number in SIGNALS:
             loop.add_signal_handler(number, self._on_signal, number)
         await self._place.open(self._launchers[0].identity if self._launchers else "")
+        self._loaded = await self._mending.joins(self._stop)
         with self._seat:
             watch = asyncio.create_task(self._watch())
             watch.add_done_callback(self._on_watched)
@@ -102,7 +101,7 @@ class _Supervisor:
                 files.start()
             try:
                 if found is not None:
-                    await self._serve_http(*found)
+                    await self._serve_http(found)
                 else:
                     await self._seat.each(self._follow, watch)
                 if not (self._failed and leads):
@@ -115,13 +114,14 @@ class _Supervisor:
 
     # --- rank 0: the HTTP application
 
-    async def _serve_http(self, source: ModelSource, listeners: list[socket.socket]) -> None:
+    async def _serve_http(self, front: Front) -> None:
         from ds_cp.api.app import create_app
         from ds_cp.api.transport.listen import urls
         from ds_cp.api.transport.server import serve_until
-        from ds_cp.serve.async_engine import AsyncEngine
+        from ds_cp.serve.journaled_engine import JournaledEngine
         from ds_cp.serve.worker_link import ProcessLink, WorkerFailedError, WorkerLostError
 
+        source, listeners, journal = front
         server = self._config.server
         loop = asyncio.get_running_loop()
         addresses = urls(listeners)
@@ -139,14 +139,13 @@ class _Supervisor:
             loop.call_soon_threadsafe(self._on_death, str(err), exit_code, known, lost)
 
         self._mending.worker = worker = ProcessLink(self._seat.channel, self._seat.outlives)
-        engine = AsyncEngine(
-            self._config, source.name, worker, loop,
-            partial(load_tokenizer, source), on_ready, on_death,
+        self._engine = engine = JournaledEngine(
+            journal, self._config, source.name, worker, loop, partial(load_tokenizer, source),
+            on_ready, on_death, is_mending=lambda: self._mending.is_mending,
         )  # fmt: skip
-        self._engine = engine
         self._place.on_strangers = partial(setattr, engine, "num_strangers")
         engine.start()
-        app = create_app(engine, server, log_requests=True)
+        app = create_app(engine, server, log_requests=True, journal=journal)
         await serve_until(app, listeners, server, self._stop, self._hurry)
         end = time.monotonic() + CAUSE_S
         while self._pending is not None and not self._may_fail and time.monotonic() < end:
@@ -172,15 +171,12 @@ class _Supervisor:
                     self._exit_code = message.exit_code
                     # While they load, the ranks agree on what rank 0 is to say.
                     if known and self._loaded:
-                        await self._following.report(Lost(self._named(message), message.exit_code))
+                        await self._following.report(
+                            Lost(message.named(self._job), message.exit_code)
+                        )
                     await self._following.until_end(HEAD_START_S)
         except EngineDeadError:
             pass  # the worker has ended; _watch reports the exit code
-
-    def _named(self, failed: Failed) -> str:
-        if failed.message.startswith("rank "):
-            return failed.message
-        return f"rank {self._job.rank} on {self._job.host}: {failed.message}"
 
     # --- a stop that is asked for
 
@@ -242,8 +238,8 @@ class _Supervisor:
 
     def _on_lost(self, rank: int, lost: Lost) -> None:
         """Another rank's supervisor says that its worker has ended."""
-        cause = lost.cause if lost.since is None else noticed(lost.cause, lost.since)
-        self._fail(cause, lost.exit_code)
+        if not self._mending.goes_on_without(rank, cause := noticed(lost.cause, lost.since)):
+            self._fail(cause, lost.exit_code)
 
     def _on_gone(self, rank: int, gone: Gone) -> None:
         """Another rank's supervisor is gone. ds-cp as launcher says so, but not once it was
@@ -251,7 +247,9 @@ class _Supervisor:
         first = self._job.rank <= 1 or self._job.local_rank == 0
         says = first and (self._job.launcher != "ds-cp" or self._stop.is_set())
         self._leave_s = min(self._leave_s, ORPHAN_S if rank == 0 else math.inf)
-        self._fail(gone.describe(rank, self._config.fault_tolerance), 1, says)
+        cause = gone.describe(rank, self._config.fault_tolerance)
+        if not self._mending.gone(rank, cause):
+            self._fail(cause, 1, says)
 
     def _fail(self, message: str, exit_code: int, says: bool = True) -> None:
         if self._may_fail:
@@ -295,7 +293,7 @@ class _Supervisor:
             since = await self._seat.until_end(self._look)
             if process.returncode >= 0 or not self.mends:
                 break
-            self._mending.died(noticed(self._seat.cause(process), since))
+            await self._mending.died(noticed(self._seat.cause(process), since))
         await self._report_end(process, since)
 
     # --- what this process watches
@@ -310,7 +308,7 @@ class _Supervisor:
             self._leaving = True
             self._seat.process.kill()
 
-    async def _report_end(self, process: subprocess.Popen[bytes], since: float) -> None:
+    async def _report_end(self, process: WorkerProcess, since: float) -> None:
         """The worker has ended, and so does the job."""
         if process.returncode > 0:  # it left by itself, and has said why unless it crashed
             await self._hear(FIRST_WORD_S if self._job.rank == 0 else LAST_WORD_S)

@@ -133,14 +133,15 @@ class WorkerLife:
         orders = self._orders
         assert orders is not None
         while True:
-            generation = orders.next_meeting()
+            meeting = orders.next_meeting()
+            generation = meeting.generation
             born = generation if self._born is None else self._born
             try:
                 if orders.is_off(generation):
                     raise CommError("a rank is gone again")
                 meet_again(
                     self._job, self._config, self._worker, self._facts, generation, born,
-                    partial(orders.is_off, generation),
+                    partial(orders.is_off, generation), meeting.away,
                 )  # fmt: skip
             except CommError as err:
                 orders.tell(Left(generation, str(err)[:MAX_CAUSE]))
@@ -151,5 +152,5 @@ class WorkerLife:
             orders.attend(generation, world.abandon)
             orders.tell(Met(generation))
             if self._job.rank == 0:
-                self._channel.send(Resumed(generation, world.born))
+                self._channel.send(Resumed(generation, world.born, meeting.away))
             return

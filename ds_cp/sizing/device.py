@@ -48,6 +48,11 @@ class Memory(Section):
         None,
         description="at which attention of one row reads KV, in 1e9 bytes/s; default: gb_per_s",
     )
+    host_gb_per_s: _Rate | None = Field(
+        None,
+        description="at which KV goes to host memory and comes back, each rank at once, in 1e9 "
+        "bytes/s; default: not known",
+    )
 
 
 class Link(Section):

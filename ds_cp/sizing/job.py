@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from ds_cp.config.fields import MAX_RANKS
+from ds_cp.config.fields import MAX_MEMORY, MAX_RANKS
 from ds_cp.errors import ConfigError
 from ds_cp.sizing.model import ELEMENT, ModelShape
+from ds_cp.text import parse_size
 
 MAX_CONTEXT = 1 << 28  # tokens of a context that is sized
 # Tokens of one rank in one step, where the config says auto: that of ``ds_cp.scheduler.build``.
@@ -19,13 +20,15 @@ BLOCK = 64  # tokens of a block of KV, the config's default
 class Job:
     """``hosts`` x ``ranks_per_host`` ranks, ``tp`` of which share each layer's heads and lie on one
     host; the others share the context. ``context``: tokens of one request, answer included;
-    ``dtype``: of weights and KV. ``ConfigError`` when the numbers do not fit together."""
+    ``dtype``: of weights and KV; ``host_memory``: bytes of a rank's host that keep KV.
+    ``ConfigError`` when the numbers do not fit together."""
 
     hosts: int
     ranks_per_host: int
     context: int
     dtype: str
     tp: int = 1
+    host_memory: int = 0
 
     def __post_init__(self) -> None:
         for name, value, most in (
@@ -36,6 +39,10 @@ class Job:
         ):
             if not 1 <= value <= most:
                 raise ConfigError(f"{name} is {value}; it must be from 1 to {most}")
+        if not 0 <= self.host_memory <= MAX_MEMORY:
+            raise ConfigError(
+                f"--host-memory is {self.host_memory} bytes; it must be from 0 to {MAX_MEMORY}"
+            )
         if self.hosts * self.ranks_per_host > MAX_RANKS:
             raise ConfigError(
                 f"--hosts {self.hosts} x --ranks-per-host {self.ranks_per_host} are "
@@ -91,6 +98,17 @@ def parse_context(text: str) -> int:
             f"--context is {text[:40]!r}; give a number of tokens such as 5000, 128K or 1M"
         )
     return int(match[1]) * {"": 1, "k": 1 << 10, "m": 1 << 20}[match[2].lower()]
+
+
+def parse_memory(text: str) -> int:
+    """Bytes of ``"64GiB"``, ``"1.5GB"``, or of a plain number. ``ConfigError`` for anything
+    else."""
+    try:
+        return int(text) if re.fullmatch("[0-9]{1,16}", text) else parse_size(text)
+    except ValueError:
+        raise ConfigError(
+            f"--host-memory is {text[:40]!r}; give a size such as 64GiB, 512MiB or 0"
+        ) from None
 
 
 def counts(most: int) -> list[int]:

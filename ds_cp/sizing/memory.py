@@ -88,6 +88,25 @@ def memory_of(model: ModelShape, device: Device, job: Job) -> RankMemory:
     )
 
 
+@dataclass(frozen=True)
+class HostRoom:
+    """What the hosts' memory keeps beside the devices: ``tokens`` of all ranks; ``back_s``: seconds
+    in which the KV of the job's context comes back, a part to each rank; None where the device's
+    rate is not known."""
+
+    tokens: int
+    back_s: float | None
+
+
+def host_room(model: ModelShape, device: Device, job: Job) -> HostRoom:
+    """Of the job's ``host_memory``, in whole blocks."""
+    block = block_bytes(model, job.element, job.tp)
+    rate = device.memory.host_gb_per_s
+    mine = math.ceil(math.ceil(job.context / BLOCK) / job.cp) * block
+    tokens = job.host_memory // block * job.cp * BLOCK
+    return HostRoom(tokens, mine / (rate * 1e9) if rate else None)
+
+
 def largest_context(model: ModelShape, device: Device, job: Job) -> list[tuple[int, int]]:
     """(ranks, tokens): the largest context that 1, 2, 4, ... groups of ``tp`` ranks hold, up to the
     job's, by their KV alone: the sum of whole blocks."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from ds_cp.sizing.device import Device
 from ds_cp.sizing.job import BLOCK, CHUNK, Job
-from ds_cp.sizing.memory import GIB, largest_context, memory_of
+from ds_cp.sizing.memory import GIB, host_room, largest_context, memory_of
 from ds_cp.sizing.model import ModelShape
 from ds_cp.sizing.predict import MODES, Prediction, predict
 
@@ -55,11 +55,17 @@ def sizing(model: ModelShape, device: Device, job: Job) -> dict[str, Any]:
             {"ranks": ranks, "tokens": tokens}
             for ranks, tokens in largest_context(model, device, job)
         ],
+        "host_memory": _host(model, device, job),
         "predictions": [
             _prediction(each, model, device, job) for each in predict(model, device, job)
         ],
         "assumptions": assumptions(model, device, job),
     }
+
+
+def _host(model: ModelShape, device: Device, job: Job) -> dict[str, Any]:
+    room = host_room(model, device, job)
+    return {"per_rank": job.host_memory, "tokens": room.tokens, "back_s": room.back_s}
 
 
 def _prediction(one: Prediction, model: ModelShape, device: Device, job: Job) -> dict[str, Any]:
@@ -110,6 +116,7 @@ def assumptions(model: ModelShape, device: Device, job: Job) -> list[str]:
         "hop_us",
         "layer_us",
         "step_us",
+        *(("memory.host_gb",) if job.host_memory else ()),
     )
     kinds = sorted({source for path, source in device.sources.items() if path.startswith(used)})
     said += [f"source: {source}" for source in kinds]
@@ -144,6 +151,13 @@ def text_report(found: dict[str, Any]) -> list[str]:
     for row in found["largest_context"]:
         bar = "=" * round(WIDTH * row["tokens"] / most)
         lines.append(f"  {row['ranks']:>5} {tokens(row['tokens']):>8}  {bar}")
+    host = found["host_memory"]
+    if host["per_rank"]:
+        back = f"; the context comes back in {_time(host['back_s'])}" if host["back_s"] else ""
+        lines.append(
+            f"  host memory of {_size(host['per_rank'])} a rank keeps {tokens(host['tokens'])} "
+            f"tokens of prompts' beginnings and preempted requests more{back}"
+        )
     lines += ["", f"predicted for a prompt of {tokens(job['context'])} tokens",
               f"  {'ranks':>5}  {'mode':<14} {'TTFT':>10} {'TPOT':>10}"]  # fmt: skip
     for row in found["predictions"]:

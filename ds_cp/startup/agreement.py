@@ -81,16 +81,16 @@ def agreed(world: World, err: DsCpError) -> DsCpError:
 
 
 def exchange_reports(world: World, mine: Report) -> list[Report]:
-    """Every rank's report, on every rank."""
+    """Every rank's report, on every rank; an empty one of those that are away."""
     short = mine.message.encode()[:MESSAGE].decode(errors="ignore")
     raw = msgspec.msgpack.encode(msgspec.structs.replace(mine, message=short))
     frame = torch.zeros(REPORT, dtype=torch.uint8)
     frame[: len(raw) + 2] = torch.frombuffer(
         bytearray(len(raw).to_bytes(2, "little") + raw), dtype=torch.uint8
     )
-    frames = [torch.empty_like(frame) for _ in range(world.size)]
+    frames = [torch.zeros_like(frame) for _ in range(world.size)]
     frames[0] = frame
-    others = [(r, frames[r]) for r in range(1, world.size)]
+    others = [(r, frames[r]) for r in world.members if r]
     control = Control(world)
     control.collect(frame, others if world.rank == 0 else [])
     everything = torch.cat(frames).numpy().tobytes() if world.rank == 0 else None
@@ -98,7 +98,8 @@ def exchange_reports(world: World, mine: Report) -> list[Report]:
     reports = []
     for at in range(0, world.size * REPORT, REPORT):
         length = int.from_bytes(data[at : at + 2], "little")
-        reports.append(msgspec.msgpack.decode(data[at + 2 : at + 2 + length], type=Report))
+        raw = data[at + 2 : at + 2 + length]
+        reports.append(msgspec.msgpack.decode(raw, type=Report) if raw else Report(0, ""))
     return reports
 
 

@@ -8,9 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
-
-from torch import nn
 
 from ds_cp.attention import LayerSpec
 from ds_cp.attention.kernels.choose import Choice
@@ -18,26 +15,23 @@ from ds_cp.comm.failure import failing
 from ds_cp.comm.links import measure_links
 from ds_cp.comm.wire import Group, World
 from ds_cp.config import Config
-from ds_cp.errors import ConfigError
 from ds_cp.facts import Facts, LinkFacts
 from ds_cp.kv.pool import bytes_per_token
 from ds_cp.model.end_tokens import model_end_tokens
-from ds_cp.model.faults import decoder_at_fault
-from ds_cp.model.invariant import restore_layers
-from ds_cp.model.linear import is_packed, unpack
-from ds_cp.model.loading import choose_dtype, load_config, load_model
-from ds_cp.model.shard import RowSums, shard_model
-from ds_cp.model.source import ModelSource, find_model
-from ds_cp.model.wiring import Decoder, check_positions, probe, probe_layers
+from ds_cp.model.linear import is_packed
+from ds_cp.model.shard import RowSums
+from ds_cp.model.source import ModelSource
+from ds_cp.model.wiring import Decoder
 from ds_cp.startup.agreement import gather_blocks, joint_phase, local_phase
-from ds_cp.startup.exactness import Reference, Step, compare, reference_logits, served_logits
-from ds_cp.startup.fingerprint import Fingerprint, agree_on_model, fingerprint
+from ds_cp.startup.exactness import Step, compare, served_logits
+from ds_cp.startup.fingerprint import Fingerprint, agree_on_model
 from ds_cp.startup.flops import achieved_flops
+from ds_cp.startup.host_budget import decide_slots, open_slots
 from ds_cp.startup.kernel_choice import choose_for_all
 from ds_cp.startup.kv_budget import allocate_pool, decide_budget
 from ds_cp.startup.layerwise import AttentionRecord
 from ds_cp.startup.overhead import measure_overheads
-from ds_cp.startup.packing import Packing, plan_packing
+from ds_cp.startup.preload import Loaded, Preloaded, Prepared, load, prepare
 from ds_cp.startup.reading import reading_rates
 from ds_cp.startup.resources import ranks_at_once
 from ds_cp.startup.shapes import layer_windows, mean_shape, shape_notes
@@ -69,7 +63,7 @@ class Served:
 def build_worker(
     world: World,
     config: Config,
-    model: Decoder | ModelSource | None,
+    model: Decoder | ModelSource | Preloaded | None,
     threads: int,
     promised: bool = False,
 ) -> tuple[Worker, Facts]:
@@ -86,7 +80,7 @@ def build_worker(
 def _build(
     world: World,
     config: Config,
-    model: Decoder | ModelSource | None,
+    model: Decoder | ModelSource | Preloaded | None,
     threads: int,
     promised: bool,
 ) -> tuple[Worker, Facts]:
@@ -114,6 +108,12 @@ def _build(
         lambda: allocate_pool(budget, layers, size, kernel.packed, decoder.dtype, world, cp.rank),
     )
     blocks = gather_blocks(world, pool.num_blocks)
+    unclaimed = pool.nbytes if budget.lazy else 0
+    mine = local_phase(
+        world, lambda: decide_slots(config, world, pool, cp.rank, cp.size, unclaimed)
+    )
+    slots = gather_blocks(world, mine)
+    store, host_rate = local_phase(world, lambda: open_slots(config, world, pool, mine, cp.rank))
     flops = local_phase(
         world, lambda: achieved_flops(text.hidden_size, decoder.dtype, world.device)
     )
@@ -159,8 +159,13 @@ def _build(
         alone_bytes_per_s=alone,
         layer_s=overheads.layer_s,
         hop_s=overheads.hop_s,
+        fingerprint=served.fingerprint,
+        host_blocks_per_rank=tuple(slots[c * tp.size] for c in range(cp.size))
+        if any(slots)
+        else (),
+        host_gb_per_s=host_rate,
     )
-    worker = Worker(world, cp, tp, decoder, layers, pool, kernel)
+    worker = Worker(world, cp, tp, decoder, layers, pool, kernel, store)
     worker.fingerprint = served.fingerprint
     if world.device.type == "cuda" and tp.size == 1:  # sums between ranks are not captured
         longest = -(-served.max_model_len // size)
@@ -175,48 +180,33 @@ def _build(
 def _serve(
     world: World,
     config: Config,
-    model: Decoder | ModelSource | None,
+    model: Decoder | ModelSource | Preloaded | None,
     cp: Group,
     tp: Group,
     note: Callable[[str], None],
 ) -> Served:
     """Load, compare with the other ranks, shard, wire, pack, and compare with transformers.
     ``note`` gets a line on each part of the checkpoint that is not used, and one on packing."""
-
-    def load() -> tuple[Decoder, list[nn.Module], int, Fingerprint]:
-        source = find_model(config.model) if model is None else model
-        decoder = _load(config, source, world, note)
-        # Refuses an architecture by its name before anything else is tried with it.
-        with decoder_at_fault(decoder, "does not run"):
-            modules = [module for _, module in probe(decoder)]
-        text = decoder.config.get_text_config()
-        length = _max_model_len(config, getattr(text, "max_position_embeddings", None))
-        with decoder_at_fault(decoder, "has positions that cannot be"):
-            check_positions(decoder, length)
-        found = fingerprint(decoder, source if isinstance(source, ModelSource) else None)
-        return decoder, modules, length, found
-
-    is_callers = isinstance(model, Decoder)
-    decoder, modules, length, found = local_phase(world, load)
-    agree_on_model(world, found)
     sums = RowSums(tp)
 
-    def prepare() -> tuple[list[LayerSpec], Reference, Packing]:
-        reference = reference_logits(decoder, modules)
-        shard_model(decoder, sums)
-        with sums.recording():
-            packing = plan_packing(
-                config.linear_layers, decoder, world, is_callers, config.attention.deterministic
-            )
-        with sums.recording():  # anew: what is kept are the sums of this one call of the model
-            layers = probe_layers(decoder)
-        _check_heads(decoder.config.get_text_config(), layers, tp.size)
-        return layers, reference, packing
+    def loading() -> Loaded:
+        return model.load() if isinstance(model, Preloaded) else load(config, model, world)
 
-    layers, reference, packing = local_phase(world, prepare)
+    def preparing(loaded: Loaded) -> Prepared:
+        return prepare(loaded, config, world, sums)
+
+    loaded = local_phase(world, loading)
+    for line in loaded.notes:
+        note(line)
+    agree_on_model(world, loaded.fingerprint)
+    prepared = local_phase(
+        world,
+        lambda: model.prepare(preparing) if isinstance(model, Preloaded) else preparing(loaded),
+    )
+    decoder, layers, reference = loaded.decoder, prepared.layers, prepared.reference
     kernel = choose_for_all(world, config, decoder.dtype, layers)
     # All ranks of a host looked at its free memory before any of them takes some.
-    if line := local_phase(world, packing):
+    if line := local_phase(world, prepared.packing):
         note(line)
     if config.attention.deterministic and world.device.type == "cuda" and tp.size > 2:
         note(
@@ -234,44 +224,7 @@ def _serve(
     error = local_phase(
         world, lambda: compare(architecture, decoder.dtype, reference, steps, replayed)
     )
-    return Served(decoder, layers, kernel, length, error, reference.rounding, found)
-
-
-def _load(
-    config: Config, model: Decoder | ModelSource, world: World, note: Callable[[str], None]
-) -> Decoder:
-    if isinstance(model, Decoder):
-        unpack(model)  # what an earlier engine made of it
-        restore_layers(model)
-        return cast(Decoder, model.train(False))
-    found = load_config(model)
-    dtype = choose_dtype(config.dtype, getattr(found, "dtype", None), world.device)
-    return load_model(model, dtype, world.device, note)
-
-
-def _max_model_len(config: Config, limit: int | None) -> int:
-    if config.max_model_len == "auto":
-        if limit is None:
-            raise ConfigError(
-                "the model's config.json has no max_position_embeddings, "
-                "so max_model_len cannot be auto: "
-                "set it to the number of tokens that the model was made for"
-            )
-        return limit
-    if limit is not None and config.max_model_len > limit:
-        raise ConfigError(
-            f"max_model_len is {config.max_model_len}, "
-            f"but the model was made for {limit} positions; set it to at most {limit} or to auto"
-        )
-    return config.max_model_len
-
-
-def _check_heads(text: Any, layers: Sequence[LayerSpec], tp_size: int) -> None:
-    """Sharding that silently left a model whole would double every head: look at what came out."""
-    want = text.num_attention_heads
-    got = layers[0].num_q_heads * tp_size
-    if tp_size > 1 and got != want:
-        raise ConfigError(
-            f"tensor_parallel.tp_size {tp_size}: {layers[0].num_q_heads} local query heads "
-            f"do not make the model's {want}; set tp_size to 1"
-        )
+    return Served(
+        decoder, layers, kernel, loaded.max_model_len, error, reference.rounding,
+        loaded.fingerprint,
+    )  # fmt: skip

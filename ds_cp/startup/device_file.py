@@ -87,6 +87,9 @@ def device_of(
         "links": links,
         "sources": sources,
     }
+    if rates.host:
+        found["memory"]["host_gb_per_s"] = _round(rates.host / 1e9)
+        sources["memory.host_gb_per_s"] = f"{measured}, blocks of KV there and back"
     Device.model_validate(found)
     return found
 

@@ -47,7 +47,8 @@ def fingerprint(model: Decoder, source: ModelSource | None) -> Fingerprint:
 def agree_on_model(world: World, mine: Fingerprint) -> None:
     """Compare all ranks' fingerprints. ``ModelError`` on every rank, naming the ranks and hosts
     that differ from the majority, when they are not the same. Collective."""
-    everybody = [r.digests for r in exchange_reports(world, Report(0, "", digests=mine))]
+    reports = exchange_reports(world, Report(0, "", digests=mine))
+    everybody = [report.digests or ("",) * len(PARTS) for report in reports]
     if odd := describe_difference(everybody, world.topology.hosts):
         raise agreed(world, ModelError(odd))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -21,6 +21,8 @@ def join_job(
     left: World | None = None,
     arrive_s: float | None = None,
     given_up: Callable[[], bool] = lambda: False,
+    members: Sequence[int] | None = None,
+    began: Sequence[str] | None = None,
 ) -> tuple[World, int]:
     """Join the other ranks. Returns the world and this rank's number of CPU threads. What follows
     ``config`` is for later meetings, as in ``comm.join``.
@@ -56,6 +58,8 @@ def join_job(
         born=born,
         left=left,
         given_up=given_up,
+        members=members,
+        began=began,
     )
     torch.set_num_threads(world.threads)
     return world, world.threads

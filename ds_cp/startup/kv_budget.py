@@ -49,10 +49,12 @@ def decide_budget(
     free, sharing = free_bytes(world)
     lazy = False
     if kv.tokens_per_rank != "auto":
-        tokens = _one(kv.tokens_per_rank, "tokens_per_rank", cp_rank, grid.cp_size)
+        tokens = budget_of(kv.tokens_per_rank, "tokens_per_rank", cp_rank, grid.cp_size)
         reason = "kv_cache.tokens_per_rank"
     elif kv.memory_per_rank != "auto":
-        tokens = _one(kv.memory_per_rank, "memory_per_rank", cp_rank, grid.cp_size) // per_token
+        tokens = (
+            budget_of(kv.memory_per_rank, "memory_per_rank", cp_rank, grid.cp_size) // per_token
+        )
         reason = "kv_cache.memory_per_rank"
     else:
         cuda = world.device.type == "cuda"
@@ -112,7 +114,7 @@ def _too_large(need: int, world: World, cp_rank: int) -> ConfigError:
     )
 
 
-def _one(budget: int | tuple[int, ...], name: str, cp_rank: int, cp_size: int) -> int:
+def budget_of(budget: int | tuple[int, ...], name: str, cp_rank: int, cp_size: int) -> int:
     """This rank's number out of one for all, or one for each."""
     if isinstance(budget, int):
         return budget

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 import torch
 
 from ds_cp.attention import LayerSpec
+from ds_cp.comm.device import synchronize
 from ds_cp.comm.failure import failing
 from ds_cp.comm.wire import World
 from ds_cp.config import Config
 from ds_cp.errors import ConfigError
 from ds_cp.kv.blocks import BlockAllocator
+from ds_cp.kv.host_store import open_store
 from ds_cp.kv.pool import KVPool
 from ds_cp.kv.prefix import PrefixKeys
 from ds_cp.startup.join import join_job
@@ -131,13 +133,14 @@ def _rate(work: Callable[[], int]) -> float:
 
 
 class _Moves:
-    """Copies of blocks within the pool, and from rank 0 to the next rank and back."""
+    """Copies of blocks within the pool, to host memory and back, and from rank 0 to the next rank
+    and back."""
 
     def __init__(self, world: World, shape: KVShape, dtype: torch.dtype) -> None:
         spec = LayerSpec(shape.kv_heads, shape.kv_heads, shape.head_dim, shape.head_dim**-0.5)
         self.count = min(MOVED, shape.blocks)
         tokens = shape.block_size * shape.layers * 2 * shape.kv_heads * shape.head_dim
-        need, have = 4 * self.count * tokens * dtype.itemsize, free_bytes(world)[0]
+        need, have = 5 * self.count * tokens * dtype.itemsize, free_bytes(world)[0]
         if need > have:
             raise ConfigError(
                 f"{2 * self.count} blocks and their copies take {need} bytes, {have} are free; "
@@ -147,11 +150,15 @@ class _Moves:
         self._world = world
         self._pool = KVPool(layers, 2 * self.count, shape.block_size, dtype, world.device)
         self.nbytes = self._pool.block_elements * dtype.itemsize
+        self._store = open_store(self._pool, self.count, None)
 
     def run(self) -> dict[str, tuple[str, float]]:
-        """GB a second: of the copies, and of each way between ranks."""
+        """GB a second: of the copies, of those to host memory and back, and of each way between
+        ranks."""
         here, there = list(range(self.count)), list(range(self.count, 2 * self.count))
         found = {"copy within a rank": ("GB/s", self._timed(lambda: self._copy(here, there)))}
+        found["copy to host memory"] = "GB/s", self._timed(lambda: self._save(here))
+        found["copy back from host memory"] = "GB/s", self._timed(lambda: self._load(here, there))
         if self._world.size > 1:
             found["move to the next rank"] = "GB/s", 2 * self._timed(lambda: self._move(here))
         return found
@@ -166,6 +173,14 @@ class _Moves:
 
     def _copy(self, sources: list[int], targets: list[int]) -> None:
         self._pool.put_blocks(targets, self._pool.get_blocks(sources))
+
+    def _save(self, blocks: list[int]) -> None:
+        self._store.save(blocks, blocks)
+        synchronize(self._world.device)  # it goes on beside what the device computes
+
+    def _load(self, slots: list[int], blocks: list[int]) -> None:
+        self._store.load(slots, blocks)
+        synchronize(self._world.device)
 
     def _move(self, blocks: list[int]) -> None:
         """There and back, as the engine moves blocks: gathered, sent, and written to the pool."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from ds_cp.comm.failure import failing
 from ds_cp.config import Config
@@ -26,18 +26,21 @@ def meet_again(
     generation: int,
     born: int,
     given_up: Callable[[], bool] = lambda: False,
+    away: Collection[int] = (),
 ) -> None:
     """Join the other ranks with ``worker``, which is in no group, and have it go on there.
     ``facts``: those of the start. ``born``: the first generation of this process; ``given_up``: as
-    in ``comm.join``.
+    in ``comm.join``; ``away``: ranks without which the others meet.
 
     Collective. Raises ``CommError`` when not all of them come: the worker is in no group then, and
     may be called again. ``TopologyError``, ``ModelError``, on all ranks, when one of them is not
     what was there at the start.
     """
     left = worker.world if worker.world.raw_store is not None else None  # or it loaded alone
+    members = [rank for rank in range(job.world_size) if rank not in away]
     world, _ = join_job(
-        job, config, generation, born, left, min(ARRIVE_S, config.comm.timeout_s), given_up
+        job, config, generation, born, left, min(ARRIVE_S, config.comm.timeout_s), given_up,
+        members, facts.hosts,
     )  # fmt: skip
     with failing(world):
         if world.topology.hosts != facts.hosts:
@@ -50,10 +53,19 @@ def meet_again(
         cp = world.group("cp", grid.cp_groups())
         tp = world.group("tp", grid.tp_groups())
         agree_on_model(world, worker.fingerprint)
-        blocks = tuple(gather_blocks(world, worker.pool.num_blocks)[:: grid.tp_size])
-        if blocks != facts.blocks_per_rank:
-            raise agreed(world, ModelError(
-                f"the ranks began with KV blocks {list(facts.blocks_per_rank)} and met again with "
-                f"{list(blocks)} (this is a fault of ds_cp)"
-            ))  # fmt: skip
+        slots = facts.host_blocks_per_rank or (0,) * cp.size
+        for where, mine, began in (
+            ("", worker.pool.num_blocks, facts.blocks_per_rank),
+            (" in host memory", worker.mover.num_slots, slots),
+        ):
+            found = gather_blocks(world, mine)
+            blocks = tuple(
+                found[rank] if rank in members else began[rank // grid.tp_size]
+                for rank in range(0, world.size, grid.tp_size)
+            )
+            if blocks != began:
+                raise agreed(world, ModelError(
+                    f"the ranks began with KV blocks {list(began)}{where} and met again with "
+                    f"{list(blocks)} (this is a fault of ds_cp)"
+                ))  # fmt: skip
     worker.enter(world, cp, tp)

@@ -22,6 +22,7 @@ from ds_cp.comm.device import synchronize
 from ds_cp.comm.failure import failing
 from ds_cp.comm.links import LinkSpeed, measure_links
 from ds_cp.comm.wire import Group, World
+from ds_cp.kv.host_store import open_store
 from ds_cp.kv.pool import KVPool
 from ds_cp.layout import Block, Blocks
 from ds_cp.model.linear import packing_ops, torch_uses_amx
@@ -29,6 +30,7 @@ from ds_cp.model.tiny import tiny_decoder
 from ds_cp.model.wiring import CONTEXT, probe_layers
 from ds_cp.plan import Begin, Chunk, Decodes, Sampling, StepPlan
 from ds_cp.startup.agreement import local_phase
+from ds_cp.startup.host_budget import host_gb_per_s
 from ds_cp.startup.kv_budget import free_bytes
 from ds_cp.startup.packing import plan_packing
 from ds_cp.worker.state import WorkerState
@@ -44,6 +46,7 @@ SPEC = LayerSpec(8, 2, 128, 128**-0.5)
 BLOCK = 64  # tokens
 FEW, MANY = 2, 12  # layers of the decoder without work
 STEPS = 20  # decode steps of it
+HOST_LAYERS, HOST_BLOCKS = 8, 16  # of what goes to host memory and comes back, 32 MiB in bf16
 
 Apply = Callable[[torch.Tensor], torch.Tensor]
 
@@ -53,7 +56,8 @@ class Rates:
     """Of one rank, while all compute. ``linear``, ``attention``: operations a second; ``reading``:
     bytes of weights a second, by one row; ``reading_kv``: of KV, by attention of one row;
     ``layer_s``, ``step_s``: seconds of a layer and of a step beside their work; ``memory``: bytes
-    that are free for a rank; ``links``: empty on one rank."""
+    that are free for a rank; ``links``: empty on one rank; ``host``: bytes of KV a second between a
+    rank and its host memory, 0.0 where it was not measured."""
 
     linear: float
     attention: float
@@ -63,6 +67,7 @@ class Rates:
     step_s: float
     memory: int
     links: tuple[LinkSpeed, ...]
+    host: float = 0.0
 
 
 def measure_rates(world: World, dtype: torch.dtype) -> Rates:
@@ -74,19 +79,21 @@ def measure_rates(world: World, dtype: torch.dtype) -> Rates:
         group = world.group("cp", [tuple(range(world.size))])
         memory, _ = free_bytes(world)
         alone = local_phase(world, lambda: _alone(world, group, dtype))
-        linear, attention, reading, reading_kv, few, many = alone
+        linear, attention, reading, reading_kv, few, many, host = alone
         layer = max(0.0, (many - few) / (MANY - FEW))
         links = measure_links(world)
     return Rates(
-        linear, attention, reading, reading_kv, layer, max(0.0, few - FEW * layer), memory, links
-    )
+        linear, attention, reading, reading_kv, layer, max(0.0, few - FEW * layer), memory, links,
+        host,
+    )  # fmt: skip
 
 
 def _alone(
     world: World, group: Group, dtype: torch.dtype
-) -> tuple[float, float, float, float, float, float]:
+) -> tuple[float, float, float, float, float, float, float]:
     """What needs no other rank: operations a second of linear layers and of attention, bytes a
-    second of weights and of KV, and seconds of a decode step with few and with many layers."""
+    second of weights and of KV, seconds of a decode step with few and with many layers, and bytes
+    of KV a second between the rank and its host memory."""
     kernel = choose_kernel("auto", world.device, dtype, [SPEC], BLOCK).kernel
     with torch.inference_mode():
         linear, reading = _linear(world, dtype), _reading(world, dtype)
@@ -96,7 +103,17 @@ def _alone(
         nbytes = 2.0 * read * SPEC.num_kv_heads * SPEC.head_dim * dtype.itemsize
         reading_kv = nbytes / _attention_s(world, dtype, kernel, 1, read)
         few, many = (_decode_s(world, group, dtype, count) for count in (FEW, MANY))
-    return linear, attention, reading, reading_kv, few, many
+    return linear, attention, reading, reading_kv, few, many, _host(world, dtype)
+
+
+def _host(world: World, dtype: torch.dtype) -> float:
+    """Bytes of KV a second to host memory and back."""
+    pool = KVPool([SPEC] * HOST_LAYERS, HOST_BLOCKS, BLOCK, dtype, world.device)
+    store = open_store(pool, HOST_BLOCKS, None)
+    try:
+        return 1e9 * host_gb_per_s(world, pool, store)
+    finally:
+        store.close()
 
 
 def _best(world: World, run: Callable[[], object]) -> float:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from ds_cp.config import Config
 from ds_cp.facts import Facts
-from ds_cp.scheduler.build import cost_model, grid_of
+from ds_cp.scheduler.build import cost_model, grid_of, host_cost
+
+LOOK = 4000  # tokens of the example in the line on host memory
 
 
 def summary(config: Config, facts: Facts) -> list[str]:
@@ -37,7 +39,29 @@ def summary(config: Config, facts: Facts) -> list[str]:
         f"blocks of {facts.block_size}, {config.kv_cache.placement} ({facts.kv_reason}); "
         f"one request: up to {min(sum(tokens) + 1, facts.max_model_len)} tokens "
         f"(model length {facts.max_model_len})",
+        *_host_memory(facts),
         *facts.notes,
+    ]
+
+
+def _host_memory(facts: Facts) -> list[str]:
+    """A line on what is kept beside the devices, none where no rank has room for any."""
+    if not facts.host_blocks_per_rank:
+        return []
+    tokens = [n * facts.block_size for n in facts.host_blocks_per_rank]
+    even = len(set(tokens)) == 1
+    per_rank = f"{len(tokens)} x {tokens[0]}" if even else " + ".join(map(str, tokens))
+    mib = max(tokens) * facts.bytes_per_token / 2**20
+    cost, rate = host_cost(facts), ""
+    if cost is not None:
+        computed, back = cost.prefill_s(1, LOOK, 0), cost.host_s(LOOK)
+        rate = (
+            f"; {facts.host_gb_per_s:.2f} GB/s: {LOOK} tokens come back in {back:.3f} s, "
+            f"one rank computes them in {computed:.3f} s"
+        )
+    return [
+        f"host memory: {sum(tokens)} tokens more = {per_rank} per rank (up to {mib:.0f} MiB) of "
+        f"prompts' beginnings and preempted requests{rate}"
     ]
 
 

@@ -9,6 +9,8 @@ from ds_cp.errors import TopologyError
 from ds_cp.topology import slurm
 from ds_cp.topology.net import LOOPBACK, names_loopback
 
+INDEX = "JOB_COMPLETION_INDEX"  # of a pod in an Indexed Job, from 0; Kubernetes sets it
+
 
 @dataclass(frozen=True)
 class Place:
@@ -44,9 +46,12 @@ class Place:
 
 
 def from_rank_variables(env: Mapping[str, str]) -> Place:
-    """``RANK`` and the variables beside it: deepspeed, torchrun, ds-cp, or set by hand. Raises
-    ``TopologyError`` when some are missing or make no sense."""
+    """``RANK`` and the variables beside it: deepspeed, torchrun, ds-cp, or set by hand; or a pod's
+    number in an Indexed Job of Kubernetes. Raises ``TopologyError`` when some are missing or make
+    no sense."""
     size, rank = _int(env, "WORLD_SIZE"), whole_number(env, "RANK")
+    if size > 1 and is_pod(env):
+        return _from_pod(env, size)
     local_size = whole_number(env, "LOCAL_WORLD_SIZE")
     if local_size is None:
         local_size = whole_number(env, "LOCAL_SIZE")
@@ -74,6 +79,18 @@ def from_rank_variables(env: Mapping[str, str]) -> Place:
         store_shared=shared,
     )
     return place if shared else _settle_loopback(place)  # torchrun's own processes have met there
+
+
+def is_pod(env: Mapping[str, str]) -> bool:
+    """Whether this process is the one rank of a pod, whose number the Job controller gave it. A Job
+    of pods that are apart sets no ``WORLD_SIZE``; torchrun in a pod sets ``RANK``."""
+    return INDEX in env and "WORLD_SIZE" in env and "RANK" not in env
+
+
+def _from_pod(env: Mapping[str, str], size: int) -> Place:
+    place = Place(_int(env, INDEX), size, 0, 1, "kubernetes")
+    place = replace(place, store_host=_master_addr(env), store_port=port_number(env, "MASTER_PORT"))
+    return _settle_loopback(place)
 
 
 def _settle_loopback(place: Place) -> Place:
@@ -191,6 +208,8 @@ def peek_rank(env: Mapping[str, str]) -> int:
     names = ["RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK"]
     if in_slurm_step(env):
         names.append("SLURM_PROCID")
+    if is_pod(env):
+        names.append(INDEX)
     for name in names:
         if env.get(name, "").strip().isdecimal():
             return int(env[name])

@@ -43,7 +43,7 @@ class Job:
     local_world_size: int | None
     hosts: tuple[str, ...] | None
     host: str
-    launcher: str  # python, deepspeed, torchrun, slurm, mpi, ds-cp
+    launcher: str  # python, deepspeed, torchrun, slurm, mpi, ds-cp, kubernetes
     store_host: str
     store_port: int
     store_shared: bool = False
@@ -78,9 +78,10 @@ def detect(
 
     ``hosts``: ``auto`` asks MPI when mpirun started us and the launcher's environment otherwise;
     ``mpi`` and ``env`` ask that one alone. Of the environment, ``RANK`` / ``WORLD_SIZE``
-    (deepspeed, torchrun, ds-cp) come before Slurm's step and mpirun's own variables; with none of
-    them it is a job of one rank. ``interface``: a network interface's name, or ``auto``.
-    ``timeout_s`` bounds the wait for the other ranks where MPI is asked (see ``mpi.session``).
+    (deepspeed, torchrun, ds-cp, an Indexed Job) come before Slurm's step and mpirun's own; with
+    none of them it is a job of one rank. ``interface``: a network interface's name, or ``auto``.
+    ``timeout_s`` bounds the wait for the other ranks where MPI is asked (see ``mpi.session``), and
+    for the name of rank 0's pod, which Kubernetes knows once that has an address.
     ``port``: rank 0's, where several hosts are to meet on another one than the launcher's;
     ``secret_file``: see ``find_secret``. Under MPI, where no rank has a secret, rank 0 makes one.
 
@@ -99,6 +100,8 @@ def detect(
         return _from_mpi(env, interface, timeout_s, wanted, secret)
     if "RANK" in env or "WORLD_SIZE" in env:
         place = environment.from_rank_variables(env)
+        if place.launcher == "kubernetes" and place.rank != 0:
+            net.await_name(place.store_host, timeout_s)
     elif environment.in_slurm_step(env):
         place = environment.from_slurm(env)
     elif hosts == "env" and mpi.launched_by_mpi(env):

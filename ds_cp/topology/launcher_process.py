@@ -29,6 +29,7 @@ _EXECUTABLES = {
     "prted": "mpi",
     "srun": "slurm",
     "slurmstepd": "slurm",
+    "slurmstepd-wlm": "slurm",  # as Debian calls it
 }
 # By the last part of the script that Python runs: what pip installs as a command.
 _SCRIPTS = {

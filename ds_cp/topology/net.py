@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ LOOPBACK = "127.0.0.1"
 _LOOPBACK_NAMES = ("localhost", "localhost.localdomain", "ip6-localhost", "ip6-loopback")
 # Addresses that no host has (RFC 5737, RFC 3849): the route to them is the default route.
 _ELSEWHERE = ("203.0.113.1", "2001:db8::1")
+NAME_POLL_S = 0.5  # seconds between looks for a name that will be known
 _MAX_LOOKUPS = 4  # names of other hosts that are looked up for a route, at most
 
 
@@ -111,6 +113,18 @@ def resolve(name: str) -> tuple[str, ...]:
         ) from None
     infos.sort(key=lambda info: info[0] != socket.AF_INET)
     return tuple(dict.fromkeys(str(info[4][0]) for info in infos))
+
+
+def await_name(name: str, timeout_s: float) -> None:
+    """Wait until ``name`` has an address, at most ``timeout_s`` seconds; whoever resolves it then
+    says what is wrong."""
+    end = time.monotonic() + timeout_s
+    while time.monotonic() < end:
+        try:
+            resolve(name)
+            return
+        except LaunchError:
+            time.sleep(NAME_POLL_S)
 
 
 def shared_address(mine: Sequence[Address], others: Sequence[Sequence[Address]]) -> Address | None:

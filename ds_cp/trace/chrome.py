@@ -84,6 +84,8 @@ def events_of(
             yield {"ph": "b", "ts": begin / 1000, **about, "args": args}
         else:
             yield {"ph": "e", "ts": end / 1000, **about}
+    elif kind is Kind.HOST:
+        args |= {"blocks": record.number, "bytes": record.value}
     elif kind is Kind.SUM:
         args |= {"scheme": name, "bytes": record.value}
     elif kind is Kind.STEP:

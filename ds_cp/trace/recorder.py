@@ -29,6 +29,7 @@ class Kind(IntEnum):
     POST = 7  # an exchange is started; value: bytes that this rank sends; number: the exchange's
     WAIT = 8  # the rest of that exchange
     SUM = 9  # a collective; value: bytes
+    HOST = 10  # blocks copied to host memory or back; value: bytes; number: blocks
 
 
 class Record(NamedTuple):

@@ -18,18 +18,20 @@ from ds_cp.worker.sampler import Score
 from ds_cp.worker.state import StepWork
 
 Top = tuple[tuple[int, float], ...]
-_NUMBERS = 3 + len(ATTENTION_SCHEMES)  # of ``Times``
+_NUMBERS = 4 + len(ATTENTION_SCHEMES)  # of ``Times``
 HEAD = (_NUMBERS + 1) // 2  # rows of them
 
 
 class Times(NamedTuple):
     """Seconds that a rank worked on a step, of these in the model's forward call, and of these
-    waiting for other ranks; bytes that it sent, as in ``RankTimes``."""
+    waiting for other ranks; bytes that it sent, and what its host memory failed, as in
+    ``RankTimes``."""
 
     seconds: float
     model_seconds: float
     waited: float = 0.0
     sent: tuple[int, ...] = (0,) * len(ATTENTION_SCHEMES)
+    host_failed: int = 0
 
 
 def width_of(work: StepWork) -> int:
@@ -56,6 +58,7 @@ def pack(
     """My rows, fp64 ``[rows, 2 + 2 width]``: the times, the draws, then the scored tokens (None:
     one that could not be scored)."""
     head = [times.seconds, times.model_seconds, times.waited, *map(float, times.sent)]
+    head.append(float(times.host_failed))
     head += [0.0] * (2 * HEAD - len(head))
     rows = [head[at : at + 2] + [0.0] * (2 * width) for at in range(0, 2 * HEAD, 2)]
     rows += [_row(s.token, s.logprob, s.top, width) for s in drawn]
@@ -72,9 +75,10 @@ def unpack(
         rank: [number for _ in range(HEAD) for number in next(rows)[:2]]
         for rank, rows in ahead.items()
     }
+    numbers = {rank: head[:_NUMBERS] for rank, head in heads.items()}
     ranks = tuple(
-        RankTimes(rank, head[0], head[2], tuple(map(int, head[3:_NUMBERS])))
-        for rank, head in sorted(heads.items())
+        RankTimes(rank, seconds, waited, tuple(map(int, counts[:-1])), int(counts[-1]))
+        for rank, (seconds, _, waited, *counts) in sorted(numbers.items())
         if rank in work.ranks
     )
     sampled, failed = [], []

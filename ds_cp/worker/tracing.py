@@ -6,8 +6,8 @@ On a CUDA device spans are those of the thread that launches: the device works o
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +17,7 @@ from ds_cp.attention.ring import RingPassKV, RingPassQ
 from ds_cp.attention.tree import TreeAttention
 from ds_cp.comm.traced import TracedTransport
 from ds_cp.comm.wire import Group
+from ds_cp.kv.host_store import HostStore
 from ds_cp.trace.recorder import Kind, Recorder
 from ds_cp.worker.state import StepWork
 from ds_cp.worker.step_context import Layers, StepContext
@@ -66,6 +67,9 @@ def trace_steps(worker: Worker, file: str, limit: int) -> Tracing:
     output = TraceOutput(worker.world, recorder, file)
     for group in (worker.cp, worker.tp, worker.world.everybody):
         _trace_group(group, recorder)
+    if worker.mover.store is not None:
+        nbytes = worker.pool.block_elements * worker.pool.dtype.itemsize
+        worker.mover.store = TracedStore(worker.mover.store, recorder, nbytes)
     model = worker.model
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -75,6 +79,54 @@ def trace_steps(worker: Worker, file: str, limit: int) -> Tracing:
     worker.model = Forwarding(model, forward)  # type: ignore[assignment]
     worker.tracing = Tracing(recorder, output)
     return worker.tracing
+
+
+class TracedStore:
+    """Host memory whose copies are recorded. On a CUDA device a span is of the launch alone."""
+
+    def __init__(self, inner: HostStore, recorder: Recorder, block_bytes: int) -> None:
+        self._inner = inner
+        self._recorder = recorder
+        self._bytes = block_bytes
+
+    @property
+    def num_slots(self) -> int:
+        """As ``HostStore``."""
+        return self._inner.num_slots
+
+    @property
+    def num_failed(self) -> int:
+        """As ``HostStore``."""
+        return self._inner.num_failed
+
+    def save(self, blocks: Sequence[int], slots: Sequence[int]) -> None:
+        """As ``HostStore``."""
+        with self._span("to the host", len(slots)):
+            self._inner.save(blocks, slots)
+
+    def load(self, slots: Sequence[int], blocks: Sequence[int], later: bool = False) -> None:
+        """As ``HostStore``."""
+        with self._span("from the host, later" if later else "from the host", len(slots)):
+            self._inner.load(slots, blocks, later)
+
+    def read(self, slots: Sequence[int]) -> torch.Tensor:
+        """As ``HostStore``."""
+        with self._span("from the host, for another rank", len(slots)):
+            return self._inner.read(slots)
+
+    def settle(self) -> None:
+        """As ``HostStore``."""
+        self._inner.settle()
+
+    def close(self) -> None:
+        """As ``HostStore``."""
+        self._inner.close()
+
+    @contextmanager
+    def _span(self, name: str, count: int) -> Iterator[None]:
+        began = self._recorder.now
+        yield
+        self._recorder.add(Kind.HOST, name, began, count * self._bytes, count)
 
 
 def _trace_group(group: Group, recorder: Recorder) -> None:

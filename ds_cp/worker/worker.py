@@ -15,6 +15,7 @@ from ds_cp.comm.control import Control
 from ds_cp.comm.failure import failing
 from ds_cp.comm.pending import Pending
 from ds_cp.comm.wire import Group, World
+from ds_cp.kv.host_store import HostStore
 from ds_cp.kv.pool import KVPool
 from ds_cp.log_stream import say
 from ds_cp.model.wiring import CONTEXT, Decoder
@@ -39,10 +40,9 @@ from ds_cp.worker.span_graph import Kind
 from ds_cp.worker.state import Draw, Handoff, StepWork, WorkerState
 from ds_cp.worker.step_context import Layers, StepContext
 from ds_cp.worker.tracing import Tracing
-from ds_cp.worker.transfers import move_blocks
+from ds_cp.worker.transfers import BlockMover
 
-# Name in the ledger.
-SCHEME_TOKEN = "next_token"
+SCHEME_TOKEN = "next_token"  # name in the ledger
 
 
 @dataclass(frozen=True)
@@ -71,15 +71,16 @@ class Worker:
         layers: Sequence[LayerSpec],
         pool: KVPool,
         kernel: PagedKernel,
+        store: HostStore | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.world = world
         self.clock = clock
         self.control = Control(world)
-        self.cp = cp
-        self.tp = tp
+        self.cp, self.tp = cp, tp
         self.model = model
         self.pool = pool
+        self.mover = BlockMover(cp, pool, store)
         self.layers = Layers(list(layers), pool, kernel, cp)
         self.state = WorkerState(cp.rank, pool.block_size)
         self.model_seconds = 0.0  # in the model's forward call, attention included
@@ -108,6 +109,7 @@ class Worker:
         self.world, self.cp, self.tp = world, cp, tp
         self.control = Control(world)
         self.layers = replace(self.layers, group=cp, routes=TreeRoutes())
+        self.mover.enter(cp)
         self._forget()
         if self._capture is not None:
             self.capture_decodes(*self._capture)
@@ -154,6 +156,7 @@ class Worker:
             elif self.tracing is not None and (line := self.tracing.write()):
                 say(line)
         finally:
+            self.mover.close()
             self.world.leave()
 
     def give_up_trace(self) -> None:
@@ -189,7 +192,7 @@ class Worker:
             work = self.state.apply(plan)
             width = width_of(work)
             coming = self._expect(work, width)
-            move_blocks(plan.transfers, self.cp, self.pool)
+            self.mover.move(plan)
             self._hand_over(work.handoffs)
             self._grammars.start([draw for draw in work.draws if draw.rank == self.cp.rank])
             step, kind = self._context(work)
@@ -229,9 +232,9 @@ class Worker:
         """The times of a step up to now."""
         now = self._so_far()
         sent = tuple(b - a for a, b in zip(before.sent, now.sent, strict=True))
-        seconds = self.clock() - began
-        model_seconds = now.model_seconds - before.model_seconds
-        return Times(seconds, model_seconds, now.waited - before.waited, sent)
+        seconds, model_seconds = self.clock() - began, now.model_seconds - before.model_seconds
+        waited = now.waited - before.waited
+        return Times(seconds, model_seconds, waited, sent, self.mover.num_failed)
 
     def _forward(self, step: StepContext, kind: Kind | None) -> torch.Tensor:
         """Logits ``[rows wanted, V]`` of the flat batch ``[1, T]``."""

@@ -19,11 +19,12 @@ import msgspec
 
 from ds_cp.cost import CostModel
 from ds_cp.engine.core import EngineCore
-from ds_cp.layout import Blocks, positions
+from ds_cp.layout import Blocks, Home, host_slot, on_host, positions
 from ds_cp.outputs import Delta
 from ds_cp.plan import Outcome, Sampled, Scored, StepPlan, Transfer, decode_plan, encode_plan
 from ds_cp.sampling_params import RequestOptions, SamplingParams
 from ds_cp.scheduler.admission import Limits
+from ds_cp.scheduler.host_moves import HostRules
 from ds_cp.scheduler.mode_policy import ModePolicy, Seats
 from ds_cp.scheduler.pacing import ChunkPacer
 from ds_cp.scheduler.request import Request
@@ -180,13 +181,14 @@ class Cluster:
         pacer: ChunkPacer | None = None,
         seats: Seats | None = None,
         prefix_caching: bool = True,
+        host: HostRules | None = None,
     ) -> None:
         self.scheduler = Scheduler(
             Limits(max_model_len, max_num_seqs, budget, max_queue, VOCAB, (EOS,)),
             blocks, block_size, placement, layout,
             ModePolicy(*mode, local_threshold, num_hosts, 4, 2, cost),
             tuple(range(len(blocks))), prefix_caching=prefix_caching, pacer=pacer,
-            seats=seats,
+            seats=seats, host=host,
         )  # fmt: skip
         self.core = EngineCore(self.scheduler, None)
         self.blocks = tuple(blocks)
@@ -204,6 +206,10 @@ class Cluster:
         self.first_prompt: int | None = None  # its number
         self.ranks = SimulatedRanks(range(len(blocks)), block_size)
         self.memory: list[list[int | None]] = [[None] * (n * block_size) for n in blocks]
+        slots = host.slots_per_rank if host is not None else ()
+        self.host: list[list[int | None]] = [[None] * (n * block_size) for n in slots]
+        self.kinds: list[str] = []  # of every copy: within the device, to the host, or back
+        self.tier = self.scheduler.block_manager.host.tier
         self.lives: dict[int, Life] = {}  # by request number
         self.started: list[int] = []  # request numbers in the order of their first step
         self.items: list[dict[int, Item]] = []  # of every step, by request number
@@ -211,6 +217,8 @@ class Cluster:
         self.flying: deque[Outcome] = deque()
         self.before: deque[list[list[int | None]]] = deque()  # memories before each flying step
         self.again: set[int] = set()  # requests that ranks have forgotten, and begin again
+        self.away: set[int] = set()  # ranks without which the others have met
+        self.refused = 0  # answers that were ended since they did not fit on the others
         self.poison: set[int] = set()  # requests whose steps kill the worker of rank 0, where
         self.strikes: Callable[[StepPlan, int], bool] = in_every_step  # says so
         self.seconds: Callable[[StepPlan], float] = lambda plan: 0.0
@@ -275,26 +283,41 @@ class Cluster:
 
     # --- ranks die
 
-    def die(self, lost: Collection[int], is_done: Callable[[], bool]) -> None:
-        """The workers of ``lost`` are new and empty, and all have met again. Of what the steps in
-        flight write, ``is_done`` says slot by slot whether it was; their tokens are lost."""
+    def die(
+        self,
+        lost: Collection[int],
+        is_done: Callable[[], bool],
+        away: Collection[int] | None = None,
+    ) -> None:
+        """The workers of ``lost`` are new and empty, and all have met again, but those of ``away``,
+        where that is given. Of what the steps in flight write, ``is_done`` says slot by slot
+        whether it was; their tokens are lost."""
         for life in self.lives.values():
             request = life.request
             if life.reason is None and not life.aborted:
                 del life.tokens[request.num_tokens :], life.contents[request.num_tokens :]
             life.gap = life.most_decodes = 0
         if self.before:
-            for memory, old in zip(self.memory, self.before[0], strict=True):
+            for memory, old in zip((*self.memory, *self.host), self.before[0], strict=True):
                 for slot, content in enumerate(old):
                     if memory[slot] != content and not is_done():
                         memory[slot] = content
         for rank in lost:
             self.memory[rank] = [None] * len(self.memory[rank])
+            if self.host:
+                self.host[rank] = [None] * len(self.host[rank])
         self.flying.clear()
         self.before.clear()
         self.ranks = SimulatedRanks(range(len(self.blocks)), self.block_size)
-        for delta in self.core.recover(lost):
+        self.away = self.away if away is None else set(away)
+        ends, refused = self.core.recover(lost, self.away)
+        for delta in ends:
             self._receive(delta)
+        for request_id, err in refused:
+            assert self.away and err.need > err.largest == self.scheduler.largest_tokens
+            for life in self._answers[request_id]:
+                life.aborted = life.aborted or life.reason is None
+                self.refused += life.aborted
         self.scheduler.check_integrity()
         self.again = {request.number for request in self.scheduler.running}
         self.held, self.first_prompt = 0, None
@@ -315,6 +338,10 @@ class Cluster:
         used = self.used()
         plan = self.core.plan()
         scheduler.check_integrity()
+        for rank in self.away:
+            assert not self.used()[rank] and not self.cached()[rank], (
+                "blocks on a rank that is away"
+            )
         for rank in scheduler.block_manager.closed:
             # A request that must be local grows where it is, until there is room to move it whole.
             taken = 0
@@ -343,7 +370,7 @@ class Cluster:
                 self._steps += 1
                 self.die([0], lambda: True)
                 return plan
-            self.before.append([list(memory) for memory in self.memory])
+            self.before.append([list(memory) for memory in (*self.memory, *self.host)])
             outcome = self._execute(plan)
             self.flying.append(replace_seconds(outcome, self.seconds(plan)))
         if self.flying and (plan is None or len(self.flying) >= self.depth):
@@ -443,6 +470,7 @@ class Cluster:
                 self.lives[number].request.priority < prompts[0].priority for number in started
             )
             served = {chunk.request for chunk in plan.chunks}
+            served |= {n for t in plan.transfers if on_host(t.source) for n in t.requests}
             told = not self.again & {request.number for request in self.scheduler.running}
             waits = told and not urgent and prompts[0].number not in served
             self.held = self.held + 1 if waits else 0
@@ -507,19 +535,31 @@ class Cluster:
         batch: list[Transfer] = []
         written: set[tuple[int, int]] = set()
 
+        def where(home: Home) -> tuple[list[int | None], slice]:
+            rank, number = home
+            memory = self.host[rank] if on_host(home) else self.memory[rank]
+            number = host_slot(number) if on_host(home) else number
+            assert 0 <= number < len(memory) // size
+            return memory, slice(number * size, (number + 1) * size)
+
         def run() -> None:
-            content = [
-                self.memory[t.source[0]][t.source[1] * size : (t.source[1] + 1) * size]
-                for t in batch
-            ]
+            content = []
+            for transfer in batch:
+                memory, at = where(transfer.source)
+                content.append(memory[at])
             for transfer, data in zip(batch, content, strict=True):
-                rank, block = transfer.target
-                self.memory[rank][block * size : (block + 1) * size] = data
+                memory, at = where(transfer.target)
+                memory[at] = data
             batch.clear()
             written.clear()
 
         for transfer in transfers:
             assert transfer.source != transfer.target
+            to, back = on_host(transfer.target), on_host(transfer.source)
+            self.kinds.append("spill" if to else "restore" if back else "copy")
+            assert not (on_host(transfer.source) and on_host(transfer.target))
+            assert not on_host(transfer.target) or transfer.source[0] == transfer.target[0]
+            assert not self.away & {transfer.source[0], transfer.target[0]}
             if transfer.source in written or transfer.target in written:
                 run()
             batch.append(transfer)
@@ -559,6 +599,7 @@ class Cluster:
                     owned[rank] += 1
         for rank, count in enumerate(owned):
             assert count <= self.budget, f"rank {rank} computes {count} of {self.budget} tokens"
+            assert not count or rank not in self.away, f"rank {rank} is away and computes"
         self.owned.append(owned)
         for (number, position), token in sorted(tokens.items()):
             life = self.lives[number]

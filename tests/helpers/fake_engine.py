@@ -12,9 +12,9 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from ds_cp.engine.interface import EngineInfo, EngineStats
+from ds_cp.engine.interface import EngineHealth, EngineInfo, EngineStats
 from ds_cp.engine.picture import Picture
-from ds_cp.errors import CapacityError, RequestError
+from ds_cp.errors import CapacityError, QueueFullError, RequestError
 from ds_cp.outputs import Delta, EndedRequest, PackedLogprobs, PromptProgress, TokenLogprob
 from ds_cp.sampling_params import RequestOptions, SamplingParams
 from ds_cp.scheduler.admission import Limits, check_request
@@ -84,9 +84,10 @@ class FakeEngine:
 
     ``delay_s`` comes before every token, ``first_delay_s`` before the first; ``eager_s`` is the
     delay of requests with ``ignore_eos``, so that an attack can be quicker. ``refuse`` is raised
-    before the first delta, ``break_after`` (n, error) after n tokens. ``end`` replaces the last
-    finish reason. ``open_tokens`` are what an answer without ``max_tokens`` has, else as many as
-    fit. ``short`` gives answers (by index) that stop after that many tokens; in each step the
+    before the first delta (``refuses_early``: by ``check_room``), ``break_after`` (n, error) after
+    n tokens. ``end`` replaces the last finish reason, with ``end_cause`` as its cause.
+    ``open_tokens`` are what an answer without ``max_tokens`` has, else as many as fit. ``short``
+    gives answers (by index) that stop after that many tokens; in each step the
     answers come in their order, or ``backwards``. ``cached`` is how many tokens of every prompt
     were in the prefix cache. ``drained`` ranks cannot all be drained, and hold ``blocks`` (by rank)
     until a test takes them away; ``moving`` is what a rebalance says,
@@ -120,6 +121,9 @@ class FakeEngine:
         self.delay_s = 0.0
         self.eager_s: float | None = None
         self.refuse: Exception | None = None
+        self.refuses_early = False  # by ``check_room``
+        self.overloaded, self.away = False, tuple[int, ...]()  # as /health says
+        self.end_cause: str | None = None  # the ``stop_reason`` that goes with ``end``
         self.break_after: tuple[int, Exception] | None = None
         self.open_tokens: int | None = None
         self.end: str | None = None
@@ -139,6 +143,14 @@ class FakeEngine:
         info = self.info
         limits = Limits(info.max_model_len, 64, 8192, 1000, info.vocab_size, ())
         check_request(limits, prompt_token_ids, params)
+
+    @property
+    def health(self) -> EngineHealth:
+        return EngineHealth(self.state, self.overloaded, self.away)
+
+    def check_room(self, options: RequestOptions, answers: int = 1) -> None:
+        if isinstance(self.refuse, QueueFullError) and self.refuses_early:
+            raise self.refuse
 
     async def generate(
         self,
@@ -214,7 +226,8 @@ class FakeEngine:
         for stop in params.stop:
             if stop in text:
                 return Delta(request_id, (token_id,), "", logprobs, "stop", stop)
-        return Delta(request_id, (token_id,), text, logprobs, reason)
+        cause = self.end_cause if last else None
+        return Delta(request_id, (token_id,), text, logprobs, reason, cause)
 
     def _tell(
         self, last: Delta, prompt: list[int], options: RequestOptions, index: int, new: int

@@ -36,7 +36,8 @@ _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCA
 
 
 class Job:
-    """One started command. ``out`` and ``err`` are what it has printed so far.
+    """One started command. ``out`` and ``err`` are what it has printed so far, ``temporary`` is its
+    folder for temporary files.
 
     It has a temporary folder of its own: an mpirun that is killed leaves a file there that is named
     by its process id, and a later mpirun with the same id would refuse to start ("The PMIx server's
@@ -49,14 +50,14 @@ class Job:
         self.argv = list(argv)
         self._mark = uuid.uuid4().hex
         self._out, self._err = folder / f"{self._mark}.out", folder / f"{self._mark}.err"
-        self._temporary = folder / self._mark[:8]
-        self._temporary.mkdir()
+        self.temporary = folder / self._mark[:8]
+        self.temporary.mkdir()
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self.process = subprocess.Popen(
                 self.argv,
                 cwd=ROOT,
                 env=clean_environment()
-                | {"TMPDIR": str(self._temporary)}
+                | {"TMPDIR": str(self.temporary)}
                 | dict(env or {})
                 | {MARK: self._mark},
                 stdin=subprocess.DEVNULL,
@@ -140,7 +141,7 @@ class Job:
                 process.kill()
         self.process.kill()
         self.process.wait(60)
-        shutil.rmtree(self._temporary, ignore_errors=True)
+        shutil.rmtree(self.temporary, ignore_errors=True)
 
 
 def marked(mark: str) -> list[psutil.Process]:

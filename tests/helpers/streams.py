@@ -17,9 +17,9 @@ LIMIT_S = 300.0  # for a stream to end, on a busy machine
 
 class Stream:
     """Text and tokens by answer. ``times``: of its events, in ``time.monotonic()``; ``errors``:
-    what it met. ``ignore_eos`` unless ``body`` says otherwise."""
+    what it met. ``ignore_eos`` unless ``body`` says otherwise. ``key``: the server's."""
 
-    def __init__(self, url: str, body: dict[str, Any], **fields: Any) -> None:
+    def __init__(self, url: str, body: dict[str, Any], *, key: str = "", **fields: Any) -> None:
         """``fields``: of this request beside ``body``."""
         self.body = body
         self.gives_up = False  # the client has left
@@ -28,10 +28,11 @@ class Stream:
         self.errors: list[Any] = []
         self.times: list[float] = []
         whole = {"model": "tiny", "stream": True, "ignore_eos": True, **body, **fields}
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._request = urllib.request.Request(
             f"{url}/v1/completions",
             json.dumps(whole).encode(),
-            {"Content-Type": "application/json"},
+            {"Content-Type": "application/json"} | headers,
         )
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()

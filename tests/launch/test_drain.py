@@ -135,7 +135,7 @@ def hurry(job: Job, launcher: str) -> None:
         time.sleep(SAME_S)
         job.process.terminate()
     else:
-        (rank,) = [p for p in job.matching("", 1) if "worker_process" not in " ".join(p.cmdline())]
+        (rank,) = [p for p in job.matching("", 1) if "ds_cp.serve." not in " ".join(p.cmdline())]
         rank.send_signal(signal.SIGINT)
 
 

@@ -3,7 +3,7 @@ gets undisturbed."""
 
 from __future__ import annotations
 
-from typing import Any
+import urllib.request
 
 import psutil
 import pytest
@@ -33,15 +33,12 @@ def worker_of(job: Job, rank: int) -> psutil.Process:
     return min(job.matching("serve.worker_process", rank), key=psutil.Process.create_time)
 
 
-@pytest.mark.parametrize(
-    ("rank", "tolerance"),
-    [(1, {"spare_after_s": None}), (0, {"spare_after_s": 0.0, "spare_model": True})],
-)
+@pytest.mark.parametrize(("rank", "serves"), [(1, True), (0, True), (1, False)])
 def test_a_killed_worker_costs_no_token(
-    rank: int, tolerance: dict[str, Any], start: Start, config: Write
+    rank: int, serves: bool, start: Start, config: Write
 ) -> None:
-    """Without a process that waits to take its place, and with one."""
-    file = config(kv_cache=KV, threads_per_rank=1, fault_tolerance=tolerance)
+    """Forked from a server, and a new process where that has died; which has a server again."""
+    file = config(kv_cache=KV, threads_per_rank=1)
     job = start(command("ds-cp", "serve", 2, ["--config", file]))
     url = job.ready()
     bodies = [GREEDY, SEEDED, TWICE, WRITTEN]
@@ -50,13 +47,52 @@ def test_a_killed_worker_costs_no_token(
     for times in range(1, 3):
         streams = [Stream(url, body) for body in bodies]
         begun(job, streams, 10)
+        if not serves and times == 1:
+            for server in job.matching("serve.fork_server", rank):
+                server.kill()
         worker_of(job, rank).kill()
         for stream, want in zip(streams, expected, strict=True):
             assert stream.end() == want, job.story()
         said = f"all ranks have met again (generation {times}"
         job.until("its line", lambda: said in job.err, MEND_S)  # noqa: B023
         print(rank, [round(stream.longest, 2) for stream in streams], job.err[-500:])
+        assert len(job.matching("serve.fork_server")) == 2, job.story()
     assert worker_of(job, 1 - rank) == survivor, "it was not kept"
+    job.process.terminate()
+    job.gone(30)
+    assert job.process.returncode == 0, job.story()
+
+
+def test_host_memory_beside_a_death(start: Start, config: Write) -> None:
+    """Prompts that take turns in the KV of two ranks, and come back from host memory, before and
+    after a worker is killed among them. The new one has as much host memory, and it is empty."""
+    kv = {**KV, "host_memory_per_rank": "4MiB"}
+    file = config(kv_cache=kv, threads_per_rank=1)
+    job = start(command("ds-cp", "serve", 2, ["--config", file]))
+    url = job.ready()
+    bodies = [{**GREEDY, "max_tokens": 100, "cache_salt": salt} for salt in "abcd"]
+    want = Stream(url, bodies[0]).end()
+
+    def metric(name: str) -> float:
+        with urllib.request.urlopen(f"{url}/metrics", timeout=60) as answer:
+            lines = answer.read().decode().splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith(f"ds_cp:{name}"))
+
+    for body in [*bodies[1:], *bodies]:
+        assert Stream(url, body).end() == want, job.story()
+    spilled = metric("host_blocks_spilled_total")
+    assert spilled > 0
+    for _ in range(2):
+        streams = [Stream(url, body) for body in bodies]
+        begun(job, streams[:1], 5)
+        worker_of(job, 1).kill()
+        assert [stream.end() for stream in streams] == [want] * 4, job.story()
+    for body in [*bodies, *bodies]:
+        assert Stream(url, body).end() == want, job.story()
+    assert metric("host_blocks_spilled_total") > spilled and metric("host_blocks_failed_total") == 0
+    print(
+        "restored", metric("host_blocks_restored_total"), "hits", metric("prefix_cache_host_hits")
+    )
     job.process.terminate()
     job.gone(30)
     assert job.process.returncode == 0, job.story()
@@ -77,13 +113,16 @@ def test_a_worker_that_stands_still_is_replaced(start: Start, config: Write) -> 
 
 
 def test_deaths_in_a_row_end_the_server(start: Start, config: Write) -> None:
-    """Every new worker dies, as by a fault of the machine: the cause is said, and all ends."""
+    """Every new worker dies, as by a fault of the machine: the cause is said, and all ends. There
+    is no fork server, so that the second one dies while it loads."""
     tolerance = {"spare_after_s": None, "max_restarts": 1}
     file = config(kv_cache=KV, threads_per_rank=1, fault_tolerance=tolerance)
     job = start(command("ds-cp", "serve", 2, ["--config", file]))
     url = job.ready()
     stream = Stream(url, GREEDY)
     begun(job, [stream], 10)
+    for server in job.matching("serve.fork_server", 1):
+        server.kill()
     killed = worker_of(job, 1)
     killed.kill()
 

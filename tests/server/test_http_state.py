@@ -9,7 +9,7 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from ds_cp.engine.interface import EngineStats
+from ds_cp.engine.interface import EngineHealth, EngineStats
 from tests.helpers.fake_engine import FakeEngine
 from tests.server.conftest import Running, error_of
 
@@ -85,6 +85,7 @@ class Starting:
     hear of requests."""
 
     state = "starting"
+    health = EngineHealth("starting")
 
     def on_ended(self, listener: object) -> None:
         pass

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,6 +48,24 @@ def test_text_arrives_as_it_was_written_in_whole_lines(pipe: Pipe) -> None:
     assert stream.drain(60)
     os.close(pipe[1])
     assert read_all(pipe[0]) == "one ü \\udc80\nhalf a line\n"
+
+
+def test_its_thread_rests_and_starts_again(pipe: Pipe) -> None:
+    """A process that forks has none meanwhile."""
+
+    def writers() -> list[str]:
+        return [one.name for one in threading.enumerate() if one.name == "ds_cp log"]
+
+    before = writers()
+    stream = LogStream(pipe[1])
+    stream.rest()
+    for word in ("one", "two", "three"):
+        print(word, file=stream)
+        assert writers() != before
+        stream.rest(60)
+        assert writers() == before
+    os.close(pipe[1])
+    assert read_all(pipe[0]) == "one\ntwo\nthree\n"
 
 
 def test_a_pipe_that_nobody_reads(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:

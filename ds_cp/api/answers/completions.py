@@ -42,6 +42,8 @@ async def completions(context: AppContext, body: CompletionRequest, request: Req
     held, clamp = held_by(request.scope), body.max_tokens is None
     max_words = "max_tokens 0 with echo" if body.only_prompt else "max_tokens"
     prompts = []
+    options = request_options(body, request)
+    context.engine.check_room(options, params.n)  # before a prompt is tokenized
     for item in body.prompt:
         if isinstance(item, str):
             ids = await context.codec.encode(item)
@@ -55,7 +57,7 @@ async def completions(context: AppContext, body: CompletionRequest, request: Req
         answer.envelope.id,
         prompts,
         params,
-        request_options(body, request),
+        options,
         arrival,
         held,
         stream=bool(body.stream),

@@ -22,7 +22,7 @@ from ds_cp.api.answers.timings import Timings
 from ds_cp.api.context import AppContext, request_id_of
 from ds_cp.api.errors import ApiError
 from ds_cp.grammar.constraint import StructuredOutputsParams
-from ds_cp.outputs import Delta, PromptProgress, TokenLogprob
+from ds_cp.outputs import STEPS_FAIL, Delta, PromptProgress, TokenLogprob, prompt_digest
 from ds_cp.sampling_params import SamplingParams
 
 ADMISSION_S = 1.0  # seconds that a stream waits for the engine's refusal before it answers 200
@@ -104,6 +104,8 @@ class Answer(ABC):
             constrained = self._params.structured_outputs is not None
             self.context.metrics.answers.ended(delta, constrained)
         if delta.finish_reason == "error":
+            if delta.stop_reason == STEPS_FAIL:
+                raise steps_fail(self.prompts[prompt].ids)
             raise engine_failure(self._params.structured_outputs if delta.stop_reason else None)
         state = self.prompts[prompt]
         state.cached_tokens += delta.cached_tokens or 0
@@ -163,6 +165,19 @@ async def respond(
         framing=answer.framing,
     )
     return EventStream(events, generation, answer.framing)
+
+
+def steps_fail(prompt: Sequence[int]) -> ApiError:
+    """The answer to a request that has stopped the ranks twice. Clients that try again after every
+    500 are told not to: it would stop them twice more."""
+    return ApiError(
+        500,
+        "the steps of this request have failed on the ranks, or ended their workers, time and "
+        f"again; it was given up, and the others go on (sha256 {prompt_digest(prompt)}; the "
+        "server's log has the cause under it)",
+        code="request_steps_fail",
+        headers={"x-should-retry": "false"},
+    )
 
 
 def engine_failure(constraint: StructuredOutputsParams | None = None) -> ApiError:

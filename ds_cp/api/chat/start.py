@@ -57,6 +57,7 @@ async def start_chat(
     Raises ``ApiError`` and ``RequestError`` with the client's field for what cannot be rendered, is
     too long, or the engine refuses; what it reads of the chat is charged to the request's memory.
     """
+    context.engine.check_room(chat.options, chat.params.n)  # before it costs a moment more
     style = context.styles.now()
     shape = await context.codec.tool_shape()
     text, ids = rendered or await render(context, chat)

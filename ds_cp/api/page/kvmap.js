@@ -222,7 +222,10 @@ function describe(picture) {
   const used = picture.ranks.reduce((sum, rank) => sum + rank.used, 0);
   const total = picture.ranks.reduce((sum, rank) => sum + rank.total, 0);
   const hosts = new Set(picture.ranks.map((rank) => rank.host)).size;
+  const room = picture.ranks.reduce((sum, rank) => sum + rank.host_total, 0);
+  const more = picture.ranks.reduce((sum, rank) => sum + rank.host_used, 0);
+  const kept = room ? `Host memory keeps ${count(more)} blocks more, of ${count(room)}. ` : "";
   return `KV blocks of ${picture.ranks.length} ranks on ${hosts} ${hosts === 1 ? "host" : "hosts"}: ` +
     `${count(used)} of ${count(total)} are used by ${picture.num_running} running requests. ` +
-    "The table of ranks has the numbers.";
+    `${kept}The table of ranks has the numbers.`;
 }

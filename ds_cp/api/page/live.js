@@ -77,7 +77,7 @@ export class Live {
     new ResizeObserver(() => this.#queue()).observe(byId("map"));
     const headings = (names) => element("thead", {}, element("tr", {}, ...names.map((name) => element("th", { scope: "col" }, name))));
     byId("requests").replaceChildren(headings(["Request", "Phase", "Mode", "Ranks", "Prompt", "Tokens", "TTFT", "TPOT", "Why"]), element("tbody"));
-    byId("ranks").replaceChildren(headings(["Rank", "Host", "State", "Used", "Cached", "Free", "Requests"]), element("tbody"));
+    byId("ranks").replaceChildren(headings(["Rank", "Host", "State", "Used", "Cached", "Free", "Host memory", "Requests"]), element("tbody"));
     byId("wire").replaceChildren(headings(["Scheme", "Sent", "Exchanges", "Now"]), element("tbody"));
     byId("recent").replaceChildren(headings(["Answer", "Ended by", "Modes", "Prompt", "Tokens", "TTFT", "TPOT", "Whole"]), element("tbody"));
   }
@@ -190,6 +190,7 @@ function rankRow(rank, picture) {
   const here = picture.requests.filter((r) => r.ranks.includes(rank.rank)).map((r) => tagOf(r.number));
   return element("tr", {}, element("th", { scope: "row" }, `${rank.rank}`), cell(rank.host), cell(rank.state),
     cell(count(rank.used)), cell(count(rank.cached)), cell(count(rank.total - rank.used - rank.cached)),
+    cell(rank.host_total ? `${count(rank.host_used)} of ${count(rank.host_total)}` : "–"),
     cell(here.join(", ") || "–"));
 }
 

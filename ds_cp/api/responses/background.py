@@ -12,6 +12,7 @@ from ds_cp.api.errors import ApiError
 from ds_cp.api.responses.answer import ResponseAnswer
 from ds_cp.api.responses.resource import cancelled, failed
 from ds_cp.api.responses.store import Kept, ResponseStore
+from ds_cp.errors import EngineDeadError
 
 
 async def run_in_background(
@@ -24,33 +25,45 @@ async def run_in_background(
 ) -> None:
     """Let a response that is kept run on. ``kept``: as it is before its answer. ``held``: the
     memory of this response alone, which is given back at its end."""
-
-    def ended(body: dict[str, Any]) -> None:
-        kept.body = body
-        if store.get(kept.body["id"], kept.said.owner) is kept:  # it was not deleted
-            store.keep(kept)
-
-    async def run() -> None:
-        try:
-            await answer.collect(generation, held)
-            kept.task = None
-            answer.finish()  # which keeps it
-            if store.get(kept.body["id"], kept.said.owner) is None:
-                kept.body = failed(kept.body, (), _too_large())
-                store.keep(kept)
-        except asyncio.CancelledError:
-            kept.task = None
-            ended(cancelled(kept.body))
-            raise
-        except Exception as err:
-            kept.task = None
-            ended(answer.failure(stream_error(err, request_id)))
-        finally:
-            await generation.close()
-            held.release()
-
-    kept.task = asyncio.create_task(run())
+    kept.task = asyncio.create_task(run(store, kept, answer, generation, held, request_id))
     await asyncio.sleep(0)  # it has begun, so that it ends by itself when it is cancelled
+
+
+async def run(
+    store: ResponseStore,
+    kept: Kept,
+    answer: ResponseAnswer,
+    generation: Generation,
+    held: Held,
+    request_id: str,
+) -> None:
+    """Run a response to its end, whatever that is, and keep what it is then."""
+    try:
+        await answer.collect(generation, held)
+        kept.task = kept.asked = None
+        answer.finish()  # which keeps it
+        if store.get(kept.body["id"], kept.said.owner) is None:
+            ended(store, kept, failed(kept.body, (), _too_large()), again=True)
+    except asyncio.CancelledError:
+        ended(store, kept, cancelled(kept.body))
+        raise
+    except EngineDeadError as err:
+        if not store.log.lasts:
+            ended(store, kept, answer.failure(stream_error(err, request_id)))
+        kept.task = None  # else it has not ended: a restart goes on with it
+    except Exception as err:
+        ended(store, kept, answer.failure(stream_error(err, request_id)))
+    finally:
+        await generation.close()
+        held.release()
+
+
+def ended(store: ResponseStore, kept: Kept, body: dict[str, Any], *, again: bool = False) -> None:
+    """A response runs no more. ``again``: it was dropped, though nobody deleted it."""
+    kept.task = kept.asked = None
+    kept.body = body
+    if again or store.get(body["id"], kept.said.owner) is kept:  # it was not deleted
+        store.keep(kept)
 
 
 async def cancel(kept: Kept) -> None:

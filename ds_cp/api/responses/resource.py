@@ -116,7 +116,11 @@ class Pieces:
 
     def of_response(self, response: Json) -> Iterator[bytes]:
         """The whole response."""
-        return json_object(response | {"output": json_array(map(self._item, response["output"]))})
+        return json_object(response | {"output": self.of_items(response["output"])})
+
+    def of_items(self, items: Sequence[Item]) -> Iterator[bytes]:
+        """Items as a list."""
+        return json_array(map(self._item, items))
 
     def of_event(self, event: Json) -> Iterator[bytes]:
         """An event that has a response, an item, a part or log-probabilities in it."""
@@ -139,8 +143,10 @@ class Pieces:
         return json_object(item | {"content": json_array(map(self._part, item["content"]))})
 
     def _part(self, part: Json) -> Iterator[bytes]:
-        entries = self._entries(part["logprobs"])
-        return json_object(part | {"text": json_text(part["text"]), "logprobs": entries})
+        fields = part | {"text": json_text(part["text"])}
+        if "logprobs" in part:  # an input has none
+            fields["logprobs"] = self._entries(part["logprobs"])
+        return json_object(fields)
 
     def _entries(self, entries: list[Any]) -> Iterator[bytes]:
         slices = (items_of(entries[i : i + _SLICE]) for i in range(0, len(entries), _SLICE))

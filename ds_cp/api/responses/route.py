@@ -12,21 +12,23 @@ from fastapi.routing import APIRoute
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ds_cp.api.answers.budget import held_by
+from ds_cp.api.answers.budget import Budget, held_by
 from ds_cp.api.answers.named_events import new_id
 from ds_cp.api.answers.paced import PacedJson
 from ds_cp.api.answers.respond import respond
-from ds_cp.api.chat.start import Rendered, render, start_chat
+from ds_cp.api.chat.start import render
 from ds_cp.api.context import AppContext, key_digest_of, request_id_of, request_options
 from ds_cp.api.errors import ApiError
 from ds_cp.api.openapi import RESPONSE_ANSWERS
 from ds_cp.api.responses.answer import ResponseAnswer
 from ds_cp.api.responses.background import cancel, run_in_background
 from ds_cp.api.responses.conversation import SAMPLING_NAMES, chat_of, own_items, said_before
+from ds_cp.api.responses.journal import restore, synced
 from ds_cp.api.responses.request import ResponseInput, ResponseRequest
 from ds_cp.api.responses.resource import in_pieces, new_response
-from ds_cp.api.responses.store import Kept, ResponseStore, Said
-from ds_cp.api.responses.truncation import fitted
+from ds_cp.api.responses.resume import Resumption, background_options, begin
+from ds_cp.api.responses.store import Asked, Kept, ResponseStore, Said
+from ds_cp.journal.journal import Journal
 
 MAX_ID_CHARS = 128  # characters of an id in a path
 MAX_PAGE = 100  # items of one page
@@ -34,13 +36,19 @@ MAX_PAGE = 100  # items of one page
 Json = dict[str, Any]
 
 
-def response_routes(context: AppContext, json_route: type[APIRoute]) -> APIRouter:
-    """POST /v1/responses, and what is kept of it: GET, DELETE, cancel, input_items."""
+def response_routes(
+    context: AppContext, json_route: type[APIRoute], budget: Budget, journal: Journal | None
+) -> APIRouter:
+    """POST /v1/responses, and what is kept of it: GET, DELETE, cancel, input_items. With a
+    ``journal`` it has what was kept before a restart, and what was running goes on, its memory of
+    ``budget``."""
     server = context.server
     store = ResponseStore(server.max_stored_responses, server.max_stored_response_bytes)
+    left = restore(store, journal) if journal is not None else []
 
     @asynccontextmanager
     async def lifespan(_: Any) -> AsyncIterator[None]:
+        Resumption(context, store, budget, left).start()
         yield
         await store.close()
 
@@ -49,7 +57,7 @@ def response_routes(context: AppContext, json_route: type[APIRoute]) -> APIRoute
 
     @bodies.post("/v1/responses", response_model=None, responses=RESPONSE_ANSWERS)
     async def create_response(body: ResponseRequest, request: Request) -> Response:
-        return await _create(context, store, body, request)
+        return await _create(context, store, journal, body, request)
 
     @bodies.post("/v1/responses/input_tokens", response_model=dict[str, Any])
     async def count_input_tokens(body: ResponseInput, request: Request) -> Json:
@@ -78,6 +86,7 @@ def response_routes(context: AppContext, json_route: type[APIRoute]) -> APIRoute
         kept = store.find(response_id, key_digest_of(request))
         await cancel(kept)
         store.drop(response_id)
+        await synced(journal)
         return {"id": response_id, "object": "response", "deleted": True}
 
     @router.post(
@@ -113,24 +122,25 @@ def response_routes(context: AppContext, json_route: type[APIRoute]) -> APIRoute
 
 
 async def _create(
-    context: AppContext, store: ResponseStore, body: ResponseRequest, request: Request
+    context: AppContext,
+    store: ResponseStore,
+    journal: Journal | None,
+    body: ResponseRequest,
+    request: Request,
 ) -> Response:
     arrival = monotonic()
     context.check(body.model)
     owner = key_digest_of(request)
-    params = body.sampling(
-        SAMPLING_NAMES,
-        max_tokens=body.max_output_tokens,
-        logprobs=(body.top_logprobs or 0) if body.wants_logprobs else None,
-        structured_outputs=body.constraint,
-    )
     before = said_before(store, body, owner)
     items = own_items(store, body, owner)
-    chat = chat_of(body, before, items, params, request_options(body, request))
     response = new_response(body, new_id("resp"), context.model_name(body.model))
+    options = request_options(body, request)
+    if body.background:
+        options = background_options(options, response["id"])
 
-    def kept_with(response: Json) -> Kept:
-        return Kept(response, items, Said([*items, *response["output"]], before, owner))
+    def kept_with(response: Json, asked: Asked | None = None) -> Kept:
+        said = Said([*items, *response["output"]], before, owner)
+        return Kept(response, items, said, asked=asked)
 
     def done(response: Json) -> None:
         if response["store"]:
@@ -140,16 +150,14 @@ async def _create(
     if body.background:  # its memory is not the request's, which ends first
         held = request.scope["state"]["held"] = held.moved()
     try:
-        rendered: Rendered | None = None
-        if body.truncation == "auto":
-            earlier = before.conversation() if before is not None else []
-            chat, rendered = await fitted(context, chat, body.instructions, [*earlier, *items])
-        conversation = await start_chat(context, chat, request, response["id"], arrival, rendered)
+        conversation = await begin(
+            context, body, before, items, options, request, response["id"], arrival
+        )
         answer = ResponseAnswer(context, body, conversation, response, done, held)
         generation = conversation.generation
         if not body.background:
             return await respond(context, request, answer, generation, stream=bool(body.stream))
-        kept = kept_with(response)
+        kept = kept_with(response, Asked(body, options.client))
         if not store.keep(kept):
             await generation.close()
             raise ApiError(
@@ -162,6 +170,7 @@ async def _create(
         held.release()
         raise
     await run_in_background(store, kept, answer, generation, held, request_id_of(request))
+    await synced(journal)
     return PacedJson(in_pieces(response), context.turns)
 
 

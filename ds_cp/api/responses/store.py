@@ -14,6 +14,7 @@ from typing import Any
 from ds_cp.api.answers.logprobs import CHAT_ENTRY_BYTES
 from ds_cp.api.errors import ApiError
 from ds_cp.api.responses.items import Item
+from ds_cp.api.responses.request import ResponseRequest
 
 OBJECT_BYTES = 256  # of memory that an object or a list takes beside its texts
 CLOSE_S = 2.0  # seconds for what runs in the background to end with the server
@@ -23,11 +24,12 @@ CLOSE_S = 2.0  # seconds for what runs in the background to end with the server
 class Said:
     """What one response adds to its conversation; ``before``: what the one before it added. It is
     kept as long as a response is that goes on from it. ``owner``: the digest of the API key that it
-    belongs to."""
+    belongs to; ``name``: its own in the journal, "" where it is in none."""
 
     items: Sequence[Item]
     before: Said | None = None
     owner: str | None = None
+    name: str = ""
     holders: int = 0
     size: int = 0  # bytes
     whole: int = 0  # bytes, with those before
@@ -52,13 +54,24 @@ class Said:
 @dataclass(eq=False)
 class Kept:
     """One response. ``body``: the object of the protocol. ``input``: its request's items alone.
-    ``task``: it still runs, in the background."""
+    ``task``: it still runs, in the background;
+    ``asked``: with what, as long as it does."""
 
     body: dict[str, Any]
     input: Sequence[Item]
     said: Said
     size: int = 0  # bytes
     task: asyncio.Task[None] | None = field(default=None, repr=False)
+    asked: Asked | None = None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a response that runs in the background was asked with: the body, and its client for the
+    engine. It is what a restart needs to go on."""
+
+    body: ResponseRequest
+    client: str
 
 
 @dataclass
@@ -69,10 +82,34 @@ class _Share:
     size: int = 0
 
 
+class StoreLog:
+    """Is told of every change of a store; this one forgets it. ``commit`` ends what belongs
+    together; ``lasts``: whether a restart has it again."""
+
+    lasts = False
+
+    def put(self, kept: Kept) -> None:
+        """A response is kept, or in another state."""
+
+    def drop(self, response_id: str) -> None:
+        """It is not kept any more."""
+
+    def hold(self, said: Said) -> None:
+        """A part of a conversation is kept."""
+
+    def release(self, said: Said) -> None:
+        """It is not kept any more."""
+
+    def commit(self) -> None:
+        """What was told since the last time belongs together."""
+
+
 class ResponseStore:
-    """At most ``max_responses`` responses of ``max_bytes`` together; for the event loop alone."""
+    """At most ``max_responses`` responses of ``max_bytes`` together; for the event loop alone.
+    ``log`` is told of its changes."""
 
     def __init__(self, max_responses: int, max_bytes: int) -> None:
+        self.log = StoreLog()
         self._max = max_responses
         self._max_bytes = max_bytes
         self._kept: OrderedDict[str, Kept] = OrderedDict()  # the oldest first
@@ -83,6 +120,10 @@ class ResponseStore:
 
     def __len__(self) -> int:
         return len(self._kept)
+
+    def all(self) -> list[Kept]:
+        """What is kept, the oldest first."""
+        return list(self._kept.values())
 
     def get(self, response_id: str, owner: str | None) -> Kept | None:
         """A response that was kept for ``owner`` and has not been dropped since."""
@@ -112,14 +153,17 @@ class ResponseStore:
         """Keep a response, in the place of an earlier state of the same one; drop those that do
         not run until it fits: the oldest of the owner that has most. False where it is too large
         for that, beside what others have a right to, and is not kept."""
+        found = self._keep(kept)
+        self.log.commit()
+        return found
+
+    def _keep(self, kept: Kept) -> bool:
         response_id = kept.body["id"]
-        self.drop(response_id)
+        self._drop(response_id)
         kept.size = size_of(kept.body, self._max_bytes, kept.body.get("output", ()))
         kept.size += OBJECT_BYTES
         if not kept.said.holders:
-            before = kept.said.before
-            kept.said.size = size_of(kept.said.items, self._max_bytes, kept.said.items)
-            kept.said.whole = kept.said.size + (before.whole if before is not None else 0)
+            self.measure(kept.said)
         need = kept.size + kept.said.whole
         owner = kept.said.owner
         others = sum(min(one.size, need) for key, one in self._shares.items() if key != owner)
@@ -129,22 +173,35 @@ class ResponseStore:
         self._shares[owner].names[response_id] = None
         self._grow(owner, kept.size)
         self._hold(kept.said)
+        self.log.put(kept)
         self._make_room()
         return response_id in self._kept
 
+    def measure(self, said: Said) -> None:
+        """Set the sizes of what a response adds; those of what was before are known."""
+        said.size = size_of(said.items, self._max_bytes, said.items)
+        said.whole = said.size + (said.before.whole if said.before is not None else 0)
+
     def drop(self, response_id: str) -> None:
         """Forget a response, if it is kept."""
+        self._drop(response_id)
+        self.log.commit()
+
+    def _drop(self, response_id: str) -> None:
         kept = self._kept.pop(response_id, None)
         if kept is not None:
             owner = kept.said.owner
             del self._shares[owner].names[response_id]
             self._grow(owner, -kept.size)
+            self.log.drop(response_id)
             self._release(kept.said)
             if not self._shares[owner].names:
                 del self._shares[owner]
 
     async def close(self) -> None:
-        """Cancel what runs in the background, and wait ``CLOSE_S`` seconds for its end."""
+        """Cancel what runs in the background, and wait ``CLOSE_S`` seconds for its end. For the
+        log it still runs: a restart goes on with it."""
+        self.log = StoreLog()
         tasks = [kept.task for kept in self._kept.values() if kept.task is not None]
         for task in tasks:
             task.cancel()
@@ -158,7 +215,7 @@ class ResponseStore:
             oldest = next(filter(None, map(self._oldest_done, by_most)), None)
             if oldest is None:
                 return
-            self.drop(oldest)
+            self._drop(oldest)
 
     def _oldest_done(self, share: _Share) -> str | None:
         return next((name for name in share.names if self._kept[name].task is None), None)
@@ -174,6 +231,7 @@ class ResponseStore:
             if node.holders > 1:
                 return
             self._grow(node.owner, node.size)
+            self.log.hold(node)
             for item in node.items:
                 self._items.setdefault((node.owner, item["id"]), []).append(item)
             node = node.before
@@ -185,6 +243,7 @@ class ResponseStore:
             if node.holders:
                 return
             self._grow(node.owner, -node.size)
+            self.log.release(node)
             for item in node.items:
                 same = self._items[node.owner, item["id"]]
                 same.pop()

@@ -243,7 +243,7 @@ def test_kv_over_two_ranks() -> None:
     assert set(rows) == {
         "allocate, one block at a time", "free, sequence by sequence",
         "allocate and free, whole prompts", "name a prefix", "find a prefix", "copy within a rank",
-        "move to the next rank",
+        "move to the next rank", "copy to host memory", "copy back from host memory",
     }  # fmt: skip
     assert all(row["count"] == 3 for row in rows.values())
     about = found["about"]

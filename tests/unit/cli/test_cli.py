@@ -17,6 +17,7 @@ import pytest
 from ds_cp.cli import doctor as doctor_module
 from ds_cp.cli import main as cli
 from ds_cp.cli.doctor import loopback_round_trip_us
+from ds_cp.log_stream import drain_streams
 from ds_cp.outputs import CompletionOutput, RequestMetrics, RequestOutput, TokenLogprob
 from tests.helpers import flash_attn
 
@@ -416,6 +417,21 @@ def test_serve_hands_over_config_and_job(config: str, monkeypatch) -> None:
     (handed, job), *_ = seen
     assert handed.server.port == 0 and (job.rank, job.world_size) == (0, 1)
     job.store_socket.close()
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o604])
+def test_a_key_that_others_can_read(capfd, config: str, monkeypatch, mode: int) -> None:
+    module = types.ModuleType("ds_cp.serve.supervisor")
+    module.serve = lambda config, job: job.store_socket.close() or 0  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "ds_cp.serve.supervisor", module)
+    file = Path(config)
+    plain = json.loads(file.read_text())
+    file.write_text(json.dumps(plain | {"server": {"port": 0, "api_key": "hush"}}))
+    file.chmod(mode)
+    assert cli.main(["serve", "--config", config]) == 0
+    drain_streams()
+    said = capfd.readouterr().err
+    assert said.count(f"chmod 600 {config}") == (mode != 0o600) and "hush" not in said
 
 
 # --- prompts

@@ -251,6 +251,45 @@ def test_command_that_cannot_start() -> None:
     assert "LaunchError: cannot start rank 0 of 2: No such file or directory" in done.stderr
 
 
+def test_a_killed_rank_is_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rank 2 is killed each time, then left alone; the others go on, up to rank 0's end."""
+    code = f"""
+import os, time
+rank, folder = os.environ["RANK"], {str(tmp_path)!r}
+with open(f"{{folder}}/{{rank}}", "a") as file: file.write("!")
+if rank == "2": os.kill(os.getpid(), 9)
+until = lambda what: os.path.exists(f"{{folder}}/{{what}}")
+while not until("end"): time.sleep(0.01)
+"""
+    command = [sys.executable, "-c", code]
+
+    def end() -> bool:
+        tries = tmp_path / "2"
+        if tries.exists() and len(tries.read_text()) == 1 + launcher.RETRIES:
+            (tmp_path / "end").touch()
+        return False
+
+    step = launcher._Ranks.step
+    monkeypatch.setattr(launcher._Ranks, "step", lambda self: (end(), step(self))[1])
+    assert launcher.spawn(command, 3, {**os.environ}, grace_s=5.0, min_ranks=2) == 0
+    assert [len((tmp_path / str(rank)).read_text()) for rank in range(3)] == [1, 1, 4]
+    said = capsys.readouterr().err
+    assert said.count("rank 2 was ended by SIGKILL (out of memory?); it is started again") == 3
+    assert "3 times in a row; it is not started again" in said or not said.count("in a row")
+
+
+@pytest.mark.parametrize(("rank", "code", "least"), [(0, -9, 1), (1, 2, 1), (1, -9, 3)])
+def test_what_ends_the_job_all_the_same(rank: int, code: int, least: int) -> None:
+    """Rank 0, a rank that says why it leaves, too few that are left."""
+    end = f"os.kill(os.getpid(), {-code})" if code < 0 else f"sys.exit({code})"
+    text = f"import os, sys, time\nif os.environ['RANK'] == '{rank}': {end}\ntime.sleep(600)"
+    command = [sys.executable, "-c", text]
+    found = launcher.spawn(command, 3, {**os.environ}, grace_s=5.0, min_ranks=least)
+    assert found == (128 - code if code < 0 else code)
+
+
 def test_ranks_that_fail_in_the_same_moment(monkeypatch: pytest.MonkeyPatch) -> None:
     """All have ended by the time that the launcher looks; the first failure is the job's."""
     whole, ranks, over = launcher._has_ended, dict[int, Any](), False

@@ -35,3 +35,27 @@ def test_all_but_one_are_closed() -> None:
         [sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=60, check=False
     )
     assert done.stdout.split("\n") == ["refused", "still here", "closed", ""], done.stderr
+
+
+CUT = """
+import socket
+from ds_cp.comm.listeners import cut_connections
+
+server, store = (socket.create_server(("127.0.0.1", 0)) for _ in range(2))
+pair, stored = (socket.create_connection(one.getsockname()) for one in (server, store))
+peer, _ = server.accept()
+beside, _ = store.accept()
+assert cut_connections(store.getsockname()[1]) == 2
+print([one.recv(1) for one in (pair, peer)])
+stored.sendall(b"!")
+print(beside.recv(1))
+socket.create_connection(server.getsockname(), 5)
+print("listens")
+"""
+
+
+def test_connections_are_cut_but_the_stores() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", CUT], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stdout.split("\n") == ["[b'', b'']", "b'!'", "listens", ""], done.stderr

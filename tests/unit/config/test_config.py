@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from ds_cp.cli.job import check_min_ranks
 from ds_cp.config import Server, config_schema, explain, is_loopback, load_config, looks_like_path
 from ds_cp.errors import ConfigError
 
@@ -38,13 +39,18 @@ DEFAULTS = {
     "kv_cache.tokens_per_rank": "auto",
     "kv_cache.placement": "fill_then_spill",
     "kv_cache.prefix_caching": True,
+    "kv_cache.host_memory_per_rank": 0,
+    "kv_cache.host_folder": None,
     "scheduler.max_num_seqs": 64,
     "scheduler.max_num_batched_tokens": "auto",
     "scheduler.decode_slowdown": 2.0,
     "scheduler.max_queue": 256,
+    "scheduler.max_queue_wait_s": 600.0,
     "attention.backend": "auto",
     "attention.deterministic": False,
     "comm.backend": "auto",
+    "comm.port": "auto",
+    "comm.secret_file": None,
     "comm.shared_memory": True,
     "comm.timeout_s": 300,
     "comm.interface": "auto",
@@ -73,9 +79,13 @@ DEFAULTS = {
     "server.tokenize_timeout_s": 30,
     "server.keep_alive_s": 5,
     "fault_tolerance.max_restarts": 3,
+    "fault_tolerance.min_ranks": None,
     "fault_tolerance.hang_s": 30,
+    "fault_tolerance.host_timeout_s": 1.2,
     "fault_tolerance.spare_after_s": None,
     "fault_tolerance.spare_model": False,
+    "fault_tolerance.journal_dir": None,
+    "fault_tolerance.journal_max_bytes": 1 << 30,
     "trace.file": None,
     "trace.max_events": 100_000,
 }
@@ -255,6 +265,23 @@ def test_keys_of_later_are_not_accepted_yet() -> None:
     text = refusal({"model": "m", "device": "cuda", **both})
     assert "set attention.backend to triton or to auto" in text
     assert load_config({"model": "m", "device": "cpu", **both}).attention.deterministic
+
+
+def test_ranks_that_may_go() -> None:
+    assert load_config({"model": "m", "fault_tolerance": {"min_ranks": 2}})
+    for section, why in (
+        ({"fault_tolerance": {"min_ranks": 2, "max_restarts": 0}}, "max_restarts 0"),
+        ({"fault_tolerance": {"min_ranks": 2}, "tensor_parallel": {"tp_size": 2}}, "tp_size 2"),
+    ):
+        said = refusal({"model": "m", **section})
+        assert f"fault_tolerance.min_ranks is 2, but with {why} the first loss ends the job" in said
+
+
+def test_more_ranks_than_there_are() -> None:
+    config = load_config({"model": "m", "fault_tolerance": {"min_ranks": 5}})
+    with pytest.raises(ConfigError, match="min_ranks is 5, but the job has 4 ranks"):
+        check_min_ranks(config, 4)
+    check_min_ranks(config, 5)
 
 
 BOUNDS = {

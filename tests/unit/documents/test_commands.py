@@ -42,11 +42,12 @@ class Rule:
 
 
 SERVES = "starts a server for good; test_launchers.py starts every launcher, with the tiny model"
-NO_SLURM = "there is no Slurm here; tests/unit/topology reads what it tells its tasks"
+NO_SLURM = "needs a Slurm; tests/clusters starts one of its own, and the same commands in it"
 CHECKED = (
     Rule(r"make \w", "installs, serves or runs all tests; .ci/run begins with make test",
          checks.check_make),
-    Rule(r"python3 -m venv |pip |\.venv/bin/pip ", "installs packages; make install does the same",
+    Rule(r"python3 -m venv |pip |\.venv/bin/(pip |python locks/)",
+         "installs packages; make install does the same",
          lambda command: checks.check_pip(command) if "pip" in command.text else None),
     Rule(r"\.venv/bin/python -m ds_cp\.model\.smollm2 ", "make model runs it",
          checks.check_python),
@@ -56,7 +57,8 @@ CHECKED = (
          SERVES + "; test_examples.py runs the examples", checks.check_torchrun),
     Rule(r"srun |salloc ", NO_SLURM, checks.check_srun),
     Rule(r"(sbatch|scancel|squeue) ", NO_SLURM, checks.check_files),
-    Rule(r"kubectl ", "there is no cluster; test_kubernetes.py checks the manifest",
+    Rule(r"kubectl ", "needs a cluster; test_kubernetes.py checks what it applies, and"
+         " tests/clusters starts the pods",
          checks.check_files),
     Rule(r"(ssh|scp|pdsh) ", "there is no such host", checks.check_files),
     Rule(r"python launch/", SERVES, checks.check_python),

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from ds_cp.native import Library, load
-from ds_cp.native.build import LIBRARY, SOURCES, BuildError, build, stamp
+from ds_cp.native.build import LIBRARY, SOURCES, BuildError, _put, build, stamp
 from tests.helpers.native import native_library
 
 SMALL = """
@@ -151,3 +151,15 @@ def test_the_runtime_that_torch_was_linked_with_comes_before_one_that_looks_like
     ctypes.CDLL(str(shutil.copy(built.path, folder / "libgomp-other.so")))
     fresh = ctypes.CDLL(str(shutil.copy(native_library().path, tmp_path / "fresh.so")))
     assert fresh.ds_cp_threads_seen(ctypes.c_int64(200), ctypes.c_int64(1)) == 1
+
+
+def test_nobody_else_may_change_the_library(tmp_path: Path) -> None:
+    """Under a umask that hides nothing: it is code that every rank loads."""
+    made = tmp_path / "made.so"
+    made.write_bytes(b"x")
+    before = os.umask(0)
+    try:
+        _put(made, tmp_path / "library.so")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "library.so").stat().st_mode & 0o777 == 0o755

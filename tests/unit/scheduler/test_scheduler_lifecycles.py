@@ -23,6 +23,7 @@ from ds_cp.cost import CostModel
 from ds_cp.errors import CapacityError, QueueFullError
 from ds_cp.layout import LAYOUTS
 from ds_cp.sampling_params import SamplingParams
+from ds_cp.scheduler.host_moves import HostRules
 from ds_cp.scheduler.mode_policy import Seats
 from ds_cp.scheduler.pacing import ChunkPacer
 from ds_cp.scheduler.request import Request
@@ -48,7 +49,7 @@ RATES = CostModel(
 LONGEST = 39  # tokens of one request, so that a life is short whatever the pools
 EVENTS = (
     *["ask"] * 6, *["step"] * 12, *["abort"] * 2, "end one", "spoil", "drain", "reopen", "level",
-    "die", "poison",
+    "die", "poison", "away", *["back"] * 3,
 )  # fmt: skip
 
 
@@ -79,9 +80,14 @@ class Session:
             pacer=(None, ChunkPacer(2.0))[pick(0, 1)],
             seats=(None, Seats(tuple("abab"[: len(blocks)]), pick(1, 2)))[pick(0, 1)],
             prefix_caching=pick(0, 5) > 0,
+            host=self.rules(len(blocks)),
         )  # fmt: skip
         self.cluster.seconds = lambda plan: pick(0, 100) / 1000
         self.seen: Counter[str] = Counter()
+
+    def rules(self, ranks: int) -> HostRules | None:
+        """What host memory each rank has: none."""
+        return None
 
     def happen(self, event: str) -> None:
         """One of EVENTS, as far as it is possible now."""
@@ -110,6 +116,8 @@ class Session:
             self.seen["moves wished for"] += scheduler.rebalance()
         elif event == "die":
             self.die()
+        elif event in ("away", "back"):
+            self.meet(event == "back")
         elif event == "poison" and live and pick(0, 9) == 0:
             cluster.strikes = STRIKES[pick(0, 2)]
             cluster.poison.add(live[pick(0, len(live) - 1)].number)
@@ -182,6 +190,20 @@ class Session:
         self.seen["died with steps in flight"] += bool(lost and cluster.flying)
         cluster.die(lost, lambda: bool(pick(0, 1)))
 
+    def meet(self, back: bool) -> None:
+        """A rank other than 0 goes away, or comes back, by a new worker or by the one that it
+        had."""
+        cluster, pick = self.cluster, self.pick
+        ranks = [r for r in range(1, len(cluster.blocks)) if (r in cluster.away) == back]
+        if not ranks:
+            return
+        rank = ranks[pick(0, len(ranks) - 1)]
+        lost = [rank] if not back or pick(0, 1) else []
+        if pick(0, 3) == 0:
+            lost.append(pick(0, len(cluster.blocks) - 1))  # another one dies meanwhile
+        self.seen["back" if back else "away"] += 1
+        cluster.die(lost, lambda: bool(pick(0, 1)), cluster.away ^ {rank})
+
     def drain(self, rank: int) -> None:
         scheduler = self.cluster.scheduler
         closed = set(scheduler.block_manager.closed)
@@ -205,6 +227,7 @@ class Session:
         for rank in closed:
             assert cluster.scheduler.is_drained(rank) and not cluster.cached()[rank]
         self.seen["preempted"] += cluster.scheduler.num_preemptions
+        self.seen["refused"] += cluster.refused
         self.seen["moved"] += cluster.scheduler.migration.num_moved
         self.seen["hits"] += cluster.scheduler.block_manager.hits
         self.seen["forked"] += sum(len(plan.forks) for plan in plans)
@@ -239,7 +262,7 @@ def test_random_lives(placement: str, mode: tuple[str, str], depth: int) -> None
         ended += here
         seen += happened
     everything = {"asked", "aborted", "drained", "preempted", "moved", "hits", "forked",
-                  "length", "stop", "error", "died"}  # fmt: skip
+                  "length", "stop", "error", "died", "away", "back"}  # fmt: skip
     assert everything <= {what for what, count in seen.items() if count}, f"too tame: {seen}"
 
 
@@ -277,7 +300,9 @@ class Lives(RuleBasedStateMachine):
     def part(self, data: st.DataObject, event: str) -> None:
         self._do(data, event)
 
-    @rule(data=st.data(), event=st.sampled_from(["drain", "reopen", "level", "die"]))
+    @rule(
+        data=st.data(), event=st.sampled_from(["drain", "reopen", "level", "die", "away", "back"])
+    )
     def rearrange(self, data: st.DataObject, event: str) -> None:
         self._do(data, event)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from typing import Any
 
 import pytest
 
+from ds_cp.engine.interface import EngineHealth
 from ds_cp.errors import EngineDeadError
 from ds_cp.plan import Outcome, Sampled, StepPlan
 from ds_cp.sampling_params import SamplingParams
@@ -26,6 +28,8 @@ class Counting(OneRank):
         self.calls = 0
         self.generation = 0
         self.computed: list[int] = []  # tokens that each begin finds stored
+        self.going = threading.Event()
+        self.going.set()
         self._at = at
         self._loses = loses
 
@@ -35,6 +39,7 @@ class Counting(OneRank):
             raise InterruptedStepsError("a rank is gone")
 
     def submit(self, plan: StepPlan) -> None:
+        assert self.going.wait(60)
         self._call()
         super().submit(plan)
 
@@ -62,8 +67,11 @@ def test_streams_go_on(at: set[int], loses: bool) -> None:
     rank = Counting(at, loses)
 
     async def work(engine: AsyncEngine) -> None:
-        answers = await asyncio.gather(*(ask(engine, name, 12) for name in "abc"))
-        assert answers == [list(range(10, 22))] * 3
+        rank.going.clear()
+        asked = [asyncio.create_task(ask(engine, name, 12)) for name in "abc"]
+        await until(lambda: len(engine._mailboxes.all()) == 3)  # alone one would be suspected
+        rank.going.set()
+        assert await asyncio.gather(*asked) == [list(range(10, 22))] * 3
         assert engine.state == "ready"
 
     served = Served(rank)
@@ -134,4 +142,26 @@ def test_the_request_that_ends_workers_is_told() -> None:
 
     served = Served(rank)
     served.run(work)
-    assert reasons == ["error"] and rank.generation == 4 and not served.died
+    assert reasons == ["error"] and rank.generation <= 4 and not served.died
+
+
+def test_it_says_that_it_recovers_and_takes_requests_meanwhile() -> None:
+    going = threading.Event()
+
+    class Slow(Counting):
+        def resume(self) -> Resumed:
+            assert going.wait(60)
+            return super().resume()
+
+    async def work(engine: AsyncEngine) -> None:
+        asked = [asyncio.create_task(ask(engine, "a", 12))]
+        await until(lambda: engine.state == "recovering")
+        assert engine.health == EngineHealth("recovering")
+        asked.append(asyncio.create_task(ask(engine, "b", 12)))
+        await asyncio.sleep(0)
+        assert not any(one.done() for one in asked)
+        going.set()
+        assert await asyncio.gather(*asked) == [list(range(10, 22))] * 2
+        assert engine.state == "ready" and engine.stats().num_interruptions == 1
+
+    Served(Slow({4}, True)).run(work)

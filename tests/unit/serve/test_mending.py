@@ -6,12 +6,13 @@ import asyncio
 import os
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 
 from ds_cp.config import load_config
+from ds_cp.facts import Facts
 from ds_cp.serve import generations, mending
 from ds_cp.serve.job_link import FollowingLink, LeadingLink
 from ds_cp.serve.job_words import Lost
@@ -21,6 +22,10 @@ from ds_cp.topology.job import Job
 
 RANKS = 3
 LIMIT_S = 60.0
+FACTS = Facts(
+    ("here",) * RANKS, RANKS, 1, "cpu", "fp32", "torch", 64, 100, (1,), 1, 2, 2, 8, (2, 4, 6), 10,
+    1, 1, 0.0, (), 1e9, 100, 8, notes=("a long one",),
+)  # fmt: skip
 
 
 @dataclass
@@ -30,6 +35,7 @@ class Room:
 
     here: dict[int, dict[int, Played]] = field(default_factory=dict)
     is_open: bool = True
+    size: int = RANKS
 
     def enter(self, generation: int, worker: Played) -> None:
         self.here.setdefault(generation, {})[worker.rank] = worker
@@ -37,7 +43,7 @@ class Room:
 
     def look(self) -> None:
         for generation, workers in self.here.items():
-            if self.is_open and len(workers) == RANKS:
+            if self.is_open and len(workers) == self.size:
                 for worker in workers.values():
                     worker.generation = generation
                     worker.says(Met(generation))
@@ -52,6 +58,7 @@ class Played:
     """A supervisor's seat and the worker in it: ``lives`` counts those before this one."""
 
     outlives = can_replace = True
+    facts: Facts | None = None
 
     def __init__(self, rank: int, room: Room) -> None:
         self.rank = rank
@@ -77,7 +84,11 @@ class Played:
         self.why = why
         self.kill()
 
-    def replace(self) -> None:
+    def joins(self, facts: Facts) -> None:
+        self.facts = facts
+        self.generation = None
+
+    async def replace(self) -> None:
         self.dead = False
         self.lives += 1
         asyncio.get_running_loop().call_later(0.02, self.says, Loaded(), self.lives)
@@ -133,33 +144,63 @@ class Three:
         self.worker = Link()
         config = load_config({"model": "none", "fault_tolerance": tolerance})
         nobody: Callable[..., None] = lambda *args: None  # noqa: E731
-        self.leading = LeadingLink(RANKS, nobody, nobody, nobody)
+        self.leading = LeadingLink(RANKS, nobody, self.gone, nobody)
+        self.config = config
+        self.name = f"\0ds_cp-test/mending/{os.getpid()}/{time.monotonic_ns()}"
         self.following = [FollowingLink(rank, LIMIT_S, nobody) for rank in range(1, RANKS)]
         links = [self.leading, *self.following]
         self.mendings = []
+        self.deaths: list[asyncio.Future[None]] = []
         for rank, (seat, link, whole) in enumerate(
             zip(self.seats, links, self.wholes, strict=True)
         ):
-            job = Job(rank, RANKS, rank, RANKS, None, "here", "torchrun", "127.0.0.1", 0)
-            one = Mending(config, job, seat, link, whole)  # type: ignore[arg-type]
-            self.mendings.append(one)
+            self.mendings.append(self.mending(seat, link, whole))
             seat.on_death = self._watcher(rank)
         self.mendings[0].worker = self.worker  # type: ignore[assignment]
+
+    def mending(self, seat: Played, link: LeadingLink | FollowingLink, whole: Whole) -> Mending:
+        job = Job(seat.rank, RANKS, seat.rank, RANKS, None, "here", "torchrun", "127.0.0.1", 0)
+        return Mending(self.config, job, seat, link, whole)  # type: ignore[arg-type]
+
+    def gone(self, rank: int, pid: int) -> None:
+        self.mendings[0].gone(rank, f"the supervisor of rank {rank} was killed")
+
+    def lose(self, rank: int) -> None:
+        """Its supervisor ends without a good-bye, and its worker with it."""
+        self.seats[rank].dead, self.seats[rank].generation = True, None
+        self.room.leave(self.seats[rank])
+        self.room.size -= 1
+        peer = self.following[rank - 1]._peer
+        assert peer is not None
+        peer.close()
+
+    async def come(self, rank: int, mark: str = "") -> tuple[Played, Whole, bool]:
+        """It is started again; whether its worker is to load alone."""
+        seat, whole = Played(rank, self.room), Whole()
+        link = FollowingLink(rank, LIMIT_S, lambda *args: None)
+        one = self.mending(seat, link, whole)
+        link.mark = mark or link.mark
+        joins = asyncio.create_task(one.joins(asyncio.Event()))
+        await link.open(self.name)
+        joined = await joins
+        self.seats[rank], self.following[rank - 1] = seat, link
+        return seat, whole, joined
 
     def _watcher(self, rank: int) -> Callable[[], None]:
         def see() -> None:
             if self.wholes[rank].mends:
-                self.mendings[rank].died(f"the worker of rank {rank} was ended")
+                cause = f"the worker of rank {rank} was ended"
+                self.deaths.append(asyncio.ensure_future(self.mendings[rank].died(cause)))
 
         return see
 
     def run(self, work: Callable[[Three], Awaitable[None]]) -> None:
         async def main() -> None:
-            name = f"\0ds_cp-test/mending/{os.getpid()}/{time.monotonic_ns()}"
-            await self.leading.open(name)
+            await self.leading.open(self.name)
             for link in self.following:
-                await link.open(name)
+                await link.open(self.name)
             await self.until(lambda: all(link.is_open for link in self.following))
+            self.seats[0].facts = FACTS  # it has started
             await asyncio.wait_for(work(self), LIMIT_S)
             for link in self.following:
                 await link.close()
@@ -256,6 +297,53 @@ def test_deaths_in_a_row_end_the_job() -> None:
         await three.until(lambda: three.wholes[2].ended)
 
     Three(max_restarts=1).run(work)
+
+
+def test_a_rank_goes_and_comes_back(capsys: pytest.CaptureFixture[str]) -> None:
+    async def work(three: Three) -> None:
+        found = three.mendings[0]._generations
+        three.lose(2)
+        await three.until(lambda: found.is_whole and found.generation == 1)
+        assert found.absent == (2,) and three.seats[1].generation == 1
+        three.seats[1].kill()  # those that are left may die as ever
+        await three.until(lambda: found.is_whole and found.generation == 2)
+        _, whole, joined = await three.come(2, mark="another")
+        assert not joined and "with another config or version" in whole.given_up[0]
+        await three.following[1].close()
+        seat, whole, joined = await three.come(2)
+        assert joined and seat.facts == replace(FACTS, notes=()) and not whole.given_up
+        three.room.size = RANKS
+        seat.says(Loaded())
+        await three.met(3)
+        assert three.lives == [0, 1, 0]
+
+    three = Three(min_ranks=2)
+    three.run(work)
+    said = capsys.readouterr().err
+    assert "the job goes on with 2 of 3 ranks, without rank 2: KV for 48 tokens rather" in said
+    assert "2 of 3 ranks, without rank 2 have met again (generation 1" in said
+    assert "all ranks have met again (generation 3" in said
+
+
+def test_too_few_ranks_are_left() -> None:
+    async def work(three: Three) -> None:
+        three.lose(2)
+        three.lose(1)
+        await three.until(lambda: bool(three.wholes[0].given_up))
+        why = three.wholes[0].given_up[0]
+        assert why.endswith("was killed, and fault_tolerance.min_ranks is 2")
+
+    Three(min_ranks=2).run(work)
+
+
+def test_a_job_that_starts_is_joined_together() -> None:
+    async def work(three: Three) -> None:
+        three.lose(1)
+        three.seats[0].facts = None  # it has not begun
+        _, whole, joined = await three.come(1)
+        assert not joined and not whole.given_up
+
+    Three(min_ranks=2).run(work)
 
 
 def test_a_death_when_none_is_replaced_any_more() -> None:

@@ -45,7 +45,7 @@ def test_told_to_leave() -> None:
     both.supervisor.send(Leave(0))
     assert both.has_left()
     both.supervisor.send(Meet(1))
-    assert both.orders.next_meeting() == 1
+    assert both.orders.next_meeting() == Meet(1)
     both.orders.attend(1, both.abandon)
     assert not both.has_left(0.05), "the last order was for the generation before"
     both.supervisor.send(Leave(1))
@@ -57,7 +57,7 @@ def test_told_before_it_is_there() -> None:
     both = Both()
     both.supervisor.send(Meet(2))
     both.supervisor.send(Leave(2))
-    assert both.orders.next_meeting() == 2
+    assert both.orders.next_meeting() == Meet(2)
     both.heard(lambda: both.orders.is_off(2))
     both.orders.attend(2, both.abandon)
     assert both.has_left(0.0)

@@ -8,16 +8,18 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from ds_cp.config import load_config
-from ds_cp.errors import ModelError
+from ds_cp.errors import EngineDeadError, ModelError
 from ds_cp.facts import Facts
 from ds_cp.serve import seat as seat_module
 from ds_cp.serve.channel import Channel
+from ds_cp.serve.forking import Forks
 from ds_cp.serve.orders import Loaded, Order, Ping, Pong, Word
 from ds_cp.serve.seat import Seat
 from ds_cp.topology.job import Job
@@ -49,11 +51,36 @@ class Child:
         self.dead = True
 
 
+class Server:
+    """A fork server that is played."""
+
+    def __init__(self, played: Played, on_end: Callable[[], None]) -> None:
+        self.on_end = on_end
+        self.is_open, self.is_serving, self.gives = True, True, True
+        self.facts: Facts | None = None
+        played.servers.append(self)
+        played.log.append("server")
+
+    def settle(self, facts: Facts) -> None:
+        self.facts = facts
+
+    def close(self) -> None:
+        self.is_open = self.is_serving = False
+
+    def end(self) -> None:
+        self.close()
+        self.on_end()
+
+
 class Played:
     """A seat in which workers are played, in the order in which they were started."""
 
     def __init__(
-        self, monkeypatch: pytest.MonkeyPatch, facts: Facts = FACTS, **tolerance: Any
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        facts: Facts = FACTS,
+        serves: bool = False,
+        **tolerance: Any,
     ) -> None:
         self.log: list[str] = []
         self.children: list[Child] = []
@@ -61,15 +88,33 @@ class Played:
         self.fails = False
         monkeypatch.setattr(seat_module, "worker_child", self._child)
         config = load_config({"model": "none", "fault_tolerance": tolerance})
+        self.servers: list[Server] = []
+        monkeypatch.setattr(seat_module, "can_fork_servers", lambda: serves)
+        monkeypatch.setattr(seat_module, "Forks", partial(Server, self))
+        monkeypatch.setattr(seat_module, "forked_child", self._forked)
         self.seat = Seat(config, JOB, True)
 
     @contextmanager
-    def _child(self, config: Any, job: Job, outlives: bool, waits: bool) -> Iterator[Any]:
+    def _child(
+        self, config: Any, job: Job, outlives: bool, waits: bool, forks: Forks | None
+    ) -> Iterator[Any]:
         if self.fails:
             raise ModelError("no space left")
         child = Child(len(self.children), waits, self.log)
         self.children.append(child)
         self.log.append(f"start {child.number}")
+        yield child
+        self.log.append(f"end {child.number}")
+
+    @contextmanager
+    def _forked(self, job: Job, forks: Server) -> Iterator[Any]:
+        if not forks.gives:
+            forks.is_open = forks.is_serving = False
+            raise EngineDeadError("it has 3 threads")
+        assert forks.facts == self.facts
+        child = Child(len(self.children), True, self.log)
+        self.children.append(child)
+        self.log.append(f"fork {child.number}")
         yield child
         self.log.append(f"end {child.number}")
 
@@ -92,7 +137,7 @@ class Played:
 def test_without_a_spare_one(monkeypatch: pytest.MonkeyPatch) -> None:
     async def work(one: Played) -> None:
         first = one.seat.channel
-        one.seat.replace()
+        await one.seat.replace()
         assert one.seat.channel is not first and one.seat.process is one.children[1]
 
     log = Played(monkeypatch, spare_after_s=None).run(work)
@@ -111,7 +156,7 @@ def test_the_spare_one_takes_the_place(
     async def work(one: Played) -> None:
         await one.until("start 1")
         assert ("take 1" in one.log) == early
-        one.seat.replace()
+        await one.seat.replace()
         assert one.seat.process is one.children[1] and one.log.count("take 1") == 1
         await one.until("start 2")  # the next one to wait
 
@@ -125,7 +170,7 @@ def test_a_spare_one_that_has_died(monkeypatch: pytest.MonkeyPatch) -> None:
     async def work(one: Played) -> None:
         await one.until("start 1")
         one.children[1].dead = True
-        one.seat.replace()
+        await one.seat.replace()
         assert one.seat.process is one.children[2]
 
     log = Played(monkeypatch, spare_after_s=0).run(work)
@@ -145,9 +190,38 @@ def test_none_can_be_started_to_wait(
             said == "ds_cp: warning: no worker waits to take another one's place: no space left\n"
         )
         with pytest.raises(ModelError):
-            one.seat.replace()
+            await one.seat.replace()
 
     Played(monkeypatch, spare_after_s=0).run(work)
+
+
+def test_workers_are_forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as there is a server; else a new process is started, which has one of its own."""
+
+    async def work(one: Played) -> None:
+        await one.seat.replace()
+        await one.seat.replace()
+        assert one.seat.process is one.children[2]
+        one.servers[0].gives = False
+        await one.seat.replace()
+        assert one.servers[1].facts == one.facts
+        await one.seat.replace()
+
+    log = Played(monkeypatch, serves=True, spare_after_s=None).run(work)
+    assert log == ["server", "start 0", "end 0", "fork 1", "end 1", "fork 2", "end 2", "server",
+                   "start 3", "take 3", "end 3", "fork 4", "end 4"]  # fmt: skip
+
+
+def test_one_waits_once_there_is_no_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work(one: Played) -> None:
+        await one.seat.replace()
+        assert "fork 1" in one.log and len(one.children) == 2
+        one.servers[0].end()
+        await one.until("start 2")
+        await one.seat.replace()
+        assert one.seat.process is one.children[2] and "take 2" in one.log
+
+    Played(monkeypatch, serves=True, spare_after_s=0).run(work)
 
 
 def test_words_of_the_dead_are_not_heard(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +232,7 @@ def test_words_of_the_dead_are_not_heard(monkeypatch: pytest.MonkeyPatch) -> Non
         one.children[0].its_orders.send(Loaded())
         while not heard:
             await asyncio.sleep(0.005)
-        one.seat.replace()
+        await one.seat.replace()
         one.children[0].its_orders.send(Loaded())
         one.children[1].its_orders.send(Loaded())
         while len(heard) < 2:
@@ -195,7 +269,7 @@ def test_a_sign_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
         assert one.seat.cause(one.seat.process) == (
             "the worker of rank 1 gave no sign of life for 0.2 s and was ended"
         )
-        one.seat.replace()
+        await one.seat.replace()
         now = time.monotonic()
         while time.monotonic() < now + 0.5:  # it loads, and hears nobody yet
             one.seat.check(0.2)
@@ -206,7 +280,7 @@ def test_a_sign_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
             one.seat.check(0.2)
             await asyncio.sleep(0.005)
         assert "no sign of life" in one.seat.cause(one.seat.process)
-        one.seat.replace()
+        await one.seat.replace()
         assert "was ended by SIGKILL" in one.seat.cause(one.seat.process)
 
     asked: list[object] = []

@@ -103,7 +103,7 @@ class Played:
 
     def _meet(
         self, job: Any, config: Any, worker: Worker, facts: Any, generation: int, born: int,
-        given_up: Any,
+        given_up: Any, away: Any,
     ) -> None:  # fmt: skip
         self.meetings.append((generation, born))
         if generation in self.fails:

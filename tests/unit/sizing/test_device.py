@@ -19,7 +19,7 @@ from ds_cp.startup.rates import Rates
 LINKS = (
     LinkSpeed("within a host, shared memory", 4.0, 14.0, False), LinkSpeed("between hosts", 30, 1)
 )  # fmt: skip
-RATES = Rates(2e11, 1e11, 2e10, 1e10, 2e-4, 3e-4, 10 << 30, LINKS)
+RATES = Rates(2e11, 1e11, 2e10, 1e10, 2e-4, 3e-4, 10 << 30, LINKS, 3e9)
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_what_was_measured_is_a_device_file(plain: dict[str, Any], tmp_path: Pat
     write_device(plain, str(file))
     device = read_device(str(file))
     assert device.rates["bf16"].linear_tflops == 0.2 and device.memory.gb_per_s == 20
-    assert device.memory.kv_gb_per_s == 10
+    assert device.memory.kv_gb_per_s == 10 and device.memory.host_gb_per_s == 3
     assert device.memory.gib == 10 and device.layer_us == 200 and device.step_us == 300
     assert device.links.inter_host.gb_per_s == 1 and device.links.inter_host.in_background
     assert not device.links.intra_host.in_background
@@ -57,7 +57,7 @@ def test_a_link_that_was_not_there_is_said_to_be_as_the_other() -> None:
     found = device_of(alone, "m", "a", "cuda", "bf16", 2)
     assert found["links"]["inter_host"] == found["links"]["intra_host"]
     assert "not measured" in found["sources"]["links.inter_host.gb_per_s"]
-    assert found["memory"]["kv_share"] == 0.85
+    assert found["memory"]["kv_share"] == 0.85 and "host_gb_per_s" not in found["memory"]
 
 
 def refused(plain: dict[str, Any], path: str, value: Any, file: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -169,3 +170,30 @@ def test_contexts(text: str, tokens: int) -> None:
 def test_bad_contexts(text: str) -> None:
     with pytest.raises(ConfigError, match="--context is"):
         parse_context(text)
+
+
+def test_host_memory_keeps_whole_blocks_of_every_group() -> None:
+    device = read_device("h100")
+    rate = device.memory.host_gb_per_s
+    assert rate is not None
+    block = block_bytes(LLAMA_8B, 2, 2)
+    job = Job(2, 4, 100_000, "bf16", 2, host_memory=10 * block + block - 1)
+    room = memory_module.host_room(LLAMA_8B, device, job)
+    assert room.tokens == 10 * BLOCK * 4
+    blocks = math.ceil(math.ceil(100_000 / BLOCK) / 4)
+    assert room.back_s == pytest.approx(blocks * block / (rate * 1e9))
+    unknown = memory_module.host_room(LLAMA_8B, read_device("cpu"), replace(job, host_memory=0))
+    assert unknown == memory_module.HostRoom(0, None)
+
+
+@pytest.mark.parametrize(("text", "size"), [("0", 0), ("64GiB", 64 << 30), ("4096", 4096)])
+def test_host_memory_is_a_size(text: str, size: int) -> None:
+    assert job_module.parse_memory(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "-1", "64XB", "1" * 17, "auto"])
+def test_what_is_no_host_memory(text: str) -> None:
+    with pytest.raises(ConfigError, match="--host-memory is "):
+        job_module.parse_memory(text)
+    with pytest.raises(ConfigError, match="--host-memory is -1 bytes"):
+        Job(1, 1, 100, "bf16", 1, -1)

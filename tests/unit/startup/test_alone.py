@@ -37,6 +37,15 @@ def test_budgets_of_the_config_are_not_asked_again(budget: Any) -> None:
     assert found.kv_cache.memory_per_rank == "auto" and found.kv_cache.tokens_per_rank == 80
 
 
+def test_host_memory_has_as_many_blocks_as_before() -> None:
+    facts = replace(UNEVEN, host_blocks_per_rank=(7, 0))
+    kv = {"host_memory_per_rank": ["1MiB", 0], "host_folder": "/tmp"}
+    block = facts.block_size * facts.bytes_per_token
+    assert agreed(0, facts, kv_cache=kv).kv_cache.host_memory_per_rank == 7 * block
+    assert agreed(1, facts, kv_cache=kv).kv_cache.host_memory_per_rank == 0
+    assert agreed(0, kv_cache=kv).kv_cache.host_memory_per_rank == 0
+
+
 def test_what_the_config_says_stays() -> None:
     found = agreed(attention={"backend": "reference"}, linear_layers="torch")
     assert found.attention.backend == "reference" and found.linear_layers == "torch"

@@ -322,11 +322,13 @@ def test_the_slowest_rank_gives_the_time_of_a_step() -> None:
     assert [rows_of(works[0], rank) for rank in range(3)] == [HEAD + 1, HEAD, 0]
     rows = {
         0: pack(Times(0.25, 0.125), [Sampled(1, 7, 0.0)], [], 0).tolist(),
-        1: pack(Times(3.0, 2.5, 0.75, (1, 2**40, 3, 4, 5, 6)), [], [], 0).tolist(),
+        1: pack(Times(3.0, 2.5, 0.75, (1, 2**40, 3, 4, 5, 6), 7), [], [], 0).tolist(),
     }
     assert unpack(5, works[0], 0, rows) == Outcome(
         5, (Sampled(1, 7, 0.0),), (), 3.0, 2.5,
-        ranks=(RankTimes(0, 0.25, 0.0, (0,) * 6), RankTimes(1, 3.0, 0.75, (1, 2**40, 3, 4, 5, 6))),
+        ranks=(
+            RankTimes(0, 0.25, 0.0, (0,) * 6), RankTimes(1, 3.0, 0.75, (1, 2**40, 3, 4, 5, 6), 7),
+        ),
     )  # fmt: skip
 
 

@@ -34,7 +34,7 @@ def hosts() -> Iterator[Hosts]:
         with two_hosts() as found:
             yield found
     except NamespaceError as err:
-        pytest.skip(f"two hosts cannot be made here: {err}; run as root: pytest -m netns")
+        pytest.skip(f"two hosts cannot be made here: {err}; as root: make clusters")
 
 
 class Server:
