@@ -129,7 +129,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         tally = Tally()
         load = Load(url, 0, expected, rng, tally)
         memory = Memory(job)
-        trouble = Trouble(Scene(job, args.ranks, load, None, random.Random(rng.random())), url)
+        trouble = Trouble(Scene(job, url, args.ranks, load, None, random.Random(rng.random())), url)
         seconds = spread(load, args, rng)
         trouble.close()
         load.close()

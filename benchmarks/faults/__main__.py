@@ -81,6 +81,8 @@ def run(args: argparse.Namespace, folder: Path, disk: SmallDisk | None) -> dict[
             if life_cards[0][1] != "start":
                 life.begin()
             for kind, phase in life_cards:
+                if phase != "start":
+                    life.wait_for(args.requests * len(outcomes) // args.faults)
                 outcome = life.suffer(kind, phase)
                 outcomes.append(outcome)
                 tell(outcome, len(outcomes), args.faults)
@@ -123,6 +125,7 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--launcher", default="ds-cp")
     parser.add_argument("--flight", type=int, default=6, help="requests at a time")
+    parser.add_argument("--requests", type=int, default=0, help="spread over the faults, at least")
     parser.add_argument("--faults", type=int, default=40)
     parser.add_argument("--kinds", nargs="*", choices=list(KINDS), help="default: all")
     parser.add_argument("--phases", nargs="*", default=[

@@ -98,6 +98,11 @@ class Life:
                 self._load.dies = True
         return outcome
 
+    def wait_for(self, requests: int) -> None:
+        """Until so many requests have been asked, of all lives together."""
+        if self._job.process.poll() is None:  # else the next fault says so
+            self._until("requests", lambda: self._tally.asked >= requests)
+
     def end(self) -> str:
         """A quiet end: what was left behind or went wrong, "" where nothing was."""
         try:
@@ -129,7 +134,7 @@ class Life:
     @property
     def _scene(self) -> Scene:
         assert self._load is not None
-        return Scene(self._job, self._ranks, self._load, self._disk, self._rng)
+        return Scene(self._job, self._url, self._ranks, self._load, self._disk, self._rng)
 
     # --- faults that the server outlives
 
@@ -219,7 +224,7 @@ class Life:
         began = time.monotonic()
         self._job.until("a worker", lambda: self._job.matching("serve.worker_process"), 60)
         time.sleep(self._rng.uniform(0.0, 2.0))
-        scene = Scene(self._job, self._ranks, None, self._disk, self._rng)  # type: ignore[arg-type]
+        scene = Scene(self._job, self._url, self._ranks, None, self._disk, self._rng)  # type: ignore[arg-type]
         kind.act(scene)
         outcome.mended_s = time.monotonic() - began
         if kind.effect is Effect.GOES_ON:

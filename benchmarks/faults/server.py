@@ -22,9 +22,10 @@ def configure(folder: Path, disk: SmallDisk | None, args: argparse.Namespace) ->
         "threads_per_rank": 1,
         "kv_cache": {"tokens_per_rank": args.tokens, "block_size": 16},
         "server": {"port": 0, "served_model_name": "tiny"},
-        "fault_tolerance": {"hang_s": args.hang_s, "max_restarts": 5},
+        "fault_tolerance": {"hang_s": args.hang_s, "max_restarts": 5, "min_ranks": 1},
     }
     if disk is not None:
+        config["fault_tolerance"]["journal_dir"] = str(disk.folder / "journal")
         config["trace"] = {"file": str(disk.folder / "trace.json")}
     file = folder / "config.json"
     file.write_text(json.dumps(config))
