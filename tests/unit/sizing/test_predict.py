@@ -155,6 +155,7 @@ SCHEMA = strict(
         total=COUNT, reserved=COUNT, weights=COUNT, kv=COUNT, activations=COUNT,
         free={"type": "integer"}, kv_room=COUNT, fits={"type": "boolean"},
     ),
+    host_memory=strict(per_rank=COUNT, tokens=COUNT, back_s={"type": ["number", "null"]}),
     largest_context={"type": "array", "minItems": 1, "items": strict(ranks=COUNT, tokens=COUNT)},
     predictions={
         "type": "array", "minItems": 1,

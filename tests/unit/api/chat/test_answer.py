@@ -13,6 +13,7 @@ from ds_cp.api.answers.budget import Budget, Held
 from ds_cp.api.chat.answer import ChatAnswer
 from ds_cp.api.chat.events import Step
 from ds_cp.api.chat.reader import AnswerReader
+from ds_cp.grammar.constraint import FIELD
 from ds_cp.outputs import Delta
 from ds_cp.parsing.registry import make_parser
 from ds_cp.sampling_params import SamplingParams
@@ -99,7 +100,7 @@ def test_calls_reasoning_and_grammars_are_counted() -> None:
     assert count("reasoning_tokens") == one.usage.reasoning == 3
     assert count("parser_failures") == count("grammar_answers", outcome="stop") == 0
     counted = AnswerMetrics(registry := CollectorRegistry(), lambda: "m")
-    for reason, field in (("stop", None), ("length", None), ("error", "tools"), ("error", None)):
+    for reason, field in (("stop", None), ("length", None), ("error", FIELD), ("error", None)):
         counted.ended(Delta("r", finish_reason=reason, stop_reason=field), constrained=True)
         counted.ended(Delta("r", finish_reason=reason), constrained=False)
     for outcome in ("stop", "length", "error", "grammar"):
