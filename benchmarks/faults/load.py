@@ -114,12 +114,19 @@ class Load:
                 right = self._expected[BODIES.index(stream.body)]
                 if not stream.errors and stream.answers == right:
                     self._tally.right += 1
-                elif stream.gives_up or (self.dies and stream.errors):
+                elif stream.gives_up or (self.dies and (stream.errors or not is_whole(stream))):
                     self._tally.refused += 1
                 else:
                     said = f"{stream.body}: {stream.errors or stream.answers}"[:600]
                     self._tally.wrong.append(said)
+                    self.dies = self.dies or "refused" in str(stream.errors)  # nobody is there
                     print(f"wrong: {said}", file=sys.stderr, flush=True)
+
+
+def is_whole(stream: Stream) -> bool:
+    """Whether it was told that all its answers had ended."""
+    answers = stream.answers.values()
+    return bool(answers) and all(answer["reason"] for answer in answers)
 
 
 def gauge(url: str, name: str, only: str = "") -> float:

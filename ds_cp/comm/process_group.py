@@ -18,6 +18,7 @@ import torch.distributed as torch_dist
 
 from ds_cp.comm.pending import Pending, gone_peer, lost_peer
 from ds_cp.comm.transport import Message
+from ds_cp.errors import CommError
 from ds_cp.topology.net import listening_address
 
 if TYPE_CHECKING:  # torch.distributed has these names, but does not declare them as its own
@@ -125,9 +126,14 @@ def everybody(ranks: Sequence[int], timeout_s: float) -> ProcessGroup:
 
 def new_group(ranks: Sequence[int], timeout_s: float) -> ProcessGroup:
     """A new group; every rank that joined calls it, members or not. deepspeed.comm.new_group takes
-    no timeout, and torch's default is 30 minutes whatever the world's own limit is."""
+    no timeout, and torch's default is 30 minutes whatever the world's own limit is. Raises
+    ``CommError`` when one does not come, or the store is gone."""
     here = [rank for rank in ranks if rank >= 0]
-    handle = torch_dist.new_group(here, timeout=timedelta(seconds=timeout_s))
+    try:
+        handle = torch_dist.new_group(here, timeout=timedelta(seconds=timeout_s))
+    except (RuntimeError, DistError) as err:
+        text = (str(err).splitlines() or [type(err).__name__])[0][:200]
+        raise CommError(f"a rank did not come to make a group ({text})") from err
     return ProcessGroup(ranks, handle, timeout_s)
 
 

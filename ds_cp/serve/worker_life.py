@@ -143,8 +143,9 @@ class WorkerLife:
                     self._job, self._config, self._worker, self._facts, generation, born,
                     partial(orders.is_off, generation), meeting.away,
                 )  # fmt: skip
-            except CommError as err:
-                orders.tell(Left(generation, str(err)[:MAX_CAUSE]))
+            except (CommError, RankFailedError) as err:
+                known = isinstance(err, RankFailedError)
+                orders.tell(Left(generation, str(err)[:MAX_CAUSE], known))
                 continue
             self._generation, self._born = generation, born
             self._close_doors()

@@ -168,8 +168,11 @@ def test_meetings_that_do_not_come_about(monkeypatch: pytest.MonkeyPatch) -> Non
     assert one.meetings == [(3, 3), (4, 4)]
     one.engine.send_plan(StepPlan(BREAKS), 4)
     assert isinstance(one.result(), Interrupted) and isinstance(one.said(), Left)
+    one.fails = {5: RankFailedError("rank 1 on there: MemoryError: no room")}
     one.supervisor.send(Meet(5))
-    assert one.said() == Met(5) and one.result() == Resumed(5, (4, 0))
+    assert one.said() == Left(5, "rank 1 on there: MemoryError: no room", known=True)
+    one.supervisor.send(Meet(6))
+    assert one.said() == Met(6) and one.result() == Resumed(6, (4, 0))
 
 
 def test_a_meeting_that_was_given_up_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
