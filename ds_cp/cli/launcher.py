@@ -177,6 +177,8 @@ class _Ranks:
         """Whether the others go on without a rank that has failed. It is started again, unless
         that was in vain. One that leaves by itself, and was not started again, says why the job
         ends."""
+        if self._kill_at is not None and rank in self._tries:
+            return True  # the job ends, perhaps before this rank was back in it
         if self._min_ranks is None or rank == 0 or 0 not in self.alive:
             return False
         if self._kill_at is not None or len(self.alive) < self._min_ranks:

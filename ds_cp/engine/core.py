@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import secrets
-import time
 from collections import deque
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from ds_cp.clock import steady_time
 from ds_cp.engine.blame import log_blame
 from ds_cp.engine.calls import Answer, Call
 from ds_cp.engine.detokenize import Detokenizer, IncrementalDetokenizer, start_text
@@ -135,7 +135,7 @@ class EngineCore:
         if request is None or request.first_scheduled_time is None or request.output:
             return None
         total = len(request.prompt)
-        seconds = max(0.0, time.time() - request.first_scheduled_time)
+        seconds = max(0.0, steady_time() - request.first_scheduled_time)
         processed = min(request.num_computed, total)
         return PromptProgress(total, request.cached_tokens or 0, processed, seconds)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
 
+from ds_cp.clock import steady_time
 from ds_cp.engine.core import EngineCore, StepItems
 from ds_cp.engine.kv_map import MAX_BLOCKS, cell_count, draw_pool, owners_of
 from ds_cp.engine.picture import (
@@ -96,7 +96,7 @@ class Observer:
         )  # fmt: skip
 
     def _look(self, step_seconds: float, sent: dict[str, tuple[int, int]]) -> _Look:
-        core, now = self._core, time.time()
+        core, now = self._core, steady_time()
         scheduler = core.scheduler
         allocator = scheduler.allocator
         stats = core.stats()

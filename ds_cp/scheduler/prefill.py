@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from bisect import insort
 from collections.abc import Collection
 
+from ds_cp.clock import steady_time
 from ds_cp.kv.table import SequenceTable
 from ds_cp.plan import Sampling
 from ds_cp.scheduler.admission import BEGIN_BYTES, Limits
@@ -170,7 +170,7 @@ class PrefillPlanner:
         child.why_span = parent.why_span
         if parent.keys is not None:  # the same up to there, its own from there on
             child.keys = parent.keys.fork(known // size)
-        child.first_scheduled_time = time.time()
+        child.first_scheduled_time = steady_time()
         if known % size:
             parent.shares_tail = child.shares_tail = True
         insort(self._running, child, key=lambda r: r.order)
@@ -211,7 +211,7 @@ class PrefillPlanner:
         self._waiting.remove(request)
         insort(self._running, request, key=lambda r: r.order)
         request.prefilling = True
-        request.first_scheduled_time = request.first_scheduled_time or time.time()
+        request.first_scheduled_time = request.first_scheduled_time or steady_time()
         request.num_notified = len(request.output)
         draft.begin(request, self.sampling(request))
         self._add_load(request, load)

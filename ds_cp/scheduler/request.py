@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import overload
 
+from ds_cp.clock import steady_time
 from ds_cp.kv.prefix import PrefixKeys
 from ds_cp.kv.table import SequenceTable
 from ds_cp.layout import Home
@@ -124,7 +124,7 @@ class Request:
     cached_tokens: int | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
-    arrival_time: float = field(default_factory=time.time)
+    arrival_time: float = field(default_factory=steady_time)
     first_scheduled_time: float | None = None
     first_token_time: float | None = None
     finished_time: float | None = None

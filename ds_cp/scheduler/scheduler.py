@@ -9,10 +9,10 @@ left, the youngest request of the lowest priority is preempted, to be computed a
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Collection, Sequence
 
+from ds_cp.clock import steady_time
 from ds_cp.grammar.vocabulary import Vocabulary
 from ds_cp.plan import StepPlan
 from ds_cp.sampling_params import RequestOptions, SamplingParams
@@ -166,7 +166,7 @@ class Scheduler:
         self._looking_back.pop(request.number, None)
         self._inquest.forget(request.number)
         request.finish_reason, request.stop_reason = reason, stop_reason
-        request.finished_time = time.time()
+        request.finished_time = steady_time()
 
     @property
     def has_work(self) -> bool:
@@ -252,7 +252,7 @@ class Scheduler:
         request.in_flight -= 1
         request.output.append(token)
         length = len(request.output)
-        request.last_token_time = time.time()
+        request.last_token_time = steady_time()
         if length == 1:
             request.first_token_time = request.last_token_time
             self.door.began(request)

@@ -20,6 +20,7 @@ LAYERS = {
     "text": 0,
     "layout": 0,
     "cost": 0,
+    "clock": 0,
     "log_stream": 0,
     "process": 0,
     "sandbox": 0,

@@ -251,6 +251,34 @@ def test_command_that_cannot_start() -> None:
     assert "LaunchError: cannot start rank 0 of 2: No such file or directory" in done.stderr
 
 
+def test_a_rank_that_was_not_back_yet_is_no_failure_of_a_drain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 1 is killed once, started again, and knows no way to end well when the job ends."""
+    code = f"""
+import os, signal, time
+rank, folder = os.environ["RANK"], {str(tmp_path)!r}
+first = not os.path.exists(f"{{folder}}/{{rank}}")
+open(f"{{folder}}/{{rank}}", "a").close()
+if rank == "1" and first: os.kill(os.getpid(), 9)
+if rank == "1": open(f"{{folder}}/again", "w").close()
+if rank == "0": signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+open(f"{{folder}}/up{{rank}}", "w").close()
+time.sleep(60)
+"""
+
+    def stop() -> None:
+        if all((tmp_path / name).exists() for name in ("again", "up0")) and not stopped:
+            stopped.append(True)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    stopped: list[bool] = []
+    step = launcher._Ranks.step
+    monkeypatch.setattr(launcher._Ranks, "step", lambda self: (stop(), step(self))[1])
+    command = [sys.executable, "-c", code]
+    assert launcher.spawn(command, 2, {**os.environ}, grace_s=20.0, min_ranks=1) == 0
+
+
 def test_a_killed_rank_is_started_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
