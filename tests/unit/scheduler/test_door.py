@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import heapq
 import statistics
-import time
 from dataclasses import dataclass, field
 
 import pytest
@@ -13,6 +12,7 @@ import pytest
 from ds_cp.cost import CostModel
 from ds_cp.errors import LongWaitError, QueueFullError
 from ds_cp.sampling_params import RequestOptions, SamplingParams
+from ds_cp.scheduler import prefill, scheduler
 from ds_cp.scheduler.admission import Limits
 from ds_cp.scheduler.door import MAX_RETRY_S
 from ds_cp.scheduler.forecast import Forecast, Rates
@@ -34,7 +34,8 @@ class Machine:
         max_queue: int = 64, blocks: int = 2000,
     ) -> None:  # fmt: skip
         self.now = 1000.0
-        monkeypatch.setattr(time, "time", lambda: self.now)
+        for module in (prefill, scheduler):
+            monkeypatch.setattr(module, "steady_time", lambda: self.now)
         limits = Limits(4096, seats, 512, max_queue, 100, (), bound_s)
         self.scheduler = Scheduler(
             limits, [blocks], 16, "fill_then_spill", "zigzag", POLICY, [0],
