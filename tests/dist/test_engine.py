@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ds_cp.comm.wire import World
-from ds_cp.startup import build as startup
+from ds_cp.startup import preload
 from ds_cp.engine.llm import LLMEngine
 from ds_cp.outputs import RequestOutput
 from ds_cp.sampling_params import SamplingParams
@@ -320,12 +320,12 @@ def refused_sharding(world: World) -> None:
         make_engine(world, model, 240, tensor_parallel={"tp_size": 2})
     with pytest.raises(ConfigError, match=r"tp_size is 4.*num_attention_heads = 6"):
         make_engine(world, model, 240, tensor_parallel={"tp_size": 4})
-    shard, startup.shard_model = startup.shard_model, lambda *_: 0
+    shard, preload.shard_model = preload.shard_model, lambda *_: 0
     try:  # a split that did nothing, as DeepSpeed's does in such a job
         with pytest.raises(ConfigError, match=r"4 local query heads do not make the model's 4"):
             make_engine(world, the_model(), 240, tensor_parallel={"tp_size": 2})
     finally:
-        startup.shard_model = shard
+        preload.shard_model = shard
 
 
 def all_of_tensor_parallel(world: World, want: dict[str, list[Ids]]) -> list[str]:

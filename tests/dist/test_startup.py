@@ -14,16 +14,16 @@ import torch
 from ds_cp.comm.wire import World
 from ds_cp.engine import llm
 from ds_cp.errors import DsCpError, ModelError, UserError
-from ds_cp.startup import build, exactness, overhead, reading
+from ds_cp.startup import build, exactness, overhead, preload, reading
 from tests.dist.test_engine import greedy, hf_greedy, make_prompt, tokens_of
 from tests.helpers.engines import engine_on, tiny_llama
 from tests.helpers.ranks import run_ranks
 
 KV: dict[str, Any] = {"block_size": 16, "tokens_per_rank": 512}
 SOON = 30.0  # seconds for one start on a loaded machine; comm.timeout_s is 60
+BY_ITSELF = ("_load", "fingerprint", "reference_logits", "shard_model", "probe_layers")
 PHASES = (
-    "_load", "fingerprint", "reference_logits", "shard_model", "probe_layers", "compare",
-    "decide_budget", "allocate_pool", "achieved_flops",
+    "compare", "decide_budget", "allocate_pool", "decide_slots", "open_slots", "achieved_flops",
 )  # fmt: skip
 
 
@@ -76,7 +76,8 @@ def failing_starts(world: World, tp_size: int, want: list[int]) -> list[str]:
     bad = []
     attend = exactness.StepContext
     places: list[tuple[Any, str, Callable[[Exception], Any]]] = [
-        (build, name, always) for name in PHASES
+        *((preload, name, always) for name in BY_ITSELF),
+        *((build, name, always) for name in PHASES),
     ]
     places += [(reading, name, always) for name in ("weight_reads", "reading_rate")]
     if tp_size == 1:  # with one group of ranks there is nothing to choose by it
@@ -169,7 +170,7 @@ def no_memory(world: World) -> None:
     ):
         make = always(error)
         if world.rank == 1:
-            with replaced(build, "_load", make), pytest.raises(UserError, match="enough memory"):
+            with replaced(preload, "_load", make), pytest.raises(UserError, match="enough memory"):
                 engine_on(world, tiny_llama(), config)
             with replaced(build.allocate_pool.__globals__["KVPool"], "__init__", make):  # type: ignore[attr-defined]
                 found, _ = start(world, config)

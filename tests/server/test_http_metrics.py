@@ -3,12 +3,14 @@ it."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
 from ds_cp.api.request_log import json_of
 from ds_cp.engine.interface import EngineStats
+from ds_cp.journal.stats import JournalStats
 from ds_cp.outputs import EndedRequest
 from ds_cp.plan import ATTENTION_SCHEMES
 from tests.server.conftest import Running
@@ -75,8 +77,12 @@ def test_ended_requests_ranks_and_bytes(served: Running) -> None:
 
 
 def test_the_dashboard_finds_all_it_asks_for(served: Running) -> None:
-    """Right from the first answer on."""
-    served.engine.snapshot = SNAPSHOT
+    """Right from the first answer on; of host memory and a journal, where there are any."""
+    served.engine.snapshot = replace(
+        SNAPSHOT,
+        host_blocks_used=(1, 0), host_blocks_total=(4, 4), host_blocks_failed=(0, 0),
+        journal=JournalStats(),
+    )  # fmt: skip
     served.post("/v1/completions", {"prompt": [5], "max_tokens": 3})
     exposed = samples(served.get("/metrics").text)
     problems = {
