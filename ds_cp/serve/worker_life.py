@@ -66,7 +66,19 @@ class WorkerLife:
             self._orders.attend(0, self._worker.world.abandon)
 
     def run(self) -> None:
-        """Run plans up to ``Stop``. Raises what ends the job."""
+        """Run plans up to ``Stop``. Raises what ends the job. Whatever else goes wrong, such as a
+        thread that the system does not give, ends this worker, and another one takes its place."""
+        try:
+            self._live()
+        except DsCpError:
+            raise
+        except Exception:
+            if self._orders is None:
+                raise
+            traceback.print_exc()
+            end_at_once()
+
+    def _live(self) -> None:
         while True:
             try:
                 with self._worker.failing():  # the end of the channel too

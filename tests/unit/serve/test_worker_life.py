@@ -14,6 +14,7 @@ import pytest
 
 from ds_cp.errors import CommError, ModelError, RankFailedError
 from ds_cp.plan import Idle, Outcome, Plan, StepPlan, Stop, decode_plan
+from ds_cp.serve import worker_life
 from ds_cp.serve.channel import Channel, FromWorker, Interrupted, Result, Resumed
 from ds_cp.serve.orders import Leave, Left, Loaded, Meet, Met, Orders, Word
 from ds_cp.serve.worker_life import WorkerLife
@@ -22,6 +23,7 @@ from ds_cp.topology.job import Job
 JOB = Job(0, 2, 0, 2, None, "here", "torchrun", "127.0.0.1", 0)
 NOTHING: Any = None
 BREAKS = 13  # a step in which a peer is lost
+BEYOND = 43  # a step after which nothing can be told to anybody
 FAILS, FAILS_ELSEWHERE = 23, 33  # steps in which something is raised, here or on another rank
 
 
@@ -65,6 +67,8 @@ class Worker:
                 raise IndexError("index 7 of 3")
             except IndexError as err:
                 raise RankFailedError("rank 0 on here: IndexError: index 7 of 3") from err
+        if isinstance(plan, StepPlan) and plan.step == BEYOND:
+            raise RuntimeError("can't start new thread")
         if isinstance(plan, StepPlan) and plan.step == FAILS_ELSEWHERE:
             raise RankFailedError("rank 1 on there: it") from CommError("a peer is gone")
         return Outcome(plan.step if isinstance(plan, StepPlan) else 0)
@@ -181,6 +185,24 @@ def test_a_meeting_that_was_given_up_is_not_tried(monkeypatch: pytest.MonkeyPatc
     one.supervisor.send(Leave(1))
     one.supervisor.send(Meet(1))
     assert one.said() == Left(1, "a rank is gone again") and one.meetings == []
+
+
+def test_a_worker_that_cannot_even_leave_is_replaced(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The system gives it no thread to leave by: it ends as if it were killed."""
+
+    class Ended(BaseException):
+        pass
+
+    def end() -> None:
+        raise Ended
+
+    monkeypatch.setattr(worker_life, "end_at_once", end)
+    one = Played(monkeypatch)
+    one.engine.send_plan(StepPlan(BEYOND), 0)
+    assert one.end() == [StepPlan(BEYOND)] and isinstance(one.error, Ended)
+    assert "RuntimeError: can't start new thread" in capsys.readouterr().err
 
 
 def test_what_is_wrong_with_the_job_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
