@@ -17,13 +17,13 @@ import re
 import sys
 import tempfile
 import time
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from benchmarks import common
+from benchmarks.faults.life import longest_pause
 from tests.helpers.jobs import Job, command
 from tests.helpers.streams import Stream
 from tests.helpers.tiny import make_tiny_model
@@ -32,25 +32,20 @@ MET = re.compile(r"all ranks have met again \(generation \d+, ([\d.]+) s\)")
 LIMIT_S = 180.0
 
 
-def pause(stream: Stream, at: float) -> float:
-    """The longest time without an event, of those that end after ``at``."""
-    times = list(stream.times)
-    return max((b - a for a, b in pairwise(times) if b > at), default=0.0)
-
-
 def measure(job: Job, ranks: int, kills: int, span: int, rng: random.Random) -> dict[str, Any]:
     """With a server that starts."""
     began = time.monotonic()
     url = job.ready()
     ready = time.monotonic() - began
-    locals_ = [{"prompt": f"Number {rank}", "max_tokens": 600, "temperature": 0}
+    locals_ = [{"prompt": f"Number {rank}", "max_tokens": 400, "temperature": 0}
                for rank in range(ranks)]  # fmt: skip
     known, local, spanning, prefill = [], [], [], []
     for number in range(kills):
-        prompt = [100 + (n + number) % 5000 for n in range(span)]  # no prefix of the last one
+        prompt = [10 + (n + number) % 200 for n in range(span)]  # no prefix of the last one
         asked = time.monotonic()
-        streams = [Stream(url, {"prompt": prompt, "max_tokens": 40, "temperature": 0})]
-        job.until("the span", lambda: streams[0].count > 0, LIMIT_S)  # noqa: B023
+        streams = [Stream(url, {"prompt": prompt, "max_tokens": 100, "temperature": 0})]
+        job.until("the span", lambda: streams[0].count > 0 or streams[0].is_over, LIMIT_S)  # noqa: B023
+        assert not streams[0].errors, streams[0].errors
         prefill.append(streams[0].times[0] - asked)
         streams += [Stream(url, body) for body in locals_]
         job.until("tokens", lambda: all(one.count > 2 for one in streams), LIMIT_S)  # noqa: B023
@@ -62,8 +57,8 @@ def measure(job: Job, ranks: int, kills: int, span: int, rng: random.Random) -> 
             time.sleep(0.001)
         known.append(time.monotonic() - at)
         streams[0].end()
-        spanning.append(pause(streams[0], at))
-        local += [pause(stream, at) for stream in streams[1:]]
+        spanning.append(longest_pause(streams[0], at))
+        local += [longest_pause(stream, at) for stream in streams[1:]]
         for stream in streams[1:]:
             stream.leave()
         job.until("their end", lambda: all(one.is_over for one in streams), LIMIT_S)  # noqa: B023
@@ -91,7 +86,11 @@ def main() -> int:
     parser = common.parser(__doc__)
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--kills", type=int, default=5)
-    parser.add_argument("--span", type=int, default=4000, help="tokens of the prompt that spans")
+    parser.add_argument(
+        "--span",
+        type=int,
+        help="tokens of the prompt that spans; default: 4,000, 400 without --model",
+    )
     parser.add_argument("--tokens", type=int, default=2048, help="KV tokens of a rank")
     parser.add_argument("--model", help="a folder; default: the tiny model, for shorter spans")
     parser.add_argument("--seed", type=int, default=0)
@@ -108,7 +107,13 @@ def main() -> int:
         file.write_text(json.dumps(config))
         job = Job(command("ds-cp", "serve", args.ranks, ["--config", str(file)]), folder)
         try:
-            result = measure(job, args.ranks, args.kills, args.span, random.Random(args.seed))
+            result = measure(
+                job,
+                args.ranks,
+                args.kills,
+                args.span or (4000 if args.model else 400),
+                random.Random(args.seed),
+            )
         finally:
             job.close()
     common.finish(result, args.out)

@@ -263,7 +263,9 @@ def test_a_slow_and_full_link_is_no_loss(serve: Callable[..., Server]) -> None:
         shape = ["tc", "qdisc", "add", "dev", hosts.interface, "root", "tbf", *bucket]
         done = hosts.run(name, shape)
         if done.returncode:
-            pytest.skip(f"no token bucket here: {done.stdout}")
+            pytest.skip(
+                f"no token bucket here: {done.stdout}; with sch_tbf, as root: make clusters"
+            )
         sink = hosts.popen(name, [*python, SINK])
         assert sink.stdout is not None and sink.stdout.readline() == "here\n"
     for name, address in zip(hosts.names, reversed(hosts.addresses), strict=True):

@@ -276,11 +276,12 @@ def _only_child(pid: int) -> int:
 
 class Relay:
     """Has a server that listens on one host reached from here: ``url`` leads to ``port`` of its
-    loopback. Its sockets there are made by a thread that has entered that host's network."""
+    loopback, or of another address of it. Its sockets there are made by a thread that has entered
+    that host's network."""
 
-    def __init__(self, hosts: Hosts, host: str, port: int) -> None:
-        self._target = port
-        self._namespace = f"/proc/{_outer_pid(hosts, host)}/ns/net"
+    def __init__(self, hosts: Hosts, host: str, port: int, address: str = "127.0.0.1") -> None:
+        self._target = (address, port)
+        self._namespace = f"/proc/{outer_pid(hosts, host)}/ns/net"
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -298,7 +299,7 @@ class Relay:
         while True:
             try:
                 near, _ = self._listener.accept()
-                far = socket.create_connection(("127.0.0.1", self._target), 10)
+                far = socket.create_connection(self._target, 10)
                 far.settimeout(None)
             except OSError:
                 if self._listener.fileno() < 0:
@@ -317,7 +318,7 @@ def _pump(one: socket.socket, other: socket.socket) -> None:
         other.shutdown(socket.SHUT_WR)
 
 
-def _outer_pid(hosts: Hosts, host: str) -> int:
+def outer_pid(hosts: Hosts, host: str) -> int:
     """The process id, as seen from here, of a host's first process."""
     wanted = hosts.host_pids[hosts.names.index(host)]
     for process in psutil.process_iter():

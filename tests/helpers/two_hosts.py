@@ -12,16 +12,12 @@ it does to machines: packets vanish, connections stay open.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
-import selectors
 import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,10 +25,7 @@ from pathlib import Path
 import psutil
 
 from tests.helpers.jobs import ROOT, Job, busy
-from tests.helpers.netns import Hosts, two_hosts
-
-_CLONE_NEWNET = 0x40000000
-_BYTES = 1 << 16
+from tests.helpers.netns import Hosts, Relay, outer_pid, two_hosts
 
 
 @contextmanager
@@ -84,7 +77,7 @@ class HostPair:
 
     def processes(self, host: str) -> list[psutil.Process]:
         """What runs on one host, whoever started it; not what keeps the host itself up."""
-        keeper = self._keeper(host)
+        keeper = outer_pid(self.hosts, host)
         network = _network(keeper)
         found = []
         for process in psutil.process_iter():
@@ -198,87 +191,12 @@ class HostPair:
     def door(self, host: str, port: int, address: str = "127.0.0.1") -> Iterator[str]:
         """The URL by which this process reaches a server on one host, for as long as the block. It
         needs no network between the hosts and here."""
-        connect = _Inside(f"/proc/{self._keeper(host)}/ns/net")
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            thread = threading.Thread(
-                target=_serve_door, args=(listener, lambda: connect(address, port)), daemon=True
-            )
-            thread.start()
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-
-    def _keeper(self, host: str) -> int:
-        """The host's first process, seen from here."""
-        inner = self.hosts.host_pids[self.hosts.names.index(host)]
-        space = os.readlink(f"/proc/{self.hosts.init_pid}/ns/pid")
-        for process in psutil.process_iter():
-            with contextlib.suppress(OSError):
-                pid = int(process.pid)
-                if _inner_pid(pid) == inner and os.readlink(f"/proc/{pid}/ns/pid") == space:
-                    return pid
-        raise AssertionError(f"host {host} is gone")
+        relay = Relay(self.hosts, host, port, address)
+        try:
+            yield relay.url
+        finally:
+            relay.close()
 
 
 def _network(pid: int) -> str:
     return os.readlink(f"/proc/{pid}/ns/net")
-
-
-def _inner_pid(pid: int) -> int:
-    """The process id in its innermost PID namespace."""
-    with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as file:
-        for line in file:
-            if line.startswith("NSpid:"):
-                return int(line.split()[-1])
-    return -1
-
-
-class _Inside:
-    """Opens connections in another network namespace, by a thread that lives there."""
-
-    def __init__(self, namespace: str) -> None:
-        self._namespace = namespace
-
-    def __call__(self, address: str, port: int) -> socket.socket:
-        """Connect to an address in there. Raises ``OSError``."""
-        found: list[socket.socket | OSError] = []
-
-        def connect() -> None:
-            libc = ctypes.CDLL(None, use_errno=True)
-            try:
-                with open(self._namespace, "rb") as file:
-                    if libc.setns(file.fileno(), _CLONE_NEWNET):
-                        raise OSError(ctypes.get_errno(), "setns")
-                found.append(socket.create_connection((address, port), timeout=10))
-            except OSError as err:
-                found.append(err)
-
-        thread = threading.Thread(target=connect)  # its namespace ends with it
-        thread.start()
-        thread.join(20)
-        if not found or isinstance(found[0], OSError):
-            raise found[0] if found else TimeoutError("no connection within 20 s")
-        return found[0]
-
-
-def _serve_door(listener: socket.socket, connect: Callable[[], socket.socket]) -> None:
-    with contextlib.suppress(OSError):  # it is closed at the end of the block
-        while True:
-            outer, _ = listener.accept()
-            threading.Thread(target=_carry, args=(outer, connect), daemon=True).start()
-
-
-def _carry(outer: socket.socket, connect: Callable[[], socket.socket]) -> None:
-    with outer, contextlib.suppress(OSError), connect() as inner:
-        inner.settimeout(None)
-        other = {outer: inner, inner: outer}
-        with selectors.DefaultSelector() as ready:
-            for each in other:
-                ready.register(each, selectors.EVENT_READ)
-            while ready.get_map():
-                for key, _ in ready.select():
-                    source = outer if key.fileobj is outer else inner
-                    data = source.recv(_BYTES)
-                    if data:
-                        other[source].sendall(data)
-                    else:
-                        ready.unregister(source)
-                        other[source].shutdown(socket.SHUT_WR)

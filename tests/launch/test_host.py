@@ -174,7 +174,9 @@ def stranger(job: Job, names: set[str], ports: set[int], files: list[str]) -> li
     return got
 
 
-@pytest.mark.skipif(not Path("/proc/self/map_files").is_dir(), reason="looks into Linux's /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/map_files").is_dir(), reason="looks into /proc: run it on Linux"
+)
 def test_what_a_server_makes_is_its_users_alone(
     start: Start, config: Write, tmp_path: Path
 ) -> None:
